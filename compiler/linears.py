@@ -1,0 +1,289 @@
+"""A view of the graph's weight matmuls, the unit of compression.
+
+A linear is a ``MatMul`` whose right operand is an initializer (possibly through a ``Transpose``),
+or the ``eoracc::MatMulNBitsLowRank`` that compression put in its place. The view writes through:
+:meth:`Linear.quantize` and :meth:`Linear.compensate` change the graph at once, so that the graph
+alone says what has been compressed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from eoracc.compiler.errors import ModelError, PassError
+from eoracc.plugins.operands import LowRank, NBitsWeight
+
+if TYPE_CHECKING:
+    from eoracc.passes.gram import Gram
+
+__all__ = ["FUSED_DOMAIN", "FUSED_OP", "Activations", "Linear", "LinearGroup", "find_linears"]
+
+FUSED_DOMAIN = "eoracc"
+FUSED_OP = "MatMulNBitsLowRank"
+
+# Positions of the fused op's inputs (the op's table is in docs/op.md).
+X, B, SCALES, ZERO_POINTS, BIAS, LORA_A, LORA_B = range(7)
+
+Activations = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
+"""Yields per batch the inputs ``float32 [tokens, K]`` and the token weights ``float32 [tokens]``."""
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h|layer)\.(\d+)\.")
+
+
+@dataclass(eq=False)
+class Linear:
+    """One weight matmul of the graph.
+
+    Attributes:
+      name: module name as in the checkpoint, ``model.layers.0.self_attn.q_proj``.
+      node: the node that computes it now.
+      in_features: ``K``.
+      out_features: ``N``.
+      source: the original weight; read lazily, None once :meth:`release` was called or where the
+        graph was loaded in compressed form.
+      transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
+      compressed: the weight after quantization.
+      factors: its low-rank compensation.
+      errors: relative output errors by stage, ``||(W - W_hat) X||_F / ||W X||_F``, for the report.
+      notes: what the report should say of this linear (a fallback, say).
+    """
+
+    name: str
+    node: ir.Node
+    in_features: int
+    out_features: int
+    source: ir.TensorProtocol | None
+    transposed: bool
+    compressed: NBitsWeight | None = None
+    factors: LowRank | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def block(self) -> int | None:
+        """Index of the decoder block, None outside of one (``lm_head``)."""
+        match = _BLOCK.search(self.name)
+        return int(match.group(1)) if match else None
+
+    @property
+    def role(self) -> str:
+        """Last part of the name: ``q_proj``."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def input(self) -> ir.Value:
+        """The value that the linear multiplies."""
+        value = self.node.inputs[X]
+        assert value is not None  # noqa: S101 - a MatMul always has its first input
+        return value
+
+    def weight(self) -> NDArray[np.float32]:
+        """The original weight, ``float32 [N, K]``, freshly read.
+
+        Raises:
+          ModelError: the checkpoint holds NaN or Inf there.
+        """
+        if self.source is None:
+            raise PassError(self.name, "its original weight is gone: compress before releasing it")
+        stored = self.source.numpy()
+        weight = np.ascontiguousarray(stored.T if self.transposed else stored, dtype=np.float32)
+        if not np.isfinite(weight).all():
+            raise ModelError(
+                f"{self.name}.weight holds NaN or Inf: the checkpoint is damaged, fetch it again"
+            )
+        return weight
+
+    def backbone_weight(self) -> NDArray[np.float32]:
+        """What the linear multiplies with, its low-rank part left out, ``float32 [N, K]``."""
+        return self.weight() if self.compressed is None else self.compressed.dequantize()
+
+    def effective_weight(self) -> NDArray[np.float32]:
+        """What the linear multiplies with now, low-rank part included, ``float32 [N, K]``."""
+        weight = self.backbone_weight()
+        return weight if self.factors is None else weight + self.factors.product()
+
+    def quantize(self, weight: NBitsWeight) -> None:
+        """Put the fused op with ``weight`` in place of the current node."""
+        if (weight.out_features, weight.in_features) != (self.out_features, self.in_features):
+            raise PassError(
+                self.name,
+                f"a [{weight.out_features}, {weight.in_features}] weight cannot replace "
+                f"[{self.out_features}, {self.in_features}]",
+            )
+        self.compressed = weight
+        self._rewrite()
+
+    def compensate(self, factors: LowRank | None) -> None:
+        """Give the linear low-rank factors, or take them away with None."""
+        if self.compressed is None:
+            raise PassError(self.name, "is not compressed: there is nothing to compensate")
+        self.factors = factors
+        self._rewrite()
+
+    def release(self) -> None:
+        """Drop the original weight, so that its memory can go."""
+        self.source = None
+
+    def _rewrite(self) -> None:
+        weight, factors = self.compressed, self.factors
+        assert weight is not None  # noqa: S101 - both callers have just checked
+        graph = self.node.graph
+        operands: list[ir.Value | None] = [
+            self.input,
+            self._initializer("weight_packed", weight.packed),
+            self._initializer("scales", weight.scales),
+            self._initializer("zero_points", weight.zero_points),
+            None,
+            self._initializer("lora_a", None if factors is None else factors.lora_a),
+            self._initializer("lora_b", None if factors is None else factors.lora_b),
+        ]
+        while operands[-1] is None:
+            operands.pop()
+        replaced = self.node
+        self.node = ir.node(
+            FUSED_OP,
+            operands,
+            {
+                "K": self.in_features,
+                "N": self.out_features,
+                "bits": weight.bits,
+                "block_size": weight.group_size,
+                "accuracy_level": 0,
+            },
+            domain=FUSED_DOMAIN,
+            name=self.name,
+        )
+        ir.convenience.replace_nodes_and_values(
+            graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
+        )
+        graph.opset_imports.setdefault(FUSED_DOMAIN, 1)
+        _drop_unused_initializers(graph, replaced.inputs[1:])
+
+    def _initializer(self, part: str, array: NDArray[np.generic] | None) -> ir.Value | None:
+        graph = self.node.graph
+        name = f"{self.name}.{part}"
+        stale = graph.initializers.pop(name, None)
+        if array is None:
+            return None
+        del stale
+        value = ir.Value(
+            name=name,
+            const_value=ir.tensor(array, name=name),
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        )
+        graph.register_initializer(value)
+        return value
+
+
+@dataclass(eq=False)
+class LinearGroup:
+    """Linears that share one input, and with it one Gram.
+
+    Attributes:
+      linears: in graph order.
+      activations: the shared input over the calibration text, taken through the prefix.
+      gram: set by ``calibrate``; None before.
+    """
+
+    linears: tuple[Linear, ...]
+    activations: Activations | None = None
+    gram: Gram | None = None
+
+    @property
+    def name(self) -> str:
+        """Names of the members, for messages."""
+        return ", ".join(linear.name for linear in self.linears)
+
+
+def find_linears(model: ir.Model) -> list[Linear]:
+    """All linears of ``model`` in execution order."""
+    linears = []
+    for node in model.graph:
+        if node.domain == FUSED_DOMAIN and node.op_type == FUSED_OP:
+            linears.append(_from_fused(node))
+        elif node.domain == "" and node.op_type == "MatMul":
+            linear = _from_matmul(node)
+            if linear is not None:
+                linears.append(linear)
+    return linears
+
+
+def _from_matmul(node: ir.Node) -> Linear | None:
+    operand = node.inputs[1]
+    if operand is None:
+        return None
+    transposed = True
+    producer = operand.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        operand, transposed = producer.inputs[0], False
+    if operand is None or operand.const_value is None or len(operand.const_value.shape) != 2:
+        return None
+    source = operand.const_value
+    rows, columns = (int(size) for size in source.shape.numpy())
+    out_features, in_features = (columns, rows) if transposed else (rows, columns)
+    return Linear(
+        name=_module_name(node, operand),
+        node=node,
+        in_features=in_features,
+        out_features=out_features,
+        source=source,
+        transposed=transposed,
+    )
+
+
+def _from_fused(node: ir.Node) -> Linear:
+    def array(position: int) -> NDArray[np.generic] | None:
+        value = node.inputs[position] if position < len(node.inputs) else None
+        return None if value is None or value.const_value is None else value.const_value.numpy()
+
+    packed, scales, zero_points = array(B), array(SCALES), array(ZERO_POINTS)
+    if packed is None or scales is None:
+        raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
+    lora_a, lora_b = array(LORA_A), array(LORA_B)
+    in_features, out_features = (node.attributes[key].as_int() for key in ("K", "N"))
+    return Linear(
+        name=str(node.name),
+        node=node,
+        in_features=in_features,
+        out_features=out_features,
+        source=None,
+        transposed=False,
+        compressed=NBitsWeight(
+            packed=packed,  # type: ignore[arg-type]
+            scales=scales,  # type: ignore[arg-type]
+            zero_points=zero_points,  # type: ignore[arg-type]
+            bits=node.attributes["bits"].as_int(),
+            group_size=node.attributes["block_size"].as_int(),
+            in_features=in_features,
+        ),
+        factors=None if lora_a is None or lora_b is None else LowRank(lora_a=lora_a, lora_b=lora_b),  # type: ignore[arg-type]
+    )
+
+
+def _module_name(node: ir.Node, weight: ir.Value) -> str:
+    # A tied head multiplies with the embedding: its module is named by the node alone.
+    tied = any(use.node.op_type == "Gather" for use in weight.uses())
+    if tied or weight.name is None:
+        return str(node.name).split("/")[0].removeprefix("v_")
+    return weight.name.removesuffix("_t").removesuffix(".weight")
+
+
+def _drop_unused_initializers(graph: ir.Graph, candidates: Sequence[ir.Value | None]) -> None:
+    for value in candidates:
+        if value is None:
+            continue
+        producer = value.producer()
+        if producer is not None and producer.op_type == "Transpose" and not value.uses():
+            operand = producer.inputs[0]
+            graph.remove(producer, safe=True)
+            value = operand
+        if value is not None and value.name in graph.initializers and not value.uses():
+            del graph.initializers[value.name]

@@ -1,0 +1,57 @@
+"""The Gram matrix of a linear's input, accumulated so that the order of tokens does not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Gram", "accumulate_gram"]
+
+_BLOCK_TOKENS = 2048
+"""Tokens per float32 product; their sums are added in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """``H = sum_t w_t x_t x_t^T`` over calibration tokens.
+
+    Attributes:
+      matrix: ``float64 [K, K]``, symmetric positive semidefinite, possibly singular.
+      tokens: ``sum_t w_t``, the number of tokens that were not padding.
+    """
+
+    matrix: NDArray[np.float64]
+    tokens: float
+
+
+def accumulate_gram(
+    batches: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], in_features: int
+) -> Gram:
+    """Sum the weighted outer products of all tokens.
+
+    The sum is over tokens, never over batches: batch size, order and sharding change it by
+    rounding only. (Implementations that keep a running mean weight recent batches more.)
+
+    Args:
+      batches: inputs ``float32 [tokens, K]`` with token weights ``float32 [tokens]``; weight 0
+        masks padding.
+      in_features: ``K``.
+    """
+    matrix = np.zeros((in_features, in_features))
+    total = 0.0
+    for inputs, weights in batches:
+        kept = weights > 0
+        rows = inputs[kept] if not kept.all() else inputs
+        roots = np.sqrt(weights[kept])
+        uniform = bool((roots == 1).all())
+        for start in range(0, len(rows), _BLOCK_TOKENS):
+            block = rows[start : start + _BLOCK_TOKENS]
+            if not uniform:
+                block = block * roots[start : start + _BLOCK_TOKENS, None]
+            # x.T @ x of one array is a symmetric rank-k update in BLAS: half the arithmetic.
+            matrix += block.T @ block
+        total += float(weights[kept].sum(dtype=np.float64))
+    return Gram(matrix, total)

@@ -1,0 +1,29 @@
+"""eoracc: a compiler for compressed, compensated language models.
+
+The root exception lives here because every package below may raise it and none of them
+may import another one upwards::
+
+    EoraccError                    exit code 2: bad input, one clear sentence
+    ├── plugins.PluginError        the native library or one of its operands
+    ├── runtime.ArtifactError      an artifact folder that is damaged or foreign
+    └── compiler.errors
+        ├── ConfigError            model.yaml and the command line
+        ├── ModelError             a checkpoint that cannot be read or is not supported
+        ├── DataError              calibration or evaluation text
+        ├── PassError              a pass on a node of the graph
+        └── GateError              exit code 1: a build that is correct but not good enough
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = ["EoraccError", "__version__"]
+
+__version__ = "0.1.0"
+
+
+class EoraccError(Exception):
+    """Base of every error that eoracc raises on purpose; its text is one clear sentence."""
+
+    exit_code: ClassVar[int] = 2
