@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+from eoracc.passes.factors import gram_root
 
 __all__ = ["Gram", "accumulate_gram"]
 
@@ -25,6 +28,11 @@ class Gram:
 
     matrix: NDArray[np.float64]
     tokens: float
+
+    @cached_property
+    def root(self) -> NDArray[np.float64]:
+        """``L`` with ``H = L L^T``, ``float64 [K, K]``, for all who weigh errors by this Gram."""
+        return gram_root(self.matrix)
 
 
 def accumulate_gram(

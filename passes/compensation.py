@@ -1,0 +1,107 @@
+"""Passes that give back what compression took: low-rank factors of each linear's error.
+
+:class:`Compensation` walks the linears; a subclass brings the solver. Solvers are also on offer by
+name (:func:`compensation_solver`), so that a build can be compared with the factors that another
+one would have shipped.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import override
+
+from eoracc.compiler.errors import PassError
+from eoracc.passes.base import LayerPass, pass_type
+from eoracc.passes.factors import to_float16
+from eoracc.passes.overrides import Overridable, Override
+from eoracc.passes.statistics import record_error
+from eoracc.plugins.operands import LowRank
+
+if TYPE_CHECKING:
+    from eoracc.compiler.linears import Linear, LinearGroup
+    from eoracc.passes.gram import Gram
+
+__all__ = ["Compensation", "RankOverride", "Solver", "compensation_solver"]
+
+Rank = Annotated[int, Field(ge=0)]
+
+Solver = Callable[["Linear", "Gram | None", int], LowRank]
+"""``solve(linear, gram, rank)``: float16 factors of the error of a compressed linear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOverride(Override):
+    """What a compensating pass may do differently for some linears."""
+
+    rank: Rank | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensation(Overridable, LayerPass):
+    """Base of the passes that add low-rank factors to compressed linears."""
+
+    rank: Rank = 64
+    overrides: Mapping[str, RankOverride] = field(default_factory=dict)
+
+    @classmethod
+    @abstractmethod
+    def factors(
+        cls, delta: NDArray[np.float32], gram: Gram | None, rank: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """``B [N, rank]`` and ``A [rank, K]`` for the error ``delta [N, K]``."""
+
+    @override
+    def call(self, group: LinearGroup) -> bool:
+        changed = False
+        for options, linears in self.partition(group):
+            for linear in linears:
+                if linear.compressed is None and linear.errors:
+                    continue
+                linear.compensate(self.solve(linear, group.gram, options.rank))
+                if group.gram is not None:
+                    record_error(self.name, linear, linear.weight(), group.gram)
+                changed = True
+        return changed
+
+    @classmethod
+    def solve(cls, linear: Linear, gram: Gram | None, rank: int) -> LowRank:
+        """Factors of the error of ``linear``'s backbone, as they are stored.
+
+        Raises:
+          PassError: the linear is not compressed, or ``rank`` exceeds its smaller side.
+        """
+        limit = min(linear.out_features, linear.in_features)
+        if rank > limit:
+            raise PassError(
+                linear.name,
+                f"rank {rank} exceeds the smaller side of its "
+                f"[{linear.out_features}, {linear.in_features}] weight: "
+                f"give {limit} at most, by an override if need be",
+            )
+        if linear.compressed is None:
+            raise PassError(
+                linear.name,
+                f"is not compressed: put a quantize pass before {cls.name!r}, "
+                "or leave the linear out with 'skip: true' in its overrides",
+            )
+        b, a = cls.factors(linear.weight() - linear.compressed.dequantize(), gram, rank)
+        return LowRank(lora_a=to_float16(a), lora_b=to_float16(b))
+
+
+def compensation_solver(name: str) -> Solver:
+    """The solver of the compensating pass ``name``.
+
+    Raises:
+      KeyError: no compensating pass has that name.
+    """
+    found = pass_type(name)
+    if not issubclass(found, Compensation):
+        raise KeyError(name)
+    return found.solve

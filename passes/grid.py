@@ -1,0 +1,254 @@
+"""The quantization grid: which values the codes of a group can take.
+
+A grid gives every group of a row a scale and a zero point, ``value = (code - zero_point) * scale``.
+Scales are rounded to float16 *before* anything is scored or quantized, so that what is measured
+is what is stored.
+
+The unit of work is a slab ``[width, N]``: one group of all rows, transposed, so that every NumPy
+operation runs along contiguous rows. GPTQ calls :func:`fit_slab` on slabs of weights that it has
+just updated; :func:`find_grid` calls it on the slabs of a whole weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.plugins.operands import NBitsWeight
+
+__all__ = ["Grid", "find_grid", "fit_slab", "group_width", "groups", "quantize", "to_nbits"]
+
+_SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
+"""Factors by which the clipping search narrows a group's range."""
+_REFITS = 3
+"""Least-squares refinements of a group's scale and zero point after the search."""
+
+_MIN_SCALE = float(np.finfo(np.float16).smallest_subnormal)
+_MAX_SCALE = float(np.finfo(np.float16).max)
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Grid:
+    """Scales and zero points of a weight ``[N, K]``.
+
+    Attributes:
+      scales: ``float16 [N, G]`` with ``G = ceil(K / group_size)``, all positive.
+      zero_points: ``uint8 [N, G]``, or None where every zero point is ``2**(bits - 1)``.
+      bits: width of a code.
+      group_size: columns that share a scale, a multiple of 8.
+    """
+
+    scales: NDArray[np.float16]
+    zero_points: NDArray[np.uint8] | None
+    bits: int
+    group_size: int
+
+
+def group_width(group_size: int, in_features: int) -> int:
+    """Columns per group: ``group_size``, or for -1 the whole row rounded up to a multiple of 8.
+
+    >>> group_width(-1, 20), group_width(64, 20)
+    (24, 64)
+    """
+    return -(-in_features // 8) * 8 if group_size == -1 else group_size
+
+
+def groups(in_features: int, width: int) -> Iterator[slice]:
+    """Column ranges of the groups of a row; the last one may be shorter.
+
+    >>> list(groups(20, 16))
+    [slice(0, 16, None), slice(16, 20, None)]
+    """
+    for start in range(0, in_features, width):
+        yield slice(start, min(start + width, in_features))
+
+
+def find_grid(
+    weight: Float,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    importance: NDArray[np.floating] | None = None,
+    clip_search: bool = True,
+) -> Grid:
+    """Choose scales and zero points for every group of ``weight``.
+
+    Args:
+      weight: ``float32 [N, K]``.
+      bits: 2, 3, 4 or 8.
+      group_size: a multiple of 8, or -1 for whole rows.
+      symmetric: fix the zero point at ``2**(bits - 1)``.
+      importance: weight of each column's squared error, ``[K]``, nonnegative; the diagonal of the
+        Gram, say. None weighs all columns alike.
+      clip_search: look for a range narrower than the group's minimum and maximum where that
+        lowers the weighted squared error.
+    """
+    rows, columns = weight.shape
+    width = group_width(group_size, columns)
+    slabs = list(groups(columns, width))
+    scales = np.empty((rows, len(slabs)), np.float16)
+    zero_points = np.empty((rows, len(slabs)), np.uint8)
+    for index, slab in enumerate(slabs):
+        scales[:, index], zero_points[:, index] = fit_slab(
+            np.ascontiguousarray(weight[:, slab].T),
+            bits=bits,
+            symmetric=symmetric,
+            importance=None if importance is None else importance[slab],
+            clip_search=clip_search,
+        )
+    return Grid(
+        scales=scales,
+        zero_points=None if symmetric else zero_points,
+        bits=bits,
+        group_size=width,
+    )
+
+
+def fit_slab(
+    values: Float,
+    *,
+    bits: int,
+    symmetric: bool,
+    importance: NDArray[np.floating] | None,
+    clip_search: bool,
+) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
+    """Scale and zero point of each column of a slab.
+
+    Args:
+      values: ``float32 [width, N]``, one group of all rows, transposed.
+      bits: width of a code.
+      symmetric: fix the zero point at ``2**(bits - 1)``.
+      importance: ``[width]`` or None.
+      clip_search: see :func:`find_grid`.
+
+    Returns:
+      ``float16 [N]`` scales and ``uint8 [N]`` zero points. A column of zeros gets scale 1, whose
+      codes reproduce it exactly.
+    """
+    top = 2**bits - 1
+    # Zero always lies on the grid: padding and pruned weights must stay zero.
+    low = np.minimum(values.min(axis=0), 0)
+    high = np.maximum(values.max(axis=0), 0)
+    if symmetric:
+        zero = np.full_like(low, 2 ** (bits - 1))
+        scale = _storable(np.maximum(low / -zero, high / (top - zero)))
+    else:
+        scale, zero = _spanning(low, high, top)
+    if clip_search:
+        search = _Search(values, _normalized(importance, len(values)), scale, zero, top)
+        for shrink in map(np.float32, _SHRINKS):
+            if symmetric:
+                search.attempt(_storable(scale * shrink), zero)
+            else:
+                search.attempt(*_spanning(low * shrink, high * shrink, top))
+                search.attempt(*_spanning(low * shrink, high, top))
+                search.attempt(*_spanning(low, high * shrink, top))
+        for _ in range(_REFITS):
+            search.refit(free_zero=not symmetric)
+        scale, zero = search.scale, search.zero
+    scale = np.where(low == high, np.float32(1), scale)
+    return scale.astype(np.float16), zero.astype(np.uint8)
+
+
+def quantize(weight: Float, grid: Grid) -> NDArray[np.uint8]:
+    """Round ``weight`` to the nearest codes of ``grid``.
+
+    Args:
+      weight: ``float32 [N, K]``.
+      grid: scales and zero points for the same shape.
+
+    Returns:
+      ``uint8 [N, K]``, each at most ``2**bits - 1``.
+    """
+    codes = np.empty(weight.shape, np.uint8)
+    top = 2**grid.bits - 1
+    for index, slab in enumerate(groups(weight.shape[1], grid.group_size)):
+        scale = grid.scales[:, index, None].astype(np.float32)
+        zero = np.float32(2 ** (grid.bits - 1))
+        if grid.zero_points is not None:
+            zero = grid.zero_points[:, index, None].astype(np.float32)
+        codes[:, slab] = np.clip(np.rint(weight[:, slab] / scale) + zero, 0, top)
+    return codes
+
+
+def to_nbits(codes: NDArray[np.uint8], grid: Grid) -> NBitsWeight:
+    """Pack ``codes [N, K]`` with the scales and zero points of ``grid``."""
+    return NBitsWeight.from_codes(
+        codes, grid.scales, grid.zero_points, bits=grid.bits, group_size=grid.group_size
+    )
+
+
+def _storable(scale: Float) -> Float:
+    """``scale`` as float16 stores it, kept off zero and infinity."""
+    return np.clip(scale, _MIN_SCALE, _MAX_SCALE).astype(np.float16).astype(np.float32)
+
+
+def _spanning(low: Float, high: Float, top: int) -> tuple[Float, Float]:
+    """Scale and zero point whose codes span ``low <= 0 <= high``."""
+    scale = _storable((high - low) / top)
+    return scale, np.clip(np.rint(-low / scale), 0, top)
+
+
+def _normalized(importance: NDArray[np.floating] | None, width: int) -> Float:
+    """Importance with a peak of 1, so that float32 sums neither overflow nor vanish."""
+    if importance is None or not (peak := importance.max()) > 0:
+        return np.ones(width, np.float32)
+    return np.asarray(importance / peak, np.float32)
+
+
+class _Search:
+    """The best grid of a slab so far, by weighted squared error."""
+
+    def __init__(self, values: Float, weights: Float, scale: Float, zero: Float, top: int) -> None:
+        self._values = values
+        self._weights = weights
+        self._top = top
+        self._work = np.empty_like(values)
+        self._error = np.full(values.shape[1], np.inf, np.float32)
+        self.scale = scale.copy()
+        self.zero = zero.copy()
+
+    def attempt(self, scale: Float, zero: Float) -> None:
+        """Score a candidate per column and keep it where it is better."""
+        scaled = self._values * (1 / scale)
+        residual = self._offsets(scaled, zero)
+        residual -= scaled
+        residual *= residual
+        error = (self._weights @ residual) * scale * scale
+        better = error < self._error
+        np.copyto(self._error, error, where=better)
+        np.copyto(self.scale, scale, where=better)
+        np.copyto(self.zero, zero, where=better)
+
+    def refit(self, *, free_zero: bool) -> None:
+        """Least squares for the scale, and the zero point if free, given the current codes."""
+        offsets = self._offsets(self._values * (1 / self.scale), self.zero)
+        weighted = self._weights[:, None] * offsets
+        square = np.einsum("kn,kn->n", weighted, offsets)
+        product = np.einsum("kn,kn->n", weighted, self._values)
+        fallback = square <= 0
+        square[fallback] = 1
+        if free_zero:
+            total = self._weights.sum()
+            mean, target = weighted.sum(axis=0) / total, (self._weights @ self._values) / total
+            variance = square / total - mean * mean
+            slope = (product / total - mean * target) / np.where(variance > 0, variance, 1)
+            sloped = _storable(slope)
+            shift = np.clip(self.zero + np.rint(mean - target / sloped), 0, self._top)
+            usable = (variance > 0) & (slope > 0)
+            self.attempt(np.where(usable, sloped, self.scale), np.where(usable, shift, self.zero))
+        plain = np.where(fallback | (product <= 0), self.scale, _storable(product / square))
+        self.attempt(plain, self.zero.copy())
+
+    def _offsets(self, scaled: Float, zero: Float) -> Float:
+        """``code - zero_point`` of every value, in a buffer that the next call reuses."""
+        work = np.rint(scaled, out=self._work)
+        np.maximum(work, -zero, out=work)
+        np.minimum(work, self._top - zero, out=work)
+        return work

@@ -1,0 +1,119 @@
+"""Quantize with GPTQ: every group of linears that share an input is solved at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import numpy as np
+from pydantic import Field
+from typing_extensions import override
+
+from eoracc.passes.base import LayerPass, register
+from eoracc.passes.gptq import Feedback, feedback, gptq
+from eoracc.passes.grid import find_grid, quantize, to_nbits
+from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
+from eoracc.passes.statistics import MIN_TOKENS, record_error, require_gram, saw_too_few_tokens
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eoracc.compiler.linears import LinearGroup
+    from eoracc.plugins.operands import NBitsWeight
+
+__all__ = ["QuantizeGptq"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class QuantizeGptq(Overridable, LayerPass):
+    """Quantize with GPTQ: each column's rounding error is made good by the columns after it.
+
+    Linears that share an input are solved together. One whose input fewer than 32 calibration
+    tokens reached is rounded to nearest instead, and the report says so.
+
+    Options:
+      bits: width of a code.
+      group_size: columns that share a scale, a multiple of 8 in 16..256, or -1 for whole rows.
+      symmetric: store no zero points.
+      act_order: round the columns with the largest activations first.
+      damping: fraction of the Gram's mean diagonal that is added to its diagonal.
+      clip_search: look for the range of each group that costs least, not just its extremes.
+      overrides: other options, or ``skip: true``, for linears by name pattern; the last match wins.
+    """
+
+    name: ClassVar[str] = "quantize_gptq"
+    bits: Bits = 4
+    group_size: GroupSize = 64
+    symmetric: bool = False
+    act_order: bool = False
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.01
+    clip_search: bool = True
+    overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
+
+    @override
+    def requires(self, group: LinearGroup) -> None:
+        require_gram(self.name, group)
+
+    @override
+    def call(self, group: LinearGroup) -> bool:
+        gram = require_gram(self.name, group)
+        parts = self.partition(group)
+        if not parts:
+            return False
+        factored = None
+        if not saw_too_few_tokens(gram):
+            factored = feedback(gram.matrix, damping=self.damping, act_order=self.act_order)
+        for options, linears in parts:
+            weights = [linear.weight() for linear in linears]
+            solved = options.solve(np.concatenate(weights), factored)
+            start = 0
+            for linear, weight in zip(linears, weights, strict=True):
+                linear.quantize(_rows(solved, start, start + len(weight)))
+                start += len(weight)
+                self._note(linear.notes, gram.tokens, factored)
+                record_error(self.name, linear, weight, gram)
+        return True
+
+    def solve(self, weight: NDArray[np.float32], factored: Feedback | None) -> NBitsWeight:
+        """Quantize ``weight``, to nearest where there is no Gram to go by."""
+        if factored is None:
+            grid = find_grid(
+                weight,
+                bits=self.bits,
+                group_size=self.group_size,
+                symmetric=self.symmetric,
+                clip_search=self.clip_search,
+            )
+            return to_nbits(quantize(weight, grid), grid)
+        return gptq(
+            weight,
+            factored,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            clip_search=self.clip_search,
+        )
+
+    def _note(self, notes: list[str], tokens: float, factored: Feedback | None) -> None:
+        if factored is None:
+            notes.append(
+                f"{self.name}: rounded to nearest, for only {tokens:.0f} calibration tokens reached "
+                f"it (GPTQ asks for {MIN_TOKENS})."
+            )
+        elif factored.damping > self.damping:
+            notes.append(
+                f"{self.name}: damping raised from {self.damping:g} to {factored.damping:g}, "
+                "for its gram is singular."
+            )
+
+
+def _rows(weight: NBitsWeight, start: int, stop: int) -> NBitsWeight:
+    zero_points = weight.zero_points
+    return replace(
+        weight,
+        packed=weight.packed[start:stop],
+        scales=weight.scales[start:stop],
+        zero_points=None if zero_points is None else zero_points[start:stop],
+    )

@@ -1,0 +1,64 @@
+"""Round every weight to the nearest code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from typing_extensions import override
+
+from eoracc.passes.base import LayerPass, register
+from eoracc.passes.grid import find_grid, quantize, to_nbits
+from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
+from eoracc.passes.statistics import record_error
+
+if TYPE_CHECKING:
+    from eoracc.compiler.linears import LinearGroup
+
+__all__ = ["QuantizeRtn"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRtn(Overridable, LayerPass):
+    """Round every weight to the nearest code, one linear at a time.
+
+    Needs no calibration; where 'calibrate' stands before it, the clipping search weighs each
+    column by how large its activations are.
+
+    Options:
+      bits: width of a code.
+      group_size: columns that share a scale, a multiple of 8 in 16..256, or -1 for whole rows.
+      symmetric: store no zero points.
+      clip_search: look for the range of each group that costs least, not just its extremes.
+      overrides: other options, or ``skip: true``, for linears by name pattern; the last match wins.
+    """
+
+    name: ClassVar[str] = "quantize_rtn"
+    bits: Bits = 4
+    group_size: GroupSize = 64
+    symmetric: bool = False
+    clip_search: bool = True
+    overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
+
+    @override
+    def call(self, group: LinearGroup) -> bool:
+        importance = None if group.gram is None else np.diagonal(group.gram.matrix)
+        parts = self.partition(group)
+        for options, linears in parts:
+            for linear in linears:
+                weight = linear.weight()
+                grid = find_grid(
+                    weight,
+                    bits=options.bits,
+                    group_size=options.group_size,
+                    symmetric=options.symmetric,
+                    importance=importance,
+                    clip_search=options.clip_search,
+                )
+                linear.quantize(to_nbits(quantize(weight, grid), grid))
+                if group.gram is not None:
+                    record_error(self.name, linear, weight, group.gram)
+        return bool(parts)
