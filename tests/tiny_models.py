@@ -1,0 +1,105 @@
+"""Small random-weight checkpoints of every supported family, for unit parity.
+
+Two layers with odd widths: a head dimension that is not ``hidden_size / heads``, grouped query
+attention and an MLP width that no group size divides. Every parameter is random, norms and biases
+included, so that an operand that is dropped or swapped shows in the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FAMILIES", "VOCABULARY", "tiny_model"]
+
+VOCABULARY = 131
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_bias": (
+        "llama",
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama3_rope": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "smollm": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+    # Phi-3 has no head_dim of its own: it is hidden_size / num_attention_heads.
+    "phi3": (
+        "phi3",
+        {"tie_word_embeddings": False, "head_dim": None, "hidden_size": 96, "sliding_window": None},
+    ),
+    "mistral": ("mistral", {"tie_word_embeddings": False, "sliding_window": 5}),
+}
+"""Family name to transformers model type and what its configuration says beyond the common part."""
+
+
+def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a checkpoint of ``family`` with random float32 weights.
+
+    Args:
+      family: a key of :data:`FAMILIES`.
+      folder: where to write; created.
+      seed: of the weights.
+      **overrides: configuration fields that replace the family's own.
+
+    Returns:
+      ``folder``, with config.json, generation_config.json and model.safetensors.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, fields = FAMILIES[family]
+    settings = {**_COMMON, **fields, **overrides}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if model_type == "phi3":
+        settings.setdefault("sliding_window", None)
+    config = AutoConfig.for_model(model_type, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            # Matrices keep the variance of their input; vectors stay near what training gives.
+            parameter.mul_(parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.2)
+            if name.endswith("norm.weight") and model_type != "gemma3_text":
+                parameter.add_(1.0)
+    model.save_pretrained(folder)
+    return folder
