@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.compiler.errors import ModelError
+from eoracc.compiler.projections import PARTS
 from eoracc.compiler.quiet import quiet
 
 if TYPE_CHECKING:
@@ -22,13 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["load_eager", "positions", "reference_logits"]
-
-FUSED_PARTS: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""Modules that some families (and ``pack_projections``) store as one, and their parts in order."""
-
 
 def load_eager(
     folder: Path,
@@ -113,12 +107,12 @@ def _targets(model: PreTrainedModel, name: str) -> Iterator[torch.Tensor]:
         siblings = modules(parent)
     except AttributeError:
         raise _unknown(name) from None
-    if role in FUSED_PARTS:
-        parts = [getattr(siblings, part, None) for part in FUSED_PARTS[role]]
+    if role in PARTS:
+        parts = [getattr(siblings, part, None) for part in PARTS[role]]
         if all(part is not None for part in parts):
             yield from (part.weight for part in parts)
             return
-    for fused, roles in FUSED_PARTS.items():
+    for fused, roles in PARTS.items():
         module = getattr(siblings, fused, None)
         if module is not None and role in roles:
             sizes = _part_sizes(model.config, fused, module.weight.shape[0])

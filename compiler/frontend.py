@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from eoracc.compiler.errors import ModelError
+from eoracc.compiler.linears import find_linears
+from eoracc.compiler.projections import PARTS
 from eoracc.compiler.quiet import quiet
 
 if TYPE_CHECKING:
@@ -110,7 +113,9 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     _strip_provenance(model)
     _mark_windows(model, config)
     _restore_tie(model, config)
+    _restore_biases(model, folder, weight_files)
     _restore_embedding_scale(model, config)
+    _restore_attention_scale(model, config)
     _check_finite(model)
     return LoadedModel(
         model=model,
@@ -381,6 +386,51 @@ def _restore_tie(model: ir.Model, config: PretrainedConfig) -> None:
     del graph.initializers["lm_head.weight_t"]
 
 
+def _restore_biases(model: ir.Model, folder: Path, weight_files: Sequence[Path]) -> None:
+    """Add the biases that mobius leaves out (Llama's ``mlp_bias``); refuse any other lost tensor."""
+    from safetensors import safe_open
+
+    linears = {linear.name: linear for linear in find_linears(model)}
+    for path in weight_files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                module, _, kind = name.rpartition(".")
+                if _is_placed(name, model.graph) or (module in linears and kind == "weight"):
+                    continue
+                if module not in linears or kind != "bias":
+                    raise ModelError(
+                        f"{folder}: tensor {name} has no place in the graph: "
+                        "this variant of the architecture is not supported"
+                    )
+                bias = tensors.get_tensor(name).float().numpy()
+                _add_bias(model.graph, linears[module].node, name, bias)
+
+
+def _is_placed(name: str, graph: ir.Graph) -> bool:
+    module, _, kind = name.rpartition(".")
+    parent, _, role = module.rpartition(".")
+    stored = [name, *(f"{parent}.{part}.{kind}" for part in PARTS.get(role, ()))]
+    # Frequencies are no parameter: old checkpoints carry them, the graph has their tables.
+    return kind == "inv_freq" or any(
+        key in graph.initializers or f"{key}_t" in graph.initializers for key in stored
+    )
+
+
+def _add_bias(graph: ir.Graph, matmul: ir.Node, name: str, bias: NDArray[np.generic]) -> None:
+    tensor = ir.tensor(bias.astype(np.float32), name=name)
+    value = ir.Value(
+        name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(value)
+    product = matmul.outputs[0]
+    add = ir.node("Add", [product, value], name=f"{matmul.name}_bias")
+    add.outputs[0].name = f"{product.name}_bias"
+    add.outputs[0].dtype, add.outputs[0].shape = product.dtype, product.shape
+    product.replace_all_uses_with(add.outputs[0])
+    add.replace_input_with(0, product)
+    graph.insert_after(matmul, add)
+
+
 def _restore_embedding_scale(model: ir.Model, config: PretrainedConfig) -> None:
     """Give Gemma's embedding scale, ``sqrt(hidden_size)``, its float32 value.
 
@@ -405,6 +455,19 @@ def _restore_embedding_scale(model: ir.Model, config: PretrainedConfig) -> None:
                 use.node.replace_input_with(1, replacement)
                 if not scale.uses():
                     del model.graph.initializers[str(scale.name)]
+
+
+def _restore_attention_scale(model: ir.Model, config: PretrainedConfig) -> None:
+    """Scale scores by ``query_pre_attn_scalar ** -0.5`` where the configuration says so (Gemma).
+
+    mobius takes the head dimension instead, which Gemma3 27B does not have there.
+    """
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if not scalar:
+        return
+    for node in model.graph:
+        if node.op_type == "Attention":
+            node.attributes.add(ir.AttrFloat32("scale", float(scalar) ** -0.5))
 
 
 def _check_finite(model: ir.Model) -> None:
