@@ -146,7 +146,7 @@ class Linear:
         ]
         while operands[-1] is None:
             operands.pop()
-        replaced = self.node
+        replaced, stale = self.node, tuple(self.node.inputs[1:])
         self.node = ir.node(
             FUSED_OP,
             operands,
@@ -164,15 +164,14 @@ class Linear:
             graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
         )
         graph.opset_imports.setdefault(FUSED_DOMAIN, 1)
-        _drop_unused_initializers(graph, replaced.inputs[1:])
+        _drop_unused_initializers(graph, stale)
 
     def _initializer(self, part: str, array: NDArray[np.generic] | None) -> ir.Value | None:
         graph = self.node.graph
         name = f"{self.name}.{part}"
-        stale = graph.initializers.pop(name, None)
+        graph.initializers.pop(name, None)
         if array is None:
             return None
-        del stale
         value = ir.Value(
             name=name,
             const_value=ir.tensor(array, name=name),
@@ -285,5 +284,8 @@ def _drop_unused_initializers(graph: ir.Graph, candidates: Sequence[ir.Value | N
             operand = producer.inputs[0]
             graph.remove(producer, safe=True)
             value = operand
-        if value is not None and value.name in graph.initializers and not value.uses():
+        # By identity: a part that is written anew has the name of the one it replaces.
+        if value is not None and graph.initializers.get(str(value.name)) is value:
+            if value.uses():
+                continue
             del graph.initializers[value.name]

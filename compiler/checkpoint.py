@@ -1,0 +1,163 @@
+"""Keep a sweep's finished blocks on disk, so that an interrupted build goes on where it was.
+
+The folder holds the operands of every finished linear, the activations at the point reached, and
+``state.json``, which is replaced last: whatever it names is complete. All arrays are safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from eoracc.compiler.executor import Batch
+from eoracc.compiler.linears import Linear
+from eoracc.plugins.operands import LowRank, NBitsWeight
+
+__all__ = ["SweepCheckpoint"]
+
+Array = NDArray[np.generic]
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class SweepCheckpoint:
+    """Progress of one sweep.
+
+    Attributes:
+      folder: made on the first save.
+      key: digest of all that the result depends on; a folder with another key is discarded.
+    """
+
+    folder: Path
+    key: str
+
+    def resume(
+        self,
+        linears: Sequence[Linear],
+        batches: Sequence[Batch],
+        comparisons: Mapping[str, dict[str, LowRank]],
+    ) -> int:
+        """Put back what was kept into the arguments; return how many groups are finished."""
+        state = self._state()
+        if state is None:
+            return 0
+        by_name = {linear.name: linear for linear in linears}
+        for file in state["operands"]:
+            arrays = load_file(self.folder / file["name"])
+            for meta in file["linears"]:
+                _restore(by_name[meta["name"]], meta, arrays, comparisons)
+        activations = load_file(self.folder / state["activations"])
+        for batch in batches:
+            batch.values.clear()
+        for key, array in activations.items():
+            index, _, name = key.partition("/")
+            batches[int(index)].values[name] = array
+        return int(state["position"])
+
+    def save(
+        self,
+        position: int,
+        linears: Sequence[Linear],
+        batches: Sequence[Batch],
+        comparisons: Mapping[str, Mapping[str, LowRank]],
+    ) -> None:
+        """Keep what has been finished since the last save; ``position`` groups are."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self._state() or {"key": self.key, "operands": [], "activations": None}
+        kept = {meta["name"] for file in state["operands"] for meta in file["linears"]}
+        fresh = [
+            linear
+            for linear in linears
+            if linear.name not in kept and linear.compressed is not None
+        ]
+        arrays: dict[str, Array] = {}
+        metas = [_keep(linear, arrays, comparisons) for linear in fresh]
+        name = f"operands-{position:05d}.safetensors"
+        save_file(arrays, self.folder / name)
+        stale, live = state["activations"], f"activations-{position:05d}.safetensors"
+        save_file(
+            {
+                f"{i}/{key}": np.ascontiguousarray(value)
+                for i, batch in enumerate(batches)
+                for key, value in batch.values.items()
+            },
+            self.folder / live,
+        )
+        state["operands"].append({"name": name, "linears": metas})
+        state.update(activations=live, position=position)
+        partial = self.folder / f"{_STATE}.partial"
+        partial.write_text(json.dumps(state))
+        partial.replace(self.folder / _STATE)
+        if stale is not None:
+            (self.folder / stale).unlink(missing_ok=True)
+
+    def _state(self) -> dict[str, Any] | None:
+        path = self.folder / _STATE
+        if not path.exists():
+            return None
+        state: dict[str, Any] = json.loads(path.read_text())
+        if state["key"] != self.key:
+            shutil.rmtree(self.folder)
+            return None
+        return state
+
+
+def _keep(
+    linear: Linear, arrays: dict[str, Array], comparisons: Mapping[str, Mapping[str, LowRank]]
+) -> dict[str, Any]:
+    weight = linear.compressed
+    assert weight is not None  # noqa: S101 - the caller keeps compressed linears only
+    arrays[f"{linear.name}/packed"] = weight.packed
+    arrays[f"{linear.name}/scales"] = weight.scales
+    if weight.zero_points is not None:
+        arrays[f"{linear.name}/zero_points"] = weight.zero_points
+    compared = {name: found[linear.name] for name, found in comparisons.items() if linear.name in found}
+    factors = compared if linear.factors is None else {"": linear.factors, **compared}
+    for name, low_rank in factors.items():
+        arrays[f"{linear.name}/lora_a/{name}"] = np.ascontiguousarray(low_rank.lora_a)
+        arrays[f"{linear.name}/lora_b/{name}"] = np.ascontiguousarray(low_rank.lora_b)
+    return {
+        "name": linear.name,
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "factors": list(factors),
+        "errors": linear.errors,
+        "notes": linear.notes,
+    }
+
+
+def _restore(
+    linear: Linear,
+    meta: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    comparisons: Mapping[str, dict[str, LowRank]],
+) -> None:
+    linear.quantize(
+        NBitsWeight(
+            packed=arrays[f"{linear.name}/packed"],  # type: ignore[arg-type]
+            scales=arrays[f"{linear.name}/scales"],  # type: ignore[arg-type]
+            zero_points=arrays.get(f"{linear.name}/zero_points"),  # type: ignore[arg-type]
+            bits=meta["bits"],
+            group_size=meta["group_size"],
+            in_features=linear.in_features,
+        )
+    )
+    for name in meta["factors"]:
+        factors = LowRank(
+            lora_a=arrays[f"{linear.name}/lora_a/{name}"],  # type: ignore[arg-type]
+            lora_b=arrays[f"{linear.name}/lora_b/{name}"],  # type: ignore[arg-type]
+        )
+        if name:
+            comparisons[name][linear.name] = factors
+        else:
+            linear.compensate(factors)
+    linear.errors.update(meta["errors"])
+    linear.notes.extend(meta["notes"])

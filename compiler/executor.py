@@ -1,0 +1,324 @@
+"""Run the graph up to one linear after another, with whatever weights the caller chooses.
+
+The graph is cut at its linears. What lies between them (norms, rotary embedding, attention,
+activation functions) is glue: it runs in ONNX Runtime sessions made from the graph's own nodes. The
+linears themselves are one NumPy product each. So calibration sees every linear's input, can change
+its weight, and goes on through the changed weight, in a single forward pass and without PyTorch.
+
+A node's *level* is the number of linears on the longest path to it. All glue of a level runs
+once the linears of the level below are done; linears of a level that share an input form a group.
+For a Llama block the levels are (q, k, v), (o), (gate, up), (down).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from eoracc.compiler.errors import ModelError
+from eoracc.compiler.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
+from eoracc.plugins.functions import local_function
+
+__all__ = ["Batch", "Executor", "make_batches"]
+
+Array = NDArray[np.generic]
+WeightOf = Callable[[Linear], NDArray[np.float32]]
+
+_INLINE_ELEMENTS = 16
+"""Initializers above this size are fed to a glue session: small ones are shapes and axes, which
+ONNX Runtime folds; large ones are weights, which differ from block to block."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """A batch of token windows and the values that are alive at the level reached.
+
+    Attributes:
+      attention_mask: ``int64 [batch, sequence]``, 0 for padding.
+      values: by value name; graph inputs at first.
+    """
+
+    attention_mask: NDArray[np.int64]
+    values: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def token_weights(self) -> NDArray[np.float32]:
+        """1 per token and 0 per padding, ``float32 [batch * sequence]``."""
+        return self.attention_mask.reshape(-1).astype(np.float32)
+
+
+def make_batches(
+    input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, size: int
+) -> list[Batch]:
+    """Cut windows ``[samples, sequence]`` into batches of at most ``size`` with their graph inputs."""
+    batches = []
+    for start in range(0, len(input_ids), size):
+        mask = attention_mask[start : start + size]
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        values: dict[str, Array] = {
+            "input_ids": input_ids[start : start + size],
+            "attention_mask": mask,
+            "position_ids": positions,
+        }
+        batches.append(Batch(mask, values))
+    return batches
+
+
+@dataclass(eq=False)
+class _Glue:
+    """The nodes of one level and the values that they take and must keep for later levels."""
+
+    nodes: list[ir.Node]
+    inputs: list[ir.Value]
+    outputs: list[ir.Value]
+    drop: list[str] = field(default_factory=list)
+
+
+class Executor:
+    """Runs one graph level by level. Build it again after a pass that changes the glue.
+
+    Attributes:
+      linears: all linears in execution order.
+      levels: groups of linears per level, in order.
+    """
+
+    def __init__(self, model: ir.Model, linears: Sequence[Linear] | None = None) -> None:
+        """Cut ``model`` at its linears (``linears`` where the caller has their view already)."""
+        self._model = model
+        self.linears = list(find_linears(model) if linears is None else linears)
+        self._past = {
+            value.name: _empty_past(value)
+            for value in model.graph.inputs
+            if str(value.name).startswith("past_key_values.")
+        }
+        levels = _levels(model.graph, self.linears)
+        last = max(levels.values(), default=0)
+        self.levels: list[list[LinearGroup]] = [[] for _ in range(last + 1)]
+        for linear in self.linears:
+            self._place(linear, levels[linear.node])
+        self._output_names = {linear: str(linear.node.outputs[0].name) for linear in self.linears}
+        self._input_names = {linear: str(linear.input.name) for linear in self.linears}
+        self._glue = self._cut(levels, last)
+        self._sessions: dict[bytes, ort.InferenceSession] = {}
+
+    @property
+    def head_level(self) -> int:
+        """The level of the last linear, the language model head."""
+        return max(i for i, groups in enumerate(self.levels) if groups)
+
+    def run_glue(self, level: int, batches: Iterable[Batch]) -> None:
+        """Compute what stands between the linears below ``level`` and those of ``level``."""
+        glue = self._glue[level]
+        session = self._session(glue) if glue.nodes else None
+        taken = [str(value.name) for value in glue.inputs]
+        fixed = {
+            str(value.name): np.ascontiguousarray(value.const_value.numpy())
+            for value in glue.inputs
+            if value.const_value is not None
+        }
+        names = [str(value.name) for value in glue.outputs]
+        for batch in batches:
+            if session is not None:
+                # The session's own names are positions, in the order of glue.inputs.
+                feeds = {
+                    port.name: fixed[name] if name in fixed else self._value(batch, name)
+                    for port, name in zip(session.get_inputs(), taken, strict=True)
+                }
+                batch.values.update(zip(names, session.run(None, feeds), strict=True))
+            for name in glue.drop:
+                batch.values.pop(name, None)
+
+    def run_group(self, group: LinearGroup, batches: Iterable[Batch], weight_of: WeightOf) -> None:
+        """Compute the outputs of a group's linears with the weights that ``weight_of`` gives."""
+        weights = [(self._output_names[linear], weight_of(linear)) for linear in group.linears]
+        name = self._input_names[group.linears[0]]
+        for batch in batches:
+            inputs = batch.values[name]
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            for output, weight in weights:
+                product = rows @ weight.T
+                batch.values[output] = product.reshape(*inputs.shape[:-1], -1)
+
+    def inputs_of(self, group: LinearGroup, batch: Batch) -> NDArray[np.float32]:
+        """The group's shared input in ``batch``, ``float32 [tokens, K]``."""
+        inputs = batch.values[self._input_names[group.linears[0]]]
+        return inputs.reshape(-1, inputs.shape[-1])  # type: ignore[return-value]
+
+    def run_to_head(self, batches: Sequence[Batch], weight_of: WeightOf) -> None:
+        """Run everything below the last linear, so that :meth:`head_input` is there."""
+        for level in range(self.head_level + 1):
+            self.run_glue(level, batches)
+            if level < self.head_level:
+                for group in self.levels[level]:
+                    self.run_group(group, batches, weight_of)
+
+    def head_input(self, batch: Batch) -> NDArray[np.float32]:
+        """What the head multiplies, ``float32 [batch, sequence, hidden]``."""
+        head = self.levels[self.head_level][-1].linears[-1]
+        return batch.values[self._input_names[head]]  # type: ignore[return-value]
+
+    def logits(self, hidden: NDArray[np.float32], weight: NDArray[np.float32]) -> Array:
+        """Logits ``[batch, sequence, vocabulary]`` of head inputs, glue behind the head included."""
+        head = self.levels[self.head_level][-1].linears[-1]
+        batch = Batch(np.ones(hidden.shape[:2], np.int64))
+        product = hidden.reshape(-1, hidden.shape[-1]) @ weight.T
+        batch.values[self._output_names[head]] = product.reshape(*hidden.shape[:-1], -1)
+        self.run_glue(self.head_level + 1, [batch])
+        return batch.values[str(self._model.graph.outputs[0].name)]
+
+    def _place(self, linear: Linear, level: int) -> None:
+        groups = self.levels[level]
+        for i, group in enumerate(groups):
+            if group.linears[0].input is linear.input:
+                groups[i] = LinearGroup((*group.linears, linear))
+                return
+        groups.append(LinearGroup((linear,)))
+
+    def _value(self, batch: Batch, name: str) -> Array:
+        past = self._past.get(name)
+        return batch.values[name] if past is None else past(len(batch.attention_mask))
+
+    def _cut(self, levels: Mapping[ir.Node, int], last: int) -> list[_Glue]:
+        graph = self._model.graph
+        of_linear = {linear.node for linear in self.linears}
+        # The Transpose of a tied head's embedding: weight_of() stands for what it makes.
+        operands = {linear.node.inputs[1].producer() for linear in self.linears}  # type: ignore[union-attr]
+        logits = graph.outputs[0]
+        # A value lives until the last level that reads it; the logits live on.
+        needed: dict[ir.Value, int] = {logits: last + 2}
+        nodes: dict[int, list[ir.Node]] = defaultdict(list)
+        for node in graph:
+            if node in of_linear:
+                value = node.inputs[0]
+                # A linear reads its input after the glue of its level has run.
+                readers = [(value, levels[node] + 1)]
+            elif node in operands:
+                continue
+            else:
+                nodes[levels[node]].append(node)
+                readers = [(value, levels[node]) for value in node.inputs]
+            for value, level in readers:
+                if value is not None:
+                    needed[value] = max(needed.get(value, 0), level)
+        glue = []
+        for level in range(last + 2):
+            members = nodes[level]
+            made = {output for node in members for output in node.outputs}
+            taken = dict.fromkeys(
+                value
+                for node in members
+                for value in node.inputs
+                if value is not None and value not in made and not _inlined(value)
+            )
+            kept = [v for n in members for v in n.outputs if needed.get(v, -1) > level]
+            dead = [str(v.name) for v, until in needed.items() if until == level]
+            glue.append(_Glue(members, list(taken), kept, dead))
+        return glue
+
+    def _session(self, glue: _Glue) -> ort.InferenceSession:
+        """A session for the level; blocks whose glue is alike share one, arena and all."""
+        proto = ir.to_proto(_standalone(glue, self._model)).SerializeToString(deterministic=True)
+        if proto not in self._sessions:
+            options = ort.SessionOptions()
+            # NumPy's BLAS threads take turns with the session's: neither may burn cycles waiting.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            options.log_severity_level = 3
+            try:
+                self._sessions[proto] = ort.InferenceSession(proto, options)
+            except Exception as error:
+                first, last = glue.nodes[0].name, glue.nodes[-1].name
+                raise ModelError(
+                    f"the nodes {first} … {last} cannot run in ONNX Runtime: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+        return self._sessions[proto]
+
+
+def _standalone(glue: _Glue, parent: ir.Model) -> ir.Model:
+    """The level as a model of its own, its values named by position and not by block."""
+    copies: dict[str, ir.Value] = {}
+
+    def copy(value: ir.Value) -> ir.Value:
+        # Looked up by name: compression may have replaced a value since the graph was cut.
+        name = str(value.name)
+        if name not in copies:
+            copies[name] = ir.Value(
+                name=f"v{len(copies)}",
+                type=value.type,
+                shape=value.shape,
+                const_value=value.const_value if _inlined(value) else None,
+            )
+        return copies[name]
+
+    inputs = [copy(value) for value in glue.inputs]
+    nodes = [
+        ir.Node(
+            node.domain,
+            node.op_type,
+            [None if value is None else copy(value) for value in node.inputs],
+            node.attributes.values(),
+            outputs=[copy(value) for value in node.outputs],
+            name=f"n{position}",
+        )
+        for position, node in enumerate(glue.nodes)
+    ]
+    functions = {}
+    for node in nodes:
+        if node.domain == FUSED_DOMAIN:
+            function = local_function(node)
+            node.overload = function.overload
+            functions[function.identifier()] = function
+    constants = dict.fromkeys(
+        copy(value)
+        for node in glue.nodes
+        for value in node.inputs
+        if value is not None and _inlined(value)
+    )
+    graph = ir.Graph(
+        inputs,
+        [copy(value) for value in glue.outputs],
+        nodes=nodes,
+        initializers=list(constants),
+        opset_imports=dict(parent.graph.opset_imports),
+        name="glue",
+    )
+    return ir.Model(graph, ir_version=parent.ir_version, functions=list(functions.values()))
+
+
+def _levels(graph: ir.Graph, linears: Sequence[Linear]) -> dict[ir.Node, int]:
+    """Number of linears on the longest path to each node (a linear does not count itself)."""
+    of_linear = {linear.node for linear in linears}
+    levels: dict[ir.Node, int] = {}
+    for node in graph:
+        level = 0
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None:
+                level = max(level, levels[producer] + (producer in of_linear))
+        levels[node] = level
+    return levels
+
+
+def _inlined(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.size <= _INLINE_ELEMENTS
+
+
+
+def _empty_past(value: ir.Value) -> Callable[[int], Array]:
+    shape = value.shape
+    if shape is None or value.dtype is None:
+        raise ModelError(f"input {value.name} has no shape: it cannot be fed an empty cache")
+    dims = [dim if isinstance(dim, int) else 0 for dim in shape]
+    dtype = value.dtype.numpy()
+
+    def empty(batch: int) -> Array:
+        return np.zeros((batch, *dims[1:]), dtype)
+
+    return empty

@@ -1,0 +1,107 @@
+"""Run consecutive layer passes over the graph in one forward sweep that can be resumed.
+
+At every group of linears the passes run in order (calibrate, quantize, compensate), then the
+forward pass goes on through the weights they left. One pass over the calibration text therefore
+gives every layer statistics through the prefix as it really will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.compiler.checkpoint import SweepCheckpoint
+from eoracc.compiler.executor import Batch, Executor
+from eoracc.compiler.linears import Linear, LinearGroup
+from eoracc.compiler.progress import Progress
+from eoracc.passes.base import LayerPass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.gram import Gram
+from eoracc.plugins.operands import LowRank
+
+__all__ = ["Comparator", "Comparisons", "run_sweep"]
+
+Comparator = Callable[[Linear, Gram | None, int], LowRank]
+"""Solves for factors of a given rank without touching the graph."""
+
+Comparisons = dict[str, dict[str, LowRank]]
+"""Factors that are scored but not shipped: by comparator, then by linear name."""
+
+
+def run_sweep(
+    executor: Executor,
+    passes: Sequence[LayerPass],
+    batches: list[Batch],
+    *,
+    comparators: Mapping[str, Comparator],
+    checkpoint: SweepCheckpoint,
+    progress: Progress,
+) -> Comparisons:
+    """Apply ``passes`` to every group of linears, in execution order.
+
+    Args:
+      executor: cut from the graph that the passes change.
+      passes: in the order of model.yaml.
+      batches: the calibration windows; empty where no pass is ``calibrate``.
+      comparators: further compensation solvers, run at the rank that each linear was given.
+      checkpoint: where finished blocks are kept; blocks that it holds are taken from it.
+      progress: shown one step per group.
+
+    Returns:
+      The comparators' factors.
+    """
+    calibrate = next((p for p in passes if isinstance(p, Calibrate)), None)
+    comparisons: Comparisons = {name: {} for name in comparators}
+    groups = [(level, group) for level, found in enumerate(executor.levels) for group in found]
+    resumed = checkpoint.resume(executor.linears, batches, comparisons)
+    with progress.phase("compress", len(groups)) as phase:
+        for position, (level, group) in enumerate(groups):
+            if position < resumed:
+                phase.advance()
+                continue
+            if calibrate is not None and (position == 0 or groups[position - 1][0] != level):
+                executor.run_glue(level, batches)
+            originals = None
+            if calibrate is not None:
+                group.activations = _activations(executor, group, batches)
+                if calibrate.through == "original":
+                    originals = {linear: linear.weight() for linear in group.linears}
+            for layer_pass in passes:
+                layer_pass.requires(group)
+                layer_pass.call(group)
+            _compare(group, comparators, comparisons)
+            last = position + 1 == len(groups)
+            if calibrate is not None and not last:
+                executor.run_group(
+                    group, batches, Linear.effective_weight if originals is None else originals.get
+                )
+            group.activations = group.gram = None
+            if not last and _block(groups[position + 1][1]) != _block(group):
+                checkpoint.save(position + 1, executor.linears, batches, comparisons)
+            phase.advance(f"block {_block(group)}")
+    return comparisons
+
+
+def _activations(
+    executor: Executor, group: LinearGroup, batches: Sequence[Batch]
+) -> Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]:
+    def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        for batch in batches:
+            yield executor.inputs_of(group, batch), batch.token_weights
+
+    return activations
+
+
+def _compare(
+    group: LinearGroup, comparators: Mapping[str, Comparator], comparisons: Comparisons
+) -> None:
+    for name, solve in comparators.items():
+        for linear in group.linears:
+            if linear.factors is not None:
+                comparisons[name][linear.name] = solve(linear, group.gram, linear.factors.rank)
+
+
+def _block(group: LinearGroup) -> int | None:
+    return group.linears[0].block
