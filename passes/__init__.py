@@ -1,0 +1,14 @@
+"""The passes: one module each, registered with :func:`eoracc.passes.base.register`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+__all__ = ["load_passes"]
+
+
+def load_passes() -> None:
+    """Import every module of this package, so that every pass is registered."""
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        importlib.import_module(module.name)

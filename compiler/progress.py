@@ -1,0 +1,175 @@
+"""Progress of a build: phases with a known number of steps.
+
+A phase is a context; the work inside calls :meth:`Phase.advance` once a step::
+
+    with progress.phase("compress", len(groups)) as phase:
+        for group in groups:
+            ...
+            phase.advance(f"block {group.block}")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["ConsoleProgress", "Phase", "PhaseTime", "Progress", "SilentProgress"]
+
+_SPARSE_SECONDS = 10.0
+"""Where no terminal shows a bar, at most one line per phase in so many seconds."""
+
+
+class Phase(Protocol):
+    """A running phase."""
+
+    def advance(self, note: str = "") -> None:
+        """One step is done; ``note`` says which, ``block 3``."""
+
+
+class Progress(Protocol):
+    """What the compiler tells of its progress."""
+
+    def phase(self, name: str, total: int) -> AbstractContextManager[Phase]:
+        """Begin a phase of ``total`` steps; leaving the context ends it."""
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """What one phase took.
+
+    Attributes:
+      name: the phase.
+      wall_s: seconds on the clock.
+      cpu_s: seconds of processor time of this process, all threads.
+    """
+
+    name: str
+    wall_s: float
+    cpu_s: float
+
+
+class _SilentPhase:
+    def advance(self, note: str = "") -> None:
+        del note
+
+
+class SilentProgress:
+    """Shows nothing and only measures: for ``--json``, libraries and tests.
+
+    Attributes:
+      times: finished phases in order.
+    """
+
+    def __init__(self) -> None:
+        self.times: list[PhaseTime] = []
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Phase]:
+        """See :meth:`Progress.phase`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        with self._show(name, total) as phase:
+            yield phase
+        self.times.append(PhaseTime(name, time.perf_counter() - wall, time.process_time() - cpu))
+
+    def _show(self, name: str, total: int) -> AbstractContextManager[Phase]:
+        del name, total
+        return _Plain(_SilentPhase())
+
+
+class ConsoleProgress(SilentProgress):
+    """A rich bar with the time left on a terminal; a few plain lines anywhere else."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    @override
+    def _show(self, name: str, total: int) -> AbstractContextManager[Phase]:
+        if self._console.is_terminal:
+            return _bar(self._console, name, total)
+        return _lines(self._console, name, total)
+
+
+class _Plain(AbstractContextManager[Phase]):
+    """A context without an end of its own."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+
+    @override
+    def __enter__(self) -> Phase:
+        return self._phase
+
+    @override
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+
+@contextmanager
+def _bar(console: Console, name: str, total: int) -> Iterator[Phase]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with RichProgress(*columns, console=console) as bars:
+        task = bars.add_task(name, total=total, note="")
+
+        class _Bar:
+            def advance(self, note: str = "") -> None:
+                bars.update(task, advance=1, note=note)
+
+        yield _Bar()
+        bars.update(task, note="")
+
+
+@contextmanager
+def _lines(console: Console, name: str, total: int) -> Iterator[Phase]:
+    begun = time.monotonic()
+    console.print(f"{name}: {total} steps", highlight=False)
+
+    class _Lines:
+        done = 0
+        shown = begun
+
+        def advance(self, note: str = "") -> None:
+            self.done += 1
+            now = time.monotonic()
+            if now - self.shown < _SPARSE_SECONDS or self.done >= total:
+                return
+            self.shown = now
+            left = (now - begun) / self.done * (total - self.done)
+            at = f" ({note})" if note else ""
+            console.print(
+                f"{name}: {self.done}/{total}{at}, about {left:.0f} s left", highlight=False
+            )
+
+    yield _Lines()
+    console.print(f"{name}: done in {time.monotonic() - begun:.1f} s", highlight=False)

@@ -1,0 +1,397 @@
+"""Text to windows of tokens, for calibration and for held-out evaluation."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.compiler.config import BuildConfig, TextConfig
+from eoracc.compiler.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Windows", "calibration_windows", "evaluation_windows", "load_windows"]
+
+_CHARACTERS_PER_TOKEN = 6
+"""First guess at how much text holds the tokens that are asked for; doubled until it does."""
+
+_MARGIN = 64
+"""Last tokens of a cut text, thrown away: what follows the cut could have changed them.
+
+Tokenizers decide within a word, or a run of blanks, and its neighbours, never far ahead.
+"""
+
+_SEPARATOR = "\n\n"
+"""Between documents that are packed, and between the documents of a plain text file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Equally long rows of tokens.
+
+    Attributes:
+      input_ids: ``int64 [S, L]``.
+      attention_mask: ``int64 [S, L]``, 1 for text, 0 for padding (on the right).
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are text."""
+        return int(self.attention_mask.sum())
+
+
+def calibration_windows(
+    config: BuildConfig, tokenizer: PreTrainedTokenizerBase, *, config_dir: Path
+) -> Windows:
+    """The windows that ``calibration`` asks for; random ones stay clear of held-out text."""
+    calibration = config.calibration
+    assert calibration is not None  # noqa: S101 - the pass that asks needs it, load_config checks
+    held_out = config.verify.offset_tokens if config.verify.text is None else None
+    return load_windows(
+        calibration,
+        tokenizer,
+        config_dir=config_dir,
+        samples=calibration.samples,
+        sequence_length=calibration.sequence_length,
+        seed=calibration.seed,
+        layout=calibration.layout,
+        limit_tokens=held_out if calibration.seed is not None else None,
+    )
+
+
+def evaluation_windows(
+    config: BuildConfig, tokenizer: PreTrainedTokenizerBase, *, config_dir: Path
+) -> Windows:
+    """Held-out windows: in the calibration text, by default, what follows its windows."""
+    verify, calibration = config.verify, config.calibration
+    offset, skipped = verify.offset_tokens or 0, 0
+    if verify.text is None and verify.offset_tokens is None and calibration is not None:
+        if calibration.layout == "padding":
+            skipped = calibration.samples
+        else:
+            offset = calibration.samples * calibration.sequence_length
+    return load_windows(
+        config.verify_text(),
+        tokenizer,
+        config_dir=config_dir,
+        samples=verify.windows,
+        sequence_length=verify.window_length,
+        offset_tokens=offset,
+        skip_documents=skipped,
+        advice="verify.windows or verify.offset_tokens",
+    )
+
+
+def load_windows(
+    spec: TextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config_dir: Path,
+    samples: int,
+    sequence_length: int,
+    seed: int | None = None,
+    layout: Literal["packing", "padding"] = "packing",
+    offset_tokens: int = 0,
+    limit_tokens: int | None = None,
+    skip_documents: int = 0,
+    advice: str = "calibration.samples",
+) -> Windows:
+    """Tokenize text into windows.
+
+    No special tokens are added but one: where the tokenizer begins a text with BOS (Gemma does,
+    and is lost without), so does every window.
+
+    Args:
+      spec: where the text is.
+      tokenizer: the model's.
+      config_dir: what a relative ``spec.text`` is relative to.
+      samples: ``S``.
+      sequence_length: ``L``.
+      seed: None takes the first windows (or documents) in order, a number random ones.
+      layout: ``packing`` cuts the text into contiguous windows without padding; ``padding`` puts
+        one document a window, cut or padded on the right.
+      offset_tokens: packing: tokens to skip first.
+      limit_tokens: packing: tokens, from the start of the text, that may be used at most.
+      skip_documents: documents to skip first. A plain text file's are parted by blank lines for
+        padding, and it is one document for packing.
+      advice: the setting to lower where the text is too short.
+
+    Raises:
+      DataError: the text is missing, damaged, empty or too short.
+    """
+    found = _documents(
+        spec,
+        tokenizer,
+        config_dir,
+        split_text=layout == "padding" or skip_documents > 0,
+        separator=_SEPARATOR if layout == "packing" else "",
+    )
+    documents = islice(found, skip_documents, None)
+    bos = _bos(tokenizer)
+    room = sequence_length - len(bos)
+    if layout == "padding":
+        rows = _rows(documents, tokenizer, room)
+        chosen = _choose(spec, rows, samples, seed, "documents", advice)
+    else:
+        chosen = _pack(
+            spec, documents, tokenizer, samples, room, seed, offset_tokens, limit_tokens, advice
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = np.full((samples, sequence_length), pad, np.int64)
+    mask = np.zeros((samples, sequence_length), np.int64)
+    for index, row in enumerate(chosen):
+        tokens = [*bos, *row]
+        ids[index, : len(tokens)] = tokens
+        mask[index, : len(tokens)] = 1
+    return Windows(ids, mask)
+
+
+def _pack(
+    spec: TextConfig,
+    documents: Iterator[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    room: int,
+    seed: int | None,
+    offset: int,
+    limit: int | None,
+    advice: str,
+) -> list[list[int]]:
+    needed = offset + samples * room
+    # Random windows come from all of the text; the first ones need only its beginning.
+    wanted = needed if seed is None else limit
+    tokens = _first_tokens(documents, tokenizer, wanted)[:limit]
+    if not tokens:
+        raise DataError(f"{spec.text}: is empty: give a text")
+    if len(tokens) < needed:
+        where = "holds" if limit is None else "may give calibration, before the held-out part,"
+        raise DataError(
+            f"{spec.text}: {where} {len(tokens)} tokens, {needed} are needed: "
+            f"give more text or lower {advice}"
+        )
+    starts = range(offset, len(tokens) - room + 1, room)
+    chosen = _choose(spec, starts, samples, seed, "windows", advice)
+    return [tokens[start : start + room] for start in chosen]
+
+
+def _choose(
+    spec: TextConfig,
+    items: Any,
+    samples: int,
+    seed: int | None,
+    unit: str,
+    advice: str,
+) -> list[Any]:
+    """The first ``samples`` of ``items``, or random ones, in the order of the text."""
+    available = list(items if seed is not None else islice(items, samples))
+    if not available:
+        raise DataError(f"{spec.text}: is empty: give a text")
+    if len(available) < samples:
+        raise DataError(
+            f"{spec.text}: holds {len(available)} {unit}, {samples} are needed: "
+            f"give more text or lower {advice}"
+        )
+    if seed is None:
+        return available
+    picked = np.random.default_rng(seed).choice(len(available), samples, replace=False)
+    return [available[index] for index in sorted(picked)]
+
+
+def _rows(
+    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, room: int
+) -> Iterator[list[int]]:
+    for document in documents:
+        # A document may be a book; a window never needs all of it.
+        tokens = _first_tokens(iter([document]), tokenizer, room)[:room]
+        if tokens:
+            yield tokens
+
+
+def _first_tokens(
+    pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None
+) -> list[int]:
+    """At least the first ``wanted`` tokens of the joined pieces; all of them for None.
+
+    Equal to tokenizing everything and cutting, but reads and tokenizes only what is needed.
+    """
+    text, ended = "", False
+    target = None if wanted is None else max(wanted + _MARGIN, 1) * _CHARACTERS_PER_TOKEN
+    parts: list[str] = []
+    size = 0
+    while True:
+        while not ended and (target is None or size <= target):
+            piece = next(pieces, None)
+            if piece is None:
+                ended = True
+            else:
+                parts.append(piece)
+                size += len(piece)
+        text = "".join(parts)
+        whole = ended and (target is None or size <= target)
+        tokens = _encode(tokenizer, text if whole else text[:target])
+        if whole:
+            return tokens
+        if wanted is not None and len(tokens) - _MARGIN >= wanted:
+            return tokens[:-_MARGIN]
+        assert target is not None  # noqa: S101 - everything is read at once for None
+        target *= 2
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if not text:
+        return []
+    # verbose=False: a text longer than the model's context is no mistake here.
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text: ``[bos]`` or nothing."""
+    bos = tokenizer.bos_token_id
+    first = list(tokenizer("a")["input_ids"])[:1]
+    return [int(bos)] if bos is not None and first == [bos] else []
+
+
+def _documents(
+    spec: TextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config_dir: Path,
+    *,
+    split_text: bool,
+    separator: str,
+) -> Iterator[str]:
+    """Documents of ``spec``, each followed by ``separator``; a plain text unsplit in pieces."""
+    path = config_dir / Path(spec.text).expanduser()
+    if path.is_file() and path.suffix != ".jsonl":
+        for key in ("field", "messages", "split"):
+            if getattr(spec, key) is not None:
+                raise DataError(
+                    f"{spec.text}: is a plain text and has no '{key}': remove it from model.yaml"
+                )
+        if split_text:
+            yield from (paragraph + separator for paragraph in _paragraphs(path))
+        else:
+            yield from _pieces(path)
+        return
+    if path.is_file():
+        records = _jsonl(path)
+    elif path.is_dir() or _may_be_dataset_id(spec.text):
+        records = _dataset(spec, path)
+    else:
+        raise DataError(
+            f"{spec.text}: there is no such text: give a file, a data set folder or a hub id"
+        )
+    for where, record in records:
+        text = _record_text(spec, where, record, tokenizer)
+        # A chat template ends its last turn itself.
+        yield text if spec.messages is not None else text + separator
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    with _reading(path) as file:
+        while piece := file.read(1 << 20):
+            yield piece
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    with _reading(path) as file:
+        for blank, lines in groupby(file, key=lambda line: not line.strip()):
+            if not blank:
+                yield "".join(lines).rstrip("\n")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text: convert it to UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with _reading(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: is not JSON: {error.msg}") from None
+            yield f"{path}:{number}", record
+
+
+def _may_be_dataset_id(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).suffix
+
+
+def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ModuleNotFoundError:
+        raise DataError(
+            f"{spec.text}: data sets need the package 'datasets': pip install datasets"
+        ) from None
+    split = spec.split or "train"
+    try:
+        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
+        if saved:
+            loaded = datasets.load_from_disk(str(path))
+            rows = loaded[split] if (path / "dataset_dict.json").exists() else loaded
+        else:
+            source = str(path) if path.is_dir() else spec.text
+            rows = datasets.load_dataset(source, split=split, streaming=True)
+    except Exception as error:  # the package raises whatever its file systems and readers raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{spec.text}: split '{split}' of this data set cannot be loaded: {reason}"
+        ) from error
+    for number, record in enumerate(rows):
+        yield f"{spec.text}, record {number}", record
+
+
+def _record_text(
+    spec: TextConfig, where: str, record: Any, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: must be a JSON object with a field of text")
+    key = spec.messages or spec.field or "text"
+    if key not in record:
+        option = "messages" if spec.messages else "field"
+        raise DataError(
+            f"{where}: has no field '{key}', only {', '.join(map(str, record))}: set '{option}'"
+        )
+    value = record[key]
+    if spec.messages is None:
+        if not isinstance(value, str):
+            raise DataError(
+                f"{where}: field '{key}' is no text: set 'field', or 'messages' for chat"
+            )
+        return value
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where}: the model's tokenizer has no chat template for '{key}': use 'field' with text"
+        )
+    try:
+        text = str(tokenizer.apply_chat_template(value, tokenize=False))
+    except Exception as error:  # templates raise their own complaints, through jinja's classes
+        raise DataError(
+            f"{where}: field '{key}' does not fit the chat template: {error}"
+        ) from error
+    # Windows begin with BOS already where the tokenizer has one.
+    return text.removeprefix(tokenizer.bos_token) if _bos(tokenizer) else text

@@ -1,0 +1,197 @@
+"""YAML read with the line of every node, so that an error can name where it stands."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eoracc.compiler.errors import ConfigError
+
+__all__ = ["Document", "KeyPath", "dotted", "suggest"]
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands: ``("passes", 2, "eora", "rank")``."""
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """``passes.2.eora.rank``, as ``--set`` takes it."""
+    return ".".join(str(part) for part in path)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` where something known is near, else the list of what is known.
+
+    >>> suggest("smaples", ["samples", "seed"])
+    "did you mean 'samples'?"
+    >>> suggest("foo", ["samples", "seed"])
+    'known here: samples, seed'
+    """
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known) or 'nothing'}"
+
+
+@dataclass
+class Document:
+    """A YAML file as plain data.
+
+    Attributes:
+      path: the file, for messages.
+      data: the top-level mapping.
+      lines: the line, counted from 1, of every key and list item.
+      overrides: what ``--set`` changed, by path, as it was written on the command line.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    lines: dict[KeyPath, int]
+    overrides: dict[KeyPath, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Document:
+        """Read ``path``.
+
+        Raises:
+          ConfigError: it cannot be read, is no YAML mapping, or has a key twice.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no such file: give a model.yaml") from None
+        except IsADirectoryError:
+            raise ConfigError(f"{path}: is a folder: give the model.yaml in it") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[KeyPath, int] = {}
+            if isinstance(node, yaml.Node):
+                _walk(path, node, (), lines, frozenset())
+            data = None if node is None else loader.construct_document(node)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            at = f":{mark.line + 1}" if mark else ""
+            raise ConfigError(f"{path}{at}: is not valid YAML: {error.problem}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+        finally:
+            loader.dispose()
+        if data is None:
+            raise ConfigError(f"{path}: is empty: give at least model, passes and output")
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}:1: must be a mapping of keys to values")
+        return cls(path, data, lines)
+
+    def where(self, path: KeyPath) -> str:
+        """``model.yaml:12``, or ``--set x=y`` where the command line put the value there."""
+        noted = self._noted(path)
+        if noted in self.overrides:
+            return f"--set {self.overrides[noted]}"
+        return f"{self.path}:{self.lines[noted]}" if noted else str(self.path)
+
+    def line(self, path: KeyPath) -> int:
+        """The line that ``path`` stands in, 0 for the command line and the file as a whole."""
+        return self.lines.get(self._noted(path), 0)
+
+    def _noted(self, path: KeyPath) -> KeyPath:
+        """The longest beginning of ``path`` whose place is known."""
+        ends = range(len(path), 0, -1)
+        known = (path[:end] for end in ends)
+        return next((p for p in known if p in self.overrides or p in self.lines), ())
+
+    def override(self, assignment: str) -> None:
+        """Apply one ``path=value``; the value is YAML.
+
+        A list item is named by its position, or, where it is a one-key mapping as passes are, by
+        that key: ``passes.2.eora.rank`` or ``passes.eora.rank``.
+
+        Raises:
+          ConfigError: the text is no assignment or its path leads nowhere.
+        """
+        target, equals, text = assignment.partition("=")
+        parts = [part.strip() for part in target.split(".")]
+        if not equals or not all(parts):
+            raise ConfigError(f"--set {assignment}: give it as path=value, calibration.samples=16")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
+        parent: Any = self.data
+        path: KeyPath = ()
+        while True:
+            key: str | int = parts.pop(0)
+            if isinstance(parent, list):
+                index, named = self._item(assignment, parent, str(key), path)
+                if named:  # go to the item first, then into it by its key
+                    parts.insert(0, str(key))
+                if parts and isinstance(parent[index], str):
+                    parent[index] = {parent[index]: None}
+                key = index
+            elif not isinstance(parent, dict):
+                raise ConfigError(
+                    f"--set {assignment}: '{dotted(path)}' is a single value and has no '{key}'"
+                )
+            path = (*path, key)
+            if not parts:
+                break
+            if isinstance(parent, dict) and parent.get(key) is None:
+                parent[key] = {}
+            parent = parent[key]
+        parent[key] = value
+        self.overrides[path] = assignment
+
+    @staticmethod
+    def _item(assignment: str, items: Sequence[Any], part: str, path: KeyPath) -> tuple[int, bool]:
+        """Position of the item that ``part`` names, and whether it named it by its key."""
+        if part.isdigit():
+            if int(part) < len(items):
+                return int(part), False
+            raise ConfigError(
+                f"--set {assignment}: '{dotted(path)}' has {len(items)} items, counted from 0"
+            )
+        names = [next(iter(item), "") if isinstance(item, dict) else str(item) for item in items]
+        found = [index for index, name in enumerate(names) if name == part]
+        if not found:
+            raise ConfigError(
+                f"--set {assignment}: '{dotted(path)}' has no '{part}': {suggest(part, names)}"
+            )
+        if len(found) > 1:
+            places = " or ".join(dotted((*path, index, part)) for index in found)
+            raise ConfigError(f"--set {assignment}: '{part}' stands there twice: say {places}")
+        return found[0], True
+
+
+def _walk(
+    file: Path, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], open_: frozenset[int]
+) -> None:
+    """Note the line of everything under ``node`` and refuse a key that stands twice."""
+    if id(node) in open_:
+        raise ConfigError(f"{file}:{node.start_mark.line + 1}: an alias that contains itself")
+    inside = open_ | {id(node)}
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{file}:{line}: a key must be a single word")
+            key = key_node.value
+            if key in seen:
+                raise ConfigError(
+                    f"{file}:{line}: {dotted((*path, key))}: stands twice, first in line "
+                    f"{seen[key]}: keep one"
+                )
+            seen[key] = line
+            lines[(*path, key)] = line
+            _walk(file, value_node, (*path, key), lines, inside)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*path, index)] = item.start_mark.line + 1
+            _walk(file, item, (*path, index), lines, inside)
