@@ -1,0 +1,117 @@
+"""genai_config.json: how onnxruntime-genai feeds a lowered decoder and searches with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+__all__ = ["genai_config", "read_generation_config"]
+
+
+def genai_config(
+    config: PretrainedConfig,
+    model: ir.Model,
+    *,
+    generation: GenerationConfig | None = None,
+    filename: str = "model.onnx",
+    custom_ops_library: str | None = None,
+) -> dict[str, Any]:
+    """The content of genai_config.json.
+
+    Args:
+      config: the checkpoint's transformers configuration.
+      model: the lowered graph; which inputs it has and whether it shares its cache buffer decides.
+      generation: the checkpoint's search defaults, see :func:`read_generation_config`.
+      filename: the model, relative to the artifact.
+      custom_ops_library: the native library, relative to the artifact; None runs without one.
+
+    Returns:
+      A dictionary that JSON can hold.
+    """
+    session_options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if custom_ops_library is not None:
+        session_options["custom_ops_library"] = custom_ops_library
+    inputs = {str(value.name): str(value.name) for value in model.graph.inputs}
+    names = {name: name for name in inputs if not name.startswith("past_key_values.")}
+    head_size = next(
+        value.shape[3]
+        for value in model.graph.inputs
+        if value.name == "past_key_values.0.key" and value.shape is not None
+    )
+    section: dict[str, Any] = {
+        "type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        **_special_tokens(config, generation),
+        "decoder": {
+            "session_options": session_options,
+            "filename": filename,
+            "head_size": head_size,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_key_value_heads": config.num_key_value_heads,
+            "inputs": {
+                **names,
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    }
+    return {"model": section, "search": _search(config, model, generation)}
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The checkpoint's generation_config.json, None where it has none."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder)
+
+
+def _special_tokens(config: Any, generation: Any) -> dict[str, Any]:
+    tokens = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(generation, name, None)
+        tokens[name] = getattr(config, name, None) if token is None else token
+    if tokens["pad_token_id"] is None:
+        # genai wants one; a batch is padded with the end token where the checkpoint names none.
+        ends = tokens["eos_token_id"]
+        tokens["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _search(config: Any, model: ir.Model, generation: Any) -> dict[str, Any]:
+    attentions = {node.op_type for node in model.graph} & {"Attention", "GroupQueryAttention"}
+    defaults = {
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+    }
+    search: dict[str, Any] = {}
+    for name, default in defaults.items():
+        value = getattr(generation, name, None)
+        search[name] = default if value is None else value
+    return {
+        **search,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "min_length": 0,
+        "max_length": config.max_position_embeddings,
+        "early_stopping": True,
+        # Only the fused op writes into the buffer that it reads its past from.
+        "past_present_share_buffer": attentions == {"GroupQueryAttention"},
+    }
