@@ -1,0 +1,64 @@
+"""ONNX Runtime, imported when it is first needed: its CPU and GPU builds exclude each other."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from eoracc.runtime.errors import ArtifactError, BackendError
+
+__all__ = ["CONFIG_FILE", "Decoder", "import_backend", "read_decoder"]
+
+CONFIG_FILE = "genai_config.json"
+
+
+def import_backend(name: str) -> ModuleType:
+    """Import ``onnxruntime`` or ``onnxruntime_genai``.
+
+    Raises:
+      BackendError: it is not installed; the text says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        problem = "is not installed" if error.name == name else f"cannot be loaded ({error})"
+        raise BackendError(
+            f"{package} {problem}: pip install 'eoracc[cpu]' (or 'eoracc[gpu]')"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where an artifact keeps its model.
+
+    Attributes:
+      model: the ONNX file.
+      library: the native library with the fused op's kernel; None where there is none.
+    """
+
+    model: Path
+    library: Path | None
+
+
+def read_decoder(folder: Path) -> Decoder:
+    """Read from genai_config.json what ONNX Runtime must load.
+
+    Raises:
+      ArtifactError: the file is missing or damaged.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
+        model = str(decoder["filename"])
+        library = decoder.get("session_options", {}).get("custom_ops_library")
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(
+            f"{path}: does not describe a decoder: build the artifact again"
+        ) from None
+    return Decoder(folder / model, None if library is None else folder / str(library))

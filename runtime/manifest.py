@@ -1,0 +1,222 @@
+"""manifest.json: what an artifact is made of, and whether it still is.
+
+Every file of the artifact is listed with its sha256 and size, and nothing is loaded, the native
+library least of all, before every byte has been compared. The same inputs give the same bytes in
+every file but two: report.json tells what the build took, and manifest.json holds report.json's
+hash. :attr:`Manifest.digest` covers all files but the report, so it names what was built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from eoracc.runtime.errors import ArtifactError
+
+__all__ = [
+    "MANIFEST_FILE",
+    "REPORT_FILE",
+    "SCHEMA_VERSION",
+    "FileEntry",
+    "Manifest",
+    "describe_folder",
+    "read_manifest",
+    "verify_manifest",
+]
+
+MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.json"
+SCHEMA_VERSION = 1
+
+_FORMAT = "eoracc artifact"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact.
+
+    Attributes:
+      sha256: of its content, hexadecimal.
+      size: in bytes.
+    """
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says.
+
+    Attributes:
+      files: every other file of the artifact by its path in it, with forward slashes.
+      source: the checkpoint: ``model`` as configured and ``digest`` over its weights.
+      config: the resolved model.yaml.
+      packages: versions of the packages that the build used.
+      parity: figures of the parity gate, empty where it was turned off.
+      digest: sha256 over the paths and hashes of all files but report.json.
+    """
+
+    files: Mapping[str, FileEntry]
+    source: Mapping[str, str]
+    config: Mapping[str, Any]
+    packages: Mapping[str, str]
+    parity: Mapping[str, Any]
+    digest: str
+
+    @classmethod
+    def of(
+        cls,
+        files: Mapping[str, FileEntry],
+        *,
+        source: Mapping[str, str],
+        config: Mapping[str, Any],
+        packages: Mapping[str, str],
+        parity: Mapping[str, Any],
+    ) -> Manifest:
+        """The manifest of ``files``, its digest computed."""
+        files = dict(sorted(files.items()))
+        return cls(files, source, config, packages, parity, _digest(files))
+
+    def to_json(self) -> str:
+        """The text of manifest.json: equal manifests give equal texts."""
+        content = {"format": _FORMAT, "schema": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def describe_folder(folder: Path) -> dict[str, FileEntry]:
+    """Hash every file under ``folder`` but the manifest, sorted by path.
+
+    Raises:
+      ArtifactError: there is something else than plain files and folders.
+    """
+    return {name: _describe(folder / name) for name in _listing(folder) if name != MANIFEST_FILE}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json itself; no other file is looked at.
+
+    Raises:
+      ArtifactError: ``folder`` is no artifact, or its manifest is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: there is no such folder: give an artifact's folder")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{folder}: has no {MANIFEST_FILE}, so it is no eoracc artifact: build one"
+        ) from None
+    except (OSError, ValueError):
+        raise ArtifactError(f"{path}: cannot be read as JSON: build the artifact again") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ArtifactError(f"{path}: is not the manifest of an eoracc artifact")
+    if content.get("schema") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: has schema {content.get('schema')}, this eoracc reads {SCHEMA_VERSION}: "
+            "use the eoracc that built it, or build again"
+        )
+    try:
+        files = {
+            str(name): FileEntry(str(entry["sha256"]), int(entry["size"]))
+            for name, entry in content["files"].items()
+        }
+        sections = {key: dict(content[key]) for key in ("source", "config", "packages", "parity")}
+        digest = str(content["digest"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
+    for name in files:
+        if not _is_inside(name):
+            raise ArtifactError(
+                f"{path}: lists '{name}', which leaves the folder: do not trust this artifact"
+            )
+    if digest != _digest(files):
+        raise ArtifactError(f"{path}: its digest does not fit its files: build the artifact again")
+    return Manifest(files=files, digest=digest, **sections)
+
+
+def verify_manifest(folder: Path) -> Manifest:
+    """Compare every byte of the artifact in ``folder`` with its manifest.
+
+    Returns:
+      The manifest, which holds.
+
+    Raises:
+      ArtifactError: a file is missing, changed, not listed, or not inside the folder.
+    """
+    manifest = read_manifest(folder)
+    present = set(_listing(folder)) - {MANIFEST_FILE}
+    for name in sorted(manifest.files.keys() - present):
+        raise ArtifactError(f"{folder / name}: is missing: copy or build the artifact again")
+    for name in sorted(present - manifest.files.keys()):
+        raise ArtifactError(
+            f"{folder / name}: is not listed in {MANIFEST_FILE}: remove it, it is no part of "
+            "the artifact"
+        )
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if (size := path.stat().st_size) != entry.size:
+            raise ArtifactError(
+                f"{path}: has {size} bytes where {MANIFEST_FILE} says {entry.size}: "
+                "copy or build the artifact again"
+            )
+        if _describe(path).sha256 != entry.sha256:
+            raise ArtifactError(
+                f"{path}: its content is not what {MANIFEST_FILE} says: "
+                "copy or build the artifact again"
+            )
+    return manifest
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+        and str(path) == name
+    )
+
+
+def _listing(folder: Path) -> list[str]:
+    """Paths of all files, sorted; symbolic links that leave the folder are refused."""
+    root = folder.resolve()
+    names = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise ArtifactError(
+                f"{path}: is a link that leaves the folder: do not trust this artifact"
+            )
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise ArtifactError(f"{path}: is neither a file nor a folder: remove it")
+        names.append(path.relative_to(folder).as_posix())
+    return names
+
+
+def _describe(path: Path) -> FileEntry:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    return FileEntry(digest.hexdigest(), size)
+
+
+def _digest(files: Mapping[str, FileEntry]) -> str:
+    digest = hashlib.sha256()
+    for name, entry in sorted(files.items()):
+        if name != REPORT_FILE:
+            digest.update(f"{entry.sha256}  {name}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,269 @@
+"""An artifact in plain ONNX Runtime: logits and a key/value cache, in NumPy.
+
+This is the form that parity is checked in and that servers build on; :mod:`eoracc.runtime.model`
+generates text. Rows of a batch are padded on the right: the fused attention counts the ones of the
+mask and takes them to be the first positions of a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.runtime.backend import import_backend, read_decoder
+from eoracc.runtime.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["Cache", "Session", "open_linears", "open_session"]
+
+Cache = Mapping[str, NDArray[np.generic]]
+"""Keys and values by input name, ``past_key_values.<i>.key|value``: ``[B, heads, P, head]``."""
+
+_PAST = "past_key_values."
+_PRESENT = "present."
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+_ERRORS_ONLY = 3
+
+
+class Session:
+    """A decoder in ONNX Runtime."""
+
+    def __init__(self, inference: Any) -> None:  # noqa: ANN401 - onnxruntime has no types
+        self._inference = inference
+        inputs = {value.name: value for value in inference.get_inputs()}
+        self._needs_positions = "position_ids" in inputs
+        self._empty = {
+            name: (_DTYPES[value.type], value.shape)
+            for name, value in inputs.items()
+            if name.startswith(_PAST)
+        }
+        self._outputs = [value.name for value in inference.get_outputs()]
+
+    def run(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        past: Cache | None = None,
+    ) -> tuple[NDArray[np.generic], Cache]:
+        """One call of the model.
+
+        Args:
+          input_ids: ``[B, S]``, the tokens after the past.
+          attention_mask: ``[B, P + S]``, past included, padded on the right; None means all ones.
+          past: what the call before returned; None at the beginning.
+
+        Returns:
+          Logits ``[B, S, V]`` and the cache, grown by S.
+        """
+        batch, length = input_ids.shape
+        past = self._no_past(batch) if past is None else past
+        past_length = next((array.shape[2] for array in past.values()), 0)
+        if attention_mask is None:
+            attention_mask = np.ones((batch, past_length + length), np.int64)
+        feeds: dict[str, NDArray[np.generic]] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            **past,
+        }
+        if self._needs_positions:
+            positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+            feeds["position_ids"] = np.ascontiguousarray(positions[:, past_length:])
+        results = dict(zip(self._outputs, self._inference.run(None, feeds), strict=True))
+        present = {
+            name.replace(_PRESENT, _PAST, 1): array
+            for name, array in results.items()
+            if name.startswith(_PRESENT)
+        }
+        return results["logits"], present
+
+    def run_chunks(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        chunks: Sequence[int],
+    ) -> NDArray[np.generic]:
+        """Logits ``[B, S, V]`` of ``input_ids [B, S]``, fed through the cache in ``chunks``.
+
+        Args:
+          input_ids: ``[B, S]``.
+          attention_mask: ``[B, S]``, padded on the right.
+          chunks: lengths of the calls; they add up to S.
+        """
+        parts, past, start = [], None, 0
+        for length in chunks:
+            end = start + length
+            logits, past = self.run(input_ids[:, start:end], attention_mask[:, :end], past)
+            parts.append(logits)
+            start = end
+        return np.concatenate(parts, axis=1)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Greedy continuations of a batch of prompts.
+
+        Args:
+          prompts: token ids, at least one each.
+          max_new_tokens: per prompt.
+          stop: token ids that end a continuation; they are not part of it.
+        """
+        lengths = np.array([len(prompt) for prompt in prompts])
+        mask = (np.arange(lengths.max(initial=0)) < lengths[:, None]).astype(np.int64)
+        ids = np.zeros_like(mask)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        logits, past = self.run(ids, mask)
+        last = logits[np.arange(len(prompts)), lengths - 1]
+        found: list[list[int]] = [[] for _ in prompts]
+        running = np.ones(len(prompts), bool)
+        for step in range(max_new_tokens):
+            tokens = last.argmax(axis=-1)
+            running &= ~np.isin(tokens, stop)
+            for row in np.flatnonzero(running):
+                found[row].append(int(tokens[row]))
+            if not running.any() or step + 1 == max_new_tokens:
+                break
+            mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
+            logits, past = self.run(tokens[:, None].astype(np.int64), mask, past)
+            last = logits[:, -1]
+        return found
+
+    def _no_past(self, batch: int) -> Cache:
+        return {
+            name: np.zeros((batch, shape[1], 0, shape[3]), dtype)
+            for name, (dtype, shape) in self._empty.items()
+        }
+
+
+def open_session(folder: Path, *, library: bool = True, threads: int | None = None) -> Session:
+    """Open the artifact in ``folder``.
+
+    The caller verifies the manifest first (:func:`eoracc.runtime.manifest.verify_manifest`);
+    :func:`eoracc.runtime.model.load` does so itself.
+
+    Args:
+      folder: the artifact.
+      library: register the native library; without it the fused op runs through its model-local
+        function, in any ONNX Runtime.
+      threads: of one operator; None leaves the choice to ONNX Runtime.
+
+    Raises:
+      BackendError: ONNX Runtime is missing or refuses the model.
+      ArtifactError: genai_config.json is missing or damaged.
+    """
+    decoder = read_decoder(folder)
+    native = decoder.library if library else None
+    return Session(_open(str(decoder.model), native, threads, str(decoder.model)))
+
+
+def _open(model: str | bytes, library: Path | None, threads: int | None, name: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    onnxruntime = import_backend("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise BackendError(f"{name}: ONNX Runtime cannot load it: {reason}") from error
+
+
+def open_linears(
+    folder: Path, names: Sequence[str], *, library: bool = True, threads: int | None = None
+) -> Iterator[Callable[[Mapping[int, NDArray[np.float32]]], NDArray[np.generic]]]:
+    """Single fused ops of the artifact, to be run on their own.
+
+    Args:
+      folder: the artifact.
+      names: of the nodes.
+      library: see :func:`open_session`.
+      threads: see :func:`open_session`.
+
+    Yields:
+      For each name a function from inputs by width, ``{K: [..., K]}``, to the op's ``[..., N]``.
+
+    Raises:
+      ArtifactError: there is no such node.
+      BackendError: ONNX Runtime is missing or refuses the op.
+    """
+    import onnx_ir  # noqa: PLC0415 - only parity needs it
+
+    decoder = read_decoder(folder)
+    try:
+        model = onnx_ir.load(decoder.model)
+    except Exception as error:
+        raise ArtifactError(f"{decoder.model}: cannot be read: {error}") from error
+    nodes = {node.name: node for node in model.graph if node.domain == "eoracc"}
+    native = decoder.library if library else None
+    for name in names:
+        if name not in nodes:
+            raise ArtifactError(f"{decoder.model}: has no fused op '{name}'")
+        single = _single(model, nodes[name])
+        inference = _open(
+            onnx_ir.to_proto(single).SerializeToString(), native, threads, f"{folder}: {name}"
+        )
+        yield partial(_run_linear, inference, nodes[name].attributes["K"].as_int())
+
+
+def _single(model: ir.Model, node: ir.Node) -> ir.Model:
+    """A model of ``node`` alone, weights included."""
+    import onnx_ir  # noqa: PLC0415 - only parity needs it
+
+    source = node.inputs[0]
+    dtype = (source.dtype if source is not None else None) or onnx_ir.DataType.FLOAT
+    x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(["rows", None]))
+    operands: list[ir.Value | None] = [x]
+    for value in node.inputs[1:]:
+        if value is None:
+            operands.append(None)
+            continue
+        constant = value.const_value
+        if constant is None:
+            raise ArtifactError(f"node {node.name}: its operand {value.name} is no initializer")
+        array = constant.numpy()
+        operands.append(
+            onnx_ir.Value(name=value.name, const_value=onnx_ir.tensor(array, name=value.name))
+        )
+    single = onnx_ir.Node(
+        node.domain,
+        node.op_type,
+        operands,
+        list(node.attributes.values()),
+        overload=node.overload,
+        name=node.name,
+    )
+    y = single.outputs[0]
+    y.name, y.type = "y", onnx_ir.TensorType(dtype)
+    graph = onnx_ir.Graph(
+        [x],
+        [y],
+        nodes=[single],
+        initializers=[value for value in operands[1:] if value is not None],
+        opset_imports=dict(model.opset_imports),
+        name="linear",
+    )
+    functions = [
+        function for key, function in model.functions.items() if key == single.op_identifier()
+    ]
+    return onnx_ir.Model(graph, ir_version=model.ir_version, functions=functions)
+
+
+def _run_linear(
+    inference: Any,  # noqa: ANN401 - onnxruntime has no types
+    width: int,
+    inputs: Mapping[int, NDArray[np.float32]],
+) -> NDArray[np.generic]:
+    dtype = _DTYPES[inference.get_inputs()[0].type]
+    outputs: NDArray[np.generic] = inference.run(None, {"x": inputs[width].astype(dtype)})[0]
+    return outputs
