@@ -7,22 +7,25 @@ and the arrays that compression produced.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from eoracc.compiler.errors import ModelError
-from eoracc.compiler.projections import PARTS
+from eoracc.compiler.names import PARTS
 from eoracc.compiler.quiet import quiet
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["load_eager", "positions", "reference_logits"]
+
 
 def load_eager(
     folder: Path,
@@ -46,9 +49,6 @@ def load_eager(
     Raises:
       ModelError: a name that the model does not have, or a weight of another shape.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with quiet():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -56,82 +56,61 @@ def load_eager(
             attn_implementation="eager",
             trust_remote_code=trust_remote_code,
         )
-    model.eval()
+    model.train(mode=False)
     model.requires_grad_(requires_grad=False)
-    _untie(model, weights)
+    modules: dict[str, Any] = dict(model.named_modules())
+    _untie(model, modules, weights)
     for name in weights:
         weight = np.asarray(weights[name], np.float32)
-        row = 0
-        for target in _targets(model, name):
-            rows = target.shape[0]
-            if weight.shape[1:] != target.shape[1:] or row + rows > weight.shape[0]:
-                raise _mismatch(name, weight, model)
-            with warnings.catch_warnings():
-                # A read-only array is only read from.
-                warnings.simplefilter("ignore", UserWarning)
-                target.copy_(torch.from_numpy(weight[row : row + rows]))
-            row += rows
-        if row != weight.shape[0]:
-            raise _mismatch(name, weight, model)
+        targets = _targets(modules, model.config, name)
+        width, rows = targets[0].shape[1], [target.shape[0] for target in targets]
+        if weight.shape != (sum(rows), width):
+            raise ModelError(
+                f"{name}: a weight of shape {weight.shape} does not fit the eager model's "
+                f"({sum(rows)}, {width})"
+            )
+        with warnings.catch_warnings():
+            # A read-only array is only read from.
+            warnings.simplefilter("ignore", UserWarning)
+            parts = torch.from_numpy(weight).split(rows)
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part)
     return model
 
 
-def _mismatch(name: str, weight: NDArray[np.float32], model: PreTrainedModel) -> ModelError:
-    shapes = [tuple(target.shape) for target in _targets(model, name)]
-    return ModelError(
-        f"{name}: a weight of shape {weight.shape} does not fit the model's {shapes}"
-    )
-
-
-def _untie(model: PreTrainedModel, weights: Mapping[str, NDArray[np.float32]]) -> None:
-    import torch
-
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+def _untie(
+    model: PreTrainedModel,
+    modules: Mapping[str, Any],
+    weights: Mapping[str, NDArray[np.float32]],
+) -> None:
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
-    names = {id(module): name for name, module in model.named_modules()}
-    if names[id(head)] in weights or names[id(embedding)] in weights:
+    if any(name in weights for name, module in modules.items() if module in (head, embedding)):
         head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
 
 
-def _targets(model: PreTrainedModel, name: str) -> Iterator[torch.Tensor]:
-    """Tensors ``[rows, in]`` that together, stacked, are the weight called ``name``."""
-    modules: Any = model.get_submodule
+def _targets(modules: Mapping[str, Any], config: PretrainedConfig, name: str) -> list[torch.Tensor]:
+    """Tensors ``[rows, in]`` that, one below the other, are the weight called ``name``."""
+    if name in modules:
+        return [modules[name].weight]
     parent, _, role = name.rpartition(".")
-    try:
-        yield modules(name).weight
-        return
-    except AttributeError:
-        pass
-    try:
-        siblings = modules(parent)
-    except AttributeError:
-        raise _unknown(name) from None
-    if role in PARTS:
-        parts = [getattr(siblings, part, None) for part in PARTS[role]]
-        if all(part is not None for part in parts):
-            yield from (part.weight for part in parts)
-            return
-    for fused, roles in PARTS.items():
-        module = getattr(siblings, fused, None)
+    parts = [modules.get(f"{parent}.{part}") for part in PARTS.get(role, ())]
+    if parts and None not in parts:
+        return [part.weight for part in parts if part is not None]
+    for whole, roles in PARTS.items():
+        module = modules.get(f"{parent}.{whole}")
         if module is not None and role in roles:
-            sizes = _part_sizes(model.config, fused, module.weight.shape[0])
-            start = sum(sizes[: roles.index(role)])
-            yield module.weight[start : start + sizes[roles.index(role)]]
-            return
-    raise _unknown(name)
+            sizes = _part_sizes(config, whole, module.weight.shape[0])
+            return [module.weight.split(sizes)[roles.index(role)]]
+    raise ModelError(f"the eager model has no module {name!r}: the graph names it differently")
 
 
-def _unknown(name: str) -> ModelError:
-    return ModelError(f"the eager model has no module {name!r}: the graph names it differently")
-
-
-def _part_sizes(config: Any, fused: str, rows: int) -> list[int]:
-    if fused == "gate_up_proj":
+def _part_sizes(config: PretrainedConfig, whole: str, rows: int) -> list[int]:
+    if whole == "gate_up_proj":
         return [rows // 2, rows // 2]
-    head_dim = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = config.num_key_value_heads * head_dim
     return [rows - 2 * keys, keys, keys]
 
@@ -165,9 +144,6 @@ def reference_logits(
     Returns:
       ``float32 [B, S, V]``; rows of padding tokens hold no meaning.
     """
-    import torch
-    from transformers import DynamicCache
-
     length = input_ids.shape[1]
     chunks = (length,) if chunks is None else chunks
     if sum(chunks) != length:

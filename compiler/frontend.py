@@ -11,27 +11,28 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import mobius
 import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoConfig, AutoTokenizer
 
 from eoracc.compiler.errors import ModelError
-from eoracc.compiler.linears import find_linears
-from eoracc.compiler.projections import PARTS
+from eoracc.compiler.gguf import convert
 from eoracc.compiler.quiet import quiet
+from eoracc.compiler.repairs import repair
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["WINDOW_KEY", "LoadedModel", "load"]
-
-WINDOW_KEY = "eoracc.local_window_size"
-"""Node metadata of an ``Attention``: the keys that a query sees, itself included; 0 means all."""
+__all__ = ["LoadedModel", "load"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -71,9 +72,7 @@ class LoadedModel:
 
     def tokenizer_files(self) -> list[Path]:
         """What an artifact must carry to tokenize, chat and generate as the checkpoint does."""
-        return [
-            self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()
-        ]
+        return [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.
@@ -81,8 +80,6 @@ class LoadedModel:
         Raises:
           ModelError: the folder holds none.
         """
-        from transformers import AutoTokenizer
-
         try:
             with quiet():
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
@@ -99,7 +96,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
 
     Args:
       source: hub id, local folder, or GGUF file.
-      work: where a GGUF file is converted to, as ``work/source``; reused while the file is the same.
+      work: where a GGUF file is converted to, as ``work/source``; reused while it is the same.
       trust_remote_code: let transformers run configuration code that the checkpoint brings.
 
     Raises:
@@ -110,12 +107,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     weight_files = _weight_files(folder)
     config = _read_config(folder, trust_remote_code=trust_remote_code)
     model = _build(folder, config, trust_remote_code=trust_remote_code)
-    _strip_provenance(model)
-    _mark_windows(model, config)
-    _restore_tie(model, config)
-    _restore_biases(model, folder, weight_files)
-    _restore_embedding_scale(model, config)
-    _restore_attention_scale(model, config)
+    repair(model, config, folder=folder, weight_files=weight_files)
     _check_finite(model)
     return LoadedModel(
         model=model,
@@ -131,8 +123,6 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
 def _resolve(source: str, work: Path) -> Path:
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        from eoracc.compiler.gguf import convert
-
         return convert(path, work / "source")
     if path.is_dir():
         return path
@@ -146,9 +136,6 @@ def _resolve(source: str, work: Path) -> Path:
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
         with quiet():
             return Path(snapshot_download(repository, allow_patterns=list(_HUB_PATTERNS)))
@@ -166,7 +153,9 @@ def _check_config_file(folder: Path) -> None:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({_first_line(error)}): fetch it again") from error
+        raise ModelError(
+            f"{path} is not valid JSON ({_first_line(error)}): fetch it again"
+        ) from error
     if not isinstance(parsed, dict) or "model_type" not in parsed:
         raise ModelError(f"{path} has no field model_type: it is not a model's configuration")
 
@@ -214,11 +203,17 @@ def _check_safetensors(path: Path) -> None:
         try:
             header = json.loads(stream.read(length))
             data = max(
-                (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"),
+                (
+                    entry["data_offsets"][1]
+                    for key, entry in header.items()
+                    if key != "__metadata__"
+                ),
                 default=0,
             )
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(f"{path} has a header that is not safetensors: fetch it again") from error
+            raise ModelError(
+                f"{path} has a header that is not safetensors: fetch it again"
+            ) from error
     if 8 + length + data != size:
         raise ModelError(
             f"{path} is truncated: its header announces {8 + length + data} bytes, it has {size}"
@@ -245,14 +240,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    from transformers import AutoConfig
-
     try:
         with quiet():
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # noqa: BLE001 - transformers validates with many exception types
+    except Exception as error:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         raise ModelError(
             f"{folder / 'config.json'}: transformers cannot read a configuration of model_type "
@@ -262,14 +255,14 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def _build(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> ir.Model:
-    import mobius
-
     unsupported = (
         f"{folder}: architecture {_architecture(config)} is not supported; supported are decoders "
         "of text with a key/value cache, such as Llama, Qwen2, Qwen3, Gemma3 (text), Phi-3, "
         "Mistral and SmolLM"
     )
-    if config.model_type not in mobius.registry or not _architecture(config).endswith("ForCausalLM"):
+    if config.model_type not in mobius.registry or not _architecture(config).endswith(
+        "ForCausalLM"
+    ):
         raise ModelError(unsupported)
     try:
         with quiet():
@@ -279,7 +272,7 @@ def _build(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -
                 dtype="f32",
                 trust_remote_code=trust_remote_code,
             )
-    except Exception as error:  # noqa: BLE001 - a builder of 300 architectures raises anything
+    except Exception as error:
         raise ModelError(
             f"{folder}: the graph of {_architecture(config)} cannot be built ({_first_line(error)})"
         ) from error
@@ -290,7 +283,10 @@ def _build(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -
         raise ModelError(unsupported)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
-            raise ModelError(f"{folder}: the checkpoint has no tensor {name}, which its config asks for")
+            raise ModelError(
+                f"{folder}: the checkpoint has no tensor {name}, which its config asks for"
+            )
+    model.graph.name = config.model_type  # mobius puts the local path there
     return model
 
 
@@ -299,179 +295,8 @@ def _architecture(config: PretrainedConfig) -> str:
     return str(architectures[0]) if architectures else str(config.model_type)
 
 
-# --- what mobius leaves out -----------------------------------------------------------------------
-
-
-def _windows(config: Any) -> list[int]:
-    """Keys that a query of each layer sees; 0 where there is no window."""
-    layers = int(config.num_hidden_layers)
-    window = getattr(config, "sliding_window", None)
-    if not window:
-        return [0] * layers
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return [int(window)] * layers
-    return [int(window) if kind == "sliding_attention" else 0 for kind in layer_types]
-
-
-def _mark_windows(model: ir.Model, config: PretrainedConfig) -> None:
-    """Note each layer's window on its Attention, and mask by it where the graph does not yet.
-
-    mobius bakes the window into the additive float mask of some families (Gemma3) and leaves it
-    out where its mask is the boolean padding mask (Mistral, Phi-3).
-    """
-    attentions = [node for node in model.graph if node.op_type == "Attention"]
-    windows = _windows(config)
-    if len(attentions) != len(windows):
-        return
-    masked: dict[tuple[ir.Value, int], ir.Value] = {}
-    for node, window in zip(attentions, windows, strict=True):
-        node.metadata_props[WINDOW_KEY] = str(window)
-        mask = node.inputs[3]
-        if not window or mask is None or mask.dtype == ir.DataType.FLOAT:
-            continue
-        if (mask, window) not in masked:
-            masked[mask, window] = _window_mask(model.graph, mask, window, before=node)
-        node.replace_input_with(3, masked[mask, window])
-
-
-def _window_mask(graph: ir.Graph, mask: ir.Value, window: int, *, before: ir.Node) -> ir.Value:
-    """``mask [B, 1, S, T]`` and ``query - key < window``, where query ``S - 1`` is at ``T - 1``."""
-    tape = ir.tape.Tape()
-    prefix = f"window_{window}"
-
-    def constant(role: str, value: int | list[int]) -> ir.Value:
-        initializer = tape.initializer(ir.tensor(np.array(value, np.int64)), f"{prefix}.{role}")
-        graph.register_initializer(initializer)
-        return initializer
-
-    def length(name: str) -> ir.Value:
-        source = next(value for value in graph.inputs if value.name == name)
-        return tape.op("Squeeze", [tape.op("Shape", [source], {"start": 1, "end": 2})])
-
-    queries, keys, one = length("input_ids"), length("attention_mask"), constant("one", 1)
-    query = tape.op("Range", [tape.op("Sub", [keys, queries]), keys, one])
-    column = tape.op("Unsqueeze", [query, constant("axes", [1])])
-    key = tape.op("Range", [constant("zero", 0), keys, one])
-    near = tape.op("Less", [tape.op("Sub", [column, key]), constant("keys", window)])
-    combined = tape.op("And", [mask, near])
-    combined.dtype, combined.shape = ir.DataType.BOOL, mask.shape
-    graph.insert_before(before, tape.nodes)
-    return combined
-
-
-def _strip_provenance(model: ir.Model) -> None:
-    """Drop what the tracer noted on each node: names say it already, and it is 20 kB a block."""
-    for node in model.graph:
-        node.metadata_props.clear()
-
-
-def _restore_tie(model: ir.Model, config: PretrainedConfig) -> None:
-    """Make a tied head multiply with the embedding itself, which mobius does for most families.
-
-    Gemma3 comes with a transposed second view of it, which would be stored a second time.
-    """
-    graph = model.graph
-    embedding = graph.initializers.get("model.embed_tokens.weight")
-    separate = graph.initializers.get("lm_head.weight_t")
-    if not config.tie_word_embeddings or embedding is None or separate is None:
-        return
-    for node, position in list(separate.uses()):
-        transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]}, name="lm_head/Transpose")
-        transpose.outputs[0].name = "v_lm_head.Transpose"
-        transpose.outputs[0].dtype = embedding.dtype
-        transpose.outputs[0].shape = separate.shape
-        graph.insert_before(node, transpose)
-        node.replace_input_with(position, transpose.outputs[0])
-    del graph.initializers["lm_head.weight_t"]
-
-
-def _restore_biases(model: ir.Model, folder: Path, weight_files: Sequence[Path]) -> None:
-    """Add the biases that mobius leaves out (Llama's ``mlp_bias``); refuse any other lost tensor."""
-    from safetensors import safe_open
-
-    linears = {linear.name: linear for linear in find_linears(model)}
-    for path in weight_files:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                module, _, kind = name.rpartition(".")
-                if _is_placed(name, model.graph) or (module in linears and kind == "weight"):
-                    continue
-                if module not in linears or kind != "bias":
-                    raise ModelError(
-                        f"{folder}: tensor {name} has no place in the graph: "
-                        "this variant of the architecture is not supported"
-                    )
-                bias = tensors.get_tensor(name).float().numpy()
-                _add_bias(model.graph, linears[module].node, name, bias)
-
-
-def _is_placed(name: str, graph: ir.Graph) -> bool:
-    module, _, kind = name.rpartition(".")
-    parent, _, role = module.rpartition(".")
-    stored = [name, *(f"{parent}.{part}.{kind}" for part in PARTS.get(role, ()))]
-    # Frequencies are no parameter: old checkpoints carry them, the graph has their tables.
-    return kind == "inv_freq" or any(
-        key in graph.initializers or f"{key}_t" in graph.initializers for key in stored
-    )
-
-
-def _add_bias(graph: ir.Graph, matmul: ir.Node, name: str, bias: NDArray[np.generic]) -> None:
-    tensor = ir.tensor(bias.astype(np.float32), name=name)
-    value = ir.Value(
-        name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype)
-    )
-    graph.register_initializer(value)
-    product = matmul.outputs[0]
-    add = ir.node("Add", [product, value], name=f"{matmul.name}_bias")
-    add.outputs[0].name = f"{product.name}_bias"
-    add.outputs[0].dtype, add.outputs[0].shape = product.dtype, product.shape
-    product.replace_all_uses_with(add.outputs[0])
-    add.replace_input_with(0, product)
-    graph.insert_after(matmul, add)
-
-
-def _restore_embedding_scale(model: ir.Model, config: PretrainedConfig) -> None:
-    """Give Gemma's embedding scale, ``sqrt(hidden_size)``, its float32 value.
-
-    mobius rounds it to float16, which eager float32 does not; the difference of 1e-4 would reach
-    every logit through the residual.
-    """
-    exact = np.float32(config.hidden_size**0.5)
-    for gather in [node for node in model.graph if node.op_type == "Gather"]:
-        for use in gather.outputs[0].uses():
-            scale = use.node.inputs[1] if use.node.op_type == "Mul" else None
-            if scale is None or scale.const_value is None or scale.const_value.size != 1:
-                continue
-            stored = scale.const_value.numpy()
-            if stored.item() == float(np.float16(exact)) and stored.item() != float(exact):
-                replacement = ir.Value(
-                    name=f"{scale.name}.float32",
-                    const_value=ir.tensor(np.full(stored.shape, exact, np.float32)),
-                    shape=scale.shape,
-                    type=ir.TensorType(ir.DataType.FLOAT),
-                )
-                model.graph.register_initializer(replacement)
-                use.node.replace_input_with(1, replacement)
-                if not scale.uses():
-                    del model.graph.initializers[str(scale.name)]
-
-
-def _restore_attention_scale(model: ir.Model, config: PretrainedConfig) -> None:
-    """Scale scores by ``query_pre_attn_scalar ** -0.5`` where the configuration says so (Gemma).
-
-    mobius takes the head dimension instead, which Gemma3 27B does not have there.
-    """
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if not scalar:
-        return
-    for node in model.graph:
-        if node.op_type == "Attention":
-            node.attributes.add(ir.AttrFloat32("scale", float(scalar) ** -0.5))
-
-
 def _check_finite(model: ir.Model) -> None:
-    """See that everything but the linears' weights is finite; those are checked as they are read."""
+    """See that everything but the linears' weights is finite; those are seen to when read."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         linear = all(use.node.op_type in ("MatMul", "Transpose") for use in value.uses())

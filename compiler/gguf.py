@@ -6,28 +6,50 @@ import gc
 import hashlib
 import json
 import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from gguf import GGUFReader
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eoracc.compiler.errors import ModelError
 from eoracc.compiler.quiet import quiet
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tokenizers.pre_tokenizers import PreTokenizer
 
 __all__ = ["convert"]
 
 _STAMP = "source.json"
 
+# Patterns as their tokenizers publish them. Each is cut out by a Split of its own, which is how
+# both tokenizers and onnxruntime-genai read them; genai does not know Digits.
+_DIGIT_SPLIT = r"\p{N}"
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
+_PRE_TOKENIZERS = MappingProxyType(
+    {
+        "gpt-2": (_GPT2_SPLIT,),
+        "llama-bpe": (_LLAMA3_SPLIT,),
+        "qwen2": (_QWEN2_SPLIT,),
+        "smollm": (_DIGIT_SPLIT, _GPT2_SPLIT),
+    }
+)
+"""``tokenizer.ggml.pre`` to the patterns by which text is cut, one after the other."""
+
 
 def convert(path: Path, folder: Path) -> Path:
-    """Write the model in ``path`` to ``folder``; keep what is there where it came from the same file.
+    """Write the model in ``path`` to ``folder``, or keep what the same file was written to before.
 
     Args:
       path: a GGUF file of any quantization that transformers can dequantize.
@@ -61,7 +83,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_stamp(folder: Path) -> Any:
+def _read_stamp(folder: Path) -> object:
     try:
         return json.loads((folder / _STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,15 +96,11 @@ def _pre_tokenizer(path: Path) -> PreTokenizer | None:
     transformers reads the merges but not ``tokenizer.ggml.pre``, so that digits and contractions
     would be split as GPT-2 splits them whatever the model was trained with.
     """
-    from gguf import GGUFReader
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-
     try:
         reader = GGUFReader(path)
         kind = reader.get_field("tokenizer.ggml.model")
         name = reader.get_field("tokenizer.ggml.pre")
-    except Exception as error:  # noqa: BLE001 - the reader indexes into a map of the file
+    except Exception as error:
         raise ModelError(
             f"{path} is not a complete GGUF file: it is truncated or damaged, fetch it again"
         ) from error
@@ -91,26 +109,16 @@ def _pre_tokenizer(path: Path) -> PreTokenizer | None:
     if kind.contents() != "gpt2":
         return None
     pre = "default" if name is None else str(name.contents())
-    words = ByteLevel(add_prefix_space=False, use_regex=True)
-    raw = ByteLevel(add_prefix_space=False, use_regex=False)
-    known: dict[str, PreTokenizer] = {
-        "gpt-2": words,
-        "smollm": Sequence([Digits(individual_digits=True), words]),
-        "llama-bpe": Sequence([Split(Regex(_LLAMA3_SPLIT), "isolated"), raw]),
-        "qwen2": Sequence([Split(Regex(_QWEN2_SPLIT), "isolated"), raw]),
-    }
-    if pre not in known:
+    if pre not in _PRE_TOKENIZERS:
         raise ModelError(
-            f"{path}: its pre-tokenizer {pre!r} is not known (known: {', '.join(sorted(known))}): "
-            "use the model's safetensors folder instead"
+            f"{path}: its pre-tokenizer {pre!r} is not known (known: "
+            f"{', '.join(_PRE_TOKENIZERS)}): use the model's safetensors folder instead"
         )
-    return known[pre]
+    splits = [Split(Regex(pattern), "isolated") for pattern in _PRE_TOKENIZERS[pre]]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _write(path: Path, folder: Path, pre_tokenizer: PreTokenizer | None) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
@@ -120,11 +128,10 @@ def _write(path: Path, folder: Path, pre_tokenizer: PreTokenizer | None) -> None
                 dtype=torch.float32,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # noqa: BLE001 - readers of foreign files raise anything
+    except Exception as error:
         raise ModelError(f"{path}: transformers cannot read this GGUF file ({error})") from error
     # save_pretrained would otherwise write a checkpoint that says it is quantized.
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     if pre_tokenizer is not None:

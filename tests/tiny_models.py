@@ -7,9 +7,13 @@ included, so that an operand that is dropped or swapped shows in the logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from eoracc.compiler.quiet import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 __all__ = ["FAMILIES", "VOCABULARY", "tiny_model"]
 
@@ -71,7 +75,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 """Family name to transformers model type and what its configuration says beyond the common part."""
 
 
-def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
+def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: object) -> Path:
     """Write a checkpoint of ``family`` with random float32 weights.
 
     Args:
@@ -93,7 +97,8 @@ def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: Any) ->
         settings.setdefault("sliding_window", None)
     config = AutoConfig.for_model(model_type, **settings)
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -101,5 +106,6 @@ def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: Any) ->
             parameter.mul_(parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.2)
             if name.endswith("norm.weight") and model_type != "gemma3_text":
                 parameter.add_(1.0)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     return folder

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig
+    from pathlib import Path
+
+    import onnx_ir as ir
+    from transformers import PretrainedConfig
 
 __all__ = ["genai_config", "read_generation_config"]
 
@@ -73,14 +75,14 @@ def genai_config(
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
     """The checkpoint's generation_config.json, None where it has none."""
-    from transformers import GenerationConfig
-
     if not (folder / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(folder)
 
 
-def _special_tokens(config: Any, generation: Any) -> dict[str, Any]:
+def _special_tokens(
+    config: PretrainedConfig, generation: GenerationConfig | None
+) -> dict[str, Any]:
     tokens = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(generation, name, None)
@@ -92,7 +94,9 @@ def _special_tokens(config: Any, generation: Any) -> dict[str, Any]:
     return {name: token for name, token in tokens.items() if token is not None}
 
 
-def _search(config: Any, model: ir.Model, generation: Any) -> dict[str, Any]:
+def _search(
+    config: PretrainedConfig, model: ir.Model, generation: GenerationConfig | None
+) -> dict[str, Any]:
     attentions = {node.op_type for node in model.graph} & {"Attention", "GroupQueryAttention"}
     defaults = {
         "do_sample": False,

@@ -7,16 +7,20 @@ the right (docs: "attention" in the design of the runtime).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from eoracc import __version__
-from eoracc.compiler.frontend import WINDOW_KEY
+from eoracc.compiler.graph import register_tensor
 from eoracc.compiler.linears import FUSED_DOMAIN
+from eoracc.compiler.names import WINDOW_KEY
 from eoracc.plugins.functions import local_function
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["CONTRIB_DOMAIN", "lower"]
 
@@ -90,9 +94,7 @@ def _cache_lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     tape = ir.tape.Tape()
 
     def constant(role: str, value: int | list[int]) -> ir.Value:
-        initializer = tape.initializer(ir.tensor(np.array(value, np.int64)), f"cache.{role}")
-        graph.register_initializer(initializer)
-        return initializer
+        return register_tensor(graph, ir.tensor(np.array(value), name=f"cache.{role}"))
 
     valid = tape.op("ReduceSum", [mask, constant("row", [1])], {"keepdims": 0})
     last = tape.op("Sub", [valid, constant("one", 1)])

@@ -1,0 +1,124 @@
+"""A view of the graph's token embeddings, the other large weights that can be quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from eoracc.compiler.errors import PassError
+from eoracc.compiler.graph import register_tensor
+from eoracc.compiler.linears import FUSED_DOMAIN, Linear
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eoracc.plugins.operands import NBitsWeight
+
+__all__ = ["GATHER_OP", "Embedding", "find_embeddings"]
+
+GATHER_OP = "GatherNBits"
+
+
+@dataclass(eq=False)
+class Embedding:
+    """One table that rows are gathered from.
+
+    Attributes:
+      name: module name as in the checkpoint, ``model.embed_tokens``.
+      node: the ``Gather`` that computes it now.
+      source: the original table, ``[rows, width]``; read lazily.
+      compressed: the table after quantization.
+    """
+
+    name: str
+    node: ir.Node
+    source: ir.TensorProtocol
+    compressed: NBitsWeight | None = None
+
+    def weight(self) -> NDArray[np.float32]:
+        """The original table, ``float32 [rows, width]``."""
+        return np.asarray(self.source.numpy(), np.float32)
+
+    def quantize(self, weight: NBitsWeight, *, tied: Linear | None = None) -> None:
+        """Put ``eoracc::GatherNBits(indices, B, scales, zero_points?)`` in place of the Gather.
+
+        What follows the Gather (Gemma's scale) stays.
+
+        Args:
+          weight: the quantized table.
+          tied: a head that multiplies with the same ``weight``: its stored operands are shared.
+
+        Raises:
+          PassError: ``weight`` is not the one that ``tied`` multiplies with, or of another shape.
+        """
+        rows, width = self.source.shape.numpy()
+        if (weight.out_features, weight.in_features) != (rows, width):
+            raise PassError(
+                self.name,
+                f"a [{weight.out_features}, {weight.in_features}] table cannot replace "
+                f"[{rows}, {width}]",
+            )
+        if tied is not None and tied.compressed is not weight:
+            raise PassError(self.name, f"{tied.name} is not quantized with the same weight")
+        table, indices = self.node.inputs
+        operands = self._store(weight) if tied is None else _shared(tied)
+        graph = self.node.graph
+        assert graph is not None and table is not None  # noqa: PT018, S101 - found in a graph
+        replaced = self.node
+        self.compressed = weight
+        self.node = ir.node(
+            GATHER_OP,
+            [indices, *operands],
+            {
+                "K": weight.in_features,
+                "bits": weight.bits,
+                "block_size": weight.group_size,
+            },
+            domain=FUSED_DOMAIN,
+            name=self.name,
+        )
+        ir.convenience.replace_nodes_and_values(
+            graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
+        )
+        graph.opset_imports.setdefault(FUSED_DOMAIN, 1)
+        if not table.uses():
+            del graph.initializers[str(table.name)]
+
+    def _store(self, weight: NBitsWeight) -> list[ir.Value]:
+        graph = self.node.graph
+        assert graph is not None  # noqa: S101 - found in a graph
+        parts: dict[str, NDArray[np.generic] | None] = {
+            "weight_packed": weight.packed,
+            "scales": weight.scales,
+            "zero_points": weight.zero_points,
+        }
+        return [
+            register_tensor(graph, ir.tensor(array, name=f"{self.name}.{part}"))
+            for part, array in parts.items()
+            if array is not None
+        ]
+
+
+def find_embeddings(model: ir.Model) -> list[Embedding]:
+    """All embeddings of ``model`` that are not quantized, in execution order."""
+    embeddings = []
+    for node in model.graph:
+        if node.op_type != "Gather" or node.domain != "":
+            continue
+        table = node.inputs[0]
+        # A parameter, which cosine and sine tables are not.
+        if table is None or table.const_value is None or not str(table.name).endswith(".weight"):
+            continue
+        if node.attributes.get_int("axis", 0) != 0 or len(table.const_value.shape) != 2:
+            continue
+        name = str(table.name).removesuffix(".weight")
+        embeddings.append(Embedding(name=name, node=node, source=table.const_value))
+    return embeddings
+
+
+def _shared(tied: Linear) -> list[ir.Value]:
+    # B, scales and zero points stand at the same places behind the first input of both ops.
+    return [value for value in tied.node.inputs[1:4] if value is not None]

@@ -1,0 +1,19 @@
+"""Names that stages of the compiler agree on."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+__all__ = ["PARTS", "WINDOW_KEY"]
+
+PARTS = MappingProxyType(
+    {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+)
+"""Role of a weight that some families, and ``pack_projections``, store as one, to the roles of its
+parts in the order in which their rows lie."""
+
+WINDOW_KEY = "eoracc.local_window_size"
+"""Node metadata of an ``Attention``: the keys that a query sees, itself included; 0 means all."""

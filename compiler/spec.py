@@ -1,0 +1,201 @@
+"""What a graph may hold at each stage of the pipeline, as data, and a check of it.
+
+The check runs after every pass, so that a mistake is reported with the pass that made it and not
+by a runtime that cannot load the result.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from eoracc.compiler.embeddings import GATHER_OP
+from eoracc.compiler.errors import PassError
+from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.plugins.operands import BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["OPS", "Stage", "check"]
+
+Op = tuple[str, str]
+
+
+class Stage(StrEnum):
+    """Where in the pipeline a graph stands."""
+
+    FRONTEND = "frontend"
+    COMPRESSED = "compressed"
+    ONNXRUNTIME = "onnxruntime"
+
+
+_ARITHMETIC = ("Add", "Cast", "Div", "Mul", "Neg", "Sub")
+_MASKS = (
+    "And",
+    "CumSum",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "Not",
+    "Or",
+    "ReduceMax",
+    "ReduceSum",
+    "Where",
+)
+_SHAPES = (
+    "Concat",
+    "Expand",
+    "Gather",
+    "Range",
+    "Reshape",
+    "Shape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+_ACTIVATIONS = ("Gelu", "Relu", "Sigmoid", "Softplus", "Tanh")
+_LAYERS = ("Attention", "LayerNormalization", "MatMul", "RMSNormalization", "RotaryEmbedding")
+
+_STANDARD: frozenset[Op] = frozenset(
+    ("", name) for name in (*_ARITHMETIC, *_MASKS, *_SHAPES, *_ACTIVATIONS, *_LAYERS)
+)
+_FUSED: frozenset[Op] = frozenset({(FUSED_DOMAIN, FUSED_OP), (FUSED_DOMAIN, GATHER_OP)})
+
+OPS: Mapping[Stage, frozenset[Op]] = {
+    Stage.FRONTEND: _STANDARD,
+    Stage.COMPRESSED: _STANDARD | _FUSED,
+    Stage.ONNXRUNTIME: _STANDARD
+    | _FUSED
+    | {
+        ("com.microsoft", "GroupQueryAttention"),
+        ("com.microsoft", "SkipSimplifiedLayerNormalization"),
+    },
+}
+"""Stage to the operators, by domain and name, that may stand in its graph."""
+
+_REAL = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
+_FACTORS = (*_REAL, ir.DataType.INT8)
+
+
+def check(model: ir.Model, stage: Stage, *, after: str) -> None:
+    """See that ``model`` is a valid graph of ``stage``.
+
+    Args:
+      model: the graph; it is not changed.
+      stage: what may stand in it.
+      after: the pass that produced it, for the message.
+
+    Raises:
+      PassError: naming the pass and the node.
+    """
+    graph = model.graph
+    defined: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        where = f"after {after}, node {node.name or node.op_type}"
+        if (node.domain, node.op_type) not in OPS[stage]:
+            op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+            raise PassError(where, f"operator {op} may not stand in a graph of stage {stage.value}")
+        if node.domain not in graph.opset_imports:
+            raise PassError(where, f"the graph does not import the operators of {node.domain!r}")
+        for value in node.inputs:
+            if value is not None and value not in defined:
+                raise PassError(where, f"reads {value.name!r}, which nothing before it defines")
+        defined.update(node.outputs)
+        if node.domain == FUSED_DOMAIN:
+            _check_weight(node, where)
+            if node.op_type == FUSED_OP:
+                _check_linear(node, where)
+        elif node.op_type == "MatMul":
+            _check_matmul(node, where)
+        if stage is Stage.ONNXRUNTIME and node.domain == FUSED_DOMAIN:
+            identifier = (node.domain, node.op_type, node.overload)
+            if identifier not in model.functions:
+                raise PassError(where, "has no function body, so a stock runtime cannot run it")
+    for value in graph.outputs:
+        if value not in defined:
+            raise PassError(f"after {after}", f"output {value.name!r} is not computed")
+    _check_initializers(graph, after)
+
+
+def _check_initializers(graph: ir.Graph, after: str) -> None:
+    for name, value in graph.initializers.items():
+        where = f"after {after}, initializer {name}"
+        if value.const_value is None:
+            raise PassError(where, "holds no tensor")
+        if not value.uses() and not value.is_graph_output():
+            raise PassError(where, "is used by no node")
+        if value.shape is not None and value.shape != value.const_value.shape:
+            raise PassError(
+                where, f"is declared as {value.shape} and holds {value.const_value.shape}"
+            )
+
+
+def _check_weight(node: ir.Node, where: str) -> None:
+    """The packed weight, its scales and zero points, which follow the op's first input."""
+    columns, bits, group = (
+        node.attributes.get_int(name, 0) for name in ("K", "bits", "block_size")
+    )
+    if bits not in BITS or group < 8 or group % 8:
+        raise PassError(where, f"bits={bits} with block_size={group} is not a stored form")
+    packed = _operand(node, 1)
+    stored = None if packed is None or packed.shape is None else packed.shape[0]
+    rows = node.attributes.get_int("N", stored if isinstance(stored, int) else 0)
+    groups = -(-columns // group)
+    _expect(node, 1, (rows, groups, group * bits // 8), (ir.DataType.UINT8,), where)
+    _expect(node, 2, (rows, groups), _REAL, where)
+    _expect(node, 3, (rows, groups), (ir.DataType.UINT8,), where, optional=True)
+
+
+def _check_linear(node: ir.Node, where: str) -> None:
+    """The input, the bias and the low-rank factors."""
+    columns, rows = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+    read = _operand(node, 0)
+    if read is not None and read.shape is not None and read.shape[-1] != columns:
+        raise PassError(where, f"reads {read.shape}, whose last dimension is not K={columns}")
+    _expect(node, 4, (rows,), _REAL, where, optional=True)
+    lora_a, lora_b = _operand(node, 5), _operand(node, 6)
+    if (lora_a is None) != (lora_b is None):
+        raise PassError(where, "has one of its two low-rank factors only")
+    if lora_a is not None and lora_a.shape is not None:
+        rank = lora_a.shape[0]
+        _expect(node, 5, (rank, columns), _FACTORS, where)
+        _expect(node, 6, (rows, rank), _FACTORS, where)
+
+
+def _check_matmul(node: ir.Node, where: str) -> None:
+    left, right = node.inputs[:2]
+    if left is None or right is None or left.shape is None or right.shape is None:
+        return
+    inner, outer = left.shape[-1], right.shape[0] if len(right.shape) == 2 else None
+    if isinstance(inner, int) and isinstance(outer, int) and inner != outer:
+        raise PassError(where, f"multiplies {left.shape} with {right.shape}")
+
+
+def _operand(node: ir.Node, position: int) -> ir.Value | None:
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
+def _expect(
+    node: ir.Node,
+    position: int,
+    shape: tuple[int | ir.SymbolicDim, ...],
+    dtypes: tuple[ir.DataType, ...],
+    where: str,
+    *,
+    optional: bool = False,
+) -> None:
+    value = _operand(node, position)
+    if value is None:
+        if optional:
+            return
+        raise PassError(where, f"input {position} is missing")
+    if value.shape is not None and tuple(value.shape) != shape:
+        raise PassError(where, f"input {value.name!r} has shape {value.shape}, not {shape}")
+    if value.dtype is not None and value.dtype not in dtypes:
+        names = " or ".join(dtype.name for dtype in dtypes)
+        raise PassError(where, f"input {value.name!r} is {value.dtype.name}, not {names}")

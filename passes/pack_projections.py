@@ -1,0 +1,134 @@
+"""pack_projections: one weight matmul where several share an input."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from typing_extensions import override
+
+from eoracc.compiler.graph import register_tensor
+from eoracc.compiler.linears import Linear, find_linears
+from eoracc.compiler.names import PARTS
+from eoracc.passes.base import ModelPass, register
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["PackProjections"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PackProjections(ModelPass):
+    """Join q/k/v and gate/up projections that read the same input into one matmul each.
+
+    One matmul is quicker than three, and one pair of low-rank factors then serves all of them.
+    Put it before the passes that compress. Names become ``qkv_proj`` and ``gate_up_proj``.
+    """
+
+    name: ClassVar[str] = "pack_projections"
+
+    attention: bool = True
+    """Pack q_proj, k_proj and v_proj."""
+
+    mlp: bool = True
+    """Pack gate_proj and up_proj."""
+
+    @override
+    def call(self, model: ir.Model) -> bool:
+        wanted = {"qkv_proj": self.attention, "gate_up_proj": self.mlp}
+        modules: dict[str, dict[str, Linear]] = defaultdict(dict)
+        for linear in find_linears(model):
+            modules[linear.name.rpartition(".")[0]][linear.role] = linear
+        modified = False
+        for parent, members in modules.items():
+            for whole, roles in PARTS.items():
+                parts = [members[role] for role in roles if role in members]
+                if wanted[whole] and len(parts) == len(roles) and _fits(parts):
+                    _pack(model.graph, f"{parent}.{whole}", parts)
+                    modified = True
+        return modified
+
+
+def _fits(parts: Sequence[Linear]) -> bool:
+    """Uncompressed, of one input, and either all with a bias or none."""
+    return (
+        all(part.source is not None and part.compressed is None for part in parts)
+        and len({part.input for part in parts}) == 1
+        and len({_bias(part) is None for part in parts}) == 1
+    )
+
+
+def _bias(linear: Linear) -> tuple[ir.Node, ir.TensorProtocol] | None:
+    """The Add of a stored vector that alone reads the linear's output, and the vector."""
+    uses = list(linear.node.outputs[0].uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Add":
+        return None
+    operand = uses[0].node.inputs[1 - uses[0].idx]
+    vector = operand.const_value if operand is not None else None
+    return (uses[0].node, vector) if vector is not None and len(vector.shape) == 1 else None
+
+
+def _pack(graph: ir.Graph, name: str, parts: Sequence[Linear]) -> None:
+    """Replace ``parts`` by ``Split(MatMul(x, [in, sum of out]) + bias)``."""
+    sizes = [part.out_features for part in parts]
+    nodes = [part.node for part in parts]
+    biases = [bias for part in parts if (bias := _bias(part)) is not None]
+    features = parts[0].node.outputs[0]
+    tape = ir.tape.Tape()
+
+    def add(op_type: str, inputs: list[ir.Value | None]) -> ir.Value:
+        value = tape.op(op_type, inputs, name=f"{name}/{op_type}")
+        value.name, value.type = f"v_{name}.{op_type}", features.type
+        if features.shape is not None:
+            value.shape = ir.Shape([*features.shape[:-1], sum(sizes)])
+        return value
+
+    shape = (parts[0].in_features, sum(sizes))
+    weight = ir.LazyTensor(
+        _Stack([(part.source, part.transposed) for part in parts if part.source is not None]),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(shape),
+        name=f"{name}.weight_t",
+    )
+    packed = add("MatMul", [parts[0].input, register_tensor(graph, weight)])
+    if biases:
+        vector = np.concatenate([vector.numpy() for _, vector in biases])
+        packed = add(
+            "Add", [packed, register_tensor(graph, ir.tensor(vector, name=f"{name}.bias"))]
+        )
+    lengths = ir.tensor(np.array(sizes, np.int64), name=f"{name}.sizes")
+    split = tape.op_multi_out(
+        "Split",
+        [packed, register_tensor(graph, lengths)],
+        {"axis": -1},
+        num_outputs=len(sizes),
+        name=f"{name}/Split",
+    )
+    last = [node for node, _ in biases] or nodes
+    replaced = [*nodes, *(node for node, _ in biases)]
+    stale = [value for node in replaced for value in node.inputs if value is not None]
+    ir.convenience.replace_nodes_and_values(
+        graph, nodes[0], replaced, tape.nodes, [node.outputs[0] for node in last], split
+    )
+    for value in stale:
+        if value.is_initializer() and not value.uses():
+            graph.initializers.pop(str(value.name), None)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Reads weights and lays them side by side, ``[in, sum of out]``, when it is called."""
+
+    sources: Sequence[tuple[ir.TensorProtocol, bool]]
+
+    def __call__(self) -> ir.TensorProtocol:
+        columns = [
+            source.numpy() if transposed else source.numpy().T
+            for source, transposed in self.sources
+        ]
+        return ir.tensor(np.concatenate(columns, axis=1, dtype=np.float32))
