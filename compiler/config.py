@@ -2,17 +2,15 @@
 
 :func:`load_config` reads the file, applies ``--set`` overrides and returns a frozen
 :class:`BuildConfig`; every mistake is reported with the file, the line and the field.
-:func:`json_schema` is the published schema, options of every registered pass included.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,9 +41,7 @@ __all__ = [
     "Limits",
     "TextConfig",
     "VerifyConfig",
-    "json_schema",
     "load_config",
-    "option_docs",
 ]
 
 _QUANTIZE = ("quantize_gptq", "quantize_rtn")
@@ -59,14 +55,12 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 _BEFORE: Mapping[str, tuple[str, ...]] = {"pack_projections": ("calibrate", *_QUANTIZE)}
 """What a pass must stand before, where both are there."""
 
-_CALIBRATED = ("calibrate",)
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def _no_bool(value: Any) -> Any:
+def _no_bool(value: object) -> object:
     # YAML's `yes` and `on` are booleans, and Python counts those as the numbers 1 and 0.
     if isinstance(value, bool):
         raise PydanticCustomError(
@@ -156,7 +150,7 @@ def _pass_item(name: str) -> type[BaseModel]:
     return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
 
 
-def _parse_pass(item: Any) -> Pass:
+def _parse_pass(item: object) -> Pass:
     load_passes()
     if isinstance(item, Pass):
         return item
@@ -188,7 +182,7 @@ _PassItem = Annotated[
     Any,
     PlainValidator(_parse_pass),
     PlainSerializer(_dump_pass),
-    WithJsonSchema({}),  # the registry fills only later: see json_schema
+    WithJsonSchema({}),  # the registry fills only later: eoracc.compiler.schema puts it there
 ]
 
 
@@ -257,42 +251,52 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
     return config
 
 
-def _contradictions(config: BuildConfig) -> list[tuple[KeyPath, str]]:
+def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     """What is wrong although every field is right on its own."""
-    found: list[tuple[KeyPath, str]] = []
     names = [item.name for item in config.passes]
     for index, name in enumerate(names):
         where: KeyPath = ("passes", index, name)
-        if name in names[:index]:
-            found.append((where, "stands twice: keep one"))
-        for group in _NEEDS.get(name, ()):
-            if not set(group) & set(names[:index]):
-                wanted = " or ".join(f"'{other}'" for other in group)
-                found.append((where, f"needs {wanted} before it: put it above"))
-        for other in _BEFORE.get(name, ()):
-            if other in names[:index]:
-                found.append((where, f"must stand before '{other}': move it up"))
-        if name in _QUANTIZE and set(_QUANTIZE) & set(names[:index]):
-            found.append((where, "the weights are quantized already: keep one quantize pass"))
-        if name in _CALIBRATED and config.calibration is None:
-            found.append((where, "needs a text: give 'calibration: {text: …}'"))
+        yield from ((where, problem) for problem in _misplaced(name, names[:index]))
+        if name == "calibrate" and config.calibration is None:
+            yield where, "needs a text: give 'calibration: {text: …}'"
     for section, text in (("calibration", config.calibration), ("verify", config.verify)):
         if text is not None and text.field is not None and text.messages is not None:
-            found.append(((section, "messages"), "stands next to 'field': keep one of the two"))
+            yield (section, "messages"), "stands next to 'field': keep one of the two"
+    if config.verify.text is None:
+        yield from _held_out_problems(config)
+
+
+def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
+    """Why the pass ``name`` cannot stand after ``before``."""
+    if name in before:
+        yield "stands twice: keep one"
+    for group in _NEEDS.get(name, ()):
+        if not set(group) & set(before):
+            wanted = " or ".join(f"'{other}'" for other in group)
+            yield f"needs {wanted} before it: put it above"
+    for other in _BEFORE.get(name, ()):
+        if other in before:
+            yield f"must stand before '{other}': move it up"
+    if name in _QUANTIZE and set(_QUANTIZE) & set(before) - {name}:
+        yield "the weights are quantized already: keep one quantize pass"
+
+
+def _held_out_problems(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
+    """Why there is no held-out text although ``verify`` does without a text of its own."""
     verify = config.verify
-    if verify.text is None:
-        for key in ("field", "messages", "split"):
-            if getattr(verify, key) is not None:
-                found.append((("verify", key), "belongs to a 'text': give verify.text too"))
-        if config.calibration is None:
-            found.append((("verify",), "needs held-out text: give 'verify: {text: …}'"))
-        elif config.calibration.seed is not None and verify.offset_tokens is None:
-            problem = (
+    for key in ("field", "messages", "split"):
+        if getattr(verify, key) is not None:
+            yield ("verify", key), "belongs to a 'text': give verify.text too"
+    if config.calibration is None:
+        yield ("verify",), "needs held-out text: give 'verify: {text: …}'"
+    elif config.calibration.seed is not None and verify.offset_tokens is None:
+        yield (
+            ("calibration", "seed"),
+            (
                 "random windows come from anywhere in the text, so none of it is held out: give "
                 "verify.text, or verify.offset_tokens to keep what follows it out of calibration"
-            )
-            found.append((("calibration", "seed"), problem))
-    return found
+            ),
+        )
 
 
 _FRIENDLY = {
@@ -349,79 +353,28 @@ def _sentence(document: Document, detail: ErrorDetails) -> str:
     return f"{document.where(path)}: {dotted(path)}: {problem}"
 
 
-def _known_keys(kind: Any, path: KeyPath) -> list[str]:
+def _known_keys(kind: object, path: KeyPath) -> list[str]:
     """Keys that may stand at ``path`` under a value of type ``kind``."""
-    while typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    if typing.get_origin(kind) is Annotated:
+        return _known_keys(typing.get_args(kind)[0], path)
+    if typing.get_origin(kind) in {types.UnionType, typing.Union}:
         return [key for option in typing.get_args(kind) for key in _known_keys(option, path)]
+    if kind is BuildConfig and path[:1] == ("passes",) and len(path) > 2:
+        return _known_keys(pass_type(str(path[2])), path[3:])
+    keys = _fields(kind)
+    if not path:
+        return list(keys)
+    if path[0] in keys:
+        return _known_keys(keys[str(path[0])], path[1:])
+    # What is left are the values of mappings.
+    return [key for value in typing.get_args(kind)[1:] for key in _known_keys(value, path[1:])]
+
+
+def _fields(kind: object) -> dict[str, object]:
+    """Keys and their types, of a section or of a dataclass; empty for anything else."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        if not path:
-            return list(kind.model_fields)
-        if kind is BuildConfig and path[0] == "passes" and len(path) > 2:
-            return _known_keys(pass_type(str(path[2])), path[3:])
-        known = kind.model_fields.get(str(path[0]))
-        return [] if known is None else _known_keys(known.annotation, path[1:])
-    if dataclasses.is_dataclass(kind):
-        names = [option.name for option in dataclasses.fields(kind)]
-        if not path:
-            return names
+        return {name: known.annotation for name, known in kind.model_fields.items()}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return _known_keys(hints[str(path[0])], path[1:]) if path[0] in names else []
-    arguments = typing.get_args(kind)
-    if path and arguments:  # an item of a list, or a value of a mapping
-        mapping = typing.get_origin(kind) in (dict, Mapping)
-        return _known_keys(arguments[1 if mapping else 0], path[1:])
-    return []
-
-
-def option_docs(kind: type[Pass]) -> tuple[str, dict[str, str]]:
-    """A pass's help text, and that of each option, from its docstring's ``Options:`` section."""
-    text, _, options = inspect.cleandoc(kind.__doc__ or "").partition("\nOptions:\n")
-    docs: dict[str, str] = {}
-    current = ""
-    for line in options.splitlines():
-        entry = re.match(r"  (\w+): (.*)", line)
-        if entry:
-            current = entry.group(1)
-            docs[current] = entry.group(2).strip()
-        elif line.startswith("    ") and current:
-            docs[current] += " " + line.strip()
-        elif line.strip():
-            break
-    return text.strip(), docs
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of model.yaml, draft 2020-12, options of all passes included."""
-    load_passes()
-    schema = BuildConfig.model_json_schema()
-    definitions = schema.setdefault("$defs", {})
-    choices: list[dict[str, Any]] = []
-    for name in pass_names():
-        options = TypeAdapter(pass_type(name)).json_schema(ref_template="#/$defs/{model}")
-        definitions.update(options.pop("$defs", {}))
-        text, docs = option_docs(pass_type(name))
-        options["description"] = text
-        for key, entry in options.get("properties", {}).items():
-            if key in docs:
-                entry["description"] = docs[key]
-        required = bool(options.get("required"))
-        definitions[name] = options
-        reference = {"$ref": f"#/$defs/{name}"}
-        if not required:
-            choices.append({"const": name, "description": text})
-            reference = {"anyOf": [reference, {"type": "null"}]}
-        choices.append(
-            {
-                "type": "object",
-                "properties": {name: reference},
-                "required": [name],
-                "additionalProperties": False,
-            }
-        )
-    definitions["Pass"] = {"anyOf": choices}
-    schema["properties"]["passes"]["items"] = {"$ref": "#/$defs/Pass"}
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "eoracc model.yaml"
-    return schema
+        return {known.name: hints[known.name] for known in dataclasses.fields(kind)}
+    return {}

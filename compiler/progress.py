@@ -11,15 +11,16 @@ A phase is a context; the work inside calls :meth:`Phase.advance` once a step::
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from typing_extensions import override
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
     from rich.console import Console
 
 __all__ = ["ConsoleProgress", "Phase", "PhaseTime", "Progress", "SilentProgress"]
@@ -121,14 +122,14 @@ class _Plain(AbstractContextManager[Phase]):
 
 @contextmanager
 def _bar(console: Console, name: str, total: int) -> Iterator[Phase]:
-    from rich.progress import (
+    from rich.progress import (  # noqa: PLC0415 - silent builds do without rich
         BarColumn,
         MofNCompleteColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.progress import Progress as RichProgress
+    from rich.progress import Progress as RichProgress  # noqa: PLC0415
 
     columns = (
         TextColumn("{task.description:<12}"),

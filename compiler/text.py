@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from eoracc.compiler.config import BuildConfig, TextConfig
 from eoracc.compiler.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from eoracc.compiler.config import BuildConfig, TextConfig
+
 __all__ = ["Windows", "calibration_windows", "evaluation_windows", "load_windows"]
+
+_T = TypeVar("_T")
 
 _CHARACTERS_PER_TOKEN = 6
 """First guess at how much text holds the tokens that are asked for; doubled until it does."""
@@ -144,10 +148,18 @@ def load_windows(
     room = sequence_length - len(bos)
     if layout == "padding":
         rows = _rows(documents, tokenizer, room)
-        chosen = _choose(spec, rows, samples, seed, "documents", advice)
+        chosen = _choose(spec, rows, samples=samples, seed=seed, unit="documents", advice=advice)
     else:
         chosen = _pack(
-            spec, documents, tokenizer, samples, room, seed, offset_tokens, limit_tokens, advice
+            spec,
+            documents,
+            tokenizer,
+            samples=samples,
+            room=room,
+            seed=seed,
+            offset=offset_tokens,
+            limit=limit_tokens,
+            advice=advice,
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = np.full((samples, sequence_length), pad, np.int64)
@@ -163,6 +175,7 @@ def _pack(
     spec: TextConfig,
     documents: Iterator[str],
     tokenizer: PreTrainedTokenizerBase,
+    *,
     samples: int,
     room: int,
     seed: int | None,
@@ -183,18 +196,19 @@ def _pack(
             f"give more text or lower {advice}"
         )
     starts = range(offset, len(tokens) - room + 1, room)
-    chosen = _choose(spec, starts, samples, seed, "windows", advice)
+    chosen = _choose(spec, starts, samples=samples, seed=seed, unit="windows", advice=advice)
     return [tokens[start : start + room] for start in chosen]
 
 
 def _choose(
     spec: TextConfig,
-    items: Any,
+    items: Iterable[_T],
+    *,
     samples: int,
     seed: int | None,
     unit: str,
     advice: str,
-) -> list[Any]:
+) -> list[_T]:
     """The first ``samples`` of ``items``, or random ones, in the order of the text."""
     available = list(items if seed is not None else islice(items, samples))
     if not available:
@@ -324,7 +338,7 @@ def _reading(path: Path) -> Iterator[TextIO]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
     with _reading(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -340,7 +354,7 @@ def _may_be_dataset_id(text: str) -> bool:
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).suffix
 
 
-def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
+def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, object]]:
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError:
@@ -366,7 +380,7 @@ def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _record_text(
-    spec: TextConfig, where: str, record: Any, tokenizer: PreTrainedTokenizerBase
+    spec: TextConfig, where: str, record: object, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     if not isinstance(record, dict):
         raise DataError(f"{where}: must be a JSON object with a field of text")
@@ -385,13 +399,11 @@ def _record_text(
         return value
     if not tokenizer.chat_template:
         raise DataError(
-            f"{where}: the model's tokenizer has no chat template for '{key}': use 'field' with text"
+            f"{where}: the tokenizer has no chat template for '{key}': use 'field' with text"
         )
     try:
         text = str(tokenizer.apply_chat_template(value, tokenize=False))
     except Exception as error:  # templates raise their own complaints, through jinja's classes
-        raise DataError(
-            f"{where}: field '{key}' does not fit the chat template: {error}"
-        ) from error
+        raise DataError(f"{where}: '{key}' does not fit the chat template: {error}") from error
     # Windows begin with BOS already where the tokenizer has one.
     return text.removeprefix(tokenizer.bos_token) if _bos(tokenizer) else text

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from eoracc.runtime.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
 
 __all__ = ["CONFIG_FILE", "Decoder", "import_backend", "read_decoder"]
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eoracc.runtime.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "MANIFEST_FILE",

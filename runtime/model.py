@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eoracc.runtime.backend import import_backend
 from eoracc.runtime.errors import ArtifactError, BackendError
 from eoracc.runtime.manifest import Manifest, verify_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Model", "load"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from eoracc.runtime.backend import import_backend, read_decoder
 from eoracc.runtime.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir as ir
 
 __all__ = ["Cache", "Session", "open_linears", "open_session"]
