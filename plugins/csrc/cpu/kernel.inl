@@ -36,7 +36,7 @@ constexpr int64_t kRowTile = EORACC_ROW_TILE;    // rows of X in a register tile
 constexpr int64_t kColumnTile = 2 * kLanes;      // rows of W in a register tile, and in a panel
 constexpr int64_t kDepth = 256;                  // columns of W in a panel: 32 KiB at 16 lanes
 constexpr int64_t kFewRows = 4;                  // rows of X that share one unpacking
-constexpr int64_t kManyRows = 3 * kFewRows;      // from here on a panel pays
+constexpr int64_t kManyRows = 6;                // from here on a panel pays
 constexpr int64_t kBlockRows = 40 * kRowTile;    // rows of X that are packed at a time
 constexpr int64_t kTaskRows = 20 * kRowTile;     // rows of X in a task
 constexpr int64_t kTaskColumns = 4 * kColumnTile;
@@ -47,6 +47,11 @@ typedef float Floats __attribute__((vector_size(4 * EORACC_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * EORACC_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * EORACC_LANES)));
 typedef int8_t Bytes __attribute__((vector_size(EORACC_LANES)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef uint32_t Words4 __attribute__((vector_size(16)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
 template <typename T>
 T load(const void* from) {
@@ -65,8 +70,6 @@ To bits_of(From value) {
   static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
   return load<To>(&value);
 }
-
-Floats broadcast(float value) { return Floats{} + value; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -176,12 +179,36 @@ Floats pick(const float* table, Words lanes) {
 }
 
 float sum(Floats v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+#if EORACC_LANES == 16
+  const Floats8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                        __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif EORACC_LANES == 8
+  const Floats8 eight = v;
+#endif
+#if EORACC_LANES == 4
+  const Floats4 four = v;
+#else
+  const Floats4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                       __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The vectors in `quarters`, one behind the other.
+Words join(const Words4* quarters) {
+#if EORACC_LANES == 4
+  return quarters[0];
+#else
+  const Words8 low =
+      __builtin_shufflevector(quarters[0], quarters[1], 0, 1, 2, 3, 4, 5, 6, 7);
+#if EORACC_LANES == 8
+  return low;
+#else
+  const Words8 high =
+      __builtin_shufflevector(quarters[2], quarters[3], 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+#endif
 }
 
 // ---- unpacking
@@ -219,14 +246,13 @@ void load_runs(const uint8_t* p, Words* low, Words* high) {
   } else if constexpr (bits == 3) {
     // Four runs are twelve bytes. Each 16-byte piece is spread to four words on its own; a word's
     // top byte is not looked at.
-    typedef uint8_t Piece __attribute__((vector_size(16)));
-    Piece pieces[kLanes / 4];
+    Words4 quarters[kLanes / 4];
     for (int64_t i = 0; i < kLanes / 4; ++i) {
-      const Piece piece = load<Piece>(p + 12 * i);
-      pieces[i] = __builtin_shufflevector(piece, piece, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10,
-                                          11, 12);
+      const Bytes16 piece = load<Bytes16>(p + 12 * i);
+      quarters[i] = (Words4)__builtin_shufflevector(piece, piece, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8,
+                                                    9, 9, 10, 11, 12);
     }
-    *low = load<Words>(pieces);
+    *low = join(quarters);
   } else if constexpr (bits == 4) {
     *low = load<Words>(p);
   } else {
@@ -452,7 +478,7 @@ void multiply(const float* x, const float* panel, int64_t depth, float* y, int64
     const Floats right = load<Floats>(panel + k * kColumnTile + kLanes);
 #pragma GCC unroll 12
     for (int64_t row = 0; row < kRowTile; ++row) {
-      const Floats value = broadcast(x[k * kRowTile + row]);
+      const float value = x[k * kRowTile + row];
       total[row][0] += value * left;
       total[row][1] += value * right;
     }
