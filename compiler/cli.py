@@ -193,7 +193,7 @@ def run(
 
 def _read_prompt() -> str:
     try:
-        return click.get_text_stream("stdin", encoding="utf-8", errors="strict").read()
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError:
         raise click.UsageError("the prompt on standard input is not UTF-8 text") from None
 
@@ -333,3 +333,7 @@ def schema() -> None:
     from eoracc.compiler.schema import json_schema
 
     _print_json(json_schema())
+
+
+if __name__ == "__main__":
+    main(prog_name="eoracc")

@@ -74,6 +74,8 @@ class Model:
     ) -> Iterator[int]:
         """Continue ``tokens`` until the model ends its text or ``max_new_tokens`` are made.
 
+        The token that ends the text is not part of it.
+
         Args:
           tokens: at least one.
           max_new_tokens: upper bound.
@@ -103,9 +105,12 @@ class Model:
             parameters.set_search_options(**options)
             generator = self._genai.Generator(self._model, parameters)
             generator.append_tokens(tokens)
+            ends = set(self._tokenizer.eos_token_ids)
             while not generator.is_done():
                 generator.generate_next_token()
-                yield int(generator.get_next_tokens()[0])
+                token = int(generator.get_next_tokens()[0])
+                if token not in ends:
+                    yield token
         except RuntimeError as error:
             raise _refused(self.folder, error) from error
 

@@ -53,7 +53,7 @@ class Session:
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64] | None = None,
         past: Cache | None = None,
-    ) -> tuple[NDArray[np.generic], Cache]:
+    ) -> tuple[NDArray[np.float32], Cache]:
         """One call of the model.
 
         Args:
@@ -62,7 +62,7 @@ class Session:
           past: what the call before returned; None at the beginning.
 
         Returns:
-          Logits ``[B, S, V]`` and the cache, grown by S.
+          Logits ``float32 [B, S, V]`` and the cache, grown by S.
         """
         batch, length = input_ids.shape
         past = self._no_past(batch) if past is None else past
@@ -83,14 +83,14 @@ class Session:
             for name, array in results.items()
             if name.startswith(_PRESENT)
         }
-        return results["logits"], present
+        return results["logits"].astype(np.float32, copy=False), present
 
     def run_chunks(
         self,
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64],
         chunks: Sequence[int],
-    ) -> NDArray[np.generic]:
+    ) -> NDArray[np.float32]:
         """Logits ``[B, S, V]`` of ``input_ids [B, S]``, fed through the cache in ``chunks``.
 
         Args:
@@ -98,7 +98,9 @@ class Session:
           attention_mask: ``[B, S]``, padded on the right.
           chunks: lengths of the calls; they add up to S.
         """
-        parts, past, start = [], None, 0
+        parts: list[NDArray[np.float32]] = []
+        past: Cache | None = None
+        start = 0
         for length in chunks:
             end = start + length
             logits, past = self.run(input_ids[:, start:end], attention_mask[:, :end], past)
@@ -119,8 +121,8 @@ class Session:
         lengths = np.array([len(prompt) for prompt in prompts])
         mask = (np.arange(lengths.max(initial=0)) < lengths[:, None]).astype(np.int64)
         ids = np.zeros_like(mask)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
+        for index, prompt in enumerate(prompts):
+            ids[index, : len(prompt)] = prompt
         logits, past = self.run(ids, mask)
         last = logits[np.arange(len(prompts)), lengths - 1]
         found: list[list[int]] = [[] for _ in prompts]
@@ -182,7 +184,7 @@ def _open(model: str | bytes, library: Path | None, threads: int | None, name: s
 
 def open_linears(
     folder: Path, names: Sequence[str], *, library: bool = True, threads: int | None = None
-) -> Iterator[Callable[[Mapping[int, NDArray[np.float32]]], NDArray[np.generic]]]:
+) -> Iterator[Callable[[Mapping[int, NDArray[np.float32]]], NDArray[np.float32]]]:
     """Single fused ops of the artifact, to be run on their own.
 
     Args:
@@ -192,7 +194,8 @@ def open_linears(
       threads: see :func:`open_session`.
 
     Yields:
-      For each name a function from inputs by width, ``{K: [..., K]}``, to the op's ``[..., N]``.
+      For each name a function from inputs by width, ``{K: [rows, K]}``, to the op's outputs,
+      ``float32 [rows, N]``.
 
     Raises:
       ArtifactError: there is no such node.
@@ -264,7 +267,7 @@ def _run_linear(
     inference: Any,  # noqa: ANN401 - onnxruntime has no types
     width: int,
     inputs: Mapping[int, NDArray[np.float32]],
-) -> NDArray[np.generic]:
+) -> NDArray[np.float32]:
     dtype = _DTYPES[inference.get_inputs()[0].type]
     outputs: NDArray[np.generic] = inference.run(None, {"x": inputs[width].astype(dtype)})[0]
-    return outputs
+    return outputs.astype(np.float32, copy=False)
