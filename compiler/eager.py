@@ -72,7 +72,7 @@ def load_eager(
         with warnings.catch_warnings():
             # A read-only array is only read from.
             warnings.simplefilter("ignore", UserWarning)
-            parts = torch.from_numpy(weight).split(rows)
+            parts = torch.split(torch.from_numpy(weight), rows)
         for target, part in zip(targets, parts, strict=True):
             target.copy_(part)
     return model

@@ -25,6 +25,7 @@ from eoracc.compiler.errors import ModelError
 from eoracc.compiler.gguf import convert
 from eoracc.compiler.quiet import quiet
 from eoracc.compiler.repairs import repair
+from eoracc.compiler.tokenizer import portable_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,6 @@ __all__ = ["LoadedModel", "load"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOKENIZER_FILES = (
-    "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -63,16 +63,21 @@ class LoadedModel:
       folder: the checkpoint in safetensors form.
       config: its transformers configuration.
       digest: sha256 over config.json and the weight files, hexadecimal.
+      tokenizer_json: the tokenizer.json to ship, see :mod:`eoracc.compiler.tokenizer`; None where
+        the checkpoint has none.
     """
 
     model: ir.Model
     folder: Path
     config: PretrainedConfig
     digest: str
+    tokenizer_json: Path | None
 
     def tokenizer_files(self) -> list[Path]:
         """What an artifact must carry to tokenize, chat and generate as the checkpoint does."""
-        return [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+        others = (self.folder / name for name in _TOKENIZER_FILES)
+        files = [path for path in others if path.is_file()]
+        return files if self.tokenizer_json is None else [self.tokenizer_json, *files]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.
@@ -114,6 +119,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
         folder=folder,
         config=config,
         digest=_digest([folder / "config.json", *weight_files]),
+        tokenizer_json=_tokenizer_json(folder, work),
     )
 
 
@@ -229,6 +235,16 @@ def _digest(files: Sequence[Path]) -> str:
             while block := stream.read(_HASH_BLOCK):
                 sha256.update(block)
     return sha256.hexdigest()
+
+
+def _tokenizer_json(folder: Path, work: Path) -> Path | None:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return portable_tokenizer(path, work)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a tokenizer's JSON: fetch it again") from error
 
 
 def _first_line(error: BaseException) -> str:

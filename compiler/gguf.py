@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eoracc.compiler.errors import ModelError
 from eoracc.compiler.quiet import quiet
+from eoracc.compiler.tokenizer import DIGIT_PATTERN, GPT2_PATTERN
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,10 +28,7 @@ __all__ = ["convert"]
 
 _STAMP = "source.json"
 
-# Patterns as their tokenizers publish them. Each is cut out by a Split of its own, which is how
-# both tokenizers and onnxruntime-genai read them; genai does not know Digits.
-_DIGIT_SPLIT = r"\p{N}"
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Patterns as their tokenizers publish them.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,10 +37,10 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 _PRE_TOKENIZERS = MappingProxyType(
     {
-        "gpt-2": (_GPT2_SPLIT,),
+        "gpt-2": (GPT2_PATTERN,),
         "llama-bpe": (_LLAMA3_SPLIT,),
         "qwen2": (_QWEN2_SPLIT,),
-        "smollm": (_DIGIT_SPLIT, _GPT2_SPLIT),
+        "smollm": (DIGIT_PATTERN, GPT2_PATTERN),
     }
 )
 """``tokenizer.ggml.pre`` to the patterns by which text is cut, one after the other."""
