@@ -39,10 +39,11 @@ def gram_root(gram: Float) -> Float:
     the roots of their eigenvalues, with those that rounding made negative taken as zero.
     """
     try:
-        return np.linalg.cholesky(gram)
+        root: Float = np.linalg.cholesky(gram)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(gram)
-        return vectors * np.sqrt(np.maximum(values, 0))
+        root = vectors * np.sqrt(np.maximum(values, 0))
+    return root
 
 
 def eora_factors(

@@ -52,7 +52,7 @@ class Feedback:
 
 
 def feedback(
-    gram: NDArray[np.float64], *, damping: float = 0.01, act_order: bool = False
+    gram: NDArray[np.float64], *, damping: float = 0.01, act_order: bool = True
 ) -> Feedback:
     """Factor a Gram for :func:`gptq`.
 
@@ -96,7 +96,7 @@ def gptq(
     bits: int,
     group_size: int,
     symmetric: bool = False,
-    act_order: bool = False,
+    act_order: bool = True,
     damping: float = 0.01,
     clip_search: bool = True,
 ) -> NBitsWeight:

@@ -21,9 +21,9 @@ from eoracc.plugins.operands import NBitsWeight
 
 __all__ = ["Grid", "find_grid", "fit_slab", "group_width", "groups", "quantize", "to_nbits"]
 
-_SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
+_SHRINKS = (1.0, 0.85, 0.7)
 """Factors by which the clipping search narrows a group's range."""
-_REFITS = 3
+_REFITS = 2
 """Least-squares refinements of a group's scale and zero point after the search."""
 
 _MIN_SCALE = float(np.finfo(np.float16).smallest_subnormal)
@@ -170,10 +170,12 @@ def quantize(weight: Float, grid: Grid) -> NDArray[np.uint8]:
     top = 2**grid.bits - 1
     for index, slab in enumerate(groups(weight.shape[1], grid.group_size)):
         scale = grid.scales[:, index, None].astype(np.float32)
-        zero = np.float32(2 ** (grid.bits - 1))
-        if grid.zero_points is not None:
-            zero = grid.zero_points[:, index, None].astype(np.float32)
-        codes[:, slab] = np.clip(np.rint(weight[:, slab] / scale) + zero, 0, top)
+        offsets = np.rint(weight[:, slab] / scale)
+        if grid.zero_points is None:
+            offsets += 2 ** (grid.bits - 1)
+        else:
+            offsets += grid.zero_points[:, index, None]
+        codes[:, slab] = np.clip(offsets, 0, top)
     return codes
 
 
@@ -184,7 +186,7 @@ def to_nbits(codes: NDArray[np.uint8], grid: Grid) -> NBitsWeight:
     )
 
 
-def _storable(scale: Float) -> Float:
+def _storable(scale: NDArray[np.floating]) -> Float:
     """``scale`` as float16 stores it, kept off zero and infinity."""
     return np.clip(scale, _MIN_SCALE, _MAX_SCALE).astype(np.float16).astype(np.float32)
 

@@ -14,7 +14,13 @@ from eoracc.passes.base import LayerPass, register
 from eoracc.passes.gptq import Feedback, feedback, gptq
 from eoracc.passes.grid import find_grid, quantize, to_nbits
 from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
-from eoracc.passes.statistics import MIN_TOKENS, record_error, require_gram, saw_too_few_tokens
+from eoracc.passes.statistics import (
+    MIN_TOKENS,
+    record_error,
+    record_left_out,
+    require_gram,
+    saw_too_few_tokens,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +53,7 @@ class QuantizeGptq(Overridable, LayerPass):
     bits: Bits = 4
     group_size: GroupSize = 64
     symmetric: bool = False
-    act_order: bool = False
+    act_order: bool = True
     damping: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip_search: bool = True
     overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
@@ -60,10 +66,8 @@ class QuantizeGptq(Overridable, LayerPass):
     def call(self, group: LinearGroup) -> bool:
         gram = require_gram(self.name, group)
         parts = self.partition(group)
-        if not parts:
-            return False
         factored = None
-        if not saw_too_few_tokens(gram):
+        if parts and not saw_too_few_tokens(gram):
             factored = feedback(gram.matrix, damping=self.damping, act_order=self.act_order)
         for options, linears in parts:
             weights = [linear.weight() for linear in linears]
@@ -74,10 +78,11 @@ class QuantizeGptq(Overridable, LayerPass):
                 start += len(weight)
                 self._note(linear.notes, gram.tokens, factored)
                 record_error(self.name, linear, weight, gram)
-        return True
+        record_left_out(self.name, group)
+        return bool(parts)
 
     def solve(self, weight: NDArray[np.float32], factored: Feedback | None) -> NBitsWeight:
-        """Quantize ``weight``, to nearest where there is no Gram to go by."""
+        """Quantize ``weight [N, K]``, to nearest where there is no Gram to go by."""
         if factored is None:
             grid = find_grid(
                 weight,
@@ -99,8 +104,8 @@ class QuantizeGptq(Overridable, LayerPass):
     def _note(self, notes: list[str], tokens: float, factored: Feedback | None) -> None:
         if factored is None:
             notes.append(
-                f"{self.name}: rounded to nearest, for only {tokens:.0f} calibration tokens reached "
-                f"it (GPTQ asks for {MIN_TOKENS})."
+                f"{self.name}: rounded to nearest, for only {tokens:.0f} calibration tokens "
+                f"reached it (GPTQ asks for {MIN_TOKENS})."
             )
         elif factored.damping > self.damping:
             notes.append(

@@ -12,7 +12,7 @@ from typing_extensions import override
 from eoracc.passes.base import LayerPass, register
 from eoracc.passes.grid import find_grid, quantize, to_nbits
 from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
-from eoracc.passes.statistics import record_error
+from eoracc.passes.statistics import record_error, record_left_out
 
 if TYPE_CHECKING:
     from eoracc.compiler.linears import LinearGroup
@@ -61,4 +61,5 @@ class QuantizeRtn(Overridable, LayerPass):
                 linear.quantize(to_nbits(quantize(weight, grid), grid))
                 if group.gram is not None:
                     record_error(self.name, linear, weight, group.gram)
+        record_left_out(self.name, group)
         return bool(parts)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
 
-__all__ = ["MIN_TOKENS", "record_error", "require_gram", "saw_too_few_tokens"]
+__all__ = ["MIN_TOKENS", "record_error", "record_left_out", "require_gram", "saw_too_few_tokens"]
 
 MIN_TOKENS: Final = 32
 """Below so many calibration tokens a Gram says too little: solvers then do without it."""
@@ -57,3 +57,13 @@ def record_error(pass_name: str, linear: Linear, weight: NDArray[np.float32], gr
     signal = np.linalg.norm(weight @ root)
     error = np.linalg.norm((weight - linear.effective_weight()) @ root)
     linear.errors[pass_name] = float(error / signal) if signal > 0 else 0.0
+
+
+def record_left_out(pass_name: str, group: LinearGroup) -> None:
+    """Put on record that members of a block which an override left uncompressed lose nothing.
+
+    By that record a compensating pass tells them from linears that no pass has quantized yet.
+    """
+    for linear in group.linears:
+        if linear.compressed is None and linear.block is not None:
+            linear.errors[pass_name] = 0.0
