@@ -1,0 +1,93 @@
+"""Runs a decoder graph in ONNX Runtime through its cache, and says how exact it must be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from eoracc.compiler.eager import positions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+__all__ = ["GraphSession", "assert_close", "padded_mask"]
+
+
+class GraphSession:
+    """A stock ONNX Runtime session of a decoder graph, with no custom-op library."""
+
+    def __init__(self, model: ir.Model, folder: Path) -> None:
+        path = folder / "graph.onnx"
+        ir.save(model, path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = [value.name for value in self._session.get_inputs()]
+
+    def logits(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64] | None = None,
+        *,
+        chunks: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
+        """The graph's counterpart of :func:`eoracc.compiler.eager.reference_logits`."""
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        cache = {
+            value.name: np.zeros((len(input_ids), value.shape[1], 0, value.shape[3]), np.float32)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+        outputs = [value.name for value in self._session.get_outputs()]
+        logits, start = [], 0
+        for size in chunks or (input_ids.shape[1],):
+            end = start + size
+            feeds: dict[str, Any] = {
+                "input_ids": input_ids[:, start:end],
+                "attention_mask": mask[:, :end],
+                "position_ids": positions(mask)[:, start:end],
+            }
+            feeds = {name: array for name, array in feeds.items() if name in self.inputs} | cache
+            results = dict(zip(outputs, self._session.run(None, feeds), strict=True))
+            logits.append(results["logits"])
+            cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
+            start = end
+        return np.concatenate(logits, axis=1)
+
+
+def padded_mask(lengths: Sequence[int], width: int, *, left: bool) -> NDArray[np.int64]:
+    """``int64 [len(lengths), width]`` with that many ones per row."""
+    index = np.arange(width)[None]
+    column = np.array(lengths)[:, None]
+    return ((index >= width - column) if left else (index < column)).astype(np.int64)
+
+
+def assert_close(
+    actual: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    config: Any,  # noqa: ANN401 - fields that only some families have
+    mask: NDArray[np.int64] | None = None,
+) -> None:
+    """Logits of valid tokens agree to what float32 leaves of sums of these lengths.
+
+    Every reduction on the way to a logit, in either runtime, is off by at most its length times
+    the unit roundoff, relative to the largest value; they add.
+    """
+    hidden, tokens = config.hidden_size, expected.shape[1]
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    projections = hidden + head * config.num_attention_heads + hidden + config.intermediate_size
+    layer = projections + head + tokens + 4 * hidden  # matmuls, scores, mixture, norms
+    length = config.num_hidden_layers * layer + 2 * hidden
+    valid = np.ones(expected.shape[:2], bool) if mask is None else mask.astype(bool)
+    tolerance = 2 * length * 2.0**-24 * np.abs(expected[valid]).max()
+    assert tolerance < 1e-2 * expected[valid].std()
+    np.testing.assert_allclose(actual[valid], expected[valid], rtol=0, atol=tolerance)
