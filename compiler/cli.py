@@ -37,6 +37,15 @@ class _Main(click.Group):
     """Turns errors that are raised on purpose into one sentence and an exit code."""
 
     @override
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # Known before options are parsed: a mistake in them is an error like any other.
+        options = args[: args.index("--")] if "--" in args else args
+        ctx.meta[_JSON] = "--json" in options
+        return super().resolve_command(ctx, args)
+
+    @override
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -68,17 +77,10 @@ def _complain(ctx: click.Context, sentences: str) -> None:
         click.echo(f"error: {sentence}", err=True)
 
 
-def _note_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-    ctx.meta[_JSON] = value
-    return value
-
-
 _json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
-    is_eager=True,
-    callback=_note_json,
     help="Print one JSON value and nothing else.",
 )
 

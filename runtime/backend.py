@@ -41,10 +41,12 @@ class Decoder:
     Attributes:
       model: the ONNX file.
       library: the native library with the fused op's kernel; None where there is none.
+      context_length: tokens that it takes at most.
     """
 
     model: Path
     library: Path | None
+    context_length: int
 
 
 def read_decoder(folder: Path) -> Decoder:
@@ -55,8 +57,10 @@ def read_decoder(folder: Path) -> Decoder:
     """
     path = folder / CONFIG_FILE
     try:
-        decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
+        section = json.loads(path.read_text(encoding="utf-8"))["model"]
+        decoder = section["decoder"]
         model = str(decoder["filename"])
+        context_length = int(section["context_length"])
         library = decoder.get("session_options", {}).get("custom_ops_library")
     except FileNotFoundError:
         raise ArtifactError(f"{path}: is missing: build the artifact again") from None
@@ -64,4 +68,11 @@ def read_decoder(folder: Path) -> Decoder:
         raise ArtifactError(
             f"{path}: does not describe a decoder: build the artifact again"
         ) from None
-    return Decoder(folder / model, None if library is None else folder / str(library))
+    for name in filter(None, (model, library)):
+        if not (folder / str(name)).resolve().is_relative_to(folder.resolve()):
+            raise ArtifactError(
+                f"{path}: names '{name}', which is not in the folder: do not trust this artifact"
+            )
+    return Decoder(
+        folder / model, None if library is None else folder / str(library), context_length
+    )

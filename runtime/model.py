@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eoracc.runtime.backend import import_backend
+from eoracc.runtime.backend import import_backend, read_decoder
 from eoracc.runtime.errors import ArtifactError, BackendError
 from eoracc.runtime.manifest import Manifest, verify_manifest
 
@@ -33,6 +33,7 @@ class Model:
         """
         self.folder = folder
         self.manifest = manifest
+        self._context_length = read_decoder(folder).context_length
         self._genai = import_backend("onnxruntime_genai")
         try:
             self._model = self._genai.Model(str(folder))
@@ -72,7 +73,7 @@ class Model:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[int]:
-        """Continue ``tokens`` until the model ends its text or ``max_new_tokens`` are made.
+        """Continue ``tokens`` until the text ends, ``max_new_tokens`` are made or no room is left.
 
         The token that ends the text is not part of it.
 
@@ -84,16 +85,21 @@ class Model:
           seed: makes sampling repeatable.
 
         Raises:
-          ArtifactError: there is nothing to continue, or no room for it.
+          ArtifactError: there is nothing to continue, or no room for more.
           BackendError: onnxruntime-genai fails.
         """
         if not tokens:
             raise ArtifactError(f"{self.folder}: the prompt is empty: give some text")
+        if len(tokens) >= self._context_length:
+            raise ArtifactError(
+                f"{self.folder}: the prompt has {len(tokens)} tokens, the model takes "
+                f"{self._context_length}, its answer included: shorten it"
+            )
         if max_new_tokens <= 0:
             return
         options: dict[str, Any] = {
             "do_sample": temperature > 0,
-            "max_length": len(tokens) + max_new_tokens,
+            "max_length": min(len(tokens) + max_new_tokens, self._context_length),
         }
         if temperature > 0:
             # Probability is what top_p cuts; a further cut by count would hide its effect.

@@ -1,0 +1,109 @@
+"""A whole artifact of a random two-layer model, with a tokenizer and the native library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.tiny_models import tiny_model
+
+__all__ = ["write_byte_tokenizer", "write_tiny_artifact"]
+
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_VOCABULARY = len(_SPECIAL) + 256
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def write_byte_tokenizer(folder: Path, *, bos: bool = False, chat: bool = False) -> Path:
+    """A tokenizer whose tokens are single bytes, in Hugging Face's form.
+
+    Args:
+      folder: an existing folder.
+      bos: begin every text with ``<s>``.
+      chat: give it a chat template.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_artifact(work: Path) -> Path:
+    """Build ``work/artifact`` from a SmolLM-like model in 3 bits, without calibration.
+
+    The checkpoint it was built from is ``work/checkpoint``.
+    """
+    from eoracc.compiler import frontend
+    from eoracc.compiler.artifact import ArtifactWriter
+    from eoracc.compiler.linears import LinearGroup, find_linears
+    from eoracc.compiler.lowering.genai_config import genai_config
+    from eoracc.compiler.lowering.onnxruntime import lower
+    from eoracc.compiler.report import (
+        BuildReport,
+        FidelityReport,
+        FidelityRow,
+        Report,
+        linear_report,
+    )
+    from eoracc.passes.quantize_rtn import QuantizeRtn
+    from eoracc.passes.svd import Svd
+    from eoracc.plugins.library import library_path
+
+    source = tiny_model("smollm", work / "checkpoint", vocab_size=_VOCABULARY)
+    write_byte_tokenizer(source, chat=True)
+    loaded = frontend.load(str(source), work=work)
+    linears = find_linears(loaded.model)
+    quantize, compensate = QuantizeRtn(bits=3, group_size=16), Svd(rank=2)
+    for linear in linears:
+        group = LinearGroup((linear,))
+        quantize.call(group)
+        compensate.call(group)
+    lowered = lower(loaded.model)
+    row = FidelityRow(
+        name="original",
+        perplexity=12.5,
+        kl=0.0,
+        top1_agreement=1.0,
+        last_layer_error=0.0,
+        bytes=1234,
+        bits_per_weight=32.0,
+    )
+    with ArtifactWriter(work / "artifact") as writer:
+        writer.write_model(lowered)
+        writer.copy(loaded.tokenizer_files())
+        library = writer.write_library(library_path())
+        writer.write_genai_config(genai_config(loaded.config, lowered, custom_ops_library=library))
+        writer.write_report(
+            Report(
+                fidelity=FidelityReport(rows=[row], windows=1, window_length=2),
+                parity={},
+                linears=[linear_report(linear) for linear in linears],
+                build=BuildReport(wall_s=1.0, cpu_s=2.0, peak_memory_bytes=3, phases=[]),
+            )
+        )
+        writer.commit(
+            source={"model": "tiny", "digest": loaded.digest}, config={}, parity={}, packages={}
+        )
+    return work / "artifact"
