@@ -158,7 +158,7 @@ def _parse_pass(item: object) -> Pass:
         item = {item: {}}
     if not isinstance(item, Mapping) or len(item) != 1:
         raise PydanticCustomError(
-            "pass_shape", "must be a pass's name, or one name with its options: eora: {{rank: 64}}"
+            "pass_shape", "must be a pass's name, or one name with its options: eora: {rank: 64}"
         )
     ((name, options),) = item.items()
     if name not in pass_names():

