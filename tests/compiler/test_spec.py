@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from eoracc.compiler.errors import PassError
+from eoracc.compiler.frontend import load
+from eoracc.compiler.linears import FUSED_DOMAIN, Linear, find_linears
+from eoracc.compiler.spec import OPS, Stage, check
+from eoracc.plugins.operands import LowRank, NBitsWeight
+from tests.tiny_models import tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ir.Model:
+    return load(str(tiny_model("llama", tmp_path / "model")), work=tmp_path).model
+
+
+def compress(linear: Linear, *, rank: int = 2) -> ir.Node:
+    rows, columns = linear.out_features, linear.in_features
+    groups = -(-columns // 16)
+    linear.quantize(
+        NBitsWeight.from_codes(
+            RNG.integers(0, 8, (rows, columns), np.uint8),
+            np.ones((rows, groups), np.float16),
+            np.full((rows, groups), 4, np.uint8),
+            bits=3,
+            group_size=16,
+        )
+    )
+    linear.compensate(
+        LowRank(
+            lora_a=np.zeros((rank, columns), np.float16), lora_b=np.zeros((rows, rank), np.float16)
+        )
+    )
+    return linear.node
+
+
+def refused(model: ir.Model, stage: Stage, match: str) -> None:
+    with pytest.raises(PassError, match=match) as caught:
+        check(model, stage, after="some_pass")
+    assert "after some_pass" in str(caught.value)
+
+
+def test_stages_allow_more_and_more() -> None:
+    assert OPS[Stage.FRONTEND] < OPS[Stage.COMPRESSED] < OPS[Stage.ONNXRUNTIME]
+
+
+def test_fused_op_may_stand_only_after_compression(model: ir.Model) -> None:
+    check(model, Stage.FRONTEND, after="frontend")
+    compress(find_linears(model)[3])
+    check(model, Stage.COMPRESSED, after="compress")
+    refused(
+        model,
+        Stage.FRONTEND,
+        "node model.layers.0.self_attn.o_proj: operator eoracc::MatMulNBitsLowRank may not stand",
+    )
+
+
+def test_fused_op_needs_a_function_in_the_end(model: ir.Model) -> None:
+    compress(find_linears(model)[0])
+    refused(model, Stage.ONNXRUNTIME, "q_proj: has no function body")
+
+
+def test_unknown_operator(model: ir.Model) -> None:
+    node = ir.node("Einsum", [model.graph.inputs[0]], {"equation": "ij->ij"}, name="strange")
+    model.graph.append(node)
+    refused(model, Stage.FRONTEND, "node strange: operator Einsum may not stand")
+
+
+def test_domain_that_is_not_imported(model: ir.Model) -> None:
+    compress(find_linears(model)[0])
+    del model.graph.opset_imports[FUSED_DOMAIN]
+    refused(model, Stage.COMPRESSED, "q_proj: the graph does not import .* 'eoracc'")
+
+
+def test_input_that_nothing_defines(model: ir.Model) -> None:
+    node = find_linears(model)[0].node
+    node.replace_input_with(0, ir.Value(name="ghost"))
+    refused(model, Stage.FRONTEND, "reads 'ghost', which nothing before it defines")
+
+
+def test_node_before_its_input(model: ir.Model) -> None:
+    node = find_linears(model)[0].node
+    first = model.graph[0]
+    model.graph.remove(node)
+    model.graph.insert_before(first, node)
+    refused(model, Stage.FRONTEND, "which nothing before it defines")
+
+
+def test_output_that_is_not_computed(model: ir.Model) -> None:
+    model.graph.outputs[0] = ir.Value(name="logits")
+    refused(model, Stage.FRONTEND, "output 'logits' is not computed")
+
+
+def test_dangling_initializer(model: ir.Model) -> None:
+    tensor = ir.tensor(np.zeros(3, np.float32), name="left_over")
+    model.graph.register_initializer(ir.Value(name="left_over", const_value=tensor))
+    refused(model, Stage.FRONTEND, "initializer left_over: is used by no node")
+
+
+def test_initializer_of_another_shape(model: ir.Model) -> None:
+    value = model.graph.initializers["model.norm.weight"]
+    value.const_value = ir.tensor(np.zeros(3, np.float32), name=value.name)
+    refused(model, Stage.FRONTEND, "initializer model.norm.weight: is declared as")
+
+
+def test_initializer_without_a_tensor(model: ir.Model) -> None:
+    model.graph.initializers["model.norm.weight"].const_value = None
+    refused(model, Stage.FRONTEND, "initializer model.norm.weight: holds no tensor")
+
+
+def test_matmul_of_another_width(model: ir.Model) -> None:
+    linear = next(linear for linear in find_linears(model) if linear.role == "down_proj")
+    linear.node.replace_input_with(0, find_linears(model)[0].input)
+    refused(model, Stage.FRONTEND, r"multiplies \[.*48\] with \[88,48\]")
+
+
+@pytest.mark.parametrize(
+    ("position", "array", "match"),
+    [
+        (1, np.zeros((96, 3, 5), np.uint8), r"weight_packed' has shape .*, not \(96, 3, 6\)"),
+        (1, np.zeros((96, 3, 6), np.int8), "weight_packed' is INT8, not UINT8"),
+        (2, np.zeros((96, 2), np.float16), r"scales' has shape .*, not \(96, 3\)"),
+        (2, np.zeros((96, 3), np.float64), "scales' is DOUBLE, not FLOAT16 or FLOAT"),
+        (3, np.zeros((95, 3), np.uint8), r"zero_points' has shape .*, not \(96, 3\)"),
+        (5, np.zeros((2, 47), np.float16), r"lora_a' has shape .*, not \(2, 48\)"),
+        (6, np.zeros((96, 3), np.float16), r"lora_b' has shape .*, not \(96, 2\)"),
+    ],
+)
+def test_operand_of_another_form(
+    model: ir.Model, position: int, array: np.ndarray, match: str
+) -> None:
+    value = compress(find_linears(model)[0]).inputs[position]
+    assert value is not None
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    refused(model, Stage.COMPRESSED, f"q_proj: input 'model.layers.0.self_attn.q_proj.{match}")
+
+
+def test_missing_operand(model: ir.Model) -> None:
+    compress(find_linears(model)[0]).replace_input_with(2, None)
+    refused(model, Stage.COMPRESSED, "q_proj: input 2 is missing")
+
+
+def test_one_factor_only(model: ir.Model) -> None:
+    compress(find_linears(model)[0]).replace_input_with(6, None)
+    refused(model, Stage.COMPRESSED, "has one of its two low-rank factors only")
+
+
+@pytest.mark.parametrize(("name", "value"), [("bits", 5), ("block_size", 12), ("block_size", 0)])
+def test_attribute_that_no_weight_has(model: ir.Model, name: str, value: int) -> None:
+    compress(find_linears(model)[0]).attributes.add(ir.AttrInt64(name, value))
+    refused(model, Stage.COMPRESSED, f"{name}={value}.* is not a stored form")
+
+
+def test_fused_input_of_another_width(model: ir.Model) -> None:
+    linears = find_linears(model)
+    down = next(linear for linear in linears if linear.role == "down_proj")
+    compress(down).replace_input_with(0, linears[0].input)
+    refused(model, Stage.COMPRESSED, "whose last dimension is not K=88")
