@@ -2,8 +2,9 @@
 
 A runtime without the native library inlines the function; one that has registered the library
 takes its kernel instead. Bodies differ by the node's code width and by which optional inputs it
-has: each variant is an *overload* of the op, named after what sets it apart (``bits3_zeros_lora``).
-``K`` is read from the calling node, and values are computed in float32 whatever the operands' types.
+has: each variant is an *overload* of the op, named after what sets it apart
+(``bits3_zeros_lora``). ``K`` is read from the calling node, and values are computed in float32
+whatever the operands' types.
 """
 
 from __future__ import annotations

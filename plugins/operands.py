@@ -46,7 +46,7 @@ def pack_codes(codes: NDArray[np.uint8], *, bits: int, group_size: int) -> NDArr
         return padded.reshape(rows, groups, group_size)
     # Eight codes always fill whole bytes (`bits` of them), so one uint32 holds a run of eight
     # for every width that is left.
-    runs = padded.reshape(rows, -1, 8).astype(np.uint32)
+    runs = padded.reshape(rows, groups * group_size // 8, 8).astype(np.uint32)
     words = (runs << np.arange(0, 8 * bits, bits, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
     stream = words[..., None].view(np.uint8)[..., :bits]
     return np.ascontiguousarray(stream).reshape(rows, groups, group_size * bits // 8)
@@ -61,15 +61,16 @@ def unpack_codes(packed: NDArray[np.uint8], *, bits: int, in_features: int) -> N
     >>> unpack_codes(np.array([[[136, 198, 250]]], np.uint8), bits=3, in_features=8).tolist()
     [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
-    rows = packed.shape[0]
+    rows, groups, group_bytes = packed.shape
     if bits == 8:
-        return np.ascontiguousarray(packed.reshape(rows, -1)[:, :in_features])
-    runs = packed.reshape(rows, -1, bits)
+        return np.ascontiguousarray(packed.reshape(rows, groups * group_bytes)[:, :in_features])
+    runs = packed.reshape(rows, groups * group_bytes // bits, bits)
     words = np.zeros((*runs.shape[:2], 4), np.uint8)
     words[..., :bits] = runs
     shifts = np.arange(0, 8 * bits, bits, dtype=np.uint32)
     codes = (words.view(np.uint32) >> shifts) & np.uint32(2**bits - 1)
-    return np.ascontiguousarray(codes.astype(np.uint8).reshape(rows, -1)[:, :in_features])
+    flat = codes.astype(np.uint8).reshape(rows, 8 * runs.shape[1])
+    return np.ascontiguousarray(flat[:, :in_features])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,7 +120,7 @@ class NBitsWeight:
     @property
     def out_features(self) -> int:
         """``N``."""
-        return self.packed.shape[0]
+        return int(self.packed.shape[0])
 
     @property
     def nbytes(self) -> int:
@@ -160,7 +161,7 @@ class LowRank:
     @property
     def rank(self) -> int:
         """``R``; 0 turns the correction off."""
-        return self.lora_a.shape[0]
+        return int(self.lora_a.shape[0])
 
     @property
     def nbytes(self) -> int:

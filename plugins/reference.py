@@ -37,11 +37,11 @@ def fused_matmul(
     [-0.5]
     """
     x = x.astype(np.float64)
-    if weight.zero_points is None:
-        zero_points = np.float64(2 ** (weight.bits - 1))
-    else:
-        zero_points = _per_column(weight.zero_points, weight)
-    dequantized = (weight.codes() - zero_points) * _per_column(weight.scales, weight)
+    zero_points = weight.zero_points
+    if zero_points is None:
+        zero_points = np.full(weight.scales.shape, 2 ** (weight.bits - 1), np.uint8)
+    steps = weight.codes() - _per_column(zero_points, weight)
+    dequantized = steps * _per_column(weight.scales, weight)
     y: NDArray[np.float64] = x @ dequantized.T
     if factors is not None:
         down = x @ factors.lora_a.T.astype(np.float64)

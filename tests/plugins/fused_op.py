@@ -1,0 +1,189 @@
+"""Random operands of the fused op, models of a single node, and the error they may make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from eoracc.plugins.functions import local_function
+from eoracc.plugins.operands import LowRank, NBitsWeight
+
+Array = NDArray[Any]
+Float = type[np.float16] | type[np.float32]
+
+
+def random_weight(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    *,
+    bits: int,
+    group_size: int,
+    zero_points: bool,
+    scales: type[np.float16 | np.float32] = np.float16,
+) -> NBitsWeight:
+    """A weight of ``shape`` (out_features, in_features)."""
+    out_features, in_features = shape
+    groups = -(-in_features // group_size)
+    codes = rng.integers(0, 2**bits, (out_features, in_features), np.uint8)
+    zeros = rng.integers(0, 2**bits, (out_features, groups), np.uint8) if zero_points else None
+    steps = rng.uniform(0.5, 1.5, (out_features, groups)) / 2 ** (bits - 1)
+    return NBitsWeight.from_codes(
+        codes, steps.astype(scales), zeros, bits=bits, group_size=group_size
+    )
+
+
+def random_factors(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    *,
+    rank: int,
+    dtype: type[np.float16 | np.float32] = np.float16,
+) -> LowRank:
+    """Factors for a weight of ``shape`` (out_features, in_features)."""
+    out_features, in_features = shape
+    a: Array = (rng.standard_normal((rank, in_features)) / 4).astype(dtype)
+    b: Array = (rng.standard_normal((out_features, rank)) / 4).astype(dtype)
+    return LowRank(lora_a=a, lora_b=b)
+
+
+def error_bound(
+    x: Array, weight: NBitsWeight, factors: LowRank | None, bias: Array | None
+) -> NDArray[np.float64]:
+    """How far a float32 computation of the op may be from the exact result, ``[..., N]``.
+
+    A sum of n products, in any order, is off by at most n unit roundoffs of the sum of the
+    products' magnitudes; a handful more cover dequantization, the scale and the final additions.
+    """
+    magnitudes = np.abs(x).astype(np.float64)
+    terms = magnitudes @ np.abs(weight.dequantize()).T.astype(np.float64)
+    length = weight.in_features + 8
+    if factors is not None:
+        down = magnitudes @ np.abs(factors.lora_a).T.astype(np.float64)
+        terms += down @ np.abs(factors.lora_b).T.astype(np.float64)
+        length += factors.rank
+    if bias is not None:
+        terms += np.abs(bias)
+    return terms * (length * np.finfo(np.float32).eps / 2)
+
+
+def assert_close(actual: Array, expected: NDArray[np.float64], bound: NDArray[np.float64]) -> None:
+    """Within ``bound``, which must itself be far below the signal; float16 results are rounded."""
+    assert actual.shape == expected.shape
+    if actual.size == 0:
+        return
+    signal = np.sqrt(np.mean(expected**2))
+    if actual.dtype == np.float16:
+        bound = bound + np.abs(expected) * float(np.finfo(np.float16).eps)
+    assert np.median(bound) < 1e-2 * signal
+    excess = np.abs(actual - expected) - bound
+    assert excess.max() <= 0, f"off by {np.abs(actual - expected).max():.3g} at signal {signal:.3g}"
+
+
+def fused_operands(
+    weight: NBitsWeight, factors: LowRank | None = None, bias: Array | None = None
+) -> dict[str, Array | None]:
+    """The op's inputs behind X, by name."""
+    return {
+        "B": weight.packed,
+        "scales": weight.scales,
+        "zero_points": weight.zero_points,
+        "bias": bias,
+        "lora_a": None if factors is None else factors.lora_a,
+        "lora_b": None if factors is None else factors.lora_b,
+    }
+
+
+def one_node_model(
+    op_type: str,
+    operands: dict[str, Array | None],
+    attributes: dict[str, int],
+    *,
+    dtype: type[np.generic] = np.float32,
+    output_dtype: type[np.generic] | None = None,
+    graph_inputs: tuple[str, ...] = (),
+    with_function: bool = True,
+) -> bytes:
+    """A model that applies the op to its input ``X``.
+
+    ``graph_inputs`` names the operands that a run may override, so that they are no constants.
+    """
+    x = ir.Value(name="X", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
+    values: list[ir.Value | None] = [x]
+    for name, array in operands.items():
+        if array is None:
+            values.append(None)
+            continue
+        free = name in graph_inputs
+        values.append(
+            ir.Value(
+                name=name,
+                const_value=ir.tensor(array, name=name),
+                shape=ir.Shape([None] * array.ndim if free else array.shape),
+                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            )
+        )
+    while values[-1] is None:
+        values.pop()
+    node = ir.node(op_type, values, attributes, domain="eoracc", name="fused")
+    functions = []
+    if with_function:
+        functions.append(local_function(node))
+        node.overload = functions[0].overload
+    y = node.outputs[0]
+    y.name = "Y"
+    y.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(output_dtype or dtype)))
+    initializers = [value for value in values[1:] if value is not None]
+    graph = ir.Graph(
+        [x, *(value for value in initializers if value.name in graph_inputs)],
+        [y],
+        nodes=[node],
+        initializers=initializers,
+        opset_imports={"": 24, "eoracc": 1},
+        name="one_node",
+    )
+    model = ir.Model(graph, ir_version=10, functions=functions)
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized
+
+
+def fused_model(
+    weight: NBitsWeight,
+    factors: LowRank | None = None,
+    bias: Array | None = None,
+    *,
+    dtype: type[np.generic] = np.float32,
+    graph_inputs: tuple[str, ...] = (),
+    accuracy_level: int = 0,
+) -> bytes:
+    return one_node_model(
+        "MatMulNBitsLowRank",
+        fused_operands(weight, factors, bias),
+        attributes_of(weight) | {"accuracy_level": accuracy_level},
+        dtype=dtype,
+        graph_inputs=graph_inputs,
+    )
+
+
+def attributes_of(weight: NBitsWeight) -> dict[str, int]:
+    return {
+        "K": weight.in_features,
+        "N": weight.out_features,
+        "bits": weight.bits,
+        "block_size": weight.group_size,
+    }
+
+
+def open_session(
+    model: bytes | str, library: Path | None, *, threads: int = 1
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
