@@ -28,11 +28,13 @@ def portable_tokenizer(path: Path, work: Path) -> Path:
       work: where a changed one is written, as ``work/tokenizer/tokenizer.json``.
 
     Returns:
-      ``path`` itself where nothing needs to change.
+      ``path`` itself where nothing needs to change, or where every piece gets a space of its own
+      before it is cut further, which no Split can say.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
-    if not any(step["type"] == "Digits" for step in steps):
+    spaced = any(step.get("add_prefix_space", False) for step in steps)
+    if spaced or not any(step["type"] == "Digits" for step in steps):
         return path
     content["pre_tokenizer"]["pretokenizers"] = [
         portable for step in steps for portable in _portable_steps(step)

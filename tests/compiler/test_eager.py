@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
+from typing_extensions import override
 
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.errors import ModelError
@@ -91,19 +92,22 @@ def test_tied_head_stays_tied_otherwise(tmp_path: Path) -> None:
 
 
 class _Lazy(Mapping[str, Array]):
-    """Counts how many weights are alive between two reads."""
+    """Notes which weights are read."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.reads: list[str] = []
 
+    @override
     def __getitem__(self, name: str) -> Array:
         self.reads.append(name)
         return draw(48, 96)
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
+    @override
     def __len__(self) -> int:
         return len(self.names)
 
