@@ -240,10 +240,12 @@ class _Search:
             total = self._weights.sum()
             mean, target = weighted.sum(axis=0) / total, (self._weights @ self._values) / total
             variance = square / total - mean * mean
-            slope = (product / total - mean * target) / np.where(variance > 0, variance, 1)
+            # Below this, rounding is all there is of the variance.
+            spread = variance > 1e-5 * square / total
+            slope = (product / total - mean * target) / np.where(spread, variance, 1)
             sloped = _storable(slope)
             shift = np.clip(self.zero + np.rint(mean - target / sloped), 0, self._top)
-            usable = (variance > 0) & (slope > 0)
+            usable = spread & (slope > 0)
             self.attempt(np.where(usable, sloped, self.scale), np.where(usable, shift, self.zero))
         plain = np.where(fallback | (product <= 0), self.scale, _storable(product / square))
         self.attempt(plain, self.zero.copy())

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from eoracc.passes.gram import accumulate_gram
+from tests.passes.groups import ones
+
+WIDTH = 20
+
+Tokens = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((3001, WIDTH)).astype(np.float32)
+    weights = rng.choice(np.array([0, 0.25, 1, 2], np.float32), size=3001)
+    return inputs, weights
+
+
+def oracle(inputs: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = inputs.astype(np.float64)
+    total: NDArray[np.float64] = np.einsum("t,ti,tj->ij", weights.astype(np.float64), wide, wide)
+    return total
+
+
+def tolerance(inputs: NDArray[np.float32], weights: NDArray[np.float32]) -> float:
+    # Sums of at most 2048 float32 products, whose magnitudes add up to at most the trace.
+    trace = float((weights[:, None] * inputs.astype(np.float64) ** 2).sum())
+    return 2048 * float(np.finfo(np.float32).eps) / 2 * trace / WIDTH
+
+
+def test_matches_the_sum_over_tokens_in_float64(tokens: Tokens) -> None:
+    inputs, weights = tokens
+    gram = accumulate_gram([(inputs, weights)], WIDTH)
+    limit = tolerance(inputs, weights)
+    assert limit < 1e-2 * np.diagonal(gram.matrix).min()
+    np.testing.assert_allclose(gram.matrix, oracle(inputs, weights), rtol=0, atol=limit)
+    assert gram.matrix.dtype == np.float64
+    assert gram.tokens == pytest.approx(weights.sum(dtype=np.float64))
+
+
+def test_does_not_depend_on_batch_size_order_or_sharding(tokens: Tokens) -> None:
+    inputs, weights = tokens
+    whole = accumulate_gram([(inputs, weights)], WIDTH)
+    order = np.random.default_rng(1).permutation(len(inputs))
+    cuts = [0, 1, 700, 2999, 3001]
+    pieces = [(inputs[order][a:b], weights[order][a:b]) for a, b in pairwise(cuts)]
+    sharded = accumulate_gram(pieces, WIDTH)
+    limit = tolerance(inputs, weights)
+    np.testing.assert_allclose(sharded.matrix, whole.matrix, rtol=0, atol=limit)
+    assert sharded.tokens == pytest.approx(whole.tokens)
+
+
+def test_padding_counts_for_nothing_whatever_it_holds(tokens: Tokens) -> None:
+    inputs, weights = tokens
+    padding = np.full((5, WIDTH), np.nan, np.float32)
+    padded = accumulate_gram(
+        [(np.concatenate([padding, inputs]), np.concatenate([np.zeros(5, np.float32), weights]))],
+        WIDTH,
+    )
+    np.testing.assert_array_equal(padded.matrix, accumulate_gram([(inputs, weights)], WIDTH).matrix)
+
+
+def test_no_tokens_give_a_gram_of_zeros() -> None:
+    gram = accumulate_gram([], WIDTH)
+    assert gram.tokens == 0
+    assert not gram.matrix.any()
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_root_squares_to_the_gram_also_where_it_is_singular(count: int) -> None:
+    inputs = np.random.default_rng(2).standard_normal((count, WIDTH)).astype(np.float32)
+    gram = accumulate_gram([(inputs, ones(count))], WIDTH)
+    # Float32 products leave a singular Gram slightly indefinite; the root drops what is negative.
+    limit = WIDTH * float(np.finfo(np.float32).eps) * float(np.trace(gram.matrix))
+    assert limit < 1e-4 * np.trace(gram.matrix)
+    np.testing.assert_allclose(gram.root @ gram.root.T, gram.matrix, rtol=0, atol=limit)
