@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tests.tiny_models import tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["write_byte_tokenizer", "write_tiny_artifact"]
 
@@ -37,7 +40,8 @@ def write_byte_tokenizer(folder: Path, *, bos: bool = False, chat: bool = False)
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 1)]
         )
-    fast = PreTrainedTokenizerFast(
+    factory: Any = PreTrainedTokenizerFast
+    fast = factory(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",

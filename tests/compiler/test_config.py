@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from textwrap import dedent
+from typing import TYPE_CHECKING
 
 import pytest
 
 from eoracc.compiler.config import BuildConfig, load_config
 from eoracc.compiler.errors import ConfigError
 from eoracc.passes.base import pass_names
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MINIMAL = """\
 model: data/tiny.gguf
@@ -89,14 +92,19 @@ def test_held_out_text(tmp_path: Path) -> None:
         (
             "output: build/tiny",
             "ouptut: build/tiny",
-            "model.yaml: output: is missing: add 'output: …'\n"
-            "model.yaml:11: ouptut: unknown key: did you mean 'output'?",
+            (
+                "model.yaml: output: is missing: add 'output: …'\n"
+                "model.yaml:11: ouptut: unknown key: did you mean 'output'?"
+            ),
         ),
         (
             "  samples: 4",
             "  zzz: 4",
-            "model.yaml:4: calibration.zzz: unknown key: known here: text, field, messages, split, "
-            "samples, sequence_length, seed, layout",
+            (
+                "model.yaml:4: calibration.zzz: unknown key: known here: text, field, "
+                "messages, split, "
+                "samples, sequence_length, seed, layout"
+            ),
         ),
         (
             "  samples: 4",
@@ -116,8 +124,10 @@ def test_held_out_text(tmp_path: Path) -> None:
         (
             "  samples: 4",
             "  layout: paking",
-            "model.yaml:4: calibration.layout: must be 'packing' or 'padding', not 'paking': "
-            "did you mean 'packing'?",
+            (
+                "model.yaml:4: calibration.layout: must be 'packing' or 'padding', not 'paking': "
+                "did you mean 'packing'?"
+            ),
         ),
         (
             "model: data/tiny.gguf",
@@ -132,14 +142,18 @@ def test_held_out_text(tmp_path: Path) -> None:
         (
             "  - pack_projections",
             "  - pack_projection",
-            "model.yaml:6: passes.0: there is no pass 'pack_projection': "
-            "did you mean 'pack_projections'?",
+            (
+                "model.yaml:6: passes.0: there is no pass 'pack_projection': "
+                "did you mean 'pack_projections'?"
+            ),
         ),
         (
             "  - pack_projections",
             "  - 3",
-            "model.yaml:6: passes.0: must be a pass's name, or one name with its options: "
-            "eora: {rank: 64}",
+            (
+                "model.yaml:6: passes.0: must be a pass's name, or one name with its options: "
+                "eora: {rank: 64}"
+            ),
         ),
         (
             "  - quantize_gptq: {bits: 3, group_size: 64}",
@@ -149,28 +163,38 @@ def test_held_out_text(tmp_path: Path) -> None:
         (
             "  - quantize_gptq: {bits: 3, group_size: 64}",
             "  - quantize_gptq: {group_size: 20}",
-            "model.yaml:8: passes.2.quantize_gptq.group_size: 20 is no group size: give a multiple "
-            "of 8 in 16..256, or -1 for whole rows",
+            (
+                "model.yaml:8: passes.2.quantize_gptq.group_size: 20 is no group size: "
+                "give a multiple "
+                "of 8 in 16..256, or -1 for whole rows"
+            ),
         ),
         (
             "  - quantize_gptq: {bits: 3, group_size: 64}",
             "  - quantize_gptq: {overrides: {lm_head: {bit: 8}}}",
-            "model.yaml:8: passes.2.quantize_gptq.overrides.lm_head.bit: unknown key: "
-            "did you mean 'bits'?",
+            (
+                "model.yaml:8: passes.2.quantize_gptq.overrides.lm_head.bit: unknown key: "
+                "did you mean 'bits'?"
+            ),
         ),
         (
             "output: build/tiny",
             "output: build/tiny\ntargets: [onnxrt]",
-            "model.yaml:12: targets.0: must be 'onnxruntime', not 'onnxrt': "
-            "did you mean 'onnxruntime'?",
+            (
+                "model.yaml:12: targets.0: must be 'onnxruntime', not 'onnxrt': "
+                "did you mean 'onnxruntime'?"
+            ),
         ),
         (
             "output: build/tiny",
             "output: build/tiny\nverify: {limits: {top1_agreement: 2}}",
             "model.yaml:12: verify.limits.top1_agreement: must be less than or equal to 1, not 2",
         ),
-        ("output: build/tiny", "output: a\noutput: b", "model.yaml:12: output: stands twice, "
-            "first in line 11: keep one"),
+        (
+            "output: build/tiny",
+            "output: a\noutput: b",
+            "model.yaml:12: output: stands twice, first in line 11: keep one",
+        ),
         (
             "      rank: 8",
             "      rank: 8\n      rank: 9",
@@ -319,9 +343,7 @@ def test_the_last_override_wins(tmp_path: Path) -> None:
         ("model.x=4", "'model' is a single value and has no 'x'"),
     ],
 )
-def test_override_mistakes_name_the_override(
-    tmp_path: Path, override: str, expected: str
-) -> None:
+def test_override_mistakes_name_the_override(tmp_path: Path, override: str, expected: str) -> None:
     assert error(tmp_path, MINIMAL, override).startswith(f"--set {override}: {expected}")
 
 

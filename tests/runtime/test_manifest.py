@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +16,9 @@ from eoracc.runtime.manifest import (
     read_manifest,
     verify_manifest,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture

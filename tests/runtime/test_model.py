@@ -4,12 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from eoracc.runtime import ArtifactError, BackendError, Model, load
 from eoracc.runtime.session import open_session
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TEXT = "a state of the union"
 

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from eoracc.compiler.cli import main
+from eoracc.compiler.errors import GateError, ModelError
+from eoracc.compiler.inspection import inspect_path
+from eoracc.compiler.report import Report
+from eoracc.runtime.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from eoracc.compiler.config import BuildConfig
+
+YAML = """\
+model: m
+passes: [quantize_rtn]
+verify: {text: t.txt}
+output: out
+"""
+
+Build = Callable[..., Any]
+
+
+def run(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture
+def model_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "model.yaml"
+    path.write_text(YAML)
+    return path
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[[Build], None]:
+    """Puts a function in the place of the driver's ``build``."""
+
+    def replace(build: Build) -> None:
+        monkeypatch.setitem(sys.modules, "eoracc.compiler.driver", SimpleNamespace(build=build))
+
+    return replace
+
+
+def raising(error: BaseException) -> Build:
+    def build(*_: object, **__: object) -> None:
+        raise error
+
+    return build
+
+
+def test_build_hands_over_what_was_asked_for(
+    model_yaml: Path, tiny_artifact: Path, driver: Callable[[Build], None]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def build(config: BuildConfig, **options: Any) -> SimpleNamespace:  # noqa: ANN401
+        asked.update(options, config=config)
+        with options["progress"].phase("load", 1) as phase:
+            phase.advance()
+        summary = inspect_path(tiny_artifact)
+        report = getattr(summary, "report", None)
+        return SimpleNamespace(
+            output=tiny_artifact, manifest=read_manifest(tiny_artifact), report=report
+        )
+
+    driver(build)
+    result = run("build", model_yaml, "--set", "passes.quantize_rtn.bits=2", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["output"] == str(tiny_artifact)
+    assert content["digest"] == read_manifest(tiny_artifact).digest
+    assert Report.from_dict(content["report"]).fidelity.rows[0].perplexity == 12.5
+    assert asked["config"].passes[0].bits == 2
+    assert asked["config_dir"] == model_yaml.parent
+    assert asked["force"] is False
+
+    result = run("build", model_yaml)
+    assert result.exit_code == 0
+    assert "12.50" in result.stdout
+    assert "parity: not checked" in result.stdout
+    assert f"wrote {tiny_artifact}, " in result.stdout
+    assert result.stderr.startswith("load: 1 steps\nload: done in ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (ModelError("m: holds NaN"), 2, "m: holds NaN"),
+        (GateError("parity failed"), 1, "parity failed"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted: run the same command again to go on after the last finished block",
+        ),
+    ],
+    ids=["bad input", "gate", "interrupt"],
+)
+def test_errors_are_one_sentence_and_a_code(
+    model_yaml: Path,
+    driver: Callable[[Build], None],
+    error: BaseException,
+    code: int,
+    sentence: str,
+) -> None:
+    driver(raising(error))
+    result = run("build", model_yaml)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", f"error: {sentence}\n")
+    result = run("build", model_yaml, "--json")
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert json.loads(result.stdout) == {"error": sentence}
+
+
+def test_bugs_keep_their_traceback(model_yaml: Path, driver: Callable[[Build], None]) -> None:
+    driver(raising(ZeroDivisionError("bug")))
+    assert isinstance(run("build", model_yaml).exception, ZeroDivisionError)
+
+
+def test_build_refuses_before_it_works(
+    model_yaml: Path, driver: Callable[[Build], None], tiny_artifact: Path
+) -> None:
+    driver(raising(AssertionError("must not be reached")))
+    result = run("build", model_yaml, "--set", "modle=3")
+    assert result.exit_code == 2
+    assert result.stderr == "error: --set modle=3: modle: unknown key: did you mean 'model'?\n"
+    result = run("build", model_yaml, "--set", f"output={tiny_artifact}")
+    assert result.exit_code == 2
+    assert "exists: choose another 'output', or replace it with --force" in result.stderr
+    result = run("build", model_yaml.with_name("nowhere.yaml"))
+    assert result.exit_code == 2
+    assert "there is no such file" in result.stderr
+
+
+def test_every_mistake_has_its_own_line(model_yaml: Path) -> None:
+    model_yaml.write_text(YAML.replace("model: m", "modle: m"))
+    lines = run("build", model_yaml).stderr.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(f"error: {model_yaml}") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "x", "--jsno", "--json"),
+        ("inspect", "--json"),
+        ("nothing", "--json"),
+        ("run", "x", "y", "--top-p", "2", "--json"),
+        ("inspect", "nowhere", "--json"),
+    ],
+    ids=" ".join,
+)
+def test_json_holds_wrong_usage_too(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (2, "")
+    assert list(json.loads(result.stdout)) == ["error"]
+
+
+def test_wrong_usage_without_json_is_explained() -> None:
+    result = run("inspect")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Missing argument 'ARTIFACT|CHECKPOINT'" in result.stderr
+
+
+def test_run_streams_the_continuation(tiny_artifact: Path) -> None:
+    greedy = run("run", tiny_artifact, "abc", "--max-new-tokens", "24", "--no-chat")
+    assert greedy.exit_code == 0, greedy.output
+    assert greedy.stdout.endswith("\n")
+    piped = run("run", tiny_artifact, "--max-new-tokens", "24", "--no-chat", stdin="abc")
+    assert piped.stdout == greedy.stdout
+    as_json = run("run", tiny_artifact, "abc", "--max-new-tokens", "24", "--no-chat", "--json")
+    content = json.loads(as_json.stdout)
+    assert content == {"prompt": "abc", "chat": False, "text": greedy.stdout[:-1]}
+
+
+def test_run_chats_where_there_is_a_template(tiny_artifact: Path) -> None:
+    content = json.loads(run("run", tiny_artifact, "abc", "--max-new-tokens", "2", "--json").stdout)
+    assert content["chat"] is True
+
+
+def test_run_refuses_bad_prompts(tiny_artifact: Path) -> None:
+    result = run("run", tiny_artifact, "--no-chat", stdin="")
+    assert result.exit_code == 2
+    assert "the prompt is empty" in result.stderr
+    result = run("run", tiny_artifact, stdin=b"\xff")
+    assert result.exit_code == 2
+    assert "is not UTF-8 text" in result.stderr
+
+
+def test_run_refuses_a_changed_byte(tiny_artifact: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    content = bytearray((folder / "model.onnx.data").read_bytes())
+    content[7] ^= 1
+    (folder / "model.onnx.data").write_bytes(content)
+    for command in (("run", folder, "abc"), ("verify", folder)):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert "model.onnx.data: its content is not what manifest.json says" in result.stderr
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_verify_repeats_parity(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, passed: bool
+) -> None:
+    figures = {"passed": passed, "linears": [], "logits": []}
+    parity = SimpleNamespace(passed=passed, as_dict=lambda: figures)
+    module = SimpleNamespace(check_parity=lambda _: parity)
+    monkeypatch.setitem(sys.modules, "eoracc.runtime.parity", module)
+    result = run("verify", tiny_artifact)
+    assert result.exit_code == (0 if passed else 1)
+    outcome = "passed" if passed else "FAILED"
+    assert f"parity: {outcome}" in result.stdout
+    result = run("verify", tiny_artifact, "--json")
+    assert result.exit_code == (0 if passed else 1)
+    assert json.loads(result.stdout)["parity"] == figures
+
+
+def test_inspect_shows_every_linear(tiny_artifact: Path) -> None:
+    result = run("inspect", tiny_artifact)
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert sum("q_proj" in line for line in rows) == 2
+    assert "bits per weight" in result.stdout
+    content = json.loads(run("inspect", tiny_artifact, "--json").stdout)
+    assert content["kind"] == "artifact"
+    assert len(content["linears"]) == 15
+
+
+def test_inspect_shows_a_checkpoint(tiny_artifact: Path) -> None:
+    checkpoint = tiny_artifact.with_name("checkpoint")
+    result = run("inspect", checkpoint)
+    assert result.exit_code == 0
+    assert "model.embed_tokens.weight" in result.stdout
+    content = json.loads(run("inspect", checkpoint, "--json").stdout)
+    assert content["kind"] == "checkpoint"
+
+
+def test_passes_and_schema() -> None:
+    result = run("passes")
+    assert result.exit_code == 0
+    assert "quantize_gptq\n  Quantize with GPTQ" in result.stdout
+    assert "  group_size = 64\n      columns that share a scale" in result.stdout
+    listed = json.loads(run("passes", "--json").stdout)
+    assert "eora" in [one["name"] for one in listed]
+    schema = json.loads(run("schema").stdout)
+    assert "calibration" in schema["properties"]
+
+
+# --- as a process: what only a real one can show --------------------------------------------------
+
+
+def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "eoracc.compiler.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_process_exits_with_code_and_pure_streams(tmp_path: Path) -> None:
+    done = process("inspect", tmp_path / "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'nowhere'}: there is no such file or folder\n"
+    done = process("inspect", tmp_path / "nowhere", "--json")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "error" in json.loads(done.stdout)
+
+
+def test_closed_pipe_is_quiet() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "eoracc.compiler.cli", "schema"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["schema"], ["passes"], ["run", "nowhere", "x"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from eoracc.compiler.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'mobius', 'onnxruntime'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
