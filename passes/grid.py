@@ -188,7 +188,8 @@ def to_nbits(codes: NDArray[np.uint8], grid: Grid) -> NBitsWeight:
 
 def _storable(scale: NDArray[np.floating]) -> Float:
     """``scale`` as float16 stores it, kept off zero and infinity."""
-    return np.clip(scale, _MIN_SCALE, _MAX_SCALE).astype(np.float16).astype(np.float32)
+    stored: NDArray[np.float16] = np.clip(scale, _MIN_SCALE, _MAX_SCALE).astype(np.float16)
+    return stored.astype(np.float32)
 
 
 def _spanning(low: Float, high: Float, top: int) -> tuple[Float, Float]:
@@ -218,7 +219,7 @@ class _Search:
 
     def attempt(self, scale: Float, zero: Float) -> None:
         """Score a candidate per column and keep it where it is better."""
-        scaled = self._values * (1 / scale)
+        scaled = self._values * np.reciprocal(scale)
         residual = self._offsets(scaled, zero)
         residual -= scaled
         residual *= residual
@@ -230,7 +231,7 @@ class _Search:
 
     def refit(self, *, free_zero: bool) -> None:
         """Least squares for the scale, and the zero point if free, given the current codes."""
-        offsets = self._offsets(self._values * (1 / self.scale), self.zero)
+        offsets = self._offsets(self._values * np.reciprocal(self.scale), self.zero)
         weighted = self._weights[:, None] * offsets
         square = np.einsum("kn,kn->n", weighted, offsets)
         product = np.einsum("kn,kn->n", weighted, self._values)
