@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,21 @@ def multiply(
         return None
     assert result == OK
     return y
+
+
+def before_a_guard_page(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy whose last byte is the last of its page, with a page behind it that none may touch."""
+    page = mmap.PAGESIZE
+    pages = -(-max(array.nbytes, 1) // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_access = 0
+    assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, no_access) == 0
+    flat = np.frombuffer(memory, np.uint8)[pages * page - array.nbytes : pages * page]
+    copy = flat.view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def call(matmul: Matmul, isa: int, threads: Threads | None = None) -> int:

@@ -201,6 +201,31 @@ def test_float16_corners(isa: str) -> None:
     np.testing.assert_array_equal(rounded[0], expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("in_features", [8, 24, 128, 136, 259])
+def test_nothing_is_read_past_an_operand(isa: str, bits: int, in_features: int) -> None:
+    """Weights may be mapped from a file that ends with its page; a read too far is a crash."""
+    rng = np.random.default_rng(10)
+    guard = native.before_a_guard_page
+    drawn = random_weight(rng, (5, in_features), bits=bits, group_size=8, zero_points=True)
+    assert drawn.zero_points is not None
+    weight = NBitsWeight(
+        packed=guard(drawn.packed),
+        scales=guard(drawn.scales),
+        zero_points=guard(drawn.zero_points),
+        bits=bits,
+        group_size=8,
+        in_features=in_features,
+    )
+    factors = random_factors(rng, (5, in_features), rank=3)
+    factors = LowRank(lora_a=guard(factors.lora_a), lora_b=guard(factors.lora_b))
+    bias = guard(np.ones(5, np.float32))
+    for rows in (1, 13):
+        x = guard(rng.standard_normal((rows, in_features), np.float32))
+        check(x, weight, factors, bias, isa=isa)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     bits=st.sampled_from(BITS),
