@@ -58,7 +58,7 @@ def write(
             heads = 6 if "q_proj" in name else 2
             halves = tensor.reshape(heads, 2, -1, tensor.shape[1])
             stored = halves.swapaxes(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), stored)
+        writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight",))), stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
