@@ -58,6 +58,17 @@ def test_characters_of_several_tokens_come_whole(
     assert all(pieces)
 
 
+def test_the_token_that_ends_the_text_is_left_out(tiny_artifact: Path, tmp_path: Path) -> None:
+    free = list(load(tiny_artifact).generate_tokens([5, 6, 7], 12))
+    end = free[6]
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["eos_token_id"] = [2, end]
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    model = Model(folder, load(tiny_artifact).manifest)
+    assert list(model.generate_tokens([5, 6, 7], 12)) == free[: free.index(end)]
+
+
 def test_sampling_repeats_with_its_seed_only(model: Model) -> None:
     def sample(seed: int) -> list[int]:
         return list(model.generate_tokens(model.encode(TEXT), 24, temperature=1.5, seed=seed))
