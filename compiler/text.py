@@ -370,13 +370,14 @@ def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, object]]:
         else:
             source = str(path) if path.is_dir() else spec.text
             rows = datasets.load_dataset(source, split=split, streaming=True)
+        # Inside the try, since a streamed set is read, and can fail, only here.
+        for number, record in enumerate(rows):
+            yield f"{spec.text}, record {number}", record
     except Exception as error:  # the package raises whatever its file systems and readers raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{spec.text}: split '{split}' of this data set cannot be loaded: {reason}"
+            f"{spec.text}: split '{split}' of this data set cannot be read: {reason}"
         ) from error
-    for number, record in enumerate(rows):
-        yield f"{spec.text}, record {number}", record
 
 
 def _record_text(

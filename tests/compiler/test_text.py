@@ -259,7 +259,7 @@ def test_dataset_rows_are_documents(
     found = load_windows(spec, tokenizer, config_dir=tmp_path, samples=2, sequence_length=5)
     assert read(tokenizer, found) == ["abcd\n", "\nefgh"]
     assert asked == [("org/name", "test", True)]
-    with pytest.raises(DataError, match="split 'train' of this data set cannot be loaded: Unknown"):
+    with pytest.raises(DataError, match="split 'train' of this data set cannot be read: Unknown"):
         load_windows(
             TextConfig(text="org/name"),
             tokenizer,
@@ -269,16 +269,31 @@ def test_dataset_rows_are_documents(
         )
 
 
-def test_saved_dataset_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    datasets = pytest.importorskip("datasets")
-    rows = {"text": ["abcd", "efgh"]}
-    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "files" / "train.parquet")
-    for name in ("saved", "files"):
+def test_saved_datasets_are_opened_as_such(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "abcd"}, {"text": "efgh"}]
+    saved = {str(tmp_path / "one"): rows, str(tmp_path / "splits"): {"train": rows}}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=saved.__getitem__))
+    for name, marker in (("one", "dataset_info.json"), ("splits", "dataset_dict.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / marker).touch()
         found = load_windows(
             TextConfig(text=name), tokenizer, config_dir=tmp_path, samples=2, sequence_length=5
         )
         assert read(tokenizer, found) == ["abcd\n", "\nefgh"]
+
+
+def test_parquet_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    pytest.importorskip("datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    (tmp_path / "set").mkdir()
+    parquet.write_table(arrow.table({"text": ["abcd", "efgh"]}), tmp_path / "set" / "train.parquet")
+    found = load_windows(
+        TextConfig(text="set"), tokenizer, config_dir=tmp_path, samples=2, sequence_length=5
+    )
+    assert read(tokenizer, found) == ["abcd\n", "\nefgh"]
 
 
 def config(folder: Path, calibration: dict[str, Any], verify: dict[str, Any]) -> BuildConfig:
