@@ -11,7 +11,7 @@ PYTEST_FLAGS ?=
 
 # The native library is built by pip; these files make the set-up stale.
 NATIVE := CMakeLists.txt $(shell find plugins/csrc -type f)
-CXX_FILES := $(shell find plugins/csrc -name '*.cc' -o -name '*.h')
+CXX_FILES := $(shell find plugins/csrc -name '*.cc' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: help
 help: ## list the targets

@@ -1,7 +1,8 @@
 """Times the fused op against ONNX Runtime's own MatMul and MatMulNBits, in one interleaved run.
 
 Every repetition runs each contender once, so that a busy machine slows all of them alike: ratios
-hold where absolute figures move. Shapes are those of real decoders.
+hold where absolute figures move. With ``--threads 1`` processor time is measured instead of the
+clock, which other work on the machine disturbs least. Shapes are those of real decoders.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ def main() -> None:
     for shape, sizes in SHAPES.items():
         sessions = contenders(*sizes, threads=arguments.threads)
         for rows in arguments.rows:
-            timings += measure(sessions, shape, rows, seconds=arguments.seconds)
+            clock = time.thread_time if arguments.threads == 1 else time.perf_counter
+            timings += measure(sessions, shape, rows, seconds=arguments.seconds, clock=clock)
     show(timings, setting)
     if arguments.json is not None:
         report = setting | {"timings": [asdict(timing) for timing in timings]}
@@ -95,7 +98,12 @@ def contenders(
 
 
 def measure(
-    sessions: dict[str, ort.InferenceSession], shape: str, rows: int, *, seconds: float
+    sessions: dict[str, ort.InferenceSession],
+    shape: str,
+    rows: int,
+    *,
+    seconds: float,
+    clock: Callable[[], float],
 ) -> list[Timing]:
     """Time all contenders on ``rows`` rows, turn by turn, for about ``seconds``."""
     in_features = SHAPES[shape][1]
@@ -106,9 +114,9 @@ def measure(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken[BASELINE]) < 3:
         for name, session in sessions.items():
-            start = time.perf_counter()
+            start = clock()
             session.run(None, {"X": x})
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(clock() - start)
     return [
         Timing(shape, rows, name, min(times), float(np.median(times)))
         for name, times in taken.items()

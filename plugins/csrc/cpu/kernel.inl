@@ -31,17 +31,17 @@ namespace eoracc::EORACC_ISA {
 namespace {
 
 constexpr int64_t kLanes = EORACC_LANES;
-constexpr int64_t kRun = 8;                      // codes in a run
-constexpr int64_t kRowTile = EORACC_ROW_TILE;    // rows of X in a register tile
-constexpr int64_t kColumnTile = 2 * kLanes;      // rows of W in a register tile, and in a panel
-constexpr int64_t kDepth = 256;                  // columns of W in a panel: 32 KiB at 16 lanes
-constexpr int64_t kFewRows = 4;                  // rows of X that share one unpacking
-constexpr int64_t kManyRows = 6;                // from here on a panel pays
-constexpr int64_t kBlockRows = 40 * kRowTile;    // rows of X that are packed at a time
-constexpr int64_t kTaskRows = 20 * kRowTile;     // rows of X in a task
+constexpr int64_t kRun = 8;                    // codes in a run
+constexpr int64_t kRowTile = EORACC_ROW_TILE;  // rows of X in a register tile
+constexpr int64_t kColumnTile = 2 * kLanes;    // rows of W in a register tile, and in a panel
+constexpr int64_t kDepth = 256;                // columns of W in a panel: 32 KiB at 16 lanes
+constexpr int64_t kFewRows = 4;                // rows of X that share one unpacking
+constexpr int64_t kManyRows = 6;               // from here on a panel pays
+constexpr int64_t kBlockRows = 40 * kRowTile;  // rows of X that are packed at a time
+constexpr int64_t kTaskRows = 20 * kRowTile;   // rows of X in a task
 constexpr int64_t kTaskColumns = 4 * kColumnTile;
-constexpr int64_t kDownTiles = 8;                // tiles of X in a task that projects them down
-constexpr int64_t kTaskMacs = 1 << 16;           // smallest task worth a thread, few rows
+constexpr int64_t kDownTiles = 8;       // tiles of X in a task that projects them down
+constexpr int64_t kTaskMacs = 1 << 16;  // smallest task worth a thread, few rows
 
 typedef float Floats __attribute__((vector_size(4 * EORACC_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * EORACC_LANES)));
@@ -103,7 +103,8 @@ Floats widen_lanes(const void* halves) {
   return _mm256_cvtph_ps(load<__m128i>(halves));
 #else
   float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = widen(load<uint16_t>((const uint16_t*)halves + i));
+  for (int64_t i = 0; i < kLanes; ++i)
+    lanes[i] = widen(load<uint16_t>((const uint16_t*)halves + i));
   return load<Floats>(lanes);
 #endif
 }
@@ -199,13 +200,11 @@ Words join(const Words4* quarters) {
 #if EORACC_LANES == 4
   return quarters[0];
 #else
-  const Words8 low =
-      __builtin_shufflevector(quarters[0], quarters[1], 0, 1, 2, 3, 4, 5, 6, 7);
+  const Words8 low = __builtin_shufflevector(quarters[0], quarters[1], 0, 1, 2, 3, 4, 5, 6, 7);
 #if EORACC_LANES == 8
   return low;
 #else
-  const Words8 high =
-      __builtin_shufflevector(quarters[2], quarters[3], 0, 1, 2, 3, 4, 5, 6, 7);
+  const Words8 high = __builtin_shufflevector(quarters[2], quarters[3], 0, 1, 2, 3, 4, 5, 6, 7);
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #endif
 #endif
@@ -236,7 +235,7 @@ uint32_t load_run(const uint8_t* p) {
 
 // Bytes that load_runs reads.
 template <int bits>
-constexpr int64_t kRunsBytes = bits == 3 ? (kLanes / 4 - 1) * 12 + 16 : kLanes* bits;
+constexpr int64_t kRunsBytes = bits == 3 ? (kLanes / 4 - 1) * 12 + 16 : kLanes * bits;
 
 // kLanes consecutive runs of one row, one a lane.
 template <int bits>
@@ -270,13 +269,13 @@ void load_runs(const uint8_t* p, Words* low, Words* high) {
 
 struct Product {
   eoracc_matmul m;
-  const float* x;     // [rows, K]
-  float* y;           // [rows, N]
-  const float* bias;  // [N] or null
-  int64_t groups;     // G
+  const float* x;      // [rows, K]
+  float* y;            // [rows, N]
+  const float* bias;   // [N] or null
+  int64_t groups;      // G
   int64_t group_runs;  // runs in a full group
-  int64_t row_bytes;  // bytes of codes in a row
-  int64_t runs;       // ceil(K / 8)
+  int64_t row_bytes;   // bytes of codes in a row
+  int64_t runs;        // ceil(K / 8)
 
   // Few rows.
   int64_t vectors;      // ceil(runs / kLanes)
@@ -307,7 +306,8 @@ float dot(const void* factor, int64_t start, const float* x, int64_t count) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
     for (int64_t u = 0; u < 4; ++u) {
-      total[u] += read_lanes<type>(factor, start + i + u * kLanes) * load<Floats>(x + i + u * kLanes);
+      total[u] +=
+          read_lanes<type>(factor, start + i + u * kLanes) * load<Floats>(x + i + u * kLanes);
     }
   }
   for (; i + kLanes <= count; i += kLanes) {
@@ -581,7 +581,8 @@ void packed_down_task(void* data, size_t index) {
   const int64_t k = p.m.in_features, rank = p.m.rank;
   const int64_t panels = ceil_div(rank, kColumnTile), tiles = ceil_div(p.count, kRowTile);
   const int64_t r = (int64_t)index % panels * kColumnTile;
-  const int64_t begin = (int64_t)index / panels * kDownTiles, end = smaller(begin + kDownTiles, tiles);
+  const int64_t begin = (int64_t)index / panels * kDownTiles,
+                end = smaller(begin + kDownTiles, tiles);
   float panel[kDepth * kColumnTile];
   float sums[kDownTiles][kRowTile * kColumnTile] = {};
   for (int64_t start = 0; start < k; start += kDepth) {
@@ -686,8 +687,7 @@ void run(const eoracc_threads& threads, int64_t count, Task task, void* data) {
 
 eoracc_result few_rows(Product& p, const eoracc_threads& threads, Scratch& scratch) {
   const int64_t k = p.m.in_features, n = p.m.out_features, rank = p.m.rank, rows = p.m.rows;
-  const int64_t columns_each =
-      smaller(n, ceil_div(ceil_div(kTaskMacs, k * rows), kLanes) * kLanes);
+  const int64_t columns_each = smaller(n, ceil_div(ceil_div(kTaskMacs, k * rows), kLanes) * kLanes);
   const int64_t tasks = ceil_div(n, columns_each);
   p.vectors = ceil_div(p.runs, kLanes);
   p.padded_rank = ceil_div(rank, kLanes) * kLanes;
