@@ -24,7 +24,7 @@ __all__ = ["Grid", "find_grid", "fit_slab", "group_width", "groups", "quantize",
 _SHRINKS = (1.0, 0.85, 0.7)
 """Factors by which the clipping search narrows a group's range."""
 _REFITS = 2
-"""Least-squares refinements of a group's scale and zero point after the search."""
+"""Least-squares refinements of a group's scale after the search."""
 
 _MIN_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 _MAX_SCALE = float(np.finfo(np.float16).max)
@@ -150,7 +150,7 @@ def fit_slab(
                 search.attempt(*_spanning(low * shrink, high, top))
                 search.attempt(*_spanning(low, high * shrink, top))
         for _ in range(_REFITS):
-            search.refit(free_zero=not symmetric)
+            search.refit()
         scale, zero = search.scale, search.zero
     scale = np.where(low == high, np.float32(1), scale)
     return scale.astype(np.float16), zero.astype(np.uint8)
@@ -229,27 +229,15 @@ class _Search:
         np.copyto(self.scale, scale, where=better)
         np.copyto(self.zero, zero, where=better)
 
-    def refit(self, *, free_zero: bool) -> None:
-        """Least squares for the scale, and the zero point if free, given the current codes."""
+    def refit(self) -> None:
+        """Least squares for the scale, given the current codes."""
         offsets = self._offsets(self._values * np.reciprocal(self.scale), self.zero)
         weighted = self._weights[:, None] * offsets
         square = np.einsum("kn,kn->n", weighted, offsets)
         product = np.einsum("kn,kn->n", weighted, self._values)
-        fallback = square <= 0
-        square[fallback] = 1
-        if free_zero:
-            total = self._weights.sum()
-            mean, target = weighted.sum(axis=0) / total, (self._weights @ self._values) / total
-            variance = square / total - mean * mean
-            # Below this, rounding is all there is of the variance.
-            spread = variance > 1e-5 * square / total
-            slope = (product / total - mean * target) / np.where(spread, variance, 1)
-            sloped = _storable(slope)
-            shift = np.clip(self.zero + np.rint(mean - target / sloped), 0, self._top)
-            usable = spread & (slope > 0)
-            self.attempt(np.where(usable, sloped, self.scale), np.where(usable, shift, self.zero))
-        plain = np.where(fallback | (product <= 0), self.scale, _storable(product / square))
-        self.attempt(plain, self.zero.copy())
+        usable = (square > 0) & (product > 0)
+        fitted = np.divide(product, square, out=self.scale.copy(), where=usable)
+        self.attempt(_storable(fitted), self.zero.copy())
 
     def _offsets(self, scaled: Float, zero: Float) -> Float:
         """``code - zero_point`` of every value, in a buffer that the next call reuses."""
