@@ -19,6 +19,8 @@ from typing_extensions import override
 from eoracc import EoraccError, __version__
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from eoracc.compiler.inspection import ArtifactSummary, CheckpointSummary
     from eoracc.runtime.model import Model
 
@@ -248,18 +250,17 @@ def inspect(path: Path, as_json: bool) -> None:
 
 def _show_artifact(summary: ArtifactSummary) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from eoracc.compiler.report import fidelity_table, format_bytes, report_lines
 
     stages = list(dict.fromkeys(stage for one in summary.report.linears for stage in one.errors))
-    table = Table(title=f"{summary.path}: linears", title_justify="left")
+    table = _table(f"{summary.path}: linears, and their output errors after each pass")
     table.add_column("block", justify="right")
-    table.add_column("linear")
+    table.add_column("linear", no_wrap=True)
     for heading in ("shape", "bits", "group", "rank", "bytes"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for stage in stages:
-        table.add_column(f"error, {stage}", justify="right")
+        table.add_column(stage.replace("_", " "), justify="right")
     for one in summary.report.linears:
         table.add_row(
             "" if one.block is None else str(one.block),
@@ -274,33 +275,45 @@ def _show_artifact(summary: ArtifactSummary) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(fidelity_table(summary.report.fidelity.rows))
-    for line in report_lines(summary.report):
+    lines = [
+        *report_lines(summary.report),
+        (
+            f"compressed linears: {format_bytes(summary.linear_bytes)}, "
+            f"{summary.bits_per_weight:.2f} bits per weight"
+        ),
+        f"artifact: {format_bytes(summary.bytes)} in {len(summary.manifest.files)} files",
+    ]
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
-    console.print(
-        f"linears: {format_bytes(summary.linear_bytes)}, {summary.bits_per_weight:.2f} bits per "
-        f"weight; artifact: {format_bytes(summary.bytes)} in {len(summary.manifest.files)} files"
-    )
 
 
 def _show_checkpoint(summary: CheckpointSummary) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from eoracc.compiler.report import format_bytes
 
-    table = Table(title=f"{summary.path}: tensors", title_justify="left")
-    table.add_column("tensor")
+    table = _table(f"{summary.path}: tensors")
+    table.add_column("tensor", overflow="fold")
     for heading in ("shape", "dtype", "bytes"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for tensor in summary.tensors:
         shape = "x".join(map(str, tensor.shape))
-        table.add_row(tensor.name, shape, tensor.dtype, format_bytes(tensor.bytes))
+        table.add_row(Text(tensor.name), shape, tensor.dtype, format_bytes(tensor.bytes))
     console = Console(highlight=False)
     console.print(table)
     console.print(
         f"{len(summary.tensors)} tensors, {summary.parameters:,} parameters, "
         f"{format_bytes(summary.bytes)}"
     )
+
+
+def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 @main.command()

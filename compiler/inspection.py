@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.errors import ModelError
-from eoracc.compiler.report import Report
+from eoracc.compiler.report import LinearReport, Report
 from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
 
@@ -95,14 +95,18 @@ class ArtifactSummary:
 
     @property
     def linear_bytes(self) -> int:
-        """Bytes of all linears."""
-        return sum(linear.bytes for linear in self.report.linears)
+        """Bytes of all compressed linears."""
+        return sum(linear.bytes for linear in self._compressed)
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all linears, scales, zero points and factors included."""
-        weights = sum(math.prod(linear.shape) for linear in self.report.linears)
+        """Over all compressed linears, scales, zero points and factors included."""
+        weights = sum(math.prod(linear.shape) for linear in self._compressed)
         return 8 * self.linear_bytes / max(weights, 1)
+
+    @property
+    def _compressed(self) -> list[LinearReport]:
+        return [linear for linear in self.report.linears if linear.bits is not None]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -200,12 +200,18 @@ def format_bytes(size: float) -> str:
 
 def fidelity_table(rows: Sequence[FidelityRow]) -> RenderableType:
     """The table that ``eoracc build`` ends with."""
-    from rich.table import Table  # noqa: PLC0415 - `--json` does without
+    from rich import box  # noqa: PLC0415 - `--json` does without
+    from rich.table import Table  # noqa: PLC0415
 
-    table = Table(title="fidelity on held-out text", title_justify="left")
-    table.add_column("model")
+    table = Table(
+        title="fidelity on held-out text",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("model", no_wrap=True)
     for heading in ("perplexity", "KL", "top-1", "layer error", "linears", "bits/weight"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,

@@ -230,8 +230,10 @@ def test_verify_repeats_parity(
 def test_inspect_shows_every_linear(tiny_artifact: Path) -> None:
     result = run("inspect", tiny_artifact)
     assert result.exit_code == 0, result.output
-    rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
-    assert sum("q_proj" in line for line in rows) == 2
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["0", "q_proj", "96x48", "3", "16", "2"] in [row[:6] for row in rows]
+    assert ["1", "q_proj"] in [row[:2] for row in rows]
+    assert "…" not in result.stdout
     assert "bits per weight" in result.stdout
     content = json.loads(run("inspect", tiny_artifact, "--json").stdout)
     assert content["kind"] == "artifact"

@@ -65,8 +65,10 @@ def test_artifact(tiny_artifact: Path) -> None:
     files = [path for path in tiny_artifact.iterdir() if path.name != "manifest.json"]
     assert summary.bytes == sum(path.stat().st_size for path in files)
     content = json.loads(json.dumps(summary.as_dict()))
-    assert content["linear_bytes"] == sum(linear["bytes"] for linear in content["linears"])
-    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in content["linears"])
+    compressed = [linear for linear in content["linears"] if linear["bits"] is not None]
+    assert len(compressed) == len(content["linears"]) - 1
+    assert content["linear_bytes"] == sum(linear["bytes"] for linear in compressed)
+    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in compressed)
     assert content["bits_per_weight"] == pytest.approx(8 * content["linear_bytes"] / weights)
 
 
