@@ -22,20 +22,13 @@ from eoracc.passes.base import LayerPass, pass_type
 from eoracc.passes.factors import to_float16
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.statistics import record_error
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands import LowRank
 
 if TYPE_CHECKING:
     from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
 
-__all__ = [
-    "Compensation",
-    "RankOverride",
-    "Solver",
-    "compensation_solver",
-    "quantized_weight",
-    "stored",
-]
+__all__ = ["Compensation", "RankOverride", "Solver", "compensation_solver"]
 
 Rank = Annotated[int, Field(ge=0)]
 
@@ -71,15 +64,11 @@ class Compensation(Overridable, LayerPass):
             for linear in linears:
                 if linear.compressed is None and linear.errors:
                     continue  # a quantizing pass left it as it is, by an override
-                options.compensate(linear, group.gram)
+                linear.compensate(self.solve(linear, group.gram, options.rank))
                 if group.gram is not None:
                     record_error(self.name, linear, linear.weight(), group.gram)
                 changed = True
         return changed
-
-    def compensate(self, linear: Linear, gram: Gram | None) -> None:
-        """Give one compressed linear its factors."""
-        linear.compensate(self.solve(linear, gram, self.rank))
 
     @classmethod
     def solve(cls, linear: Linear, gram: Gram | None, rank: int) -> LowRank:
@@ -88,36 +77,22 @@ class Compensation(Overridable, LayerPass):
         Raises:
           PassError: the linear is not compressed, or ``rank`` exceeds its smaller side.
         """
-        weight = quantized_weight(cls.name, linear, rank)
-        return stored(*cls.factors(linear.weight() - weight.dequantize(), gram, rank))
-
-
-def quantized_weight(pass_name: str, linear: Linear, rank: int) -> NBitsWeight:
-    """The quantized weight that factors of ``rank`` are to compensate.
-
-    Raises:
-      PassError: the linear is not compressed, or ``rank`` exceeds its smaller side.
-    """
-    limit = min(linear.out_features, linear.in_features)
-    if rank > limit:
-        raise PassError(
-            linear.name,
-            f"rank {rank} exceeds the smaller side of its "
-            f"[{linear.out_features}, {linear.in_features}] weight: "
-            f"give {limit} at most, by an override if need be",
-        )
-    if linear.compressed is None:
-        raise PassError(
-            linear.name,
-            f"is not compressed: put a quantize pass before {pass_name!r}, "
-            "or leave the linear out with 'skip: true' in its overrides",
-        )
-    return linear.compressed
-
-
-def stored(b: NDArray[np.float64], a: NDArray[np.float64]) -> LowRank:
-    """Factors ``B [N, R]`` and ``A [R, K]`` as they are stored, in float16."""
-    return LowRank(lora_a=to_float16(a), lora_b=to_float16(b))
+        limit = min(linear.out_features, linear.in_features)
+        if rank > limit:
+            raise PassError(
+                linear.name,
+                f"rank {rank} exceeds the smaller side of its "
+                f"[{linear.out_features}, {linear.in_features}] weight: "
+                f"give {limit} at most, by an override if need be",
+            )
+        if linear.compressed is None:
+            raise PassError(
+                linear.name,
+                f"is not compressed: put a quantize pass before {cls.name!r}, "
+                "or leave the linear out with 'skip: true' in its overrides",
+            )
+        b, a = cls.factors(linear.weight() - linear.compressed.dequantize(), gram, rank)
+        return LowRank(lora_a=to_float16(a), lora_b=to_float16(b))
 
 
 def compensation_solver(name: str) -> Solver:

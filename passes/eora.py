@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
 from typing_extensions import override
 
 from eoracc.compiler.errors import PassError
 from eoracc.passes.base import register
-from eoracc.passes.compensation import Compensation, quantized_weight, stored
+from eoracc.passes.compensation import Compensation
 from eoracc.passes.factors import eora_factors, svd_factors
-from eoracc.passes.gptq import feedback, gptq
 from eoracc.passes.statistics import MIN_TOKENS, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import Linear, LinearGroup
+    from eoracc.compiler.linears import LinearGroup
     from eoracc.passes.gram import Gram
 
 __all__ = ["Eora"]
@@ -35,14 +33,10 @@ class Eora(Compensation):
 
     Options:
       rank: columns of each correction; 0 turns it off.
-      rounds: how often to quantize the weight again with what the factors carry taken out of it,
-        and solve for the factors anew. Each round lowers the error at the same size, markedly so
-        the first one; but the quantized weight then no longer stands without its factors.
       overrides: another rank, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "eora"
-    rounds: Annotated[int, Field(ge=0)] = 0
 
     @override
     def requires(self, group: LinearGroup) -> None:
@@ -60,38 +54,6 @@ class Eora(Compensation):
                         f"calibration tokens reached it (EoRA asks for {MIN_TOKENS})."
                     )
         return changed
-
-    @override
-    def compensate(self, linear: Linear, gram: Gram | None) -> None:
-        if self.rounds and gram is not None and not saw_too_few_tokens(gram):
-            self._quantize_jointly(linear, gram)
-        super().compensate(linear, gram)
-
-    def _quantize_jointly(self, linear: Linear, gram: Gram) -> None:
-        """Quantize only what the factors cannot carry, at the width that the linear already has.
-
-        The factors are at first those of the whole weight: they take its heaviest directions,
-        and what is left has a smaller range. Source: Saha et al., CALDERA, arXiv:2405.18886.
-        """
-        quantized = quantized_weight(self.name, linear, self.rank)
-        weight = linear.weight()
-        factored = feedback(gram.matrix)
-        left = weight
-        for _ in range(self.rounds):
-            carried = stored(*self.factors(left, gram, self.rank)).product()
-            quantized = gptq(
-                weight - carried,
-                factored,
-                bits=quantized.bits,
-                group_size=quantized.group_size,
-                symmetric=quantized.zero_points is None,
-            )
-            left = weight - quantized.dequantize()
-        linear.quantize(quantized)
-        linear.notes.append(
-            f"{self.name}: weight and factors were solved together, so the weight does not stand "
-            "without them."
-        )
 
     @classmethod
     @override

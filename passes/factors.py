@@ -39,7 +39,7 @@ def gram_root(gram: Float) -> Float:
     the roots of their eigenvalues, with those that rounding made negative taken as zero.
     """
     try:
-        root: Float = np.linalg.cholesky(gram)
+        root: Float = np.asarray(np.linalg.cholesky(gram), np.float64)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(gram)
         root = vectors * np.sqrt(np.maximum(values, 0))
