@@ -91,7 +91,7 @@ def _pack(graph: ir.Graph, name: str, parts: Sequence[Linear]) -> None:
 
     shape = (parts[0].in_features, sum(sizes))
     weight = ir.LazyTensor(
-        _Stack([(part.source, part.transposed) for part in parts if part.source is not None]),
+        _Stack(parts),
         dtype=ir.DataType.FLOAT,
         shape=ir.Shape(shape),
         name=f"{name}.weight_t",
@@ -123,13 +123,9 @@ def _pack(graph: ir.Graph, name: str, parts: Sequence[Linear]) -> None:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Reads weights and lays them side by side, ``[in, sum of out]``, when it is called."""
+    """Reads the weights and lays them side by side, ``[in, sum of out]``, when it is called."""
 
-    sources: Sequence[tuple[ir.TensorProtocol, bool]]
+    parts: Sequence[Linear]
 
     def __call__(self) -> ir.TensorProtocol:
-        columns = [
-            source.numpy() if transposed else source.numpy().T
-            for source, transposed in self.sources
-        ]
-        return ir.tensor(np.concatenate(columns, axis=1, dtype=np.float32))
+        return ir.tensor(np.concatenate([part.weight() for part in self.parts]).T)

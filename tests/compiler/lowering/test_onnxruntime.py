@@ -164,6 +164,18 @@ def test_packed_projections(family: str, tmp_path: Path) -> None:
     check_parity(source, lowered, tmp_path)
 
 
+def test_parts_in_another_order_are_not_fed_packed(tmp_path: Path) -> None:
+    model = loaded("llama", tmp_path).model
+    PackProjections().call(model)
+    split = next(node for node in model.graph if node.op_type == "Split")
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    attention.replace_input_with(2, split.outputs[1])
+    fused = next(node for node in lower(model).graph if node.op_type == "GroupQueryAttention")
+    assert [value.name for value in fused.inputs[:3] if value is not None] == [
+        split.outputs[index].name for index in (0, 1, 1)
+    ]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama_bias", "gemma3", "phi3"])
 def test_compressed_graph_without_any_library(family: str, tmp_path: Path, *, packed: bool) -> None:
