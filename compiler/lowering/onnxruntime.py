@@ -1,8 +1,8 @@
 """Lowering to ONNX Runtime: fused attention and norms, and a function body for every eoracc op.
 
 The fused attention, ``GroupQueryAttention``, updates the key/value cache in place, which is what
-makes decoding cheap; it counts lengths instead of reading the mask, so batches must be padded on
-the right (docs: "attention" in the design of the runtime).
+makes decoding cheap. It counts lengths instead of reading the mask, so batches must be padded on
+the right, and it takes a chunk on a cache for one row only.
 """
 
 from __future__ import annotations
