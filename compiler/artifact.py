@@ -29,8 +29,8 @@ __all__ = ["DATA_FILE", "MODEL_FILE", "ArtifactWriter", "check_output", "package
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
-_ALIGNMENT = 1 << 16
-"""Offsets in the data file: the coarsest page or allocation granularity a system maps with."""
+_ALIGNMENT = 1 << 12
+"""Offsets in the data file: a page. Coarser ones would pad the many small factors for nothing."""
 
 _ALIGN_ABOVE = 1 << 12
 """Smaller tensors are read, not mapped, so they are packed."""
