@@ -1,0 +1,1 @@
+"""The compiler: model.yaml and a checkpoint in, a checked artifact out."""

@@ -45,7 +45,7 @@ class SweepCheckpoint:
         batches: Sequence[Batch],
         comparisons: Mapping[str, dict[str, LowRank]],
     ) -> int:
-        """Put back what was kept into the arguments; return how many groups are finished."""
+        """Put back what was kept into the arguments; return how many levels are finished."""
         state = self._state()
         if state is None:
             return 0
@@ -69,7 +69,7 @@ class SweepCheckpoint:
         batches: Sequence[Batch],
         comparisons: Mapping[str, Mapping[str, LowRank]],
     ) -> None:
-        """Keep what has been finished since the last save; ``position`` groups are."""
+        """Keep what has been finished since the last save; ``position`` levels are."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._state() or {"key": self.key, "operands": [], "activations": None}
         kept = {meta["name"] for file in state["operands"] for meta in file["linears"]}
@@ -119,7 +119,9 @@ def _keep(
     arrays[f"{linear.name}/scales"] = weight.scales
     if weight.zero_points is not None:
         arrays[f"{linear.name}/zero_points"] = weight.zero_points
-    compared = {name: found[linear.name] for name, found in comparisons.items() if linear.name in found}
+    compared = {
+        name: found[linear.name] for name, found in comparisons.items() if linear.name in found
+    }
     factors = compared if linear.factors is None else {"": linear.factors, **compared}
     for name, low_rank in factors.items():
         arrays[f"{linear.name}/lora_a/{name}"] = np.ascontiguousarray(low_rank.lora_a)

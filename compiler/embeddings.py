@@ -38,6 +38,11 @@ class Embedding:
     source: ir.TensorProtocol
     compressed: NBitsWeight | None = None
 
+    @property
+    def block(self) -> None:
+        """Embeddings lie outside of the decoder blocks; see :attr:`Linear.block`."""
+        return None
+
     def weight(self) -> NDArray[np.float32]:
         """The original table, ``float32 [rows, width]``."""
         return np.asarray(self.source.numpy(), np.float32)

@@ -12,6 +12,7 @@ For a Llama block the levels are (q, k, v), (o), (gate, up), (down).
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +26,13 @@ from eoracc.compiler.errors import ModelError
 from eoracc.compiler.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
 from eoracc.plugins.functions import local_function
 
-__all__ = ["Batch", "Executor", "make_batches"]
+__all__ = ["Batch", "Executor", "WeightOf", "make_batches"]
 
 Array = NDArray[np.generic]
 WeightOf = Callable[[Linear], NDArray[np.float32]]
+
+_PARAMETER = re.compile(r"\.(weight|weight_t|bias|weight_packed|scales|zero_points|lora_a|lora_b)$")
+"""Initializers that are parameters of the model, by their names."""
 
 _INLINE_ELEMENTS = 16
 """Initializers above this size are fed to a glue session: small ones are shapes and axes, which
@@ -56,7 +60,7 @@ class Batch:
 def make_batches(
     input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, size: int
 ) -> list[Batch]:
-    """Cut windows ``[samples, sequence]`` into batches of at most ``size`` with their graph inputs."""
+    """Cut windows ``[samples, sequence]`` into batches of at most ``size``, graph inputs set."""
     batches = []
     for start in range(0, len(input_ids), size):
         mask = attention_mask[start : start + size]
@@ -86,6 +90,7 @@ class Executor:
     Attributes:
       linears: all linears in execution order.
       levels: groups of linears per level, in order.
+      head_level: the level of the last linear, the language model head.
     """
 
     def __init__(self, model: ir.Model, linears: Sequence[Linear] | None = None) -> None:
@@ -98,32 +103,89 @@ class Executor:
             if str(value.name).startswith("past_key_values.")
         }
         levels = _levels(model.graph, self.linears)
-        last = max(levels.values(), default=0)
-        self.levels: list[list[LinearGroup]] = [[] for _ in range(last + 1)]
+        self.head_level = max(levels[linear.node] for linear in self.linears)
+        self.levels: list[list[LinearGroup]] = [[] for _ in range(self.head_level + 1)]
         for linear in self.linears:
             self._place(linear, levels[linear.node])
         self._output_names = {linear: str(linear.node.outputs[0].name) for linear in self.linears}
         self._input_names = {linear: str(linear.input.name) for linear in self.linears}
-        self._glue = self._cut(levels, last)
+        self._glue = self._cut(levels)
         self._sessions: dict[bytes, ort.InferenceSession] = {}
 
     @property
-    def head_level(self) -> int:
-        """The level of the last linear, the language model head."""
-        return max(i for i, groups in enumerate(self.levels) if groups)
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters as the graph stores them; constants and tables are none."""
+        return sum(
+            value.const_value.nbytes
+            for name, value in self._model.graph.initializers.items()
+            if value.const_value is not None and _PARAMETER.search(name)
+        )
 
-    def run_glue(self, level: int, batches: Iterable[Batch]) -> None:
-        """Compute what stands between the linears below ``level`` and those of ``level``."""
+    def start(self, batches: Iterable[Batch]) -> None:
+        """Compute what stands before the first linears."""
+        run = self._glue_runner(0)
+        for batch in batches:
+            run(batch)
+
+    def step(self, level: int, batches: Iterable[Batch], weight_of: WeightOf) -> None:
+        """Compute the linears of ``level`` and the glue up to those of the next level.
+
+        The weights are what ``weight_of`` gives. It goes batch by batch, so that wide outputs (a
+        gate's, say) never exist for all tokens at once.
+        """
+        products = [
+            (self._input_names[linear], self._output_names[linear], weight_of(linear).T)
+            for group in self.levels[level]
+            for linear in group.linears
+        ]
+        run = self._glue_runner(level + 1)
+        for batch in batches:
+            for source, output, weight in products:
+                inputs: NDArray[np.float32] = batch.values[source]  # type: ignore[assignment]
+                product = inputs.reshape(-1, inputs.shape[-1]) @ weight
+                batch.values[output] = product.reshape(*inputs.shape[:-1], -1)
+            run(batch)
+
+    def inputs_of(self, group: LinearGroup, batch: Batch) -> NDArray[np.float32]:
+        """The group's shared input in ``batch``, ``float32 [tokens, K]``."""
+        inputs = batch.values[self._input_names[group.linears[0]]]
+        return inputs.reshape(-1, inputs.shape[-1])  # type: ignore[return-value]
+
+    def run_to_head(self, batches: Sequence[Batch], weight_of: WeightOf) -> None:
+        """Run everything below the last linear, so that :meth:`head_input` is there."""
+        self.start(batches)
+        for level in range(self.head_level):
+            self.step(level, batches, weight_of)
+
+    def head_input(self, batch: Batch) -> NDArray[np.float32]:
+        """What the head multiplies, ``float32 [batch, sequence, hidden]``."""
+        head = self.levels[self.head_level][-1].linears[-1]
+        return batch.values[self._input_names[head]]  # type: ignore[return-value]
+
+    def logits(
+        self, hidden: NDArray[np.float32], weight: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Logits ``[batch, sequence, vocabulary]`` of head inputs ``[batch, sequence, hidden]``."""
+        head = self.levels[self.head_level][-1].linears[-1]
+        batch = Batch(np.ones(hidden.shape[:2], np.int64))
+        product = hidden.reshape(-1, hidden.shape[-1]) @ weight.T
+        batch.values[self._output_names[head]] = product.reshape(*hidden.shape[:-1], -1)
+        self._glue_runner(self.head_level + 1)(batch)
+        return batch.values[str(self._model.graph.outputs[0].name)]  # type: ignore[return-value]
+
+    def _glue_runner(self, level: int) -> Callable[[Batch], None]:
+        """What computes the glue of ``level`` for one batch."""
         glue = self._glue[level]
-        session = self._session(glue) if glue.nodes else None
+        names = [str(value.name) for value in glue.outputs]
         taken = [str(value.name) for value in glue.inputs]
         fixed = {
             str(value.name): np.ascontiguousarray(value.const_value.numpy())
             for value in glue.inputs
             if value.const_value is not None
         }
-        names = [str(value.name) for value in glue.outputs]
-        for batch in batches:
+        session = self._session(glue) if glue.nodes else None
+
+        def run(batch: Batch) -> None:
             if session is not None:
                 # The session's own names are positions, in the order of glue.inputs.
                 feeds = {
@@ -134,43 +196,7 @@ class Executor:
             for name in glue.drop:
                 batch.values.pop(name, None)
 
-    def run_group(self, group: LinearGroup, batches: Iterable[Batch], weight_of: WeightOf) -> None:
-        """Compute the outputs of a group's linears with the weights that ``weight_of`` gives."""
-        weights = [(self._output_names[linear], weight_of(linear)) for linear in group.linears]
-        name = self._input_names[group.linears[0]]
-        for batch in batches:
-            inputs = batch.values[name]
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            for output, weight in weights:
-                product = rows @ weight.T
-                batch.values[output] = product.reshape(*inputs.shape[:-1], -1)
-
-    def inputs_of(self, group: LinearGroup, batch: Batch) -> NDArray[np.float32]:
-        """The group's shared input in ``batch``, ``float32 [tokens, K]``."""
-        inputs = batch.values[self._input_names[group.linears[0]]]
-        return inputs.reshape(-1, inputs.shape[-1])  # type: ignore[return-value]
-
-    def run_to_head(self, batches: Sequence[Batch], weight_of: WeightOf) -> None:
-        """Run everything below the last linear, so that :meth:`head_input` is there."""
-        for level in range(self.head_level + 1):
-            self.run_glue(level, batches)
-            if level < self.head_level:
-                for group in self.levels[level]:
-                    self.run_group(group, batches, weight_of)
-
-    def head_input(self, batch: Batch) -> NDArray[np.float32]:
-        """What the head multiplies, ``float32 [batch, sequence, hidden]``."""
-        head = self.levels[self.head_level][-1].linears[-1]
-        return batch.values[self._input_names[head]]  # type: ignore[return-value]
-
-    def logits(self, hidden: NDArray[np.float32], weight: NDArray[np.float32]) -> Array:
-        """Logits ``[batch, sequence, vocabulary]`` of head inputs, glue behind the head included."""
-        head = self.levels[self.head_level][-1].linears[-1]
-        batch = Batch(np.ones(hidden.shape[:2], np.int64))
-        product = hidden.reshape(-1, hidden.shape[-1]) @ weight.T
-        batch.values[self._output_names[head]] = product.reshape(*hidden.shape[:-1], -1)
-        self.run_glue(self.head_level + 1, [batch])
-        return batch.values[str(self._model.graph.outputs[0].name)]
+        return run
 
     def _place(self, linear: Linear, level: int) -> None:
         groups = self.levels[level]
@@ -184,14 +210,14 @@ class Executor:
         past = self._past.get(name)
         return batch.values[name] if past is None else past(len(batch.attention_mask))
 
-    def _cut(self, levels: Mapping[ir.Node, int], last: int) -> list[_Glue]:
+    def _cut(self, levels: Mapping[ir.Node, int]) -> list[_Glue]:
         graph = self._model.graph
         of_linear = {linear.node for linear in self.linears}
         # The Transpose of a tied head's embedding: weight_of() stands for what it makes.
         operands = {linear.node.inputs[1].producer() for linear in self.linears}  # type: ignore[union-attr]
         logits = graph.outputs[0]
         # A value lives until the last level that reads it; the logits live on.
-        needed: dict[ir.Value, int] = {logits: last + 2}
+        needed: dict[ir.Value, int] = {logits: self.head_level + 2}
         nodes: dict[int, list[ir.Node]] = defaultdict(list)
         for node in graph:
             if node in of_linear:
@@ -207,7 +233,7 @@ class Executor:
                 if value is not None:
                     needed[value] = max(needed.get(value, 0), level)
         glue = []
-        for level in range(last + 2):
+        for level in range(self.head_level + 2):
             members = nodes[level]
             made = {output for node in members for output in node.outputs}
             taken = dict.fromkeys(
@@ -308,7 +334,6 @@ def _levels(graph: ir.Graph, linears: Sequence[Linear]) -> dict[ir.Node, int]:
 def _inlined(value: ir.Value) -> bool:
     tensor = value.const_value
     return tensor is not None and tensor.size <= _INLINE_ELEMENTS
-
 
 
 def _empty_past(value: ir.Value) -> Callable[[int], Array]:

@@ -32,7 +32,7 @@ FUSED_OP = "MatMulNBitsLowRank"
 X, B, SCALES, ZERO_POINTS, BIAS, LORA_A, LORA_B = range(7)
 
 Activations = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
-"""Yields per batch the inputs ``float32 [tokens, K]`` and the token weights ``float32 [tokens]``."""
+"""Yields per batch the inputs ``float32 [tokens, K]`` and token weights ``float32 [tokens]``."""
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h|layer)\.(\d+)\.")
 
@@ -134,7 +134,7 @@ class Linear:
     def _rewrite(self) -> None:
         weight, factors = self.compressed, self.factors
         assert weight is not None  # noqa: S101 - both callers have just checked
-        graph = self.node.graph
+        graph = self._graph
         operands: list[ir.Value | None] = [
             self.input,
             self._initializer("weight_packed", weight.packed),
@@ -166,8 +166,14 @@ class Linear:
         graph.opset_imports.setdefault(FUSED_DOMAIN, 1)
         _drop_unused_initializers(graph, stale)
 
-    def _initializer(self, part: str, array: NDArray[np.generic] | None) -> ir.Value | None:
+    @property
+    def _graph(self) -> ir.Graph:
         graph = self.node.graph
+        assert isinstance(graph, ir.Graph)  # noqa: S101 - linears are found in graphs
+        return graph
+
+    def _initializer(self, part: str, array: NDArray[np.generic] | None) -> ir.Value | None:
+        graph = self._graph
         name = f"{self.name}.{part}"
         graph.initializers.pop(name, None)
         if array is None:
@@ -277,15 +283,14 @@ def _module_name(node: ir.Node, weight: ir.Value) -> str:
 
 def _drop_unused_initializers(graph: ir.Graph, candidates: Sequence[ir.Value | None]) -> None:
     for value in candidates:
-        if value is None:
-            continue
-        producer = value.producer()
-        if producer is not None and producer.op_type == "Transpose" and not value.uses():
+        operand = value
+        producer = None if value is None else value.producer()
+        if value is not None and producer is not None and producer.op_type == "Transpose":
             operand = producer.inputs[0]
-            graph.remove(producer, safe=True)
-            value = operand
+            if not value.uses():
+                graph.remove(producer, safe=True)
         # By identity: a part that is written anew has the name of the one it replaces.
-        if value is not None and graph.initializers.get(str(value.name)) is value:
-            if value.uses():
-                continue
-            del graph.initializers[value.name]
+        if operand is None or operand.name is None or operand.uses():
+            continue
+        if graph.initializers.get(operand.name) is operand:
+            del graph.initializers[operand.name]

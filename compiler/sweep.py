@@ -54,33 +54,32 @@ def run_sweep(
     """
     calibrate = next((p for p in passes if isinstance(p, Calibrate)), None)
     comparisons: Comparisons = {name: {} for name in comparators}
-    groups = [(level, group) for level, found in enumerate(executor.levels) for group in found]
-    resumed = checkpoint.resume(executor.linears, batches, comparisons)
-    with progress.phase("compress", len(groups)) as phase:
-        for position, (level, group) in enumerate(groups):
-            if position < resumed:
+    begin = checkpoint.resume(executor.linears, batches, comparisons)
+    with progress.phase("compress", len(executor.levels)) as phase:
+        for level, groups in enumerate(executor.levels):
+            if level < begin:
                 phase.advance()
                 continue
-            if calibrate is not None and (position == 0 or groups[position - 1][0] != level):
-                executor.run_glue(level, batches)
-            originals = None
-            if calibrate is not None:
-                group.activations = _activations(executor, group, batches)
-                if calibrate.through == "original":
-                    originals = {linear: linear.weight() for linear in group.linears}
-            for layer_pass in passes:
-                layer_pass.requires(group)
-                layer_pass.call(group)
-            _compare(group, comparators, comparisons)
-            last = position + 1 == len(groups)
-            if calibrate is not None and not last:
-                executor.run_group(
-                    group, batches, Linear.effective_weight if originals is None else originals.get
-                )
-            group.activations = group.gram = None
-            if not last and _block(groups[position + 1][1]) != _block(group):
-                checkpoint.save(position + 1, executor.linears, batches, comparisons)
-            phase.advance(f"block {_block(group)}")
+            if level == 0 and calibrate is not None:
+                executor.start(batches)
+            originals: dict[Linear, NDArray[np.float32]] = {}
+            for group in groups:
+                if calibrate is not None:
+                    group.activations = _activations(executor, group, batches)
+                    if calibrate.through == "original":
+                        originals |= {linear: linear.weight() for linear in group.linears}
+                for layer_pass in passes:
+                    layer_pass.requires(group)
+                    layer_pass.call(group)
+                _compare(group, comparators, comparisons)
+                group.activations = group.gram = None
+            if level < executor.head_level:
+                if calibrate is not None:
+                    weight_of = originals.__getitem__ if originals else Linear.effective_weight
+                    executor.step(level, batches, weight_of)
+                if _block(executor, level + 1) != _block(executor, level):
+                    checkpoint.save(level + 1, executor.linears, batches, comparisons)
+            phase.advance(f"block {_block(executor, level)}")
     return comparisons
 
 
@@ -103,5 +102,5 @@ def _compare(
                 comparisons[name][linear.name] = solve(linear, group.gram, linear.factors.rank)
 
 
-def _block(group: LinearGroup) -> int | None:
-    return group.linears[0].block
+def _block(executor: Executor, level: int) -> int | None:
+    return executor.levels[level][0].linears[0].block

@@ -43,7 +43,7 @@ class LayerPass(Pass):
     """
 
     def requires(self, group: LinearGroup) -> None:
-        """Raise :class:`eoracc.compiler.errors.PassError` where the pass cannot run on ``group``."""
+        """Raise :class:`~eoracc.compiler.errors.PassError` where the pass cannot run here."""
 
     @abstractmethod
     def call(self, group: LinearGroup) -> bool:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator
 
 if TYPE_CHECKING:
+    from eoracc.compiler.embeddings import Embedding
     from eoracc.compiler.linears import Linear, LinearGroup
 
 __all__ = ["Bits", "GroupSize", "Overridable", "Override", "QuantizeOverride"]
@@ -77,7 +78,7 @@ class Overridable:
             if not any(fnmatchcase(name, pattern) for name in names)
         )
 
-    def options_for(self, linear: Linear) -> Self | None:
+    def options_for(self, linear: Linear | Embedding) -> Self | None:
         """The pass with the options that hold for ``linear``, or None where it is left out."""
         matching = [pattern for pattern in self.overrides if fnmatchcase(linear.name, pattern)]
         if linear.block is None and not any(pattern.strip("*") for pattern in matching):

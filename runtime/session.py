@@ -146,7 +146,9 @@ class Session:
         }
 
 
-def open_session(folder: Path, *, library: bool = True, threads: int | None = None) -> Session:
+def open_session(
+    folder: Path, *, library: bool = True, threads: int | None = None, fold: bool = True
+) -> Session:
     """Open the artifact in ``folder``.
 
     The caller verifies the manifest first (:func:`eoracc.runtime.manifest.verify_manifest`);
@@ -157,6 +159,8 @@ def open_session(folder: Path, *, library: bool = True, threads: int | None = No
       library: register the native library; without it the fused op runs through its model-local
         function, in any ONNX Runtime.
       threads: of one operator; None leaves the choice to ONNX Runtime.
+      fold: let ONNX Runtime dequantize all weights at load where there is no library: fast from
+        then on, in several times the memory. False dequantizes at every call.
 
     Raises:
       BackendError: ONNX Runtime is missing or refuses the model.
@@ -164,10 +168,12 @@ def open_session(folder: Path, *, library: bool = True, threads: int | None = No
     """
     decoder = read_decoder(folder)
     native = decoder.library if library else None
-    return Session(_open(str(decoder.model), native, threads, str(decoder.model)))
+    return Session(_open(str(decoder.model), native, threads, str(decoder.model), fold=fold))
 
 
-def _open(model: str | bytes, library: Path | None, threads: int | None, name: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def _open(
+    model: str | bytes, library: Path | None, threads: int | None, name: str, *, fold: bool = True
+) -> Any:  # noqa: ANN401 - onnxruntime has no types
     onnxruntime = import_backend("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -176,7 +182,14 @@ def _open(model: str | bytes, library: Path | None, threads: int | None, name: s
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        # Without folding, memory is what counts: an arena would keep the largest of everything.
+        options.enable_cpu_mem_arena = fold
+        return onnxruntime.InferenceSession(
+            model,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=None if fold else ["ConstantFolding"],
+        )
     except Exception as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()
         raise BackendError(f"{name}: ONNX Runtime cannot load it: {reason}") from error

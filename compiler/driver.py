@@ -1,0 +1,299 @@
+"""The flow of a build, top to bottom.
+
+    model.yaml -> load -> passes -> fidelity gate -> lower -> write -> parity gate -> artifact
+
+What takes long (a converted GGUF, the blocks that a sweep has finished) is kept in a work folder
+beside the output until the build succeeds: a build that was interrupted goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import onnx_ir as ir
+
+from eoracc import __version__
+from eoracc.compiler import spec
+from eoracc.compiler.artifact import ArtifactWriter, check_output
+from eoracc.compiler.checkpoint import SweepCheckpoint
+from eoracc.compiler.config import BuildConfig
+from eoracc.compiler.embeddings import find_embeddings
+from eoracc.compiler.errors import ConfigError, GateError
+from eoracc.compiler.executor import Executor, make_batches
+from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.gates import fidelity_report
+from eoracc.compiler.linears import Linear, find_linears
+from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
+from eoracc.compiler.lowering.onnxruntime import lower
+from eoracc.compiler.memory import release_memory
+from eoracc.compiler.progress import Progress, SilentProgress
+from eoracc.compiler.report import BuildReport, Report, linear_report, parity_line
+from eoracc.compiler.sweep import Comparisons, run_sweep
+from eoracc.compiler.text import Windows, calibration_windows, evaluation_windows
+from eoracc.compiler.verify import PARITY_STEPS, record_parity
+from eoracc.passes.base import LayerPass, ModelPass, Pass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.compensation import Compensation, compensation_solver
+from eoracc.passes.embedding_tables import quantize_embedding_tables
+from eoracc.passes.overrides import Overridable
+from eoracc.passes.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize_rtn import QuantizeRtn
+from eoracc.plugins.library import library_path
+from eoracc.runtime.manifest import Manifest
+from eoracc.runtime.parity import PARITY_FILE, ParityReport, check_parity
+
+__all__ = ["BuildResult", "build"]
+
+_BATCH = 4
+"""Calibration windows per batch: enough to fill the cores, few enough to stay in cache."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished build.
+
+    Attributes:
+      output: the artifact's folder.
+      manifest: its manifest.
+      report: its report.
+    """
+
+    output: Path
+    manifest: Manifest
+    report: Report
+
+
+@dataclass(eq=False)
+class _Compressed:
+    """The graph after its passes.
+
+    Attributes:
+      model: the graph.
+      linears: its linears, original weights still at hand.
+      comparisons: factors that are scored and not shipped.
+    """
+
+    model: ir.Model
+    linears: list[Linear]
+    comparisons: Comparisons = field(default_factory=dict)
+
+
+def build(
+    config: BuildConfig,
+    *,
+    config_dir: Path,
+    progress: SilentProgress,
+    force: bool = False,
+) -> BuildResult:
+    """Build the artifact that ``config`` describes.
+
+    Args:
+      config: from model.yaml.
+      config_dir: what its relative paths are relative to.
+      progress: shown the phases, and asked for their times.
+      force: replace an artifact that is there.
+
+    Raises:
+      EoraccError: bad input, in one sentence; nothing is left half-written.
+      GateError: parity or a fidelity limit failed; no artifact is written.
+    """
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    output = config.output_path(config_dir)
+    check_output(output, force=force)
+    native = library_path()
+    work = output.with_name(f".{output.name}.work")
+    with progress.phase("load", 1) as phase:
+        loaded = load(
+            config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
+        )
+        phase.advance()
+    spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
+    tokenizer = loaded.tokenizer()
+    held_out = evaluation_windows(config, tokenizer, config_dir=config_dir)
+    calibration = (
+        calibration_windows(config, tokenizer, config_dir=config_dir)
+        if any(isinstance(item, Calibrate) for item in config.passes)
+        else None
+    )
+    release_memory()
+    original = Executor(loaded.model.clone())
+    compressed = _compress(config, loaded, calibration, work / "sweep", progress)
+    shipped = next((item.name for item in config.passes if isinstance(item, Compensation)), None)
+    release_memory()
+    fidelity = fidelity_report(
+        original,
+        Executor(compressed.model, compressed.linears),
+        held_out,
+        shipped=shipped,
+        comparisons=compressed.comparisons,
+        limits=config.verify.limits,
+        progress=progress,
+    )
+    parity: ParityReport | None = None
+    with ArtifactWriter(output, force=force) as writer:
+        lowered = lower(compressed.model)
+        spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
+        writer.write_model(lowered)
+        writer.copy(loaded.tokenizer_files())
+        writer.write_genai_config(
+            genai_config(
+                loaded.config,
+                lowered,
+                generation=read_generation_config(loaded.folder),
+                custom_ops_library=writer.write_library(native),
+            )
+        )
+        if config.verify.parity:
+            parity = _parity(compressed, original, held_out, loaded.folder, writer.folder, progress)
+        report = Report(
+            fidelity=fidelity,
+            parity={} if parity is None else parity.as_dict(),
+            linears=[linear_report(linear) for linear in compressed.linears],
+            build=BuildReport(
+                wall_s=time.perf_counter() - begun_s,
+                cpu_s=time.process_time() - begun_cpu_s,
+                peak_memory_bytes=_peak_memory_bytes(),
+                phases=[asdict(phase_time) for phase_time in progress.times],
+            ),
+        )
+        _check_gates(report, work)
+        writer.write_report(report)
+        manifest = writer.commit(
+            source={"model": config.model, "digest": loaded.digest},
+            config=config.resolved(),
+            parity=report.parity,
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return BuildResult(output, manifest, report)
+
+
+# --- passes ---------------------------------------------------------------------------------------
+
+
+def _compress(
+    config: BuildConfig,
+    loaded: LoadedModel,
+    calibration: Windows | None,
+    folder: Path,
+    progress: Progress,
+) -> _Compressed:
+    model = loaded.model
+    compressed = _Compressed(model, find_linears(model))
+    stages = groupby(config.passes, key=lambda item: isinstance(item, LayerPass))
+    for position, (is_layer, members) in enumerate(stages):
+        passes = list(members)
+        if is_layer:
+            key = _sweep_key(config, loaded, passes, calibration)
+            checkpoint = SweepCheckpoint(folder / str(position), key)
+            _sweep(config, compressed, passes, calibration, checkpoint, progress)
+        else:
+            for model_pass in passes:
+                assert isinstance(model_pass, ModelPass)  # noqa: S101 - the only other kind
+                model_pass.call(model)
+                spec.check(model, spec.Stage.FRONTEND, after=model_pass.name)
+            compressed.linears = find_linears(model)
+    return compressed
+
+
+def _sweep(
+    config: BuildConfig,
+    compressed: _Compressed,
+    passes: Sequence[LayerPass],
+    calibration: Windows | None,
+    checkpoint: SweepCheckpoint,
+    progress: Progress,
+) -> None:
+    embeddings = find_embeddings(compressed.model)
+    names = [*(e.name for e in embeddings), *(linear.name for linear in compressed.linears)]
+    for item in passes:
+        if isinstance(item, Overridable) and (unmatched := item.unmatched_overrides(names)):
+            raise ConfigError(
+                f"passes.{item.name}.overrides: no linear's name matches {unmatched[0]!r}: "
+                f"names are like {compressed.linears[0].name!r}"
+            )
+    batches = (
+        []
+        if calibration is None
+        else make_batches(calibration.input_ids, calibration.attention_mask, size=_BATCH)
+    )
+    compressed.comparisons |= run_sweep(
+        Executor(compressed.model, compressed.linears),
+        passes,
+        batches,
+        comparators={name: compensation_solver(name) for name in config.verify.compare},
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    for item in passes:
+        if isinstance(item, QuantizeGptq | QuantizeRtn):
+            quantize_embedding_tables(item, embeddings, compressed.linears)
+    spec.check(compressed.model, spec.Stage.COMPRESSED, after=passes[-1].name)
+
+
+def _sweep_key(
+    config: BuildConfig, loaded: LoadedModel, passes: Sequence[Pass], calibration: Windows | None
+) -> str:
+    """Digest of everything that a sweep's result depends on."""
+    digest = hashlib.sha256(
+        json.dumps(
+            {
+                "version": __version__,
+                "model": loaded.digest,
+                "passes": config.resolved()["passes"],
+                "sweep": [item.name for item in passes],
+                "compare": config.verify.compare,
+            }
+        ).encode()
+    )
+    if calibration is not None:
+        digest.update(calibration.input_ids.tobytes())
+        digest.update(calibration.attention_mask.tobytes())
+    return digest.hexdigest()
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+
+def _parity(
+    compressed: _Compressed,
+    original: Executor,
+    windows: Windows,
+    source: Path,
+    artifact: Path,
+    progress: Progress,
+) -> ParityReport:
+    with progress.phase("parity", PARITY_STEPS + 1) as phase:
+        record = record_parity(compressed.linears, original, windows, folder=source, phase=phase)
+        record.save(artifact / PARITY_FILE)
+        del record
+        report = check_parity(artifact)
+        phase.advance("artifact")
+    return report
+
+
+def _check_gates(report: Report, work: Path) -> None:
+    """Refuse the artifact where a gate failed; its report stays in the work folder."""
+    failed = list(report.fidelity.exceeded)
+    if report.parity and not report.parity["passed"]:
+        failed.append(f"parity failed: {parity_line(report.parity)}")
+    if not failed:
+        return
+    path = work / "report.json"
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    raise GateError(f"{'; '.join(failed)}: no artifact was written, the report is {path}")
+
+
+def _peak_memory_bytes() -> int:
+    # Linux counts in kibibytes, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

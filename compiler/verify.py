@@ -1,0 +1,206 @@
+"""Record what the compressed model computes in eager PyTorch, for the parity gate.
+
+The record goes into the artifact, so that parity can be checked again on a machine that has neither
+PyTorch nor the original model (:mod:`eoracc.runtime.parity`). It holds, per linear, seeded
+inputs with their outputs, and logits of the whole model over every way of calling it.
+
+Tolerances are derived, never chosen. A float32 sum of ``n`` products, in any order, is off by at
+most ``n u sum |x_i w_i|`` (Higham, *Accuracy and Stability*, section 3.1), ``u = 2^-24``; that is
+the bound of a linear, element by element. Through the network errors add along the residual
+stream, with random signs: a linear of depth K adds ``sqrt(K) u`` relative to its output, and
+the logits may be off by the sum of those times their largest magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from eoracc.compiler.eager import load_eager, reference_logits
+from eoracc.compiler.executor import Executor, make_batches
+from eoracc.compiler.linears import Linear
+from eoracc.compiler.memory import release_memory
+from eoracc.compiler.progress import Phase
+from eoracc.compiler.text import Windows
+from eoracc.runtime.parity import ParityCase, ParityLinear, ParityRecord
+
+__all__ = ["PARITY_STEPS", "logits_tolerance", "record_parity"]
+
+_UNIT_ROUNDOFF = 2.0**-24
+_LINEAR_ROWS = 2
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One way of calling a decoder.
+
+    Attributes:
+      name: for the report.
+      lengths: valid tokens per row; shorter rows are padded on the right.
+      chunks: lengths of the calls, one after another through the cache.
+      positions: tokens whose logits are kept, per row; negative ones count from the row's end.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    chunks: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+_CALLS = (
+    _Call("prefill", (64,), (64,), (0, 21, -1)),
+    _Call("decode with cache", (35,), (32, 1, 1, 1), (-4, -2, -1)),
+    _Call("chunk on cache", (48,), (32, 16), (-16, -1)),
+    _Call("batch of unequal lengths", (48, 31, 17), (48,), (-1,)),
+)
+
+PARITY_STEPS = len(_CALLS)
+"""How often :func:`record_parity` advances its phase."""
+
+
+def record_parity(
+    linears: Sequence[Linear],
+    original: Executor,
+    windows: Windows,
+    *,
+    folder: Path,
+    phase: Phase,
+) -> ParityRecord:
+    """Run the compressed model eagerly and keep what the artifact must reproduce.
+
+    Args:
+      linears: of the compressed graph.
+      original: the uncompressed graph, to show how far tolerances are below the effect of
+        compression.
+      windows: real text, to be cut into prompts.
+      folder: the original checkpoint as a Hugging Face folder.
+      phase: advanced once per way of calling the model.
+    """
+    compressed = [linear for linear in linears if linear.compressed is not None]
+    rng = np.random.default_rng(_SEED)
+    inputs = {
+        width: rng.standard_normal((_LINEAR_ROWS, width), np.float32)
+        for width in sorted({linear.in_features for linear in compressed})
+    }
+    records = [_linear(linear, inputs[linear.in_features]) for linear in compressed]
+    cases = list(_cases(linears, windows, folder, phase))
+    prefill = cases[0]
+    effect = np.abs(prefill.logits - _original_logits(original, prefill)).max()
+    return ParityRecord(
+        inputs=inputs, linears=records, cases=cases, compression_effect=float(effect)
+    )
+
+
+def logits_tolerance(linears: Sequence[Linear], logits: NDArray[np.float32]) -> float:
+    """How far float32 logits may be off (see the module's text), in logits."""
+    depths = [linear.in_features + _rank(linear) for linear in linears]
+    return float(_UNIT_ROUNDOFF * np.sqrt(depths).sum() * np.abs(logits).max())
+
+
+def _rank(linear: Linear) -> int:
+    return 0 if linear.factors is None else linear.factors.rank
+
+
+def _linear(linear: Linear, inputs: NDArray[np.float32]) -> ParityLinear:
+    x = torch.from_numpy(inputs).double()
+    backbone = torch.from_numpy(linear.backbone_weight()).double()
+    outputs = torch.nn.functional.linear(x, backbone)
+    magnitude = torch.nn.functional.linear(x.abs(), backbone.abs())
+    if linear.factors is not None:
+        a = torch.from_numpy(linear.factors.lora_a).double()
+        b = torch.from_numpy(linear.factors.lora_b).double()
+        outputs += x @ a.T @ b.T
+        magnitude += x.abs() @ a.abs().T @ b.abs().T
+    # + 3: dequantization rounds twice, the sum of backbone and correction once.
+    length = linear.in_features + _rank(linear) + 3
+    return ParityLinear(
+        name=linear.name,
+        outputs=outputs.float().numpy(),
+        tolerance=(length * _UNIT_ROUNDOFF * magnitude).float().numpy(),
+    )
+
+
+class _EffectiveWeights(Mapping[str, NDArray[np.float32]]):
+    """Weights of the compressed linears by name, made when they are asked for."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self._linears = {
+            linear.name: linear for linear in linears if linear.compressed is not None
+        }
+
+    @override
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self._linears[name].effective_weight()
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._linears)
+
+
+def _cases(
+    linears: Sequence[Linear], windows: Windows, folder: Path, phase: Phase
+) -> Iterator[ParityCase]:
+    release_memory()
+    model = load_eager(folder, _EffectiveWeights(linears))
+    text = windows.input_ids.reshape(-1)[windows.attention_mask.reshape(-1).astype(bool)]
+    for call in _CALLS:
+        ids, mask = _prompts(text, call.lengths)
+        logits = reference_logits(model, ids, mask, chunks=call.chunks)
+        rows, columns = _kept(call)
+        kept = logits[rows, columns]
+        yield ParityCase(
+            name=call.name,
+            input_ids=ids,
+            attention_mask=mask,
+            chunks=call.chunks,
+            rows=rows,
+            columns=columns,
+            logits=kept,
+            tolerance=logits_tolerance(linears, kept),
+        )
+        phase.advance(call.name)
+    del model
+    release_memory()
+
+
+def _prompts(
+    text: NDArray[np.int64], lengths: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ids = np.zeros((len(lengths), max(lengths)), np.int64)
+    mask = np.zeros_like(ids)
+    start = 0
+    for row, length in enumerate(lengths):
+        # Short texts wrap around: parity asks for real tokens, not for many different ones.
+        ids[row, :length] = text[np.arange(start, start + length) % len(text)]
+        mask[row, :length] = 1
+        start += length
+    return ids, mask
+
+
+def _kept(call: _Call) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    pairs = [
+        (row, position % length)
+        for row, length in enumerate(call.lengths)
+        for position in call.positions
+    ]
+    rows, columns = zip(*pairs, strict=True)
+    return np.array(rows), np.array(columns)
+
+
+def _original_logits(original: Executor, case: ParityCase) -> NDArray[np.float32]:
+    (batch,) = make_batches(case.input_ids, case.attention_mask, size=len(case.input_ids))
+    original.run_to_head([batch], Linear.weight)
+    hidden = original.head_input(batch)[case.rows, case.columns]
+    logits: NDArray[np.float32] = original.logits(hidden[None], original.linears[-1].weight())[0]
+    return logits

