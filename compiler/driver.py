@@ -153,7 +153,7 @@ def build(
             )
         )
         if config.verify.parity:
-            parity = _parity(compressed, original, held_out, loaded.folder, writer.folder, progress)
+            parity = _parity(compressed, original, held_out, loaded, writer.folder, progress)
         report = Report(
             fidelity=fidelity,
             parity={} if parity is None else parity.as_dict(),
@@ -267,12 +267,19 @@ def _parity(
     compressed: _Compressed,
     original: Executor,
     windows: Windows,
-    source: Path,
+    loaded: LoadedModel,
     artifact: Path,
     progress: Progress,
 ) -> ParityReport:
     with progress.phase("parity", PARITY_STEPS + 1) as phase:
-        record = record_parity(compressed.linears, original, windows, folder=source, phase=phase)
+        record = record_parity(
+            compressed.linears,
+            original,
+            windows,
+            folder=loaded.folder,
+            phase=phase,
+            trust_remote_code=loaded.trust_remote_code,
+        )
         record.save(artifact / PARITY_FILE)
         del record
         report = check_parity(artifact)

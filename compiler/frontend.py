@@ -65,6 +65,7 @@ class LoadedModel:
       digest: sha256 over config.json and the weight files, hexadecimal.
       tokenizer_json: the tokenizer.json to ship, see :mod:`eoracc.compiler.tokenizer`; None where
         the checkpoint has none.
+      trust_remote_code: whether code that the checkpoint brings may run.
     """
 
     model: ir.Model
@@ -72,6 +73,7 @@ class LoadedModel:
     config: PretrainedConfig
     digest: str
     tokenizer_json: Path | None
+    trust_remote_code: bool = False
 
     def tokenizer_files(self) -> list[Path]:
         """What an artifact must carry to tokenize, chat and generate as the checkpoint does."""
@@ -87,7 +89,9 @@ class LoadedModel:
         """
         try:
             with quiet():
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code
+                )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"{self.folder} has no tokenizer that can be read ({_first_line(error)}): "
@@ -102,7 +106,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     Args:
       source: hub id, local folder, or GGUF file.
       work: where a GGUF file is converted to, as ``work/source``; reused while it is the same.
-      trust_remote_code: let transformers run configuration code that the checkpoint brings.
+      trust_remote_code: let transformers run code that the checkpoint brings.
 
     Raises:
       ModelError: the checkpoint is missing, damaged, or of an architecture that is not supported.
@@ -120,6 +124,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
         config=config,
         digest=_digest([folder / "config.json", *weight_files]),
         tokenizer_json=_tokenizer_json(folder, work),
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -37,8 +37,9 @@ class FidelityRow:
       kl: mean KL(original || variant) per token, in nats; 0 for the original.
       top1_agreement: share of tokens with the original's most likely next token.
       last_layer_error: relative error of what enters the head.
-      bytes: of all linears' weights, scales, zero points and factors.
-      bits_per_weight: those bytes in bits, per weight of the linears.
+      bytes: of all parameters as they are stored, embeddings and head included.
+      bits_per_weight: per weight of the linears that the build compresses; their codes, scales,
+        zero points and factors all count.
     """
 
     name: str
@@ -210,7 +211,7 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> RenderableType:
         padding=(0, 1, 0, 0),
     )
     table.add_column("model", no_wrap=True)
-    for heading in ("perplexity", "KL", "top-1", "layer error", "linears", "bits/weight"):
+    for heading in ("perplexity", "KL", "top-1", "layer error", "parameters", "bits/weight"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(

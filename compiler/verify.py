@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from eoracc.compiler.memory import release_memory
 from eoracc.compiler.progress import Phase
 from eoracc.compiler.text import Windows
 from eoracc.runtime.parity import ParityCase, ParityLinear, ParityRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["PARITY_STEPS", "logits_tolerance", "record_parity"]
 
@@ -72,6 +76,7 @@ def record_parity(
     *,
     folder: Path,
     phase: Phase,
+    trust_remote_code: bool = False,
 ) -> ParityRecord:
     """Run the compressed model eagerly and keep what the artifact must reproduce.
 
@@ -82,6 +87,7 @@ def record_parity(
       windows: real text, to be cut into prompts.
       folder: the original checkpoint as a Hugging Face folder.
       phase: advanced once per way of calling the model.
+      trust_remote_code: let transformers run code that the checkpoint brings.
     """
     compressed = [linear for linear in linears if linear.compressed is not None]
     rng = np.random.default_rng(_SEED)
@@ -90,7 +96,11 @@ def record_parity(
         for width in sorted({linear.in_features for linear in compressed})
     }
     records = [_linear(linear, inputs[linear.in_features]) for linear in compressed]
-    cases = list(_cases(linears, windows, folder, phase))
+    release_memory()
+    model = load_eager(folder, _EffectiveWeights(linears), trust_remote_code=trust_remote_code)
+    cases = list(_cases(model, linears, windows, phase))
+    del model
+    release_memory()
     prefill = cases[0]
     effect = np.abs(prefill.logits - _original_logits(original, prefill)).max()
     return ParityRecord(
@@ -131,9 +141,7 @@ class _EffectiveWeights(Mapping[str, NDArray[np.float32]]):
     """Weights of the compressed linears by name, made when they are asked for."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        self._linears = {
-            linear.name: linear for linear in linears if linear.compressed is not None
-        }
+        self._linears = {linear.name: linear for linear in linears if linear.compressed is not None}
 
     @override
     def __getitem__(self, name: str) -> NDArray[np.float32]:
@@ -149,10 +157,8 @@ class _EffectiveWeights(Mapping[str, NDArray[np.float32]]):
 
 
 def _cases(
-    linears: Sequence[Linear], windows: Windows, folder: Path, phase: Phase
+    model: PreTrainedModel, linears: Sequence[Linear], windows: Windows, phase: Phase
 ) -> Iterator[ParityCase]:
-    release_memory()
-    model = load_eager(folder, _EffectiveWeights(linears))
     text = windows.input_ids.reshape(-1)[windows.attention_mask.reshape(-1).astype(bool)]
     for call in _CALLS:
         ids, mask = _prompts(text, call.lengths)
@@ -170,8 +176,6 @@ def _cases(
             tolerance=logits_tolerance(linears, kept),
         )
         phase.advance(call.name)
-    del model
-    release_memory()
 
 
 def _prompts(

@@ -4,8 +4,11 @@ The root exception lives here because every package below may raise it and none 
 may import another one upwards::
 
     EoraccError                    exit code 2: bad input, one clear sentence
-    ├── plugins.PluginError        the native library or one of its operands
-    ├── runtime.ArtifactError      an artifact folder that is damaged or foreign
+    ├── plugins.operands
+    │   └── PluginError            the native library or one of its operands
+    ├── runtime.errors
+    │   ├── ArtifactError          an artifact that is missing, damaged, foreign, or in the way
+    │   └── BackendError           ONNX Runtime is not installed, or refuses the model
     └── compiler.errors
         ├── ConfigError            model.yaml and the command line
         ├── ModelError             a checkpoint that cannot be read or is not supported
