@@ -19,6 +19,7 @@ from typing_extensions import override
 from eoracc import EoraccError, __version__
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from eoracc.compiler.inspection import ArtifactSummary, CheckpointSummary
@@ -110,6 +111,9 @@ def main() -> None:
 @_json_option
 def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json: bool) -> None:
     """Build the artifact that MODEL_YAML describes."""
+    # Before NumPy is loaded: OpenBLAS's threads spin for 26 ms after each product unless told not
+    # to, and a build has many products with other work between them.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
     from eoracc.compiler.artifact import check_output
     from eoracc.compiler.config import load_config
 
@@ -136,7 +140,7 @@ def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json:
             }
         )
         return
-    console = Console(highlight=False)
+    console = _console()
     console.print(fidelity_table(report.fidelity.rows))
     for line in report_lines(report):
         console.print(line, markup=False, soft_wrap=True)
@@ -248,9 +252,20 @@ def inspect(path: Path, as_json: bool) -> None:
         _show_checkpoint(summary)
 
 
-def _show_artifact(summary: ArtifactSummary) -> None:
+def _console() -> Console:
+    """For tables on standard output."""
     from rich.console import Console
 
+    class _Piped(Console):
+        @override
+        def on_broken_pipe(self) -> None:
+            # rich would exit with 1, which says that a gate has failed.
+            raise BrokenPipeError
+
+    return _Piped(highlight=False)
+
+
+def _show_artifact(summary: ArtifactSummary) -> None:
     from eoracc.compiler.report import fidelity_table, format_bytes, report_lines
 
     stages = list(dict.fromkeys(stage for one in summary.report.linears for stage in one.errors))
@@ -272,7 +287,7 @@ def _show_artifact(summary: ArtifactSummary) -> None:
             format_bytes(one.bytes),
             *(f"{one.errors[stage]:.4f}" if stage in one.errors else "" for stage in stages),
         )
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     console.print(fidelity_table(summary.report.fidelity.rows))
     lines = [
@@ -288,7 +303,6 @@ def _show_artifact(summary: ArtifactSummary) -> None:
 
 
 def _show_checkpoint(summary: CheckpointSummary) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from eoracc.compiler.report import format_bytes
@@ -300,7 +314,7 @@ def _show_checkpoint(summary: CheckpointSummary) -> None:
     for tensor in summary.tensors:
         shape = "x".join(map(str, tensor.shape))
         table.add_row(Text(tensor.name), shape, tensor.dtype, format_bytes(tensor.bytes))
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     console.print(
         f"{len(summary.tensors)} tensors, {summary.parameters:,} parameters, "

@@ -23,10 +23,10 @@ import onnx_ir as ir
 
 from eoracc import __version__
 from eoracc.compiler import spec
-from eoracc.compiler.artifact import ArtifactWriter, check_output
+from eoracc.compiler.artifact import ArtifactWriter, check_output, refuse_full_disk
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.embeddings import find_embeddings
+from eoracc.compiler.embeddings import Embedding, find_embeddings
 from eoracc.compiler.errors import ConfigError, GateError
 from eoracc.compiler.executor import Executor, make_batches
 from eoracc.compiler.frontend import LoadedModel, load
@@ -79,11 +79,13 @@ class _Compressed:
     Attributes:
       model: the graph.
       linears: its linears, original weights still at hand.
+      embeddings: its embedding tables.
       comparisons: factors that are scored and not shipped.
     """
 
     model: ir.Model
     linears: list[Linear]
+    embeddings: list[Embedding]
     comparisons: Comparisons = field(default_factory=dict)
 
 
@@ -106,9 +108,19 @@ def build(
       EoraccError: bad input, in one sentence; nothing is left half-written.
       GateError: parity or a fidelity limit failed; no artifact is written.
     """
-    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     output = config.output_path(config_dir)
     check_output(output, force=force)
+    try:
+        return _build(config, config_dir, output, progress, force=force)
+    except Exception as error:
+        refuse_full_disk(output, error)
+        raise
+
+
+def _build(
+    config: BuildConfig, config_dir: Path, output: Path, progress: SilentProgress, *, force: bool
+) -> BuildResult:
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     native = library_path()
     work = output.with_name(f".{output.name}.work")
     with progress.phase("load", 1) as phase:
@@ -187,7 +199,7 @@ def _compress(
     progress: Progress,
 ) -> _Compressed:
     model = loaded.model
-    compressed = _Compressed(model, find_linears(model))
+    compressed = _Compressed(model, find_linears(model), find_embeddings(model))
     stages = groupby(config.passes, key=lambda item: isinstance(item, LayerPass))
     for position, (is_layer, members) in enumerate(stages):
         passes = list(members)
@@ -212,8 +224,8 @@ def _sweep(
     checkpoint: SweepCheckpoint,
     progress: Progress,
 ) -> None:
-    embeddings = find_embeddings(compressed.model)
-    names = [*(e.name for e in embeddings), *(linear.name for linear in compressed.linears)]
+    names = [table.name for table in compressed.embeddings]
+    names += [linear.name for linear in compressed.linears]
     for item in passes:
         if isinstance(item, Overridable) and (unmatched := item.unmatched_overrides(names)):
             raise ConfigError(
@@ -235,7 +247,7 @@ def _sweep(
     )
     for item in passes:
         if isinstance(item, QuantizeGptq | QuantizeRtn):
-            quantize_embedding_tables(item, embeddings, compressed.linears)
+            quantize_embedding_tables(item, compressed.embeddings, compressed.linears)
     spec.check(compressed.model, spec.Stage.COMPRESSED, after=passes[-1].name)
 
 
@@ -274,6 +286,7 @@ def _parity(
     with progress.phase("parity", PARITY_STEPS + 1) as phase:
         record = record_parity(
             compressed.linears,
+            compressed.embeddings,
             original,
             windows,
             folder=loaded.folder,
@@ -291,7 +304,7 @@ def _check_gates(report: Report, work: Path) -> None:
     """Refuse the artifact where a gate failed; its report stays in the work folder."""
     failed = list(report.fidelity.exceeded)
     if report.parity and not report.parity["passed"]:
-        failed.append(f"parity failed: {parity_line(report.parity)}")
+        failed.append(parity_line(report.parity))
     if not failed:
         return
     path = work / "report.json"

@@ -8,9 +8,11 @@ gives every layer statistics through the prefix as it really will be.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.executor import Batch, Executor
@@ -22,6 +24,8 @@ from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
 
 __all__ = ["Comparator", "Comparisons", "run_sweep"]
+
+_BLAS = ThreadpoolController()
 
 Comparator = Callable[[Linear, Gram | None, int], LowRank]
 """Solves for factors of a given rank without touching the graph."""
@@ -70,8 +74,10 @@ def run_sweep(
                         originals |= {linear: linear.weight() for linear in group.linears}
                 for layer_pass in passes:
                     layer_pass.requires(group)
-                    layer_pass.call(group)
-                _compare(group, comparators, comparisons)
+                    with _one_thread(layer_pass):
+                        layer_pass.call(group)
+                with _one_thread():
+                    _compare(group, comparators, comparisons)
                 group.activations = group.gram = None
             if level < executor.head_level:
                 if calibrate is not None:
@@ -81,6 +87,18 @@ def run_sweep(
                     checkpoint.save(level + 1, executor.linears, batches, comparisons)
             phase.advance(f"block {_block(executor, level)}")
     return comparisons
+
+
+def _one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[object]:
+    """Keep BLAS to one thread while a solver runs.
+
+    Solvers factor matrices a thousand wide between short loops: a second thread would gain a fifth
+    of the time and spend all of it waiting. Statistics are large products and take every thread.
+    """
+    if isinstance(layer_pass, Calibrate):
+        return nullcontext()
+    limit: AbstractContextManager[object] = _BLAS.limit(limits=1, user_api="blas")
+    return limit
 
 
 def _activations(

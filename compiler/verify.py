@@ -13,7 +13,7 @@ the logits may be off by the sum of those times their largest magnitude.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.compiler.eager import load_eager, reference_logits
+from eoracc.compiler.embeddings import Embedding
 from eoracc.compiler.executor import Executor, make_batches
 from eoracc.compiler.linears import Linear
 from eoracc.compiler.memory import release_memory
@@ -71,6 +72,7 @@ PARITY_STEPS = len(_CALLS)
 
 def record_parity(
     linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
     original: Executor,
     windows: Windows,
     *,
@@ -82,6 +84,7 @@ def record_parity(
 
     Args:
       linears: of the compressed graph.
+      embeddings: its tables, compressed or not.
       original: the uncompressed graph, to show how far tolerances are below the effect of
         compression.
       windows: real text, to be cut into prompts.
@@ -97,7 +100,8 @@ def record_parity(
     }
     records = [_linear(linear, inputs[linear.in_features]) for linear in compressed]
     release_memory()
-    model = load_eager(folder, _EffectiveWeights(linears), trust_remote_code=trust_remote_code)
+    weights = _CompressedWeights(linears, embeddings)
+    model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
     cases = list(_cases(model, linears, windows, phase))
     del model
     release_memory()
@@ -137,23 +141,32 @@ def _linear(linear: Linear, inputs: NDArray[np.float32]) -> ParityLinear:
     )
 
 
-class _EffectiveWeights(Mapping[str, NDArray[np.float32]]):
-    """Weights of the compressed linears by name, made when they are asked for."""
+class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
+    """Compressed weights by module name, made when they are asked for."""
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
-        self._linears = {linear.name: linear for linear in linears if linear.compressed is not None}
+    def __init__(self, linears: Sequence[Linear], embeddings: Sequence[Embedding]) -> None:
+        self._made: dict[str, Callable[[], NDArray[np.float32]]] = {
+            linear.name: linear.effective_weight
+            for linear in linears
+            if linear.compressed is not None
+        }
+        self._made |= {
+            embedding.name: embedding.compressed.dequantize
+            for embedding in embeddings
+            if embedding.compressed is not None
+        }
 
     @override
     def __getitem__(self, name: str) -> NDArray[np.float32]:
-        return self._linears[name].effective_weight()
+        return self._made[name]()
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return iter(self._linears)
+        return iter(self._made)
 
     @override
     def __len__(self) -> int:
-        return len(self._linears)
+        return len(self._made)
 
 
 def _cases(

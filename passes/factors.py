@@ -76,8 +76,11 @@ def eora_factors(
     """
     rows, columns = delta.shape
     _check_rank(rank, rows, columns)
-    delta = np.asarray(delta, np.float64)
-    weighted = delta @ (gram_root(gram) if root is None else root)
+    # In the precision of delta. Float32 is enough for a build: nothing cancels between here and the
+    # factors, which are stored as float16.
+    if root is None:
+        root = gram_root(gram)
+    weighted = delta @ root.astype(delta.dtype, copy=False)
     if rows <= columns:
         basis = _top_eigenvectors(weighted @ weighted.T, rank)
     else:

@@ -134,16 +134,18 @@ class NBitsWeight:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weight that the op multiplies with, ``float32 [N, K]``."""
-        zero_points = (
-            np.float32(2 ** (self.bits - 1))
-            if self.zero_points is None
-            else self._expand(self.zero_points.astype(np.float32))
-        )
-        scales = self._expand(self.scales.astype(np.float32))
-        return (self.codes().astype(np.float32) - zero_points) * scales
-
-    def _expand(self, per_group: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.repeat(per_group, self.group_size, axis=1)[:, : self.in_features]
+        rows, groups = self.scales.shape
+        codes = unpack_codes(
+            self.packed, bits=self.bits, in_features=groups * self.group_size
+        ).reshape(rows, groups, self.group_size)
+        values = codes.astype(np.float32)
+        if self.zero_points is None:
+            values -= np.float32(2 ** (self.bits - 1))
+        else:
+            values -= self.zero_points.astype(np.float32)[:, :, None]
+        values *= self.scales.astype(np.float32)[:, :, None]
+        flat = values.reshape(rows, groups * self.group_size)
+        return np.ascontiguousarray(flat[:, : self.in_features])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

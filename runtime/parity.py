@@ -242,8 +242,8 @@ def _check_linears(folder: Path, record: ParityRecord, *, library: bool) -> Line
 
 
 def _check_cases(folder: Path, record: ParityRecord, *, library: bool) -> Iterator[CaseParity]:
-    # Not folded: the gate must not need the memory of the uncompressed model.
-    session = open_session(folder, library=library, fold=library)
+    # Lean: the gate must not need the memory of the uncompressed model.
+    session = open_session(folder, library=library, lean=True)
     for case in record.cases:
         logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
         error = np.abs(logits[case.rows, case.columns] - case.logits).max()

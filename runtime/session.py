@@ -147,7 +147,7 @@ class Session:
 
 
 def open_session(
-    folder: Path, *, library: bool = True, threads: int | None = None, fold: bool = True
+    folder: Path, *, library: bool = True, threads: int | None = None, lean: bool = False
 ) -> Session:
     """Open the artifact in ``folder``.
 
@@ -159,8 +159,9 @@ def open_session(
       library: register the native library; without it the fused op runs through its model-local
         function, in any ONNX Runtime.
       threads: of one operator; None leaves the choice to ONNX Runtime.
-      fold: let ONNX Runtime dequantize all weights at load where there is no library: fast from
-        then on, in several times the memory. False dequantizes at every call.
+      lean: spare memory and processor time. Without the library, ONNX Runtime would dequantize all
+        weights at load, in several times their memory, and be fast from then on; lean, it does so
+        at every call.
 
     Raises:
       BackendError: ONNX Runtime is missing or refuses the model.
@@ -168,11 +169,11 @@ def open_session(
     """
     decoder = read_decoder(folder)
     native = decoder.library if library else None
-    return Session(_open(str(decoder.model), native, threads, str(decoder.model), fold=fold))
+    return Session(_open(str(decoder.model), native, threads, str(decoder.model), lean=lean))
 
 
 def _open(
-    model: str | bytes, library: Path | None, threads: int | None, name: str, *, fold: bool = True
+    model: str | bytes, library: Path | None, threads: int | None, name: str, *, lean: bool = False
 ) -> Any:  # noqa: ANN401 - onnxruntime has no types
     onnxruntime = import_backend("onnxruntime")
     options = onnxruntime.SessionOptions()
@@ -182,13 +183,15 @@ def _open(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
-        # Without folding, memory is what counts: an arena would keep the largest of everything.
-        options.enable_cpu_mem_arena = fold
+        if lean:
+            # An arena would keep the largest of everything, and idle threads would spin.
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return onnxruntime.InferenceSession(
             model,
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=None if fold else ["ConstantFolding"],
+            disabled_optimizers=["ConstantFolding"] if lean else None,
         )
     except Exception as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()
