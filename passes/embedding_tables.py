@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from eoracc.passes.grid import find_grid, quantize, to_nbits
+from eoracc.passes.grid import round_to_nearest
 
 if TYPE_CHECKING:
     from eoracc.compiler.embeddings import Embedding
@@ -39,16 +39,13 @@ def quantize_embedding_tables(
         else:
             head = weight = None
         if weight is None:
-            table = embedding.weight()
-            grid = find_grid(
-                table,
+            weight = round_to_nearest(
+                embedding.weight(),
                 bits=options.bits,
                 group_size=options.group_size,
                 symmetric=options.symmetric,
-                importance=None,
                 clip_search=options.clip_search,
             )
-            weight = to_nbits(quantize(table, grid), grid)
         embedding.quantize(weight, tied=head)
         changed = True
     return changed

@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.operands import NBitsWeight
 
-__all__ = ["Grid", "find_grid", "fit_slab", "group_width", "groups", "quantize", "to_nbits"]
+__all__ = [
+    "Grid",
+    "find_grid",
+    "fit_slab",
+    "group_width",
+    "groups",
+    "quantize",
+    "round_to_nearest",
+    "to_nbits",
+]
 
 _SHRINKS = (1.0, 0.85, 0.7)
 """Factors by which the clipping search narrows a group's range."""
@@ -184,6 +193,27 @@ def to_nbits(codes: NDArray[np.uint8], grid: Grid) -> NBitsWeight:
     return NBitsWeight.from_codes(
         codes, grid.scales, grid.zero_points, bits=grid.bits, group_size=grid.group_size
     )
+
+
+def round_to_nearest(
+    weight: Float,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    importance: NDArray[np.floating] | None = None,
+    clip_search: bool = True,
+) -> NBitsWeight:
+    """Quantize ``weight [N, K]`` on its own grid, every element by itself; see :func:`find_grid`."""
+    grid = find_grid(
+        weight,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        importance=importance,
+        clip_search=clip_search,
+    )
+    return to_nbits(quantize(weight, grid), grid)
 
 
 def _storable(scale: NDArray[np.floating]) -> Float:

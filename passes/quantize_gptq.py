@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from eoracc.passes.base import LayerPass, register
 from eoracc.passes.gptq import Feedback, feedback, gptq
-from eoracc.passes.grid import find_grid, quantize, to_nbits
+from eoracc.passes.grid import round_to_nearest
 from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
 from eoracc.passes.statistics import (
     MIN_TOKENS,
@@ -84,14 +84,13 @@ class QuantizeGptq(Overridable, LayerPass):
     def solve(self, weight: NDArray[np.float32], factored: Feedback | None) -> NBitsWeight:
         """Quantize ``weight [N, K]``, to nearest where there is no Gram to go by."""
         if factored is None:
-            grid = find_grid(
+            return round_to_nearest(
                 weight,
                 bits=self.bits,
                 group_size=self.group_size,
                 symmetric=self.symmetric,
                 clip_search=self.clip_search,
             )
-            return to_nbits(quantize(weight, grid), grid)
         return gptq(
             weight,
             factored,

@@ -10,7 +10,7 @@ import numpy as np
 from typing_extensions import override
 
 from eoracc.passes.base import LayerPass, register
-from eoracc.passes.grid import find_grid, quantize, to_nbits
+from eoracc.passes.grid import round_to_nearest
 from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
 from eoracc.passes.statistics import record_error, record_left_out
 
@@ -50,7 +50,7 @@ class QuantizeRtn(Overridable, LayerPass):
         for options, linears in parts:
             for linear in linears:
                 weight = linear.weight()
-                grid = find_grid(
+                rounded = round_to_nearest(
                     weight,
                     bits=options.bits,
                     group_size=options.group_size,
@@ -58,7 +58,7 @@ class QuantizeRtn(Overridable, LayerPass):
                     importance=importance,
                     clip_search=options.clip_search,
                 )
-                linear.quantize(to_nbits(quantize(weight, grid), grid))
+                linear.quantize(rounded)
                 if group.gram is not None:
                     record_error(self.name, linear, weight, group.gram)
         record_left_out(self.name, group)
