@@ -204,7 +204,7 @@ def round_to_nearest(
     importance: NDArray[np.floating] | None = None,
     clip_search: bool = True,
 ) -> NBitsWeight:
-    """Quantize ``weight [N, K]`` on its own grid, every element by itself; see :func:`find_grid`."""
+    """Quantize ``weight [N, K]`` element by element on the grid that :func:`find_grid` finds."""
     grid = find_grid(
         weight,
         bits=bits,
