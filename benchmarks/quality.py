@@ -1,7 +1,7 @@
 """Perplexity of compressed models under the protocol that peers were measured by.
 
     python -m benchmarks.quality [--model smollm2|gemma3] [--only SETTING ...] [--samples N]
-                                 [--json FILE]
+                                 [--windows N] [--json FILE]
 
 Text is ``wiki.utf8`` with its document tags removed: the first 64 windows of 512 tokens calibrate,
 16 windows from token 200,000 evaluate, each window on its own. ``c4.utf8`` from character 100,000
@@ -188,6 +188,7 @@ def main() -> None:
         help=f"default: {' '.join(DEFAULT)}",
     )
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="evaluation windows per text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
     try:
@@ -202,7 +203,7 @@ def main() -> None:
         TextConfig(text="c4.txt"),
         loaded.tokenizer(),
         config_dir=folder,
-        samples=WINDOWS,
+        samples=options.windows,
         sequence_length=WINDOW_LENGTH,
     )
     original_c4 = score_variants(
@@ -219,6 +220,7 @@ def main() -> None:
     context = {
         "model": options.model,
         "samples": options.samples,
+        "windows": options.windows,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {
@@ -266,7 +268,7 @@ def _measure(setting: Setting, model: Path, folder: Path, c4: Windows, *, sample
         "verify": {
             "text": "wiki.txt",
             "offset_tokens": OFFSET_TOKENS,
-            "windows": WINDOWS,
+            "windows": len(c4.input_ids),
             "window_length": WINDOW_LENGTH,
             "compare": ["svd"] if setting.compensation == "eora" else [],
             "parity": False,  # the examples prove it; here only quality is asked for
@@ -337,7 +339,8 @@ def _print(rows: Sequence[Row], peers: Sequence[Row], context: dict[str, Any]) -
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     versions = ", ".join(f"{name} {number}" for name, number in context["versions"].items())
     console.print(
-        f"{context['model']}, {context['samples']} calibration windows, {context['date']}, "
+        f"{context['model']}, {context['samples']} calibration and "
+        f"{context['windows']} evaluation windows, {context['date']}, "
         f"{context['machine']}, {versions}\n",
         soft_wrap=True,
     )
