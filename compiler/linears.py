@@ -51,6 +51,7 @@ class Linear:
       transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
       compressed: the weight after quantization.
       factors: its low-rank compensation.
+      output_norm: ``||W X||_F`` over the calibration tokens, once a pass has taken it.
       errors: relative output errors by stage, ``||(W - W_hat) X||_F / ||W X||_F``, for the report.
       notes: what the report should say of this linear (a fallback, say).
     """
@@ -63,6 +64,7 @@ class Linear:
     transposed: bool
     compressed: NBitsWeight | None = None
     factors: LowRank | None = None
+    output_norm: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

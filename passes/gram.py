@@ -30,9 +30,13 @@ class Gram:
     tokens: float
 
     @cached_property
-    def root(self) -> NDArray[np.float64]:
-        """``L`` with ``H = L L^T``, ``float64 [K, K]``, for all who weigh errors by this Gram."""
-        return gram_root(self.matrix)
+    def root(self) -> NDArray[np.float32]:
+        """``L`` with ``H = L L^T``, ``float32 [K, K]``, for all who weigh errors by this Gram.
+
+        Factored in float64. Against the root, products in float32 will do: unlike against the Gram
+        itself, nothing cancels.
+        """
+        return gram_root(self.matrix).astype(np.float32)
 
 
 def accumulate_gram(

@@ -52,11 +52,10 @@ def record_error(pass_name: str, linear: Linear, weight: NDArray[np.float32], gr
       weight: its original weight, ``float32 [N, K]``.
       gram: of its input.
     """
-    # Against the root, float32 will do: nothing cancels in a sum of squares.
-    root = gram.root.astype(np.float32)
-    signal = np.linalg.norm(weight @ root)
-    error = np.linalg.norm((weight - linear.effective_weight()) @ root)
-    linear.errors[pass_name] = float(error / signal) if signal > 0 else 0.0
+    if linear.output_norm is None:
+        linear.output_norm = float(np.linalg.norm(weight @ gram.root))
+    error = float(np.linalg.norm((weight - linear.effective_weight()) @ gram.root))
+    linear.errors[pass_name] = error / linear.output_norm if linear.output_norm > 0 else 0.0
 
 
 def record_left_out(pass_name: str, group: LinearGroup) -> None:
