@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from safetensors import SafetensorError
+
 from eoracc import __version__
 from eoracc.runtime.backend import CONFIG_FILE
 from eoracc.runtime.errors import ArtifactError
@@ -24,7 +26,14 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.report import Report
 
-__all__ = ["DATA_FILE", "MODEL_FILE", "ArtifactWriter", "check_output", "package_versions"]
+__all__ = [
+    "DATA_FILE",
+    "MODEL_FILE",
+    "ArtifactWriter",
+    "check_output",
+    "package_versions",
+    "refuse_full_disk",
+]
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -37,6 +46,8 @@ _ALIGN_ABOVE = 1 << 12
 
 _INLINE_BELOW = 1 << 8
 """Smaller tensors stay in model.onnx, where shape inference can see them."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _PACKAGES = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 
@@ -51,7 +62,11 @@ def check_output(output: Path, *, force: bool = False) -> None:
     Raises:
       ArtifactError: it exists, or its place cannot be written to.
     """
-    if output.is_symlink() or output.exists():
+    try:
+        exists = output.is_symlink() or output.exists()
+    except OSError as error:  # the name is too long
+        raise ArtifactError(f"{output}: {error.strerror}: choose another 'output'") from error
+    if exists:
         if not force:
             raise ArtifactError(
                 f"{output}: exists: choose another 'output', or replace it with --force"
@@ -66,6 +81,25 @@ def check_output(output: Path, *, force: bool = False) -> None:
         raise ArtifactError(f"{output}: {parent} is no folder: choose another 'output'")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ArtifactError(f"{output}: {parent} cannot be written to: choose another 'output'")
+
+
+def refuse_full_disk(output: Path, error: BaseException) -> None:
+    """Say in one sentence that there was no room for ``output``, where that is what happened.
+
+    Args:
+      output: the artifact's folder.
+      error: of any kind; it is followed to those that it came from.
+
+    Raises:
+      ArtifactError: the disk was full.
+    """
+    origin: BaseException | None = error
+    while origin is not None:
+        if _says_full(origin):
+            raise ArtifactError(
+                f"{output}: the disk is full: free some space or choose another 'output'"
+            ) from error
+        origin = origin.__cause__ or origin.__context__
 
 
 class ArtifactWriter:
@@ -118,10 +152,8 @@ class ArtifactWriter:
         if self._committed:
             return
         self._clean()
-        if _disk_was_full(error):
-            raise ArtifactError(
-                f"{self.output}: the disk is full: free some space or choose another 'output'"
-            ) from error
+        if error is not None:
+            refuse_full_disk(self.output, error)
 
     def write_model(self, model: ir.Model) -> None:
         """Write model.onnx and its weights, in graph order, as one file that can be mapped.
@@ -199,11 +231,12 @@ class ArtifactWriter:
             parity=parity,
         )
         (self.folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        for path in sorted(self.folder.rglob("*")):
-            _sync(path)
-        _sync(self.folder)
         umask = os.umask(0)
         os.umask(umask)
+        for path in sorted(self.folder.rglob("*")):
+            path.chmod(0o666 & ~umask)  # safetensors gives 0600
+            _sync(path)
+        _sync(self.folder)
         self.folder.chmod(0o777 & ~umask)  # mkdtemp gives 0700
         self._move()
         return manifest
@@ -269,10 +302,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_was_full(error: BaseException | None) -> bool:
-    """Whether ``error``, or one that it came from, says that there was no room."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, SafetensorError):  # has no errno, only its text
+        return any(f"(os error {number})" in str(error) for number in _FULL)
+    return isinstance(error, OSError) and error.errno in _FULL

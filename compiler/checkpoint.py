@@ -73,10 +73,11 @@ class SweepCheckpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._state() or {"key": self.key, "operands": [], "activations": None}
         kept = {meta["name"] for file in state["operands"] for meta in file["linears"]}
+        # What a quantizing pass leaves out has an error of zero on record, and no weight to keep.
         fresh = [
             linear
             for linear in linears
-            if linear.name not in kept and linear.compressed is not None
+            if linear.name not in kept and (linear.compressed is not None or linear.errors)
         ]
         arrays: dict[str, Array] = {}
         metas = [_keep(linear, arrays, comparisons) for linear in fresh]
@@ -113,8 +114,10 @@ class SweepCheckpoint:
 def _keep(
     linear: Linear, arrays: dict[str, Array], comparisons: Mapping[str, Mapping[str, LowRank]]
 ) -> dict[str, Any]:
+    meta = {"name": linear.name, "errors": linear.errors, "notes": linear.notes}
     weight = linear.compressed
-    assert weight is not None  # noqa: S101 - the caller keeps compressed linears only
+    if weight is None:
+        return meta
     arrays[f"{linear.name}/packed"] = weight.packed
     arrays[f"{linear.name}/scales"] = weight.scales
     if weight.zero_points is not None:
@@ -126,13 +129,10 @@ def _keep(
     for name, low_rank in factors.items():
         arrays[f"{linear.name}/lora_a/{name}"] = np.ascontiguousarray(low_rank.lora_a)
         arrays[f"{linear.name}/lora_b/{name}"] = np.ascontiguousarray(low_rank.lora_b)
-    return {
-        "name": linear.name,
+    return meta | {
         "bits": weight.bits,
         "group_size": weight.group_size,
         "factors": list(factors),
-        "errors": linear.errors,
-        "notes": linear.notes,
     }
 
 
@@ -142,6 +142,10 @@ def _restore(
     arrays: Mapping[str, Array],
     comparisons: Mapping[str, dict[str, LowRank]],
 ) -> None:
+    linear.errors.update(meta["errors"])
+    linear.notes.extend(meta["notes"])
+    if "bits" not in meta:
+        return
     linear.quantize(
         NBitsWeight(
             packed=arrays[f"{linear.name}/packed"],  # type: ignore[arg-type]
@@ -161,5 +165,3 @@ def _restore(
             comparisons[name][linear.name] = factors
         else:
             linear.compensate(factors)
-    linear.errors.update(meta["errors"])
-    linear.notes.extend(meta["notes"])

@@ -82,11 +82,13 @@ def evaluation_windows(
     """Held-out windows: in the calibration text, by default, what follows its windows."""
     verify, calibration = config.verify, config.calibration
     offset, skipped = verify.offset_tokens or 0, 0
+    advice = "verify.windows" + (" or verify.offset_tokens" if offset else "")
     if verify.text is None and verify.offset_tokens is None and calibration is not None:
         if calibration.layout == "padding":
             skipped = calibration.samples
         else:
             offset = calibration.samples * calibration.sequence_length
+        advice = "calibration.samples or verify.windows"
     return load_windows(
         config.verify_text(),
         tokenizer,
@@ -95,7 +97,7 @@ def evaluation_windows(
         sequence_length=verify.window_length,
         offset_tokens=offset,
         skip_documents=skipped,
-        advice="verify.windows or verify.offset_tokens",
+        advice=advice,
     )
 
 

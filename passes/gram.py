@@ -63,7 +63,9 @@ def accumulate_gram(
             block = rows[start : start + _BLOCK_TOKENS]
             if not uniform:
                 block = block * roots[start : start + _BLOCK_TOKENS, None]
-            # x.T @ x of one array is a symmetric rank-k update in BLAS: half the arithmetic.
-            matrix += block.T @ block
+            # Values that are not finite are for the caller to find, in the result.
+            with np.errstate(over="ignore", invalid="ignore"):
+                # x.T @ x of one array is a symmetric rank-k update in BLAS: half the arithmetic.
+                matrix += block.T @ block
         total += float(weights[kept].sum(dtype=np.float64))
     return Gram(matrix, total)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors import SafetensorError
 
 from eoracc.compiler import artifact
 from eoracc.compiler.artifact import ArtifactWriter, check_output, package_versions
@@ -221,3 +222,37 @@ def test_nan_does_not_reach_a_json_file(tmp_path: Path) -> None:
 def test_versions_name_what_the_bytes_depend_on() -> None:
     versions = package_versions()
     assert {"eoracc", "numpy", "onnx-ir", "torch"} <= set(versions)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I/O error: No space left on device (os error 28)", ArtifactError),
+        ("Error while deserializing header: InvalidHeader", SafetensorError),
+    ],
+)
+def test_full_disk_is_seen_through_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: type[Exception]
+) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise SafetensorError(text)
+
+    monkeypatch.setattr(ir, "save", save)
+    with pytest.raises(expected):
+        write(tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_is_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "artifact") as writer:
+        writer.write_json("private.json", {})
+        (writer.folder / "private.json").chmod(0o600)
+        writer.commit(source={"model": "m"}, config={}, parity={}, packages={})
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "artifact").iterdir()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
+def test_name_that_no_disk_takes(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="File name too long: choose another 'output'"):
+        check_output(tmp_path / ("a" * 300))

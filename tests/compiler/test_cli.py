@@ -282,12 +282,14 @@ def test_process_exits_with_code_and_pure_streams(tmp_path: Path) -> None:
     assert "error" in json.loads(done.stdout)
 
 
-def test_closed_pipe_is_quiet() -> None:
+@pytest.mark.parametrize("command", ["schema", "inspect"])
+def test_closed_pipe_is_quiet(tiny_artifact: Path, command: str) -> None:
+    arguments = [command] if command == "schema" else [command, str(tiny_artifact)]
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as closed:
         done = subprocess.run(
-            [sys.executable, "-m", "eoracc.compiler.cli", "schema"],
+            [sys.executable, "-m", "eoracc.compiler.cli", *arguments],
             stdout=closed,
             stderr=subprocess.PIPE,
             text=True,

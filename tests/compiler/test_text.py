@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -343,8 +344,17 @@ def test_random_windows_keep_out_of_the_held_out_part(
         )
 
 
-def test_held_out_text_that_is_too_short_names_its_own_settings(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize(
+    ("verify", "advice"),
+    [
+        ({}, "calibration.samples or verify.windows"),
+        ({"offset_tokens": 20}, "verify.windows or verify.offset_tokens"),
+        ({"text": "text.txt"}, "verify.windows"),
+    ],
+)
+def test_held_out_text_that_is_too_short_names_the_settings_to_lower(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, verify: dict[str, Any], advice: str
 ) -> None:
-    with pytest.raises(DataError, match=r"lower verify\.windows or verify\.offset_tokens"):
-        evaluation_windows(config(tmp_path, {}, {"windows": 99}), tokenizer, config_dir=tmp_path)
+    asked = config(tmp_path, {}, {"windows": 99, **verify})
+    with pytest.raises(DataError, match=f"give more text or lower {re.escape(advice)}$"):
+        evaluation_windows(asked, tokenizer, config_dir=tmp_path)

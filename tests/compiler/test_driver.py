@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from eoracc.compiler import driver
+from eoracc.compiler.checkpoint import SweepCheckpoint
+from eoracc.compiler.driver import BuildResult
+from eoracc.compiler.errors import ConfigError, GateError, ModelError, PassError
+from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.report import Report
+from eoracc.passes.eora import Eora
+from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.manifest import verify_manifest
+from eoracc.runtime.parity import PARITY_FILE
+from tests.tiny_build import EORA, tiny_config, tiny_workspace
+
+if TYPE_CHECKING:
+    from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.linears import LinearGroup
+
+QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
+"""Gates that take no time, for builds that are about something else."""
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture
+def workspace(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "workspace"))
+
+
+def build(workspace: Path, config: BuildConfig) -> BuildResult:
+    return driver.build(config, config_dir=workspace, progress=SilentProgress())
+
+
+def left_over(workspace: Path) -> set[str]:
+    return {path.name for path in workspace.iterdir()} - {"model", "text.txt"}
+
+
+def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
+    limits = {"perplexity_ratio": 9.0, "top1_agreement": 0.01}
+    verify = {"windows": 2, "window_length": 32, "compare": ["svd"], "limits": limits}
+    config = tiny_config(verify=verify)
+    result = build(workspace, config)
+    assert left_over(workspace) == {"out"}
+    assert result.output == workspace / "out"
+    manifest = verify_manifest(result.output)
+    assert manifest.digest == result.manifest.digest
+    assert manifest.config == config.resolved()
+    assert PARITY_FILE in manifest.files
+
+    content = json.loads((result.output / "report.json").read_text())
+    assert content == json.loads(json.dumps(result.report.as_dict()))
+    stored = Report.from_dict(content)
+    fidelity = stored.fidelity
+    assert [row.name for row in fidelity.rows] == ["original", "quantized", "svd", "eora"]
+    assert (fidelity.windows, fidelity.window_length) == (2, 32)
+    assert (fidelity.limits, list(fidelity.exceeded)) == (limits, [])
+    assert stored.parity["passed"]
+    names = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert [linear.role for linear in stored.linears] == [*names, *names, "lm_head"]
+    for linear in stored.linears[:-1]:
+        assert (linear.bits, linear.group_size, linear.rank) == (3, 16, 4)
+        assert 0 < linear.errors["eora"] < linear.errors["quantize_gptq"] < 1
+    assert stored.linears[-1].bits is None
+    assert stored.build.peak_memory_bytes > 0
+    phases = [phase["name"] for phase in stored.build.phases]
+    assert phases == ["load", "compress", "score", "parity"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pattern", ["lm_head", "model.embed_tokens", "both"])
+def test_head_and_embedding_by_override(
+    template: Path, tmp_path: Path, *, tied: bool, pattern: str
+) -> None:
+    workspace = template if tied else tiny_workspace(tmp_path, "llama")
+    patterns = ["lm_head", "model.embed_tokens"] if pattern == "both" else [pattern]
+    overrides = {name: {"bits": 8, "group_size": 16} for name in patterns}
+    quantize = {"bits": 3, "group_size": 16, "overrides": overrides}
+    passes = ["calibrate", {"quantize_gptq": quantize}, {"eora": {"rank": 4}}]
+    result = build(workspace, tiny_config(passes, output=str(tmp_path / "out")))
+    assert result.report.parity["passed"]
+    head = result.report.linears[-1]
+    assert (head.bits, head.rank) == ((8, 0) if "lm_head" in patterns else (None, 0))
+    original, *_, shipped = result.report.fidelity.rows
+    table = 260 * 48 * 4
+    # One of the two is enough to keep a tied table: it stays while anything multiplies with it.
+    kept = 2 - len(patterns) if not tied else int(len(patterns) < 2)
+    blocks = sum(linear.bytes for linear in result.report.linears[:-1])
+    assert shipped.bytes > kept * table + blocks
+    assert shipped.bytes < (kept + 0.75) * table + blocks
+    assert original.bytes > (1 if tied else 2) * table
+
+
+@pytest.mark.parametrize(
+    ("passes", "names", "ranks"),
+    [
+        (["pack_projections", *EORA], ["original", "quantized", "svd", "eora"], {4}),
+        ([*EORA[:2], {"eora": {"rank": 0}}], ["original", "quantized", "svd", "eora"], {0}),
+        ([*EORA[:2], {"svd": {"rank": 3}}], ["original", "quantized", "svd"], {3}),
+        (
+            ["calibrate", {"quantize_gptq": {"bits": 4, "group_size": -1}}, {"eora": {"rank": 2}}],
+            ["original", "quantized", "svd", "eora"],
+            {2},
+        ),
+        ([{"calibrate": {"through": "original"}}, *EORA[1:]], None, {4}),
+        ([{"quantize_rtn": {"bits": 2, "symmetric": True}}], ["original", "quantized"], {0}),
+        ([{"quantize_rtn": {"bits": 4}}, {"svd": {"rank": 2}}], None, {2}),
+    ],
+    ids=["packed", "rank 0", "svd", "whole rows", "through original", "rtn", "rtn and svd"],
+)
+def test_combinations_of_passes(
+    template: Path, tmp_path: Path, passes: list[Any], names: list[str] | None, ranks: set[int]
+) -> None:
+    fields: dict[str, Any] = {"output": str(tmp_path / "out")}
+    if not any("calibrate" in item for item in passes):
+        fields["calibration"] = None
+        fields["verify"] = {"text": "text.txt", "windows": 2, "window_length": 32}
+    result = build(template, tiny_config(passes, **fields))
+    assert result.report.parity["passed"]
+    assert {linear.rank for linear in result.report.linears if linear.bits} == ranks
+    if names is not None:
+        compare = names if "calibration" not in fields else [n for n in names if n != "svd"]
+        assert [row.name for row in result.report.fidelity.rows] == compare
+
+
+def test_same_inputs_give_the_same_digest(template: Path, tmp_path: Path) -> None:
+    config = tiny_config(verify=QUICK, output=str(tmp_path / "out"))
+    first = build(template, config)
+    shutil.rmtree(first.output)
+    assert build(template, config).manifest.digest == first.manifest.digest
+
+
+def test_interrupted_build_goes_on_and_ends_the_same(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip = {"model.layers.0.mlp.up_proj": {"skip": True}}
+    quantize = {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": skip}}
+    config = tiny_config(["calibrate", quantize, EORA[2]])
+    whole = build(workspace, config)
+    shutil.rmtree(whole.output)
+    call, seen = Eora.call, []
+
+    def interrupted(self: Eora, group: LinearGroup) -> bool:
+        seen.append(group.name)
+        if group.linears[0].block == 1 and len(seen) <= 5:
+            raise KeyboardInterrupt
+        return call(self, group)
+
+    monkeypatch.setattr(Eora, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(workspace, config)
+    assert left_over(workspace) == {".out.work"}
+    seen.append("again")
+    resumed = build(workspace, config)
+    first_again = seen[seen.index("again") + 1]
+    assert first_again.startswith("model.layers.1."), "block 0 was to be taken from the checkpoint"
+    assert resumed.manifest.digest == whole.manifest.digest
+    assert resumed.report.linears == whole.report.linears
+    assert resumed.report.fidelity == whole.report.fidelity
+    assert left_over(workspace) == {"out"}
+
+
+def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SweepCheckpoint, "save", save)
+    with pytest.raises(ArtifactError, match=r"out: the disk is full: free some space or choose"):
+        build(workspace, tiny_config())
+    assert "out" not in left_over(workspace)
+
+
+def test_exceeded_limit_writes_no_artifact(workspace: Path) -> None:
+    verify = {"windows": 2, "window_length": 32, "limits": {"kl": 1e-9, "top1_agreement": 0.0}}
+    with pytest.raises(GateError, match=r"^kl \S+ is above verify\.limits\.kl 1e-09: no artifact"):
+        build(workspace, tiny_config(verify=verify))
+    assert left_over(workspace) == {".out.work"}
+    report = Report.from_dict(json.loads((workspace / ".out.work" / "report.json").read_text()))
+    assert len(report.fidelity.exceeded) == 1
+
+
+def test_failed_parity_writes_no_artifact(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eoracc.plugins.operands import LowRank
+
+    product = LowRank.product
+    # The eager model gets other weights than the artifact holds.
+    monkeypatch.setattr(LowRank, "product", lambda self: 1.01 * product(self))
+    with pytest.raises(GateError, match=r"^parity: FAILED, .* no artifact was written"):
+        build(workspace, tiny_config())
+    assert left_over(workspace) == {".out.work"}
+
+
+def test_existing_output_is_refused_before_any_work(workspace: Path) -> None:
+    (workspace / "out").mkdir()
+    with pytest.raises(ArtifactError, match="exists: choose another 'output'"):
+        build(workspace, tiny_config(model="missing"))
+    assert left_over(workspace) == {"out"}
+
+
+def test_override_that_matches_nothing(workspace: Path) -> None:
+    passes = ["calibrate", {"quantize_gptq": {"overrides": {"*.q_prj": {"bits": 4}}}}]
+    with pytest.raises(ConfigError, match=r"no linear's name matches '\*\.q_prj': names are like"):
+        build(workspace, tiny_config(passes))
+    assert left_over(workspace) == set()
+
+
+def test_rank_beyond_the_matrix(workspace: Path) -> None:
+    with pytest.raises(PassError, match=r"q_proj: rank 49 exceeds .* give 48 at most"):
+        build(workspace, tiny_config([*EORA[:2], {"eora": {"rank": 49}}]))
+    assert left_over(workspace) == set()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "match"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", np.nan, r"up_proj\.weight holds NaN or Inf"),
+        ("model.embed_tokens.weight", np.inf, r"embed_tokens\.weight holds NaN or Inf"),
+        ("model.norm.weight", np.nan, r"norm\.weight holds NaN or Inf"),
+    ],
+)
+def test_weights_that_are_not_finite(
+    workspace: Path, tensor: str, value: float, match: str
+) -> None:
+    path = workspace / "model" / "model.safetensors"
+    arrays = load_file(path)
+    arrays[tensor].reshape(-1)[7] = value
+    save_file(arrays, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=match):
+        build(workspace, tiny_config(verify=QUICK))
+    assert "out" not in left_over(workspace)
+
+
+def test_activations_that_are_not_finite(workspace: Path) -> None:
+    path = workspace / "model" / "model.safetensors"
+    arrays = load_file(path)
+    # A finite weight whose product is not: float32 ends at 3.4e38.
+    arrays["model.layers.1.input_layernorm.weight"][:] = 3e38
+    save_file(arrays, path, metadata={"format": "pt"})
+    with pytest.raises(PassError, match=r"layers\.1\.\S+q_proj.*: its input .* holds NaN or Inf"):
+        build(workspace, tiny_config(verify=QUICK))
+    assert "out" not in left_over(workspace)

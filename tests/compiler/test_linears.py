@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from eoracc.compiler import frontend, spec
+from eoracc.compiler.errors import ModelError, PassError
+from eoracc.compiler.linears import FUSED_OP, Linear, find_linears
+from eoracc.passes.grid import find_grid, quantize, to_nbits
+from eoracc.plugins.operands import LowRank, NBitsWeight
+from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def load(folder: Path, family: str = "llama") -> ir.Model:
+    return frontend.load(str(tiny_model(family, folder / "model")), work=folder).model
+
+
+def rounded(weight: NDArray[np.float32], bits: int = 4, *, symmetric: bool = False) -> NBitsWeight:
+    grid = find_grid(
+        weight, bits=bits, group_size=16, symmetric=symmetric, importance=None, clip_search=False
+    )
+    return to_nbits(quantize(weight, grid), grid)
+
+
+def factors(linear: Linear, rank: int) -> LowRank:
+    rng = np.random.default_rng(rank)
+    return LowRank(
+        lora_a=rng.standard_normal((rank, linear.in_features)).astype(np.float16),
+        lora_b=rng.standard_normal((linear.out_features, rank)).astype(np.float16),
+    )
+
+
+def operands(linear: Linear) -> dict[str, NDArray[np.generic]]:
+    """Initializers that the linear's node reads."""
+    return {
+        str(value.name): value.const_value.numpy()
+        for value in linear.node.inputs[1:]
+        if value is not None and value.const_value is not None
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_the_linears_of_every_family(family: str, tmp_path: Path) -> None:
+    model = load(tmp_path, family)
+    linears = find_linears(model)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    roles = FUSED_MLP if family == "phi3" else SEPARATE
+    assert [linear.role for linear in linears] == [*roles, *roles, "lm_head"]
+    blocks = [0] * len(roles) + [1] * len(roles)
+    assert [linear.block for linear in linears] == [*blocks, None]
+    tied = FAMILIES[family][1]["tie_word_embeddings"]
+    for linear in linears:
+        name = "model.embed_tokens" if tied and linear.role == "lm_head" else linear.name
+        weight = linear.weight()
+        assert weight.shape == (linear.out_features, linear.in_features)
+        assert weight.dtype == np.float32
+        assert weight.flags.c_contiguous
+        if f"{name}.weight" in stored:  # Phi-3 stores its projections fused
+            np.testing.assert_array_equal(weight, stored[f"{name}.weight"])
+        np.testing.assert_array_equal(linear.effective_weight(), weight)
+    assert linears[-1].out_features == VOCABULARY
+
+
+def test_quantize_and_compensate_write_through(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    graph = model.graph
+    linear = find_linears(model)[6]
+    before = set(graph.initializers)
+    original = linear.weight()
+    users = [use.node.op_type for use in linear.node.outputs[0].uses()]
+    weight = rounded(original)
+    linear.quantize(weight)
+    parts = {f"{linear.name}.{part}" for part in ("weight_packed", "scales", "zero_points")}
+    assert set(graph.initializers) - before == parts
+    (dropped,) = before - set(graph.initializers)
+    assert dropped.startswith(f"{linear.name}.weight")
+    assert linear.node.op_type == FUSED_OP
+    assert [use.node.op_type for use in linear.node.outputs[0].uses()] == users
+    spec.check(model, spec.Stage.COMPRESSED, after="the test")
+    np.testing.assert_array_equal(linear.weight(), original)
+
+    low_rank = factors(linear, 3)
+    linear.compensate(low_rank)
+    spec.check(model, spec.Stage.COMPRESSED, after="the test")
+    expected = weight.dequantize() + low_rank.product()
+    np.testing.assert_array_equal(linear.effective_weight(), expected)
+    np.testing.assert_array_equal(linear.backbone_weight(), weight.dequantize())
+    (found,) = [one for one in find_linears(model) if one.name == linear.name]
+    assert found.source is None
+    np.testing.assert_array_equal(found.effective_weight(), expected)
+
+
+def test_writing_twice_leaves_what_was_written_last(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    linear = find_linears(model)[0]
+    weight = linear.weight()
+    linear.quantize(rounded(weight, bits=3))
+    linear.compensate(factors(linear, 5))
+    # Symmetric codes have no zero points, and the second factors another rank.
+    symmetric, low_rank = rounded(weight, bits=8, symmetric=True), factors(linear, 2)
+    linear.quantize(symmetric)
+    linear.compensate(low_rank)
+    spec.check(model, spec.Stage.COMPRESSED, after="the test")
+    stored = operands(linear)
+    own = {name for name in model.graph.initializers if name.startswith(f"{linear.name}.")}
+    assert (
+        own
+        == set(stored)
+        == {f"{linear.name}.{part}" for part in ("weight_packed", "scales", "lora_a", "lora_b")}
+    )
+    np.testing.assert_array_equal(stored[f"{linear.name}.weight_packed"], symmetric.packed)
+    np.testing.assert_array_equal(stored[f"{linear.name}.lora_a"], low_rank.lora_a)
+    assert linear.node.attributes["bits"].as_int() == 8
+    linear.compensate(None)
+    assert not {name for name in model.graph.initializers if "lora" in name}
+    np.testing.assert_array_equal(linear.effective_weight(), symmetric.dequantize())
+    assert sum(node.op_type == FUSED_OP for node in model.graph) == 1
+
+
+def test_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    model = load(tmp_path, "smollm")
+    table = "model.embed_tokens.weight"
+    head = find_linears(model)[-1]
+    assert head.name == "lm_head"
+    head.quantize(rounded(head.weight(), bits=8))
+    spec.check(model, spec.Stage.COMPRESSED, after="the test")
+    assert [use.node.op_type for use in model.graph.initializers[table].uses()] == ["Gather"]
+    assert not [node for node in model.graph if node.op_type == "Transpose"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_damaged_weight_is_named_when_it_is_read(tmp_path: Path, value: float) -> None:
+    path = tiny_model("llama", tmp_path / "model") / "model.safetensors"
+    arrays = load_file(path)
+    arrays["model.layers.1.self_attn.k_proj.weight"][3, 5] = value
+    save_file(arrays, path, metadata={"format": "pt"})
+    linears = find_linears(frontend.load(str(path.parent), work=tmp_path).model)
+    with pytest.raises(ModelError, match=r"^model\.layers\.1\.self_attn\.k_proj\.weight holds NaN"):
+        linears[8].weight()
+
+
+def test_misuse_is_named(tmp_path: Path) -> None:
+    linears = find_linears(load(tmp_path))
+    first, last = linears[0], linears[6]
+    with pytest.raises(PassError, match="is not compressed: there is nothing to compensate"):
+        first.compensate(factors(first, 1))
+    with pytest.raises(PassError, match=r"a \[48, 88\] weight cannot replace \[96, 48\]"):
+        first.quantize(rounded(last.weight()))
+    first.release()
+    with pytest.raises(PassError, match="original weight is gone"):
+        first.weight()

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from typing_extensions import override
+
+from eoracc.compiler import frontend
+from eoracc.compiler.checkpoint import SweepCheckpoint
+from eoracc.compiler.eager import load_eager
+from eoracc.compiler.executor import Executor, make_batches
+from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.sweep import Comparisons, run_sweep
+from eoracc.passes.base import LayerPass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.compensation import compensation_solver
+from eoracc.passes.eora import Eora
+from eoracc.passes.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize_rtn import QuantizeRtn
+from eoracc.passes.svd import Svd
+from tests.graph_session import padded_mask
+from tests.tiny_models import VOCABULARY, tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from eoracc.compiler.linears import LinearGroup
+
+LENGTHS = (13, 8, 13, 5, 11)
+GPTQ = QuantizeGptq(bits=3, group_size=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(LayerPass):
+    """Records what it is shown; raises where it is told to."""
+
+    name: ClassVar[str] = "watch"
+    seen: list[tuple[str, NDArray[np.float64] | None]]
+    stop_at: str = "nowhere"
+
+    @override
+    def call(self, group: LinearGroup) -> bool:
+        if self.stop_at in group.name:
+            raise KeyboardInterrupt
+        self.seen.append((group.name, None if group.gram is None else group.gram.matrix))
+        return False
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("sweep") / "model")
+
+
+def windows() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ids = np.random.default_rng(5).integers(3, VOCABULARY, (len(LENGTHS), max(LENGTHS)))
+    return ids, padded_mask(LENGTHS, max(LENGTHS), left=False)
+
+
+def sweep(
+    source: Path,
+    work: Path,
+    *passes: LayerPass,
+    key: str = "key",
+    comparators: Mapping[str, Any] | None = None,
+) -> tuple[Executor, Comparisons]:
+    executor = Executor(frontend.load(str(source), work=work).model)
+    calibrated = any(isinstance(one, Calibrate) for one in passes)
+    found = run_sweep(
+        executor,
+        passes,
+        make_batches(*windows(), size=2) if calibrated else [],
+        comparators=comparators or {},
+        checkpoint=SweepCheckpoint(work / "sweep", key),
+        progress=SilentProgress(),
+    )
+    return executor, found
+
+
+def eager_grams(
+    source: Path, names: list[str], weights: Callable[[], Mapping[str, NDArray[np.float32]]]
+) -> dict[str, NDArray[np.float64]]:
+    """Grams of the modules' inputs in the eager model with ``weights``, in float64."""
+    ids, mask = windows()
+    model = load_eager(source, weights())
+    grams: dict[str, NDArray[np.float64]] = {}
+    keep = mask.astype(bool)
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0].double().numpy()[keep]
+            grams[name] = rows.T @ rows
+
+        return record
+
+    modules = dict(model.named_modules())
+    for name in names:
+        modules[name].register_forward_pre_hook(hook(name))
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+    return grams
+
+
+@pytest.mark.parametrize("through", ["compressed", "original"])
+def test_statistics_are_taken_through_the_prefix_that_was_asked_for(
+    source: Path, tmp_path: Path, through: str
+) -> None:
+    seen: list[tuple[str, NDArray[np.float64] | None]] = []
+    calibrate = Calibrate(through="compressed" if through == "compressed" else "original")
+    executor, _ = sweep(source, tmp_path, calibrate, GPTQ, Watch(seen=seen))
+    firsts = [name.split(", ")[0] for name, _ in seen]
+    assert len(firsts) == 9
+    compressed = {
+        one.name: one.effective_weight() for one in executor.linears if one.compressed is not None
+    }
+    # Causal: with every weight compressed, what reaches a linear comes through those before it.
+    expected = eager_grams(source, firsts, lambda: compressed if through == "compressed" else {})
+    other = eager_grams(source, firsts, lambda: {} if through == "compressed" else compressed)
+    for position, (name, (_, gram)) in enumerate(zip(firsts, seen, strict=True)):
+        assert gram is not None
+        scale = float(np.diagonal(expected[name]).max())
+        # Activations are off by about 8 sqrt(n) u relative to their largest, their products twice.
+        tolerance = 2 * 8 * 4000**0.5 * 2.0**-24 * scale * np.sqrt(len(gram))
+        np.testing.assert_allclose(gram, expected[name], rtol=0, atol=tolerance)
+        if position > 0:
+            assert np.abs(other[name] - expected[name]).max() > 10 * tolerance
+
+
+def test_passes_run_in_order_on_every_group(source: Path, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Named(LayerPass):
+        label: str
+
+        @override
+        def requires(self, group: LinearGroup) -> None:
+            calls.append(f"{self.label} requires")
+
+        @override
+        def call(self, group: LinearGroup) -> bool:
+            calls.append(f"{self.label} {group.linears[0].role}")
+            return False
+
+    sweep(source, tmp_path, Named(label="a"), Named(label="b"))
+    block = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    expected = [
+        text
+        for role in [*block, *block, "lm_head"]
+        for text in ("a requires", f"a {role}", "b requires", f"b {role}")
+    ]
+    assert calls == expected
+
+
+def test_without_calibration_there_are_no_statistics(source: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, NDArray[np.float64] | None]] = []
+    executor, _ = sweep(source, tmp_path, QuantizeRtn(bits=4), Watch(seen=seen))
+    assert [gram for _, gram in seen] == [None] * 9
+    assert all(one.compressed is not None for one in executor.linears[:-1])
+
+
+def test_comparators_get_the_rank_of_each_linear_and_change_nothing(
+    source: Path, tmp_path: Path
+) -> None:
+    overrides: dict[str, Any] = {"*.down_proj": {"rank": 2}, "*.o_proj": {"skip": True}}
+    eora = TypeAdapter(Eora).validate_python({"rank": 5, "overrides": overrides})
+    solver = compensation_solver("svd")
+    executor, found = sweep(source, tmp_path, Calibrate(), GPTQ, eora, comparators={"svd": solver})
+    alone, none = sweep(source, tmp_path / "alone", Calibrate(), GPTQ, eora)
+    assert none == {}
+    ranks = {name: factors.rank for name, factors in found["svd"].items()}
+    for linear, same in zip(executor.linears, alone.linears, strict=True):
+        np.testing.assert_array_equal(linear.effective_weight(), same.effective_weight())
+        if linear.role in ("o_proj", "lm_head"):
+            assert linear.name not in ranks
+            continue
+        assert ranks[linear.name] == (2 if linear.role == "down_proj" else 5)
+        expected = Svd.solve(linear, None, ranks[linear.name])
+        np.testing.assert_array_equal(found["svd"][linear.name].product(), expected.product())
+
+
+@pytest.mark.parametrize("through", ["compressed", "original"])
+def test_resumed_sweep_ends_bit_for_bit_the_same(
+    source: Path, tmp_path: Path, through: str
+) -> None:
+    calibrate = Calibrate(through="compressed" if through == "compressed" else "original")
+    passes = (calibrate, GPTQ, Eora(rank=4))
+    solver = {"svd": compensation_solver("svd")}
+    whole, compared = sweep(source, tmp_path / "whole", *passes, comparators=solver)
+    stop = Watch(seen=[], stop_at="layers.1.self_attn.o_proj")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(source, tmp_path, *passes, stop, comparators=solver)
+    watch = Watch(seen=[])
+    resumed, again = sweep(source, tmp_path, *passes, watch, comparators=solver)
+    assert watch.seen[0][0].startswith("model.layers.1.self_attn.q_proj")
+    for one, other in zip(whole.linears, resumed.linears, strict=True):
+        np.testing.assert_array_equal(one.effective_weight(), other.effective_weight())
+        assert (one.errors, one.notes) == (other.errors, other.notes)
+    assert list(again["svd"]) == list(compared["svd"])
+    for name, factors in compared["svd"].items():
+        np.testing.assert_array_equal(again["svd"][name].product(), factors.product())
+
+
+def test_checkpoint_of_other_inputs_is_not_resumed(source: Path, tmp_path: Path) -> None:
+    sweep(source, tmp_path, Calibrate(), GPTQ, key="old")
+    watch = Watch(seen=[])
+    executor, _ = sweep(source, tmp_path, Calibrate(), QuantizeRtn(bits=8), watch, key="new")
+    assert len(watch.seen) == 9
+    assert {one.compressed.bits for one in executor.linears if one.compressed} == {8}
+
+
+def test_statistics_go_when_their_group_is_done(source: Path, tmp_path: Path) -> None:
+    executor, _ = sweep(source, tmp_path, Calibrate(), GPTQ)
+    groups = [group for level in executor.levels for group in level]
+    assert [group.gram for group in groups] == [None] * len(groups)
+    assert [group.activations for group in groups] == [None] * len(groups)
