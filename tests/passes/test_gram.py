@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from eoracc.passes.gram import accumulate_gram
@@ -80,3 +82,31 @@ def test_root_squares_to_the_gram_also_where_it_is_singular(count: int) -> None:
     limit = WIDTH * float(np.finfo(np.float32).eps) * float(np.trace(gram.matrix))
     assert limit < 1e-4 * np.trace(gram.matrix)
     np.testing.assert_allclose(gram.root @ gram.root.T, gram.matrix, rtol=0, atol=limit)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    batch=st.integers(1, 12),
+    shards=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_batching_order_and_sharding_of_padded_windows_gives_one_gram(
+    lengths: list[int], batch: int, shards: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    windows = rng.standard_normal((len(lengths), 9, WIDTH)).astype(np.float32)
+    mask = (np.arange(9) < np.array(lengths)[:, None]).astype(np.float32)
+    windows[mask == 0] = 1e6  # padding holds whatever it likes
+    order = rng.permutation(len(lengths))
+    pieces = [
+        (windows[part].reshape(-1, WIDTH), mask[part].reshape(-1))
+        for shard in np.array_split(order, shards)
+        for part in np.array_split(shard, -(-len(shard) // batch) or 1)
+    ]
+    gram = accumulate_gram(pieces, WIDTH)
+    kept = windows[mask == 1]
+    expected = oracle(kept, ones(len(kept)))
+    limit = tolerance(kept, ones(len(kept)))
+    np.testing.assert_allclose(gram.matrix, expected, rtol=0, atol=limit)
+    assert gram.tokens == sum(lengths)
