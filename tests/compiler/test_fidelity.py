@@ -46,9 +46,9 @@ def oracle(
 
 
 @pytest.mark.parametrize("family", ["smollm", "gemma3", "phi3"])
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_scores_equal_the_eager_models(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, padded: bool
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padding: str
 ) -> None:
     # Parts and batches that do not divide what is scored.
     monkeypatch.setattr(fidelity, "_HEAD_TOKENS", 5)
@@ -61,8 +61,8 @@ def test_scores_equal_the_eager_models(
         for name, weight in weights.items()
     }
     ids = rng.integers(3, VOCABULARY, (5, SEQUENCE))
-    mask = padded_mask([SEQUENCE, 3, 9, 1, 12], SEQUENCE, left=False)
-    windows = Windows(ids, mask if padded else np.ones_like(ids))
+    mask = padded_mask([SEQUENCE, 3, 9, 1, 12], SEQUENCE, left=padding == "left")
+    windows = Windows(ids, np.ones_like(ids) if padding == "none" else mask)
 
     def weight_of(linear: Linear) -> NDArray[np.float32]:
         return changed[linear.name] if linear.name in changed else linear.weight()
