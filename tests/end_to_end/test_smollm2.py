@@ -1,0 +1,197 @@
+"""The main job on the real model: built once through the command line, run in three ways."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from eoracc.compiler.report import Report
+from eoracc.runtime import load
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "smollm2"
+PROMPTS = (
+    "Once upon a time there was a king who",
+    "My fellow citizens, the state of our union",
+)
+NEW_TOKENS = 64
+
+STOCK = """
+import json, sys
+import numpy, onnxruntime
+folder, tokens, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+session = onnxruntime.InferenceSession(
+    folder + "/model.onnx", options, providers=["CPUExecutionProvider"]
+)
+cache = {
+    value.name: numpy.zeros((1, value.shape[1], 0, value.shape[3]), numpy.float32)
+    for value in session.get_inputs() if value.name.startswith("past_key_values.")
+}
+names = [value.name for value in session.get_outputs()]
+takes = {value.name for value in session.get_inputs()}
+made, step, seen = [], tokens, 0
+for _ in range(count):
+    seen += len(step)
+    feeds = {
+        "input_ids": numpy.array([step]),
+        "attention_mask": numpy.ones((1, seen), numpy.int64),
+        "position_ids": numpy.arange(seen - len(step), seen)[None],
+    }
+    feeds = {name: array for name, array in feeds.items() if name in takes} | cache
+    results = dict(zip(names, session.run(None, feeds)))
+    cache = {name: results[name.replace("past_key_values.", "present.")] for name in cache}
+    step = [int(results["logits"][0, -1].argmax())]
+    made += step
+print(json.dumps(made))
+"""
+"""Greedy tokens in unmodified ONNX Runtime: no library is registered, nothing of ours imported."""
+
+LOADED = """
+import sys
+from eoracc.runtime import load
+print("".join(load(sys.argv[1]).generate("The sky is", 4)))
+print([name for name in ("torch", "transformers", "onnx_ir", "eoracc.compiler", "eoracc.passes")
+       if name in sys.modules])
+"""
+
+
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+
+
+def eoracc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return python("-m", "eoracc.compiler.cli", *arguments)
+
+
+@pytest.fixture(scope="module")
+def artifact(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example with little text, built in a process of its own."""
+    assert smollm2_gguf.parent == EXAMPLE / "data"
+    output = tmp_path_factory.mktemp("smollm2") / "artifact"
+    settings = {"calibration.samples": 4, "verify.windows": 1, "output": output}
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    done = eoracc("build", EXAMPLE / "model.yaml", "--json", *sets)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["output"] == str(output)
+    assert [path.name for path in output.parent.iterdir()] == ["artifact"]
+    return output
+
+
+@pytest.fixture(scope="module")
+def report(artifact: Path) -> Report:
+    return Report.from_dict(json.loads((artifact / "report.json").read_text()))
+
+
+def test_parity_passed_far_below_the_signal(report: Report) -> None:
+    assert report.parity["passed"]
+    assert [one["linears"] for one in report.parity["linears"]] == [210, 210]
+    assert len(report.parity["logits"]) == 8
+    for case in report.parity["logits"]:
+        assert case["tolerance"] < 1e-2 * report.parity["compression_effect"]
+
+
+def test_compensation_lowers_the_error_of_every_linear(report: Report) -> None:
+    compressed = [linear for linear in report.linears if linear.bits is not None]
+    assert len(compressed) == 210
+    for linear in compressed:
+        assert (linear.bits, linear.group_size, linear.rank) == (3, 64, 64)
+        # EoRA is the best correction of that rank in this very norm: Eckart-Young.
+        assert linear.errors["eora"] < 0.9 * linear.errors["quantize_gptq"], linear.name
+
+
+def test_fidelity_is_better_with_compensation_than_without(report: Report) -> None:
+    rows = {row.name: row for row in report.fidelity.rows}
+    assert list(rows) == ["original", "quantized", "svd", "eora"]
+    # So little text cannot rank two compensations, but it can tell one from none.
+    for name in ("svd", "eora"):
+        assert rows[name].kl < 0.8 * rows["quantized"].kl
+        assert rows[name].perplexity < rows["quantized"].perplexity
+    assert rows["eora"].bytes == rows["svd"].bytes
+    assert rows["quantized"].bits_per_weight == pytest.approx(3 + 24 / 64, abs=0.05)
+
+
+def test_memory_of_the_build_is_bounded(artifact: Path, report: Report) -> None:
+    # float32: 134,515,008 parameters, the tied table once.
+    weights = 4 * 134_515_008
+    assert report.build.peak_memory_bytes < weights + 1_500_000_000
+    assert sum(path.stat().st_size for path in artifact.iterdir()) < 0.5 * weights
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_three_ways_of_running_agree_token_by_token(artifact: Path, prompt: str) -> None:
+    import onnxruntime_genai
+
+    model = load(artifact)
+    tokens = model.encode(prompt)
+    ours = list(model.generate_tokens(tokens, NEW_TOKENS))
+
+    # Unmodified GenAI finds the library in genai_config.json by itself.
+    config = json.loads((artifact / "genai_config.json").read_text())
+    options = config["model"]["decoder"]["session_options"]
+    assert (artifact / options["custom_ops_library"]).is_file()
+    genai: Any = onnxruntime_genai
+    parameters = genai.GeneratorParams(genai_model := genai.Model(str(artifact)))
+    parameters.set_search_options(do_sample=False, max_length=len(tokens) + NEW_TOKENS)
+    generator = genai.Generator(genai_model, parameters)
+    generator.append_tokens(tokens)
+    stock_genai: list[int] = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        stock_genai.append(int(generator.get_next_tokens()[0]))
+
+    done = python("-c", STOCK, artifact, json.dumps(tokens), str(NEW_TOKENS))
+    assert done.returncode == 0, done.stderr
+    stock = json.loads(done.stdout)
+    ends = set(genai.Tokenizer(genai_model).eos_token_ids)
+    assert ours == until(stock_genai, ends)
+    assert ours == until(stock, ends)
+    assert len(ours) == NEW_TOKENS, "choose a prompt whose continuation is long enough"
+
+
+def until(tokens: Sequence[int], ends: set[int]) -> list[int]:
+    """``tokens`` up to the first of ``ends``."""
+    found: NDArray[np.int64] = np.flatnonzero(np.isin(tokens, list(ends)))
+    return list(tokens[: found[0]]) if len(found) else list(tokens)
+
+
+def test_running_loads_no_torch_and_no_compiler(artifact: Path) -> None:
+    done = python("-c", LOADED, artifact)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_verify_passes_and_finds_one_changed_byte(artifact: Path, tmp_path: Path) -> None:
+    done = eoracc("verify", artifact)
+    assert done.returncode == 0, done.stderr
+    assert "parity: passed" in done.stdout
+    damaged = Path(shutil.copytree(artifact, tmp_path / "damaged"))
+    with (damaged / "model.onnx.data").open("r+b") as file:
+        file.seek(50_000_000)
+        byte = file.read(1)[0]
+        file.seek(50_000_000)
+        file.write(bytes([byte ^ 1]))
+    for done in (eoracc("verify", damaged), eoracc("run", damaged, "hi")):
+        assert (done.returncode, done.stdout) == (2, "")
+        (sentence,) = done.stderr.splitlines()
+        assert "model.onnx.data: its content is not what manifest.json says" in sentence
