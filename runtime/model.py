@@ -54,6 +54,9 @@ class Model:
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
         """Tokens of ``prompt``, as the user's turn of a chat where ``chat`` is set.
 
+        The tokens begin with BOS where the tokenizer begins a text with it; a chat template says
+        for itself what it begins with.
+
         Raises:
           ArtifactError: ``chat`` without a chat template.
         """
@@ -62,6 +65,8 @@ class Model:
                 raise ArtifactError(f"{self.folder}: has no chat template: use --no-chat")
             messages = json.dumps([{"role": "user", "content": prompt}])
             prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        # genai leaves special tokens out unless it is told, and Gemma is lost without its BOS.
+        self._tokenizer.update_options(add_special_tokens="false" if chat else "true")
         return [int(token) for token in self._tokenizer.encode(prompt)]
 
     def generate_tokens(
