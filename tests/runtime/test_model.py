@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eoracc.runtime import ArtifactError, BackendError, Model, load
+from eoracc.runtime.manifest import read_manifest
 from eoracc.runtime.session import open_session
+from tests.tiny_artifact import write_byte_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +36,21 @@ def test_chat_template_wraps_the_prompt(model: Model) -> None:
     start = next(i for i in range(len(chat)) if chat[i : i + len(plain)] == plain)
     assert chat[start - len("user: ") : start] == model.encode("user: ")
     assert chat[-len("assistant: ") :] == model.encode("assistant: ")
+
+
+def test_a_prompt_begins_with_bos_where_the_tokenizer_says_so(
+    tiny_artifact: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    write_byte_tokenizer(folder, bos=True, chat=True)
+    model = Model(folder, read_manifest(folder))
+    plain = model.encode(TEXT)
+    assert plain[0] == 1
+    assert len(plain) == 1 + len(TEXT)
+    chat = model.encode(TEXT, chat=True)
+    assert chat[0] == 1  # the template's own
+    assert chat[1] != 1
+    assert model.encode(TEXT) == plain
 
 
 def test_greedy_tokens_agree_with_and_without_the_library(
