@@ -39,7 +39,6 @@ from eoracc.compiler.driver import build
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import score_variants
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.memory import release_memory
 from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report import FidelityRow
 from eoracc.compiler.text import Windows, load_windows
@@ -209,7 +208,6 @@ def main() -> None:
     original_c4 = score_variants(
         Executor(loaded.model), {}, c4, progress=ConsoleProgress(Console(stderr=True))
     )["original"].perplexity
-    release_memory()
     rows: list[Row] = []
     for setting in settings:
         built = _measure(setting, loaded.folder, folder, c4, samples=options.samples)
