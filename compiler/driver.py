@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from eoracc import __version__
+from eoracc import EoraccError, __version__
 from eoracc.compiler import spec
 from eoracc.compiler.artifact import ArtifactWriter, check_output, refuse_full_disk
 from eoracc.compiler.checkpoint import SweepCheckpoint
@@ -34,8 +34,7 @@ from eoracc.compiler.gates import fidelity_report
 from eoracc.compiler.linears import Linear, find_linears
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
 from eoracc.compiler.lowering.onnxruntime import lower
-from eoracc.compiler.memory import release_memory
-from eoracc.compiler.progress import Progress, SilentProgress
+from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
 from eoracc.compiler.report import BuildReport, Report, linear_report, parity_line
 from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.compiler.text import Windows, calibration_windows, evaluation_windows
@@ -48,8 +47,10 @@ from eoracc.passes.overrides import Overridable
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.plugins.library import library_path
+from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import Manifest
-from eoracc.runtime.parity import PARITY_FILE, ParityReport, check_parity
+from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
+from eoracc.runtime.parity import PARITY_FILE, ParityReport
 
 __all__ = ["BuildResult", "build"]
 
@@ -120,7 +121,7 @@ def build(
 def _build(
     config: BuildConfig, config_dir: Path, output: Path, progress: SilentProgress, *, force: bool
 ) -> BuildResult:
-    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
     native = library_path()
     work = output.with_name(f".{output.name}.work")
     with progress.phase("load", 1) as phase:
@@ -151,6 +152,7 @@ def _build(
         progress=progress,
     )
     parity: ParityReport | None = None
+    beside_bytes = 0
     with ArtifactWriter(output, force=force) as writer:
         lowered = lower(compressed.model)
         spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
@@ -165,15 +167,17 @@ def _build(
             )
         )
         if config.verify.parity:
-            parity = _parity(compressed, original, held_out, loaded, writer.folder, progress)
+            parity, beside_bytes = _parity(
+                compressed, original, held_out, loaded, writer.folder, progress
+            )
         report = Report(
             fidelity=fidelity,
             parity={} if parity is None else parity.as_dict(),
             linears=[linear_report(linear) for linear in compressed.linears],
             build=BuildReport(
                 wall_s=time.perf_counter() - begun_s,
-                cpu_s=time.process_time() - begun_cpu_s,
-                peak_memory_bytes=_peak_memory_bytes(),
+                cpu_s=cpu_seconds() - begun_cpu_s,
+                peak_memory_bytes=max(peak_bytes(), beside_bytes),
                 phases=[asdict(phase_time) for phase_time in progress.times],
             ),
         )
@@ -282,7 +286,8 @@ def _parity(
     loaded: LoadedModel,
     artifact: Path,
     progress: Progress,
-) -> ParityReport:
+) -> tuple[ParityReport, int]:
+    """The gate's report, and the memory of this process and the one that checks, together."""
     with progress.phase("parity", PARITY_STEPS + 1) as phase:
         record = record_parity(
             compressed.linears,
@@ -295,9 +300,26 @@ def _parity(
         )
         record.save(artifact / PARITY_FILE)
         del record
-        report = check_parity(artifact)
+        release_memory()
+        report, checker_bytes = _check_alone(artifact)
         phase.advance("artifact")
-    return report
+    return report, resident_bytes() + checker_bytes
+
+
+def _check_alone(artifact: Path) -> tuple[ParityReport, int]:
+    """Check the artifact in a process that has nothing else: neither PyTorch nor the model.
+
+    Returns:
+      The report, and the most memory that the process held, in bytes.
+    """
+    command = [sys.executable, "-m", "eoracc.runtime.parity", str(artifact)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own
+    if done.returncode == EoraccError.exit_code:
+        raise ArtifactError(done.stderr.strip())
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    content = json.loads(done.stdout)
+    return ParityReport.from_dict(content["report"]), content["peak_memory_bytes"]
 
 
 def _check_gates(report: Report, work: Path) -> None:
@@ -311,9 +333,3 @@ def _check_gates(report: Report, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     raise GateError(f"{'; '.join(failed)}: no artifact was written, the report is {path}")
-
-
-def _peak_memory_bytes() -> int:
-    # Linux counts in kibibytes, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

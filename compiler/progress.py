@@ -10,6 +10,7 @@ A phase is a context; the work inside calls :meth:`Phase.advance` once a step::
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["ConsoleProgress", "Phase", "PhaseTime", "Progress", "SilentProgress"]
+__all__ = [
+    "ConsoleProgress",
+    "Phase",
+    "PhaseTime",
+    "Progress",
+    "SilentProgress",
+    "cpu_seconds",
+]
 
 _SPARSE_SECONDS = 10.0
 """Where no terminal shows a bar, at most one line per phase in so many seconds."""
@@ -50,12 +58,18 @@ class PhaseTime:
     Attributes:
       name: the phase.
       wall_s: seconds on the clock.
-      cpu_s: seconds of processor time of this process, all threads.
+      cpu_s: seconds of processor time, all threads and children.
     """
 
     name: str
     wall_s: float
     cpu_s: float
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, all threads, and of the children it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 class _SilentPhase:
@@ -76,10 +90,10 @@ class SilentProgress:
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Phase]:
         """See :meth:`Progress.phase`."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), cpu_seconds()
         with self._show(name, total) as phase:
             yield phase
-        self.times.append(PhaseTime(name, time.perf_counter() - wall, time.process_time() - cpu))
+        self.times.append(PhaseTime(name, time.perf_counter() - wall, cpu_seconds() - cpu))
 
     def _show(self, name: str, total: int) -> AbstractContextManager[Phase]:
         del name, total

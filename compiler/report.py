@@ -106,7 +106,7 @@ class BuildReport:
     Attributes:
       wall_s: seconds on the clock.
       cpu_s: seconds of processor time, all threads.
-      peak_memory_bytes: largest resident set of the process.
+      peak_memory_bytes: largest resident set, that of the process that checks parity included.
       phases: ``{name, wall_s, cpu_s}`` of each phase, in order.
     """
 

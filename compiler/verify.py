@@ -27,9 +27,9 @@ from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.embeddings import Embedding
 from eoracc.compiler.executor import Executor, make_batches
 from eoracc.compiler.linears import Linear
-from eoracc.compiler.memory import release_memory
 from eoracc.compiler.progress import Phase
 from eoracc.compiler.text import Windows
+from eoracc.runtime.memory import release_memory
 from eoracc.runtime.parity import ParityCase, ParityLinear, ParityRecord
 
 if TYPE_CHECKING:

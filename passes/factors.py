@@ -47,7 +47,11 @@ def gram_root(gram: Float) -> Float:
 
 
 def eora_factors(
-    delta: NDArray[np.floating], gram: Float, rank: int, *, root: Float | None = None
+    delta: NDArray[np.floating],
+    gram: Float,
+    rank: int,
+    *,
+    root: NDArray[np.floating] | None = None,
 ) -> tuple[Float, Float]:
     """Low-rank factors that minimise the layer's output error.
 

@@ -8,6 +8,7 @@ functions that any ONNX Runtime can run.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from eoracc import EoraccError
 from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.memory import peak_bytes, release_memory
 from eoracc.runtime.session import open_linears, open_session
 
 __all__ = [
@@ -205,6 +208,16 @@ class ParityReport:
         """JSON form."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ParityReport:
+        """Inverse of :meth:`as_dict`."""
+        return cls(
+            passed=content["passed"],
+            linears=tuple(LinearParity(**figure) for figure in content["linears"]),
+            logits=tuple(CaseParity(**figure) for figure in content["logits"]),
+            compression_effect=content["compression_effect"],
+        )
+
 
 def check_parity(folder: Path) -> ParityReport:
     """Compare the artifact in ``folder`` with its record, with and without the native library.
@@ -220,7 +233,9 @@ def check_parity(folder: Path) -> ParityReport:
     for through in ("library", "function"):
         library = through == "library"
         linears.append(_check_linears(folder, record, library=library))
+        release_memory()
         logits.extend(_check_cases(folder, record, library=library))
+        release_memory()
     passed = all(f.passed for f in linears) and all(f.passed for f in logits)
     return ParityReport(passed, tuple(linears), tuple(logits), record.compression_effect)
 
@@ -254,3 +269,13 @@ def _check_cases(folder: Path, record: ParityRecord, *, library: bool) -> Iterat
             tolerance=case.tolerance,
             passed=bool(error <= case.tolerance),
         )
+
+
+if __name__ == "__main__":
+    # A build checks its artifact in a process of its own, which holds nothing but the artifact.
+    try:
+        checked = check_parity(Path(sys.argv[1])).as_dict()
+        sys.stdout.write(json.dumps({"report": checked, "peak_memory_bytes": peak_bytes()}) + "\n")
+    except EoraccError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
