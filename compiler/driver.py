@@ -35,7 +35,14 @@ from eoracc.compiler.linears import Linear, find_linears
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
 from eoracc.compiler.lowering.onnxruntime import lower
 from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
-from eoracc.compiler.report import BuildReport, Report, linear_report, parity_line
+from eoracc.compiler.report import (
+    BuildReport,
+    FidelityReport,
+    LinearReport,
+    Report,
+    linear_report,
+    parity_line,
+)
 from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.compiler.text import Windows, calibration_windows, evaluation_windows
 from eoracc.compiler.verify import PARITY_STEPS, record_parity
@@ -122,8 +129,56 @@ def _build(
     config: BuildConfig, config_dir: Path, output: Path, progress: SilentProgress, *, force: bool
 ) -> BuildResult:
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
-    native = library_path()
     work = output.with_name(f".{output.name}.work")
+    with ArtifactWriter(output, force=force) as writer:
+        made = _make(config, config_dir, work, writer, progress)
+        # The model and its weights are gone by now: checking needs the artifact alone.
+        release_memory()
+        parity, beside_bytes = (
+            _check_parity(writer.folder, progress) if config.verify.parity else (None, 0)
+        )
+        report = Report(
+            fidelity=made.fidelity,
+            parity={} if parity is None else parity.as_dict(),
+            linears=made.linears,
+            build=BuildReport(
+                wall_s=time.perf_counter() - begun_s,
+                cpu_s=cpu_seconds() - begun_cpu_s,
+                peak_memory_bytes=max(peak_bytes(), beside_bytes),
+                phases=[asdict(phase_time) for phase_time in progress.times],
+            ),
+        )
+        _check_gates(report, work)
+        writer.write_report(report)
+        manifest = writer.commit(
+            source={"model": config.model, "digest": made.digest},
+            config=config.resolved(),
+            parity=report.parity,
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return BuildResult(output, manifest, report)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is left of a model once its artifact is written.
+
+    Attributes:
+      digest: of the checkpoint.
+      fidelity: what was measured on held-out text.
+      linears: what became of each.
+    """
+
+    digest: str
+    fidelity: FidelityReport
+    linears: list[LinearReport]
+
+
+def _make(
+    config: BuildConfig, config_dir: Path, work: Path, writer: ArtifactWriter, progress: Progress
+) -> _Made:
+    """Load, compress, score and write; record what parity will be checked against."""
+    native = library_path()
     with progress.phase("load", 1) as phase:
         loaded = load(
             config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
@@ -151,45 +206,22 @@ def _build(
         limits=config.verify.limits,
         progress=progress,
     )
-    parity: ParityReport | None = None
-    beside_bytes = 0
-    with ArtifactWriter(output, force=force) as writer:
-        lowered = lower(compressed.model)
-        spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
-        writer.write_model(lowered)
-        writer.copy(loaded.tokenizer_files())
-        writer.write_genai_config(
-            genai_config(
-                loaded.config,
-                lowered,
-                generation=read_generation_config(loaded.folder),
-                custom_ops_library=writer.write_library(native),
-            )
+    lowered = lower(compressed.model)
+    spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
+    writer.write_model(lowered)
+    writer.copy(loaded.tokenizer_files())
+    writer.write_genai_config(
+        genai_config(
+            loaded.config,
+            lowered,
+            generation=read_generation_config(loaded.folder),
+            custom_ops_library=writer.write_library(native),
         )
-        if config.verify.parity:
-            parity, beside_bytes = _parity(
-                compressed, original, held_out, loaded, writer.folder, progress
-            )
-        report = Report(
-            fidelity=fidelity,
-            parity={} if parity is None else parity.as_dict(),
-            linears=[linear_report(linear) for linear in compressed.linears],
-            build=BuildReport(
-                wall_s=time.perf_counter() - begun_s,
-                cpu_s=cpu_seconds() - begun_cpu_s,
-                peak_memory_bytes=max(peak_bytes(), beside_bytes),
-                phases=[asdict(phase_time) for phase_time in progress.times],
-            ),
-        )
-        _check_gates(report, work)
-        writer.write_report(report)
-        manifest = writer.commit(
-            source={"model": config.model, "digest": loaded.digest},
-            config=config.resolved(),
-            parity=report.parity,
-        )
-    shutil.rmtree(work, ignore_errors=True)
-    return BuildResult(output, manifest, report)
+    )
+    if config.verify.parity:
+        _record_parity(compressed, original, held_out, loaded, writer.folder, progress)
+    reports = [linear_report(linear) for linear in compressed.linears]
+    return _Made(loaded.digest, fidelity, reports)
 
 
 # --- passes ---------------------------------------------------------------------------------------
@@ -279,16 +311,15 @@ def _sweep_key(
 # --- gates ----------------------------------------------------------------------------------------
 
 
-def _parity(
+def _record_parity(
     compressed: _Compressed,
     original: Executor,
     windows: Windows,
     loaded: LoadedModel,
     artifact: Path,
     progress: Progress,
-) -> tuple[ParityReport, int]:
-    """The gate's report, and the memory of this process and the one that checks, together."""
-    with progress.phase("parity", PARITY_STEPS + 1) as phase:
+) -> None:
+    with progress.phase("record", PARITY_STEPS) as phase:
         record = record_parity(
             compressed.linears,
             compressed.embeddings,
@@ -298,28 +329,26 @@ def _parity(
             phase=phase,
             trust_remote_code=loaded.trust_remote_code,
         )
-        record.save(artifact / PARITY_FILE)
-        del record
-        release_memory()
-        report, checker_bytes = _check_alone(artifact)
-        phase.advance("artifact")
-    return report, resident_bytes() + checker_bytes
+    record.save(artifact / PARITY_FILE)
 
 
-def _check_alone(artifact: Path) -> tuple[ParityReport, int]:
+def _check_parity(artifact: Path, progress: Progress) -> tuple[ParityReport, int]:
     """Check the artifact in a process that has nothing else: neither PyTorch nor the model.
 
     Returns:
-      The report, and the most memory that the process held, in bytes.
+      The report, and the most memory that this process and that one held together, in bytes.
     """
     command = [sys.executable, "-m", "eoracc.runtime.parity", str(artifact)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own
+    with progress.phase("parity", 1) as phase:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own
+        phase.advance()
     if done.returncode == EoraccError.exit_code:
         raise ArtifactError(done.stderr.strip())
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     content = json.loads(done.stdout)
-    return ParityReport.from_dict(content["report"]), content["peak_memory_bytes"]
+    report = ParityReport.from_dict(content["report"])
+    return report, resident_bytes() + content["peak_memory_bytes"]
 
 
 def _check_gates(report: Report, work: Path) -> None:
