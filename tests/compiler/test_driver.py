@@ -75,7 +75,7 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
     assert stored.linears[-1].bits is None
     assert stored.build.peak_memory_bytes > 0
     phases = [phase["name"] for phase in stored.build.phases]
-    assert phases == ["load", "compress", "score", "parity"]
+    assert phases == ["load", "compress", "score", "record", "parity"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
