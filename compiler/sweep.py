@@ -22,6 +22,7 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
+from eoracc.runtime.memory import release_memory
 
 __all__ = ["Comparator", "Comparisons", "run_sweep"]
 
@@ -85,6 +86,7 @@ def run_sweep(
                     executor.step(level, batches, weight_of)
                 if _block(executor, level + 1) != _block(executor, level):
                     checkpoint.save(level + 1, executor.linears, batches, comparisons)
+                    release_memory()
             phase.advance(f"block {_block(executor, level)}")
     return comparisons
 
