@@ -1,23 +1,73 @@
 """Operands of the fused op: an n-bit weight and its low-rank factors, as they are stored.
 
-Storage of the codes is one little-endian bit stream per group: code ``i`` of a group takes the
-bits ``[i*bits, (i+1)*bits)``. For 2, 4 and 8 bits this is ONNX Runtime's MatMulNBits layout; for
-3 bits eight codes take three bytes.
+There are two layouts. The **plain** one (``layout`` 0) is what the compiler works on: rows of W one
+after another, the codes of a group one little-endian bit stream, code ``i`` in the bits
+``[i*bits, (i+1)*bits)``. For 2, 4 and 8 bits this is ONNX Runtime's MatMulNBits layout; for 3 bits
+eight codes take three bytes.
+
+The **tiled** one (``layout`` 1) is the order in which the kernels read. 16 rows of W form a tile,
+and a *quad* is 4 consecutive columns of it: 64 codes, one in each byte of a vector of 64 bytes, at
+``4 * row + column``. A *chunk* is the least run of quads that fills whole vectors:
+
+====  ======  =======================  ====================================================
+bits  quads   vectors                  where a code lies in its bytes
+====  ======  =======================  ====================================================
+8     1       1                        the byte
+4     2       1                        quad 0 in the low half, quad 1 in the high half
+2     4       1                        quad ``m`` in the bits ``[2m, 2m + 2)``
+3     8       3                        the low two bits of quads 0..3 in vector 0 and of quads
+                                       4..7 in vector 1, both as at 2 bits; the high bit of
+                                       quad ``q`` is bit ``q`` of vector 2
+====  ======  =======================  ====================================================
+
+What goes by rows of W (scales, zero points, float factors) is tiled the same way, without quads:
+``[rows, columns]`` becomes ``[ceil(rows / 16), columns, 16]``. :func:`tile_codes` and
+:func:`tile_rows` convert, :func:`untile_codes` and :func:`untile_rows` convert back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eoracc import EoraccError
 
-__all__ = ["BITS", "LowRank", "NBitsWeight", "PluginError", "pack_codes", "unpack_codes"]
+__all__ = [
+    "BITS",
+    "CHUNK",
+    "INT8_ZERO",
+    "TILE",
+    "LowRank",
+    "NBitsWeight",
+    "PluginError",
+    "pack_codes",
+    "tile_codes",
+    "tile_rows",
+    "unpack_codes",
+    "untile_codes",
+    "untile_rows",
+]
 
 BITS = (2, 3, 4, 8)
 """Code widths that the op knows."""
+
+TILE = 16
+"""Rows of W in a tile."""
+
+CHUNK: Mapping[int, int] = {2: 16, 3: 32, 4: 8, 8: 4}
+"""Columns of a chunk by code width."""
+
+INT8_ZERO = 128
+"""What is added to an int8 factor's values to store them as 8-bit codes."""
+
+_QUAD = 4
+_VECTOR = TILE * _QUAD
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 class PluginError(EoraccError):
@@ -71,6 +121,93 @@ def unpack_codes(packed: NDArray[np.uint8], *, bits: int, in_features: int) -> N
     codes = (words.view(np.uint32) >> shifts) & np.uint32(2**bits - 1)
     flat = codes.astype(np.uint8).reshape(rows, 8 * runs.shape[1])
     return np.ascontiguousarray(flat[:, :in_features])
+
+
+def tile_codes(codes: NDArray[np.uint8], *, bits: int, padding: int = 0) -> NDArray[np.uint8]:
+    """Pack integer codes into the tiled layout.
+
+    Args:
+      codes: ``[N, K]``, each below ``2**bits``.
+      bits: one of :data:`BITS`.
+      padding: code of the rows and columns that fill up tiles and chunks.
+
+    Returns:
+      ``uint8 [ceil(N / 16), ceil(K / CHUNK[bits]), 64]``, at 3 bits ``192`` in the last place.
+
+    >>> tile_codes(np.arange(16, dtype=np.uint8).reshape(2, 8), bits=4)[0, 0, :9].tolist()
+    [64, 81, 98, 115, 200, 217, 234, 251, 0]
+    """
+    rows, columns = codes.shape
+    tiles, chunks = -(-rows // TILE), -(-columns // CHUNK[bits])
+    padded = np.full((tiles * TILE, chunks * CHUNK[bits]), padding, np.uint8)
+    padded[:rows, :columns] = codes
+    # [tile, chunk, quad, byte]: a quad's rows and columns are the bytes of a vector.
+    per_chunk = CHUNK[bits] // _QUAD
+    quads = padded.reshape(tiles, TILE, chunks, per_chunk, _QUAD).transpose(0, 2, 3, 1, 4)
+    quads = quads.reshape(tiles, chunks, per_chunk, _VECTOR)
+    if bits == 3:
+        low = _stack_bits((quads & np.uint8(3)).reshape(tiles, chunks, 2, 4, _VECTOR), 2)
+        high = _stack_bits(quads >> np.uint8(2), 1)
+        return np.concatenate([low.reshape(tiles, chunks, 2 * _VECTOR), high], axis=-1)
+    return _stack_bits(quads, bits)
+
+
+def untile_codes(
+    tiled: NDArray[np.uint8], *, bits: int, out_features: int, in_features: int
+) -> NDArray[np.uint8]:
+    """Inverse of :func:`tile_codes`.
+
+    Returns:
+      ``uint8 [out_features, in_features]``.
+    """
+    tiles, chunks = tiled.shape[:2]
+    if bits == 3:
+        low = _split_bits(tiled[..., : 2 * _VECTOR].reshape(tiles, chunks, 2, _VECTOR), 2)
+        high = _split_bits(tiled[..., 2 * _VECTOR :], 1)
+        quads = low.reshape(high.shape) | high << np.uint8(2)
+    else:
+        quads = _split_bits(tiled, bits)
+    per_chunk = CHUNK[bits] // _QUAD
+    rows = quads.reshape(tiles, chunks, per_chunk, TILE, _QUAD).transpose(0, 3, 1, 2, 4)
+    rows = rows.reshape(tiles * TILE, chunks * CHUNK[bits])
+    return np.ascontiguousarray(rows[:out_features, :in_features])
+
+
+def _stack_bits(parts: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """``[..., m, bytes]`` to ``[..., bytes]``, part ``m`` at bit ``width * m`` of every byte."""
+    shifts = np.arange(0, width * parts.shape[-2], width, dtype=np.uint8)[:, None]
+    stacked: NDArray[np.uint8] = np.bitwise_or.reduce(parts << shifts, axis=-2)
+    return stacked
+
+
+def _split_bits(stacked: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Inverse of :func:`_stack_bits`."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    parts: NDArray[np.uint8] = stacked[..., None, :] >> shifts & np.uint8(2**width - 1)
+    return parts
+
+
+def tile_rows(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    """What belongs to rows of W, ``[rows, columns]``, as ``[ceil(rows / 16), columns, 16]``.
+
+    Scales and zero points ``[N, G]`` and float factors ``[R, K]`` and ``[N, R]`` are stored so.
+    Rows that fill up the last tile are 0.
+
+    >>> tile_rows(np.array([[1, 2], [3, 4]]))[0, :, :3].tolist()
+    [[1, 3, 0], [2, 4, 0]]
+    """
+    rows, columns = array.shape
+    tiles = -(-rows // TILE)
+    padded = np.zeros((tiles * TILE, columns), array.dtype)
+    padded[:rows] = array
+    return np.ascontiguousarray(padded.reshape(tiles, TILE, columns).transpose(0, 2, 1))
+
+
+def untile_rows(tiled: NDArray[_Scalar], rows: int) -> NDArray[_Scalar]:
+    """Inverse of :func:`tile_rows`: ``[rows, columns]``."""
+    tiles, columns, _ = tiled.shape
+    plain = tiled.transpose(0, 2, 1).reshape(tiles * TILE, columns)
+    return np.ascontiguousarray(plain[:rows])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,6 +265,43 @@ class NBitsWeight:
         zero_points = 0 if self.zero_points is None else self.zero_points.nbytes
         return self.packed.nbytes + self.scales.nbytes + zero_points
 
+    def tiles(self) -> dict[str, NDArray[np.generic]]:
+        """The weight in the tiled layout, by the names of the op's inputs.
+
+        Returns:
+          ``B uint8 [ceil(N / 16), chunks, bytes]``, ``scales [ceil(N / 16), G, 16]`` and, where
+          there are any, ``zero_points uint8 [ceil(N / 16), G, 16]``.
+        """
+        tiled: dict[str, NDArray[np.generic]] = {
+            "B": tile_codes(self.codes(), bits=self.bits),
+            "scales": tile_rows(self.scales),
+        }
+        if self.zero_points is not None:
+            tiled["zero_points"] = tile_rows(self.zero_points)
+        return tiled
+
+    @classmethod
+    def from_tiles(
+        cls,
+        packed: NDArray[np.uint8],
+        scales: NDArray[np.float16] | NDArray[np.float32],
+        zero_points: NDArray[np.uint8] | None,
+        *,
+        bits: int,
+        group_size: int,
+        out_features: int,
+        in_features: int,
+    ) -> NBitsWeight:
+        """Inverse of :meth:`tiles`."""
+        codes = untile_codes(packed, bits=bits, out_features=out_features, in_features=in_features)
+        return cls.from_codes(
+            codes,
+            untile_rows(scales, out_features),  # type: ignore[arg-type]
+            None if zero_points is None else untile_rows(zero_points, out_features),
+            bits=bits,
+            group_size=group_size,
+        )
+
     def codes(self) -> NDArray[np.uint8]:
         """The integer codes, ``uint8 [N, K]``."""
         return unpack_codes(self.packed, bits=self.bits, in_features=self.in_features)
@@ -148,17 +322,24 @@ class NBitsWeight:
         return np.ascontiguousarray(flat[:, : self.in_features])
 
 
+Factor = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.int8]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LowRank:
     """Low-rank factors of a linear, ``delta = lora_b @ lora_a``, named and shaped as in PEFT.
 
     Attributes:
-      lora_a: ``float16`` or ``float32 [R, K]``.
-      lora_b: ``float16`` or ``float32 [N, R]``.
+      lora_a: ``float16``, ``float32`` or ``int8 [R, K]``.
+      lora_b: ``float16``, ``float32`` or ``int8 [N, R]``.
+      lora_a_scale: ``float32 [R]``, what a row of an int8 ``lora_a`` is multiplied with; else None.
+      lora_b_scale: ``float32 [N]``, likewise of ``lora_b``.
     """
 
-    lora_a: NDArray[np.float16] | NDArray[np.float32]
-    lora_b: NDArray[np.float16] | NDArray[np.float32]
+    lora_a: Factor
+    lora_b: Factor
+    lora_a_scale: NDArray[np.float32] | None = None
+    lora_b_scale: NDArray[np.float32] | None = None
 
     @property
     def rank(self) -> int:
@@ -167,9 +348,45 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of both factors."""
-        return self.lora_a.nbytes + self.lora_b.nbytes
+        """Stored bytes of both factors, scales included."""
+        scales = (self.lora_a_scale, self.lora_b_scale)
+        stored = self.lora_a.nbytes + self.lora_b.nbytes
+        return stored + sum(scale.nbytes for scale in scales if scale is not None)
+
+    def down(self) -> NDArray[np.float32]:
+        """The values of ``lora_a``, ``float32 [R, K]``."""
+        return _values(self.lora_a, self.lora_a_scale)
+
+    def up(self) -> NDArray[np.float32]:
+        """The values of ``lora_b``, ``float32 [N, R]``."""
+        return _values(self.lora_b, self.lora_b_scale)
 
     def product(self) -> NDArray[np.float32]:
         """``lora_b @ lora_a`` as the op computes it, ``float32 [N, K]``."""
-        return self.lora_b.astype(np.float32) @ self.lora_a.astype(np.float32)
+        return self.up() @ self.down()
+
+    def tiles(self) -> dict[str, NDArray[np.generic]]:
+        """The factors in the tiled layout, by the names of the op's inputs.
+
+        Returns:
+          ``lora_a [ceil(R / 16), K, 16]`` and ``lora_b [ceil(N / 16), R, 16]`` in their own float
+          type. An int8 factor becomes 8-bit tiles, ``uint8 [ceil(rows / 16), ceil(columns / 4),
+          64]`` with the value 0 stored as 128, and a ``float32 [ceil(rows / 16) * 16]`` scale.
+        """
+        tiled: dict[str, NDArray[np.generic]] = {}
+        for name, factor, scale in (
+            ("lora_a", self.lora_a, self.lora_a_scale),
+            ("lora_b", self.lora_b, self.lora_b_scale),
+        ):
+            if scale is None:
+                tiled[name] = tile_rows(factor)
+                continue
+            codes = (factor.astype(np.int16) + INT8_ZERO).astype(np.uint8)
+            tiled[name] = tile_codes(codes, bits=8, padding=INT8_ZERO)
+            tiled[f"{name}_scale"] = tile_rows(scale[:, None]).reshape(-1)
+        return tiled
+
+
+def _values(factor: Factor, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    values = factor.astype(np.float32)
+    return values if scale is None else values * scale[:, None]

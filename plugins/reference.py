@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,25 +11,39 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
-__all__ = ["fused_matmul"]
+__all__ = ["activate", "fused_matmul", "rms_norm"]
+
+Float = NDArray[np.floating[Any]]
 
 
 def fused_matmul(
-    x: NDArray[np.floating[Any]],
+    x: Float,
     weight: NBitsWeight,
     factors: LowRank | None,
-    bias: NDArray[np.floating[Any]] | None = None,
+    bias: Float | None = None,
+    *,
+    norm_weight: Float | None = None,
+    norm_epsilon: float = 0.0,
+    parts: Sequence[int] = (),
+    activation: str = "",
+    residual: Float | None = None,
 ) -> NDArray[np.float64]:
-    """``x @ W.T + (x @ lora_a.T) @ lora_b.T + bias``, every operand widened before use.
+    """``x @ W.T + (x @ lora_a.T) @ lora_b.T + bias`` and its fusions, operands widened before use.
 
     Args:
       x: ``[..., K]``.
       weight: ``W``, ``[N, K]``.
-      factors: the low-rank term, None for none.
+      factors: the low-rank term, None for none. With P parts of rank R, ``lora_a`` is
+        ``[P * R, K]``, one part's rows after the other's, and ``lora_b`` ``[N, R]``.
       bias: ``[N]``, None for none.
+      norm_weight: ``[K]``: x is RMS-normalised with it first; None for not.
+      norm_epsilon: added to the mean of squares.
+      parts: rows of W in each of the linears that lie in it one after the other; none means one.
+      activation: "silu" or "gelu_tanh": of two equal parts, ``activation(first) * second`` is left.
+      residual: like the result, and added to it last; None for none.
 
     Returns:
-      ``float64 [..., N]``.
+      ``float64 [..., N]``, with an activation ``[..., N / 2]``.
 
     >>> weight = NBitsWeight.from_codes(
     ...     np.array([[3, 1, 2]], np.uint8), np.array([[0.5]], np.float32), None,
@@ -36,17 +52,61 @@ def fused_matmul(
     >>> fused_matmul(np.array([1.0, 2.0, 4.0]), weight, None).tolist()
     [-0.5]
     """
-    x = x.astype(np.float64)
+    wide: NDArray[np.float64] = x.astype(np.float64)
+    if norm_weight is not None:
+        wide = rms_norm(wide, norm_weight, norm_epsilon)
     zero_points = weight.zero_points
     if zero_points is None:
         zero_points = np.full(weight.scales.shape, 2 ** (weight.bits - 1), np.uint8)
     steps = weight.codes() - _per_column(zero_points, weight)
     dequantized = steps * _per_column(weight.scales, weight)
-    y: NDArray[np.float64] = x @ dequantized.T
+    y: NDArray[np.float64] = wide @ dequantized.T
     if factors is not None:
-        down = x @ factors.lora_a.T.astype(np.float64)
-        y = y + down @ factors.lora_b.T.astype(np.float64)
-    return y if bias is None else y + bias
+        y = y + _low_rank(wide, factors, parts or (weight.out_features,))
+    if bias is not None:
+        y = y + bias
+    if activation:
+        gate, up = np.split(y, 2, axis=-1)
+        y = activate(gate, activation) * up
+    return y if residual is None else y + residual
+
+
+def rms_norm(x: Float, weight: Float, epsilon: float) -> NDArray[np.float64]:
+    """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis, in float64."""
+    x = x.astype(np.float64)
+    normalised: NDArray[np.float64] = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)
+    return normalised * weight
+
+
+def activate(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    """``silu`` or ``gelu_tanh``, GELU in its tanh approximation, in float64."""
+    with np.errstate(over="ignore"):  # exp of a large -x is infinite, and silu there is 0
+        if name == "silu":
+            result: NDArray[np.float64] = x / (1 + np.exp(-x))
+        elif name == "gelu_tanh":
+            result = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        else:
+            raise ValueError(f"{name!r} is no activation: take silu or gelu_tanh")
+    return result
+
+
+def _low_rank(
+    x: NDArray[np.float64], factors: LowRank, parts: Sequence[int]
+) -> NDArray[np.float64]:
+    down, up = (
+        factor.astype(np.float64) * (1.0 if scale is None else scale.astype(np.float64)[:, None])
+        for factor, scale in (
+            (factors.lora_a, factors.lora_a_scale),
+            (factors.lora_b, factors.lora_b_scale),
+        )
+    )
+    rank = len(down) // len(parts)
+    edges = np.cumsum([0, *parts])
+    outputs = [
+        (x @ down[part * rank : (part + 1) * rank].T) @ up[edges[part] : edges[part + 1]].T
+        for part in range(len(parts))
+    ]
+    return np.concatenate(outputs, axis=-1)
 
 
 def _per_column(per_group: NDArray[Any], weight: NBitsWeight) -> NDArray[np.float64]:

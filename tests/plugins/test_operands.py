@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from eoracc.plugins.operands import BITS, LowRank, NBitsWeight, pack_codes, unpack_codes
+from eoracc.plugins.operands import (
+    BITS,
+    CHUNK,
+    LowRank,
+    NBitsWeight,
+    pack_codes,
+    tile_codes,
+    tile_rows,
+    unpack_codes,
+    untile_codes,
+    untile_rows,
+)
 from tests.plugins.fused_op import random_factors, random_weight
 
 
@@ -115,3 +126,109 @@ def test_low_rank_product() -> None:
     assert (factors.rank, factors.nbytes) == (3, 2 * (3 * 6 + 4 * 3))
     empty = LowRank(lora_a=np.zeros((0, 6), np.float16), lora_b=np.zeros((4, 0), np.float16))
     np.testing.assert_array_equal(empty.product(), np.zeros((4, 6)))
+
+
+def code_in_tiles(tiled: NDArray[np.uint8], row: int, column: int, bits: int) -> int:
+    """The code of one element, read as the layout is worded: tile, chunk, quad, byte, bits."""
+    quad, i = divmod(column % CHUNK[bits], 4)
+    vectors = tiled[row // 16, column // CHUNK[bits]].reshape(-1, 64)
+    byte = 4 * (row % 16) + i
+    if bits == 3:
+        low = int(vectors[quad // 4, byte]) >> 2 * (quad % 4) & 3
+        return low | (int(vectors[2, byte]) >> quad & 1) << 2
+    mask: int = 2**bits - 1
+    return int(vectors[0, byte]) >> bits * quad & mask
+
+
+@pytest.mark.parametrize(("bits", "chunk_bytes"), [(2, 64), (3, 192), (4, 64), (8, 64)])
+def test_tiles_element_by_element(bits: int, chunk_bytes: int) -> None:
+    rng = np.random.default_rng(3)
+    for rows, columns in ((1, 1), (16, 32), (17, 33), (35, 70)):
+        codes = rng.integers(0, 2**bits, (rows, columns), np.uint8)
+        tiled = tile_codes(codes, bits=bits, padding=1)
+        assert tiled.shape == (-(-rows // 16), -(-columns // CHUNK[bits]), chunk_bytes)
+        height, width = 16 * tiled.shape[0], CHUNK[bits] * tiled.shape[1]
+        expected = np.ones((height, width), np.uint8)
+        expected[:rows, :columns] = codes
+        actual = [[code_in_tiles(tiled, r, c, bits) for c in range(width)] for r in range(height)]
+        np.testing.assert_array_equal(actual, expected)
+
+
+@settings(deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    rows=st.integers(0, 40),
+    columns=st.integers(0, 100),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_untile_inverts_tile(bits: int, rows: int, columns: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, columns), np.uint8)
+    tiled = tile_codes(codes, bits=bits)
+    back = untile_codes(tiled, bits=bits, out_features=rows, in_features=columns)
+    np.testing.assert_array_equal(back, codes)
+    tiles = tile_rows(codes)
+    assert tiles.shape == (-(-rows // 16), columns, 16)
+    assert tiles.sum(dtype=np.int64) == codes.sum(dtype=np.int64)
+    np.testing.assert_array_equal(untile_rows(tiles, rows), codes)
+    for row, column in ((0, 0), (rows - 1, columns - 1)):
+        if codes.size:
+            assert tiles[row // 16, column, row % 16] == codes[row, column]
+
+
+@pytest.mark.parametrize("zero_points", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_weight_survives_tiling(bits: int, zero_points: bool) -> None:
+    weight = random_weight(
+        np.random.default_rng(4), (21, 90), bits=bits, group_size=24, zero_points=zero_points
+    )
+    tiles = weight.tiles()
+    assert tiles["scales"].shape == (2, 4, 16)
+    assert tiles["scales"].dtype == np.float16
+    assert ("zero_points" in tiles) == zero_points
+    back = NBitsWeight.from_tiles(
+        tiles["B"],  # type: ignore[arg-type]
+        tiles["scales"],  # type: ignore[arg-type]
+        tiles.get("zero_points"),  # type: ignore[arg-type]
+        bits=bits,
+        group_size=24,
+        out_features=21,
+        in_features=90,
+    )
+    np.testing.assert_array_equal(back.dequantize(), weight.dequantize())
+    np.testing.assert_array_equal(back.packed, weight.packed)
+
+
+def test_int8_factors() -> None:
+    rng = np.random.default_rng(5)
+    factors = LowRank(
+        lora_a=rng.integers(-127, 128, (5, 90), np.int8),
+        lora_b=rng.integers(-127, 128, (37, 5), np.int8),
+        lora_a_scale=rng.uniform(1, 2, 5).astype(np.float32),
+        lora_b_scale=rng.uniform(1, 2, 37).astype(np.float32),
+    )
+    assert factors.lora_a_scale is not None
+    assert factors.nbytes == 5 * 90 + 37 * 5 + 4 * (5 + 37)
+    np.testing.assert_array_equal(
+        factors.down(), factors.lora_a.astype(np.float32) * factors.lora_a_scale[:, None]
+    )
+    tiles = factors.tiles()
+    assert {name: tile.shape for name, tile in tiles.items()} == {
+        "lora_a": (1, 23, 64),
+        "lora_a_scale": (16,),
+        "lora_b": (3, 2, 64),
+        "lora_b_scale": (48,),
+    }
+    codes = untile_codes(tiles["lora_a"], bits=8, out_features=16, in_features=92)  # type: ignore[arg-type]
+    values = codes.astype(np.int16) - 128
+    np.testing.assert_array_equal(values[:5, :90], factors.lora_a)
+    assert not values[5:].any()
+    assert not values[:, 90:].any()
+    np.testing.assert_array_equal(tiles["lora_b_scale"][37:], 0)
+
+
+def test_float_factors_in_tiles() -> None:
+    factors = random_factors(np.random.default_rng(6), (37, 90), rank=5)
+    tiles = factors.tiles()
+    assert tiles.keys() == {"lora_a", "lora_b"}
+    assert (tiles["lora_a"].shape, tiles["lora_b"].shape) == ((1, 90, 16), (3, 5, 16))
+    np.testing.assert_array_equal(untile_rows(tiles["lora_b"], 37), factors.lora_b)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eoracc.plugins.operands import BITS
-from eoracc.plugins.reference import fused_matmul
+from eoracc.plugins.operands import BITS, LowRank
+from eoracc.plugins.reference import activate, fused_matmul, rms_norm
 from tests.plugins.fused_op import random_factors, random_weight
 
 
@@ -34,3 +34,53 @@ def test_without_factors_and_bias() -> None:
     empty = random_factors(rng, (2, 8), rank=0)
     x = rng.standard_normal((1, 8))
     np.testing.assert_array_equal(fused_matmul(x, weight, None), fused_matmul(x, weight, empty))
+
+
+def test_norm_by_hand() -> None:
+    """A row of mean square 4 with epsilon 5 is divided by 3."""
+    x = np.array([[2.0, -2.0, 2.0, 2.0]])
+    normalised = rms_norm(x, np.array([3.0, 3.0, 6.0, 0.0]), 5.0)
+    np.testing.assert_allclose(normalised, [[2.0, -2.0, 4.0, 0.0]], rtol=1e-15)
+    rng = np.random.default_rng(2)
+    weight = random_weight(rng, (3, 4), bits=4, group_size=8, zero_points=False)
+    norm = rng.standard_normal(4)
+    np.testing.assert_array_equal(
+        fused_matmul(x, weight, None, norm_weight=norm, norm_epsilon=5.0),
+        fused_matmul(rms_norm(x, norm, 5.0), weight, None),
+    )
+
+
+def test_activations_against_torch() -> None:
+    torch = pytest.importorskip("torch")
+    x = np.linspace(-800, 800, 4001)
+    given = torch.from_numpy(x)
+    silu = torch.nn.functional.silu(given).numpy()
+    gelu = torch.nn.functional.gelu(given, approximate="tanh").numpy()
+    np.testing.assert_allclose(activate(x, "silu"), silu, rtol=1e-14)
+    # 1 + tanh cancels where the result is small: a few unit roundoffs of |x| < 8 are left there.
+    np.testing.assert_allclose(activate(x, "gelu_tanh"), gelu, rtol=1e-14, atol=1e-14)
+    with pytest.raises(ValueError, match="'relu' is no activation"):
+        activate(x, "relu")
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_parts_are_linears_of_their_own(activation: str) -> None:
+    """Two merged linears give what each gives alone; the residual comes after the gate."""
+    rng = np.random.default_rng(3)
+    x, residual = rng.standard_normal((2, 3, 29)), rng.standard_normal((2, 3, 16))
+    weight = random_weight(rng, (32, 29), bits=3, group_size=8, zero_points=True)
+    merged = random_factors(rng, (32, 29), rank=8)
+    merged = LowRank(lora_a=merged.lora_a, lora_b=merged.lora_b[:, :4])
+    whole = fused_matmul(x, weight, merged, parts=(16, 16))
+    dense = weight.dequantize().astype(np.float64)
+    a, b = (factor.astype(np.float64) for factor in (merged.lora_a, merged.lora_b))
+    dense[:16] += b[:16] @ a[:4]
+    dense[16:] += b[16:] @ a[4:]
+    bound = 29 * np.finfo(np.float32).eps * np.abs(x).max() * np.abs(dense).max()
+    assert bound < 1e-2 * whole.std()
+    np.testing.assert_allclose(whole, x @ dense.T, rtol=0, atol=bound)
+    gated = fused_matmul(
+        x, weight, merged, parts=(16, 16), activation=activation, residual=residual
+    )
+    expected = activate(whole[..., :16], activation) * whole[..., 16:] + residual
+    np.testing.assert_allclose(gated, expected, rtol=1e-13)
