@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,24 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.functions import local_function
 from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.reference import activate, fused_matmul, rms_norm
 
 Array = NDArray[Any]
 Float = type[np.float16] | type[np.float32]
+
+
+_OPERANDS = (
+    "B",
+    "scales",
+    "zero_points",
+    "bias",
+    "lora_a",
+    "lora_b",
+    "lora_a_scale",
+    "lora_b_scale",
+    "norm_weight",
+    "residual",
+)
 
 
 def random_weight(
@@ -51,24 +68,68 @@ def random_factors(
     return LowRank(lora_a=a, lora_b=b)
 
 
+def random_int8_factors(rng: np.random.Generator, shape: tuple[int, int], *, rank: int) -> LowRank:
+    """int8 factors for a weight of ``shape`` (out_features, in_features)."""
+    out_features, in_features = shape
+    a_scale, b_scale = (
+        (rng.uniform(1, 2, size) / 500).astype(np.float32) for size in (rank, out_features)
+    )
+    return LowRank(
+        lora_a=rng.integers(-127, 128, (rank, in_features), np.int8),
+        lora_b=rng.integers(-127, 128, (out_features, rank), np.int8),
+        lora_a_scale=a_scale,
+        lora_b_scale=b_scale,
+    )
+
+
+_ULP = float(np.finfo(np.float32).eps) / 2
+
+
 def error_bound(
-    x: Array, weight: NBitsWeight, factors: LowRank | None, bias: Array | None
+    x: Array,
+    weight: NBitsWeight,
+    factors: LowRank | None,
+    bias: Array | None,
+    **fusions: Any,  # noqa: ANN401 - those of fused_matmul
 ) -> NDArray[np.float64]:
     """How far a float32 computation of the op may be from the exact result, ``[..., N]``.
 
     A sum of n products, in any order, is off by at most n unit roundoffs of the sum of the
     products' magnitudes; a handful more cover dequantization, the scale and the final additions.
+    The mean of squares of a norm is such a sum of K, of which the root halves the relative error.
     """
+    norm_weight, length = fusions.get("norm_weight"), weight.in_features + 8
     magnitudes = np.abs(x).astype(np.float64)
+    if norm_weight is not None:
+        magnitudes = np.abs(rms_norm(x, norm_weight, fusions.get("norm_epsilon", 0.0)))
+        length += weight.in_features // 2 + 8
     terms = magnitudes @ np.abs(weight.dequantize()).T.astype(np.float64)
-    length = weight.in_features + 8
     if factors is not None:
-        down = magnitudes @ np.abs(factors.lora_a).T.astype(np.float64)
-        terms += down @ np.abs(factors.lora_b).T.astype(np.float64)
-        length += factors.rank
+        parts = fusions.get("parts") or (weight.out_features,)
+        rank, edges = len(factors.lora_a) // len(parts), np.cumsum([0, *parts])
+        down = magnitudes @ np.abs(factors.down()).T.astype(np.float64)
+        up = np.abs(factors.up()).T.astype(np.float64)
+        for part, (start, stop) in enumerate(pairwise(edges)):
+            own = down[..., part * rank : (part + 1) * rank]
+            terms[..., start:stop] += own @ up[:, start:stop]
+        length += rank
+        # Widening int8 codes takes a rounding of each factor.
+        length += 4 * (factors.lora_a.dtype == np.int8)
     if bias is not None:
         terms += np.abs(bias)
-    return terms * (length * np.finfo(np.float32).eps / 2)
+    bound: NDArray[np.float64] = terms * (length * _ULP)
+    activation = fusions.get("activation", "")
+    if activation:
+        linear = {name: fusions[name] for name in fusions if name not in ("activation", "residual")}
+        gate, up = np.split(fused_matmul(x, weight, factors, bias, **linear), 2, axis=-1)
+        gate_bound, up_bound = np.split(bound, 2, axis=-1)
+        gated = np.abs(activate(gate, activation))
+        # Neither slope exceeds 1.13; the activation itself takes a few operations on |gate|.
+        slope = 1.13 * gate_bound + 16 * _ULP * np.abs(gate)
+        bound = slope * (np.abs(up) + up_bound) + gated * up_bound
+    if fusions.get("residual") is not None:
+        bound = bound + _ULP * np.abs(fused_matmul(x, weight, factors, bias, **fusions))
+    return bound
 
 
 def assert_close(actual: Array, expected: NDArray[np.float64], bound: NDArray[np.float64]) -> None:
@@ -85,23 +146,37 @@ def assert_close(actual: Array, expected: NDArray[np.float64], bound: NDArray[np
 
 
 def fused_operands(
-    weight: NBitsWeight, factors: LowRank | None = None, bias: Array | None = None
+    weight: NBitsWeight,
+    factors: LowRank | None = None,
+    bias: Array | None = None,
+    *,
+    layout: int = 0,
+    norm_weight: Array | None = None,
+    residual: Array | None = None,
 ) -> dict[str, Array | None]:
-    """The op's inputs behind X, by name."""
-    return {
-        "B": weight.packed,
-        "scales": weight.scales,
-        "zero_points": weight.zero_points,
-        "bias": bias,
-        "lora_a": None if factors is None else factors.lora_a,
-        "lora_b": None if factors is None else factors.lora_b,
-    }
+    """The op's inputs behind X, by name and in their order."""
+    operands: dict[str, Array | None] = {"bias": bias}
+    if layout:
+        operands |= weight.tiles() | ({} if factors is None else factors.tiles())
+    else:
+        operands |= {
+            "B": weight.packed,
+            "scales": weight.scales,
+            "zero_points": weight.zero_points,
+        }
+        if factors is not None:
+            operands |= {
+                name: getattr(factors, name)
+                for name in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+            }
+    operands |= {"norm_weight": norm_weight, "residual": residual}
+    return {name: operands.get(name) for name in _OPERANDS}
 
 
 def one_node_model(
     op_type: str,
     operands: dict[str, Array | None],
-    attributes: dict[str, int],
+    attributes: Mapping[str, Any],
     *,
     dtype: type[np.generic] = np.float32,
     output_dtype: type[np.generic] | None = None,
@@ -159,11 +234,16 @@ def fused_model(
     dtype: type[np.generic] = np.float32,
     graph_inputs: tuple[str, ...] = (),
     accuracy_level: int = 0,
+    layout: int = 0,
+    **fusions: Any,  # noqa: ANN401 - those of fused_matmul
 ) -> bytes:
+    operands = {name: fusions.pop(name) for name in ("norm_weight", "residual") if name in fusions}
+    attributes = attributes_of(weight) | {"accuracy_level": accuracy_level, "layout": layout}
     return one_node_model(
         "MatMulNBitsLowRank",
-        fused_operands(weight, factors, bias),
-        attributes_of(weight) | {"accuracy_level": accuracy_level},
+        fused_operands(weight, factors, bias, layout=layout, **operands),
+        # None and nothing to say of are the same: ONNX has no type for an empty list.
+        attributes | {name: value for name, value in fusions.items() if value},
         dtype=dtype,
         graph_inputs=graph_inputs,
     )

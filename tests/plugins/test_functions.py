@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
 from eoracc.plugins.functions import local_function
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import BITS, NBitsWeight, PluginError
+from eoracc.plugins.operands import BITS, LowRank, NBitsWeight, PluginError
 from eoracc.plugins.reference import fused_matmul
 from tests.plugins.fused_op import (
     Float,
@@ -22,6 +25,7 @@ from tests.plugins.fused_op import (
     one_node_model,
     open_session,
     random_factors,
+    random_int8_factors,
     random_weight,
 )
 
@@ -73,24 +77,118 @@ def test_mixed_types(
 def test_int8_factors(library: Path | None) -> None:
     rng = np.random.default_rng(2)
     weight = random_weight(rng, SHAPE, bits=3, group_size=32, zero_points=True)
-    a = rng.integers(-127, 128, (5, 90), np.int8)
-    b = rng.integers(-127, 128, (37, 5), np.int8)
-    a_scale, b_scale = ((rng.uniform(1, 2, n) / 500).astype(np.float32) for n in (5, 37))
-    widened = random_factors(rng, SHAPE, rank=5, dtype=np.float32)
-    widened.lora_a[:] = a * a_scale[:, None]
-    widened.lora_b[:] = b * b_scale[:, None]
-    operands = fused_operands(weight) | {
-        "lora_a": a,
-        "lora_b": b,
-        "lora_a_scale": a_scale,
-        "lora_b_scale": b_scale,
-    }
-    model = one_node_model("MatMulNBitsLowRank", operands, attributes_of(weight))
+    factors = random_int8_factors(rng, SHAPE, rank=5)
+    model = fused_model(weight, factors)
     x = rng.standard_normal((3, 90), np.float32)
     (actual,) = open_session(model, library).run(None, {"X": x})
-    expected = fused_matmul(x, weight, widened)
-    # Widening here and in the op takes two more roundings of each term.
-    assert_close(actual, expected, 2 * error_bound(x, weight, widened, None))
+    expected = fused_matmul(x, weight, factors)
+    assert_close(actual, expected, error_bound(x, weight, factors, None))
+
+
+FUSIONS = [
+    {},
+    {"bias": True},
+    {"norm_weight": True, "norm_epsilon": 1e-5},
+    {"residual": True, "bias": True},
+    {"parts": (48, 16, 32), "norm_weight": True, "norm_epsilon": 1e-5, "bias": True},
+    {"parts": (48, 48), "activation": "silu", "norm_weight": True, "residual": True},
+    {"parts": (48, 48), "activation": "gelu_tanh"},
+]
+
+
+@pytest.mark.parametrize("factors", [None, "float16", "float32", "int8"])
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: "-".join(fusion) or "none")
+@pytest.mark.parametrize("bits", BITS)
+def test_tiles_with_fusions(bits: int, fusion: dict[str, Any], factors: str | None) -> None:
+    """The function alone: the kernel has tests of its own."""
+    rng = np.random.default_rng(bits)
+    parts: tuple[int, ...] = fusion.get("parts", ())
+    rows = sum(parts) or 37
+    columns, group = (90, 24) if bits != 2 else (70, 72)
+    weight = random_weight(rng, (rows, columns), bits=bits, group_size=group, zero_points=bits != 8)
+    rank = 16 if parts else 5
+    low_rank = _merged_factors(rng, (rows, columns), rank, max(len(parts), 1), factors)
+    outputs = rows // 2 if "activation" in fusion else rows
+    given = dict(fusion) | {
+        name: array
+        for name, array in {
+            "norm_weight": rng.uniform(0.5, 2, columns).astype(np.float32),
+            "residual": rng.standard_normal((3, outputs)).astype(np.float32),
+            "bias": rng.standard_normal(rows).astype(np.float32),
+        }.items()
+        if name in fusion
+    }
+    session = open_session(fused_model(weight, low_rank, layout=1, **given), None)
+    x = rng.standard_normal((3, columns), np.float32)
+    (actual,) = session.run(None, {"X": x})
+    expected = fused_matmul(x, weight, low_rank, **given)
+    bound = error_bound(x, weight, low_rank, **({"bias": None} | given))
+    assert_close(actual, expected, bound)
+
+
+def _merged_factors(
+    rng: np.random.Generator, shape: tuple[int, int], rank: int, parts: int, dtype: str | None
+) -> LowRank | None:
+    """``parts`` down-projections of ``rank`` on top of each other, one up-projection."""
+    if dtype is None:
+        return None
+    if dtype == "int8":
+        whole = random_int8_factors(rng, shape, rank=rank * parts)
+    else:
+        whole = random_factors(
+            rng, shape, rank=rank * parts, dtype=np.float16 if dtype == "float16" else np.float32
+        )
+    return replace(whole, lora_b=whole.lora_b[:, :rank])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 16, 33])
+def test_tiles_of_any_rank(rank: int) -> None:
+    rng = np.random.default_rng(7)
+    weight = random_weight(rng, SHAPE, bits=3, group_size=16, zero_points=True)
+    for factors in (
+        random_factors(rng, SHAPE, rank=rank),
+        random_int8_factors(rng, SHAPE, rank=rank),
+    ):
+        session = open_session(fused_model(weight, factors, layout=1), None)
+        for leading in ((0,), (2, 9)):
+            x = rng.standard_normal((*leading, 90), np.float32)
+            (actual,) = session.run(None, {"X": x})
+            expected = fused_matmul(x, weight, factors)
+            assert_close(actual, expected, error_bound(x, weight, factors, None))
+
+
+def test_tiles_of_float16_activations() -> None:
+    rng = np.random.default_rng(8)
+    parts = (16, 16)
+    weight = random_weight(rng, (32, 90), bits=4, group_size=32, zero_points=False)
+    fusions: dict[str, Any] = {
+        "parts": parts,
+        "activation": "silu",
+        "norm_weight": rng.uniform(0.5, 2, 90).astype(np.float32),
+        "residual": rng.standard_normal((5, 16)).astype(np.float16),
+    }
+    x: NDArray[Any] = rng.standard_normal((5, 90)).astype(np.float16)
+    model = fused_model(weight, None, dtype=np.float16, layout=1, **fusions)
+    (actual,) = open_session(model, None).run(None, {"X": x})
+    assert actual.dtype == np.float16
+    expected = fused_matmul(x, weight, None, **fusions)
+    assert_close(actual, expected, error_bound(x, weight, None, None, **fusions))
+
+
+def test_weight_is_folded_when_the_model_is_loaded(tmp_path: Path) -> None:
+    """What is left in a stock runtime are the products, not the dequantization."""
+    rng = np.random.default_rng(9)
+    weight = random_weight(rng, SHAPE, bits=3, group_size=16, zero_points=True)
+    factors = random_int8_factors(rng, SHAPE, rank=5)
+    model = fused_model(
+        weight, factors, layout=1, norm_weight=np.ones(90, np.float32), norm_epsilon=1e-5
+    )
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    left = {node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph}
+    assert "MatMul" in left or "Gemm" in left
+    assert not left & {"BitShift", "BitwiseAnd", "Gather", "Flatten", "Transpose", "Split"}
 
 
 def test_factors_as_graph_inputs(library: Path | None) -> None:
@@ -144,14 +242,16 @@ def test_function_does_not_depend_on_sizes() -> None:
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_gather(bits: int, zero_points: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("layout", [0, 1])
+def test_gather(layout: int, bits: int, zero_points: bool, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(6)
     table = random_weight(rng, (50, 90), bits=bits, group_size=32, zero_points=zero_points)
     indices = np.asarray(rng.integers(0, 50, shape), np.int64)
+    operands = fused_operands(table, layout=layout)
     model = one_node_model(
         "GatherNBits",
-        {"B": table.packed, "scales": table.scales, "zero_points": table.zero_points},
-        {"K": 90, "bits": bits, "block_size": 32},
+        {name: operands[name] for name in ("B", "scales", "zero_points")},
+        {"K": 90, "bits": bits, "block_size": 32, "layout": layout},
         dtype=np.int64,
         output_dtype=np.float32,
     )
@@ -159,6 +259,22 @@ def test_gather(bits: int, zero_points: bool, shape: tuple[int, ...]) -> None:
     for library in (None, library_path()):
         (rows,) = open_session(model, library).run(None, {"X": indices})
         np.testing.assert_array_equal(rows, table.dequantize()[indices])
+
+
+def test_gather_of_nothing() -> None:
+    table = random_weight(
+        np.random.default_rng(6), (50, 90), bits=3, group_size=32, zero_points=True
+    )
+    operands = fused_operands(table, layout=1)
+    model = one_node_model(
+        "GatherNBits",
+        {name: operands[name] for name in ("B", "scales", "zero_points")},
+        {"K": 90, "bits": 3, "block_size": 32, "layout": 1},
+        dtype=np.int64,
+        output_dtype=np.float32,
+    )
+    (rows,) = open_session(model, None).run(None, {"X": np.zeros((2, 0), np.int64)})
+    assert rows.shape == (2, 0, 90)
 
 
 def _function_of(weight: NBitsWeight, operands: dict[str, NDArray[Any] | None]) -> ir.Function:
@@ -169,10 +285,13 @@ def _function_of(weight: NBitsWeight, operands: dict[str, NDArray[Any] | None]) 
     )
 
 
-def _node(op_type: str, inputs: int | list[ir.Value | None], **attributes: int) -> ir.Node:
+def _node(op_type: str, inputs: int | list[ir.Value | None], **attributes: Any) -> ir.Node:  # noqa: ANN401
     if isinstance(inputs, int):
         inputs = [ir.Value(name=f"i{i}") for i in range(inputs)]
     return ir.node(op_type, inputs, attributes, domain="eoracc", name="some.linear")
+
+
+_FUSED = partial(_node, "MatMulNBitsLowRank", 3, bits=3, layout=1)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +303,13 @@ def _node(op_type: str, inputs: int | list[ir.Value | None], **attributes: int) 
         (_node("MatMulNBitsLowRank", 2, bits=3), "its input scales is missing"),
         (_node("MatMulNBitsLowRank", 6, bits=3), "lora_a and lora_b come together"),
         (_node("GatherNBits", 5, bits=3), "GatherNBits has at most 4 inputs"),
+        (_node("GatherNBits", 3, bits=3, layout=2), "layout must be 0 or 1, not 2"),
+        (_node("MatMulNBitsLowRank", 11, bits=3), "only layout 1 is fused"),
+        (_FUSED(parts=(16, 8), N=24), r"parts \(16, 8\) are no multiples of 16 that add up to N"),
+        (_FUSED(parts=(16, 16), N=48), "add up to N"),
+        (_FUSED(parts=(16, 32), N=48, activation="silu"), "silu takes two equal parts"),
+        (_FUSED(activation="silu"), "silu takes two equal parts"),
+        (_FUSED(activation="relu"), "activation must be one of"),
     ],
 )
 def test_foreign_nodes_are_refused(node: ir.Node, message: str) -> None:
