@@ -11,10 +11,18 @@ from eoracc.plugins.operands import PluginError
 
 __all__ = ["ABI_VERSION", "LibraryInfo", "library_info", "library_path"]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Version of the library's C interface that this package was written for."""
 
-_ISA = {1: "baseline", 2: "avx2", 3: "avx512"}
+_ISA = {
+    1: "scalar",
+    2: "avx2",
+    3: "avx512",
+    4: "avx512_vnni",
+    5: "amx",
+    6: "neon_dotprod",
+    7: "neon_i8mm",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class LibraryInfo:
     Attributes:
       version: of the eoracc that it was built in.
       abi: of its C interface.
-      instruction_set: what it uses on this processor: ``baseline``, ``avx2`` or ``avx512``.
+      instruction_set: what it uses on this processor, such as ``avx512_vnni``.
     """
 
     version: str

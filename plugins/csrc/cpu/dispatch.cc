@@ -1,9 +1,54 @@
-// Checks the operands and picks the instruction set.
+// Checks the operands and picks the kernel for this processor.
 
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace eoracc {
 namespace {
+
+struct InstructionSet {
+  eoracc_isa isa;
+  bool (*is_supported)();
+  const FewRows* few_rows;
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+}
+#endif
+
+// The best one first.
+constexpr InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {EORACC_ISA_AVX512_VNNI, has_avx512_vnni, &few_rows_scalar},
+    {EORACC_ISA_AVX512, has_avx512, &few_rows_scalar},
+    {EORACC_ISA_AVX2, has_avx2, &few_rows_scalar},
+#endif
+    {EORACC_ISA_SCALAR, [] { return true; }, &few_rows_scalar},
+};
+
+// The entry of `isa`, null where this processor or this build lacks it.
+const InstructionSet* find(eoracc_isa isa) {
+  for (const InstructionSet& set : kInstructionSets) {
+    if ((isa == EORACC_ISA_BEST || isa == set.isa) && set.is_supported()) return &set;
+  }
+  return nullptr;
+}
 
 bool is_float(int32_t type) { return type == EORACC_FLOAT32 || type == EORACC_FLOAT16; }
 
@@ -11,38 +56,37 @@ bool is_factor(int32_t type, const void* data, const float* scale) {
   return data != nullptr && (is_float(type) || (type == EORACC_INT8 && scale != nullptr));
 }
 
+// Several parts are whole tiles, also in their rows of lora_a, and make up the weight.
+bool are_parts(const eoracc_matmul& m) {
+  if (m.part_count < 0 || m.part_count > EORACC_MAX_PARTS) return false;
+  const bool gated = m.activation != EORACC_IDENTITY;
+  if (m.part_count < 2) return !gated;
+  if (m.parts == nullptr || m.rank % kTile != 0) return false;
+  int64_t features = 0;
+  for (int32_t part = 0; part < m.part_count; ++part) {
+    if (m.parts[part] <= 0 || m.parts[part] % kTile != 0) return false;
+    if (m.parts[part] > m.out_features - features) return false;
+    features += m.parts[part];
+  }
+  if (features != m.out_features) return false;
+  return !gated || (m.part_count == 2 && m.parts[0] == m.parts[1]);
+}
+
 bool is_valid(const eoracc_matmul& m) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
   if (m.rows < 0 || m.in_features <= 0 || m.out_features <= 0 || m.rank < 0) return false;
+  if (m.in_features >= kLimit || m.out_features >= kLimit || m.rank >= kLimit) return false;
   if (m.bits != 2 && m.bits != 3 && m.bits != 4 && m.bits != 8) return false;
   if (m.group_size <= 0 || m.group_size % 8 != 0) return false;
-  if (!is_float(m.x_type) || !is_float(m.scales_type)) return false;
+  if (m.accuracy_level != 0 && m.accuracy_level != 4) return false;
+  if (m.activation < EORACC_IDENTITY || m.activation > EORACC_GELU_TANH) return false;
+  if (!are_parts(m)) return false;
+  if (!is_float(m.x_type) && m.x_type != EORACC_BFLOAT16) return false;
+  if (!is_float(m.scales_type)) return false;
   if (m.codes == nullptr || m.scales == nullptr) return false;
   if (m.rows > 0 && (m.x == nullptr || m.y == nullptr)) return false;
   return m.rank == 0 || (is_factor(m.lora_a_type, m.lora_a, m.lora_a_scale) &&
                          is_factor(m.lora_b_type, m.lora_b, m.lora_b_scale));
-}
-
-Matmul find(eoracc_isa isa) {
-  switch (isa) {
-    case EORACC_ISA_BASELINE:
-      return baseline::matmul;
-#if defined(__x86_64__)
-    case EORACC_ISA_AVX2:
-      if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-          __builtin_cpu_supports("f16c")) {
-        return avx2::matmul;
-      }
-      return nullptr;
-    case EORACC_ISA_AVX512:
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        return avx512::matmul;
-      }
-      return nullptr;
-#endif
-    default:
-      return nullptr;
-  }
 }
 
 void run_here(void*, size_t count, void (*task)(void*, size_t), void* data) {
@@ -53,20 +97,22 @@ void run_here(void*, size_t count, void (*task)(void*, size_t), void* data) {
 }  // namespace eoracc
 
 eoracc_isa eoracc_best_isa(void) {
-  static const eoracc_isa best = eoracc::find(EORACC_ISA_AVX512) ? EORACC_ISA_AVX512
-                                 : eoracc::find(EORACC_ISA_AVX2) ? EORACC_ISA_AVX2
-                                                                 : EORACC_ISA_BASELINE;
+  static const eoracc_isa best = eoracc::find(EORACC_ISA_BEST)->isa;
   return best;
 }
 
 eoracc_result eoracc_matmul_nbits_lowrank(const eoracc_matmul* matmul,
                                           const eoracc_threads* threads, eoracc_isa isa) {
   if (matmul == nullptr || !eoracc::is_valid(*matmul)) return EORACC_BAD_OPERAND;
-  const eoracc::Matmul kernel = eoracc::find(isa == EORACC_ISA_BEST ? eoracc_best_isa() : isa);
-  if (kernel == nullptr) return EORACC_NO_SUCH_ISA;
+  const eoracc::InstructionSet* set =
+      eoracc::find(isa == EORACC_ISA_BEST ? eoracc_best_isa() : isa);
+  if (set == nullptr) return EORACC_NO_SUCH_ISA;
   if (matmul->rows == 0) return EORACC_OK;
   const bool lent = threads != nullptr && threads->run != nullptr;
-  return kernel(*matmul, lent ? *threads : eoracc_threads{eoracc::run_here, nullptr});
+  const eoracc_threads pool = lent ? *threads : eoracc_threads{eoracc::run_here, nullptr};
+  const eoracc::ManyRows many_rows = eoracc::find_many_rows(set->isa, *matmul);
+  if (many_rows != nullptr) return many_rows(*matmul, pool);
+  return eoracc::multiply_few_rows(*set->few_rows, *matmul, pool);
 }
 
 int32_t eoracc_abi_version(void) { return EORACC_ABI_VERSION; }

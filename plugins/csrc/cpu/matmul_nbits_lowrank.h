@@ -1,7 +1,20 @@
-// Y = X * dequant(W)^T + (X * lora_a^T) * lora_b^T + bias, on the CPU, behind a C ABI.
+// Y = act(norm(X) * dequant(W)^T + (norm(X) * A^T) * B^T + bias) + residual, behind a C ABI.
 //
-// Nothing here knows ONNX Runtime: the caller lends operands and threads. Operands are read where
-// they lie, with no alignment asked for beyond that of their element, and never repacked or kept.
+// W has 2, 3, 4 or 8 bits a weight, A (lora_a) and B (lora_b) are the low-rank factors that give
+// back what quantization took. Nothing here knows ONNX Runtime: the caller lends operands and
+// threads. Operands are read where they lie, with no alignment asked for, and never kept.
+//
+// The tiled layout. Sixteen rows of a weight form a tile; rows are padded to whole tiles. A quad is
+// four consecutive columns. In a 64-byte vector of codes, byte 4 * r + i belongs to row r of the
+// tile and column 4 * q + i of quad q. A chunk is the least run of columns that fills whole
+// vectors; columns are padded to whole chunks with code 0, and X counts as 0 there:
+//
+//   bits   columns   bytes   a chunk's vectors
+//      8         4      64   vector 0 is quad 0
+//      4         8      64   low nibbles are quad 0, high nibbles quad 1
+//      2        16      64   bits [2m, 2m + 2) of each byte are quad m
+//      3        32     192   vectors 0 and 1 hold the low two bits of quads 0..3 and 4..7 as at two
+//                            bits; bit q of each byte of vector 2 is the high bit of quad q
 
 #ifndef EORACC_CPU_MATMUL_NBITS_LOWRANK_H_
 #define EORACC_CPU_MATMUL_NBITS_LOWRANK_H_
@@ -20,53 +33,91 @@ extern "C" {
 #endif
 
 // Grows whenever a declaration below changes.
-#define EORACC_ABI_VERSION 1
+#define EORACC_ABI_VERSION 2
+
+// Rows of a weight in a tile.
+#define EORACC_TILE 16
+
+// Most linears that one weight can merge.
+#define EORACC_MAX_PARTS 8
 
 typedef enum eoracc_type {
   EORACC_NONE = 0,  // the operand is absent
   EORACC_FLOAT32 = 1,
   EORACC_FLOAT16 = 2,
-  EORACC_INT8 = 3,
+  EORACC_INT8 = 3,  // of a factor: 8-bit tiles, code = value + 128, and a scale for each row
+  EORACC_BFLOAT16 = 4,
 } eoracc_type;
 
 typedef enum eoracc_isa {
-  EORACC_ISA_BEST = 0,      // the widest one that this processor has
-  EORACC_ISA_BASELINE = 1,  // what every processor of the architecture has
-  EORACC_ISA_AVX2 = 2,      // with FMA and F16C
-  EORACC_ISA_AVX512 = 3,    // F, BW, DQ, VL
+  EORACC_ISA_BEST = 0,         // the best one that this processor has
+  EORACC_ISA_SCALAR = 1,       // what every processor of the architecture has
+  EORACC_ISA_AVX2 = 2,         // with FMA and F16C
+  EORACC_ISA_AVX512 = 3,       // F, BW, DQ, VL
+  EORACC_ISA_AVX512_VNNI = 4,  // with VNNI, VBMI and GFNI
+  EORACC_ISA_AMX = 5,          // AVX512_VNNI with AVX-512 BF16, AMX tiles and AMX BF16
+  EORACC_ISA_NEON_DOTPROD = 6,
+  EORACC_ISA_NEON_I8MM = 7,
 } eoracc_isa;
+
+typedef enum eoracc_activation {
+  EORACC_IDENTITY = 0,
+  EORACC_SILU = 1,       // g / (1 + exp(-g))
+  EORACC_GELU_TANH = 2,  // g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g^3)))
+} eoracc_activation;
 
 typedef enum eoracc_result {
   EORACC_OK = 0,
-  EORACC_BAD_OPERAND = 1,    // sizes, bits, group_size or types are none that the kernel knows
+  EORACC_BAD_OPERAND = 1,    // sizes, attributes or types are none that the kernel knows
   EORACC_NO_SUCH_ISA = 2,    // this processor or this build lacks the instruction set
-  EORACC_OUT_OF_MEMORY = 3,  // scratch: about 512 * in_features floats at most
+  EORACC_OUT_OF_MEMORY = 3,  // scratch
 } eoracc_result;
 
-// The product's operands. With G = ceil(in_features / group_size), row-major:
-//   x              [rows, in_features], x_type
-//   y              [rows, out_features], x_type, overwritten
-//   codes          [out_features, G, group_size * bits / 8] bytes; code i of a group is in its
-//                  bits [i * bits, (i + 1) * bits), little endian
-//   scales         [out_features, G], scales_type (float32 or float16)
-//   zero_points    [out_features, G] bytes, or null for 2^(bits - 1) everywhere
-//   bias           [out_features], x_type, or null
-//   lora_a         [rank, in_features], lora_type
-//   lora_b         [out_features, rank], lora_type
-//   lora_a_scale   [rank] and lora_b_scale [out_features]: for int8 factors, else null
-// A weight is (code - zero_point) * scale. NaN and infinity propagate as in that formula; codes,
-// scales and zero points beyond in_features do not reach a product.
+// The product's operands, in the tiled layout. With tiles(n) = ceil(n / 16),
+// G = ceil(in_features / group_size), P = part_count and all arrays row-major:
+//
+//   x             [rows, in_features], x_type
+//   norm_weight   [in_features] floats, or null: x is first divided by the root of its row's mean
+//                 square plus norm_epsilon, and multiplied with this
+//   codes         [tiles(out_features), chunks, bytes of a chunk] bytes
+//   scales        [tiles(out_features), G, 16], scales_type (float32 or float16)
+//   zero_points   [tiles(out_features), G, 16] bytes, or null for 2^(bits - 1) everywhere
+//   lora_a        [tiles(P * rank), in_features, 16] of float32 or float16, or, for int8,
+//                 [tiles(P * rank), ceil(in_features / 4), 64] bytes
+//   lora_a_scale  [tiles(P * rank) * 16] floats, for int8 lora_a
+//   lora_b        [tiles(out_features), rank, 16] of float32 or float16, or, for int8,
+//                 [tiles(out_features), ceil(rank / 4), 64] bytes
+//   lora_b_scale  [tiles(out_features) * 16] floats, for int8 lora_b
+//   bias          [out_features], x_type, or null
+//   residual      [rows, width of y], x_type, or null; may be y itself
+//   y             [rows, out_features], or [rows, out_features / 2] with an activation; x_type,
+//                 overwritten
+//
+// A weight is (code - zero_point) * scale. Padding rows have scale 0, those of factors value 0.
+//
+// Parts are linears of one input that were merged by stacking their rows. With more than one, each
+// has `rank` rows of lora_a, which must be a multiple of 16, and rows of lora_b of part p multiply
+// with those of part p. An activation asks for exactly two equal parts: y = act(part 0) * part 1.
+//
+// accuracy_level 0: sums and operands in float32. accuracy_level 4: activations may be rounded to
+// int8 with a scale for each block of gcd(group_size, 32) columns, or to bfloat16. NaN and infinity
+// in x propagate: as in the formula at level 0, to the whole row of y at level 4.
 typedef struct eoracc_matmul {
-  int64_t rows;          // any, 0 included
-  int64_t in_features;   // positive
-  int64_t out_features;  // positive
-  int64_t rank;          // 0 turns the low-rank term off
-  int32_t bits;          // 2, 3, 4 or 8
-  int32_t group_size;    // a positive multiple of 8
-  int32_t x_type;        // eoracc_type: float32 or float16
-  int32_t scales_type;   // eoracc_type: float32 or float16
-  int32_t lora_a_type;   // eoracc_type: none only at rank 0
+  int64_t rows;            // any, 0 included
+  int64_t in_features;     // positive, below 2^31
+  int64_t out_features;    // positive, below 2^31
+  int64_t rank;            // 0 turns the low-rank term off
+  int32_t bits;            // 2, 3, 4 or 8
+  int32_t group_size;      // a positive multiple of 8
+  int32_t accuracy_level;  // 0 or 4
+  int32_t activation;      // eoracc_activation
+  int32_t part_count;      // 1 to EORACC_MAX_PARTS; 0 means 1
+  int32_t x_type;          // eoracc_type: float32, float16 or bfloat16
+  int32_t scales_type;     // eoracc_type: float32 or float16
+  int32_t lora_a_type;     // eoracc_type: float32, float16 or int8; none only at rank 0
   int32_t lora_b_type;
+  float norm_epsilon;
+  const int64_t* parts;  // [part_count] out features of each, multiples of 16; may be null for one
   const void* x;
   void* y;
   const uint8_t* codes;
@@ -77,16 +128,19 @@ typedef struct eoracc_matmul {
   const void* lora_b;
   const float* lora_a_scale;
   const float* lora_b_scale;
+  const float* norm_weight;
+  const void* residual;
 } eoracc_matmul;
 
 // Threads lent by the caller. `run` calls `task(data, i)` once for each i in [0, count), on any
-// thread and in any order, and returns when all are done. A null `run` means the calling thread.
+// thread and in any order, one after another if need be, and returns when all are done. A null
+// `run` means the calling thread.
 typedef struct eoracc_threads {
   void (*run)(void* pool, size_t count, void (*task)(void* data, size_t index), void* data);
   void* pool;
 } eoracc_threads;
 
-// Computes y. Sums are in float32 and do not depend on how `threads` spreads the tasks.
+// Computes y. The result depends on the operands and the instruction set, never on `threads`.
 EORACC_API eoracc_result eoracc_matmul_nbits_lowrank(const eoracc_matmul* matmul,
                                                      const eoracc_threads* threads, eoracc_isa isa);
 

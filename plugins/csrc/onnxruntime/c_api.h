@@ -25,7 +25,14 @@ struct OpDomain;
 constexpr uint32_t kApiVersion = 17;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kUndefined = 0, kFloat32 = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10 };
+enum ElementType : int {
+  kUndefined = 0,
+  kFloat32 = 1,
+  kUint8 = 2,
+  kInt8 = 3,
+  kFloat16 = 10,
+  kBfloat16 = 16,
+};
 enum Presence : int { kRequired = 0, kOptional = 1 };
 
 // Positions in OrtApi.
@@ -39,12 +46,16 @@ enum Slot : int {
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
+  kKernelInfoGetAttributeString = 87,
   kKernelContextGetInputCount = 88,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kKernelInfoGetAttributeInt64Array = 163,
+  kKernelInfoGetConstantInput = 249,
   kKernelContextParallelFor = 274,
 };
 
@@ -91,6 +102,28 @@ class Api {
   Status* int_attribute(const KernelInfo* info, const char* name, int64_t* out) const {
     return at<Status* (*)(const KernelInfo*, const char*, int64_t*)>(kKernelInfoGetAttributeInt64)(
         info, name, out);
+  }
+  Status* float_attribute(const KernelInfo* info, const char* name, float* out) const {
+    return at<Status* (*)(const KernelInfo*, const char*, float*)>(kKernelInfoGetAttributeFloat)(
+        info, name, out);
+  }
+  // `size` is the room in `out` and becomes the length, the final NUL included.
+  Status* string_attribute(const KernelInfo* info, const char* name, char* out,
+                           size_t* size) const {
+    return at<Status* (*)(const KernelInfo*, const char*, char*, size_t*)>(
+        kKernelInfoGetAttributeString)(info, name, out, size);
+  }
+  // `size` is the room in `out` and becomes the number of elements.
+  Status* ints_attribute(const KernelInfo* info, const char* name, int64_t* out,
+                         size_t* size) const {
+    return at<Status* (*)(const KernelInfo*, const char*, int64_t*, size_t*)>(
+        kKernelInfoGetAttributeInt64Array)(info, name, out, size);
+  }
+  // The value of an input that no run can change; it lives as long as the session.
+  Status* constant_input(const KernelInfo* info, size_t index, int* is_constant,
+                         const Value** out) const {
+    return at<Status* (*)(const KernelInfo*, size_t, int*, const Value**)>(
+        kKernelInfoGetConstantInput)(info, index, is_constant, out);
   }
   Status* input_count(const KernelContext* context, size_t* out) const {
     return at<Status* (*)(const KernelContext*, size_t*)>(kKernelContextGetInputCount)(context,

@@ -2,9 +2,12 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include <new>
 
+#include "cpu/layout.h"
 #include "cpu/matmul_nbits_lowrank.h"
 #include "onnxruntime/c_api.h"
 
@@ -25,12 +28,19 @@ enum Input : size_t {
   kLoraB,
   kLoraAScale,
   kLoraBScale,
+  kNormWeight,
+  kResidual,
   kInputs,
 };
 constexpr const char* kInputNames[kInputs] = {
-    "X", "B", "scales", "zero_points", "bias", "lora_a", "lora_b", "lora_a_scale", "lora_b_scale"};
+    "X",      "B",            "scales",       "zero_points", "bias",    "lora_a",
+    "lora_b", "lora_a_scale", "lora_b_scale", "norm_weight", "residual"};
 
 constexpr size_t kMaxRank = 8;  // dimensions of X
+constexpr int64_t kTile = EORACC_TILE;
+constexpr int64_t kVector = 64;  // bytes of a quad of an int8 factor
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __attribute__((format(printf, 2, 3))) Status* error(const Api& api, const char* format, ...) {
   char text[256];
@@ -40,6 +50,10 @@ __attribute__((format(printf, 2, 3))) Status* error(const Api& api, const char* 
   vsnprintf(text + prefix, sizeof text - (size_t)prefix, format, arguments);
   va_end(arguments);
   return api.create_status(kInvalidArgument, text);
+}
+
+Status* out_of_memory(const Api& api) {
+  return api.create_status(kFail, "MatMulNBitsLowRank: out of memory");
 }
 
 // Hands a failed status of the runtime on to the caller.
@@ -56,9 +70,7 @@ struct Tensor {
   bool present = false;
 };
 
-Status* read_tensor(const Api& api, const KernelContext* context, size_t index, Tensor* tensor) {
-  const Value* value = nullptr;
-  RETURN_IF_FAILED(api.input(context, index, &value));
+Status* read_tensor(const Api& api, const Value* value, size_t index, Tensor* tensor) {
   if (value == nullptr) return nullptr;
   TensorInfo* info = nullptr;
   RETURN_IF_FAILED(api.tensor_info(value, &info));
@@ -81,12 +93,56 @@ int32_t kernel_type(ElementType type) {
       return EORACC_FLOAT32;
     case kFloat16:
       return EORACC_FLOAT16;
+    case kBfloat16:
+      return EORACC_BFLOAT16;
     case kInt8:
+    case kUint8:
       return EORACC_INT8;
     default:
       return EORACC_NONE;
   }
 }
+
+const char* type_name(ElementType type) {
+  switch (type) {
+    case kUint8:
+      return "uint8";
+    case kInt8:
+      return "int8";
+    case kFloat16:
+      return "float16";
+    case kBfloat16:
+      return "bfloat16";
+    default:
+      return "float";
+  }
+}
+
+size_t element_bytes(ElementType type) {
+  return type == kFloat32 ? 4 : type == kFloat16 || type == kBfloat16 ? 2 : 1;
+}
+
+// Memory that is freed with its owner.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { free(data_); }
+
+  // Room for `bytes`, aligned for vectors; null where there is none.
+  void* take(size_t bytes) {
+    free(data_);
+    data_ = nullptr;
+    if (posix_memalign(&data_, kVector, bytes == 0 ? 1 : bytes) != 0) data_ = nullptr;
+    return data_;
+  }
+
+  const void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
 
 // Lends the threads of the running session. A failure to hand out the work is kept for the end.
 struct Lender {
@@ -106,182 +162,406 @@ struct Lender {
   }
 };
 
+struct Attributes {
+  int64_t k = 0, n = 0, bits = 0, block_size = 0;
+  int64_t accuracy_level = 0;
+  bool tiled = false;
+  int32_t activation = EORACC_IDENTITY;
+  float norm_epsilon = 0;
+  size_t part_count = 1;
+  int64_t parts[EORACC_MAX_PARTS] = {};
+
+  int64_t groups() const { return ceil_div(k, block_size); }
+  int64_t tiles() const { return ceil_div(n, kTile); }
+  int64_t width() const { return activation == EORACC_IDENTITY ? n : n / 2; }
+};
+
 class Kernel {
  public:
-  Kernel(const Api& api, int64_t k, int64_t n, int64_t bits, int64_t block_size)
-      : api_(api), k_(k), n_(n), bits_(bits), block_size_(block_size) {}
+  Kernel(const Api& api, const Attributes& attributes) : api_(api), a_(attributes) {}
+
+  // Tiles the plain operands that no run can change, once for all runs.
+  Status* tile_constants(const KernelInfo* info) {
+    for (size_t i = kB; i < kInputs && !a_.tiled; ++i) {
+      int is_constant = 0;
+      const Value* value = nullptr;
+      if (Status* absent = api_.constant_input(info, i, &is_constant, &value); absent) {
+        api_.release_status(absent);
+        continue;
+      }
+      if (!is_constant) continue;
+      Tensor tensor;
+      RETURN_IF_FAILED(read_tensor(api_, value, i, &tensor));
+      // One that does not fit is an error of the run.
+      if (!is_plain(tensor, (Input)i)) continue;
+      if (!tile(tensor, (Input)i, &constants_[i])) return out_of_memory(api_);
+    }
+    return nullptr;
+  }
 
   Status* compute(KernelContext* context) const {
     Tensor inputs[kInputs];
     size_t count = 0;
     RETURN_IF_FAILED(api_.input_count(context, &count));
     for (size_t i = 0; i < count && i < kInputs; ++i) {
-      RETURN_IF_FAILED(read_tensor(api_, context, i, &inputs[i]));
-    }
-    const Tensor& x = inputs[kX];
-    if (!x.present || x.rank == 0 || x.shape[x.rank - 1] != k_) {
-      return error(api_, "the last dimension of X is not K = %lld", (long long)k_);
-    }
-    const int64_t groups = (k_ + block_size_ - 1) / block_size_;
-    RETURN_IF_FAILED(require(inputs, kB, {n_, groups, block_size_ * bits_ / 8}, 3));
-    RETURN_IF_FAILED(require_type(inputs, kB, kUint8));
-    RETURN_IF_FAILED(require(inputs, kScales, {n_, groups}, 2));
-    if (inputs[kZeroPoints].present) {
-      RETURN_IF_FAILED(require(inputs, kZeroPoints, {n_, groups}, 2));
-      RETURN_IF_FAILED(require_type(inputs, kZeroPoints, kUint8));
-    }
-    if (inputs[kBias].present) {
-      RETURN_IF_FAILED(require(inputs, kBias, {n_}, 1));
-      RETURN_IF_FAILED(require_type(inputs, kBias, x.type));
-    }
-    if (const ElementType type = inputs[kScales].type; type != kFloat32 && type != kFloat16) {
-      return error(api_, "scales must be float or float16");
+      const Value* value = nullptr;
+      RETURN_IF_FAILED(api_.input(context, i, &value));
+      RETURN_IF_FAILED(read_tensor(api_, value, i, &inputs[i]));
     }
     int64_t rank = 0;
-    RETURN_IF_FAILED(require_factors(inputs, &rank));
+    RETURN_IF_FAILED(check(inputs, &rank));
 
+    const Tensor& x = inputs[kX];
     int64_t shape[kMaxRank];
     int64_t rows = 1;
     for (size_t i = 0; i + 1 < x.rank; ++i) {
       shape[i] = x.shape[i];
       rows *= x.shape[i];
     }
-    shape[x.rank - 1] = n_;
+    shape[x.rank - 1] = a_.width();
+    if (inputs[kResidual].present) RETURN_IF_FAILED(require(inputs, kResidual, shape, x.rank));
     Value* y = nullptr;
     RETURN_IF_FAILED(api_.output(context, 0, shape, x.rank, &y));
     if (rows == 0) return nullptr;
 
+    Memory tiled[kInputs];
+    const void* data[kInputs];
+    for (size_t i = 0; i < kInputs; ++i) {
+      data[i] = inputs[i].data;
+      if (a_.tiled || !is_plain(inputs[i], (Input)i)) continue;
+      data[i] = constants_[i].data();
+      if (data[i] != nullptr) continue;
+      if (!tile(inputs[i], (Input)i, &tiled[i])) return out_of_memory(api_);
+      data[i] = tiled[i].data();
+    }
+
     eoracc_matmul matmul{};
     matmul.rows = rows;
-    matmul.in_features = k_;
-    matmul.out_features = n_;
+    matmul.in_features = a_.k;
+    matmul.out_features = a_.n;
     matmul.rank = rank;
-    matmul.bits = (int32_t)bits_;
-    matmul.group_size = (int32_t)block_size_;
+    matmul.bits = (int32_t)a_.bits;
+    matmul.group_size = (int32_t)a_.block_size;
+    matmul.accuracy_level = (int32_t)a_.accuracy_level;
+    matmul.activation = a_.activation;
+    matmul.part_count = (int32_t)a_.part_count;
     matmul.x_type = kernel_type(x.type);
     matmul.scales_type = kernel_type(inputs[kScales].type);
     matmul.lora_a_type = kernel_type(inputs[kLoraA].type);
     matmul.lora_b_type = kernel_type(inputs[kLoraB].type);
-    matmul.x = x.data;
-    matmul.codes = static_cast<const uint8_t*>(inputs[kB].data);
-    matmul.scales = inputs[kScales].data;
-    matmul.zero_points = static_cast<const uint8_t*>(inputs[kZeroPoints].data);
-    matmul.bias = inputs[kBias].data;
-    matmul.lora_a = inputs[kLoraA].data;
-    matmul.lora_b = inputs[kLoraB].data;
-    matmul.lora_a_scale = static_cast<const float*>(inputs[kLoraAScale].data);
-    matmul.lora_b_scale = static_cast<const float*>(inputs[kLoraBScale].data);
+    matmul.norm_epsilon = a_.norm_epsilon;
+    matmul.parts = a_.parts;
+    matmul.x = data[kX];
+    matmul.codes = static_cast<const uint8_t*>(data[kB]);
+    matmul.scales = data[kScales];
+    matmul.zero_points = static_cast<const uint8_t*>(data[kZeroPoints]);
+    matmul.bias = data[kBias];
+    matmul.lora_a = data[kLoraA];
+    matmul.lora_b = data[kLoraB];
+    matmul.lora_a_scale = static_cast<const float*>(data[kLoraAScale]);
+    matmul.lora_b_scale = static_cast<const float*>(data[kLoraBScale]);
+    matmul.norm_weight = static_cast<const float*>(data[kNormWeight]);
+    matmul.residual = data[kResidual];
     RETURN_IF_FAILED(api_.tensor_data(y, &matmul.y));
 
     Lender lender{&api_, context};
     const eoracc_threads threads{Lender::run, &lender};
     const eoracc_result result = eoracc_matmul_nbits_lowrank(&matmul, &threads, EORACC_ISA_BEST);
     if (lender.failure != nullptr) return lender.failure;
-    if (result == EORACC_OUT_OF_MEMORY) return error(api_, "no memory for scratch");
+    if (result == EORACC_OUT_OF_MEMORY) return out_of_memory(api_);
     if (result != EORACC_OK) return error(api_, "the kernel refused its operands");
     return nullptr;
   }
 
  private:
+  // ---- operands of the plain layout
+
+  // Whether the tensor is one that the kernel wants in tiles, and has the plain shape for it.
+  bool is_plain(const Tensor& tensor, Input index) const {
+    if (!tensor.present) return false;
+    const int64_t* shape = tensor.shape;
+    const int64_t groups = a_.groups();
+    switch (index) {
+      case kB:
+        return tensor.type == kUint8 && tensor.rank == 3 && shape[0] == a_.n &&
+               shape[1] == groups && shape[2] == a_.block_size * a_.bits / 8;
+      case kScales:
+        return tensor.rank == 2 && shape[0] == a_.n && shape[1] == groups && is_float(tensor.type);
+      case kZeroPoints:
+        return tensor.type == kUint8 && tensor.rank == 2 && shape[0] == a_.n && shape[1] == groups;
+      case kLoraA:
+        return tensor.rank == 2 && shape[1] == a_.k && is_plain_factor(tensor.type);
+      case kLoraB:
+        return tensor.rank == 2 && shape[0] == a_.n && is_plain_factor(tensor.type);
+      case kLoraAScale:
+      case kLoraBScale:
+        return tensor.rank == 1 && tensor.type == kFloat32;
+      default:
+        return false;
+    }
+  }
+
+  static bool is_float(ElementType type) { return type == kFloat32 || type == kFloat16; }
+  static bool is_plain_factor(ElementType type) { return is_float(type) || type == kInt8; }
+
+  // A plain tensor in tiles; false where there is no memory.
+  bool tile(const Tensor& tensor, Input index, Memory* memory) const {
+    const int64_t rows = tensor.shape[0], row_tiles = ceil_div(rows, kTile);
+    const int64_t columns = tensor.rank > 1 ? tensor.shape[1] : 1;
+    if (index == kB) {
+      const size_t tile_bytes = eoracc_tile_bytes(a_.k, (int32_t)a_.bits);
+      void* codes = memory->take((size_t)row_tiles * tile_bytes);
+      if (codes == nullptr) return false;
+      eoracc_tile_codes(static_cast<const uint8_t*>(tensor.data), rows, a_.k, (int32_t)a_.bits,
+                        a_.block_size, static_cast<uint8_t*>(codes));
+    } else if (tensor.type == kInt8) {
+      void* values = memory->take((size_t)row_tiles * eoracc_tile_bytes(columns, 8));
+      if (values == nullptr) return false;
+      eoracc_tile_int8(static_cast<const int8_t*>(tensor.data), rows, columns,
+                       static_cast<uint8_t*>(values));
+    } else {
+      const size_t bytes = element_bytes(tensor.type);
+      void* values = memory->take((size_t)(row_tiles * kTile * columns) * bytes);
+      if (values == nullptr) return false;
+      eoracc_tile_elements(tensor.data, rows, columns, bytes, values);
+    }
+    return true;
+  }
+
+  // ---- checks
+
   struct Shape {
     int64_t sizes[3];
   };
 
-  Status* require(const Tensor* inputs, Input index, Shape expected, size_t rank) const {
+  Status* require(const Tensor* inputs, Input index, const int64_t* expected, size_t rank) const {
     const Tensor& tensor = inputs[index];
     if (!tensor.present) return error(api_, "%s is missing", kInputNames[index]);
     bool fits = tensor.rank == rank;
-    for (size_t i = 0; fits && i < rank; ++i) fits = tensor.shape[i] == expected.sizes[i];
+    for (size_t i = 0; fits && i < rank; ++i) fits = tensor.shape[i] == expected[i];
     if (fits) return nullptr;
-    char text[96] = "";
+    char text[24 * kMaxRank] = "";
     int used = 0;
     for (size_t i = 0; i < rank; ++i) {
       used += snprintf(text + used, sizeof text - (size_t)used, "%s%lld", i ? ", " : "",
-                       (long long)expected.sizes[i]);
+                       (long long)expected[i]);
     }
     return error(api_, "%s must have the shape [%s]", kInputNames[index], text);
   }
 
-  Status* require_type(const Tensor* inputs, Input index, ElementType type) const {
-    if (inputs[index].type == type) return nullptr;
-    return error(api_, "%s must be %s", kInputNames[index],
-                 type == kUint8     ? "uint8"
-                 : type == kFloat16 ? "float16"
-                                    : "float");
+  Status* require(const Tensor* inputs, Input index, Shape expected, size_t rank) const {
+    return require(inputs, index, expected.sizes, rank);
   }
 
-  // One factor and, where it is int8, its scale; `shape` is the factor's.
-  Status* require_factor(const Tensor* inputs, Input factor, Input scale, int64_t rows,
-                         int64_t columns) const {
+  Status* require_type(const Tensor* inputs, Input index, ElementType type) const {
+    if (inputs[index].type == type) return nullptr;
+    return error(api_, "%s must be %s", kInputNames[index], type_name(type));
+  }
+
+  // The tensors of a run against the attributes and one another; finds the rank of the factors.
+  Status* check(const Tensor* inputs, int64_t* rank) const {
+    const Tensor& x = inputs[kX];
+    if (!x.present || x.rank == 0 || x.shape[x.rank - 1] != a_.k) {
+      return error(api_, "the last dimension of X is not K = %lld", (long long)a_.k);
+    }
+    const int64_t groups = a_.groups();
+    if (a_.tiled) {
+      const int64_t chunk = a_.bits == 3 ? 192 : 64;
+      const int64_t bytes = (int64_t)eoracc_tile_bytes(a_.k, (int32_t)a_.bits);
+      RETURN_IF_FAILED(require(inputs, kB, {a_.tiles(), bytes / chunk, chunk}, 3));
+    } else {
+      RETURN_IF_FAILED(require(inputs, kB, {a_.n, groups, a_.block_size * a_.bits / 8}, 3));
+    }
+    RETURN_IF_FAILED(require_type(inputs, kB, kUint8));
+    RETURN_IF_FAILED(require_per_group(inputs, kScales));
+    if (!is_float(inputs[kScales].type)) return error(api_, "scales must be float or float16");
+    if (inputs[kZeroPoints].present) {
+      RETURN_IF_FAILED(require_per_group(inputs, kZeroPoints));
+      RETURN_IF_FAILED(require_type(inputs, kZeroPoints, kUint8));
+    }
+    if (inputs[kBias].present) {
+      RETURN_IF_FAILED(require(inputs, kBias, {a_.n}, 1));
+      RETURN_IF_FAILED(require_type(inputs, kBias, x.type));
+    }
+    if (inputs[kNormWeight].present) {
+      RETURN_IF_FAILED(require(inputs, kNormWeight, {a_.k}, 1));
+      RETURN_IF_FAILED(require_type(inputs, kNormWeight, kFloat32));
+    }
+    if (inputs[kResidual].present) RETURN_IF_FAILED(require_type(inputs, kResidual, x.type));
+    return check_factors(inputs, rank);
+  }
+
+  Status* require_per_group(const Tensor* inputs, Input index) const {
+    if (!a_.tiled) return require(inputs, index, {a_.n, a_.groups()}, 2);
+    return require(inputs, index, {a_.tiles(), a_.groups(), kTile}, 3);
+  }
+
+  Status* check_factors(const Tensor* inputs, int64_t* rank) const {
+    const Tensor &lora_a = inputs[kLoraA], &lora_b = inputs[kLoraB];
+    if (!lora_a.present && !lora_b.present) return nullptr;
+    if (!lora_a.present || !lora_b.present) {
+      return error(api_, "lora_a and lora_b come together or not at all");
+    }
+    if (!a_.tiled) {
+      *rank = lora_a.rank == 2 ? lora_a.shape[0] : 0;
+      RETURN_IF_FAILED(check_plain_factor(inputs, kLoraA, kLoraAScale, *rank, a_.k));
+      return check_plain_factor(inputs, kLoraB, kLoraBScale, a_.n, *rank);
+    }
+    // Rows of lora_a are padded to tiles, so that lora_b says what the rank is.
+    if (lora_b.rank != 3) return error(api_, "lora_b must have three dimensions");
+    *rank = lora_b.type == kUint8 ? 4 * lora_b.shape[1] : lora_b.shape[1];
+    const int64_t parts = (int64_t)a_.part_count;
+    if (parts > 1 && *rank % kTile != 0) {
+      return error(api_, "the rank of %lld merged linears must be a multiple of 16, not %lld",
+                   (long long)parts, (long long)*rank);
+    }
+    RETURN_IF_FAILED(
+        check_tiled_factor(inputs, kLoraA, kLoraAScale, ceil_div(parts * *rank, kTile), a_.k));
+    return check_tiled_factor(inputs, kLoraB, kLoraBScale, a_.tiles(), *rank);
+  }
+
+  Status* check_plain_factor(const Tensor* inputs, Input factor, Input scale, int64_t rows,
+                             int64_t columns) const {
     RETURN_IF_FAILED(require(inputs, factor, {rows, columns}, 2));
     if (inputs[factor].type == kInt8) {
       RETURN_IF_FAILED(require(inputs, scale, {rows}, 1));
       return require_type(inputs, scale, kFloat32);
     }
-    if (kernel_type(inputs[factor].type) == EORACC_NONE) {
-      return error(api_, "%s must be float, float16 or int8", kInputNames[factor]);
-    }
-    return nullptr;
+    if (is_float(inputs[factor].type)) return nullptr;
+    return error(api_, "%s must be float, float16 or int8", kInputNames[factor]);
   }
 
-  Status* require_factors(const Tensor* inputs, int64_t* rank) const {
-    const Tensor& lora_a = inputs[kLoraA];
-    if (!lora_a.present && !inputs[kLoraB].present) return nullptr;
-    if (!lora_a.present || !inputs[kLoraB].present) {
-      return error(api_, "lora_a and lora_b come together or not at all");
+  Status* check_tiled_factor(const Tensor* inputs, Input factor, Input scale, int64_t tiles,
+                             int64_t columns) const {
+    if (inputs[factor].type == kUint8) {
+      RETURN_IF_FAILED(require(inputs, factor, {tiles, ceil_div(columns, 4), kVector}, 3));
+      RETURN_IF_FAILED(require(inputs, scale, {tiles * kTile}, 1));
+      return require_type(inputs, scale, kFloat32);
     }
-    *rank = lora_a.shape[0];
-    RETURN_IF_FAILED(require_factor(inputs, kLoraA, kLoraAScale, *rank, k_));
-    return require_factor(inputs, kLoraB, kLoraBScale, n_, *rank);
+    if (is_float(inputs[factor].type)) {
+      return require(inputs, factor, {tiles, columns, kTile}, 3);
+    }
+    return error(api_, "%s must be float, float16 or, for int8, uint8", kInputNames[factor]);
   }
 
   Api api_;
-  int64_t k_, n_, bits_, block_size_;
+  Attributes a_;
+  Memory constants_[kInputs];
 };
 
-Status* create_kernel(const CustomOp*, const void* const* table, const KernelInfo* info,
-                      void** kernel) {
-  const Api api(table);
-  int64_t k = 0, n = 0, bits = 0, block_size = 0, accuracy_level = 0;
-  RETURN_IF_FAILED(api.int_attribute(info, "K", &k));
-  RETURN_IF_FAILED(api.int_attribute(info, "N", &n));
-  RETURN_IF_FAILED(api.int_attribute(info, "bits", &bits));
-  RETURN_IF_FAILED(api.int_attribute(info, "block_size", &block_size));
-  if (Status* absent = api.int_attribute(info, "accuracy_level", &accuracy_level); absent) {
-    api.release_status(absent);
-    accuracy_level = 0;
-  }
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  if (k <= 0 || n <= 0 || k >= kLimit || n >= kLimit) {
-    return error(api, "K and N must be positive and below 2^31");
-  }
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
-    return error(api, "bits must be 2, 3, 4 or 8, not %lld", (long long)bits);
-  }
-  if (block_size <= 0 || block_size % 8 != 0 || block_size >= kLimit) {
-    return error(api, "block_size must be a positive multiple of 8, not %lld",
-                 (long long)block_size);
-  }
-  // Level 4 allows int8 activations; float ones satisfy it too.
-  if (accuracy_level != 0 && accuracy_level != 4) {
-    return error(api, "accuracy_level must be 0 or 4, not %lld", (long long)accuracy_level);
-  }
-  *kernel = new (std::nothrow) Kernel(api, k, n, bits, block_size);
-  return *kernel ? nullptr : api.create_status(kFail, "MatMulNBitsLowRank: out of memory");
+// ---- attributes
+
+// An attribute that the node may leave out keeps the value that it has.
+Status* read_optional(const Api& api, Status* absent) {
+  if (absent != nullptr) api.release_status(absent);
+  return nullptr;
 }
 
-// X, bias and Y share a type, which is the op's; any other input may be of its own.
+Status* read_activation(const Api& api, const KernelInfo* info, int32_t* activation) {
+  char name[16] = "";
+  size_t size = sizeof name;
+  if (Status* absent = api.string_attribute(info, "activation", nullptr, &size); absent) {
+    return read_optional(api, absent);
+  }
+  if (size <= sizeof name) {
+    RETURN_IF_FAILED(api.string_attribute(info, "activation", name, &size));
+    if (strcmp(name, "") == 0) return nullptr;
+    if (strcmp(name, "silu") == 0) *activation = EORACC_SILU;
+    if (strcmp(name, "gelu_tanh") == 0) *activation = EORACC_GELU_TANH;
+  }
+  if (*activation != EORACC_IDENTITY) return nullptr;
+  return error(api, "activation must be \"\", \"silu\" or \"gelu_tanh\"");
+}
+
+Status* read_parts(const Api& api, const KernelInfo* info, Attributes* a) {
+  size_t count = 0;
+  if (Status* absent = api.ints_attribute(info, "parts", nullptr, &count); absent) {
+    RETURN_IF_FAILED(read_optional(api, absent));
+    count = 0;
+  }
+  if (count > EORACC_MAX_PARTS) {
+    return error(api, "there may be at most %d parts, not %zu", EORACC_MAX_PARTS, count);
+  }
+  a->part_count = count > 0 ? count : 1;
+  a->parts[0] = a->n;
+  if (count > 0) RETURN_IF_FAILED(api.ints_attribute(info, "parts", a->parts, &count));
+  int64_t sum = 0;
+  for (size_t i = 0; i < a->part_count; ++i) {
+    const int64_t part = a->parts[i];
+    if (part <= 0 || part > a->n || (a->part_count > 1 && part % kTile != 0)) {
+      return error(api, "each of several parts must be a positive multiple of 16");
+    }
+    sum += part;
+  }
+  if (sum != a->n) return error(api, "parts must add up to N = %lld", (long long)a->n);
+  return nullptr;
+}
+
+Status* read_attributes(const Api& api, const KernelInfo* info, Attributes* a) {
+  RETURN_IF_FAILED(api.int_attribute(info, "K", &a->k));
+  RETURN_IF_FAILED(api.int_attribute(info, "N", &a->n));
+  RETURN_IF_FAILED(api.int_attribute(info, "bits", &a->bits));
+  RETURN_IF_FAILED(api.int_attribute(info, "block_size", &a->block_size));
+  int64_t layout = 0;
+  read_optional(api, api.int_attribute(info, "accuracy_level", &a->accuracy_level));
+  read_optional(api, api.int_attribute(info, "layout", &layout));
+  read_optional(api, api.float_attribute(info, "norm_epsilon", &a->norm_epsilon));
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  if (a->k <= 0 || a->n <= 0 || a->k >= kLimit || a->n >= kLimit) {
+    return error(api, "K and N must be positive and below 2^31");
+  }
+  if (a->bits != 2 && a->bits != 3 && a->bits != 4 && a->bits != 8) {
+    return error(api, "bits must be 2, 3, 4 or 8, not %lld", (long long)a->bits);
+  }
+  if (a->block_size <= 0 || a->block_size % 8 != 0 || a->block_size >= kLimit) {
+    return error(api, "block_size must be a positive multiple of 8, not %lld",
+                 (long long)a->block_size);
+  }
+  if (a->accuracy_level != 0 && a->accuracy_level != 4) {
+    return error(api, "accuracy_level must be 0 or 4, not %lld", (long long)a->accuracy_level);
+  }
+  if (layout != 0 && layout != 1) {
+    return error(api, "layout must be 0 or 1, not %lld", (long long)layout);
+  }
+  a->tiled = layout == 1;
+  RETURN_IF_FAILED(read_activation(api, info, &a->activation));
+  RETURN_IF_FAILED(read_parts(api, info, a));
+  if (!a->tiled && a->part_count > 1) return error(api, "parts need layout 1");
+  if (a->activation != EORACC_IDENTITY && (a->part_count != 2 || a->parts[0] != a->parts[1])) {
+    return error(api, "an activation needs two equal parts");
+  }
+  return nullptr;
+}
+
+Status* create_kernel(const CustomOp*, const void* const* table, const KernelInfo* info,
+                      void** out) {
+  const Api api(table);
+  Attributes attributes;
+  RETURN_IF_FAILED(read_attributes(api, info, &attributes));
+  Kernel* kernel = new (std::nothrow) Kernel(api, attributes);
+  if (kernel == nullptr) return out_of_memory(api);
+  if (Status* failure = kernel->tile_constants(info); failure) {
+    delete kernel;
+    return failure;
+  }
+  *out = kernel;
+  return nullptr;
+}
+
+// X, bias, residual and Y share a type, which is the op's; any other input may be of its own.
 template <ElementType type>
 ElementType input_type(const CustomOp*, size_t index) {
   switch (index) {
     case kX:
     case kBias:
+    case kResidual:
       return type;
     case kB:
     case kZeroPoints:
       return kUint8;
     case kLoraAScale:
     case kLoraBScale:
+    case kNormWeight:
       return kFloat32;
     default:
       return kUndefined;
@@ -313,7 +593,7 @@ constexpr CustomOp make_op() {
   return op;
 }
 
-constexpr CustomOp kOps[] = {make_op<kFloat32>(), make_op<kFloat16>()};
+constexpr CustomOp kOps[] = {make_op<kFloat32>(), make_op<kFloat16>(), make_op<kBfloat16>()};
 
 }  // namespace
 

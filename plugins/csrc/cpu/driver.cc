@@ -1,0 +1,331 @@
+// Few rows of X: lays out scratch, orders the steps and hands them to threads.
+//
+// A call is one parallel region. Its tasks take work items by an atomic counter: first rows of X to
+// be prepared, then tiles of lora_a, then runs of tiles of the weight. An item that needs what
+// earlier ones make waits for it by spinning; those were taken before it, so that running threads
+// hold them, and it cannot wait forever even if the tasks run one after another. A weight tile
+// needs the down-projected X only when its own product is done, so that it hardly ever waits.
+//
+// No item's result depends on the thread that computes it or on the size of the runs.
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <atomic>
+
+#include "cpu/kernels.h"
+#include "cpu/layout.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <sched.h>
+
+namespace eoracc {
+namespace {
+
+constexpr int64_t kMaxThreads = 256;
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kRunBytes = 48 << 10;  // codes in a run of tiles: enough to stream
+constexpr int64_t kAloneBytes = 32 << 10;  // codes below which waking a thread takes longer
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t processors() {
+  static const int64_t count = larger(1, smaller(kMaxThreads, sysconf(_SC_NPROCESSORS_ONLN)));
+  return count;
+}
+
+int64_t element_bytes(int32_t type) { return type == EORACC_FLOAT32 ? 4 : 2; }
+
+// The largest power of two up to 32 that divides the group size, a multiple of 8.
+int64_t block_of(int64_t group_size) {
+  return group_size % 32 == 0 ? 32 : group_size % 16 == 0 ? 16 : 8;
+}
+
+// Pieces of one allocation, each aligned. Measured first, with a null base, and then laid out.
+class Scratch {
+ public:
+  explicit Scratch(char* base) : base_(base) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    char* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += round_up(count * (int64_t)sizeof(T), kAlignment);
+    return (T*)piece;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Rows of activations while they are made.
+struct Buffer {
+  int64_t stride, block;
+  float* values;
+  int8_t* codes;
+  float* scales;
+  int32_t* minus;
+
+  void take(Scratch& scratch, int64_t rows, bool int8) {
+    values = scratch.take<float>(rows * stride);
+    codes = int8 ? scratch.take<int8_t>(rows * stride) : nullptr;
+    scales = int8 ? scratch.take<float>(rows * stride / block) : nullptr;
+    minus = int8 ? scratch.take<int32_t>(rows * stride / block) : nullptr;
+  }
+
+  // The columns [first, first + columns), where `first` is a multiple of kUnit.
+  Activations view(int64_t rows, int64_t first, int64_t columns) const {
+    const bool int8 = codes != nullptr;
+    return {rows,
+            columns,
+            stride,
+            block,
+            values + first,
+            int8 ? codes + first : nullptr,
+            int8 ? scales + first / block : nullptr,
+            int8 ? minus + first / block : nullptr};
+  }
+};
+
+// A low-rank factor, as tiles of either kind.
+struct Factor {
+  bool int8;
+  Tiles tiles;
+  DenseTiles dense;
+};
+
+Factor factor_of(int32_t type, const void* values, const float* scales, int64_t columns) {
+  Factor factor{};
+  factor.int8 = type == EORACC_INT8;
+  factor.dense = {columns, type, values};
+  factor.tiles.columns = columns;
+  factor.tiles.groups = 1;
+  factor.tiles.group_size = round_up(columns, kUnit);
+  factor.tiles.tile_bytes = (int64_t)eoracc_tile_bytes(columns, 8);
+  factor.tiles.bits = 8;
+  factor.tiles.scales_type = EORACC_FLOAT32;
+  factor.tiles.codes = (const uint8_t*)values;
+  factor.tiles.scales = scales;
+  return factor;
+}
+
+struct Product {
+  const FewRows* kernels;
+  eoracc_matmul m;
+  bool int8;  // activations are rounded to int8
+  Tiles weight;
+  Factor lora_a, lora_b;
+  Output output;
+  int64_t parts;
+  int64_t tile_part_ends[EORACC_MAX_PARTS];  // tile behind the last one of each part
+  int64_t part_stride;                       // columns of `down` between parts
+  int64_t out_tiles;                         // tiles of y
+  int64_t tiles_in_run;
+
+  int64_t first_row, rows;  // of the block at hand
+  Buffer x, down;
+
+  int64_t down_items, run_items;
+  std::atomic<int64_t> next, prepared, projected;
+  std::atomic<bool> down_ready;
+};
+
+// Spins until the condition holds, and gives the processor away where that takes long.
+template <typename Condition>
+void wait_for(Condition condition) {
+  for (int64_t spins = 0; !condition(); ++spins) {
+    if (spins > 4096) {
+      sched_yield();
+      continue;
+    }
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+}
+
+void wait_for_rows(const Product& p) {
+  wait_for([&] { return p.prepared.load(std::memory_order_acquire) == p.rows; });
+}
+
+void quantize(const Product& p, const Buffer& buffer, int64_t row) {
+  const int64_t at = row * buffer.stride, block = at / buffer.block;
+  p.kernels->quantize_row(buffer.values + at, buffer.stride, buffer.block, buffer.codes + at,
+                          buffer.scales + block, buffer.minus + block);
+}
+
+void prepare_row(Product& p, int64_t row) {
+  const int64_t columns = p.m.in_features;
+  float* values = p.x.values + row * p.x.stride;
+  const char* x =
+      (const char*)p.m.x + (p.first_row + row) * columns * element_bytes(p.m.x_type);
+  p.kernels->read_row(p.m.x_type, x, columns, p.x.stride, values);
+  if (p.m.norm_weight != nullptr) {
+    p.kernels->normalize_row(p.m.norm_weight, columns, p.m.norm_epsilon, values);
+  }
+  if (p.int8) quantize(p, p.x, row);
+  p.prepared.fetch_add(1, std::memory_order_release);
+}
+
+void multiply(const Product& p, const Factor& factor, const Activations& x, int64_t tile,
+              float* sums) {
+  if (!factor.int8) {
+    p.kernels->dense_tile(x, factor.dense, tile, sums);
+  } else if (p.int8) {
+    p.kernels->int8_tile(x, factor.tiles, tile, sums);
+  } else {
+    p.kernels->float_tile(x, factor.tiles, tile, sums);
+  }
+}
+
+// One tile of lora_a. Whoever finishes the last one rounds the down-projected rows to int8.
+void project_down(Product& p, int64_t tile) {
+  alignas(kAlignment) float sums[kFewRows * kTile] = {};
+  wait_for_rows(p);
+  multiply(p, p.lora_a, p.x.view(p.rows, 0, p.m.in_features), tile, sums);
+  const int64_t rank = tile * kTile % p.m.rank, part = tile * kTile / p.m.rank;
+  const int64_t count = smaller(kTile, p.m.rank - rank);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    memcpy(p.down.values + row * p.down.stride + part * p.part_stride + rank, sums + row * kTile,
+           (size_t)count * sizeof(float));
+  }
+  if (p.projected.fetch_add(1, std::memory_order_acq_rel) + 1 < p.down_items) return;
+  if (p.down.codes != nullptr) {
+    for (int64_t row = 0; row < p.rows; ++row) quantize(p, p.down, row);
+  }
+  p.down_ready.store(true, std::memory_order_release);
+}
+
+// One tile of the weight with its low-rank term.
+void multiply_tile(const Product& p, int64_t tile, float* sums) {
+  memset(sums, 0, sizeof(float) * (size_t)(p.rows * kTile));
+  const Activations x = p.x.view(p.rows, 0, p.m.in_features);
+  (p.int8 ? p.kernels->int8_tile : p.kernels->float_tile)(x, p.weight, tile, sums);
+  if (p.down_items == 0) return;
+  wait_for([&] { return p.down_ready.load(std::memory_order_acquire); });
+  int64_t part = 0;
+  while (part + 1 < p.parts && tile >= p.tile_part_ends[part]) ++part;
+  multiply(p, p.lora_b, p.down.view(p.rows, part * p.part_stride, p.m.rank), tile, sums);
+}
+
+void multiply_run(const Product& p, int64_t run) {
+  alignas(kAlignment) float sums[kFewRows * kTile], gates[kFewRows * kTile];
+  wait_for_rows(p);
+  const int64_t first = run * p.tiles_in_run;
+  const int64_t last = smaller(first + p.tiles_in_run, p.out_tiles);
+  const int64_t gate_width = p.output.gate_width;
+  for (int64_t tile = first; tile < last; ++tile) {
+    if (gate_width != 0) multiply_tile(p, tile, gates);
+    multiply_tile(p, gate_width / kTile + tile, sums);
+    const int64_t column = tile * kTile;
+    p.kernels->finish_tile(p.output, p.first_row, p.rows, column,
+                           smaller(kTile, p.output.width - column),
+                           gate_width != 0 ? gates : nullptr, sums);
+  }
+}
+
+void take_items(void* data, size_t) {
+  Product& p = *(Product*)data;
+  while (true) {
+    int64_t item = p.next.fetch_add(1, std::memory_order_relaxed);
+    if (item < p.rows) {
+      prepare_row(p, item);
+      continue;
+    }
+    item -= p.rows;
+    if (item < p.down_items) {
+      project_down(p, item);
+      continue;
+    }
+    item -= p.down_items;
+    if (item >= p.run_items) return;
+    multiply_run(p, item);
+  }
+}
+
+void lay_out(Product& p, Scratch& scratch, int64_t rows) {
+  p.x.take(scratch, rows, p.int8);
+  if (p.m.rank > 0) p.down.take(scratch, rows, p.int8 && p.lora_b.int8);
+}
+
+}  // namespace
+
+eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
+                                const eoracc_threads& threads) {
+  Product p{};
+  p.kernels = &kernels;
+  p.m = m;
+  p.int8 = m.accuracy_level == 4;
+  p.weight.columns = m.in_features;
+  p.weight.groups = ceil_div(m.in_features, m.group_size);
+  p.weight.group_size = m.group_size;
+  p.weight.tile_bytes = (int64_t)eoracc_tile_bytes(m.in_features, m.bits);
+  p.weight.bits = m.bits;
+  p.weight.scales_type = m.scales_type;
+  p.weight.codes = m.codes;
+  p.weight.scales = m.scales;
+  p.weight.zero_points = m.zero_points;
+  p.lora_a = factor_of(m.lora_a_type, m.lora_a, m.lora_a_scale, m.in_features);
+  p.lora_b = factor_of(m.lora_b_type, m.lora_b, m.lora_b_scale, m.rank);
+
+  p.parts = larger(1, m.part_count);
+  int64_t features = 0;
+  for (int64_t part = 0; part + 1 < p.parts; ++part) {
+    features += m.parts[part];
+    p.tile_part_ends[part] = features / kTile;
+  }
+  const bool gated = m.activation != EORACC_IDENTITY;
+  const int64_t width = gated ? m.out_features / 2 : m.out_features;
+  p.output = {m.x_type, m.activation, width, gated ? width : 0, m.bias, m.residual, m.y};
+  p.out_tiles = ceil_div(width, kTile);
+  const int64_t out_tile_bytes = p.weight.tile_bytes * (gated ? 2 : 1);
+  p.tiles_in_run = ceil_div(kRunBytes, out_tile_bytes);
+  p.run_items = ceil_div(p.out_tiles, p.tiles_in_run);
+  p.down_items = m.rank > 0 ? ceil_div(p.parts * m.rank, kTile) : 0;
+
+  p.part_stride = round_up(m.rank, kUnit);
+  p.x.stride = round_up(m.in_features, kUnit);
+  p.x.block = block_of(m.group_size);
+  p.down.stride = p.parts * p.part_stride;
+  p.down.block = kUnit;
+  const int64_t block_rows = smaller(m.rows, kFewRows);
+  Scratch measure(nullptr);
+  lay_out(p, measure, block_rows);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kAlignment, (size_t)measure.used()) != 0) {
+    return EORACC_OUT_OF_MEMORY;
+  }
+  Scratch scratch((char*)memory);
+  lay_out(p, scratch, block_rows);
+  // The ranks that pad a part stay 0.
+  if (p.down_items > 0) {
+    memset(p.down.values, 0, sizeof(float) * (size_t)(block_rows * p.down.stride));
+  }
+
+  const bool alone = p.out_tiles * out_tile_bytes < kAloneBytes;
+  for (p.first_row = 0; p.first_row < m.rows; p.first_row += kFewRows) {
+    p.rows = smaller(kFewRows, m.rows - p.first_row);
+    p.next = p.prepared = p.projected = 0;
+    p.down_ready = false;
+    const int64_t items = p.rows + p.down_items + p.run_items;
+    const int64_t tasks = alone ? 1 : smaller(processors(), items);
+    if (tasks == 1) {
+      take_items(&p, 0);
+    } else {
+      threads.run(threads.pool, (size_t)tasks, take_items, &p);
+    }
+  }
+  free(memory);
+  return EORACC_OK;
+}
+
+}  // namespace eoracc
