@@ -30,6 +30,12 @@ bool has_avx512_vnni() {
   return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
 }
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_neon_dotprod() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+
+bool has_neon_i8mm() {
+  return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+}
 #endif
 
 // The best one first.
@@ -38,6 +44,9 @@ constexpr InstructionSet kInstructionSets[] = {
     {EORACC_ISA_AVX512_VNNI, has_avx512_vnni, &few_rows_scalar},
     {EORACC_ISA_AVX512, has_avx512, &few_rows_scalar},
     {EORACC_ISA_AVX2, has_avx2, &few_rows_scalar},
+#elif defined(__aarch64__) && defined(__linux__)
+    {EORACC_ISA_NEON_I8MM, has_neon_i8mm, &few_rows_neon_i8mm},
+    {EORACC_ISA_NEON_DOTPROD, has_neon_dotprod, &few_rows_neon_dotprod},
 #endif
     {EORACC_ISA_SCALAR, [] { return true; }, &few_rows_scalar},
 };
