@@ -33,9 +33,7 @@ bool has_avx512_vnni() {
 #elif defined(__aarch64__) && defined(__linux__)
 bool has_neon_dotprod() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 
-bool has_neon_i8mm() {
-  return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
-}
+bool has_neon_i8mm() { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
 #endif
 
 // The best one first.
