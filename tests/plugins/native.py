@@ -1,25 +1,52 @@
-"""The native library's C interface, called without ONNX Runtime."""
+"""The native library's C interface, called without ONNX Runtime, beside a float64 oracle."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.plugins.library import library_path
 from eoracc.plugins.operands import LowRank, NBitsWeight
+from tests.plugins.fused_op import random_factors, random_weight
+
+Array = NDArray[Any]
 
 OK, BAD_OPERAND, NO_SUCH_ISA = range(3)
-INSTRUCTION_SETS = {"baseline": 1, "avx2": 2, "avx512": 3}
+INSTRUCTION_SETS = {
+    "scalar": 1,
+    "avx2": 2,
+    "avx512": 3,
+    "avx512_vnni": 4,
+    "amx": 5,
+    "neon_dotprod": 6,
+    "neon_i8mm": 7,
+}
+ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
+TILE = 16
 
-_TYPES = {np.dtype(np.float32): 1, np.dtype(np.float16): 2, np.dtype(np.int8): 3}
+_TYPES = {"float32": 1, "float16": 2, "int8": 3, "bfloat16": 4}
 _SIZES = ("rows", "in_features", "out_features", "rank")
-_INTS = ("bits", "group_size", "x_type", "scales_type", "lora_a_type", "lora_b_type")
+_INTS = (
+    "bits",
+    "group_size",
+    "accuracy_level",
+    "activation",
+    "part_count",
+    "x_type",
+    "scales_type",
+    "lora_a_type",
+    "lora_b_type",
+)
 _POINTERS = (
+    "parts",
     "x",
     "y",
     "codes",
@@ -30,6 +57,8 @@ _POINTERS = (
     "lora_b",
     "lora_a_scale",
     "lora_b_scale",
+    "norm_weight",
+    "residual",
 )
 
 
@@ -39,6 +68,7 @@ class Matmul(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _SIZES),
         *((name, ctypes.c_int32) for name in _INTS),
+        ("norm_epsilon", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in _POINTERS),
     ]
 
@@ -53,59 +83,378 @@ class Threads(ctypes.Structure):
     _fields_ = [("run", Run), ("pool", ctypes.c_void_p)]
 
 
+# --- layout ---------------------------------------------------------------------------------------
+
+
+def tile_codes(weight: NBitsWeight) -> NDArray[np.uint8]:
+    """``uint8 [ceil(N/16), bytes of a tile]``."""
+    rows, columns = weight.out_features, weight.in_features
+    library = _library()
+    library.eoracc_tile_bytes.restype = ctypes.c_size_t
+    tile_bytes = library.eoracc_tile_bytes(ctypes.c_int64(columns), weight.bits)
+    tiled = np.empty((-(-rows // TILE), tile_bytes), np.uint8)
+    library.eoracc_tile_codes(
+        ctypes.c_void_p(weight.packed.ctypes.data),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        weight.bits,
+        ctypes.c_int64(weight.group_size),
+        ctypes.c_void_p(tiled.ctypes.data),
+    )
+    return tiled
+
+
+def tile_elements(plain: Array) -> Array:
+    """``[rows, columns]`` to ``[ceil(rows/16), columns, 16]``."""
+    rows, columns = plain.shape
+    plain = np.ascontiguousarray(plain)
+    tiled = np.empty((-(-rows // TILE), columns, TILE), plain.dtype)
+    _library().eoracc_tile_elements(
+        ctypes.c_void_p(plain.ctypes.data),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_size_t(plain.itemsize),
+        ctypes.c_void_p(tiled.ctypes.data),
+    )
+    return tiled
+
+
+def tile_int8(plain: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """``int8 [rows, columns]`` to ``uint8 [ceil(rows/16), ceil(columns/4), 64]``."""
+    rows, columns = plain.shape
+    plain = np.ascontiguousarray(plain)
+    tiled = np.empty((-(-rows // TILE), -(-columns // 4), 64), np.uint8)
+    _library().eoracc_tile_int8(
+        ctypes.c_void_p(plain.ctypes.data),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(columns),
+        ctypes.c_void_p(tiled.ctypes.data),
+    )
+    return tiled
+
+
+# --- one product ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Case:
+    """Operands of one product, what it is in float64, and how far a kernel may be from that.
+
+    Attributes:
+      x: ``[M, K]``.
+      weight: of all parts, one behind the other.
+      factors: ``lora_a [P * R, K]``, part by part, and ``lora_b [N, R]``; each float or int8.
+      bias: ``[N]``.
+      norm_weight: ``float32 [K]``.
+      residual: ``[M, width of y]``.
+      parts: out features of each merged linear, none for one.
+      activation: key of ``ACTIVATIONS``.
+      accuracy_level: 0 or 4.
+    """
+
+    x: Array
+    weight: NBitsWeight
+    factors: LowRank | None = None
+    bias: Array | None = None
+    norm_weight: NDArray[np.float32] | None = None
+    norm_epsilon: float = 1e-5
+    residual: Array | None = None
+    parts: tuple[int, ...] = ()
+    activation: str = ""
+    accuracy_level: int = 0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.factors is None else int(self.factors.lora_b.shape[1])
+
+    @property
+    def width(self) -> int:
+        return self.weight.out_features // (2 if self.activation else 1)
+
+    # The oracle and its error, both of the sums before bias, activation and residual, and of y.
+
+    @cached_property
+    def _normalized(self) -> NDArray[np.float64]:
+        x = self.x.astype(np.float64)
+        if self.norm_weight is None:
+            return x
+        square = np.mean(x**2, axis=-1, keepdims=True)
+        return x / np.sqrt(square + np.float64(np.float32(self.norm_epsilon))) * self.norm_weight
+
+    @cached_property
+    def _wide_factors(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        assert self.factors is not None
+        a = self.factors.lora_a.astype(np.float64)
+        b = self.factors.lora_b.astype(np.float64)
+        if self.factors.lora_a_scale is not None:
+            a = a * self.factors.lora_a_scale[:, None]
+        if self.factors.lora_b_scale is not None:
+            b = b * self.factors.lora_b_scale[:, None]
+        return a, b
+
+    def _sums(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Sums ``[M, N]`` and their bound.
+
+        A float32 sum of n terms, in any order, is off by at most n unit roundoffs of the terms'
+        magnitudes; a handful more cover dequantization and scales, and twice that the norm. An int8
+        activation is off by half a step of its block.
+        """
+        x, w = self._normalized, _dequantize(self.weight)
+        unit = float(np.finfo(np.float32).eps) / 2
+        int8 = self.accuracy_level == 4
+        steps = half_steps(x, _block(self.weight.group_size)) if int8 else np.zeros_like(x)
+        length = (self.weight.in_features + 16) * (1 if self.norm_weight is None else 2)
+        sums = x @ w.T
+        magnitudes = (np.abs(x) + steps) @ np.abs(w).T
+        error = steps @ np.abs(w).T
+        if self.rank:
+            a, b = self._wide_factors
+            length += self.rank + 16
+            down = x @ a.T
+            down_magnitude = np.abs(x) @ np.abs(a).T
+            down_error = down_magnitude * (length * unit)
+            if int8 and self.factors is not None and self.factors.lora_a.dtype == np.int8:
+                down_error = down_error + steps @ np.abs(a).T
+            first = 0
+            for part, features in enumerate(self.parts or (self.weight.out_features,)):
+                ranks = slice(part * self.rank, (part + 1) * self.rank)
+                rows = slice(first, first + features)
+                first += features
+                off = down_error[:, ranks]
+                if int8 and self.factors is not None and self.factors.lora_b.dtype == np.int8:
+                    off = off + half_steps(np.abs(down[:, ranks]) + off, 32)
+                sums[:, rows] += down[:, ranks] @ b[rows].T
+                magnitudes[:, rows] += down_magnitude[:, ranks] @ np.abs(b[rows]).T
+                error[:, rows] += off @ np.abs(b[rows]).T
+        if self.bias is not None:
+            sums = sums + self.bias.astype(np.float64)
+            magnitudes = magnitudes + np.abs(self.bias.astype(np.float64))
+        return sums, error + magnitudes * (length * unit)
+
+    @cached_property
+    def _result(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        y, bound = self._sums()
+        unit = float(np.finfo(np.float32).eps) / 2
+        if self.activation:
+            gate, value = np.split(y, 2, axis=-1)
+            gate_bound, value_bound = np.split(bound, 2, axis=-1)
+            active = activate(self.activation, gate)
+            # No slope of either function is above 1.13; some ten roundings make it, and its
+            # argument is off by a few units of itself.
+            active_bound = 1.13 * gate_bound + (10 * np.abs(active) + 4 * np.abs(gate)) * unit
+            y = active * value
+            bound = (np.abs(active) + active_bound) * value_bound + active_bound * np.abs(value)
+            bound = bound + np.abs(y) * unit
+        if self.residual is not None:
+            y = y + self.residual.astype(np.float64)
+            bound = bound + (np.abs(y) + np.abs(self.residual.astype(np.float64))) * unit
+        if self.x.dtype != np.float32:
+            eps = ml_dtypes.finfo(self.x.dtype).eps
+            bound = bound + (np.abs(y) + bound) * float(eps) / 2
+            bound = bound + float(ml_dtypes.finfo(self.x.dtype).smallest_subnormal)
+        return y, bound
+
+    @property
+    def expected(self) -> NDArray[np.float64]:
+        """``y`` in float64, ``[M, width]``."""
+        return self._result[0]
+
+    @property
+    def bound(self) -> NDArray[np.float64]:
+        """How far a kernel may be from :attr:`expected`."""
+        return self._result[1]
+
+
+def random_case(
+    rng: np.random.Generator,
+    rows: int,
+    shape: tuple[int, int],
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    zero_points: bool = True,
+    rank: int | None = None,
+    factor_types: tuple[str, str] = ("float16", "float16"),
+    parts: tuple[int, ...] = (),
+    activation: str = "",
+    bias: bool = False,
+    norm: bool = False,
+    residual: bool = False,
+    dtype: type[np.generic] = np.float32,
+    scales: type[np.float16 | np.float32] = np.float16,
+    accuracy_level: int = 0,
+) -> Case:
+    """Random operands for a weight of ``shape`` (out_features, in_features)."""
+    out_features, in_features = shape
+    weight = random_weight(
+        rng, shape, bits=bits, group_size=group_size, zero_points=zero_points, scales=scales
+    )
+    width = out_features // (2 if activation else 1)
+    case = Case(
+        x=rng.standard_normal((rows, in_features)).astype(dtype),
+        weight=weight,
+        bias=rng.standard_normal(out_features).astype(dtype) if bias else None,
+        norm_weight=rng.uniform(0.5, 1.5, in_features).astype(np.float32) if norm else None,
+        residual=rng.standard_normal((rows, width)).astype(dtype) if residual else None,
+        parts=parts,
+        activation=activation,
+        accuracy_level=accuracy_level,
+    )
+    if rank is None:
+        return case
+    stacked = rank * max(1, len(parts))
+    a: Array = random_factors(rng, (1, in_features), rank=stacked, dtype=np.float32).lora_a
+    b: Array = random_factors(rng, (out_features, 1), rank=rank, dtype=np.float32).lora_b
+    a, a_scale = _as_factor(a, factor_types[0])
+    b, b_scale = _as_factor(b, factor_types[1])
+    return replace(
+        case,
+        factors=LowRank(lora_a=a, lora_b=b, lora_a_scale=a_scale, lora_b_scale=b_scale),
+    )
+
+
+def _as_factor(values: Array, dtype: str) -> tuple[Array, NDArray[np.float32] | None]:
+    if dtype != "int8":
+        return values.astype(dtype), None
+    scale = np.max(np.abs(values), axis=1, initial=1e-3) / np.float32(127)
+    return np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def half_steps(x: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+    """Half a step of the int8 code that each element of ``x [M, K]`` is rounded to."""
+    rows, columns = x.shape
+    padded = np.zeros((rows, -(-columns // block) * block))
+    padded[:, :columns] = np.abs(x)
+    largest = padded.reshape(rows, padded.shape[1] // block, block).max(axis=-1)
+    # The step itself is rounded to float32 a few times.
+    half = largest / 127 / 2 * (1 + 2**-18)
+    return np.repeat(half, block, axis=1)[:, :columns]
+
+
+def activate(name: str, gate: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The activation in float64."""
+    if name == "silu":
+        result = gate / (1 + np.exp(-gate))
+    else:
+        result = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    return np.asarray(result, np.float64)
+
+
+def _block(group_size: int) -> int:
+    return int(np.gcd(group_size, 32))
+
+
+def _dequantize(weight: NBitsWeight) -> NDArray[np.float64]:
+    zeros = weight.zero_points
+    if zeros is None:
+        zeros = np.full(weight.scales.shape, 2 ** (weight.bits - 1), np.uint8)
+    columns = slice(weight.in_features)
+    zero_points = np.repeat(zeros.astype(np.float64), weight.group_size, axis=1)[:, columns]
+    steps = np.repeat(weight.scales.astype(np.float64), weight.group_size, axis=1)[:, columns]
+    return (weight.codes() - zero_points) * steps
+
+
+@dataclass
+class Call:
+    """A call of the kernel: its structure and the arrays that it points into."""
+
+    matmul: Matmul
+    y: Array
+    arrays: dict[str, Array | None] = field(repr=False)
+
+
+def prepare(case: Case, place: Callable[[Array], Array] = lambda array: array) -> Call:
+    """Tile the operands of ``case``; ``place`` may move each array elsewhere."""
+    weight, factors = case.weight, case.factors
+    y = np.full((len(case.x), case.width), np.nan).astype(case.x.dtype)
+    operands: dict[str, Array | None] = {
+        "x": case.x,
+        "codes": tile_codes(weight),
+        "scales": tile_elements(weight.scales),
+        "zero_points": None if weight.zero_points is None else tile_elements(weight.zero_points),
+        "bias": case.bias,
+        "norm_weight": case.norm_weight,
+        "residual": case.residual,
+    }
+    if factors is not None:
+        operands["lora_a"] = _tile_factor(factors.lora_a)
+        operands["lora_b"] = _tile_factor(factors.lora_b)
+        operands["lora_a_scale"] = _tile_scale(factors.lora_a_scale)
+        operands["lora_b_scale"] = _tile_scale(factors.lora_b_scale)
+    arrays = {name: None if a is None else place(a) for name, a in operands.items()}
+    arrays["parts"] = np.array(case.parts, np.int64) if case.parts else None
+    arrays["y"] = y
+    matmul = Matmul(
+        rows=len(case.x),
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        rank=case.rank,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        accuracy_level=case.accuracy_level,
+        activation=ACTIVATIONS[case.activation],
+        part_count=max(1, len(case.parts)),
+        norm_epsilon=case.norm_epsilon,
+        x_type=_TYPES[case.x.dtype.name],
+        scales_type=_TYPES[weight.scales.dtype.name],
+        lora_a_type=0 if factors is None else _TYPES[factors.lora_a.dtype.name],
+        lora_b_type=0 if factors is None else _TYPES[factors.lora_b.dtype.name],
+        **{name: None if a is None else a.ctypes.data for name, a in arrays.items()},
+    )
+    return Call(matmul, y, arrays)
+
+
+def _tile_factor(values: Array) -> Array:
+    return tile_int8(values) if values.dtype == np.int8 else tile_elements(values)
+
+
+def _tile_scale(scale: NDArray[np.float32] | None) -> Array | None:
+    return None if scale is None else tile_elements(scale[:, None])
+
+
 def multiply(
-    x: NDArray[Any],
-    weight: NBitsWeight,
-    factors: LowRank | None = None,
-    bias: NDArray[Any] | None = None,
+    case: Case,
     *,
     instruction_set: str,
-    factor_scales: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
     order: Callable[[int], list[int]] | None = None,
-) -> NDArray[Any] | None:
+    place: Callable[[Array], Array] = lambda array: array,
+) -> Array | None:
     """The product, None where this processor lacks ``instruction_set``.
 
     ``order`` maps the number of tasks to the order in which they run.
     """
-    y = np.full((len(x), weight.out_features), np.nan, x.dtype)
-    operands: dict[str, NDArray[Any] | None] = {
-        "x": x,
-        "y": y,
-        "codes": weight.packed,
-        "scales": weight.scales,
-        "zero_points": weight.zero_points,
-        "bias": bias,
-        "lora_a": None if factors is None else factors.lora_a,
-        "lora_b": None if factors is None else factors.lora_b,
-        "lora_a_scale": None if factor_scales is None else factor_scales[0],
-        "lora_b_scale": None if factor_scales is None else factor_scales[1],
-    }
-    matmul = Matmul(
-        rows=len(x),
-        in_features=weight.in_features,
-        out_features=weight.out_features,
-        rank=0 if factors is None else factors.rank,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        x_type=_TYPES[x.dtype],
-        scales_type=_TYPES[weight.scales.dtype],
-        lora_a_type=0 if factors is None else _TYPES[factors.lora_a.dtype],
-        lora_b_type=0 if factors is None else _TYPES[factors.lora_b.dtype],
-        **{name: None if a is None else a.ctypes.data for name, a in operands.items()},
-    )
+    prepared = prepare(case, place)
 
     def run(_pool: int, count: int, task: Callable[[int, int], None], data: int) -> None:
         for index in range(count) if order is None else order(count):
             task(data, index)
 
-    result = call(matmul, INSTRUCTION_SETS[instruction_set], Threads(Run(run), None))
+    result = call(prepared.matmul, INSTRUCTION_SETS[instruction_set], Threads(Run(run), None))
     if result == NO_SUCH_ISA:
         return None
     assert result == OK
-    return y
+    return prepared.y
 
 
-def before_a_guard_page(array: NDArray[Any]) -> NDArray[Any]:
+def assert_case(actual: Array, case: Case) -> None:
+    """Within the bound, which must itself be far below the signal."""
+    expected, bound = case.expected, case.bound
+    assert actual.shape == expected.shape
+    if actual.size == 0:
+        return
+    signal = np.sqrt(np.mean(expected**2))
+    error = np.abs(actual.astype(np.float64) - expected)
+    excess = error - bound
+    assert excess.max() <= 0, f"off by {error.max():.3g} at signal {signal:.3g}"
+    if case.accuracy_level == 0:
+        assert np.median(bound) < 3e-2 * signal
+    elif error.size > 100:
+        # The worst case of all roundings to int8 may be as large as the signal; but they are as good
+        # as random, so that their sum is far below both.
+        assert np.sqrt(np.mean(error**2)) < 0.03 * signal
+
+
+def before_a_guard_page(array: Array) -> Array:
     """A copy whose last byte is the last of its page, with a page behind it that none may touch."""
     page = mmap.PAGESIZE
     pages = -(-max(array.nbytes, 1) // page)
@@ -121,6 +470,9 @@ def before_a_guard_page(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def call(matmul: Matmul, isa: int, threads: Threads | None = None) -> int:
-    library = ctypes.CDLL(str(library_path()))
     lent = None if threads is None else ctypes.byref(threads)
-    return int(library.eoracc_matmul_nbits_lowrank(ctypes.byref(matmul), lent, isa))
+    return int(_library().eoracc_matmul_nbits_lowrank(ctypes.byref(matmul), lent, isa))
+
+
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(library_path()))

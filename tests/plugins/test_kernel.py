@@ -1,147 +1,192 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from eoracc.plugins.operands import BITS, LowRank, NBitsWeight
-from eoracc.plugins.reference import fused_matmul
 from tests.plugins import native
-from tests.plugins.fused_op import Float, assert_close, error_bound, random_factors, random_weight
+from tests.plugins.native import Case, assert_case, random_case
 
 ISAS = tuple(native.INSTRUCTION_SETS)
+LEVELS = (0, 4)
+FACTOR_TYPES = [
+    ("float16", "float16"),
+    ("float32", "float32"),
+    ("int8", "int8"),
+    ("int8", "float16"),
+    ("float32", "int8"),
+]
 
-# Few rows, the edge between the two ways through the product, and more than a block of rows.
-ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 40)
+# Each number of rows that has code of its own, and more than one block of them.
+ROWS = (1, 2, 3, 4, 5, 8, 13, 16, 17, 40)
 
 
-def check(
-    x: NDArray[Any],
-    weight: NBitsWeight,
-    factors: LowRank | None = None,
-    bias: NDArray[Any] | None = None,
-    *,
-    isa: str,
-) -> None:
-    actual = native.multiply(x, weight, factors, bias, instruction_set=isa)
+def check(case: Case, isa: str) -> None:
+    actual = native.multiply(case, instruction_set=isa)
     if actual is None:
         pytest.skip(f"this processor has no {isa}")
-    expected = fused_matmul(x, weight, factors, bias)
-    assert_close(actual, expected, error_bound(x, weight, factors, bias))
+    assert_case(actual, case)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("zero_points", [True, False])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", [8, 24, 64, 128, 304])
-def test_backbone(isa: str, bits: int, group_size: int, zero_points: bool) -> None:
+@pytest.mark.parametrize("group_size", [8, 16, 24, 64, 128, 304])
+def test_backbone(isa: str, level: int, bits: int, group_size: int) -> None:
     rng = np.random.default_rng(1)
-    weight = random_weight(
-        rng,
-        (37, 299),
-        bits=bits,
-        group_size=group_size,
-        zero_points=zero_points,
-    )
-    for rows in ROWS:
-        check(rng.standard_normal((rows, 299), np.float32), weight, isa=isa)
+    for zero_points in (True, False):
+        case = random_case(
+            rng,
+            max(ROWS),
+            (37, 299),
+            bits=bits,
+            group_size=group_size,
+            zero_points=zero_points,
+            accuracy_level=level,
+        )
+        for rows in ROWS:
+            check(replace(case, x=case.x[:rows]), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [8, 16, 32, 128, 304])
+def test_level_4_is_exact_where_int8_is(isa: str, bits: int, group_size: int) -> None:
+    """Activations that are a step of their block times an integer lose nothing."""
+    rng = np.random.default_rng(18)
+    case = random_case(rng, 16, (37, 299), bits=bits, group_size=group_size, rank=5)
+    x = rng.integers(-127, 128, case.x.shape).astype(np.float32)
+    x[:, ::8] = 127  # the largest of every block
+    x *= 2.0 ** rng.integers(-3, 4, (16, 1))
+    case = replace(case, x=x)
+    for rows in (1, 5, 16):
+        part = replace(case, x=x[:rows])
+        check(replace(part, accuracy_level=0), isa)
+        actual = native.multiply(replace(part, accuracy_level=4), instruction_set=isa)
+        assert actual is not None
+        assert_case(actual, part)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (1, 8), (3, 7), (33, 9)])
-def test_tiny_and_odd_sizes(isa: str, out_features: int, in_features: int) -> None:
+def test_tiny_and_odd_sizes(isa: str, level: int, out_features: int, in_features: int) -> None:
     rng = np.random.default_rng(2)
     for bits in BITS:
-        weight = random_weight(
-            rng,
-            (out_features, in_features),
+        shape = (out_features, in_features)
+        case = random_case(rng, 5, shape, bits=bits, group_size=16, accuracy_level=level)
+        # Weights and activations away from zero, so that a single product is a signal.
+        weight = NBitsWeight.from_codes(
+            rng.integers(1, 2**bits, shape, np.uint8),
+            case.weight.scales,
+            np.zeros_like(case.weight.zero_points),
             bits=bits,
             group_size=16,
-            zero_points=True,
         )
-        # Magnitudes away from zero, so that a single product is a signal.
-        for rows in ROWS:
-            check(rng.uniform(1, 2, (rows, in_features)).astype(np.float32), weight, isa=isa)
+        x = rng.uniform(1, 2, case.x.shape).astype(np.float32)
+        for rows in (1, 2, 5):
+            check(replace(case, weight=weight, x=x[:rows]), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("factor_types", FACTOR_TYPES)
 @pytest.mark.parametrize("rank", [0, 1, 5, 16, 33, 300])
-def test_low_rank(isa: str, rank: int, dtype: Float) -> None:
+def test_low_rank(isa: str, level: int, rank: int, factor_types: tuple[str, str]) -> None:
     rng = np.random.default_rng(3)
-    shape = (45, 130)
-    weight = random_weight(rng, shape, bits=3, group_size=32, zero_points=True, scales=dtype)
-    factors = random_factors(rng, shape, rank=rank, dtype=dtype)
-    bias = rng.standard_normal(45, np.float32)
-    for rows in ROWS:
-        check(rng.standard_normal((rows, 130), np.float32), weight, factors, bias, isa=isa)
+    case = random_case(
+        rng,
+        max(ROWS),
+        (45, 130),
+        bits=3,
+        rank=rank,
+        factor_types=factor_types,
+        bias=True,
+        accuracy_level=level,
+    )
+    for rows in (1, 2, 7, 16, 40):
+        check(replace(case, x=case.x[:rows]), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_large_enough_for_every_tile_and_task(isa: str) -> None:
-    rng = np.random.default_rng(4)
-    shape = (300, 600)
-    weight = random_weight(rng, shape, bits=4, group_size=128, zero_points=True)
-    factors = random_factors(rng, shape, rank=70)
-    check(rng.standard_normal((500, 600), np.float32), weight, factors, isa=isa)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", BITS)
+def test_scales_of_either_type(isa: str, level: int, bits: int) -> None:
+    for scales in (np.float16, np.float32):
+        rng = np.random.default_rng(4)
+        case = random_case(
+            rng, 3, (45, 130), bits=bits, scales=scales, zero_points=False, accuracy_level=level
+        )
+        check(case, isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 4, 30])
-def test_float16_activations(isa: str, rows: int) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("activation", ["", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("factor_types", [("float16", "float16"), ("int8", "int8")])
+def test_a_decoder_layers_fusions(
+    isa: str, level: int, dtype: type[np.generic], activation: str, factor_types: tuple[str, str]
+) -> None:
     rng = np.random.default_rng(5)
-    shape = (45, 130)
-    weight = random_weight(rng, shape, bits=3, group_size=32, zero_points=True)
-    factors = random_factors(rng, shape, rank=6)
-    x = rng.standard_normal((rows, 130)).astype(np.float16)
-    check(x, weight, factors, rng.standard_normal(45).astype(np.float16), isa=isa)
+    for rank in (None, 0, 48):
+        case = random_case(
+            rng,
+            max(ROWS),
+            (96, 200),
+            bits=3,
+            rank=rank,
+            factor_types=factor_types,
+            parts=(48, 48) if activation else (64, 16, 16),
+            activation=activation,
+            bias=True,
+            norm=True,
+            residual=True,
+            dtype=dtype,
+            accuracy_level=level,
+        )
+        for rows in (1, 4, 40):
+            check(replace(case, x=case.x[:rows], residual=_rows(case.residual, rows)), isa)
+
+
+def _rows(array: Any, rows: int) -> Any:
+    return None if array is None else array[:rows]
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 5, 30])
-def test_int8_factors(isa: str, rows: int) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_large_enough_for_every_run_of_tiles(isa: str, level: int) -> None:
     rng = np.random.default_rng(6)
-    weight = random_weight(rng, (45, 130), bits=3, group_size=32, zero_points=True)
-    a = rng.integers(-127, 128, (19, 130), np.int8)
-    b = rng.integers(-127, 128, (45, 19), np.int8)
-    a_scale = (rng.uniform(0.5, 1.5, 19) / 500).astype(np.float32)
-    b_scale = (rng.uniform(0.5, 1.5, 45) / 500).astype(np.float32)
-    x = rng.standard_normal((rows, 130), np.float32)
-    stored = LowRank(lora_a=a, lora_b=b)
-    actual = native.multiply(
-        x, weight, stored, instruction_set=isa, factor_scales=(a_scale, b_scale)
-    )
-    if actual is None:
-        pytest.skip(f"this processor has no {isa}")
-    widened = LowRank(
-        lora_a=(a * a_scale[:, None]).astype(np.float32),
-        lora_b=(b * b_scale[:, None]).astype(np.float32),
-    )
-    expected = fused_matmul(x, weight, widened)
-    # Two products more on each term, and as many in the oracle's own widening.
-    assert_close(actual, expected, 2 * error_bound(x, weight, widened, None))
+    for parts in ((), (400, 208)):
+        case = random_case(
+            rng, 70, (608, 1024), rank=80, parts=parts, group_size=128, accuracy_level=level
+        )
+        for rows in (1, 70):
+            check(replace(case, x=case.x[:rows]), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [3, 500])
-def test_order_of_tasks_does_not_matter(isa: str, rows: int) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_order_of_tasks_does_not_matter(isa: str, level: int, rows: int) -> None:
     rng = np.random.default_rng(7)
-    shape = (300, 320)
-    weight = random_weight(rng, shape, bits=3, group_size=64, zero_points=True)
-    factors = random_factors(rng, shape, rank=70)
-    x = rng.standard_normal((rows, 320), np.float32)
+    case = random_case(
+        rng, rows, (600, 640), bits=3, rank=70, factor_types=("int8", "int8"), accuracy_level=level
+    )
     counts: list[int] = []
 
     def backwards(count: int) -> list[int]:
         counts.append(count)
         return list(reversed(range(count)))
 
-    forwards = native.multiply(x, weight, factors, instruction_set=isa)
-    shuffled = native.multiply(x, weight, factors, instruction_set=isa, order=backwards)
+    forwards = native.multiply(case, instruction_set=isa)
+    shuffled = native.multiply(case, instruction_set=isa, order=backwards)
     if forwards is None or shuffled is None:
         pytest.skip(f"this processor has no {isa}")
     assert max(counts) > 1
@@ -149,31 +194,55 @@ def test_order_of_tasks_does_not_matter(isa: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_propagate(isa: str, rows: int, special: float) -> None:
+def test_nan_and_infinity_propagate(isa: str, level: int, rows: int, special: float) -> None:
     rng = np.random.default_rng(8)
-    weight = random_weight(rng, (35, 43), bits=4, group_size=16, zero_points=False)
-    x = rng.standard_normal((rows, 43), np.float32)
-    x[1, 42] = special
-    with np.errstate(invalid="ignore"):  # infinity times the code that means 0
-        expected = fused_matmul(x, weight, None)
-    actual = native.multiply(x, weight, instruction_set=isa)
+    case = random_case(rng, rows, (35, 43), group_size=16, accuracy_level=level)
+    case.x[1, 42] = special
+    actual = native.multiply(case, instruction_set=isa)
     if actual is None:
         pytest.skip(f"this processor has no {isa}")
-    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
-    np.testing.assert_array_equal(actual[1], expected[1].astype(np.float32))
     assert np.isfinite(np.delete(actual, 1, axis=0)).all()
+    if level == 4:
+        assert np.isnan(actual[1]).all()
+        return
+    with np.errstate(invalid="ignore"):  # infinity times the code that means 0
+        expected = case.expected
+    np.testing.assert_array_equal(actual[1], expected[1].astype(np.float32))
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 20])
-def test_infinite_scale_of_a_short_group(isa: str, rows: int) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_activations_of_any_size(isa: str, level: int) -> None:
+    """Blocks of zeros, of subnormals and of huge values beside ordinary ones."""
     rng = np.random.default_rng(9)
-    weight = random_weight(rng, (3, 17), bits=2, group_size=16, zero_points=False)
-    weight.packed[:, 1] = 0b11
-    weight.scales[1, 1] = np.inf
-    actual = native.multiply(np.ones((rows, 17), np.float32), weight, instruction_set=isa)
+    case = random_case(rng, 5, (16, 160), rank=16, factor_types=("int8", "int8"))
+    case = replace(case, accuracy_level=level)
+    for block, size in enumerate((0, 1e-42, 1e-30, 1e30)):
+        case.x[block, 32 * block : 32 * (block + 1)] *= size
+    case.x[4] = 0
+    actual = native.multiply(case, instruction_set=isa)
+    if actual is None:
+        pytest.skip(f"this processor has no {isa}")
+    assert (actual[4] == 0).all()
+    # What is below the smallest normal float counts as 0.
+    assert (np.abs(actual - case.expected) <= case.bound + 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_infinite_scale_of_a_short_group(isa: str, level: int, rows: int) -> None:
+    rng = np.random.default_rng(10)
+    case = random_case(
+        rng, rows, (3, 17), bits=2, group_size=16, zero_points=False, accuracy_level=level
+    )
+    case.weight.packed[:, 1] = 0b11
+    case.weight.scales[1, 1] = np.inf
+    case.x[:] = 1
+    actual = native.multiply(case, instruction_set=isa)
     if actual is None:
         pytest.skip(f"this processor has no {isa}")
     assert (actual[:, 1] == np.inf).all()
@@ -181,86 +250,110 @@ def test_infinite_scale_of_a_short_group(isa: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_float16_corners(isa: str) -> None:
-    """Every float16, subnormals, infinities and NaN included, is widened and rounded as it must."""
-    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_every_half_is_widened_and_rounded(isa: str, dtype: type[np.generic]) -> None:
+    """Subnormals, infinities and NaN included."""
+    halves = np.arange(2**16, dtype=np.uint16).view(dtype)
     weight = NBitsWeight.from_codes(
-        np.ones((len(halves), 1), np.uint8),
-        halves[:, None].copy(),
-        np.zeros((len(halves), 1), np.uint8),
+        np.ones((16, 8), np.uint8),
+        np.ones((16, 1), np.float32),
+        np.zeros((16, 1), np.uint8),
         bits=2,
         group_size=8,
     )
-    widened = native.multiply(np.ones((1, 1), np.float32), weight, instruction_set=isa)
-    rounded = native.multiply(np.full((1, 1), 0.7, np.float16), weight, instruction_set=isa)
-    if widened is None or rounded is None:
+    x = np.zeros((len(halves), 8), dtype)
+    x[:, 0] = halves
+    actual = native.multiply(Case(x=x, weight=weight), instruction_set=isa)
+    if actual is None:
         pytest.skip(f"this processor has no {isa}")
-    np.testing.assert_array_equal(widened[0], halves.astype(np.float32))
+    values = halves.astype(np.float32)
+    np.testing.assert_array_equal(actual[:, 3].astype(np.float32), values)
+    odd = np.float32(0.7)
+    scaled = replace(weight, scales=np.full((16, 1), odd, np.float32))
+    actual = native.multiply(Case(x=x, weight=scaled), instruction_set=isa)
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = (halves.astype(np.float32) * np.float32(np.float16(0.7))).astype(np.float16)
-    np.testing.assert_array_equal(rounded[0], expected)
+        expected = (values * odd).astype(dtype)
+    assert actual is not None
+    np.testing.assert_array_equal(actual[:, 3].astype(np.float32), expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("in_features", [8, 24, 128, 136, 259])
-def test_nothing_is_read_past_an_operand(isa: str, bits: int, in_features: int) -> None:
+@pytest.mark.parametrize("in_features", [8, 24, 136, 259])
+def test_nothing_is_read_past_an_operand(isa: str, level: int, bits: int, in_features: int) -> None:
     """Weights may be mapped from a file that ends with its page; a read too far is a crash."""
-    rng = np.random.default_rng(10)
-    guard = native.before_a_guard_page
-    drawn = random_weight(rng, (5, in_features), bits=bits, group_size=8, zero_points=True)
-    assert drawn.zero_points is not None
-    weight = NBitsWeight(
-        packed=guard(drawn.packed),
-        scales=guard(drawn.scales),
-        zero_points=guard(drawn.zero_points),
-        bits=bits,
-        group_size=8,
-        in_features=in_features,
-    )
-    factors = random_factors(rng, (5, in_features), rank=3)
-    factors = LowRank(lora_a=guard(factors.lora_a), lora_b=guard(factors.lora_b))
-    bias = guard(np.ones(5, np.float32))
-    for rows in (1, 13):
-        x = guard(rng.standard_normal((rows, in_features), np.float32))
-        check(x, weight, factors, bias, isa=isa)
+    rng = np.random.default_rng(11)
+    for factor_types in (("float16", "float32"), ("int8", "int8")):
+        case = random_case(
+            rng,
+            13,
+            (5, in_features),
+            bits=bits,
+            group_size=8,
+            rank=3,
+            factor_types=factor_types,
+            bias=True,
+            norm=True,
+            residual=True,
+            accuracy_level=level,
+        )
+        for rows in (1, 13):
+            part = replace(case, x=case.x[:rows], residual=_rows(case.residual, rows))
+            actual = native.multiply(part, instruction_set=isa, place=native.before_a_guard_page)
+            if actual is None:
+                pytest.skip(f"this processor has no {isa}")
+            assert_case(actual, part)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    bits=st.sampled_from(BITS),
-    group_runs=st.integers(1, 20),
-    rows=st.integers(0, 30),
-    out_features=st.integers(1, 80),
-    in_features=st.integers(1, 400),
-    rank=st.integers(0, 40),
-    zero_points=st.booleans(),
-    isa=st.sampled_from(ISAS),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_any_shape(
-    bits: int,
-    group_runs: int,
-    rows: int,
-    out_features: int,
-    in_features: int,
-    rank: int,
-    zero_points: bool,
-    isa: str,
-    seed: int,
-) -> None:
-    rng = np.random.default_rng(seed)
-    shape = (out_features, in_features)
-    weight = random_weight(
-        rng, shape, bits=bits, group_size=8 * group_runs, zero_points=zero_points
+@pytest.mark.parametrize("isa", ISAS)
+def test_residual_may_be_the_output(isa: str) -> None:
+    case = random_case(np.random.default_rng(12), 3, (40, 64), residual=True)
+    call = native.prepare(case)
+    assert case.residual is not None
+    call.y[:] = case.residual
+    call.matmul.residual = call.matmul.y
+    if native.call(call.matmul, native.INSTRUCTION_SETS[isa]) == native.NO_SUCH_ISA:
+        pytest.skip(f"this processor has no {isa}")
+    assert_case(call.y, case)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    draw = data.draw
+    parts: tuple[int, ...] = ()
+    activation = draw(st.sampled_from(["", "", "silu", "gelu_tanh"]))
+    if activation:
+        parts = (16 * draw(st.integers(1, 4)),) * 2
+    elif draw(st.booleans()):
+        parts = tuple(16 * n for n in draw(st.lists(st.integers(1, 3), min_size=2, max_size=4)))
+    rank = draw(st.none() | st.integers(0, 40))
+    if rank is not None and parts:
+        rank = rank // 8 * 16
+    case = random_case(
+        np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
+        draw(st.integers(0, 30)),
+        (sum(parts) or draw(st.integers(1, 80)), draw(st.integers(1, 400))),
+        bits=draw(st.sampled_from(BITS)),
+        group_size=8 * draw(st.integers(1, 20)),
+        zero_points=draw(st.booleans()),
+        rank=rank,
+        factor_types=draw(st.sampled_from(FACTOR_TYPES)),
+        parts=parts,
+        activation=activation,
+        bias=draw(st.booleans()),
+        norm=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        scales=draw(st.sampled_from([np.float16, np.float32])),
+        accuracy_level=draw(st.sampled_from(LEVELS)),
     )
-    factors = random_factors(rng, shape, rank=rank)
-    bias = rng.uniform(1, 2, out_features).astype(np.float32)
-    x = rng.standard_normal((rows, in_features), np.float32)
-    actual = native.multiply(x, weight, factors, bias, instruction_set=isa)
+    actual = native.multiply(case, instruction_set=draw(st.sampled_from(ISAS)))
     if actual is not None:
-        expected = fused_matmul(x, weight, factors, bias)
-        assert_close(actual, expected, error_bound(x, weight, factors, bias))
+        assert (np.abs(actual - case.expected) <= case.bound).all()
+
+
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,13 +362,21 @@ def test_any_shape(
         {"rows": -1},
         {"in_features": 0},
         {"out_features": 0},
+        {"out_features": 2**31},
         {"rank": -1},
         {"rank": 4},
         {"bits": 5},
         {"group_size": 12},
         {"group_size": 0},
+        {"accuracy_level": 1},
+        {"activation": 1},
+        {"activation": 3},
+        {"part_count": -1},
+        {"part_count": 2},
+        {"part_count": 9},
         {"x_type": 3},
         {"scales_type": 0},
+        {"scales_type": 4},
         {"codes": None},
         {"scales": None},
         {"x": None},
@@ -296,20 +397,66 @@ def test_bad_operands_are_refused(change: dict[str, int | None]) -> None:
         "codes": data,
         "scales": data,
     }
-    assert native.call(native.Matmul(**good), isa=0) == native.OK
-    assert native.call(native.Matmul(**(good | change)), isa=0) == native.BAD_OPERAND
+    assert native.call(native.Matmul(**good), isa=1) == native.OK
+    assert native.call(native.Matmul(**(good | change)), isa=1) == native.BAD_OPERAND
+
+
+@pytest.mark.parametrize(
+    ("parts", "activation", "rank"),
+    [
+        ((16, 8), "", 16),
+        ((16, 32), "", 16),
+        ((48, -16), "", 16),
+        ((16, 16), "", 8),
+        ((16, 0, 16), "", 16),
+        ((16, 8, 8), "silu", 16),
+    ],
+)
+def test_bad_parts_are_refused(parts: tuple[int, ...], activation: str, rank: int) -> None:
+    case = random_case(np.random.default_rng(13), 1, (32, 16), rank=16, parts=(16, 16))
+    call = native.prepare(case)
+    assert native.call(call.matmul, isa=1) == native.OK
+    array = np.array(parts, np.int64)
+    call.matmul.parts, call.matmul.part_count = array.ctypes.data, len(parts)
+    call.matmul.activation, call.matmul.rank = native.ACTIVATIONS[activation], rank
+    assert native.call(call.matmul, isa=1) == native.BAD_OPERAND
+
+
+def test_factors_without_data_are_refused() -> None:
+    case = random_case(np.random.default_rng(14), 1, (32, 16), rank=4, factor_types=("int8",) * 2)
+    for name in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale"):
+        call = native.prepare(case)
+        setattr(call.matmul, name, None)
+        assert native.call(call.matmul, isa=1) == native.BAD_OPERAND
 
 
 def test_unknown_instruction_set_is_refused() -> None:
-    data = np.zeros(64, np.uint8)
-    matmul = native.Matmul(
-        in_features=8,
-        out_features=1,
-        bits=4,
-        group_size=8,
-        x_type=1,
-        scales_type=1,
-        codes=data.ctypes.data,
-        scales=data.ctypes.data,
+    case = random_case(np.random.default_rng(15), 1, (1, 8))
+    assert native.call(native.prepare(case).matmul, isa=99) == native.NO_SUCH_ISA
+
+
+def test_no_rows_is_no_error() -> None:
+    case = random_case(np.random.default_rng(16), 0, (5, 8), rank=2)
+    actual = native.multiply(case, instruction_set="scalar")
+    assert actual is not None
+    assert actual.shape == (0, 5)
+
+
+def test_oracle_sees_an_error() -> None:
+    """A factor, a part or a zero point that is off by one is beyond the bound."""
+    case = random_case(np.random.default_rng(17), 4, (64, 256), rank=16, parts=(32, 32))
+    actual = native.multiply(case, instruction_set="scalar")
+    assert actual is not None
+    assert_case(actual, case)
+    assert case.factors is not None
+    assert case.weight.zero_points is not None
+    swapped = LowRank(
+        lora_a=np.roll(case.factors.lora_a, 16, axis=0), lora_b=case.factors.lora_b
     )
-    assert native.call(matmul, isa=99) == native.NO_SUCH_ISA
+    raised = case.weight.zero_points.copy()
+    raised[40, 3] += 1
+    for wrong in (
+        replace(case, factors=swapped),
+        replace(case, weight=replace(case.weight, zero_points=raised)),
+    ):
+        assert (np.abs(actual - wrong.expected) > wrong.bound).any()
