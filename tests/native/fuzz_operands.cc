@@ -1,0 +1,153 @@
+// Hands operands to the C interface that no kernel may take: each must be refused, and nothing be
+// written. Meant to be built with sanitizers.
+//
+//   fuzz_operands [CASES [SEED]]
+
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+
+#include "tests/native/call.h"
+
+namespace {
+
+using namespace eoracc::testing;
+
+constexpr int64_t kParts[][EORACC_MAX_PARTS] = {
+    {15, 17},               // no whole tiles
+    {16, 32},               // more than the weight
+    {16, 0},                // an empty one, and less than the weight
+    {48, -16},              // adds up, but cannot be
+    {INT64_MIN, INT64_MAX}  // overflows when added up
+};
+
+// Everything that makes the product of [2, 40] and [32, 40] with rank 16 one that cannot be.
+struct Defect {
+  const char* name;
+  void (*put)(eoracc_matmul& m);
+};
+
+constexpr Defect kDefects[] = {
+    {"rows = -1", [](auto& m) { m.rows = -1; }},
+    {"rows = min", [](auto& m) { m.rows = INT64_MIN; }},
+    {"in_features = 0", [](auto& m) { m.in_features = 0; }},
+    {"in_features = -40", [](auto& m) { m.in_features = -40; }},
+    {"in_features = 2^31", [](auto& m) { m.in_features = int64_t{1} << 31; }},
+    {"in_features = max", [](auto& m) { m.in_features = INT64_MAX; }},
+    {"out_features = 0", [](auto& m) { m.out_features = 0; }},
+    {"out_features = min", [](auto& m) { m.out_features = INT64_MIN; }},
+    {"out_features = max", [](auto& m) { m.out_features = INT64_MAX; }},
+    {"rank = -1", [](auto& m) { m.rank = -1; }},
+    {"rank = max", [](auto& m) { m.rank = INT64_MAX; }},
+    {"bits = 0", [](auto& m) { m.bits = 0; }},
+    {"bits = 5", [](auto& m) { m.bits = 5; }},
+    {"bits = -4", [](auto& m) { m.bits = -4; }},
+    {"bits = max", [](auto& m) { m.bits = INT_MAX; }},
+    {"group_size = 0", [](auto& m) { m.group_size = 0; }},
+    {"group_size = 12", [](auto& m) { m.group_size = 12; }},
+    {"group_size = -8", [](auto& m) { m.group_size = -8; }},
+    {"accuracy_level = 1", [](auto& m) { m.accuracy_level = 1; }},
+    {"accuracy_level = -4", [](auto& m) { m.accuracy_level = -4; }},
+    {"activation without parts", [](auto& m) { m.activation = EORACC_SILU; }},
+    {"activation = 3", [](auto& m) { m.activation = 3; }},
+    {"activation = -1", [](auto& m) { m.activation = -1; }},
+    {"part_count = -1", [](auto& m) { m.part_count = -1; }},
+    {"part_count = 2 without parts", [](auto& m) { m.part_count = 2; }},
+    {"part_count = max", [](auto& m) { m.part_count = INT_MAX, m.parts = kParts[0]; }},
+    {"parts of no whole tiles", [](auto& m) { m.part_count = 2, m.parts = kParts[0]; }},
+    {"parts that exceed the weight", [](auto& m) { m.part_count = 2, m.parts = kParts[1]; }},
+    {"an empty part", [](auto& m) { m.part_count = 2, m.parts = kParts[2]; }},
+    {"a negative part", [](auto& m) { m.part_count = 2, m.parts = kParts[3]; }},
+    {"parts that overflow", [](auto& m) { m.part_count = 2, m.parts = kParts[4]; }},
+    {"x_type = none", [](auto& m) { m.x_type = EORACC_NONE; }},
+    {"x_type = int8", [](auto& m) { m.x_type = EORACC_INT8; }},
+    {"x_type = 99", [](auto& m) { m.x_type = 99; }},
+    {"scales_type = none", [](auto& m) { m.scales_type = EORACC_NONE; }},
+    {"scales_type = bfloat16", [](auto& m) { m.scales_type = EORACC_BFLOAT16; }},
+    {"lora_a_type = none", [](auto& m) { m.lora_a_type = EORACC_NONE; }},
+    {"lora_b_type = bfloat16", [](auto& m) { m.lora_b_type = EORACC_BFLOAT16; }},
+    {"lora_a_type = -1", [](auto& m) { m.lora_a_type = -1; }},
+    {"x = null", [](auto& m) { m.x = nullptr; }},
+    {"y = null", [](auto& m) { m.y = nullptr; }},
+    {"codes = null", [](auto& m) { m.codes = nullptr; }},
+    {"scales = null", [](auto& m) { m.scales = nullptr; }},
+    {"lora_a = null", [](auto& m) { m.lora_a = nullptr; }},
+    {"lora_b = null", [](auto& m) { m.lora_b = nullptr; }},
+    {"lora_a_scale = null", [](auto& m) { m.lora_a_scale = nullptr; }},
+    {"lora_b_scale = null", [](auto& m) { m.lora_b_scale = nullptr; }},
+};
+constexpr size_t kDefectCount = sizeof kDefects / sizeof kDefects[0];
+
+Shape fitting(std::mt19937_64& random) {
+  Shape shape;
+  shape.rows = 2;
+  shape.in_features = 40;
+  shape.out_features = 32;
+  shape.rank = 16;
+  constexpr int kBits[] = {2, 3, 4, 8};
+  shape.bits = kBits[random() % 4];
+  shape.level = random() % 2 == 0 ? 0 : 4;
+  shape.lora_a_type = shape.lora_b_type = Type::kInt8;
+  shape.zero_points = random() % 2 == 0;
+  shape.bias = random() % 2 == 0;
+  shape.norm = random() % 2 == 0;
+  shape.residual = random() % 2 == 0;
+  return shape;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const long cases = count > 1 ? std::strtol(arguments[1], nullptr, 10) : 2000;
+  std::mt19937_64 random(count > 2 ? std::strtoul(arguments[2], nullptr, 10) : 0);
+  int failures = 0;
+  const auto expect = [&](bool holds, const char* what, const char* defect) {
+    if (holds) return;
+    std::fprintf(stderr, "%s: %s\n", defect, what);
+    ++failures;
+  };
+
+  expect(eoracc_matmul_nbits_lowrank(nullptr, nullptr, EORACC_ISA_BEST) == EORACC_BAD_OPERAND,
+         "was accepted", "no operands");
+  for (long i = 0; i < cases && failures < 10; ++i) {
+    const Shape shape = fitting(random);
+    Operands operands;
+    Expected expected;
+    draw_operands(shape, random, &operands, &expected);
+    const Operand y(Bytes(static_cast<size_t>(shape.rows * shape.outputs()) * 4, 0xff));
+    const Bytes untouched = y.bytes();
+    const eoracc_isa isa = kInstructionSets[random() % 7].isa;
+
+    // Each defect in turn, every other time together with a second one.
+    const Defect& defect = kDefects[static_cast<size_t>(i) % kDefectCount];
+    eoracc_matmul m = matmul_of(shape, operands, y);
+    if (random() % 2 == 0) kDefects[random() % kDefectCount].put(m);
+    defect.put(m);
+    expect(eoracc_matmul_nbits_lowrank(&m, nullptr, isa) == EORACC_BAD_OPERAND, "was accepted",
+           defect.name);
+    expect(y.bytes() == untouched, "wrote to y", defect.name);
+
+    // What may be absent.
+    m = matmul_of(shape, operands, y);
+    expect(
+        eoracc_matmul_nbits_lowrank(&m, nullptr, static_cast<eoracc_isa>(99)) == EORACC_NO_SUCH_ISA,
+        "was accepted", "instruction set 99");
+    m.rows = 0;
+    m.x = nullptr;
+    m.y = nullptr;
+    expect(eoracc_matmul_nbits_lowrank(&m, nullptr, EORACC_ISA_BEST) == EORACC_OK, "was refused",
+           "no rows");
+    m = matmul_of(shape, operands, y);
+    m.rank = 0;
+    m.lora_a = m.lora_b = nullptr;
+    m.lora_a_scale = m.lora_b_scale = nullptr;
+    m.lora_a_type = m.lora_b_type = EORACC_NONE;
+    m.zero_points = nullptr;
+    m.bias = m.residual = nullptr;
+    m.norm_weight = nullptr;
+    expect(eoracc_matmul_nbits_lowrank(&m, nullptr, EORACC_ISA_BEST) == EORACC_OK, "was refused",
+           "nothing optional");
+  }
+  std::printf("%ld malformed products: %s\n", cases, failures > 0 ? "FAILED" : "all refused");
+  return failures > 0 ? 1 : 0;
+}

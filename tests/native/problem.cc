@@ -1,0 +1,441 @@
+#include "tests/native/problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace eoracc::testing {
+namespace {
+
+constexpr double kRoundoff = 0x1p-24;  // of float32
+constexpr int64_t kTile = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- numbers
+
+// `bits` of the significand are kept, nearest even; the exponent is that of a float.
+float keep_bits(float value, int dropped) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  const uint32_t odd = (word >> dropped) & 1;
+  word += ((uint32_t{1} << (dropped - 1)) - 1) + odd;
+  word &= ~((uint32_t{1} << dropped) - 1);
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+// Values here are normal in float16 or zero, so that its exponent range does not matter.
+float rounded(Type type, double value) {
+  const float single = static_cast<float>(value);
+  if (type == Type::kFloat16) return std::fabs(single) < 0x1p-14F ? 0.0F : keep_bits(single, 13);
+  if (type == Type::kBfloat16) return keep_bits(single, 16);
+  return single;
+}
+
+void append(Type type, float value, Bytes* out) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  if (type == Type::kFloat16) {
+    const uint32_t magnitude = word & 0x7fffffff;
+    uint32_t half = magnitude == 0 ? 0 : (magnitude - 0x38000000) >> 13;
+    if (magnitude >= 0x7f800000) half = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    word = (word >> 16 & 0x8000) | half;
+  } else if (type == Type::kBfloat16) {
+    word >>= 16;
+  }
+  const auto* bytes = reinterpret_cast<const uint8_t*>(&word);
+  out->insert(out->end(), bytes, bytes + size_of(type));
+}
+
+struct Matrix {
+  int64_t rows = 0, columns = 0;
+  std::vector<double> values;
+
+  Matrix() = default;
+  Matrix(int64_t r, int64_t c) : rows(r), columns(c), values(static_cast<size_t>(r * c)) {}
+  double& at(int64_t r, int64_t c) { return values[static_cast<size_t>(r * columns + c)]; }
+  double at(int64_t r, int64_t c) const { return values[static_cast<size_t>(r * columns + c)]; }
+  // Zero outside.
+  double padded(int64_t r, int64_t c) const { return r < rows && c < columns ? at(r, c) : 0; }
+};
+
+// ---- kernel order
+
+int64_t chunk_columns(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
+
+// One bit of `value` at a time, by the definition of the layout.
+Bytes pack_codes(const Matrix& codes, int bits) {
+  const int64_t chunk = chunk_columns(bits), chunks = ceil_div(codes.columns, chunk);
+  const int64_t chunk_bytes = kTile * chunk * bits / 8;
+  Bytes out(static_cast<size_t>(ceil_div(codes.rows, kTile) * chunks * chunk_bytes));
+  for (int64_t n = 0; n < codes.rows; ++n) {
+    for (int64_t k = 0; k < codes.columns; ++k) {
+      const int64_t base = (n / kTile * chunks + k / chunk) * chunk_bytes;
+      const int64_t quad = k % chunk / 4, lane = n % kTile * 4 + k % 4;
+      const auto code = static_cast<uint32_t>(codes.at(n, k));
+      const auto put = [&](int64_t vector, int64_t shift, uint32_t value) {
+        out[static_cast<size_t>(base + vector * 64 + lane)] |= static_cast<uint8_t>(value << shift);
+      };
+      switch (bits) {
+        case 2:
+          put(0, 2 * quad, code);
+          break;
+        case 3:
+          put(quad / 4, 2 * (quad % 4), code & 3);
+          put(2, quad, code >> 2);
+          break;
+        case 4:
+          put(0, 4 * quad, code);
+          break;
+        default:
+          put(0, 0, code);
+      }
+    }
+  }
+  return out;
+}
+
+// [rows, columns] -> [ceil(rows / 16), columns, 16].
+Bytes pack_rows(const Matrix& matrix, Type type) {
+  Bytes out;
+  for (int64_t tile = 0; tile < ceil_div(matrix.rows, kTile); ++tile) {
+    for (int64_t c = 0; c < matrix.columns; ++c) {
+      for (int64_t r = 0; r < kTile; ++r) {
+        append(type, static_cast<float>(matrix.padded(tile * kTile + r, c)), &out);
+      }
+    }
+  }
+  return out;
+}
+
+Bytes pack_bytes(const Matrix& matrix) {
+  Bytes out;
+  for (int64_t tile = 0; tile < ceil_div(matrix.rows, kTile); ++tile) {
+    for (int64_t c = 0; c < matrix.columns; ++c) {
+      for (int64_t r = 0; r < kTile; ++r) {
+        out.push_back(static_cast<uint8_t>(matrix.padded(tile * kTile + r, c)));
+      }
+    }
+  }
+  return out;
+}
+
+// ---- drawing
+
+class Draw {
+ public:
+  explicit Draw(std::mt19937_64& random) : random_(random) {}
+
+  double normal() { return normal_(random_); }
+  double uniform(double low, double high) {
+    return std::uniform_real_distribution<double>(low, high)(random_);
+  }
+  int64_t integer(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_);
+  }
+
+ private:
+  std::mt19937_64& random_;
+  std::normal_distribution<double> normal_;
+};
+
+// Draws a factor, stores it in kernel order, and returns what it stands for.
+Matrix draw_factor(Draw& draw, int64_t rows, int64_t columns, double size, Type type,
+                   Operand* stored, Operand* stored_scale) {
+  Matrix values(rows, columns);
+  if (type != Type::kInt8) {
+    for (double& value : values.values) value = rounded(type, draw.normal() * size);
+    *stored = Operand(pack_rows(values, type));
+    return values;
+  }
+  Matrix codes(ceil_div(rows, kTile) * kTile, columns);  // padding stands for 0, its code is 128
+  Bytes scales;
+  for (int64_t r = 0; r < codes.rows; ++r) {
+    const auto row_scale = static_cast<float>(r < rows ? size * draw.uniform(0.5, 1.5) / 64 : 0);
+    append(Type::kFloat32, row_scale, &scales);
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t value = r < rows ? draw.integer(-127, 127) : 0;
+      codes.at(r, c) = static_cast<double>(value + 128);
+      if (r < rows) values.at(r, c) = static_cast<double>(value) * row_scale;
+    }
+  }
+  // Columns are padded to a quad with the code of 0, too.
+  Matrix padded(codes.rows, ceil_div(columns, 4) * 4);
+  for (int64_t r = 0; r < padded.rows; ++r) {
+    for (int64_t c = 0; c < padded.columns; ++c) {
+      padded.at(r, c) = c < columns ? codes.at(r, c) : 128;
+    }
+  }
+  *stored = Operand(pack_codes(padded, 8));
+  *stored_scale = Operand(scales);
+  return values;
+}
+
+double act(Activation activation, double x) {
+  if (activation == Activation::kSilu) return x / (1 + std::exp(-x));
+  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+
+// Largest magnitude in each run of `block`, repeated for every element of the run.
+std::vector<double> block_peaks(const std::vector<double>& values, int64_t block) {
+  std::vector<double> peaks(values.size());
+  for (size_t begin = 0; begin < values.size(); begin += static_cast<size_t>(block)) {
+    const size_t end = std::min(values.size(), begin + static_cast<size_t>(block));
+    double peak = 0;
+    for (size_t i = begin; i < end; ++i) peak = std::max(peak, std::fabs(values[i]));
+    std::fill(peaks.begin() + static_cast<int64_t>(begin),
+              peaks.begin() + static_cast<int64_t>(end), peak);
+  }
+  return peaks;
+}
+
+}  // namespace
+
+Operand::Operand(const Bytes& bytes) : size_(bytes.size()), memory_(new uint8_t[bytes.size() + 1]) {
+  std::copy(bytes.begin(), bytes.end(), memory_.get() + 1);
+}
+
+Bytes Operand::bytes() const { return Bytes(memory_.get() + 1, memory_.get() + 1 + size_); }
+
+size_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kInt8 ? 1 : 2; }
+
+double read(Type type, const Bytes& bytes, size_t index) {
+  uint32_t word = 0;
+  std::memcpy(&word, bytes.data() + index * size_of(type), size_of(type));
+  if (type == Type::kFloat16) {
+    const int exponent = static_cast<int>(word >> 10 & 31),
+              mantissa = static_cast<int>(word & 1023);
+    const double sign = word & 0x8000 ? -1 : 1;
+    if (exponent == 31) return mantissa != 0 ? std::nan("") : sign * HUGE_VAL;
+    return sign *
+           (exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25));
+  }
+  if (type == Type::kBfloat16) word <<= 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+std::string Shape::describe() const {
+  const char* types[] = {"float32", "float16", "bfloat16", "int8"};
+  const char* activations[] = {"", " silu", " gelu_tanh"};
+  std::string text = "[" + std::to_string(rows) + ", " + std::to_string(in_features) + "] x [" +
+                     std::to_string(out_features) + ", " + std::to_string(in_features) + "], " +
+                     std::to_string(bits) + " bits, groups of " + std::to_string(group_size) +
+                     ", level " + std::to_string(level) + ", x " + types[static_cast<int>(x_type)] +
+                     ", scales " + types[static_cast<int>(scales_type)] + ", rank " +
+                     std::to_string(rank) + " (" + types[static_cast<int>(lora_a_type)] + ", " +
+                     types[static_cast<int>(lora_b_type)] + "), " + std::to_string(part_count()) +
+                     " parts";
+  text += activations[static_cast<int>(activation)];
+  if (zero_points) text += " zero_points";
+  if (bias) text += " bias";
+  if (norm) text += " norm";
+  if (residual) text += " residual";
+  if (special) text += " special";
+  return text;
+}
+
+Shape draw_shape(std::mt19937_64& random) {
+  const auto integer = [&](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  };
+  const auto chance = [&](int one_in) { return integer(1, one_in) == 1; };
+  const auto any_of = [&](std::initializer_list<int64_t> values) {
+    return values.begin()[integer(0, static_cast<int64_t>(values.size()) - 1)];
+  };
+  Shape shape;
+  shape.bits = static_cast<int>(any_of({2, 3, 4, 8}));
+  shape.level = static_cast<int>(any_of({0, 4}));
+  shape.rows = chance(3) ? 1 : chance(8) ? integer(30, 80) : integer(0, 20);
+  shape.in_features = chance(2) ? 32 * integer(1, 10) : integer(1, 300);
+  shape.out_features = chance(2) ? 16 * integer(1, 6) : integer(1, 90);
+  shape.group_size = any_of({8, 16, 24, 32, 40, 64, 96, 128, 256, 0});
+  shape.rank = chance(3) ? 0 : chance(50) ? 1024 : chance(2) ? integer(1, 40) : 16 * integer(1, 5);
+  const Type floats[] = {Type::kFloat32, Type::kFloat16, Type::kBfloat16};
+  const Type factors[] = {Type::kFloat32, Type::kFloat16, Type::kInt8};
+  shape.x_type = chance(2) ? Type::kFloat32 : floats[integer(1, 2)];
+  shape.scales_type = floats[integer(0, 1)];
+  shape.lora_a_type = factors[integer(0, 2)];
+  shape.lora_b_type = factors[integer(0, 2)];
+  shape.zero_points = chance(2);
+  shape.bias = chance(2);
+  shape.norm = chance(3);
+  shape.residual = chance(3);
+  shape.special = chance(10) && shape.rows > 0;
+  if (chance(20)) {  // enough for several tasks
+    shape.in_features = integer(500, 800);
+    shape.out_features = integer(200, 400);
+  }
+  if (chance(3)) {
+    shape.rank = (shape.rank + 15) / 16 * 16;
+    if (chance(2)) {
+      shape.parts.assign(2, 16 * integer(1, 3));
+      shape.activation = static_cast<Activation>(integer(0, 2));
+    } else {
+      for (int64_t part = integer(2, 4); part > 0; --part)
+        shape.parts.push_back(16 * integer(1, 3));
+    }
+    shape.out_features = 0;
+    for (const int64_t part : shape.parts) shape.out_features += part;
+  }
+  if (shape.group_size == 0) shape.group_size = ceil_div(shape.in_features, 8) * 8;
+  return shape;
+}
+
+void draw_operands(const Shape& shape, std::mt19937_64& random, Operands* operands,
+                   Expected* expected) {
+  Draw draw(random);
+  *operands = Operands();
+  const int64_t K = shape.in_features, N = shape.out_features, R = shape.rank,
+                P = shape.part_count();
+  const int64_t groups = shape.groups();
+
+  // The weight: codes, and a grid a group and row.
+  Matrix codes(N, K), scales(N, groups), zeros(N, groups), weight(N, K);
+  for (double& code : codes.values)
+    code = static_cast<double>(draw.integer(0, (1 << shape.bits) - 1));
+  const double step = std::ldexp(1.0, 1 - shape.bits);
+  for (double& scale : scales.values) {
+    scale = rounded(shape.scales_type, step * draw.uniform(0.5, 1.5));
+  }
+  for (double& zero : zeros.values) {
+    zero = static_cast<double>(shape.zero_points ? draw.integer(0, (1 << shape.bits) - 1)
+                                                 : 1 << (shape.bits - 1));
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t g = k / shape.group_size;
+      weight.at(n, k) = (codes.at(n, k) - zeros.at(n, g)) * scales.at(n, g);
+    }
+  }
+  operands->codes = Operand(pack_codes(codes, shape.bits));
+  operands->scales = Operand(pack_rows(scales, shape.scales_type));
+  if (shape.zero_points) operands->zero_points = Operand(pack_bytes(zeros));
+
+  Matrix lora_a, lora_b;
+  if (R > 0) {
+    lora_a = draw_factor(draw, P * R, K, 0.25, shape.lora_a_type, &operands->lora_a,
+                         &operands->lora_a_scale);
+    lora_b = draw_factor(draw, N, R, 0.25, shape.lora_b_type, &operands->lora_b,
+                         &operands->lora_b_scale);
+  }
+
+  const auto draw_row = [&](int64_t count, Type type, double mean, Bytes* out) {
+    std::vector<double> values(static_cast<size_t>(count));
+    for (double& value : values) {
+      value = rounded(type, mean + draw.normal());
+      append(type, static_cast<float>(value), out);
+    }
+    return values;
+  };
+  Bytes x_bytes, bias_bytes, norm_bytes, residual_bytes;
+  std::vector<double> bias, norm_weight;
+  if (shape.bias) bias = draw_row(N, shape.x_type, 0, &bias_bytes);
+  if (shape.norm) norm_weight = draw_row(K, Type::kFloat32, 1, &norm_bytes);
+
+  expected->y.clear();
+  expected->bound.clear();
+  const int64_t block = std::gcd(shape.group_size, int64_t{32});
+  // Roundings on the way of one product into Y, norm included.
+  const double length = static_cast<double>((shape.norm ? 2 : 1) * K + R + 32);
+  for (int64_t m = 0; m < shape.rows; ++m) {
+    std::vector<double> x = draw_row(K, shape.x_type, 0, &x_bytes);
+    if (shape.special && m == shape.rows / 2) {
+      // A NaN reaches all of the row; an infinity does at level 4, where the row is rounded.
+      const auto k = static_cast<size_t>(draw.integer(0, K - 1));
+      x[k] = shape.level == 4 && draw.integer(0, 1) == 0 ? HUGE_VAL : std::nan("");
+      Bytes value;
+      append(shape.x_type, static_cast<float>(x[k]), &value);
+      std::copy(value.begin(), value.end(),
+                x_bytes.end() - static_cast<int64_t>((x.size() - k) * value.size()));
+      x.assign(x.size(), std::nan(""));
+    }
+    if (shape.norm) {
+      double squares = 0;
+      for (double value : x) squares += value * value;
+      const double inverse = 1 / std::sqrt(squares / static_cast<double>(K) + kNormEpsilon);
+      for (size_t k = 0; k < x.size(); ++k) x[k] *= inverse * norm_weight[k];
+    }
+    std::vector<double> steps = block_peaks(x, block);
+    for (double& s : steps) s /= 127;
+
+    // The down-projection, with and without signs.
+    std::vector<double> t(static_cast<size_t>(P * R)), t_magnitude(t.size());
+    for (int64_t r = 0; r < P * R; ++r) {
+      for (int64_t k = 0; k < K; ++k) {
+        const double term = x[static_cast<size_t>(k)] * lora_a.at(r, k);
+        t[static_cast<size_t>(r)] += term;
+        t_magnitude[static_cast<size_t>(r)] += std::fabs(term);
+      }
+    }
+
+    std::vector<double> y(static_cast<size_t>(N)), bound(y.size());
+    int64_t part = 0, part_end = shape.parts.empty() ? N : shape.parts[0];
+    for (int64_t n = 0; n < N; ++n) {
+      if (n == part_end) part_end += shape.parts[static_cast<size_t>(++part)];
+      const std::vector<double> down(t.begin() + part * R, t.begin() + (part + 1) * R);
+      double sum = 0, magnitude = 0, squares = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const double term = x[static_cast<size_t>(k)] * weight.at(n, k);
+        sum += term;
+        magnitude += std::fabs(term);
+        double reach = std::fabs(weight.at(n, k)), correction = 0;
+        if (shape.level == 4) {
+          for (int64_t r = 0; r < R; ++r)
+            correction += lora_a.at(part * R + r, k) * lora_b.at(n, r);
+        }
+        reach = (reach + std::fabs(correction)) * steps[static_cast<size_t>(k)];
+        squares += reach * reach;
+      }
+      const std::vector<double> peaks = block_peaks(down, 32);
+      for (int64_t r = 0; r < R; ++r) {
+        const double b = lora_b.at(n, r);
+        sum += down[static_cast<size_t>(r)] * b;
+        magnitude += t_magnitude[static_cast<size_t>(part * R + r)] * std::fabs(b);
+        const double reach = 1.25 * peaks[static_cast<size_t>(r)] / 127 * b;
+        squares += reach * reach;
+      }
+      if (shape.bias) {
+        sum += bias[static_cast<size_t>(n)];
+        magnitude += std::fabs(bias[static_cast<size_t>(n)]);
+      }
+      y[static_cast<size_t>(n)] = sum;
+      bound[static_cast<size_t>(n)] = length * kRoundoff * magnitude;
+      // Roundings to int8 are independent and within half a step each: Hoeffding's inequality,
+      // passed by one product in 10^12.
+      if (shape.level == 4)
+        bound[static_cast<size_t>(n)] += std::sqrt(std::log(2e12) / 2 * squares);
+    }
+
+    const int64_t outputs = shape.outputs();
+    std::vector<double> residual;
+    if (shape.residual) residual = draw_row(outputs, shape.x_type, 0, &residual_bytes);
+    for (int64_t i = 0; i < outputs; ++i) {
+      const auto at = static_cast<size_t>(i);
+      double value = y[at], error = bound[at];
+      if (shape.activation != Activation::kNone) {
+        const auto up = static_cast<size_t>(outputs + i);
+        const double gate = act(shape.activation, y[at]);
+        value = gate * y[up];
+        // Both activations have slopes below 1.13; 16 roundoffs are for the exponential.
+        const double gate_error = 1.13 * bound[at] + 16 * kRoundoff * std::fabs(y[at]);
+        error = gate_error * (std::fabs(y[up]) + bound[up]) + std::fabs(gate) * bound[up];
+      }
+      if (shape.residual) value += residual[at];
+      error += 4 * kRoundoff * std::fabs(value);
+      if (shape.x_type == Type::kFloat16) error += 0x1p-11 * (std::fabs(value) + error) + 0x1p-25;
+      if (shape.x_type == Type::kBfloat16) error += 0x1p-8 * (std::fabs(value) + error);
+      expected->y.push_back(value);
+      expected->bound.push_back(error);
+    }
+  }
+  operands->x = Operand(x_bytes);
+  operands->bias = Operand(bias_bytes);
+  operands->norm_weight = Operand(norm_bytes);
+  operands->residual = Operand(residual_bytes);
+}
+
+}  // namespace eoracc::testing
