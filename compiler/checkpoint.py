@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ __all__ = ["SweepCheckpoint"]
 Array = NDArray[np.generic]
 _STATE = "state.json"
 
+SAVE_INTERVAL_S = 10.0
+"""Least time between two saves: the activations of a small model take as long to write as a block
+takes to compress, and an interruption may cost a few seconds of work."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class SweepCheckpoint:
     """Progress of one sweep.
 
@@ -38,6 +43,15 @@ class SweepCheckpoint:
 
     folder: Path
     key: str
+    _saved_s: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._saved_s = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last save is long enough ago for another one."""
+        return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
     def resume(
         self,
@@ -99,6 +113,7 @@ class SweepCheckpoint:
         partial.replace(self.folder / _STATE)
         if stale is not None:
             (self.folder / stale).unlink(missing_ok=True)
+        self._saved_s = time.monotonic()
 
     def _state(self) -> dict[str, Any] | None:
         path = self.folder / _STATE

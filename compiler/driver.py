@@ -273,8 +273,13 @@ def _sweep(
         if calibration is None
         else make_batches(calibration.input_ids, calibration.attention_mask, size=_BATCH)
     )
+    calibrate = next((item for item in passes if isinstance(item, Calibrate)), None)
     compressed.comparisons |= run_sweep(
-        Executor(compressed.model, compressed.linears),
+        Executor(
+            compressed.model,
+            compressed.linears,
+            precision="float32" if calibrate is None else calibrate.resolved_precision,
+        ),
         passes,
         batches,
         comparators={name: compensation_solver(name) for name in config.verify.compare},

@@ -1,9 +1,9 @@
 """Run the graph up to one linear after another, with whatever weights the caller chooses.
 
-The graph is cut at its linears. What lies between them (norms, rotary embedding, attention,
-activation functions) is glue: it runs in ONNX Runtime sessions made from the graph's own nodes. The
-linears themselves are one NumPy product each. So calibration sees every linear's input, can change
-its weight, and goes on through the changed weight, in a single forward pass and without PyTorch.
+The graph is cut at its linears and its attentions. What lies between them (norms, rotary
+embedding, activation functions) is glue: it runs in ONNX Runtime sessions made from the graph's own
+nodes. So calibration sees every linear's input, can change its weight, and goes on through the
+changed weight, in a single forward pass.
 
 A node's *level* is the number of linears on the longest path to it. All glue of a level runs
 once the linears of the level below are done; linears of a level that share an input form a group.
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -24,12 +26,14 @@ from numpy.typing import NDArray
 
 from eoracc.compiler.errors import ModelError
 from eoracc.compiler.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
+from eoracc.compiler.products import Precision, attention, linear_products
 from eoracc.plugins.functions import local_function
 
 __all__ = ["Batch", "Executor", "WeightOf", "make_batches"]
 
 Array = NDArray[np.generic]
-WeightOf = Callable[[Linear], NDArray[np.float32]]
+Float = NDArray[np.float32]
+WeightOf = Callable[[Linear], Float]
 
 _PARAMETER = re.compile(r"\.(weight|weight_t|bias|weight_packed|scales|zero_points|lora_a|lora_b)$")
 """Initializers that are parameters of the model, by their names."""
@@ -52,7 +56,7 @@ class Batch:
     values: dict[str, Array] = field(default_factory=dict)
 
     @property
-    def token_weights(self) -> NDArray[np.float32]:
+    def token_weights(self) -> Float:
         """1 per token and 0 per padding, ``float32 [batch * sequence]``."""
         return self.attention_mask.reshape(-1).astype(np.float32)
 
@@ -75,13 +79,20 @@ def make_batches(
 
 
 @dataclass(eq=False)
-class _Glue:
-    """The nodes of one level and the values that they take and must keep for later levels."""
+class _Stage:
+    """Nodes that run at once, the values that they take, and those they must keep for later ones.
+
+    It is either glue, any nodes but linears and attentions, or attentions alone.
+    """
 
     nodes: list[ir.Node]
     inputs: list[ir.Value]
     outputs: list[ir.Value]
-    drop: list[str] = field(default_factory=list)
+    drop: list[str]
+
+    @property
+    def is_attention(self) -> bool:
+        return bool(self.nodes) and _computed_here(self.nodes[0])
 
 
 class Executor:
@@ -93,9 +104,22 @@ class Executor:
       head_level: the level of the last linear, the language model head.
     """
 
-    def __init__(self, model: ir.Model, linears: Sequence[Linear] | None = None) -> None:
-        """Cut ``model`` at its linears (``linears`` where the caller has their view already)."""
+    def __init__(
+        self,
+        model: ir.Model,
+        linears: Sequence[Linear] | None = None,
+        *,
+        precision: Precision = "float32",
+    ) -> None:
+        """Cut ``model`` at its linears.
+
+        Args:
+          model: the graph.
+          linears: their view, where the caller has it already.
+          precision: of the linears and of attention.
+        """
         self._model = model
+        self._precision: Precision = precision
         self.linears = list(find_linears(model) if linears is None else linears)
         self._past = {
             value.name: _empty_past(value)
@@ -109,7 +133,7 @@ class Executor:
             self._place(linear, levels[linear.node])
         self._output_names = {linear: str(linear.node.outputs[0].name) for linear in self.linears}
         self._input_names = {linear: str(linear.input.name) for linear in self.linears}
-        self._glue = self._cut(levels)
+        self._stages = self._cut(levels)
         self._sessions: dict[bytes, ort.InferenceSession] = {}
 
     @property
@@ -123,33 +147,37 @@ class Executor:
 
     def start(self, batches: Iterable[Batch]) -> None:
         """Compute what stands before the first linears."""
-        run = self._glue_runner(0)
+        run = self._runner(0)
         for batch in batches:
             run(batch)
 
     def step(self, level: int, batches: Iterable[Batch], weight_of: WeightOf) -> None:
-        """Compute the linears of ``level`` and the glue up to those of the next level.
+        """Compute the linears of ``level`` and what stands before those of the next level.
 
         The weights are what ``weight_of`` gives. It goes batch by batch, so that wide outputs (a
         gate's, say) never exist for all tokens at once.
         """
-        products = [
-            (self._input_names[linear], self._output_names[linear], weight_of(linear).T)
+        groups = [
+            (
+                group.linears,
+                linear_products([weight_of(linear) for linear in group.linears], self._precision),
+            )
             for group in self.levels[level]
-            for linear in group.linears
         ]
-        run = self._glue_runner(level + 1)
+        run = self._runner(level + 1)
         for batch in batches:
-            for source, output, weight in products:
-                inputs: NDArray[np.float32] = batch.values[source]  # type: ignore[assignment]
-                product = inputs.reshape(-1, inputs.shape[-1]) @ weight
-                batch.values[output] = product.reshape(*inputs.shape[:-1], -1)
+            for linears, multiply in groups:
+                inputs = self._input(linears[0], batch)
+                products = multiply(inputs.reshape(-1, inputs.shape[-1]))
+                for linear, product in zip(linears, products, strict=True):
+                    shaped = product.reshape(*inputs.shape[:-1], -1)
+                    batch.values[self._output_names[linear]] = shaped
             run(batch)
 
-    def inputs_of(self, group: LinearGroup, batch: Batch) -> NDArray[np.float32]:
+    def inputs_of(self, group: LinearGroup, batch: Batch) -> Float:
         """The group's shared input in ``batch``, ``float32 [tokens, K]``."""
-        inputs = batch.values[self._input_names[group.linears[0]]]
-        return inputs.reshape(-1, inputs.shape[-1])  # type: ignore[return-value]
+        inputs = self._input(group.linears[0], batch)
+        return inputs.reshape(-1, inputs.shape[-1])
 
     def run_to_head(self, batches: Sequence[Batch], weight_of: WeightOf) -> None:
         """Run everything below the last linear, so that :meth:`head_input` is there."""
@@ -157,25 +185,41 @@ class Executor:
         for level in range(self.head_level):
             self.step(level, batches, weight_of)
 
-    def head_input(self, batch: Batch) -> NDArray[np.float32]:
+    def head_input(self, batch: Batch) -> Float:
         """What the head multiplies, ``float32 [batch, sequence, hidden]``."""
-        head = self.levels[self.head_level][-1].linears[-1]
-        return batch.values[self._input_names[head]]  # type: ignore[return-value]
+        return self._input(self.levels[self.head_level][-1].linears[-1], batch)
 
-    def logits(
-        self, hidden: NDArray[np.float32], weight: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def logits(self, hidden: Float, weight: Float) -> Float:
         """Logits ``[batch, sequence, vocabulary]`` of head inputs ``[batch, sequence, hidden]``."""
         head = self.levels[self.head_level][-1].linears[-1]
         batch = Batch(np.ones(hidden.shape[:2], np.int64))
-        product = hidden.reshape(-1, hidden.shape[-1]) @ weight.T
+        multiply = linear_products([weight], self._precision)
+        (product,) = multiply(hidden.reshape(-1, hidden.shape[-1]))
         batch.values[self._output_names[head]] = product.reshape(*hidden.shape[:-1], -1)
-        self._glue_runner(self.head_level + 1)(batch)
+        self._runner(self.head_level + 1)(batch)
         return batch.values[str(self._model.graph.outputs[0].name)]  # type: ignore[return-value]
 
-    def _glue_runner(self, level: int) -> Callable[[Batch], None]:
-        """What computes the glue of ``level`` for one batch."""
-        glue = self._glue[level]
+    def _runner(self, level: int) -> Callable[[Batch], None]:
+        """What computes, for one batch, all that stands before the linears of ``level``."""
+        stages = [
+            (
+                partial(self._attend, stage.nodes)
+                if stage.is_attention
+                else self._glue_runner(stage),
+                stage.drop,
+            )
+            for stage in self._stages[level]
+        ]
+
+        def run(batch: Batch) -> None:
+            for compute, drop in stages:
+                compute(batch)
+                for name in drop:
+                    batch.values.pop(name, None)
+
+        return run
+
+    def _glue_runner(self, glue: _Stage) -> Callable[[Batch], None]:
         names = [str(value.name) for value in glue.outputs]
         taken = [str(value.name) for value in glue.inputs]
         fixed = {
@@ -193,10 +237,31 @@ class Executor:
                     for port, name in zip(session.get_inputs(), taken, strict=True)
                 }
                 batch.values.update(zip(names, session.run(None, feeds), strict=True))
-            for name in glue.drop:
-                batch.values.pop(name, None)
 
         return run
+
+    def _attend(self, nodes: Sequence[ir.Node], batch: Batch) -> None:
+        for node in nodes:
+            # All float32, but for the mask, which may be bool and may be absent.
+            query, key, value, mask, *_ = (
+                cast("Any", None if operand is None else self._value(batch, str(operand.name)))
+                for operand in (*node.inputs, None)
+            )
+            attributes = node.attributes
+            batch.values[str(node.outputs[0].name)] = attention(
+                query,
+                key,
+                value,
+                mask,
+                heads=attributes["q_num_heads"].as_int(),
+                kv_heads=attributes["kv_num_heads"].as_int(),
+                causal="is_causal" in attributes and bool(attributes["is_causal"].as_int()),
+                scale=attributes["scale"].as_float() if "scale" in attributes else None,
+                precision=self._precision,
+            )
+
+    def _input(self, linear: Linear, batch: Batch) -> Float:
+        return batch.values[self._input_names[linear]]  # type: ignore[return-value]
 
     def _place(self, linear: Linear, level: int) -> None:
         groups = self.levels[level]
@@ -210,44 +275,49 @@ class Executor:
         past = self._past.get(name)
         return batch.values[name] if past is None else past(len(batch.attention_mask))
 
-    def _cut(self, levels: Mapping[ir.Node, int]) -> list[_Glue]:
+    def _cut(self, levels: Mapping[ir.Node, int]) -> list[list[_Stage]]:
+        """The stages of each level, in order."""
         graph = self._model.graph
         of_linear = {linear.node for linear in self.linears}
         # The Transpose of a tied head's embedding: weight_of() stands for what it makes.
         operands = {linear.node.inputs[1].producer() for linear in self.linears}  # type: ignore[union-attr]
+        places = _places(graph, levels, of_linear | operands)
+        # Stages that hold no node are there too: every level begins with one.
+        order = sorted({*places.values(), *((level, 0) for level in range(self.head_level + 2))})
+        rank = {place: position for position, place in enumerate(order)}
         logits = graph.outputs[0]
-        # A value lives until the last level that reads it; the logits live on.
-        needed: dict[ir.Value, int] = {logits: self.head_level + 2}
-        nodes: dict[int, list[ir.Node]] = defaultdict(list)
+        # A value lives until the last stage that reads it; the logits live on.
+        needed: dict[ir.Value, int] = {logits: len(order)}
+        members: dict[tuple[int, int], list[ir.Node]] = defaultdict(list)
         for node in graph:
             if node in of_linear:
                 value = node.inputs[0]
-                # A linear reads its input after the glue of its level has run.
-                readers = [(value, levels[node] + 1)]
+                # A linear reads its input after all stages of its level have run.
+                readers = [(value, rank[levels[node] + 1, 0])]
             elif node in operands:
                 continue
             else:
-                nodes[levels[node]].append(node)
-                readers = [(value, levels[node]) for value in node.inputs]
-            for value, level in readers:
+                members[places[node]].append(node)
+                readers = [(value, rank[places[node]]) for value in node.inputs]
+            for value, until in readers:
                 if value is not None:
-                    needed[value] = max(needed.get(value, 0), level)
-        glue = []
-        for level in range(self.head_level + 2):
-            members = nodes[level]
-            made = {output for node in members for output in node.outputs}
+                    needed[value] = max(needed.get(value, 0), until)
+        stages: list[list[_Stage]] = [[] for _ in range(self.head_level + 2)]
+        for place, position in rank.items():
+            nodes = members[place]
+            made = {output for node in nodes for output in node.outputs}
             taken = dict.fromkeys(
                 value
-                for node in members
+                for node in nodes
                 for value in node.inputs
                 if value is not None and value not in made and not _inlined(value)
             )
-            kept = [v for n in members for v in n.outputs if needed.get(v, -1) > level]
-            dead = [str(v.name) for v, until in needed.items() if until == level]
-            glue.append(_Glue(members, list(taken), kept, dead))
-        return glue
+            kept = [v for n in nodes for v in n.outputs if needed.get(v, -1) > position]
+            dead = [str(v.name) for v, until in needed.items() if until == position]
+            stages[place[0]].append(_Stage(nodes, list(taken), kept, dead))
+        return stages
 
-    def _session(self, glue: _Glue) -> ort.InferenceSession:
+    def _session(self, glue: _Stage) -> ort.InferenceSession:
         """A session for the level; blocks whose glue is alike share one, arena and all."""
         proto = ir.to_proto(_standalone(glue, self._model)).SerializeToString(deterministic=True)
         if proto not in self._sessions:
@@ -266,7 +336,7 @@ class Executor:
         return self._sessions[proto]
 
 
-def _standalone(glue: _Glue, parent: ir.Model) -> ir.Model:
+def _standalone(glue: _Stage, parent: ir.Model) -> ir.Model:
     """The level as a model of its own, its values named by position and not by block."""
     copies: dict[str, ir.Value] = {}
 
@@ -329,6 +399,40 @@ def _levels(graph: ir.Graph, linears: Sequence[Linear]) -> dict[ir.Node, int]:
                 level = max(level, levels[producer] + (producer in of_linear))
         levels[node] = level
     return levels
+
+
+def _places(
+    graph: ir.Graph, levels: Mapping[ir.Node, int], elsewhere: Collection[ir.Node | None]
+) -> dict[ir.Node, tuple[int, int]]:
+    """The level and the stage within it of each node: even stages are glue, odd ones attention.
+
+    Nodes ``elsewhere``, those that no stage computes, have none.
+    """
+    places: dict[ir.Node, tuple[int, int]] = {}
+    for node in graph:
+        if node in elsewhere:
+            continue
+        level, stage = levels[node], 0
+        attends = _computed_here(node)
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is None or producer not in places or places[producer][0] != level:
+                continue
+            before = places[producer][1]
+            stage = max(stage, before + (before % 2))
+        places[node] = (level, stage + attends)
+    return places
+
+
+def _computed_here(node: ir.Node) -> bool:
+    """Whether ``node`` is an attention of the kind that :func:`attention` computes."""
+    return (
+        node.op_type == "Attention"
+        and node.domain == ""
+        and "q_num_heads" in node.attributes
+        and ("softcap" not in node.attributes or not node.attributes["softcap"].as_float())
+        and not any(output.uses() for output in node.outputs[1:])
+    )
 
 
 def _inlined(value: ir.Value) -> bool:

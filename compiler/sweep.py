@@ -22,7 +22,7 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.memory import release_memory
+from eoracc.runtime.memory import release_weights
 
 __all__ = ["Comparator", "Comparisons", "run_sweep"]
 
@@ -85,8 +85,9 @@ def run_sweep(
                     weight_of = originals.__getitem__ if originals else Linear.effective_weight
                     executor.step(level, batches, weight_of)
                 if _block(executor, level + 1) != _block(executor, level):
-                    checkpoint.save(level + 1, executor.linears, batches, comparisons)
-                    release_memory()
+                    release_weights()
+                    if checkpoint.is_due:
+                        checkpoint.save(level + 1, executor.linears, batches, comparisons)
             phase.advance(f"block {_block(executor, level)}")
     return comparisons
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +11,15 @@ from numpy.typing import NDArray
 
 from eoracc.passes.factors import gram_root
 
-__all__ = ["Gram", "accumulate_gram"]
+__all__ = ["AddOuterProducts", "Gram", "accumulate_gram"]
 
 _BLOCK_TOKENS = 2048
-"""Tokens per float32 product; their sums are added in float64."""
+"""Tokens per product."""
+_SUM_TOKENS = 8192
+"""Tokens whose products are summed in float32; those sums are added in float64."""
+
+AddOuterProducts = Callable[[NDArray[np.float32], NDArray[np.float32]], None]
+"""``add(rows, total)`` adds ``rows.T @ rows`` to ``total [K, K]``, its lower triangle at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +45,10 @@ class Gram:
 
 
 def accumulate_gram(
-    batches: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], in_features: int
+    batches: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]],
+    in_features: int,
+    *,
+    add: AddOuterProducts | None = None,
 ) -> Gram:
     """Sum the weighted outer products of all tokens.
 
@@ -51,21 +59,46 @@ def accumulate_gram(
       batches: inputs ``float32 [tokens, K]`` with token weights ``float32 [tokens]``; weight 0
         masks padding.
       in_features: ``K``.
+      add: how products are made; None makes them in float32.
     """
+    add = add or _add_outer_products
     matrix = np.zeros((in_features, in_features))
-    total = 0.0
+    partial = np.zeros((in_features, in_features), np.float32)
+    total, pending = 0.0, 0
     for inputs, weights in batches:
-        kept = weights > 0
-        rows = inputs[kept] if not kept.all() else inputs
-        roots = np.sqrt(weights[kept])
-        uniform = bool((roots == 1).all())
-        for start in range(0, len(rows), _BLOCK_TOKENS):
-            block = rows[start : start + _BLOCK_TOKENS]
-            if not uniform:
-                block = block * roots[start : start + _BLOCK_TOKENS, None]
+        for block in _weighted_blocks(inputs, weights):
+            if pending + len(block) > _SUM_TOKENS:
+                matrix += partial
+                partial[:] = 0
+                pending = 0
             # Values that are not finite are for the caller to find, in the result.
             with np.errstate(over="ignore", invalid="ignore"):
-                # x.T @ x of one array is a symmetric rank-k update in BLAS: half the arithmetic.
-                matrix += block.T @ block
-        total += float(weights[kept].sum(dtype=np.float64))
-    return Gram(matrix, total)
+                add(block, partial)
+            pending += len(block)
+        total += float(weights.sum(dtype=np.float64))
+    matrix += partial
+    return Gram(_mirrored(matrix), total)
+
+
+def _weighted_blocks(
+    inputs: NDArray[np.float32], weights: NDArray[np.float32]
+) -> Iterator[NDArray[np.float32]]:
+    """The rows that count, each times the root of its weight."""
+    kept = weights > 0
+    rows, roots = (inputs, weights) if kept.all() else (inputs[kept], weights[kept])
+    uniform = bool((roots == 1).all())
+    for start in range(0, len(rows), _BLOCK_TOKENS):
+        block = rows[start : start + _BLOCK_TOKENS]
+        yield block if uniform else block * np.sqrt(roots[start : start + _BLOCK_TOKENS, None])
+
+
+def _add_outer_products(rows: NDArray[np.float32], total: NDArray[np.float32]) -> None:
+    # x.T @ x of one array is a symmetric rank-k update in BLAS: half the arithmetic.
+    total += rows.T @ rows
+
+
+def _mirrored(lower: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The symmetric matrix of which ``lower`` holds the lower triangle."""
+    upper = np.triu_indices(len(lower), 1)
+    lower[upper] = lower.T[upper]
+    return lower

@@ -9,7 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["peak_bytes", "release_memory", "resident_bytes"]
+__all__ = ["peak_bytes", "release_memory", "release_weights", "resident_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _MAPS = Path("/proc/self/smaps")
@@ -21,17 +21,24 @@ def release_memory() -> None:
     """Collect garbage and, on Linux, return the heap's free pages and the checkpoint's.
 
     glibc keeps what a stage has freed: tokenizing a book leaves 0.4 GB behind, which would count
-    for the rest of the build. Weights that were read through a mapping stay in the system's cache
-    anyway; until their pages are let go, they count as this process's too.
+    for the rest of the build.
     """
     gc.collect()
+    # Only glibc has malloc_trim: musl has no need of it.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+    release_weights()
+
+
+def release_weights() -> None:
+    """On Linux, let go of the pages of checkpoints that were read through a mapping.
+
+    They stay in the system's cache anyway; until they are let go, they count as this process's too.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    # musl has no malloc_trim, and no need of it.
-    trim = getattr(libc, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
     for start, end in _clean_weights():
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from eoracc.compiler.checkpoint import SweepCheckpoint
+from eoracc.compiler.checkpoint import SAVE_INTERVAL_S, SweepCheckpoint
 from eoracc.compiler.executor import Batch
 from eoracc.compiler.linears import Linear
 from eoracc.passes.quantize_rtn import QuantizeRtn
@@ -110,3 +110,15 @@ def test_files_that_the_state_does_not_name_are_not_read(tmp_path: Path) -> None
     (checkpoint.folder / "operands-00002.safetensors").write_bytes(b"half")
     (checkpoint.folder / "state.json.partial").write_text("{")
     assert checkpoint.resume(list(qkv().linears), batches({}), {"svd": {}}) == 1
+
+
+def test_saves_are_some_seconds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("eoracc.compiler.checkpoint.time.monotonic", lambda: now_s[0])
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    due = [checkpoint.is_due]
+    now_s[0] += SAVE_INTERVAL_S
+    due.append(checkpoint.is_due)
+    checkpoint.save(1, [], batches({}), {})
+    due.append(checkpoint.is_due)
+    assert due == [False, True, False]

@@ -144,6 +144,7 @@ def test_same_inputs_give_the_same_digest(template: Path, tmp_path: Path) -> Non
 def test_interrupted_build_goes_on_and_ends_the_same(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
     skip = {"model.layers.0.mlp.up_proj": {"skip": True}}
     quantize = {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": skip}}
     config = tiny_config(["calibrate", quantize, EORA[2]])
@@ -175,6 +176,7 @@ def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch
     def save(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr(SweepCheckpoint, "save", save)
     with pytest.raises(ArtifactError, match=r"out: the disk is full: free some space or choose"):
         build(workspace, tiny_config())

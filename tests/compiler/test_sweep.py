@@ -70,12 +70,15 @@ def sweep(
     key: str = "key",
     comparators: Mapping[str, Any] | None = None,
 ) -> tuple[Executor, Comparisons]:
-    executor = Executor(frontend.load(str(source), work=work).model)
-    calibrated = any(isinstance(one, Calibrate) for one in passes)
+    calibrate = next((one for one in passes if isinstance(one, Calibrate)), None)
+    executor = Executor(
+        frontend.load(str(source), work=work).model,
+        precision="float32" if calibrate is None else calibrate.resolved_precision,
+    )
     found = run_sweep(
         executor,
         passes,
-        make_batches(*windows(), size=2) if calibrated else [],
+        make_batches(*windows(), size=2) if calibrate is not None else [],
         comparators=comparators or {},
         checkpoint=SweepCheckpoint(work / "sweep", key),
         progress=SilentProgress(),
@@ -112,7 +115,9 @@ def test_statistics_are_taken_through_the_prefix_that_was_asked_for(
     source: Path, tmp_path: Path, through: str
 ) -> None:
     seen: list[tuple[str, NDArray[np.float64] | None]] = []
-    calibrate = Calibrate(through="compressed" if through == "compressed" else "original")
+    calibrate = Calibrate(
+        through="compressed" if through == "compressed" else "original", precision="float32"
+    )
     executor, _ = sweep(source, tmp_path, calibrate, GPTQ, Watch(seen=seen))
     firsts = [name.split(", ")[0] for name, _ in seen]
     assert len(firsts) == 9
@@ -130,6 +135,21 @@ def test_statistics_are_taken_through_the_prefix_that_was_asked_for(
         np.testing.assert_allclose(gram, expected[name], rtol=0, atol=tolerance)
         if position > 0:
             assert np.abs(other[name] - expected[name]).max() > 10 * tolerance
+
+
+def test_bfloat16_statistics_are_those_of_float32_but_for_rounding(
+    source: Path, tmp_path: Path
+) -> None:
+    grams: dict[str, list[NDArray[np.float64]]] = {}
+    for precision in ("float32", "bfloat16"):
+        seen: list[tuple[str, NDArray[np.float64] | None]] = []
+        calibrate = Calibrate(through="original", precision=precision)
+        sweep(source, tmp_path / precision, calibrate, QuantizeRtn(bits=8), Watch(seen=seen))
+        grams[precision] = [gram for _, gram in seen if gram is not None]
+    for exact, rounded in zip(grams["float32"], grams["bfloat16"], strict=True):
+        # Eight roundings stand between the embedding and a Gram at most; they add like noise.
+        error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+        assert 0 < error < 8 * 2.0**-9
 
 
 def test_passes_run_in_order_on_every_group(source: Path, tmp_path: Path) -> None:
@@ -187,8 +207,9 @@ def test_comparators_get_the_rank_of_each_linear_and_change_nothing(
 
 @pytest.mark.parametrize("through", ["compressed", "original"])
 def test_resumed_sweep_ends_bit_for_bit_the_same(
-    source: Path, tmp_path: Path, through: str
+    source: Path, tmp_path: Path, through: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
     calibrate = Calibrate(through="compressed" if through == "compressed" else "original")
     passes = (calibrate, GPTQ, Eora(rank=4))
     solver = {"svd": compensation_solver("svd")}
@@ -207,7 +228,10 @@ def test_resumed_sweep_ends_bit_for_bit_the_same(
         np.testing.assert_array_equal(again["svd"][name].product(), factors.product())
 
 
-def test_checkpoint_of_other_inputs_is_not_resumed(source: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_other_inputs_is_not_resumed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
     sweep(source, tmp_path, Calibrate(), GPTQ, key="old")
     watch = Watch(seen=[])
     executor, _ = sweep(source, tmp_path, Calibrate(), QuantizeRtn(bits=8), watch, key="new")
