@@ -29,7 +29,7 @@ FUSED_DOMAIN = "eoracc"
 FUSED_OP = "MatMulNBitsLowRank"
 
 # Positions of the fused op's inputs (the op's table is in docs/op.md).
-X, B, SCALES, ZERO_POINTS, BIAS, LORA_A, LORA_B = range(7)
+X, B, SCALES, ZERO_POINTS, BIAS, LORA_A, LORA_B, LORA_A_SCALE, LORA_B_SCALE = range(9)
 
 Activations = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
 """Yields per batch the inputs ``float32 [tokens, K]`` and token weights ``float32 [tokens]``."""
@@ -143,9 +143,10 @@ class Linear:
             self._initializer("scales", weight.scales),
             self._initializer("zero_points", weight.zero_points),
             None,
-            self._initializer("lora_a", None if factors is None else factors.lora_a),
-            self._initializer("lora_b", None if factors is None else factors.lora_b),
         ]
+        for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale"):
+            array = None if factors is None else getattr(factors, part)
+            operands.append(self._initializer(part, array))
         while operands[-1] is None:
             operands.pop()
         replaced, stale = self.node, tuple(self.node.inputs[1:])
@@ -247,6 +248,9 @@ def _from_matmul(node: ir.Node) -> Linear | None:
 
 
 def _from_fused(node: ir.Node) -> Linear:
+    if node.attributes.get_int("layout", 0):
+        raise ModelError(f"node {node.name}: is stored in tiles, as only a lowered graph is")
+
     def array(position: int) -> NDArray[np.generic] | None:
         value = node.inputs[position] if position < len(node.inputs) else None
         return None if value is None or value.const_value is None else value.const_value.numpy()
@@ -255,6 +259,14 @@ def _from_fused(node: ir.Node) -> Linear:
     if packed is None or scales is None:
         raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
     lora_a, lora_b = array(LORA_A), array(LORA_B)
+    factors = None
+    if lora_a is not None and lora_b is not None:
+        factors = LowRank(
+            lora_a=lora_a,  # type: ignore[arg-type]
+            lora_b=lora_b,  # type: ignore[arg-type]
+            lora_a_scale=array(LORA_A_SCALE),  # type: ignore[arg-type]
+            lora_b_scale=array(LORA_B_SCALE),  # type: ignore[arg-type]
+        )
     in_features, out_features = (node.attributes[key].as_int() for key in ("K", "N"))
     return Linear(
         name=str(node.name),
@@ -271,7 +283,7 @@ def _from_fused(node: ir.Node) -> Linear:
             group_size=node.attributes["block_size"].as_int(),
             in_features=in_features,
         ),
-        factors=None if lora_a is None or lora_b is None else LowRank(lora_a=lora_a, lora_b=lora_b),  # type: ignore[arg-type]
+        factors=factors,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-__all__ = ["PARTS", "WINDOW_KEY"]
+__all__ = ["LOGITS_TO_KEEP", "PARTS", "WINDOW_KEY"]
 
 PARTS = MappingProxyType(
     {
@@ -17,3 +17,6 @@ parts in the order in which their rows lie."""
 
 WINDOW_KEY = "eoracc.local_window_size"
 """Node metadata of an ``Attention``: the keys that a query sees, itself included; 0 means all."""
+
+LOGITS_TO_KEEP = "logits_to_keep"
+"""Input of a lowered decoder: how many of each row's last tokens get logits; 1 unless given."""

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from eoracc.compiler.embeddings import GATHER_OP
 from eoracc.compiler.errors import PassError
 from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
-from eoracc.plugins.operands import BITS
+from eoracc.plugins.operands import BITS, CHUNK, TILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,6 +72,8 @@ OPS: Mapping[Stage, frozenset[Op]] = {
     Stage.ONNXRUNTIME: _STANDARD
     | _FUSED
     | {
+        ("", "GatherND"),
+        ("", "Max"),
         ("com.microsoft", "GroupQueryAttention"),
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     },
@@ -79,7 +81,8 @@ OPS: Mapping[Stage, frozenset[Op]] = {
 """Stage to the operators, by domain and name, that may stand in its graph."""
 
 _REAL = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
-_FACTORS = (*_REAL, ir.DataType.INT8)
+_CODES = (ir.DataType.INT8, ir.DataType.UINT8)  # of int8 factors: plain, and in tiles
+_FACTORS = (*_REAL, *_CODES)
 
 
 def check(model: ir.Model, stage: Stage, *, after: str) -> None:
@@ -144,15 +147,29 @@ def _check_weight(node: ir.Node, where: str) -> None:
         raise PassError(where, f"bits={bits} with block_size={group} is not a stored form")
     packed = _operand(node, 1)
     stored = None if packed is None or packed.shape is None else packed.shape[0]
-    rows = node.attributes.get_int("N", stored if isinstance(stored, int) else 0)
+    first = stored if isinstance(stored, int) else 0
     groups = -(-columns // group)
-    _expect(node, 1, (rows, groups, group * bits // 8), (ir.DataType.UINT8,), where)
-    _expect(node, 2, (rows, groups), _REAL, where)
-    _expect(node, 3, (rows, groups), (ir.DataType.UINT8,), where, optional=True)
+    codes: tuple[int, ...]
+    if _is_tiled(node):
+        tiles = -(-node.attributes.get_int("N", first * TILE) // TILE)
+        chunk = CHUNK[bits]
+        codes = (tiles, -(-columns // chunk), chunk * bits * TILE // 8)
+        per_group: tuple[int, ...] = (tiles, groups, TILE)
+    else:
+        rows = node.attributes.get_int("N", first)
+        codes = (rows, groups, group * bits // 8)
+        per_group = (rows, groups)
+    _expect(node, 1, codes, (ir.DataType.UINT8,), where)
+    _expect(node, 2, per_group, _REAL, where)
+    _expect(node, 3, per_group, (ir.DataType.UINT8,), where, optional=True)
+
+
+def _is_tiled(node: ir.Node) -> bool:
+    return node.attributes.get_int("layout", 0) == 1
 
 
 def _check_linear(node: ir.Node, where: str) -> None:
-    """The input, the bias and the low-rank factors."""
+    """The input, the bias, the low-rank factors and what is fused."""
     columns, rows = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
     read = _operand(node, 0)
     if read is not None and read.shape is not None and read.shape[-1] != columns:
@@ -161,10 +178,40 @@ def _check_linear(node: ir.Node, where: str) -> None:
     lora_a, lora_b = _operand(node, 5), _operand(node, 6)
     if (lora_a is None) != (lora_b is None):
         raise PassError(where, "has one of its two low-rank factors only")
-    if lora_a is not None and lora_a.shape is not None:
+    for factor, scale in ((5, 7), (6, 8)):
+        is_int8 = _operand(node, scale) is not None
+        if is_int8 != (_dtype(node, factor) in _CODES):
+            raise PassError(where, "has an int8 factor without its scale, or the other way round")
+    if lora_a is not None and lora_b is not None:
+        _check_factors(node, lora_a, lora_b, where)
+    _expect(node, 9, (columns,), _REAL, where, optional=True)
+
+
+def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str) -> None:
+    columns, rows = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+    if lora_a.shape is None or lora_b.shape is None:
+        return
+    if not _is_tiled(node):
         rank = lora_a.shape[0]
         _expect(node, 5, (rank, columns), _FACTORS, where)
         _expect(node, 6, (rows, rank), _FACTORS, where)
+        return
+    parts = max(len(node.attributes.get_ints("parts", ())), 1)
+    tiles = -(-rows // TILE)
+    if _dtype(node, 5) == ir.DataType.UINT8:
+        _expect(node, 5, (lora_a.shape[0], -(-columns // 4), 4 * TILE), _CODES, where)
+    else:
+        _expect(node, 5, (lora_a.shape[0], columns, TILE), _REAL, where)
+    quads = 4 if _dtype(node, 6) == ir.DataType.UINT8 else 1
+    rank = lora_b.shape[1]
+    _expect(node, 6, (tiles, rank, TILE * quads), _CODES if quads == 4 else _REAL, where)
+    if isinstance(rank, int) and lora_a.shape[0] != parts * -(-rank * quads // TILE):
+        raise PassError(where, f"{parts} parts of rank {rank * quads} do not fit {lora_a.shape}")
+
+
+def _dtype(node: ir.Node, position: int) -> ir.DataType | None:
+    value = _operand(node, position)
+    return None if value is None else value.dtype
 
 
 def _check_matmul(node: ir.Node, where: str) -> None:

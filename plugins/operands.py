@@ -46,6 +46,7 @@ __all__ = [
     "PluginError",
     "pack_codes",
     "tile_codes",
+    "tile_int8",
     "tile_rows",
     "unpack_codes",
     "untile_codes",
@@ -203,6 +204,22 @@ def tile_rows(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     return np.ascontiguousarray(padded.reshape(tiles, TILE, columns).transpose(0, 2, 1))
 
 
+def tile_int8(values: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """An int8 factor as 8-bit tiles, the value 0 stored as 128, padding included.
+
+    Args:
+      values: ``[rows, columns]``.
+
+    Returns:
+      ``uint8 [ceil(rows / 16), ceil(columns / 4), 64]``.
+
+    >>> tile_int8(np.array([[-127, 0, 5]], np.int8))[0, 0, :5].tolist()
+    [1, 128, 133, 128, 128]
+    """
+    codes = (values.astype(np.int16) + INT8_ZERO).astype(np.uint8)
+    return tile_codes(codes, bits=8, padding=INT8_ZERO)
+
+
 def untile_rows(tiled: NDArray[_Scalar], rows: int) -> NDArray[_Scalar]:
     """Inverse of :func:`tile_rows`: ``[rows, columns]``."""
     tiles, columns, _ = tiled.shape
@@ -341,6 +358,17 @@ class LowRank:
     lora_a_scale: NDArray[np.float32] | None = None
     lora_b_scale: NDArray[np.float32] | None = None
 
+    def __post_init__(self) -> None:
+        """Check that what is int8, and nothing else, has scales.
+
+        Raises:
+          PluginError: it is not so.
+        """
+        for name in ("lora_a", "lora_b"):
+            is_int8 = getattr(self, name).dtype == np.int8
+            if is_int8 != (getattr(self, f"{name}_scale") is not None):
+                raise PluginError(f"{name}: int8 factors have one scale a row, others have none")
+
     @property
     def rank(self) -> int:
         """``R``; 0 turns the correction off."""
@@ -380,10 +408,9 @@ class LowRank:
         ):
             if scale is None:
                 tiled[name] = tile_rows(factor)
-                continue
-            codes = (factor.astype(np.int16) + INT8_ZERO).astype(np.uint8)
-            tiled[name] = tile_codes(codes, bits=8, padding=INT8_ZERO)
-            tiled[f"{name}_scale"] = tile_rows(scale[:, None]).reshape(-1)
+            else:
+                tiled[name] = tile_int8(factor.astype(np.int8, copy=False))
+                tiled[f"{name}_scale"] = tile_rows(scale[:, None]).reshape(-1)
         return tiled
 
 

@@ -23,11 +23,18 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-__all__ = ["Cache", "Session", "open_linears", "open_session"]
+__all__ = ["LINEARS_KEY", "Cache", "Session", "open_linears", "open_session"]
 
 Cache = Mapping[str, NDArray[np.generic]]
 """Keys and values by input name, ``past_key_values.<i>.key|value``: ``[B, heads, P, head]``."""
 
+LINEARS_KEY = "eoracc.linears"
+"""Node metadata of a fused op: names of the linears in it, in the order of their rows."""
+
+_LOGITS_TO_KEEP = "logits_to_keep"
+_FUSED_INPUTS = 9
+"""Inputs of the fused op that belong to its linears; a norm and a residual follow."""
+_FUSED_ATTRIBUTES = ("activation", "norm_epsilon")
 _PAST = "past_key_values."
 _PRESENT = "present."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -41,6 +48,8 @@ class Session:
         self._inference = inference
         inputs = {value.name: value for value in inference.get_inputs()}
         self._needs_positions = "position_ids" in inputs
+        optional = {value.name for value in inference.get_overridable_initializers()}
+        self._trims_logits = _LOGITS_TO_KEEP in optional
         self._empty = {
             name: (_DTYPES[value.type], value.shape)
             for name, value in inputs.items()
@@ -53,6 +62,8 @@ class Session:
         input_ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64] | None = None,
         past: Cache | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[NDArray[np.float32], Cache]:
         """One call of the model.
 
@@ -60,9 +71,11 @@ class Session:
           input_ids: ``[B, S]``, the tokens after the past.
           attention_mask: ``[B, P + S]``, past included, padded on the right; None means all ones.
           past: what the call before returned; None at the beginning.
+          last_only: compute the logits of each row's last token and no others.
 
         Returns:
-          Logits ``float32 [B, S, V]`` and the cache, grown by S.
+          Logits ``float32 [B, S, V]``, those of padding undefined, or ``[B, 1, V]``; and the cache,
+          grown by S.
         """
         batch, length = input_ids.shape
         past = self._no_past(batch) if past is None else past
@@ -77,13 +90,24 @@ class Session:
         if self._needs_positions:
             positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
             feeds["position_ids"] = np.ascontiguousarray(positions[:, past_length:])
+        if self._trims_logits and not last_only:
+            feeds[_LOGITS_TO_KEEP] = np.array(length, np.int64)
         results = dict(zip(self._outputs, self._inference.run(None, feeds), strict=True))
         present = {
             name.replace(_PRESENT, _PAST, 1): array
             for name, array in results.items()
             if name.startswith(_PRESENT)
         }
-        return results["logits"].astype(np.float32, copy=False), present
+        logits: NDArray[np.float32] = results["logits"].astype(np.float32, copy=False)
+        last = np.clip(attention_mask.sum(axis=1) - 1 - past_length, 0, length - 1)
+        if last_only:
+            if not self._trims_logits:  # of an older artifact
+                logits = logits[np.arange(batch), last][:, None]
+        elif self._trims_logits:
+            # They come as the last tokens of each row, which padding may follow.
+            for row in np.flatnonzero(last < length - 1):
+                logits[row] = np.roll(logits[row], last[row] + 1, axis=0)
+        return logits, present
 
     def run_chunks(
         self,
@@ -123,20 +147,18 @@ class Session:
         ids = np.zeros_like(mask)
         for index, prompt in enumerate(prompts):
             ids[index, : len(prompt)] = prompt
-        logits, past = self.run(ids, mask)
-        last = logits[np.arange(len(prompts)), lengths - 1]
+        logits, past = self.run(ids, mask, last_only=True)
         found: list[list[int]] = [[] for _ in prompts]
         running = np.ones(len(prompts), bool)
         for step in range(max_new_tokens):
-            tokens = last.argmax(axis=-1)
+            tokens = logits[:, -1].argmax(axis=-1)
             running &= ~np.isin(tokens, stop)
             for row in np.flatnonzero(running):
                 found[row].append(int(tokens[row]))
             if not running.any() or step + 1 == max_new_tokens:
                 break
             mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
-            logits, past = self.run(tokens[:, None].astype(np.int64), mask, past)
-            last = logits[:, -1]
+            logits, past = self.run(tokens[:, None].astype(np.int64), mask, past, last_only=True)
         return found
 
     def _no_past(self, batch: int) -> Cache:
@@ -201,20 +223,20 @@ def _open(
 def open_linears(
     folder: Path, names: Sequence[str], *, library: bool = True, threads: int | None = None
 ) -> Iterator[Callable[[Mapping[int, NDArray[np.float32]]], NDArray[np.float32]]]:
-    """Single fused ops of the artifact, to be run on their own.
+    """Single linears of the artifact, to be run on their own, from the operands that it stores.
 
     Args:
       folder: the artifact.
-      names: of the nodes.
+      names: of the linears.
       library: see :func:`open_session`.
       threads: see :func:`open_session`.
 
     Yields:
-      For each name a function from inputs by width, ``{K: [rows, K]}``, to the op's outputs,
-      ``float32 [rows, N]``.
+      For each name a function from inputs by width, ``{K: [rows, K]}``, to the linear's outputs,
+      ``float32 [rows, N]``, without the norm, the activation and the residual fused with it.
 
     Raises:
-      ArtifactError: there is no such node.
+      ArtifactError: there is no such linear.
       BackendError: ONNX Runtime is missing or refuses the op.
     """
     import onnx_ir  # noqa: PLC0415 - only parity needs it
@@ -224,27 +246,42 @@ def open_linears(
         model = onnx_ir.load(decoder.model)
     except Exception as error:
         raise ArtifactError(f"{decoder.model}: cannot be read: {error}") from error
-    nodes = {node.name: node for node in model.graph if node.domain == "eoracc"}
+    places = {
+        name: (node, part)
+        for node in model.graph
+        if node.domain == "eoracc"
+        for part, name in enumerate(_linear_names(node))
+    }
     native = decoder.library if library else None
+    opened: tuple[ir.Node, Any] | None = None
     for name in names:
-        if name not in nodes:
-            raise ArtifactError(f"{decoder.model}: has no fused op '{name}'")
-        single = _single(model, nodes[name])
-        inference = _open(
-            onnx_ir.to_proto(single).SerializeToString(), native, threads, f"{folder}: {name}"
-        )
-        yield partial(_run_linear, inference, nodes[name].attributes["K"].as_int())
+        if name not in places:
+            raise ArtifactError(f"{decoder.model}: has no linear '{name}'")
+        node, part = places[name]
+        if opened is None or opened[0] is not node:  # merged linears come one after the other
+            proto = onnx_ir.to_proto(_single(model, node)).SerializeToString()
+            opened = node, _open(proto, native, threads, f"{folder}: {name}")
+        sizes = node.attributes.get_ints("parts", ()) if len(_linear_names(node)) > 1 else ()
+        start = sum(sizes[:part])
+        rows = slice(start, start + sizes[part]) if sizes else slice(None)
+        yield partial(_run_linear, opened[1], node.attributes["K"].as_int(), rows)
+
+
+def _linear_names(node: ir.Node) -> list[str]:
+    return node.metadata_props.get(LINEARS_KEY, str(node.name)).split(",")
 
 
 def _single(model: ir.Model, node: ir.Node) -> ir.Model:
-    """A model of ``node`` alone, weights included."""
+    """A model of ``node`` alone, weights included, without what is fused with its linears."""
     import onnx_ir  # noqa: PLC0415 - only parity needs it
+
+    from eoracc.plugins.functions import local_function  # noqa: PLC0415 - it needs onnx_ir
 
     source = node.inputs[0]
     dtype = (source.dtype if source is not None else None) or onnx_ir.DataType.FLOAT
     x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(["rows", None]))
     operands: list[ir.Value | None] = [x]
-    for value in node.inputs[1:]:
+    for value in node.inputs[1:_FUSED_INPUTS]:
         if value is None:
             operands.append(None)
             continue
@@ -255,14 +292,14 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
         operands.append(
             onnx_ir.Value(name=value.name, const_value=onnx_ir.tensor(array, name=value.name))
         )
-    single = onnx_ir.Node(
-        node.domain,
-        node.op_type,
-        operands,
-        list(node.attributes.values()),
-        overload=node.overload,
-        name=node.name,
-    )
+    while operands[-1] is None:
+        operands.pop()
+    attributes = [a for a in node.attributes.values() if a.name not in _FUSED_ATTRIBUTES]
+    single = onnx_ir.Node(node.domain, node.op_type, operands, attributes, name=node.name)
+    # The artifact has the body for its own combination of fusions; without any it is another one.
+    alike = len(node.inputs) <= _FUSED_INPUTS and len(attributes) == len(node.attributes)
+    function = model.functions[node.op_identifier()] if alike else local_function(single)
+    single.overload = function.overload
     y = single.outputs[0]
     y.name, y.type = "y", onnx_ir.TensorType(dtype)
     graph = onnx_ir.Graph(
@@ -273,17 +310,15 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
         opset_imports=dict(model.opset_imports),
         name="linear",
     )
-    functions = [
-        function for key, function in model.functions.items() if key == single.op_identifier()
-    ]
-    return onnx_ir.Model(graph, ir_version=model.ir_version, functions=functions)
+    return onnx_ir.Model(graph, ir_version=model.ir_version, functions=[function])
 
 
 def _run_linear(
     inference: Any,  # noqa: ANN401 - onnxruntime has no types
     width: int,
+    rows: slice,
     inputs: Mapping[int, NDArray[np.float32]],
 ) -> NDArray[np.float32]:
     dtype = _DTYPES[inference.get_inputs()[0].type]
     outputs: NDArray[np.generic] = inference.run(None, {"x": inputs[width].astype(dtype)})[0]
-    return outputs.astype(np.float32, copy=False)
+    return outputs[:, rows].astype(np.float32, copy=False)

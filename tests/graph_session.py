@@ -32,6 +32,7 @@ class GraphSession:
             str(path), options, providers=["CPUExecutionProvider"]
         )
         self.inputs = [value.name for value in self._session.get_inputs()]
+        self.optional = [value.name for value in self._session.get_overridable_initializers()]
 
     def logits(
         self,
@@ -57,8 +58,15 @@ class GraphSession:
                 "position_ids": positions(mask)[:, start:end],
             }
             feeds = {name: array for name, array in feeds.items() if name in self.inputs} | cache
+            if "logits_to_keep" in self.optional:
+                feeds["logits_to_keep"] = np.array(size, np.int64)
             results = dict(zip(outputs, self._session.run(None, feeds), strict=True))
             logits.append(results["logits"])
+            if "logits_to_keep" in self.optional:
+                # They come as the last tokens of each row, which padding may follow.
+                for row, length in enumerate(mask[:, :end].sum(axis=1)):
+                    padding = min(end - length, size - 1)
+                    logits[-1][row] = np.roll(logits[-1][row], -padding, axis=0)
             cache = {name: results[name.replace("past_key_values", "present")] for name in cache}
             start = end
         return np.concatenate(logits, axis=1)

@@ -9,7 +9,11 @@ from tests.tiny_models import tiny_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["write_byte_tokenizer", "write_tiny_artifact"]
+    import onnx_ir as ir
+
+    from eoracc.compiler.linears import Linear
+
+__all__ = ["tiny_linears", "write_byte_tokenizer", "write_tiny_artifact"]
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _VOCABULARY = len(_SPECIAL) + 256
@@ -54,6 +58,28 @@ def write_byte_tokenizer(folder: Path, *, bos: bool = False, chat: bool = False)
     return folder
 
 
+def tiny_linears(work: Path) -> list[Linear]:
+    """The compressed linears of what :func:`write_tiny_artifact` wrote, compressed anew."""
+    from eoracc.compiler import frontend
+
+    linears = _compress(frontend.load(str(work / "checkpoint"), work=work).model)
+    return [linear for linear in linears if linear.compressed is not None]
+
+
+def _compress(model: ir.Model) -> list[Linear]:
+    from eoracc.compiler.linears import LinearGroup, find_linears
+    from eoracc.passes.quantize_rtn import QuantizeRtn
+    from eoracc.passes.svd import Svd
+
+    linears = find_linears(model)
+    quantize, compensate = QuantizeRtn(bits=3, group_size=16), Svd(rank=2)
+    for linear in linears:
+        group = LinearGroup((linear,))
+        quantize.call(group)
+        compensate.call(group)
+    return linears
+
+
 def write_tiny_artifact(work: Path) -> Path:
     """Build ``work/artifact`` from a SmolLM-like model in 3 bits, without calibration.
 
@@ -61,7 +87,6 @@ def write_tiny_artifact(work: Path) -> Path:
     """
     from eoracc.compiler import frontend
     from eoracc.compiler.artifact import ArtifactWriter
-    from eoracc.compiler.linears import LinearGroup, find_linears
     from eoracc.compiler.lowering.genai_config import genai_config
     from eoracc.compiler.lowering.onnxruntime import lower
     from eoracc.compiler.report import (
@@ -71,19 +96,12 @@ def write_tiny_artifact(work: Path) -> Path:
         Report,
         linear_report,
     )
-    from eoracc.passes.quantize_rtn import QuantizeRtn
-    from eoracc.passes.svd import Svd
     from eoracc.plugins.library import library_path
 
     source = tiny_model("smollm", work / "checkpoint", vocab_size=_VOCABULARY)
     write_byte_tokenizer(source, chat=True)
     loaded = frontend.load(str(source), work=work)
-    linears = find_linears(loaded.model)
-    quantize, compensate = QuantizeRtn(bits=3, group_size=16), Svd(rank=2)
-    for linear in linears:
-        group = LinearGroup((linear,))
-        quantize.call(group)
-        compensate.call(group)
+    linears = _compress(loaded.model)
     lowered = lower(loaded.model)
     row = FidelityRow(
         name="original",

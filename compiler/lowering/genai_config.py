@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
+from eoracc.compiler.names import LOGITS_TO_KEEP
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -39,7 +41,12 @@ def genai_config(
     if custom_ops_library is not None:
         session_options["custom_ops_library"] = custom_ops_library
     inputs = {str(value.name): str(value.name) for value in model.graph.inputs}
-    names = {name: name for name in inputs if not name.startswith("past_key_values.")}
+    # genai feeds what it knows; how many logits to keep is left at its default, one.
+    names = {
+        name: name
+        for name in inputs
+        if not name.startswith("past_key_values.") and name != LOGITS_TO_KEEP
+    }
     head_size = next(
         value.shape[3]
         for value in model.graph.inputs

@@ -1,4 +1,8 @@
-"""Lowering to ONNX Runtime: fused attention and norms, and a function body for every eoracc op.
+"""Lowering to ONNX Runtime: fused attention, tiled linears that take in what stands around them.
+
+A decoder block becomes five nodes where its family allows it: q/k/v with the norm before them, the
+attention, the output projection with the residual, gate and up with their norm and activation, and
+down with the residual. Every eoracc op gets a function body, so that a stock runtime can run it.
 
 The fused attention, ``GroupQueryAttention``, updates the key/value cache in place, which is what
 makes decoding cheap. It counts lengths instead of reading the mask, so batches must be padded on
@@ -7,6 +11,7 @@ the right, and it takes a chunk on a cache for one row only.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +21,21 @@ from onnx_ir.passes import common
 from eoracc import __version__
 from eoracc.compiler.graph import register_tensor
 from eoracc.compiler.linears import FUSED_DOMAIN
+from eoracc.compiler.lowering.fuse_linears import (
+    fuse_bias,
+    fuse_gate,
+    fuse_norm,
+    fuse_residual,
+    same_shape,
+)
+from eoracc.compiler.lowering.last_logits import keep_last_logits
+from eoracc.compiler.lowering.tiles import tile_operands
 from eoracc.compiler.names import WINDOW_KEY
 from eoracc.plugins.functions import local_function
+from eoracc.runtime.session import LINEARS_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["CONTRIB_DOMAIN", "lower"]
 
@@ -32,26 +47,38 @@ _IR_VERSION = 11
 """The newest that ONNX Runtime 1.31 and onnxruntime-genai 0.18 read; overloads need 10."""
 
 
-def lower(model: ir.Model) -> ir.Model:
+def lower(model: ir.Model, *, accuracy_level: int = 0) -> ir.Model:
     """Rewrite ``model`` into what ONNX Runtime runs best.
 
     Args:
       model: as the frontend built it, compressed or not. It is left as it is.
+      accuracy_level: of every compressed linear: 0 for float activations, 4 allows int8 ones.
 
     Returns:
-      A new graph that shares its tensors. ``position_ids`` is no longer an input where every
-      attention applies the rotary embedding itself.
+      A new graph that shares the tensors of what is not compressed. ``position_ids`` is no longer
+      an input where every attention applies the rotary embedding itself. Logits are those of each
+      row's last token, or of as many as the optional input ``logits_to_keep`` says.
     """
     lowered = model.clone()
     graph = lowered.graph
-    _fuse_attention(graph)
+    lengths = _Lengths.of(graph)
+    fuse_bias(graph)
+    fuse_gate(graph)
+    tile_operands(graph, accuracy_level=accuracy_level)
+    fuse_gate(graph)
+    if lengths is not None:
+        _fuse_attention(graph, lengths)
+        keep_last_logits(graph, lengths.last)
+    fuse_norm(graph)
+    fuse_residual(graph)
     _fuse_skip_norm(graph)
     common.RemoveUnusedNodesPass()(lowered)
     graph.sort()
     _drop_unused_inputs(graph)
     _add_functions(lowered)
     for node in graph:
-        node.metadata_props.clear()
+        for key in set(node.metadata_props) - {LINEARS_KEY}:
+            del node.metadata_props[key]
     used = {node.domain for node in graph}
     graph.opset_imports.update({domain: 1 for domain in used if domain})
     lowered.ir_version = _IR_VERSION
@@ -59,16 +86,51 @@ def lower(model: ir.Model) -> ir.Model:
     return lowered
 
 
+@dataclass(frozen=True, eq=False)
+class _Lengths:
+    """What the attention mask counts.
+
+    Attributes:
+      last: index of each row's last valid token, ``int64 [B]``.
+      total: length of the padded rows, ``int64 []``.
+    """
+
+    last: ir.Value
+    total: ir.Value
+
+    @classmethod
+    def of(cls, graph: ir.Graph) -> _Lengths | None:
+        """Put nodes that count before all others; None where there is no mask."""
+        mask = next((value for value in graph.inputs if value.name == "attention_mask"), None)
+        if mask is None:
+            return None
+        tape = ir.tape.Tape()
+
+        def constant(role: str, value: int | list[int]) -> ir.Value:
+            return register_tensor(graph, ir.tensor(np.array(value), name=f"cache.{role}"))
+
+        valid = tape.op("ReduceSum", [mask, constant("row", [1])], {"keepdims": 0})
+        last = tape.op("Sub", [valid, constant("one", 1)])
+        total = tape.op("Squeeze", [tape.op("Shape", [mask], {"start": 1, "end": 2})])
+        graph.insert_before(graph[0], tape.nodes)
+        return cls(last, total)
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _fuse_attention(graph: ir.Graph) -> None:
+def _fuse_attention(graph: ir.Graph, lengths: _Lengths) -> None:
     nodes = [node for node in graph if _is_fusable(node)]
     if not nodes:
         return
-    lengths = _cache_lengths(graph)
+    tape = ir.tape.Tape()
+    counts = [
+        tape.op("Cast", [value], {"to": ir.DataType.INT32})
+        for value in (lengths.last, lengths.total)
+    ]
+    graph.insert_before(nodes[0], tape.nodes)
     for node in nodes:
-        _fuse_one(graph, node, lengths)
+        _fuse_one(graph, node, counts)
 
 
 def _is_fusable(node: ir.Node) -> bool:
@@ -88,23 +150,8 @@ def _is_fusable(node: ir.Node) -> bool:
     )
 
 
-def _cache_lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """``seqlens_k int32 [B]``, index of each row's last key, and the padded length, a scalar."""
-    mask = next(value for value in graph.inputs if value.name == "attention_mask")
-    tape = ir.tape.Tape()
-
-    def constant(role: str, value: int | list[int]) -> ir.Value:
-        return register_tensor(graph, ir.tensor(np.array(value), name=f"cache.{role}"))
-
-    valid = tape.op("ReduceSum", [mask, constant("row", [1])], {"keepdims": 0})
-    last = tape.op("Sub", [valid, constant("one", 1)])
-    length = tape.op("Squeeze", [tape.op("Shape", [mask], {"start": 1, "end": 2})])
-    casts = [tape.op("Cast", [value], {"to": ir.DataType.INT32}) for value in (last, length)]
-    graph.insert_before(graph[0], tape.nodes)
-    return casts[0], casts[1]
-
-
-def _fuse_one(graph: ir.Graph, node: ir.Node, lengths: tuple[ir.Value, ir.Value]) -> None:
+def _fuse_one(graph: ir.Graph, node: ir.Node, counts: Sequence[ir.Value]) -> None:
+    """``counts``: index of each row's last key, ``int32 [B]``, and the padded length, a scalar."""
     query, key, value = node.inputs[:3]
     attributes: dict[str, int | float] = {
         "num_heads": node.attributes.get_int("q_num_heads"),
@@ -126,7 +173,7 @@ def _fuse_one(graph: ir.Graph, node: ir.Node, lengths: tuple[ir.Value, ir.Value]
     projections = (query, key, value) if packed is None else (packed, None, None)
     fused = ir.node(
         _GQA,
-        [*projections, *node.inputs[4:6], *lengths, *tables],
+        [*projections, *node.inputs[4:6], *counts, *tables],
         attributes,
         domain=CONTRIB_DOMAIN,
         num_outputs=3,
@@ -182,7 +229,7 @@ def _fuse_skip_norm(graph: ir.Graph) -> None:
     for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
         total, weight = norm.inputs
         add = total.producer() if total is not None else None
-        if add is None or add.op_type != "Add" or not _same_shape(*add.inputs):
+        if add is None or add.op_type != "Add" or not same_shape(*add.inputs):
             continue
         if total.is_graph_output() or norm.attributes.get_int("axis", -1) != -1:  # type: ignore[union-attr]
             continue
@@ -204,13 +251,6 @@ def _fuse_skip_norm(graph: ir.Graph) -> None:
             [norm.outputs[0], add.outputs[0]],
             [fused.outputs[0], fused.outputs[3]],
         )
-
-
-def _same_shape(left: ir.Value | None, right: ir.Value | None) -> bool:
-    """Both of rank 3 with equal dimensions: the fused op does not broadcast, a bias add does."""
-    if left is None or right is None or left.shape is None or right.shape is None:
-        return False
-    return len(left.shape) == 3 and left.shape == right.shape
 
 
 # --- the rest -------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LINEAR = "model.layers.1.self_attn.k_proj"
+NODE, TILE, FACTOR_TILE = "model.layers.1.self_attn.qkv_proj", 6, 1
+"""Where it lies: behind the 96 rows of q_proj, whose rank takes a tile."""
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +35,13 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def change(
     artifact: Path, copy: Path, part: str, edit: Callable[[NDArray[np.generic]], None]
 ) -> None:
-    """Copy the artifact and edit one operand of :data:`LINEAR`."""
+    """Copy the artifact and edit the first tile of one operand of :data:`LINEAR`."""
     shutil.copytree(artifact, copy)
     model = ir.load(copy / "model.onnx")
-    (value,) = (v for n, v in model.graph.initializers.items() if n == f"{LINEAR}.{part}")
+    (value,) = (v for n, v in model.graph.initializers.items() if n == f"{NODE}.{part}_tiles")
     assert value.const_value is not None
     array = value.const_value.numpy().copy()
-    edit(array)
+    edit(array[FACTOR_TILE if part == "lora_a" else TILE])
     value.const_value = ir.tensor(array, name=value.name)
     ir.external_data.load_to_model(model)
     ir.save(model, copy / "model.onnx", external_data="model.onnx.data")
@@ -78,7 +80,7 @@ def not_a_number(array: NDArray[np.generic]) -> None:
 @pytest.mark.parametrize(
     ("part", "edit"),
     [
-        ("weight_packed", one_code),
+        ("B", one_code),
         ("scales", one_scale),
         ("scales", not_a_number),
         ("lora_a", one_factor),

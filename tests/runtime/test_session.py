@@ -5,13 +5,12 @@ import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from eoracc.compiler.linears import find_linears
 from eoracc.runtime.backend import read_decoder
 from eoracc.runtime.errors import ArtifactError, BackendError
 from eoracc.runtime.session import Session, open_linears, open_session
+from tests.tiny_artifact import tiny_linears
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +66,23 @@ def test_cache_grows_by_what_was_fed(session: Session) -> None:
     }
 
 
+def test_last_logits_are_those_of_all(session: Session) -> None:
+    ids = np.zeros((3, 7), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(PROMPTS):
+        ids[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = 1
+    whole, past = session.run(ids, mask)
+    last, same = session.run(ids, mask, last_only=True)
+    assert last.shape == (3, 1, 260)
+    for row, prompt in enumerate(PROMPTS):
+        np.testing.assert_allclose(
+            last[row, 0], whole[row, len(prompt) - 1], rtol=0, atol=tolerance(whole)
+        )
+    for name, array in past.items():
+        np.testing.assert_array_equal(array, same[name])
+
+
 def test_generates_a_batch_as_it_generates_each_row(session: Session) -> None:
     together = session.generate(PROMPTS, 12)
     assert together == [session.generate([prompt], 12)[0] for prompt in PROMPTS]
@@ -90,11 +106,7 @@ def test_greedy_follows_the_argmax_of_whole_calls(session: Session) -> None:
 
 @pytest.mark.parametrize("library", [True, False])
 def test_single_linears_compute_what_their_weights_say(tiny_artifact: Path, library: bool) -> None:
-    linears = [
-        linear
-        for linear in find_linears(ir.load(tiny_artifact / "model.onnx"))
-        if linear.compressed is not None
-    ]
+    linears = tiny_linears(tiny_artifact.parent)
     assert len(linears) == 14
     rng = np.random.default_rng(0)
     inputs = {width: rng.standard_normal((3, width), np.float32) for width in (48, 96, 88)}
@@ -110,7 +122,7 @@ def test_single_linears_compute_what_their_weights_say(tiny_artifact: Path, libr
 
 
 def test_unknown_linear_is_named(tiny_artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"has no fused op 'model\.layers\.9\.q_proj'"):
+    with pytest.raises(ArtifactError, match=r"has no linear 'model\.layers\.9\.q_proj'"):
         next(open_linears(tiny_artifact, ["model.layers.9.q_proj"]))
 
 

@@ -1,0 +1,364 @@
+"""Store compressed linears and tables in the kernels' own order, one node for those of one input.
+
+Plain operands (``layout`` 0) become tiles (``layout`` 1, :mod:`eoracc.plugins.operands`). Linears
+that read one value and belong together (q/k/v, gate/up) become one node of several parts, whose
+rows lie one after the other: activations are then normalised and quantized once, and one pass over
+the threads serves all of them.
+
+Tiles are made when the model is written, one operand at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from eoracc.compiler.embeddings import GATHER_OP
+from eoracc.compiler.graph import register_tensor
+from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.compiler.names import PARTS
+from eoracc.plugins.operands import (
+    CHUNK,
+    TILE,
+    tile_codes,
+    tile_int8,
+    tile_rows,
+    unpack_codes,
+)
+from eoracc.runtime.session import LINEARS_KEY
+
+__all__ = ["tile_operands"]
+
+_Convert = Callable[[NDArray[Any]], NDArray[Any]]
+
+# Positions of the op's inputs.
+_X, _B, _SCALES, _ZERO_POINTS, _BIAS, _LORA_A, _LORA_B, _A_SCALE, _B_SCALE = range(9)
+
+_VECTOR = 64
+
+_NAMES = (
+    "X",
+    "B",
+    "scales",
+    "zero_points",
+    "bias",
+    "lora_a",
+    "lora_b",
+    "lora_a_scale",
+    "lora_b_scale",
+)
+
+
+def tile_operands(graph: ir.Graph, *, accuracy_level: int) -> None:
+    """Bring every compressed linear and table of ``graph`` into tiles, merging what can be merged.
+
+    A node whose operands are not all constant (factors that a caller sets) stays as it is.
+
+    Args:
+      graph: changed in place.
+      accuracy_level: for every linear, see docs/op.md.
+    """
+    store = _Store(graph)
+    for group in _groups(graph):
+        _replace(graph, store, group, accuracy_level)
+    for node in [node for node in graph if _is_plain(node, GATHER_OP)]:
+        _tile_table(store, node)
+    for value in store.stale:
+        if not value.uses():
+            graph.initializers.pop(str(value.name), None)
+
+
+def _is_plain(node: ir.Node, op_type: str) -> bool:
+    return (
+        (node.domain, node.op_type) == (FUSED_DOMAIN, op_type)
+        and node.attributes.get_int("layout", 0) == 0
+        and all(value is None or value.const_value is not None for value in node.inputs[1:])
+    )
+
+
+# --- which nodes become one -----------------------------------------------------------------------
+
+
+def _groups(graph: ir.Graph) -> list[tuple[ir.Node, ...]]:
+    """Every linear once, alone or with those that it is merged with, parts in their order."""
+    nodes = [node for node in graph if _is_plain(node, FUSED_OP)]
+    modules: dict[str, dict[str, ir.Node]] = defaultdict(dict)
+    for node in nodes:
+        parent, _, role = str(node.name).rpartition(".")
+        modules[parent][role] = node
+    groups: list[tuple[ir.Node, ...]] = []
+    for members in modules.values():
+        for roles in PARTS.values():
+            parts = tuple(members[role] for role in roles if role in members)
+            if len(parts) == len(roles) and _fit_together(parts):
+                groups.append(parts)
+    merged = {node for group in groups for node in group}
+    return groups + [(node,) for node in nodes if node not in merged]
+
+
+def _fit_together(nodes: Sequence[ir.Node]) -> bool:
+    """Of one input, whole tiles each, stored alike."""
+    return (
+        len({node.inputs[_X] for node in nodes}) == 1
+        and all(node.attributes["N"].as_int() % TILE == 0 for node in nodes)
+        and len({_form(node) for node in nodes}) == 1
+        and len({_factor_form(node) for node in nodes if _array(node, _LORA_A) is not None}) <= 1
+    )
+
+
+def _form(node: ir.Node) -> tuple[Any, ...]:
+    scales, zero_points = _array(node, _SCALES), _array(node, _ZERO_POINTS)
+    assert scales is not None  # noqa: S101 - the op has them
+    sizes = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+    return (*sizes, scales.dtype, zero_points is None)
+
+
+def _factor_form(node: ir.Node) -> tuple[Any, ...]:
+    factors = (_array(node, _LORA_A), _array(node, _LORA_B))
+    return tuple(None if factor is None else factor.dtype for factor in factors)
+
+
+def _array(node: ir.Node, position: int) -> ir.TensorProtocol | None:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    return None if value is None else value.const_value
+
+
+# --- one node in tiles ----------------------------------------------------------------------------
+
+
+def _replace(graph: ir.Graph, store: _Store, nodes: Sequence[ir.Node], accuracy_level: int) -> None:
+    first = nodes[0]
+    name = str(first.name) if len(nodes) == 1 else _merged_name(nodes)
+    sizes = [node.attributes["N"].as_int() for node in nodes]
+    attributes: dict[str, Any] = {
+        "K": first.attributes["K"].as_int(),
+        "N": sum(sizes),
+        "bits": first.attributes["bits"].as_int(),
+        "block_size": first.attributes["block_size"].as_int(),
+        "accuracy_level": accuracy_level,
+        "layout": 1,
+    }
+    if len(nodes) > 1:
+        attributes["parts"] = sizes
+    elif "activation" in first.attributes:  # packed before compression and gated
+        attributes |= {name: first.attributes[name].value for name in ("parts", "activation")}
+    operands = [first.inputs[_X], *store.weight(nodes, name), store.bias(nodes, name)]
+    operands += store.factors(nodes, name)
+    while operands[-1] is None:
+        operands.pop()
+    tiled = ir.node(FUSED_OP, operands, attributes, domain=FUSED_DOMAIN, name=name)
+    tiled.metadata_props[LINEARS_KEY] = ",".join(str(node.name) for node in nodes)
+    output, old = tiled.outputs[0], first.outputs[0]
+    output.name, output.type = f"{name}.output", old.type
+    if len(nodes) == 1:
+        output.shape = old.shape
+    elif old.shape is not None:
+        output.shape = ir.Shape([*old.shape[:-1], sum(sizes)])
+    new, results = [tiled], [output]
+    if len(nodes) > 1:
+        lengths = register_tensor(graph, ir.tensor(np.array(sizes, np.int64), name=f"{name}.sizes"))
+        split = ir.node(
+            "Split", [output, lengths], {"axis": -1}, num_outputs=len(nodes), name=f"{name}/Split"
+        )
+        new, results = [tiled, split], list(split.outputs)
+    ir.convenience.replace_nodes_and_values(
+        graph, first, nodes, new, [node.outputs[0] for node in nodes], results
+    )
+
+
+def _merged_name(nodes: Sequence[ir.Node]) -> str:
+    names = [str(node.name).rpartition(".") for node in nodes]
+    roles = tuple(role for _, _, role in names)
+    whole = next(whole for whole, parts in PARTS.items() if parts == roles)
+    return f"{names[0][0]}.{whole}"
+
+
+def _tile_table(store: _Store, node: ir.Node) -> None:
+    for position, value in enumerate(store.weight((node,), str(node.name)), start=_B):
+        if position < len(node.inputs):
+            node.replace_input_with(position, value)
+    node.attributes["layout"] = ir.AttrInt64("layout", 1)
+
+
+@dataclass(eq=False)
+class _Store:
+    """Tiled operands of a graph; what two nodes share is stored once.
+
+    Attributes:
+      graph: where they are registered.
+      stale: the plain operands that they replace.
+    """
+
+    graph: ir.Graph
+    stale: list[ir.Value] = field(default_factory=list)
+    _made: dict[tuple[ir.Value, ...], ir.Value] = field(default_factory=dict)
+
+    def weight(self, nodes: Sequence[ir.Node], name: str) -> list[ir.Value | None]:
+        """``B``, ``scales`` and ``zero_points`` of ``nodes``, one after the other."""
+        first = nodes[0]
+        bits, columns = first.attributes["bits"].as_int(), first.attributes["K"].as_int()
+
+        def codes(packed: NDArray[Any]) -> NDArray[Any]:
+            return tile_codes(unpack_codes(packed, bits=bits, in_features=columns), bits=bits)
+
+        chunk_bytes = CHUNK[bits] * bits * TILE // 8
+        chunks = -(-columns // CHUNK[bits])
+        return [
+            self._stack(nodes, _B, name, codes, (chunks, chunk_bytes), ir.DataType.UINT8),
+            self._rows(nodes, _SCALES, name),
+            self._rows(nodes, _ZERO_POINTS, name),
+        ]
+
+    def bias(self, nodes: Sequence[ir.Node], name: str) -> ir.Value | None:
+        """The biases of ``nodes`` as one vector; zeros for a node that has none."""
+        tensors = [_array(node, _BIAS) for node in nodes]
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present or len(nodes) == 1:
+            return nodes[0].inputs[_BIAS] if present else None
+        self._retire(nodes, _BIAS)
+        vectors = [
+            np.zeros(node.attributes["N"].as_int(), present[0].numpy().dtype)
+            if tensor is None
+            else tensor.numpy()
+            for node, tensor in zip(nodes, tensors, strict=True)
+        ]
+        joined = np.concatenate(vectors)
+        return register_tensor(self.graph, ir.tensor(joined, name=f"{name}.bias"))
+
+    def factors(self, nodes: Sequence[ir.Node], name: str) -> list[ir.Value | None]:
+        """The factors of ``nodes``, all of the rank of the largest; nothing where that is 0."""
+        for position in (_LORA_A, _LORA_B, _A_SCALE, _B_SCALE):
+            self._retire(nodes, position)
+        rank = max(_rank(node) for node in nodes)
+        if rank == 0:
+            return []
+        # Parts have a down-projection each; those that were packed before compression share one.
+        shared = len(nodes[0].attributes.get_ints("parts", ())) if len(nodes) == 1 else 0
+        readers = nodes if not shared else [nodes[0]] * shared
+        if len(readers) > 1:
+            rank = -(-rank // TILE) * TILE  # so that no tile of A serves two parts
+        columns = nodes[0].attributes["K"].as_int()
+        down = [(rank, columns)] * len(readers)
+        up = [(node.attributes["N"].as_int(), rank) for node in nodes]
+        return [
+            self._factor(readers, _LORA_A, down, name),
+            self._factor(nodes, _LORA_B, up, name),
+            self._factor_scale(readers, _A_SCALE, down, name),
+            self._factor_scale(nodes, _B_SCALE, up, name),
+        ]
+
+    def _factor(
+        self,
+        nodes: Sequence[ir.Node],
+        position: int,
+        shapes: Sequence[tuple[int, int]],
+        name: str,
+    ) -> ir.Value:
+        tensors = [_array(node, position) for node in nodes]
+        dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+        is_int8 = dtype == ir.DataType.INT8
+        tile: _Convert = tile_int8 if is_int8 else tile_rows
+
+        def make() -> NDArray[Any]:
+            padded = [
+                _padded(one, shape, dtype) for one, shape in zip(tensors, shapes, strict=True)
+            ]
+            return np.concatenate([tile(array) for array in padded])
+
+        tiles = sum(-(-rows // TILE) for rows, _ in shapes)
+        columns = shapes[0][1]
+        inner = (-(-columns // CHUNK[8]), _VECTOR) if is_int8 else (columns, TILE)
+        stored = ir.DataType.UINT8 if is_int8 else dtype
+        return self._register(position, name, make, (tiles, *inner), stored)
+
+    def _factor_scale(
+        self,
+        nodes: Sequence[ir.Node],
+        position: int,
+        shapes: Sequence[tuple[int, int]],
+        name: str,
+    ) -> ir.Value | None:
+        tensors = [_array(node, position) for node in nodes]
+        if all(tensor is None for tensor in tensors):
+            return None
+        sizes = [-(-rows // TILE) * TILE for rows, _ in shapes]
+
+        def make() -> NDArray[Any]:
+            padded = np.zeros(sum(sizes), np.float32)
+            for start, tensor in zip(np.cumsum([0, *sizes]), tensors, strict=False):
+                if tensor is not None:
+                    scale = tensor.numpy()
+                    padded[start : start + len(scale)] = scale
+            return padded
+
+        return self._register(position, name, make, (sum(sizes),), ir.DataType.FLOAT)
+
+    def _rows(self, nodes: Sequence[ir.Node], position: int, name: str) -> ir.Value | None:
+        tensor = _array(nodes[0], position)
+        if tensor is None:
+            return None
+        _, groups = tensor.shape.numpy()
+        return self._stack(nodes, position, name, tile_rows, (groups, TILE), tensor.dtype)
+
+    def _stack(
+        self,
+        nodes: Sequence[ir.Node],
+        position: int,
+        name: str,
+        tile: _Convert,
+        inner: tuple[int, int],
+        dtype: ir.DataType,
+    ) -> ir.Value:
+        """The operand at ``position`` of every node in tiles of shape ``inner``."""
+        sources = tuple(value for node in nodes if (value := node.inputs[position]) is not None)
+        self.stale += sources
+        if sources not in self._made:
+            tensors = [value.const_value for value in sources if value.const_value is not None]
+            tiles = sum(-(-tensor.shape.numpy()[0] // TILE) for tensor in tensors)
+
+            def make() -> NDArray[Any]:
+                return np.concatenate([tile(tensor.numpy()) for tensor in tensors])
+
+            self._made[sources] = self._register(position, name, make, (tiles, *inner), dtype)
+        return self._made[sources]
+
+    def _retire(self, nodes: Sequence[ir.Node], position: int) -> None:
+        operands = (node.inputs[position] for node in nodes if position < len(node.inputs))
+        self.stale += [value for value in operands if value is not None]
+
+    def _register(
+        self,
+        position: int,
+        name: str,
+        make: Callable[[], NDArray[Any]],
+        shape: tuple[int, ...],
+        dtype: ir.DataType,
+    ) -> ir.Value:
+        """An initializer whose array ``make`` makes each time that it is asked for."""
+        full = f"{name}.{_NAMES[position]}_tiles"
+        lazy = ir.LazyTensor(
+            lambda: ir.tensor(make(), name=full), dtype=dtype, shape=ir.Shape(shape), name=full
+        )
+        return register_tensor(self.graph, lazy)
+
+
+def _rank(node: ir.Node) -> int:
+    lora_a = _array(node, _LORA_A)
+    return 0 if lora_a is None else lora_a.shape.numpy()[0]
+
+
+def _padded(
+    tensor: ir.TensorProtocol | None, shape: tuple[int, int], dtype: ir.DataType
+) -> NDArray[Any]:
+    """``tensor`` in the first rows and columns of zeros of ``shape``."""
+    padded = np.zeros(shape, dtype.numpy())
+    if tensor is not None:
+        array = tensor.numpy()
+        padded[: array.shape[0], : array.shape[1]] = array
+    return padded
