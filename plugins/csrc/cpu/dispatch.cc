@@ -39,8 +39,8 @@ bool has_neon_i8mm() { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCA
 // The best one first.
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
-    {EORACC_ISA_AVX512_VNNI, has_avx512_vnni, &few_rows_scalar},
-    {EORACC_ISA_AVX512, has_avx512, &few_rows_scalar},
+    {EORACC_ISA_AVX512_VNNI, has_avx512_vnni, &few_rows_avx512_vnni},
+    {EORACC_ISA_AVX512, has_avx512, &few_rows_avx512},
     {EORACC_ISA_AVX2, has_avx2, &few_rows_scalar},
 #elif defined(__aarch64__) && defined(__linux__)
     {EORACC_ISA_NEON_I8MM, has_neon_i8mm, &few_rows_neon_i8mm},

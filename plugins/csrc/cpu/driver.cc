@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kMaxThreads = 256;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kRunBytes = 48 << 10;  // codes in a run of tiles: enough to stream
+constexpr int64_t kRunBytes = 48 << 10;    // codes in a run of tiles: enough to stream
 constexpr int64_t kAloneBytes = 32 << 10;  // codes below which waking a thread takes longer
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -166,8 +166,7 @@ void quantize(const Product& p, const Buffer& buffer, int64_t row) {
 void prepare_row(Product& p, int64_t row) {
   const int64_t columns = p.m.in_features;
   float* values = p.x.values + row * p.x.stride;
-  const char* x =
-      (const char*)p.m.x + (p.first_row + row) * columns * element_bytes(p.m.x_type);
+  const char* x = (const char*)p.m.x + (p.first_row + row) * columns * element_bytes(p.m.x_type);
   p.kernels->read_row(p.m.x_type, x, columns, p.x.stride, values);
   if (p.m.norm_weight != nullptr) {
     p.kernels->normalize_row(p.m.norm_weight, columns, p.m.norm_epsilon, values);

@@ -55,8 +55,7 @@ Group read_group(const Tiles& w, int64_t tile, int64_t group) {
   const int64_t index = (tile * w.groups + group) * kTile;
   read_elements(w.scales_type, w.scales, index, kTile, values.scales);
   for (int64_t r = 0; r < kTile; ++r) {
-    values.zero_points[r] =
-        w.zero_points != nullptr ? w.zero_points[index + r] : 1 << (w.bits - 1);
+    values.zero_points[r] = w.zero_points != nullptr ? w.zero_points[index + r] : 1 << (w.bits - 1);
   }
   return values;
 }
@@ -99,7 +98,8 @@ void float_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums)
       }
     }
     for (int64_t row = 0; row < x.rows; ++row) {
-      for (int64_t r = 0; r < kTile; ++r) sums[row * kTile + r] += partial[row][r] * group.scales[r];
+      for (int64_t r = 0; r < kTile; ++r)
+        sums[row * kTile + r] += partial[row][r] * group.scales[r];
     }
   }
 }

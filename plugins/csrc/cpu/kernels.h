@@ -18,7 +18,7 @@
 namespace eoracc {
 
 constexpr int64_t kTile = EORACC_TILE;
-constexpr int64_t kUnit = 32;     // columns that rows of X are padded to: a whole chunk at any width
+constexpr int64_t kUnit = 32;  // columns that rows of X are padded to: a whole chunk at any width
 constexpr int64_t kFewRows = 16;  // most rows that a FewRows function is handed
 
 // Rows of X, or of the down-projected X, ready to be multiplied. Rows are `stride` columns apart,

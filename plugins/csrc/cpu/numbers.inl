@@ -93,8 +93,8 @@ inline void write_elements(int32_t type, const float* values, int64_t count, voi
 }
 
 // e^x to about an ulp, for x clamped to where neither it nor 1 / it overflows: n = x / ln 2 rounded
-// by adding 1.5 * 2^23, the Taylor polynomial for the rest in [-ln 2 / 2, ln 2 / 2], whose next term
-// is below 2^-27, and n into the exponent. A NaN stays one.
+// by adding 1.5 * 2^23, the Taylor polynomial for the rest in [-ln 2 / 2, ln 2 / 2], whose next
+// term is below 2^-27, and n into the exponent. A NaN stays one.
 inline float exponential(float x) {
   x = x > 87.0f ? 87.0f : x;
   x = x < -87.0f ? -87.0f : x;

@@ -68,8 +68,7 @@ inline void quantize_row(const float* values, int64_t stride, int64_t block, int
 }
 
 // Elements [index, index + count) of an operand that may be absent, as 16 floats.
-inline void read_lanes(int32_t type, const void* data, int64_t index, int64_t count,
-                       float* lanes) {
+inline void read_lanes(int32_t type, const void* data, int64_t index, int64_t count, float* lanes) {
   for (int64_t lane = 0; lane < kTile; ++lane) lanes[lane] = 0;
   if (data != nullptr) read_elements(type, data, index, count, lanes);
 }

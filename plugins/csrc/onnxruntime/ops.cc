@@ -33,8 +33,9 @@ enum Input : size_t {
   kInputs,
 };
 constexpr const char* kInputNames[kInputs] = {
-    "X",      "B",            "scales",       "zero_points", "bias",    "lora_a",
-    "lora_b", "lora_a_scale", "lora_b_scale", "norm_weight", "residual"};
+    "X",       "B",      "scales",       "zero_points",  "bias",
+    "lora_a",  "lora_b", "lora_a_scale", "lora_b_scale", "norm_weight",
+    "residual"};
 
 constexpr size_t kMaxRank = 8;  // dimensions of X
 constexpr int64_t kTile = EORACC_TILE;
