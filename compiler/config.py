@@ -39,6 +39,7 @@ __all__ = [
     "BuildConfig",
     "CalibrationConfig",
     "Limits",
+    "OnnxRuntimeConfig",
     "TextConfig",
     "VerifyConfig",
     "load_config",
@@ -143,6 +144,14 @@ class VerifyConfig(_Section):
     """Whether to compare the artifact with the compressed model in eager PyTorch."""
 
 
+class OnnxRuntimeConfig(_Section):
+    """Options of the target ``onnxruntime``."""
+
+    accuracy_level: Annotated[Literal[0, 4], BeforeValidator(_no_bool)] = 0
+    """0: float32 sums of float activations, parity to float32 rounding. 4: activations may be
+    rounded to int8, in blocks of 32 columns, which is faster; parity to that rounding."""
+
+
 @cache
 def _pass_item(name: str) -> type[BaseModel]:
     """A model of ``{name: options}``, so that errors are located as in the file."""
@@ -199,6 +208,8 @@ class BuildConfig(_Section):
     """What is done to the model, in order: names, or names with options."""
     targets: tuple[Literal["onnxruntime"], ...] = Field(("onnxruntime",), min_length=1)
     """What the artifact runs on."""
+    onnxruntime: OnnxRuntimeConfig = OnnxRuntimeConfig()
+    """How that target computes."""
     verify: VerifyConfig = VerifyConfig()
     """The gates."""
     output: _Name

@@ -97,6 +97,7 @@ def model_yaml_page() -> str:
     parts = ["# model.yaml", _INTRODUCTION, _table(schema)]
     for key, name in (
         ("calibration", "CalibrationConfig"),
+        ("onnxruntime", "OnnxRuntimeConfig"),
         ("verify", "VerifyConfig"),
         ("verify.limits", "Limits"),
     ):
