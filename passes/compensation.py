@@ -21,7 +21,7 @@ from eoracc.compiler.errors import PassError
 from eoracc.passes.base import LayerPass, pass_type
 from eoracc.passes.factors import to_float16
 from eoracc.passes.overrides import Overridable, Override
-from eoracc.passes.statistics import record_error
+from eoracc.passes.statistics import record_error, residual_of
 from eoracc.plugins.operands import LowRank
 
 if TYPE_CHECKING:
@@ -53,9 +53,24 @@ class Compensation(Overridable, LayerPass):
     @classmethod
     @abstractmethod
     def factors(
-        cls, delta: NDArray[np.float32], gram: Gram | None, rank: int
+        cls,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """``B [N, rank]`` and ``A [rank, K]`` for the error ``delta [N, K]``."""
+        """Solve for the factors of one error.
+
+        Args:
+          delta: the error, ``[N, K]``.
+          gram: of the input, where statistics were taken.
+          rank: of the factors.
+          weighted: ``delta @ gram.root``, where there is a Gram.
+
+        Returns:
+          ``B [N, rank]`` and ``A [rank, K]``.
+        """
 
     @override
     def call(self, group: LinearGroup) -> bool:
@@ -66,7 +81,7 @@ class Compensation(Overridable, LayerPass):
                     continue  # a quantizing pass left it as it is, by an override
                 linear.compensate(self.solve(linear, group.gram, options.rank))
                 if group.gram is not None:
-                    record_error(self.name, linear, linear.weight(), group.gram)
+                    record_error(self.name, linear, group.gram)
                 changed = True
         return changed
 
@@ -91,7 +106,12 @@ class Compensation(Overridable, LayerPass):
                 f"is not compressed: put a quantize pass before {cls.name!r}, "
                 "or leave the linear out with 'skip: true' in its overrides",
             )
-        b, a = cls.factors(linear.weight() - linear.compressed.dequantize(), gram, rank)
+        if gram is None:
+            delta, weighted = linear.weight() - linear.compressed.dequantize(), None
+        else:
+            residual = residual_of(linear, gram)
+            delta, weighted = residual.delta, residual.weighted
+        b, a = cls.factors(delta, gram, rank, weighted=weighted)
         return LowRank(lora_a=to_float16(a), lora_b=to_float16(b))
 
 

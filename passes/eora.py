@@ -58,10 +58,15 @@ class Eora(Compensation):
     @classmethod
     @override
     def factors(
-        cls, delta: NDArray[np.float32], gram: Gram | None, rank: int
+        cls,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         if gram is None:
             raise PassError(cls.name, "has no gram to go by: put 'calibrate' before it")
         if saw_too_few_tokens(gram):
             return svd_factors(delta, rank)
-        return eora_factors(delta, gram.matrix, rank, root=gram.root)
+        return eora_factors(delta, gram.matrix, rank, weighted=weighted)

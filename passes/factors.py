@@ -51,7 +51,7 @@ def eora_factors(
     gram: Float,
     rank: int,
     *,
-    root: NDArray[np.floating] | None = None,
+    weighted: NDArray[np.floating] | None = None,
 ) -> tuple[Float, Float]:
     """Low-rank factors that minimise the layer's output error.
 
@@ -60,7 +60,7 @@ def eora_factors(
       gram: ``sum x x^T`` over calibration tokens, ``float64 [in, in]``, symmetric positive
         semidefinite, may be singular.
       rank: columns of ``B``, in ``0..min(out, in)``.
-      root: :func:`gram_root` of ``gram``, for callers that share it between linears.
+      weighted: ``delta @ gram_root(gram)``, for callers that have it already.
 
     Returns:
       ``B [out, rank]`` and ``A [rank, in]`` minimising ``||(delta - B A) X||_F``, balanced: the
@@ -82,9 +82,8 @@ def eora_factors(
     _check_rank(rank, rows, columns)
     # In the precision of delta. Float32 is enough for a build: nothing cancels between here and the
     # factors, which are stored as float16.
-    if root is None:
-        root = gram_root(gram)
-    weighted = delta @ root.astype(delta.dtype, copy=False)
+    if weighted is None:
+        weighted = delta @ gram_root(gram).astype(delta.dtype, copy=False)
     if rows <= columns:
         basis = _top_eigenvectors(weighted @ weighted.T, rank)
     else:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.passes.factors import gram_root
 
-__all__ = ["AddOuterProducts", "Gram", "accumulate_gram"]
+if TYPE_CHECKING:
+    from eoracc.plugins.operands import NBitsWeight
+
+__all__ = ["AddOuterProducts", "Gram", "Residual", "accumulate_gram"]
 
 _BLOCK_TOKENS = 2048
 """Tokens per product."""
@@ -23,16 +28,35 @@ AddOuterProducts = Callable[[NDArray[np.float32], NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True, eq=False)
+class Residual:
+    """What quantization took of one linear.
+
+    Attributes:
+      delta: ``W - W_hat``, ``float32 [N, K]``.
+      weighted: ``delta L`` with the root ``L`` of the input's Gram, ``float32 [N, K]``: its norm is
+        the output error over the calibration tokens.
+    """
+
+    delta: NDArray[np.float32]
+    weighted: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class Gram:
     """``H = sum_t w_t x_t x_t^T`` over calibration tokens.
 
     Attributes:
       matrix: ``float64 [K, K]``, symmetric positive semidefinite, possibly singular.
       tokens: ``sum_t w_t``, the number of tokens that were not padding.
+      residuals: what quantization took of the linears that share this input, by quantized weight;
+        kept for the passes to come (:func:`eoracc.passes.statistics.residual_of`).
     """
 
     matrix: NDArray[np.float64]
     tokens: float
+    residuals: WeakKeyDictionary[NBitsWeight, Residual] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False
+    )
 
     @cached_property
     def root(self) -> NDArray[np.float32]:

@@ -77,7 +77,7 @@ class QuantizeGptq(Overridable, LayerPass):
                 linear.quantize(_rows(solved, start, start + len(weight)))
                 start += len(weight)
                 self._note(linear.notes, gram.tokens, factored)
-                record_error(self.name, linear, weight, gram)
+                record_error(self.name, linear, gram)
         record_left_out(self.name, group)
         return bool(parts)
 

@@ -60,6 +60,6 @@ class QuantizeRtn(Overridable, LayerPass):
                 )
                 linear.quantize(rounded)
                 if group.gram is not None:
-                    record_error(self.name, linear, weight, group.gram)
+                    record_error(self.name, linear, group.gram)
         record_left_out(self.name, group)
         return bool(parts)

@@ -5,15 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from eoracc.compiler.errors import PassError
+from eoracc.passes.gram import Residual
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
 
-__all__ = ["MIN_TOKENS", "record_error", "record_left_out", "require_gram", "saw_too_few_tokens"]
+__all__ = [
+    "MIN_TOKENS",
+    "record_error",
+    "record_left_out",
+    "require_gram",
+    "residual_of",
+    "saw_too_few_tokens",
+]
 
 MIN_TOKENS: Final = 32
 """Below so many calibration tokens a Gram says too little: solvers then do without it."""
@@ -40,7 +49,25 @@ def saw_too_few_tokens(gram: Gram) -> bool:
     return gram.tokens < MIN_TOKENS
 
 
-def record_error(pass_name: str, linear: Linear, weight: NDArray[np.float32], gram: Gram) -> None:
+def residual_of(linear: Linear, gram: Gram) -> Residual:
+    """What quantization took of ``linear``, low-rank factors left aside.
+
+    It is made once: the quantizing pass puts its norm on record, compensating ones solve for it.
+
+    Args:
+      linear: compressed.
+      gram: of its input.
+    """
+    weight = linear.compressed
+    assert weight is not None  # noqa: S101 - callers have checked, or quantized it themselves
+    found = gram.residuals.get(weight)
+    if found is None:
+        delta: NDArray[np.float32] = linear.weight() - weight.dequantize()
+        found = gram.residuals[weight] = Residual(delta, delta @ gram.root)
+    return found
+
+
+def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
     """Put on record what ``linear`` as it is now loses of its output.
 
     The figure is ``||(W - W_hat) X||_F / ||W X||_F`` over the calibration tokens, for the weight
@@ -49,12 +76,14 @@ def record_error(pass_name: str, linear: Linear, weight: NDArray[np.float32], gr
     Args:
       pass_name: the stage that the error is recorded under.
       linear: compressed.
-      weight: its original weight, ``float32 [N, K]``.
       gram: of its input.
     """
     if linear.output_norm is None:
-        linear.output_norm = float(np.linalg.norm(weight @ gram.root))
-    error = float(np.linalg.norm((weight - linear.effective_weight()) @ gram.root))
+        linear.output_norm = float(np.linalg.norm(linear.weight() @ gram.root))
+    lost = residual_of(linear, gram).weighted
+    if linear.factors is not None:
+        lost = lost - linear.factors.up() @ (linear.factors.down() @ gram.root)
+    error = float(np.linalg.norm(lost))
     linear.errors[pass_name] = error / linear.output_norm if linear.output_norm > 0 else 0.0
 
 

@@ -37,6 +37,11 @@ class Svd(Compensation):
     @classmethod
     @override
     def factors(
-        cls, delta: NDArray[np.float32], gram: Gram | None, rank: int
+        cls,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return svd_factors(delta, rank)

@@ -127,13 +127,13 @@ def test_svd_factors_leave_the_tail_of_the_singular_values(shape: tuple[int, int
         assert left == pytest.approx(tail(delta, np.eye(shape[1]), rank), abs=limit)
 
 
-def test_a_shared_root_changes_nothing() -> None:
+def test_an_error_weighted_beforehand_changes_nothing() -> None:
     rng = np.random.default_rng(4)
     delta = rng.standard_normal((18, 12)).astype(np.float32)
     gram = make_gram("full", 12, rng)
     for alone, shared in zip(
         eora_factors(delta, gram, 4),
-        eora_factors(delta, gram, 4, root=gram_root(gram)),
+        eora_factors(delta, gram, 4, weighted=delta @ gram_root(gram).astype(np.float32)),
         strict=True,
     ):
         np.testing.assert_array_equal(alone, shared)
