@@ -41,7 +41,7 @@ constexpr InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
     {EORACC_ISA_AVX512_VNNI, has_avx512_vnni, &few_rows_avx512_vnni},
     {EORACC_ISA_AVX512, has_avx512, &few_rows_avx512},
-    {EORACC_ISA_AVX2, has_avx2, &few_rows_scalar},
+    {EORACC_ISA_AVX2, has_avx2, &few_rows_avx2},
 #elif defined(__aarch64__) && defined(__linux__)
     {EORACC_ISA_NEON_I8MM, has_neon_i8mm, &few_rows_neon_i8mm},
     {EORACC_ISA_NEON_DOTPROD, has_neon_dotprod, &few_rows_neon_dotprod},
