@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.linears import Linear
 
-__all__ = ["linear_tolerance", "logits_tolerance", "round_activations", "rounded_activations"]
+__all__ = ["linear_tolerance", "round_activations", "rounded_activations", "rounding_tolerance"]
 
 _BLOCK = 32
 _LEVELS = 127
@@ -121,7 +121,7 @@ def linear_tolerance(linear: Linear, inputs: NDArray[np.float32]) -> NDArray[np.
     return (math.sqrt(math.log(2 / _LINEAR_CHANCE) / 2) * deviation).float().numpy()
 
 
-def logits_tolerance(exact: NDArray[np.float32], rounded: NDArray[np.float32]) -> float:
+def rounding_tolerance(exact: NDArray[np.float32], rounded: NDArray[np.float32]) -> float:
     """What rounding may change in any of the logits of one case.
 
     Args:

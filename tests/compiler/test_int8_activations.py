@@ -11,9 +11,9 @@ from eoracc.compiler import frontend
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.int8_activations import (
     linear_tolerance,
-    logits_tolerance,
     round_activations,
     rounded_activations,
+    rounding_tolerance,
 )
 from eoracc.compiler.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.pack_projections import PackProjections
@@ -103,7 +103,7 @@ def test_rounded_eager_model_bounds_another_draw(tmp_path: Path) -> None:
             linear.compressed = NBitsWeight(**(vars(narrow) | {"group_size": 8}))
     with rounded_activations(model, linears):
         other = reference_logits(model, ids).reshape(-1, VOCABULARY)
-    tolerance = logits_tolerance(exact, one)
+    tolerance = rounding_tolerance(exact, one)
     moved = np.abs(one - exact).max()
     assert moved > 0
     assert np.abs(other - one).max() > 0
@@ -116,4 +116,4 @@ def test_tolerance_of_logits_by_hand() -> None:
     moved = exact.copy()
     moved[0], moved[1] = 1e-3, 3e-3
     deviations = np.sqrt(2 * np.log(2 * 100 / 1e-9))
-    assert logits_tolerance(exact, moved) == pytest.approx(2 * deviations * 3e-3, rel=1e-6)
+    assert rounding_tolerance(exact, moved) == pytest.approx(2 * deviations * 3e-3, rel=1e-6)
