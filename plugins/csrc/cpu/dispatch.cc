@@ -1,6 +1,7 @@
 // Checks the operands and picks the kernel for this processor.
 
 #include "cpu/kernels.h"
+#include "cpu/many_rows.h"
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -39,6 +40,7 @@ bool has_neon_i8mm() { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCA
 // The best one first.
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
+    {EORACC_ISA_AMX, [] { return has_avx512_vnni() && has_amx(); }, &few_rows_avx512_vnni},
     {EORACC_ISA_AVX512_VNNI, has_avx512_vnni, &few_rows_avx512_vnni},
     {EORACC_ISA_AVX512, has_avx512, &few_rows_avx512},
     {EORACC_ISA_AVX2, has_avx2, &few_rows_avx2},
