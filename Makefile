@@ -11,11 +11,11 @@ PYTEST_FLAGS ?=
 
 # The native library is built by pip; these files make the set-up stale.
 NATIVE := CMakeLists.txt $(shell find plugins/csrc -type f)
-CXX_FILES := $(shell find plugins/csrc -name '*.cc' -o -name '*.h' -o -name '*.inl')
+CXX_FILES := $(shell find plugins/csrc tests/native -name '*.cc' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 
 .PHONY: setup
 setup: $(STAMP) ## make .venv with everything (on a bare Debian, as root, system packages too)
@@ -38,6 +38,29 @@ test: setup ## all tests, those on the real model included
 .PHONY: test-fast
 test-fast: setup ## unit tests only
 	$(BIN)/python -m pytest -m 'not real' $(PYTEST_FLAGS)
+
+# The kernels without Python: configured in build/<name>, where $(1) are CMake's options.
+NATIVE_BUILD = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DEORACC_TESTS=ON \
+  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" $(2) >/dev/null && $(BIN)/cmake --build build/$(1)
+
+.PHONY: test-aarch64
+test-aarch64: setup ## the AArch64 kernels, cross-compiled and emulated
+	@.ci/aarch64-packages
+	$(call NATIVE_BUILD,aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++)
+	for cpu in cortex-a72 neoverse-n1 max; do \
+	  qemu-aarch64-static -cpu $$cpu -L /usr/aarch64-linux-gnu build/aarch64/check_kernels 150; done
+
+# Checks are calls, or GCC would take minutes over what is unrolled.
+SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+  --param asan-instrumentation-with-call-threshold=0
+
+.PHONY: test-sanitizers
+test-sanitizers: setup ## kernels and op on random and malformed operands
+	$(call NATIVE_BUILD,sanitizers,-DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$(SANITIZERS)")
+	build/sanitizers/check_kernels 200
+	build/sanitizers/fuzz_operands
+	.ci/sanitized $(BIN)/python -m tests.native.fuzz_op build/sanitizers/libeoracc_ops.so
 
 .PHONY: lint
 lint: setup ## ruff and clang-format, nothing is changed
