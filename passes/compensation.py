@@ -19,20 +19,20 @@ from typing_extensions import override
 
 from eoracc.compiler.errors import PassError
 from eoracc.passes.base import LayerPass, pass_type
-from eoracc.passes.factors import to_float16
+from eoracc.passes.factor_types import FactorType, store_factors
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.statistics import record_error, residual_of
-from eoracc.plugins.operands import LowRank
 
 if TYPE_CHECKING:
     from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.plugins.operands import LowRank
 
 __all__ = ["Compensation", "RankOverride", "Solver", "compensation_solver"]
 
 Rank = Annotated[int, Field(ge=0)]
 
-Solver = Callable[["Linear", "Gram | None", int], LowRank]
+Solver = Callable[["Linear", "Gram | None", int], "LowRank"]
 """``solve(linear, gram, rank)``: float16 factors of the error of a compressed linear."""
 
 
@@ -41,6 +41,7 @@ class RankOverride(Override):
     """What a compensating pass may do differently for some linears."""
 
     rank: Rank | None = None
+    factor_type: FactorType | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Compensation(Overridable, LayerPass):
     """Base of the passes that add low-rank factors to compressed linears."""
 
     rank: Rank = 64
+    factor_type: FactorType = "float16"
     overrides: Mapping[str, RankOverride] = field(default_factory=dict)
 
     @classmethod
@@ -79,14 +81,20 @@ class Compensation(Overridable, LayerPass):
             for linear in linears:
                 if linear.compressed is None and linear.errors:
                     continue  # a quantizing pass left it as it is, by an override
-                linear.compensate(self.solve(linear, group.gram, options.rank))
+                linear.compensate(self.solve(linear, group.gram, options.rank, options.factor_type))
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
                 changed = True
         return changed
 
     @classmethod
-    def solve(cls, linear: Linear, gram: Gram | None, rank: int) -> LowRank:
+    def solve(
+        cls,
+        linear: Linear,
+        gram: Gram | None,
+        rank: int,
+        factor_type: FactorType = "float16",
+    ) -> LowRank:
         """Factors of the error of ``linear``'s backbone, as they are stored.
 
         Raises:
@@ -112,7 +120,7 @@ class Compensation(Overridable, LayerPass):
             residual = residual_of(linear, gram)
             delta, weighted = residual.delta, residual.weighted
         b, a = cls.factors(delta, gram, rank, weighted=weighted)
-        return LowRank(lora_a=to_float16(a), lora_b=to_float16(b))
+        return store_factors(b, a, factor_type)
 
 
 def compensation_solver(name: str) -> Solver:

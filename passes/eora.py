@@ -33,7 +33,9 @@ class Eora(Compensation):
 
     Options:
       rank: columns of each correction; 0 turns it off.
-      overrides: another rank, or ``skip: true``, for linears by name pattern; the last match wins.
+      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much.
+      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
+        match wins.
     """
 
     name: ClassVar[str] = "eora"

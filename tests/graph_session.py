@@ -34,6 +34,25 @@ class GraphSession:
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.optional = [value.name for value in self._session.get_overridable_initializers()]
 
+    def last_logits(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], keep: int | None
+    ) -> NDArray[np.float32]:
+        """What the graph gives for ``logits_to_keep``, left out where that is None."""
+        feeds: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if keep is not None:
+            feeds["logits_to_keep"] = np.array(keep, np.int64)
+        logits: NDArray[np.float32] = self._session.run(
+            ["logits"], feeds | self._no_past(len(input_ids))
+        )[0]
+        return logits
+
+    def _no_past(self, rows: int) -> dict[str, NDArray[np.float32]]:
+        return {
+            value.name: np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_key_values.")
+        }
+
     def logits(
         self,
         input_ids: NDArray[np.int64],
@@ -43,11 +62,7 @@ class GraphSession:
     ) -> NDArray[np.float32]:
         """The graph's counterpart of :func:`eoracc.compiler.eager.reference_logits`."""
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        cache = {
-            value.name: np.zeros((len(input_ids), value.shape[1], 0, value.shape[3]), np.float32)
-            for value in self._session.get_inputs()
-            if value.name.startswith("past_key_values.")
-        }
+        cache = self._no_past(len(input_ids))
         outputs = [value.name for value in self._session.get_outputs()]
         logits, start = [], 0
         for size in chunks or (input_ids.shape[1],):
