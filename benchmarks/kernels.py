@@ -1,8 +1,15 @@
-"""Times the fused op against ONNX Runtime's own MatMul and MatMulNBits, in one interleaved run.
+"""Times the fused op against ONNX Runtime's MatMulNBits, and memory, in one interleaved run.
 
-Every repetition runs each contender once, so that a busy machine slows all of them alike: ratios
-hold where absolute figures move. With ``--threads 1`` processor time is measured instead of the
-clock, which other work on the machine disturbs least. Shapes are those of real decoders.
+    python benchmarks/kernels.py [--json FILE] [--only TEXT ...] [--seconds S] [--threads N]
+
+Every contender is a graph of some copies of one linear, each with weights of its own, mapped from
+a file as those of an artifact are. Contenders take turns in one process and on one thread pool, so
+that ratios hold where absolute figures move; a time is that of a whole run divided by the copies.
+Suites *from memory* read a buffer larger than the last-level cache between turns, which is how the
+read bandwidth is taken, too. Peers run at ``accuracy_level`` 4, as ours do; their low-rank term is
+two products and a sum beside the linear. Shapes are those of real decoders (``shapes.json``).
+
+The bars are in :data:`SQUARE_BARS`. Nothing is asserted: a bar that does not hold is reported.
 """
 
 from __future__ import annotations
@@ -10,228 +17,487 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+# Run by path, a script sees its own folder only.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.bandwidth import Reader
+from benchmarks.rows import Row, compare, show, write_json
 from eoracc.plugins.library import library_info, library_path
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands import INT8_ZERO, LowRank, NBitsWeight
 
-SHAPES = {
-    "SmolLM2-135M gate_proj": (1536, 576),
-    "Llama-2-7B q_proj": (4096, 4096),
-}
-"""``(out_features, in_features)``."""
+SHAPES = Path(__file__).with_name("shapes.json")
+BANDWIDTH = "memory"
+PAGE = 4096
+SLAB = 256
+"""Rows of a weight that are drawn; the others repeat them, for speed does not depend on values."""
 
-GROUP_SIZE = 64
-RANK = 64
-BASELINE = "MatMul float32"
+Factors = Literal["int8", "float32"]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds of one contender on one shape."""
+class Linear:
+    """A weight matmul: its parts' output features, merged into one product, and its input's."""
 
-    shape: str
-    rows: int
-    contender: str
-    fastest: float
-    median: float
+    name: str
+    parts: tuple[int, ...]
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        """``N``."""
+        return sum(self.parts)
+
+    @property
+    def label(self) -> str:
+        """Name and ``[N, K]``."""
+        return f"{self.name} [{self.out_features}, {self.in_features}]"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who multiplies with what: ``rank`` 0 has no factors."""
+
+    system: Literal["eoracc", "MatMulNBits"]
+    bits: int
+    rank: int = 0
+    factors: Factors = "int8"
+    group_size: int = 32
+
+    @property
+    def label(self) -> str:
+        """For the table."""
+        low_rank = f" + rank {self.rank} {self.factors}" if self.rank else ""
+        prefix = "" if self.system == "eoracc" else "MatMulNBits "
+        return f"{prefix}{self.bits}-bit{low_rank}"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Ours may take ``limit`` times as long as ``peer``; None compares without a bar."""
+
+    ours: Contender
+    peer: Contender | None
+    limit: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Comparisons over one linear, whose sessions are shared.
+
+    Attributes:
+      linear: what is multiplied with.
+      bars: comparisons by rows of X. A peer of None is memory itself.
+      from_memory: read the weights from memory, not from a cache.
+    """
+
+    linear: Linear
+    bars: Mapping[int, Sequence[Bar]]
+    from_memory: bool
+
+    def case(self, rows: int, ours: Contender) -> str:
+        """Name of a row of the table."""
+        where = "memory" if self.from_memory else "cache"
+        return f"{self.linear.label}, M={rows}, {ours.label}, from {where}"
+
+
+def _ours(bits: int, rank: int = 0) -> Contender:
+    return Contender("eoracc", bits, rank)
+
+
+def _peer(bits: int, rank: int = 0, factors: Factors = "int8") -> Contender:
+    return Contender("MatMulNBits", bits, rank, factors)
+
+
+def _low_rank_peers(rank: int) -> list[Bar]:
+    return [Bar(_ours(4, rank), _peer(4, rank, factors)) for factors in ("float32", "int8")]
+
+
+SQUARE = Linear("square", (4096,), 4096)
+
+_COMPENSATED = [Bar(_ours(4, 128), _peer(4), 1.05), Bar(_ours(4, 16), _peer(4), 1.02)]
+_MANY_ROWS = [
+    Bar(_ours(2), _peer(2), 1 / 3),
+    Bar(_ours(4), _peer(4), 1.0),
+    Bar(_ours(4, 128), _peer(4)),
+    *_low_rank_peers(128),
+    Bar(_ours(3), _peer(4)),
+]
+_BATCH = [replace(bar, limit=None) for bar in _MANY_ROWS]
+
+SQUARE_BARS = (
+    Suite(
+        SQUARE,
+        {
+            1: [
+                *_COMPENSATED,
+                Bar(_ours(3), _peer(4), 0.80),
+                Bar(_ours(2), _peer(4), 0.60),
+                Bar(_ours(4), None, 1 / 0.85, "85% of the read bandwidth"),
+                Bar(_ours(4), _peer(4)),
+                Bar(_ours(8), _peer(8)),
+                *_low_rank_peers(128),
+            ],
+            4: _BATCH,
+            16: _BATCH,
+        },
+        from_memory=True,
+    ),
+    Suite(SQUARE, {1: [*_COMPENSATED, Bar(_ours(4), _peer(4))]}, from_memory=False),
+    Suite(SQUARE, {128: _MANY_ROWS, 512: _BATCH}, from_memory=False),
+)
+"""The bars that the kernel was built for, stated for 4096 x 4096 and groups of 32."""
+
+
+def layer_suites() -> list[Suite]:
+    """One suite for each linear of a layer, and the head, of the models in ``shapes.json``."""
+    content = json.loads(SHAPES.read_text(encoding="utf-8"))
+    bars = [Bar(_ours(4), _peer(4)), Bar(_ours(4, 64), _peer(4)), *_low_rank_peers(64)]
+    return [
+        Suite(Linear(f"{model} {name}", tuple(shape["parts"]), shape["in_features"]), rows, memory)
+        for model, linears in content.items()
+        for name, shape in linears.items()
+        for rows, memory in (({1: bars}, True), ({128: bars}, False))
+        # The head runs for the last token only.
+        if name != "lm_head" or 1 in rows
+    ]
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of a linear; ``inputs`` name its X, operands or the output of another step."""
+
+    op_type: str
+    domain: str
+    inputs: tuple[str | None, ...]
+    output: str
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a contender computes a linear: the steps, in order, and the operands they read."""
+
+    steps: Sequence[Step]
+    operands: Mapping[str, NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that one product reads."""
+        return sum(array.nbytes for array in self.operands.values())
+
+
+def recipe(contender: Contender, linear: Linear) -> Recipe:
+    """The steps and operands of ``contender`` for ``linear``."""
+    return (_fused if contender.system == "eoracc" else _separate)(contender, linear)
+
+
+_OPERANDS = ("B", "scales", None, None, "lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+
+
+def _fused(contender: Contender, linear: Linear) -> Recipe:
+    rng = np.random.default_rng(0)
+    tiles = -(-linear.out_features // 16)
+    weight = _slab(rng, contender, linear.in_features)
+    operands = {name: _repeat(array, tiles) for name, array in weight.tiles().items()}
+    if contender.rank:
+        rank = -(-contender.rank // 16) * 16 if len(linear.parts) > 1 else contender.rank
+        factors = _slab_factors(rng, rank * len(linear.parts), rank, linear.in_features).tiles()
+        factors["lora_b"] = _repeat(factors["lora_b"], tiles)
+        factors["lora_b_scale"] = _repeat(factors["lora_b_scale"], tiles * 16)
+        operands |= factors
+    attributes = _attributes(linear.in_features, linear.out_features, contender) | {"layout": 1}
+    if len(linear.parts) > 1:
+        attributes["parts"] = linear.parts
+    inputs = [name if name in operands else None for name in _OPERANDS]
+    while inputs[-1] is None:
+        inputs.pop()
+    step = Step("MatMulNBitsLowRank", "eoracc", ("X", *inputs), "Y", attributes)
+    return Recipe([step], operands)
+
+
+def _separate(contender: Contender, linear: Linear) -> Recipe:
+    rng = np.random.default_rng(0)
+    operands: dict[str, NDArray[Any]] = {}
+
+    def n_bits(x: str, y: str, out_features: int, in_features: int, how: Contender) -> Step:
+        weight = _slab(rng, how, in_features)
+        names = f"{y}_B", f"{y}_scales"
+        operands[names[0]] = _repeat(weight.packed, out_features)
+        # MatMulNBits wants its scales in X's type.
+        operands[names[1]] = _repeat(weight.scales, out_features).astype(np.float32)
+        attributes = _attributes(in_features, out_features, how)
+        return Step("MatMulNBits", "com.microsoft", (x, *names), y, attributes)
+
+    def product(x: str, y: str, out_features: int, in_features: int) -> Step:
+        operands[f"{y}_B"] = rng.standard_normal((in_features, out_features), np.float32)
+        return Step("MatMul", "", (x, f"{y}_B"), y, {})
+
+    K, N, R = linear.in_features, linear.out_features, contender.rank
+    if not R:
+        return Recipe([n_bits("X", "Y", N, K, contender)], operands)
+    # Merged linears share a down-projection as wide as all of theirs.
+    down_rank = R * len(linear.parts)
+    if contender.factors == "int8":
+        # The coarsest groups that it has are nearest to one scale a row.
+        int8 = replace(contender, bits=8, group_size=min(256, _power_of_two(R)))
+        factors = [n_bits("X", "T", down_rank, K, replace(int8, group_size=256))]
+        factors.append(n_bits("T", "U", N, down_rank, int8))
+    else:
+        factors = [product("X", "T", down_rank, K), product("T", "U", N, down_rank)]
+    steps = [n_bits("X", "Z", N, K, contender), *factors, Step("Add", "", ("Z", "U"), "Y", {})]
+    return Recipe(steps, operands)
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (max(value, 16).bit_length() - 1)
+
+
+def _attributes(in_features: int, out_features: int, contender: Contender) -> dict[str, Any]:
+    return {
+        "K": in_features,
+        "N": out_features,
+        "bits": contender.bits,
+        "block_size": contender.group_size,
+        "accuracy_level": 4,
+    }
+
+
+def _slab(rng: np.random.Generator, contender: Contender, in_features: int) -> NBitsWeight:
+    groups = -(-in_features // contender.group_size)
+    # Small enough that no sum leaves float16, whatever the shape.
+    scales = rng.uniform(0.5, 1.5, (SLAB, groups)) / (in_features * 2**contender.bits)
+    return NBitsWeight.from_codes(
+        rng.integers(0, 2**contender.bits, (SLAB, in_features), np.uint8),
+        scales.astype(np.float16),
+        None,
+        bits=contender.bits,
+        group_size=contender.group_size,
+    )
+
+
+def _slab_factors(rng: np.random.Generator, down_rank: int, rank: int, in_features: int) -> LowRank:
+    def codes(rows: int, columns: int) -> NDArray[np.int8]:
+        return rng.integers(1 - INT8_ZERO, INT8_ZERO, (rows, columns), np.int8)
+
+    return LowRank(
+        lora_a=codes(down_rank, in_features),
+        lora_b=codes(SLAB, rank),
+        lora_a_scale=np.full(down_rank, 1 / (128 * in_features), np.float32),
+        lora_b_scale=np.full(SLAB, 1 / (128 * rank), np.float32),
+    )
+
+
+def _repeat(array: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.resize(array, (rows, *array.shape[1:]))
+
+
+def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path:
+    """Write a model of ``copies`` of a linear that all read ``X [M, K]``, and their weights.
+
+    The weights of each copy are its own, page by page, as in an artifact.
+    """
+    data = folder / "weights"
+    x = ir.Value(name="X", type=ir.TensorType(ir.DataType.FLOAT))
+    x.shape = ir.Shape(["M", linear.in_features])
+    nodes: list[ir.Node] = []
+    outputs: list[ir.Value] = []
+    initializers: list[ir.Value] = []
+    with data.open("wb") as file:
+        for copy in range(copies):
+            values = {"X": x}
+            for name, array in made.operands.items():
+                file.seek(-(-file.tell() // PAGE) * PAGE)
+                tensor = ir.ExternalTensor(
+                    data.name,
+                    file.tell(),
+                    array.nbytes,
+                    ir.DataType.from_numpy(array.dtype),
+                    shape=ir.Shape(array.shape),
+                    name=f"{name}.{copy}",
+                    base_dir=folder,
+                )
+                file.write(np.ascontiguousarray(array).data)
+                initializers.append(_initializer(tensor))
+                values[name] = initializers[-1]
+            for step in made.steps:
+                node = ir.node(
+                    step.op_type,
+                    [None if name is None else values[name] for name in step.inputs],
+                    dict(step.attributes),
+                    domain=step.domain,
+                    name=f"{step.output}.{copy}",
+                )
+                values[step.output] = node.outputs[0]
+                node.outputs[0].name = f"{step.output}.{copy}"
+                nodes.append(node)
+            values["Y"].type = ir.TensorType(ir.DataType.FLOAT)
+            values["Y"].shape = ir.Shape(["M", linear.out_features])
+            outputs.append(values["Y"])
+    graph = ir.Graph(
+        [x],
+        outputs,
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports={"": 23, "com.microsoft": 1, "eoracc": 1},
+        name="copies",
+    )
+    path = folder / "model.onnx"
+    ir.save(ir.Model(graph, ir_version=10), path)
+    return path
+
+
+def _initializer(tensor: ir.ExternalTensor) -> ir.Value:
+    return ir.Value(
+        name=tensor.name,
+        const_value=tensor,
+        shape=tensor.shape,
+        type=ir.TensorType(tensor.dtype),
+    )
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+class Runner:
+    """One contender's session on one linear."""
+
+    def __init__(
+        self, contender: Contender, linear: Linear, nbytes: int, folder: Path, library: Path
+    ) -> None:
+        folder.mkdir()
+        made = recipe(contender, linear)
+        self.nbytes = made.nbytes
+        self.copies = min(64, max(1, round(nbytes / made.nbytes)))
+        self._linear = linear
+        options = ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.register_custom_ops_library(str(library))
+        model = write_model(made, linear, self.copies, folder)
+        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def bind(self, rows: int) -> None:
+        """Prepare for ``rows`` rows of X, and warm up."""
+        x = np.random.default_rng(1).standard_normal((rows, self._linear.in_features), np.float32)
+        self._binding = self._session.io_binding()
+        self._binding.bind_cpu_input("X", x)
+        y = np.empty((rows, self._linear.out_features), np.float32)
+        for output in self._session.get_outputs():
+            value = ort.OrtValue.ortvalue_from_numpy(y)
+            self._binding.bind_ortvalue_output(output.name, value)
+        self.seconds()
+
+    def seconds(self) -> float:
+        """Of one product."""
+        start = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        return (time.perf_counter() - start) / self.copies
+
+
+SPIN_S = 0.05
+"""ONNX Runtime's threads spin for some time after a run; nobody else may be timed meanwhile."""
+
+MEMORY_BYTES = 96 << 20
+CACHE_BYTES = 32 << 20
+"""Weights of one contender, over all of its copies."""
+
+
+def measure(suite: Suite, reader: Reader, library: Path, seconds: float) -> Iterator[Row]:
+    """Time all contenders of a suite turn by turn, for about ``seconds`` for each row count."""
+    bars = [bar for at in suite.bars.values() for bar in at]
+    who = list(dict.fromkeys(one for bar in bars for one in (bar.ours, bar.peer) if one))
+    nbytes = MEMORY_BYTES if suite.from_memory else CACHE_BYTES
+    with tempfile.TemporaryDirectory() as folder:
+        runners = {
+            one: Runner(one, suite.linear, nbytes, Path(folder) / str(i), library)
+            for i, one in enumerate(who)
+        }
+        for rows, compared in suite.bars.items():
+            turn = {one: runners[one] for bar in compared for one in (bar.ours, bar.peer) if one}
+            for runner in turn.values():
+                runner.bind(rows)
+            taken: dict[Contender, list[float]] = {one: [] for one in turn}
+            speeds: list[float] = []
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end or len(speeds) < 3:
+                if suite.from_memory or not speeds:
+                    time.sleep(SPIN_S)
+                    speeds.append(reader.bytes_per_second())
+                else:
+                    speeds.append(speeds[-1])
+                for one, runner in turn.items():
+                    taken[one].append(runner.seconds())
+            bandwidth = float(np.median(speeds))
+            for bar in compared:
+                ours = turn[bar.ours]
+                memory = [ours.nbytes / speed for speed in speeds]
+                yield compare(
+                    suite.case(rows, bar.ours),
+                    BANDWIDTH if bar.peer is None else bar.peer.label,
+                    taken[bar.ours],
+                    memory if bar.peer is None else taken[bar.peer],
+                    ours_bytes=ours.nbytes,
+                    peer_bytes=ours.nbytes if bar.peer is None else turn[bar.peer].nbytes,
+                    bandwidth=bandwidth,
+                    bar=bar.limit,
+                    note=bar.note,
+                )
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 512], help="tokens in X")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["square"],
+        metavar="TEXT",
+        help="suites whose name contains one of these; '' is all of them (default: square)",
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each suite and row count")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each shape and row count")
-    parser.add_argument("--json", type=Path, help="write the timings here, too")
+    parser.add_argument("--library", type=Path, help="a build of ours (default: the installed one)")
     arguments = parser.parse_args()
-    info = library_info(library_path())
+    library = arguments.library or library_path()
+    ort.set_global_thread_pool_sizes(arguments.threads, 1)
+    reader = Reader(arguments.threads)
+    suites = [
+        suite
+        for suite in (*SQUARE_BARS, *layer_suites())
+        if any(text in suite.linear.name for text in arguments.only)
+    ]
+    rows = [row for suite in suites for row in measure(suite, reader, library, arguments.seconds)]
     setting = {
-        "processor": platform.processor() or platform.machine(),
-        "instruction_set": info.instruction_set,
+        "processor": _processor(),
+        "instruction_set": library_info(library).instruction_set,
         "onnxruntime": ort.__version__,
         "threads": arguments.threads,
-        "group_size": GROUP_SIZE,
+        "bandwidth_gb_s": round(reader.bytes_per_second() / 1e9, 1),
     }
-    timings: list[Timing] = []
-    for shape, sizes in SHAPES.items():
-        sessions = contenders(*sizes, threads=arguments.threads)
-        for rows in arguments.rows:
-            clock = time.thread_time if arguments.threads == 1 else time.perf_counter
-            timings += measure(sessions, shape, rows, seconds=arguments.seconds, clock=clock)
-    show(timings, setting)
+    show(rows, setting, {})
     if arguments.json is not None:
-        report = setting | {"timings": [asdict(timing) for timing in timings]}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, rows, setting, {})
 
 
-def contenders(
-    out_features: int, in_features: int, *, threads: int
-) -> dict[str, ort.InferenceSession]:
-    """One session for each contender, by name."""
-    rng = np.random.default_rng(0)
-    dense = rng.standard_normal((in_features, out_features), np.float32)
-    factors = LowRank(
-        lora_a=rng.standard_normal((RANK, in_features)).astype(np.float16),
-        lora_b=rng.standard_normal((out_features, RANK)).astype(np.float16),
-    )
-    models = {
-        BASELINE: _model("", "MatMul", {"B": dense}, {}),
-        "MatMulNBits 4-bit": _quantized_peer(_random_weight(rng, out_features, in_features, 4)),
-    }
-    for bits in (3, 4):
-        weight = _random_weight(rng, out_features, in_features, bits)
-        models[f"eoracc {bits}-bit"] = _fused(weight, None)
-        models[f"eoracc {bits}-bit, rank {RANK}"] = _fused(weight, factors)
-    return {name: _session(model, threads) for name, model in models.items()}
-
-
-def measure(
-    sessions: dict[str, ort.InferenceSession],
-    shape: str,
-    rows: int,
-    *,
-    seconds: float,
-    clock: Callable[[], float],
-) -> list[Timing]:
-    """Time all contenders on ``rows`` rows, turn by turn, for about ``seconds``."""
-    in_features = SHAPES[shape][1]
-    x = np.random.default_rng(1).standard_normal((rows, in_features), np.float32)
-    for session in sessions.values():
-        session.run(None, {"X": x})
-    taken: dict[str, list[float]] = {name: [] for name in sessions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(taken[BASELINE]) < 3:
-        for name, session in sessions.items():
-            start = clock()
-            session.run(None, {"X": x})
-            taken[name].append(clock() - start)
-    return [
-        Timing(shape, rows, name, min(times), float(np.median(times)))
-        for name, times in taken.items()
-    ]
-
-
-def show(timings: list[Timing], setting: dict[str, Any]) -> None:
-    """Print the table; ratios are of medians, above 1 is faster than the float32 MatMul."""
-    console = Console(width=110)
-    console.print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    table = Table("shape", "rows", "contender", "fastest µs", "median µs", "times float32")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    baseline = {(t.shape, t.rows): t.median for t in timings if t.contender == BASELINE}
-    previous = None
-    for timing in timings:
-        key = (timing.shape, timing.rows)
-        if previous not in {None, key}:
-            table.add_section()
-        previous = key
-        table.add_row(
-            timing.shape,
-            str(timing.rows),
-            timing.contender,
-            f"{timing.fastest * 1e6:,.0f}",
-            f"{timing.median * 1e6:,.0f}",
-            f"{baseline[key] / timing.median:.2f}",
-        )
-    console.print(table)
-
-
-def _random_weight(
-    rng: np.random.Generator, out_features: int, in_features: int, bits: int
-) -> NBitsWeight:
-    groups = -(-in_features // GROUP_SIZE)
-    return NBitsWeight.from_codes(
-        rng.integers(0, 2**bits, (out_features, in_features), np.uint8),
-        rng.uniform(0.5, 1.5, (out_features, groups)).astype(np.float16),
-        rng.integers(0, 2**bits, (out_features, groups), np.uint8),
-        bits=bits,
-        group_size=GROUP_SIZE,
-    )
-
-
-def _fused(weight: NBitsWeight, factors: LowRank | None) -> bytes:
-    operands = {
-        "B": weight.packed,
-        "scales": weight.scales,
-        "zero_points": weight.zero_points,
-        "bias": None,
-        "lora_a": None if factors is None else factors.lora_a,
-        "lora_b": None if factors is None else factors.lora_b,
-    }
-    return _model("eoracc", "MatMulNBitsLowRank", operands, _attributes(weight))
-
-
-def _quantized_peer(weight: NBitsWeight) -> bytes:
-    # Its scales must be of X's type, and its zero points are packed like the codes.
-    assert weight.zero_points is not None
-    nibbles = np.pad(weight.zero_points, ((0, 0), (0, weight.zero_points.shape[1] % 2)))
-    operands: dict[str, NDArray[Any] | None] = {
-        "B": weight.packed,
-        "scales": weight.scales.astype(np.float32),
-        "zero_points": nibbles[:, ::2] | nibbles[:, 1::2] << 4,
-    }
-    return _model("com.microsoft", "MatMulNBits", operands, _attributes(weight))
-
-
-def _attributes(weight: NBitsWeight) -> dict[str, int]:
-    return {
-        "K": weight.in_features,
-        "N": weight.out_features,
-        "bits": weight.bits,
-        "block_size": weight.group_size,
-    }
-
-
-def _model(
-    domain: str, op_type: str, operands: dict[str, NDArray[Any] | None], attributes: dict[str, int]
-) -> bytes:
-    """A model that applies one op to its input ``X``."""
-    x = ir.Value(name="X", type=ir.TensorType(ir.DataType.FLOAT))
-    initializers = {
-        name: ir.Value(
-            name=name,
-            const_value=ir.tensor(array, name=name),
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        )
-        for name, array in operands.items()
-        if array is not None
-    }
-    inputs = [x, *(initializers.get(name) for name in operands)]
-    while inputs[-1] is None:
-        inputs.pop()
-    node = ir.node(op_type, inputs, attributes, domain=domain, name=op_type)
-    y = node.outputs[0]
-    y.name, y.type = "Y", ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph(
-        [x],
-        [y],
-        nodes=[node],
-        initializers=list(initializers.values()),
-        opset_imports={"": 23, domain: 1} if domain else {"": 23},
-        name=op_type,
-    )
-    serialized: bytes = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    return serialized
-
-
-def _session(model: bytes, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(library_path()))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def _processor() -> str:
+    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,330 @@
+"""Times whole models against onnxruntime-genai int4 and llama.cpp, in one interleaved run.
+
+    python benchmarks/decode.py --artifact smollm2=DIR [--artifact gemma3=DIR ...] [--json FILE]
+                                [--llama-python PYTHON] [--rounds N] [--threads N]
+
+Every engine is a process of its own (``engines.py``) and idle while another is timed. In each
+round every engine decodes some tokens after a short prompt, and processes a prompt of 512; a step's
+time is the median of its turn. Peers' models are made once from the same checkpoint, by the peers'
+own tools, into ``.cache/decode``. llama.cpp may live in another environment: llama-cpp-python comes
+as source, and GCC 12 needs ``CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"`` where the
+processor has AMX, for its header does not say that a tile configuration is read.
+
+The bars are in :data:`BARS`: against the fastest peer, with no more bytes of weights. An engine
+that cannot be run is named, and a bar that would need it is left open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import gguf
+import numpy as np
+import onnx_ir as ir
+
+# Run by path, a script sees its own folder only.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.bandwidth import Reader
+from benchmarks.rows import Row, compare, show, write_json
+from eoracc.compiler.frontend import load
+from examples.gemma3 import fetch as gemma3
+from examples.packages import assemble
+from examples.smollm2 import fetch as smollm2
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "decode"
+ENGINES = Path(__file__).with_name("engines.py")
+PEER_MODELS = Path(__file__).with_name("peer_models.py")
+
+MODELS = {
+    "smollm2": ("SmolLM2-135M", smollm2.MODEL, smollm2.DATA),
+    "gemma3": ("Gemma-3-270M", gemma3.MODEL, gemma3.DATA),
+}
+GENAI_BLOCK_SIZES = (32, 128)
+GGUF_TYPES = ("Q4_0", "Q3_K_M")
+
+DECODE, PREFILL = "decode", "prefill"
+TOKENS = {DECODE: 64, PREFILL: 512}
+BARS = {DECODE: 1 / 1.5, PREFILL: 1 / 1.2}
+"""Our time over that of the fastest peer: 1.5 times as fast at decoding, 1.2 times at prefill."""
+
+SPIN_S = 0.2
+"""Threads spin for some time after their work; nobody else may be timed meanwhile."""
+
+_LOOK_UPS = {"Gather", "GatherNBits", "GatherBlockQuantized", "GroupQueryAttention"}
+"""Operators that read a few rows of a table, not all of it."""
+
+
+class MissingError(Exception):
+    """An engine cannot be run."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What to run: an engine of ``engines.py``, its model, and whether it is ours."""
+
+    label: str
+    kind: str
+    path: Path
+    python: str = sys.executable
+    ours: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a step reads."""
+        if self.kind == "genai":
+            return onnx_bytes(self.path / "model.onnx")
+        return gguf_bytes(self.path)
+
+
+def onnx_bytes(path: Path) -> int:
+    """Bytes of the initializers that a decoding step reads as a whole.
+
+    Tables of which an operator only looks rows up (embeddings, rotary angles) are left out, unless
+    something else reads them, too: a tied head.
+    """
+    model = ir.load(path)
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and any(node.op_type not in _LOOK_UPS for node in value.consumers())
+    )
+
+
+def gguf_bytes(path: Path) -> int:
+    """Bytes of the tensors that a decoding step reads as a whole: all but an untied embedding."""
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    if "output.weight" in sizes:
+        sizes.pop("token_embd.weight")
+    return sum(sizes.values())
+
+
+class Worker:
+    """An engine's process."""
+
+    def __init__(self, engine: Engine, threads: int) -> None:
+        command = [engine.python, ENGINES, engine.kind, engine.path, "--threads", str(threads)]
+        self._process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        answer = self._answer()
+        if "ready" not in answer:
+            self.close()
+            raise MissingError(answer.get("missing", f"{engine.python} ends without an answer"))
+        self.version: str = answer["ready"]
+
+    def seconds(self, measure: str) -> float:
+        """Median seconds of one step of ``measure``."""
+        request = {"measure": measure, "tokens": TOKENS[measure]}
+        stdin: IO[str] = self._process.stdin  # type: ignore[assignment]
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+        except BrokenPipeError:
+            raise MissingError(f"ended with code {self._process.wait()}") from None
+        answer = self._answer()
+        if "seconds" not in answer:
+            raise MissingError(f"ended with code {self._process.wait()} during {measure}")
+        return float(np.median(answer["seconds"]))
+
+    def _answer(self) -> dict[str, Any]:
+        stdout: IO[str] = self._process.stdout  # type: ignore[assignment]
+        line = stdout.readline()
+        return json.loads(line) if line else {}
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+@contextmanager
+def running(engine: Engine, threads: int) -> Iterator[Worker]:
+    """A worker that has run everything once; MissingError where it cannot."""
+    worker = Worker(engine, threads)
+    try:
+        for measure in TOKENS:
+            worker.seconds(measure)
+        yield worker
+    finally:
+        worker.close()
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def peers(name: str, llama_python: str, missing: dict[str, str]) -> list[Engine]:
+    """The peers' models of a checkpoint, made where they are not there yet."""
+    _, source, data = MODELS[name]
+    (checkpoint,) = assemble([source], data)
+    folder = CACHE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for size in GENAI_BLOCK_SIZES:
+        engine = Engine(f"genai int4 block {size}", "genai", folder / f"genai-int4-{size}")
+        if not (engine.path / "genai_config.json").is_file():
+            hugging_face = load(str(checkpoint), work=folder / "model").folder
+            if not _make(engine, "genai", hugging_face, str(size), missing):
+                continue
+        found.append(engine)
+    for kind in GGUF_TYPES:
+        path = folder / f"{kind}.gguf"
+        engine = Engine(f"llama.cpp {kind}", "llama_cpp", path, llama_python)
+        if path.is_file() or _make(engine, "gguf", checkpoint, kind, missing):
+            found.append(engine)
+    return found
+
+
+def _make(engine: Engine, tool: str, source: Path, setting: str, missing: dict[str, str]) -> bool:
+    made = engine.path.with_name(f"{engine.path.name}.part")
+    command = [engine.python, str(PEER_MODELS), tool, str(source), str(made), setting]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        missing[engine.label] = (done.stderr.strip().splitlines() or ["its tool failed"])[-1]
+        return False
+    made.rename(engine.path)
+    return True
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """What was measured of one model: seconds by engine, one a round, and bytes a second."""
+
+    seconds: Mapping[Engine, Sequence[float]]
+    bandwidth: float
+
+
+def measure(
+    engines: Sequence[Engine],
+    *,
+    rounds: int,
+    threads: int,
+    missing: dict[str, str],
+    versions: dict[str, str],
+) -> dict[str, Series]:
+    """Let all engines take turns; those that fail are named in ``missing``."""
+    reader = Reader(threads)
+    with ExitStack() as stack:
+        workers = {}
+        for engine in engines:
+            try:
+                workers[engine] = stack.enter_context(running(engine, threads))
+            except MissingError as error:
+                missing[engine.label] = str(error)
+                continue
+            versions[engine.kind] = workers[engine].version
+        taken: dict[str, dict[Engine, list[float]]] = {name: defaultdict(list) for name in TOKENS}
+        speeds = []
+        for turn in range(rounds):
+            # Whoever comes first finds a cooler processor: everyone is, in turn.
+            order = list(workers)
+            order = order[turn % len(order) :] + order[: turn % len(order)] if order else []
+            for name, seconds in taken.items():
+                for engine in order:
+                    time.sleep(SPIN_S)
+                    seconds[engine].append(workers[engine].seconds(name))
+            time.sleep(SPIN_S)
+            speeds.append(reader.bytes_per_second())
+    bandwidth = float(np.median(speeds))
+    return {name: Series(seconds, bandwidth) for name, seconds in taken.items()}
+
+
+def rows(model: str, measured: str, series: Series, missing: Mapping[str, str]) -> list[Row]:
+    """Each of our artifacts against each peer; the bar is set by the fastest peer."""
+    medians = {engine: float(np.median(taken)) for engine, taken in series.seconds.items()}
+    others = sorted((one for one in medians if not one.ours), key=medians.__getitem__)
+    found = []
+    for ours in (one for one in medians if one.ours):
+        case = f"{model} {measured} {TOKENS[measured]}, {ours.label}"
+        for rank, peer in enumerate(others):
+            row = compare(
+                case,
+                peer.label,
+                series.seconds[ours],
+                series.seconds[peer],
+                ours_bytes=ours.nbytes,
+                peer_bytes=peer.nbytes,
+                # A prompt's time is not that of reading the weights.
+                bandwidth=series.bandwidth if measured == DECODE else None,
+                bar=None if rank else BARS[measured],
+                no_more_bytes=True,
+                note="" if rank else "the fastest peer",
+            )
+            if missing and not rank:
+                row = replace(row, holds=None, note=f"{row.note} that ran")
+            found.append(row)
+    return found
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--artifact",
+        action="append",
+        required=True,
+        metavar="MODEL=DIR",
+        help=f"what eoracc built of a model ({', '.join(MODELS)}); may be given again",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    artifacts = defaultdict(list)
+    for text in arguments.artifact:
+        name, _, folder = text.partition("=")
+        if name not in MODELS or not (Path(folder) / "model.onnx").is_file():
+            parser.error(f"{text!r} names no artifact: give MODEL=DIR, as in smollm2=build/out")
+        path = Path(folder).resolve()
+        artifacts[name].append(Engine(f"eoracc {path.name}", "genai", path, ours=True))
+    found: list[Row] = []
+    missing: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    bandwidth = 0.0
+    for name, ours in artifacts.items():
+        absent: dict[str, str] = {}
+        engines = [*ours, *peers(name, arguments.llama_python, absent)]
+        measured = measure(
+            engines,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            missing=absent,
+            versions=versions,
+        )
+        for what, series in measured.items():
+            found += rows(MODELS[name][0], what, series, absent)
+            bandwidth = series.bandwidth
+        missing |= {f"{MODELS[name][0]} {label}": reason for label, reason in absent.items()}
+    setting = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+        "engines": ", ".join(sorted(set(versions.values()))),
+    }
+    show(found, setting, missing)
+    if arguments.json is not None:
+        write_json(arguments.json, found, setting, missing)
+
+
+if __name__ == "__main__":
+    main()
