@@ -43,13 +43,16 @@ test-fast: setup ## unit tests only
 NATIVE_BUILD = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DEORACC_TESTS=ON \
   -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" $(2) >/dev/null && $(BIN)/cmake --build build/$(1)
 
+EMULATED := qemu-aarch64-static -L /usr/aarch64-linux-gnu
+
 .PHONY: test-aarch64
 test-aarch64: setup ## the AArch64 kernels, cross-compiled and emulated
 	@.ci/aarch64-packages
 	$(call NATIVE_BUILD,aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++)
-	for cpu in cortex-a72 neoverse-n1 max; do \
-	  qemu-aarch64-static -cpu $$cpu -L /usr/aarch64-linux-gnu build/aarch64/check_kernels 150; done
+	$(EMULATED) -cpu cortex-a72 build/aarch64/check_kernels 150 0 scalar
+	$(EMULATED) -cpu neoverse-n1 build/aarch64/check_kernels 150 1 neon_dotprod
+	$(EMULATED) -cpu max build/aarch64/check_kernels 150 2 neon_i8mm
 
 # Checks are calls, or GCC would take minutes over what is unrolled.
 SANITIZERS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \

@@ -6,6 +6,7 @@
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 
 #include "tests/native/call.h"
 
@@ -76,7 +77,7 @@ constexpr Defect kDefects[] = {
     {"lora_a_scale = null", [](auto& m) { m.lora_a_scale = nullptr; }},
     {"lora_b_scale = null", [](auto& m) { m.lora_b_scale = nullptr; }},
 };
-constexpr size_t kDefectCount = sizeof kDefects / sizeof kDefects[0];
+constexpr size_t kDefectCount = std::size(kDefects);
 
 Shape fitting(std::mt19937_64& random) {
   Shape shape;
@@ -116,7 +117,7 @@ int main(int count, char** arguments) {
     draw_operands(shape, random, &operands, &expected);
     const Operand y(Bytes(static_cast<size_t>(shape.rows * shape.outputs()) * 4, 0xff));
     const Bytes untouched = y.bytes();
-    const eoracc_isa isa = kInstructionSets[random() % 7].isa;
+    const eoracc_isa isa = kInstructionSets[random() % std::size(kInstructionSets)].isa;
 
     // Each defect in turn, every other time together with a second one.
     const Defect& defect = kDefects[static_cast<size_t>(i) % kDefectCount];
