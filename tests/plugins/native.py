@@ -449,8 +449,8 @@ def assert_case(actual: Array, case: Case) -> None:
     if case.accuracy_level == 0:
         assert np.median(bound) < 3e-2 * signal
     elif error.size > 100:
-        # The worst case of all roundings to int8 may be as large as the signal; but they are as good
-        # as random, so that their sum is far below both.
+        # The worst case of all roundings to int8 may be as large as the signal; but they are as
+        # good as random, so that their sum is far below both.
         assert np.sqrt(np.mean(error**2)) < 0.03 * signal
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from eoracc.plugins.operands import BITS, LowRank, NBitsWeight
 from tests.plugins import native
-from tests.plugins.native import Case, assert_case, random_case
+from tests.plugins.native import Array, Case, assert_case, random_case
 
 ISAS = tuple(native.INSTRUCTION_SETS)
 LEVELS = (0, 4)
@@ -155,7 +154,7 @@ def test_a_decoder_layers_fusions(
             check(replace(case, x=case.x[:rows], residual=_rows(case.residual, rows)), isa)
 
 
-def _rows(array: Any, rows: int) -> Any:
+def _rows(array: Array | None, rows: int) -> Array | None:
     return None if array is None else array[:rows]
 
 
@@ -450,9 +449,7 @@ def test_oracle_sees_an_error() -> None:
     assert_case(actual, case)
     assert case.factors is not None
     assert case.weight.zero_points is not None
-    swapped = LowRank(
-        lora_a=np.roll(case.factors.lora_a, 16, axis=0), lora_b=case.factors.lora_b
-    )
+    swapped = LowRank(lora_a=np.roll(case.factors.lora_a, 16, axis=0), lora_b=case.factors.lora_b)
     raised = case.weight.zero_points.copy()
     raised[40, 3] += 1
     for wrong in (

@@ -1,10 +1,12 @@
 // Few rows of X: lays out scratch, orders the steps and hands them to threads.
 //
 // A call is one parallel region. Its tasks take work items by an atomic counter: first rows of X to
-// be prepared, then tiles of lora_a, then runs of tiles of the weight. An item that needs what
-// earlier ones make waits for it by spinning; those were taken before it, so that running threads
-// hold them, and it cannot wait forever even if the tasks run one after another. A weight tile
-// needs the down-projected X only when its own product is done, so that it hardly ever waits.
+// be prepared, then tiles of lora_a, then runs of tiles of the weight, long ones first, since
+// memory is read fastest in long runs, and short ones last, so that all tasks end together. An item
+// that needs what earlier ones make waits for it by spinning; those were taken before it, so that
+// running threads hold them, and it cannot wait forever even if the tasks run one after another. A
+// weight tile needs the down-projected X only when its own product is done, so that it hardly ever
+// waits.
 //
 // No item's result depends on the thread that computes it or on the size of the runs.
 
@@ -26,7 +28,7 @@ namespace {
 
 constexpr int64_t kMaxThreads = 256;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kRunBytes = 48 << 10;    // codes in a run of tiles: enough to stream
+constexpr int64_t kRunBytes = 32 << 10;    // codes in the shortest run of tiles
 constexpr int64_t kAloneBytes = 32 << 10;  // codes below which waking a thread takes longer
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -127,13 +129,13 @@ struct Product {
   int64_t tile_part_ends[EORACC_MAX_PARTS];  // tile behind the last one of each part
   int64_t part_stride;                       // columns of `down` between parts
   int64_t out_tiles;                         // tiles of y
-  int64_t tiles_in_run;
+  int64_t shortest_run;                      // in tiles of y
 
   int64_t first_row, rows;  // of the block at hand
   Buffer x, down;
 
-  int64_t down_items, run_items;
-  std::atomic<int64_t> next, prepared, projected;
+  int64_t down_items, tasks;
+  std::atomic<int64_t> next, prepared, projected, next_tile;
   std::atomic<bool> down_ready;
 };
 
@@ -216,11 +218,9 @@ void multiply_tile(const Product& p, int64_t tile, float* sums) {
   multiply(p, p.lora_b, p.down.view(p.rows, part * p.part_stride, p.m.rank), tile, sums);
 }
 
-void multiply_run(const Product& p, int64_t run) {
+void multiply_run(const Product& p, int64_t first, int64_t last) {
   alignas(kAlignment) float sums[kFewRows * kTile], gates[kFewRows * kTile];
   wait_for_rows(p);
-  const int64_t first = run * p.tiles_in_run;
-  const int64_t last = smaller(first + p.tiles_in_run, p.out_tiles);
   const int64_t gate_width = p.output.gate_width;
   for (int64_t tile = first; tile < last; ++tile) {
     if (gate_width != 0) multiply_tile(p, tile, gates);
@@ -232,23 +232,30 @@ void multiply_run(const Product& p, int64_t run) {
   }
 }
 
+// Takes half of a task's share of the tiles that are left; false where none are.
+bool take_run(Product& p, int64_t* first, int64_t* last) {
+  *first = p.next_tile.load(std::memory_order_relaxed);
+  do {
+    const int64_t left = p.out_tiles - *first;
+    if (left <= 0) return false;
+    *last = *first + smaller(left, larger(p.shortest_run, left / (2 * p.tasks)));
+  } while (!p.next_tile.compare_exchange_weak(*first, *last, std::memory_order_relaxed));
+  return true;
+}
+
 void take_items(void* data, size_t) {
   Product& p = *(Product*)data;
   while (true) {
-    int64_t item = p.next.fetch_add(1, std::memory_order_relaxed);
+    const int64_t item = p.next.fetch_add(1, std::memory_order_relaxed);
+    if (item >= p.rows + p.down_items) break;
     if (item < p.rows) {
       prepare_row(p, item);
-      continue;
+    } else {
+      project_down(p, item - p.rows);
     }
-    item -= p.rows;
-    if (item < p.down_items) {
-      project_down(p, item);
-      continue;
-    }
-    item -= p.down_items;
-    if (item >= p.run_items) return;
-    multiply_run(p, item);
   }
+  int64_t first, last;
+  while (take_run(p, &first, &last)) multiply_run(p, first, last);
 }
 
 void lay_out(Product& p, Scratch& scratch, int64_t rows) {
@@ -287,8 +294,7 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
   p.output = {m.x_type, m.activation, width, gated ? width : 0, m.bias, m.residual, m.y};
   p.out_tiles = ceil_div(width, kTile);
   const int64_t out_tile_bytes = p.weight.tile_bytes * (gated ? 2 : 1);
-  p.tiles_in_run = ceil_div(kRunBytes, out_tile_bytes);
-  p.run_items = ceil_div(p.out_tiles, p.tiles_in_run);
+  p.shortest_run = ceil_div(kRunBytes, out_tile_bytes);
   p.down_items = m.rank > 0 ? ceil_div(p.parts * m.rank, kTile) : 0;
 
   p.part_stride = round_up(m.rank, kUnit);
@@ -313,14 +319,14 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
   const bool alone = p.out_tiles * out_tile_bytes < kAloneBytes;
   for (p.first_row = 0; p.first_row < m.rows; p.first_row += kFewRows) {
     p.rows = smaller(kFewRows, m.rows - p.first_row);
-    p.next = p.prepared = p.projected = 0;
+    p.next = p.prepared = p.projected = p.next_tile = 0;
     p.down_ready = false;
-    const int64_t items = p.rows + p.down_items + p.run_items;
-    const int64_t tasks = alone ? 1 : smaller(processors(), items);
-    if (tasks == 1) {
+    const int64_t items = p.rows + p.down_items + ceil_div(p.out_tiles, p.shortest_run);
+    p.tasks = alone ? 1 : smaller(processors(), items);
+    if (p.tasks == 1) {
       take_items(&p, 0);
     } else {
-      threads.run(threads.pool, (size_t)tasks, take_items, &p);
+      threads.run(threads.pool, (size_t)p.tasks, take_items, &p);
     }
   }
   free(memory);

@@ -13,7 +13,7 @@ constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kVector = 64;        // bytes of a quad's codes
 constexpr int64_t kHalf = 8;           // rows of a tile in a vector register
-constexpr int64_t kAhead = 2048;       // bytes of codes that are fetched before they are needed
+constexpr int64_t kAhead = 1024;       // bytes of codes that are fetched before they are needed
 
 // ---- codes
 
@@ -42,7 +42,7 @@ inline __m256i move_bit(__m256i bytes) {
 // Four quads of three bits: `low` holds two bits of each, and bits `first`.. of `high` the third
 // ones. Even and odd quads are first put together to four bits each, two in a byte.
 template <int first>
-inline void unpack_three(__m256i low, __m256i high, __m256i* codes) {
+[[gnu::always_inline]] inline void unpack_three(__m256i low, __m256i high, __m256i* codes) {
   const __m256i pairs = _mm256_set1_epi8(0x33);
   const __m256i even_thirds =
       _mm256_or_si256(move_bit<first, 2>(high), move_bit<first + 2, 6>(high));
@@ -59,7 +59,7 @@ inline void unpack_three(__m256i low, __m256i high, __m256i* codes) {
 
 // Half a unit; `packed` points at that half of its first vector.
 template <int bits>
-inline Quads unpack(const uint8_t* packed) {
+[[gnu::always_inline]] inline Quads unpack(const uint8_t* packed) {
   Quads quads;
   if constexpr (bits == 8) {
     for (int64_t q = 0; q < kQuads; ++q) quads.codes[q] = load(packed + q * kVector);
@@ -93,7 +93,7 @@ class Units {
 
   Units(const Tiles& w, int64_t tile) : next_(w.codes + tile * w.tile_bytes), left_(w.tile_bytes) {}
 
-  const uint8_t* next() {
+  [[gnu::always_inline]] const uint8_t* next() {
     for (int64_t line = 0; line < kBytes; line += 64) {
       _mm_prefetch((const char*)next_ + kAhead + line, _MM_HINT_T0);
     }
@@ -134,7 +134,7 @@ class Groups {
   __m256i zero_points[2];  // as 32-bit integers
 
   // Moves `columns` on, which must not pass the group's end; true if that ends the group.
-  bool step(int64_t columns) {
+  [[gnu::always_inline]] bool step(int64_t columns) {
     left_ -= columns;
     if (left_ > 0) return false;
     left_ = w_.group_size;
@@ -143,7 +143,7 @@ class Groups {
   }
 
   // Reads what belongs to the group at hand, if there is one.
-  void read() {
+  [[gnu::always_inline]] void read() {
     if (index_ >= end_) return;
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t at = index_ * kTile + half * kHalf;

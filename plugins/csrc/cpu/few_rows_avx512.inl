@@ -3,7 +3,8 @@
 // and once without.
 //
 // All loops go unit by unit (kUnit columns, eight quads), which is the same at every width once the
-// codes are unpacked. Unpacked codes are shared by up to kRowsAtOnce rows of X.
+// codes are unpacked. Unpacked codes are shared by up to kRowsAtOnce rows of X. What hands vectors
+// from one function to another is inlined by force, so that they stay in registers.
 
 #include <immintrin.h>
 
@@ -15,7 +16,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 8;
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kVector = 64;        // bytes
-constexpr int64_t kAhead = 2048;       // bytes of codes that are fetched before they are needed
+constexpr int64_t kAhead = 1024;       // bytes of codes that are fetched before they are needed
 
 // ---- codes
 
@@ -60,7 +61,7 @@ inline __m512i spread(__m512i bytes) {
 // Four quads of three bits: `low` holds two bits of each, and bits `first`.. of `high` the third
 // ones. Even and odd quads are first put together to four bits each, two in a byte.
 template <int first>
-inline void unpack_three(__m512i low, __m512i high, __m512i* codes) {
+[[gnu::always_inline]] inline void unpack_three(__m512i low, __m512i high, __m512i* codes) {
   const __m512i pairs = _mm512_set1_epi8(0x33);
   constexpr int kSelect = 0xca;  // pairs ? the second : the third
   const __m512i even =
@@ -74,7 +75,7 @@ inline void unpack_three(__m512i low, __m512i high, __m512i* codes) {
 }
 
 template <int bits>
-inline Quads unpack(const uint8_t* packed) {
+[[gnu::always_inline]] inline Quads unpack(const uint8_t* packed) {
   Quads quads;
   if constexpr (bits == 8) {
     for (int64_t q = 0; q < kQuads; ++q) quads.codes[q] = load(packed + q * kVector);
@@ -108,7 +109,7 @@ class Units {
 
   Units(const Tiles& w, int64_t tile) : next_(w.codes + tile * w.tile_bytes), left_(w.tile_bytes) {}
 
-  Quads next() {
+  [[gnu::always_inline]] Quads next() {
     for (int64_t line = 0; line < kBytes; line += 64) {
       _mm_prefetch((const char*)next_ + kAhead + line, _MM_HINT_T0);
     }
@@ -149,7 +150,7 @@ class Groups {
   __m512i zero_points;  // as 32-bit integers
 
   // Moves `columns` on, which must not pass the group's end; true if that ends the group.
-  bool step(int64_t columns) {
+  [[gnu::always_inline]] bool step(int64_t columns) {
     left_ -= columns;
     if (left_ > 0) return false;
     left_ = w_.group_size;
@@ -158,7 +159,7 @@ class Groups {
   }
 
   // Reads what belongs to the group at hand, if there is one.
-  void read() {
+  [[gnu::always_inline]] void read() {
     if (index_ >= end_) return;
     scales = load_lanes(w_.scales_type, w_.scales, index_ * kTile);
     if (w_.zero_points == nullptr) {
