@@ -49,6 +49,21 @@ ManyRows find_many_rows(eoracc_isa isa, const eoracc_matmul& m) {
   }
 }
 
+#elif defined(__aarch64__)
+
+// The FewRows unpack for every 16 rows. Not measured: there was no such processor at hand.
+ManyRows find_many_rows(eoracc_isa isa, const eoracc_matmul& m) {
+  if (m.accuracy_level != 4 || m.rows <= kFewRows) return nullptr;
+  switch (isa) {
+    case EORACC_ISA_NEON_DOTPROD:
+      return many_rows_neon_dotprod;
+    case EORACC_ISA_NEON_I8MM:
+      return many_rows_neon_i8mm;
+    default:
+      return nullptr;
+  }
+}
+
 #else
 
 ManyRows find_many_rows(eoracc_isa, const eoracc_matmul&) { return nullptr; }

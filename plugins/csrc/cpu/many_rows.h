@@ -20,6 +20,10 @@ eoracc_result many_rows_avx512_vnni(const eoracc_matmul& m, const eoracc_threads
 
 // Accuracy level 4: bfloat16 activations and weights, float32 sums.
 eoracc_result many_rows_amx(const eoracc_matmul& m, const eoracc_threads& threads);
+#elif defined(__aarch64__)
+// Accuracy level 4: int8 activations.
+eoracc_result many_rows_neon_dotprod(const eoracc_matmul& m, const eoracc_threads& threads);
+eoracc_result many_rows_neon_i8mm(const eoracc_matmul& m, const eoracc_threads& threads);
 #endif
 
 }  // namespace eoracc
