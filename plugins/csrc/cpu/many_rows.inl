@@ -36,6 +36,7 @@ namespace eoracc {
 namespace {
 
 constexpr int64_t kMaxTiles = 16;   // tiles in an item
+constexpr int64_t kShares = 16;     // items that there should be at least
 constexpr double kAloneMacs = 1e6;  // products below which waking a thread takes longer
 
 // The vector extension of GCC and Clang: loops over an array of sixteen are not always vectorised.
@@ -105,26 +106,19 @@ inline void accumulate(const Product& p, const Packed& x, int64_t unit_offset, i
   const int64_t x_bytes = shape.x_bytes(x.unit);
   const int64_t deepest = shape.panel_columns / x.unit;
   const int64_t panel_bytes = deepest * shape.panel_bytes(x.unit);
-  const int64_t panel_tiles = rows <= shape.cached_rows ? kPanelTiles : tile_count;
   for (int64_t pass = 0; pass < w.passes(); ++pass) {
     for (int64_t start = 0; start < units; start += deepest) {
       const int64_t depth = smaller(deepest, units - start);
       const uint8_t* blocks =
           x.data + first_block * x.block_bytes + (unit_offset + start) * x_bytes;
-      // One panel for all rows, or all panels for the rows that the cache holds.
-      for (int64_t first = 0; first < tile_count; first += panel_tiles) {
-        for (int64_t i = 0; i < panel_tiles; ++i) {
+      for (int64_t first = 0; first < tile_count; first += kPanelTiles) {
+        for (int64_t i = 0; i < kPanelTiles; ++i) {
           fill(w, pass, tiles[first + i], x.unit, start, depth, panels + i * panel_bytes);
         }
-        for (int64_t begin = 0; begin < rows; begin += shape.cached_rows) {
-          const int64_t last = smaller(begin + shape.cached_rows, rows);
-          for (int64_t i = 0; i < panel_tiles; i += kPanelTiles) {
-            for (int64_t row = begin; row < last; row += kRowBlock) {
-              multiply(blocks + row / kRowBlock * x.block_bytes, panels + i * panel_bytes,
-                       panel_bytes, x.unit, depth, smaller(kRowBlock, last - row),
-                       sums + ((first + i) * stride + row) * kTile, stride * kTile);
-            }
-          }
+        for (int64_t row = 0; row < rows; row += kRowBlock) {
+          multiply(blocks + row / kRowBlock * x.block_bytes, panels, panel_bytes, x.unit, depth,
+                   smaller(kRowBlock, rows - row), sums + (first * stride + row) * kTile,
+                   stride * kTile);
         }
       }
     }
@@ -409,7 +403,11 @@ inline void lay_out(Product* p) {
   p->down_width = m.rank > 0 ? ceil_div(p->part_count * m.rank, kTile) * kTile : 0;
 
   p->row_blocks = ceil_div(m.rows, kRowBlock);
-  p->item_tiles = smaller(shape.item_tiles, kMaxTiles);
+  // Enough items for threads to share, and no more sums with an activation, which has two ranges.
+  const int64_t ranges = p->half > 0 ? 2 : 1;
+  const int64_t share = ceil_div(m.out_features, kTile * kShares * kPanelTiles) * kPanelTiles;
+  p->item_tiles = smaller(smaller(shape.item_tiles, kMaxTiles), share);
+  if (p->item_tiles >= ranges * kPanelTiles) p->item_tiles /= ranges;
   p->item_blocks = smaller(ceil_div(shape.item_rows, kRowBlock), p->row_blocks);
   p->row_items = ceil_div(p->row_blocks, p->item_blocks);
   p->pack_begin = 0;
@@ -434,7 +432,7 @@ inline eoracc_result many_rows(const eoracc_matmul& m, const eoracc_threads& thr
     if (down > panel_bytes) panel_bytes = down;
   }
   const int64_t row_bytes = 4 * (p.x.units * p.x.unit + p.part_units * p.down.unit);
-  p.panels_bytes = slots * panel_bytes;
+  p.panels_bytes = kPanelTiles * panel_bytes;
   if (p.panels_bytes < row_bytes) p.panels_bytes = row_bytes;
   p.panels_bytes = whole_lines(p.panels_bytes);
   p.scratch_bytes = p.panels_bytes + whole_lines(4 * kTile * slots * p.item_blocks * kRowBlock);

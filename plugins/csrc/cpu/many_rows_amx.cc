@@ -23,9 +23,8 @@ constexpr float kCentre = 1 + 0x1p-8f * 0.72134752f;
 
 struct Shape {
   int64_t unit, down_unit;
-  int64_t panel_columns;  // columns of W in a panel
-  int64_t cached_rows;    // rows of X that stay in the cache while every panel is used for them
-  int64_t item_rows, item_tiles;
+  int64_t panel_columns;          // columns of W in a panel
+  int64_t item_rows, item_tiles;  // most of an item
 
   int64_t x_bytes(int64_t) const { return 2 * kTileBytes; }
   int64_t panel_bytes(int64_t) const { return kTileBytes; }
@@ -246,19 +245,15 @@ inline void multiply(const uint8_t* x, const uint8_t* panel, int64_t panel_strid
 namespace eoracc {
 namespace {
 
-// Where the packed X stays in the second-level cache, a pair of tiles is unpacked in one panel and
-// sums never leave the registers. Where it does not, it should be read seldom.
+// Two panels, 16 KiB, stay in the first-level cache. X comes from the second level, and the more
+// of it does not fit there, the more tiles an item should have, so that X is read less often.
 inline Shape shape_of(const eoracc_matmul& m) {
   Shape shape{};
   shape.unit = shape.down_unit = kAmxUnit;
-  const int64_t padded = ceil_div(m.in_features, kAmxUnit) * kAmxUnit;
-  const bool resident = smaller(m.rows, 512) * padded * 2 <= (1 << 20);
+  shape.panel_columns = 256;
   shape.item_rows = 512;
-  shape.cached_rows = resident ? 512 : 64;
-  shape.item_tiles = resident ? 2 : 16;
-  shape.panel_columns = smaller(padded, 256);
-  const int64_t rank = ceil_div(m.rank, kAmxUnit) * kAmxUnit;
-  if (rank > shape.panel_columns) shape.panel_columns = smaller(rank, 256);
+  const int64_t x_bytes = smaller(m.rows, shape.item_rows) * m.in_features * 2;
+  shape.item_tiles = x_bytes <= (1 << 20) ? 4 : x_bytes <= (3 << 20) ? 8 : 16;
   return shape;
 }
 

@@ -24,7 +24,6 @@ struct Guard {
 struct Shape {
   int64_t unit, down_unit;
   int64_t panel_columns;
-  int64_t cached_rows;
   int64_t item_rows, item_tiles;
 
   // A unit of a row block is its codes [rows, unit], scales [rows] and negated sums [rows].
@@ -36,7 +35,7 @@ struct Shape {
 // Panels of 512 columns, 10 KiB a tile, stay in the first-level cache while all rows use them.
 inline Shape shape_of(const eoracc_matmul& m) {
   const int64_t unit = m.group_size % 32 == 0 ? 32 : m.group_size % 16 == 0 ? 16 : 8;
-  return {unit, kUnit, 512, 84 * kRowBlock, 84 * kRowBlock, 4};
+  return {unit, kUnit, 512, 84 * kRowBlock, 4};
 }
 
 inline void pause() { _mm_pause(); }

@@ -27,7 +27,6 @@ struct Guard {
 struct Shape {
   int64_t unit, down_unit;
   int64_t panel_columns;
-  int64_t cached_rows;
   int64_t item_rows, item_tiles;
 
   int64_t x_bytes(int64_t) const { return 4 * kFloatUnit * kRowBlock; }
@@ -36,7 +35,7 @@ struct Shape {
 
 // Panels of 256 columns, 16 or 32 KiB, stay in the first-level cache while all rows use them.
 inline Shape shape_of(const eoracc_matmul&) {
-  return {kFloatUnit, kFloatUnit, 256, 40 * kRowBlock, 40 * kRowBlock, 4};
+  return {kFloatUnit, kFloatUnit, 256, 40 * kRowBlock, 4};
 }
 
 inline void pause() { __builtin_ia32_pause(); }
