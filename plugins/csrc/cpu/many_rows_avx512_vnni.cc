@@ -146,6 +146,12 @@ void fill_dense(const DenseTiles& w, int64_t pass, int64_t tile, int64_t unit, i
   }
 }
 
+// sum + the products of unsigned codes with signed values, four columns a lane. GCC 12 surrounds
+// the intrinsic with register moves in a loop over so many sums, which made the product 6% slower.
+inline void add_products(__m512i& sum, __m512i codes, __m512i values) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(values));
+}
+
 // sums[row] of both tiles += the row block times the tiles' panels.
 template <int rows>
 void multiply_block(const uint8_t* x, const uint8_t* panel, int64_t panel_stride, int64_t unit,
@@ -182,8 +188,8 @@ void multiply_block(const uint8_t* x, const uint8_t* panel, int64_t panel_stride
         int32_t four;
         memcpy(&four, block + row * unit + 4 * quad, sizeof four);
         const __m512i values = _mm512_set1_epi32(four);
-        dot[row][0] = _mm512_dpbusd_epi32(dot[row][0], codes[0], values);
-        dot[row][1] = _mm512_dpbusd_epi32(dot[row][1], codes[1], values);
+        add_products(dot[row][0], codes[0], values);
+        add_products(dot[row][1], codes[1], values);
       }
     }
     const __m512 scale[2] = {_mm512_loadu_ps((const float*)(left + unit * kTile)),
