@@ -148,11 +148,21 @@ def test_a_decoder_layers_fusions(
 
 
 @pytest.mark.parametrize(("isa", "level"), KERNELS)
-@pytest.mark.parametrize("shape", [(300, 700), (80, 1100)])
-def test_more_than_a_block_of_everything(isa: str, level: int, shape: tuple[int, int]) -> None:
-    """Rows, columns, tiles and, with the longer X, the second-level cache."""
+@pytest.mark.parametrize(
+    ("rows", "shape"), [(550, (300, 700)), (550, (80, 1100)), (2100, (40, 100))]
+)
+def test_more_than_a_block_of_everything(
+    isa: str, level: int, rows: int, shape: tuple[int, int]
+) -> None:
+    """Rows, columns, tiles, the second-level cache, and rows that are packed at a time."""
     case = random_case(
-        np.random.default_rng(5), 550, shape, group_size=128, rank=70, accuracy_level=level
+        np.random.default_rng(5),
+        rows,
+        shape,
+        group_size=128,
+        rank=70,
+        residual=True,
+        accuracy_level=level,
     )
     check(case, isa)
 

@@ -35,9 +35,10 @@
 namespace eoracc {
 namespace {
 
-constexpr int64_t kMaxTiles = 16;   // tiles in an item
-constexpr int64_t kShares = 16;     // items that there should be at least
-constexpr double kAloneMacs = 1e6;  // products below which waking a thread takes longer
+constexpr int64_t kMaxTiles = 16;    // tiles in an item
+constexpr int64_t kCallRows = 2048;  // rows of X that are packed at a time
+constexpr int64_t kShares = 16;      // items that there should be at least
+constexpr double kAloneMacs = 1e6;   // products below which waking a thread takes longer
 
 // The vector extension of GCC and Clang: loops over an array of sixteen are not always vectorised.
 typedef float Lanes __attribute__((vector_size(64)));
@@ -420,7 +421,7 @@ inline void lay_out(Product* p) {
 // Scratch sizes are rounded up, so that every array begins at a cache line.
 inline int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-inline eoracc_result many_rows(const eoracc_matmul& m, const eoracc_threads& threads) {
+inline eoracc_result multiply_rows(const eoracc_matmul& m, const eoracc_threads& threads) {
   Product p{};
   describe(m, &p);
   lay_out(&p);
@@ -457,6 +458,22 @@ inline eoracc_result many_rows(const eoracc_matmul& m, const eoracc_threads& thr
     threads.run(threads.pool, (size_t)tasks, run_items, &p);
   }
   free(memory);
+  return EORACC_OK;
+}
+
+// A few thousand rows at a time, which bounds the memory that X takes when it is packed.
+inline eoracc_result many_rows(const eoracc_matmul& m, const eoracc_threads& threads) {
+  const int64_t element = m.x_type == EORACC_FLOAT32 ? 4 : 2;
+  const int64_t width = m.activation != EORACC_IDENTITY ? m.out_features / 2 : m.out_features;
+  for (int64_t first = 0; first < m.rows; first += kCallRows) {
+    eoracc_matmul part = m;
+    part.rows = smaller(kCallRows, m.rows - first);
+    part.x = (const char*)m.x + first * m.in_features * element;
+    part.y = (char*)m.y + first * width * element;
+    if (m.residual != nullptr) part.residual = (const char*)m.residual + first * width * element;
+    const eoracc_result result = multiply_rows(part, threads);
+    if (result != EORACC_OK) return result;
+  }
   return EORACC_OK;
 }
 
