@@ -140,6 +140,7 @@ int main(int count, char** arguments) {
   for (const char* name : present) std::printf(" %s", name);
   std::printf(": %s; tolerances are %.1e of the signal at level 0, %.1e at level 4\n",
               checker.failed() ? "FAILED" : "right", checker.looseness(0), checker.looseness(4));
-  const bool meaningful = checker.looseness(0) < 0.01 && checker.looseness(4) < 0.2;
+  const bool meaningful = checker.looseness(0) < 0.05 && checker.looseness(4) < 0.2;
+  if (!meaningful) std::fprintf(stderr, "the tolerances are too large to mean something\n");
   return complete && meaningful && !checker.failed() ? 0 : 1;
 }

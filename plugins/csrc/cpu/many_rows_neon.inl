@@ -22,7 +22,6 @@ struct Guard {
 struct Shape {
   int64_t unit, down_unit;
   int64_t panel_columns;
-  int64_t cached_rows;
   int64_t item_rows, item_tiles;
 
   // A unit of a row block is its codes [rows, unit], scales [rows] and negated sums [rows].
@@ -34,7 +33,7 @@ struct Shape {
 // Panels of 512 columns, 10 KiB a tile, stay in the first-level cache while all rows use them.
 inline Shape shape_of(const eoracc_matmul& m) {
   const int64_t unit = m.group_size % 32 == 0 ? 32 : m.group_size % 16 == 0 ? 16 : 8;
-  return {unit, kUnit, 512, 64 * kRowBlock, 64 * kRowBlock, 4};
+  return {unit, kUnit, 512, 64 * kRowBlock, 4};
 }
 
 inline void pause() { asm volatile("yield"); }
@@ -108,8 +107,8 @@ void fill_dense(const DenseTiles& w, int64_t pass, int64_t tile, int64_t unit, i
 
 // sums[row] += kSharedRows rows from `first` on of a row block times a panel.
 template <bool whole>
-void multiply_rows(const uint8_t* x, int64_t first, const uint8_t* panel, int64_t unit,
-                   int64_t units, float* sums) {
+void multiply_shared_rows(const uint8_t* x, int64_t first, const uint8_t* panel, int64_t unit,
+                          int64_t units, float* sums) {
   for (int64_t u = 0; u < units; ++u) {
     const float* scales = (const float*)(x + kRowBlock * unit);
     const int32_t* minus = (const int32_t*)(scales + kRowBlock);
@@ -132,9 +131,9 @@ inline void multiply(const uint8_t* x, const uint8_t* panel, int64_t, int64_t un
                      int64_t rows, float* sums, int64_t) {
   for (int64_t first = 0; first < rows; first += kSharedRows) {
     if (unit == kUnit) {
-      multiply_rows<true>(x, first, panel, unit, units, sums);
+      multiply_shared_rows<true>(x, first, panel, unit, units, sums);
     } else {
-      multiply_rows<false>(x, first, panel, unit, units, sums);
+      multiply_shared_rows<false>(x, first, panel, unit, units, sums);
     }
   }
 }

@@ -13,7 +13,7 @@ namespace eoracc {
 namespace {
 
 constexpr int kParts = 4;
-constexpr int kSharedRows = 4;
+constexpr int kSharedRows = 4;         // rows of X that share codes in registers
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kQuadBytes = 64;     // of a quad's codes when they are a byte each
 
