@@ -6,6 +6,7 @@ and the arrays that compression produced.
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ def load_eager(
     Raises:
       ModelError: a name that the model does not have, or a weight of another shape.
     """
+    # Its threads would hold much of the checkpoint twice, more or less of it from run to run.
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     with quiet():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,

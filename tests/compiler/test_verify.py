@@ -86,8 +86,7 @@ def test_cases_cover_every_way_of_calling_and_agree_with_whole_calls(
     model = load_eager(folder, weights)
     chunks = {case.name: case.chunks for case in record.cases}
     assert chunks["prefill"] == (64,)
-    assert chunks["decode with cache"] == (32, 1, 1, 1)
-    assert chunks["chunk on cache"] == (32, 16)
+    assert chunks["decode and chunk on cache"] == (32, 1, 1, 16)
     lengths = record.cases[-1].attention_mask.sum(axis=1)
     assert len(set(lengths)) == len(lengths) == 3, "rows of unequal lengths"
     for case in record.cases:
