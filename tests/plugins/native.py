@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +32,9 @@ ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE = 16
 
 _TYPES = {"float32": 1, "float16": 2, "int8": 3, "bfloat16": 4}
+_ROUNDING = {"float16": (2**-11, 2**-25), "bfloat16": (2**-8, 2**-134)}
+"""Unit roundoff of each 16-bit type, and half of its smallest subnormal."""
+
 _SIZES = ("rows", "in_features", "out_features", "rank")
 _INTS = (
     "bits",
@@ -179,7 +181,8 @@ class Case:
         if self.norm_weight is None:
             return x
         square = np.mean(x**2, axis=-1, keepdims=True)
-        return x / np.sqrt(square + np.float64(np.float32(self.norm_epsilon))) * self.norm_weight
+        root = np.sqrt(square + np.float64(np.float32(self.norm_epsilon)))
+        return np.asarray(x / root * self.norm_weight, np.float64)
 
     @cached_property
     def _wide_factors(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -249,9 +252,8 @@ class Case:
             y = y + self.residual.astype(np.float64)
             bound = bound + (np.abs(y) + np.abs(self.residual.astype(np.float64))) * unit
         if self.x.dtype != np.float32:
-            eps = ml_dtypes.finfo(self.x.dtype).eps
-            bound = bound + (np.abs(y) + bound) * float(eps) / 2
-            bound = bound + float(ml_dtypes.finfo(self.x.dtype).smallest_subnormal)
+            relative, absolute = _ROUNDING[self.x.dtype.name]
+            bound = bound + (np.abs(y) + bound) * relative + absolute
         return y, bound
 
     @property

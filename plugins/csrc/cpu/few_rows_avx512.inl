@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kRowsAtOnce = 8;
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kVector = 64;        // bytes
-constexpr int64_t kAhead = 1024;       // bytes of codes that are fetched before they are needed
+constexpr int64_t kAhead = 2048;       // bytes of codes that are fetched before they are needed
+constexpr int64_t kScalesAhead = 512;  // likewise of scales
 
 // ---- codes
 
@@ -161,6 +162,8 @@ class Groups {
   // Reads what belongs to the group at hand, if there is one.
   [[gnu::always_inline]] void read() {
     if (index_ >= end_) return;
+    const int64_t bytes_each = w_.scales_type == EORACC_FLOAT32 ? 64 : 32;
+    _mm_prefetch((const char*)w_.scales + index_ * bytes_each + kScalesAhead, _MM_HINT_T0);
     scales = load_lanes(w_.scales_type, w_.scales, index_ * kTile);
     if (w_.zero_points == nullptr) {
       zero_points = _mm512_set1_epi32(1 << (bits - 1));
