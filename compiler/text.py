@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -34,6 +35,8 @@ _MARGIN = 64
 
 Tokenizers decide within a word, or a run of blanks, and its neighbours, never far ahead.
 """
+
+_BLANK = re.compile(r"\s")
 
 _SEPARATOR = "\n\n"
 """Between documents that are packed, and between the documents of a plain text file."""
@@ -186,6 +189,12 @@ def _pack(
     advice: str,
 ) -> list[list[int]]:
     needed = offset + samples * room
+    if seed is not None and limit is None and offset == 0:
+        text = "".join(documents)
+        scattered = _scattered(text, tokenizer, samples=samples, room=room, seed=seed)
+        if scattered is not None:
+            return scattered
+        documents = iter([text])
     # Random windows come from all of the text; the first ones need only its beginning.
     wanted = needed if seed is None else limit
     tokens = _first_tokens(documents, tokenizer, wanted)[:limit]
@@ -200,6 +209,31 @@ def _pack(
     starts = range(offset, len(tokens) - room + 1, room)
     chosen = _choose(spec, starts, samples=samples, seed=seed, unit="windows", advice=advice)
     return [tokens[start : start + room] for start in chosen]
+
+
+def _scattered(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, room: int, seed: int
+) -> list[list[int]] | None:
+    """Random windows, each of a stretch of its own; None where the text is too short for that.
+
+    Only what the windows hold is tokenized: of a book, or of a crawl of the web, next to nothing.
+    """
+    stretch = (room + 2 * _MARGIN) * _CHARACTERS_PER_TOKEN
+    available = len(text) // stretch
+    if available < samples:
+        return None
+    picked = np.random.default_rng(seed).choice(available, samples, replace=False)
+    windows = []
+    for index in sorted(int(one) for one in picked):
+        start = index * stretch
+        # From the first blank on, if one is near, tokens are those of the whole text.
+        blank = _BLANK.search(text, start, start + _MARGIN * _CHARACTERS_PER_TOKEN)
+        begin = start if blank is None else blank.start()
+        tokens = _first_tokens(iter([text[begin : begin + 2 * stretch]]), tokenizer, room)
+        if len(tokens) < room:
+            return None
+        windows.append(tokens[:room])
+    return windows
 
 
 def _choose(

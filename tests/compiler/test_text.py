@@ -112,6 +112,29 @@ def test_random_windows_are_of_the_text_and_repeat(
     assert all(window in text[:48] for window in read(tokenizer, head))
 
 
+def test_random_windows_of_a_long_text_begin_with_a_word_and_do_not_overlap(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # A token is a byte: a character of several could be cut in two.
+    text = prose(40_000).replace("é", "e").replace("日", "day")
+    found = read(tokenizer, windows(tmp_path, tokenizer, text, samples=20, seed=1))
+    assert found == read(tokenizer, windows(tmp_path, tokenizer, text, samples=20, seed=1))
+    assert found != read(tokenizer, windows(tmp_path, tokenizer, text, samples=20, seed=2))
+    starts = [text.index(window) for window in found]
+    assert starts == sorted(starts)
+    assert len(set(starts)) == 20
+    assert all(window[0].isspace() for window in found)
+    assert max(starts) > len(text) / 2
+
+
+def test_random_windows_of_a_text_without_words(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = "".join(f"{i:07d}." for i in range(10_000))
+    found = read(tokenizer, windows(tmp_path, tokenizer, text, samples=5, seed=1))
+    assert all(window in text for window in found)
+
+
 def test_every_window_begins_with_bos_where_the_tokenizer_does(
     tmp_path: Path, bos_tokenizer: PreTrainedTokenizerBase
 ) -> None:
