@@ -12,6 +12,7 @@ import pytest
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.embeddings import find_embeddings
 from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.graph import register_tensor
 from eoracc.compiler.linears import Linear, LinearGroup, find_linears
 from eoracc.compiler.lowering.onnxruntime import lower
 from eoracc.compiler.spec import Stage, check
@@ -238,3 +239,15 @@ def test_logits_to_keep(tmp_path: Path) -> None:
                 kept[row, keep - known :], whole[row, length - known : length], rtol=0, atol=1e-6
             )
     assert session.last_logits(ids, mask, None).shape == (2, 1, VOCABULARY)
+
+
+def test_what_broadcasts_is_no_residual(tmp_path: Path) -> None:
+    source, _ = compressed("smollm", tmp_path)
+    projection = nodes(source.model)["model.layers.0.self_attn.o_proj"]
+    (use,) = projection.outputs[0].uses()
+    shift = ir.tensor(np.ones((1, 1, 48), np.float32), name="shift")
+    use.node.replace_input_with(1 - use.idx, register_tensor(source.model.graph, shift))
+    lowered = lower(source.model)
+    check(lowered, Stage.ONNXRUNTIME, after="lower")
+    assert len(nodes(lowered)["model.layers.0.self_attn.o_proj"].inputs) < 10
+    assert len(nodes(lowered)["model.layers.1.self_attn.o_proj"].inputs) == 11
