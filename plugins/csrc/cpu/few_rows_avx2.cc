@@ -13,7 +13,7 @@ constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kVector = 64;        // bytes of a quad's codes
 constexpr int64_t kHalf = 8;           // rows of a tile in a vector register
-constexpr int64_t kAhead = 2048;       // bytes of codes that are fetched before they are needed
+constexpr int64_t kAhead = 1024;       // bytes of codes that are fetched before they are needed
 
 // ---- codes
 

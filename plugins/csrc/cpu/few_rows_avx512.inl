@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 8;
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kVector = 64;        // bytes
-constexpr int64_t kAhead = 2048;       // bytes of codes that are fetched before they are needed
+constexpr int64_t kAhead = 1024;       // bytes of codes that are fetched before they are needed
 constexpr int64_t kScalesAhead = 512;  // likewise of scales
 
 // ---- codes
