@@ -101,7 +101,8 @@ class CalibrationConfig(TextConfig):
     sequence_length: _Length = 512
     """Tokens per window."""
     seed: _Seed | None = None
-    """null: the first windows in order; a number: random windows."""
+    """null: the first windows in order; a number: random windows, each from a stretch of the text
+    of its own where the text is long enough."""
     layout: Literal["packing", "padding"] = "packing"
     """packing: the text cut into full windows; padding: one document a window, padded."""
 
