@@ -31,6 +31,8 @@ SAVE_INTERVAL_S = 10.0
 """Least time between two saves: the activations of a small model take as long to write as a block
 takes to compress, and an interruption may cost a few seconds of work."""
 
+_FACTORS = ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+
 
 @dataclass
 class SweepCheckpoint:
@@ -142,8 +144,10 @@ def _keep(
     }
     factors = compared if linear.factors is None else {"": linear.factors, **compared}
     for name, low_rank in factors.items():
-        arrays[f"{linear.name}/lora_a/{name}"] = np.ascontiguousarray(low_rank.lora_a)
-        arrays[f"{linear.name}/lora_b/{name}"] = np.ascontiguousarray(low_rank.lora_b)
+        for part in _FACTORS:
+            array = getattr(low_rank, part)
+            if array is not None:
+                arrays[f"{linear.name}/{part}/{name}"] = np.ascontiguousarray(array)
     return meta | {
         "bits": weight.bits,
         "group_size": weight.group_size,
@@ -172,10 +176,10 @@ def _restore(
         )
     )
     for name in meta["factors"]:
-        factors = LowRank(
-            lora_a=arrays[f"{linear.name}/lora_a/{name}"],  # type: ignore[arg-type]
-            lora_b=arrays[f"{linear.name}/lora_b/{name}"],  # type: ignore[arg-type]
-        )
+        stored: dict[str, Any] = {
+            part: arrays.get(f"{linear.name}/{part}/{name}") for part in _FACTORS
+        }
+        factors = LowRank(**stored)
         if name:
             comparisons[name][linear.name] = factors
         else:

@@ -206,7 +206,8 @@ def _make(
         limits=config.verify.limits,
         progress=progress,
     )
-    lowered = lower(compressed.model)
+    level = config.onnxruntime.accuracy_level
+    lowered = lower(compressed.model, accuracy_level=level)
     spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
     writer.write_model(lowered)
     writer.copy(loaded.tokenizer_files())
@@ -219,7 +220,7 @@ def _make(
         )
     )
     if config.verify.parity:
-        _record_parity(compressed, original, held_out, loaded, writer.folder, progress)
+        _record_parity(compressed, original, held_out, loaded, writer.folder, level, progress)
     reports = [linear_report(linear) for linear in compressed.linears]
     return _Made(loaded.digest, fidelity, reports)
 
@@ -322,6 +323,7 @@ def _record_parity(
     windows: Windows,
     loaded: LoadedModel,
     artifact: Path,
+    accuracy_level: int,
     progress: Progress,
 ) -> None:
     with progress.phase("record", PARITY_STEPS) as phase:
@@ -332,6 +334,7 @@ def _record_parity(
             windows,
             folder=loaded.folder,
             phase=phase,
+            accuracy_level=accuracy_level,
             trust_remote_code=loaded.trust_remote_code,
         )
     record.save(artifact / PARITY_FILE)

@@ -35,7 +35,9 @@ Array = NDArray[np.generic]
 Float = NDArray[np.float32]
 WeightOf = Callable[[Linear], Float]
 
-_PARAMETER = re.compile(r"\.(weight|weight_t|bias|weight_packed|scales|zero_points|lora_a|lora_b)$")
+_PARAMETER = re.compile(
+    r"\.(weight|weight_t|bias|weight_packed|scales|zero_points|lora_[ab]|lora_[ab]_scale)$"
+)
 """Initializers that are parameters of the model, by their names."""
 
 _INLINE_ELEMENTS = 16

@@ -8,7 +8,8 @@ Tolerances are derived, never chosen. A float32 sum of ``n`` products, in any or
 most ``n u sum |x_i w_i|`` (Higham, *Accuracy and Stability*, section 3.1), ``u = 2^-24``; that is
 the bound of a linear, element by element. Through the network errors add along the residual
 stream, with random signs: a linear of depth K adds ``sqrt(K) u`` relative to its output, and
-the logits may be off by the sum of those times their largest magnitude.
+the logits may be off by the sum of those times their largest magnitude. Where activations are
+rounded to int8, what that may change is added (:mod:`eoracc.compiler.int8_activations`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from typing_extensions import override
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.embeddings import Embedding
 from eoracc.compiler.executor import Executor, make_batches
+from eoracc.compiler.int8_activations import (
+    linear_tolerance,
+    rounded_activations,
+    rounding_tolerance,
+)
 from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import Phase
 from eoracc.compiler.text import Windows
@@ -78,6 +84,7 @@ def record_parity(
     *,
     folder: Path,
     phase: Phase,
+    accuracy_level: int = 0,
     trust_remote_code: bool = False,
 ) -> ParityRecord:
     """Run the compressed model eagerly and keep what the artifact must reproduce.
@@ -90,6 +97,7 @@ def record_parity(
       windows: real text, to be cut into prompts.
       folder: the original checkpoint as a Hugging Face folder.
       phase: advanced once per way of calling the model.
+      accuracy_level: of the artifact's linears; 4 rounds activations to int8.
       trust_remote_code: let transformers run code that the checkpoint brings.
     """
     compressed = [linear for linear in linears if linear.compressed is not None]
@@ -98,11 +106,11 @@ def record_parity(
         width: rng.standard_normal((_LINEAR_ROWS, width), np.float32)
         for width in sorted({linear.in_features for linear in compressed})
     }
-    records = [_linear(linear, inputs[linear.in_features]) for linear in compressed]
+    records = [_linear(one, inputs[one.in_features], accuracy_level) for one in compressed]
     release_memory()
     weights = _CompressedWeights(linears, embeddings)
     model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
-    cases = list(_cases(model, linears, windows, phase))
+    cases = list(_cases(model, linears, windows, phase, accuracy_level))
     del model
     release_memory()
     prefill = cases[0]
@@ -122,23 +130,24 @@ def _rank(linear: Linear) -> int:
     return 0 if linear.factors is None else linear.factors.rank
 
 
-def _linear(linear: Linear, inputs: NDArray[np.float32]) -> ParityLinear:
+def _linear(linear: Linear, inputs: NDArray[np.float32], accuracy_level: int) -> ParityLinear:
     x = torch.from_numpy(inputs).double()
     backbone = torch.from_numpy(linear.backbone_weight()).double()
     outputs = torch.nn.functional.linear(x, backbone)
     magnitude = torch.nn.functional.linear(x.abs(), backbone.abs())
     if linear.factors is not None:
-        a = torch.from_numpy(linear.factors.lora_a).double()
-        b = torch.from_numpy(linear.factors.lora_b).double()
+        a = torch.from_numpy(linear.factors.down()).double()
+        b = torch.from_numpy(linear.factors.up()).double()
         outputs += x @ a.T @ b.T
         magnitude += x.abs() @ a.abs().T @ b.abs().T
-    # + 3: dequantization rounds twice, the sum of backbone and correction once.
-    length = linear.in_features + _rank(linear) + 3
-    return ParityLinear(
-        name=linear.name,
-        outputs=outputs.float().numpy(),
-        tolerance=(length * _UNIT_ROUNDOFF * magnitude).float().numpy(),
-    )
+    # + 3: dequantization rounds twice, the sum of backbone and correction once; + 2: so do the
+    # scales of int8 factors.
+    is_int8 = linear.factors is not None and linear.factors.lora_a.dtype == np.int8
+    length = linear.in_features + _rank(linear) + 3 + 2 * is_int8
+    tolerance = (length * _UNIT_ROUNDOFF * magnitude).float().numpy()
+    if accuracy_level:
+        tolerance = tolerance + linear_tolerance(linear, inputs)
+    return ParityLinear(name=linear.name, outputs=outputs.float().numpy(), tolerance=tolerance)
 
 
 class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
@@ -170,7 +179,11 @@ class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
 
 
 def _cases(
-    model: PreTrainedModel, linears: Sequence[Linear], windows: Windows, phase: Phase
+    model: PreTrainedModel,
+    linears: Sequence[Linear],
+    windows: Windows,
+    phase: Phase,
+    accuracy_level: int,
 ) -> Iterator[ParityCase]:
     text = windows.input_ids.reshape(-1)[windows.attention_mask.reshape(-1).astype(bool)]
     for call in _CALLS:
@@ -178,6 +191,11 @@ def _cases(
         logits = reference_logits(model, ids, mask, chunks=call.chunks)
         rows, columns = _kept(call)
         kept = logits[rows, columns]
+        tolerance = logits_tolerance(linears, kept)
+        if accuracy_level:
+            with rounded_activations(model, linears):
+                rounded = reference_logits(model, ids, mask, chunks=call.chunks)
+            tolerance += rounding_tolerance(kept, rounded[rows, columns])
         yield ParityCase(
             name=call.name,
             input_ids=ids,
@@ -186,7 +204,7 @@ def _cases(
             rows=rows,
             columns=columns,
             logits=kept,
-            tolerance=logits_tolerance(linears, kept),
+            tolerance=tolerance,
         )
         phase.advance(call.name)
 
