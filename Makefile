@@ -82,8 +82,9 @@ type: setup ## mypy, strict
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: setup ## time the kernels
+bench: setup ## time the kernels; with ARTIFACTS="smollm2=DIR ..." whole models, too
 	$(BIN)/python benchmarks/kernels.py
+	$(if $(ARTIFACTS),$(BIN)/python benchmarks/decode.py $(addprefix --artifact ,$(ARTIFACTS)))
 
 .PHONY: clean
 clean: ## remove .venv and everything that was built

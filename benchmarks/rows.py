@@ -116,11 +116,11 @@ def _share(size: int | None, taken: Sequence[float], bandwidth: float | None) ->
 
 def show(rows: Sequence[Row], setting: Mapping[str, Any], missing: Mapping[str, str]) -> None:
     """Print the setting, the table, and what could not be run."""
-    console = Console(highlight=False, width=160)
+    console = Console(highlight=False, width=220)
     console.print(", ".join(f"{name} {value}" for name, value in setting.items()) + "\n")
     table = Table(box=box.MARKDOWN)
     for heading in ("case", "peer"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     headings = ("ours µs", "peer µs", "ratio", "bar", "holds", "ours bw", "peer bw", "bytes")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
