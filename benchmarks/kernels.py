@@ -308,10 +308,15 @@ def _repeat(array: NDArray[Any], rows: int) -> NDArray[Any]:
     return np.resize(array, (rows, *array.shape[1:]))
 
 
+_SHIFT = 4096
+"""Elements by which the weights of a copy are shifted against those of the one before."""
+
+
 def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path:
     """Write a model of ``copies`` of a linear that all read ``X [M, K]``, and their weights.
 
-    The weights of each copy are its own, page by page, as in an artifact.
+    The weights of each copy are its own, page by page, as in an artifact, and differ: ONNX Runtime
+    keeps equal packed weights only once.
     """
     data = folder / "weights"
     x = ir.Value(name="X", type=ir.TensorType(ir.DataType.FLOAT))
@@ -333,7 +338,7 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
                     name=f"{name}.{copy}",
                     base_dir=folder,
                 )
-                file.write(np.ascontiguousarray(array).data)
+                file.write(np.roll(array.reshape(-1), _SHIFT * copy).data)
                 initializers.append(_initializer(tensor))
                 values[name] = initializers[-1]
             for step in made.steps:
@@ -413,16 +418,25 @@ class Runner:
 SPIN_S = 0.05
 """ONNX Runtime's threads spin for some time after a run; nobody else may be timed meanwhile."""
 
-MEMORY_BYTES = 96 << 20
 CACHE_BYTES = 32 << 20
-"""Weights of one contender, over all of its copies."""
+"""Weights of one contender, over all of its copies, where they are read from a cache."""
+
+_CACHES_FULL = 2.5
+"""Weights of all contenders together, where each is to find its own gone from the last cache."""
+
+
+def memory_bytes(contenders: int, cache: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Weights of one of ``contenders``, over all of its copies, read from memory turn by turn."""
+    sizes = [path.read_text().strip() for path in cache.glob("index*/size")]
+    last = max((int(size.removesuffix("K")) << 10 for size in sizes), default=0)
+    return max(96 << 20, round(_CACHES_FULL * last / contenders))
 
 
 def measure(suite: Suite, reader: Reader, library: Path, seconds: float) -> Iterator[Row]:
     """Time all contenders of a suite turn by turn, for about ``seconds`` for each row count."""
     bars = [bar for at in suite.bars.values() for bar in at]
     who = list(dict.fromkeys(one for bar in bars for one in (bar.ours, bar.peer) if one))
-    nbytes = MEMORY_BYTES if suite.from_memory else CACHE_BYTES
+    nbytes = memory_bytes(len(who)) if suite.from_memory else CACHE_BYTES
     with tempfile.TemporaryDirectory() as folder:
         runners = {
             one: Runner(one, suite.linear, nbytes, Path(folder) / str(i), library)

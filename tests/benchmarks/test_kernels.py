@@ -13,7 +13,7 @@ from benchmarks.kernels import Contender, Linear, layer_suites, recipe, write_mo
 from eoracc.plugins.library import library_path
 
 SMALL = Linear("small", (48, 16), 96)
-COPIES = 2
+COPIES = 1  # Those after the first are shifted, each layout in its own way.
 
 
 def contender(system: str, bits: int, rank: int = 0, factors: str = "int8") -> Contender:
@@ -108,3 +108,11 @@ def test_reader_reads_all_of_its_buffer() -> None:
     reader = Reader(threads=2, mebibytes=1)
     assert sum(part.nbytes for part in reader._parts) == 1 << 20
     assert reader.bytes_per_second() > 0
+
+
+def test_weights_from_memory_outgrow_the_last_cache(tmp_path: Path) -> None:
+    for index, size in enumerate(("48K", "2048K", "491520K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert 8 * kernels.memory_bytes(8, tmp_path) == pytest.approx(2.5 * (491520 << 10))
+    assert kernels.memory_bytes(8, tmp_path / "none") == 96 << 20

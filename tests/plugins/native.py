@@ -30,6 +30,8 @@ INSTRUCTION_SETS = {
 }
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE = 16
+FEW_ROWS = 8
+"""At accuracy level 4, up to so many rows are few to every instruction set."""
 
 _TYPES = {"float32": 1, "float16": 2, "int8": 3, "bfloat16": 4}
 _ROUNDING = {"float16": (2**-11, 2**-25), "bfloat16": (2**-8, 2**-134)}
@@ -200,11 +202,13 @@ class Case:
 
         A float32 sum of n terms, in any order, is off by at most n unit roundoffs of the terms'
         magnitudes; a handful more cover dequantization and scales, and twice that the norm. An int8
-        activation is off by half a step of its block.
+        activation is off by half a step of its block. With few rows, float factors are multiplied
+        with the float activations; with many, they may be with the int8 ones too.
         """
         x, w = self._normalized, _dequantize(self.weight)
         unit = float(np.finfo(np.float32).eps) / 2
         int8 = self.accuracy_level == 4
+        many = len(x) > FEW_ROWS
         steps = half_steps(x, _block(self.weight.group_size)) if int8 else np.zeros_like(x)
         length = (self.weight.in_features + 16) * (1 if self.norm_weight is None else 2)
         sums = x @ w.T
@@ -216,7 +220,8 @@ class Case:
             down = x @ a.T
             down_magnitude = np.abs(x) @ np.abs(a).T
             down_error = down_magnitude * (length * unit)
-            if int8 and self.factors is not None and self.factors.lora_a.dtype == np.int8:
+            assert self.factors is not None
+            if int8 and (many or self.factors.lora_a.dtype == np.int8):
                 down_error = down_error + steps @ np.abs(a).T
             first = 0
             for part, features in enumerate(self.parts or (self.weight.out_features,)):
@@ -224,7 +229,7 @@ class Case:
                 rows = slice(first, first + features)
                 first += features
                 off = down_error[:, ranks]
-                if int8 and self.factors is not None and self.factors.lora_b.dtype == np.int8:
+                if int8 and (many or self.factors.lora_b.dtype == np.int8):
                     off = off + half_steps(np.abs(down[:, ranks]) + off, 32)
                 sums[:, rows] += down[:, ranks] @ b[rows].T
                 magnitudes[:, rows] += down_magnitude[:, ranks] @ np.abs(b[rows]).T

@@ -132,6 +132,8 @@ struct Product {
   int64_t shortest_run;                      // in tiles of y
 
   int64_t first_row, rows;  // of the block at hand
+  bool at_once;             // its tiles are multiplied kTilesAtOnce at a time
+  int64_t down_at_once;     // tiles of lora_a in an item
   Buffer x, down;
 
   int64_t down_items, tasks;
@@ -177,8 +179,23 @@ void prepare_row(Product& p, int64_t row) {
   p.prepared.fetch_add(1, std::memory_order_release);
 }
 
-void multiply(const Product& p, const Factor& factor, const Activations& x, int64_t tile,
-              float* sums) {
+// The part that a tile of the weight belongs to.
+int64_t part_of(const Product& p, int64_t tile) {
+  int64_t part = 0;
+  while (part + 1 < p.parts && tile >= p.tile_part_ends[part]) ++part;
+  return part;
+}
+
+// Some tiles of a factor or of the weight, 1 or kTilesAtOnce of them, `stride` apart.
+struct Streams {
+  int64_t first, stride, count;
+
+  int64_t tile(int64_t stream) const { return first + stream * stride; }
+};
+
+// Adds x times one tile to sums [rows, 16].
+void multiply_one(const Product& p, const Factor& factor, const Activations& x, int64_t tile,
+                  float* sums) {
   if (!factor.int8) {
     p.kernels->dense_tile(x, factor.dense, tile, sums);
   } else if (p.int8) {
@@ -188,16 +205,28 @@ void multiply(const Product& p, const Factor& factor, const Activations& x, int6
   }
 }
 
-// One tile of lora_a. Whoever finishes the last one rounds the down-projected rows to int8.
-void project_down(Product& p, int64_t tile) {
-  alignas(kAlignment) float sums[kFewRows * kTile] = {};
+// One item of lora_a. Whoever finishes the last one rounds the down-projected rows to int8.
+void project_down(Product& p, int64_t item) {
+  alignas(kAlignment) float sums[kFewRows * kTile];
   wait_for_rows(p);
-  multiply(p, p.lora_a, p.x.view(p.rows, 0, p.m.in_features), tile, sums);
-  const int64_t rank = tile * kTile % p.m.rank, part = tile * kTile / p.m.rank;
-  const int64_t count = smaller(kTile, p.m.rank - rank);
-  for (int64_t row = 0; row < p.rows; ++row) {
-    memcpy(p.down.values + row * p.down.stride + part * p.part_stride + rank, sums + row * kTile,
-           (size_t)count * sizeof(float));
+  const int64_t first = item * p.down_at_once;
+  const int64_t count = smaller(p.down_at_once, ceil_div(p.parts * p.m.rank, kTile) - first);
+  memset(sums, 0, sizeof(float) * (size_t)(count * p.rows * kTile));
+  const Activations x = p.x.view(p.rows, 0, p.m.in_features);
+  if (count == kTilesAtOnce) {
+    p.kernels->int8_tiles(x, p.lora_a.tiles, first, 1, sums);
+  } else {
+    for (int64_t t = 0; t < count; ++t) {
+      multiply_one(p, p.lora_a, x, first + t, sums + t * p.rows * kTile);
+    }
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t rank = (first + t) * kTile % p.m.rank, part = (first + t) * kTile / p.m.rank;
+    const int64_t ranks = smaller(kTile, p.m.rank - rank);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      memcpy(p.down.values + row * p.down.stride + part * p.part_stride + rank,
+             sums + (t * p.rows + row) * kTile, (size_t)ranks * sizeof(float));
+    }
   }
   if (p.projected.fetch_add(1, std::memory_order_acq_rel) + 1 < p.down_items) return;
   if (p.down.codes != nullptr) {
@@ -206,29 +235,54 @@ void project_down(Product& p, int64_t tile) {
   p.down_ready.store(true, std::memory_order_release);
 }
 
-// One tile of the weight with its low-rank term.
-void multiply_tile(const Product& p, int64_t tile, float* sums) {
-  memset(sums, 0, sizeof(float) * (size_t)(p.rows * kTile));
+// Tiles of the weight with their low-rank terms, sums [count, rows, 16].
+void multiply_tiles(const Product& p, const Streams& tiles, float* sums) {
+  memset(sums, 0, sizeof(float) * (size_t)(tiles.count * p.rows * kTile));
   const Activations x = p.x.view(p.rows, 0, p.m.in_features);
-  (p.int8 ? p.kernels->int8_tile : p.kernels->float_tile)(x, p.weight, tile, sums);
+  if (tiles.count == kTilesAtOnce) {
+    p.kernels->int8_tiles(x, p.weight, tiles.first, tiles.stride, sums);
+  } else {
+    (p.int8 ? p.kernels->int8_tile : p.kernels->float_tile)(x, p.weight, tiles.first, sums);
+  }
   if (p.down_items == 0) return;
   wait_for([&] { return p.down_ready.load(std::memory_order_acquire); });
-  int64_t part = 0;
-  while (part + 1 < p.parts && tile >= p.tile_part_ends[part]) ++part;
-  multiply(p, p.lora_b, p.down.view(p.rows, part * p.part_stride, p.m.rank), tile, sums);
+  const auto down = [&](int64_t part) {
+    return p.down.view(p.rows, part * p.part_stride, p.m.rank);
+  };
+  const int64_t part = part_of(p, tiles.first);
+  if (tiles.count == kTilesAtOnce && p.lora_b.int8 &&
+      part == part_of(p, tiles.tile(kTilesAtOnce - 1))) {
+    p.kernels->int8_tiles(down(part), p.lora_b.tiles, tiles.first, tiles.stride, sums);
+    return;
+  }
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t tile = tiles.tile(t);
+    multiply_one(p, p.lora_b, down(part_of(p, tile)), tile, sums + t * p.rows * kTile);
+  }
 }
 
-void multiply_run(const Product& p, int64_t first, int64_t last) {
+void multiply_and_finish(const Product& p, const Streams& tiles) {
   alignas(kAlignment) float sums[kFewRows * kTile], gates[kFewRows * kTile];
-  wait_for_rows(p);
   const int64_t gate_width = p.output.gate_width;
-  for (int64_t tile = first; tile < last; ++tile) {
-    if (gate_width != 0) multiply_tile(p, tile, gates);
-    multiply_tile(p, gate_width / kTile + tile, sums);
-    const int64_t column = tile * kTile;
+  if (gate_width != 0) multiply_tiles(p, tiles, gates);
+  multiply_tiles(p, {gate_width / kTile + tiles.first, tiles.stride, tiles.count}, sums);
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t column = tiles.tile(t) * kTile, at = t * p.rows * kTile;
     p.kernels->finish_tile(p.output, p.first_row, p.rows, column,
                            smaller(kTile, p.output.width - column),
-                           gate_width != 0 ? gates : nullptr, sums);
+                           gate_width != 0 ? gates + at : nullptr, sums + at);
+  }
+}
+
+// A run is read in streams that each go on from tile to tile, so that none ever starts anew.
+void multiply_run(const Product& p, int64_t first, int64_t last) {
+  wait_for_rows(p);
+  const int64_t length = p.at_once ? (last - first) / kTilesAtOnce : 0;
+  for (int64_t i = 0; i < length; ++i) {
+    multiply_and_finish(p, {first + i, length, kTilesAtOnce});
+  }
+  for (int64_t tile = first + length * kTilesAtOnce; tile < last; ++tile) {
+    multiply_and_finish(p, {tile, 1, 1});
   }
 }
 
@@ -295,7 +349,7 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
   p.out_tiles = ceil_div(width, kTile);
   const int64_t out_tile_bytes = p.weight.tile_bytes * (gated ? 2 : 1);
   p.shortest_run = ceil_div(kRunBytes, out_tile_bytes);
-  p.down_items = m.rank > 0 ? ceil_div(p.parts * m.rank, kTile) : 0;
+  const int64_t down_tiles = m.rank > 0 ? ceil_div(p.parts * m.rank, kTile) : 0;
 
   p.part_stride = round_up(m.rank, kUnit);
   p.x.stride = round_up(m.in_features, kUnit);
@@ -312,7 +366,7 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
   Scratch scratch((char*)memory);
   lay_out(p, scratch, block_rows);
   // The ranks that pad a part stay 0.
-  if (p.down_items > 0) {
+  if (down_tiles > 0) {
     memset(p.down.values, 0, sizeof(float) * (size_t)(block_rows * p.down.stride));
   }
 
@@ -321,6 +375,9 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
     p.rows = smaller(kFewRows, m.rows - p.first_row);
     p.next = p.prepared = p.projected = p.next_tile = 0;
     p.down_ready = false;
+    p.at_once = p.rows == 1 && p.int8 && kernels.int8_tiles != nullptr;
+    p.down_at_once = p.at_once && p.lora_a.int8 ? kTilesAtOnce : 1;
+    p.down_items = ceil_div(down_tiles, p.down_at_once);
     const int64_t items = p.rows + p.down_items + ceil_div(p.out_tiles, p.shortest_run);
     p.tasks = alone ? 1 : smaller(processors(), items);
     if (p.tasks == 1) {

@@ -4,6 +4,6 @@
 namespace eoracc {
 
 const FewRows few_rows_avx512 = {read_row,   normalize_row, quantize_row, int8_tile,
-                                 float_tile, dense_tile,    finish_tile};
+                                 float_tile, dense_tile,    finish_tile,  int8_tiles};
 
 }  // namespace eoracc

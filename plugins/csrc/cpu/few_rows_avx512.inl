@@ -235,6 +235,38 @@ void int8_rows(const Activations& x, int64_t first, const Tiles& w, int64_t tile
   for (int64_t row = 0; row < rows; ++row) _mm512_storeu_ps(sums + row * kTile, totals[row]);
 }
 
+// One row of X times four tiles, whose sums are as int8_rows makes them.
+template <int bits, int64_t block>
+void int8_side_by_side(const Activations& x, const Tiles& w, int64_t tile, int64_t stride,
+                       float* sums) {
+  constexpr int64_t kBlocks = kUnit / block, kBlockQuads = block / 4;
+  const int64_t blocks = ceil_div(x.columns, block);
+  static_assert(kTilesAtOnce == 4, "as many streams as are set up here");
+  const int64_t second = tile + stride, third = second + stride, fourth = third + stride;
+  Units<bits> units[] = {{w, tile}, {w, second}, {w, third}, {w, fourth}};
+  Groups<bits> groups[] = {{w, tile}, {w, second}, {w, third}, {w, fourth}};
+  __m512 totals[kTilesAtOnce];
+  for (int64_t t = 0; t < kTilesAtOnce; ++t) totals[t] = _mm512_loadu_ps(sums + t * kTile);
+  for (int64_t b = 0; b < blocks; b += kBlocks) {
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < kTilesAtOnce; ++t) {
+      const Quads quads = units[t].next();
+      for (int64_t i = 0; i < kBlocks && b + i < blocks; ++i) {
+        const int8_t* codes = x.codes + (b + i) * block;
+        __m512i sum = _mm512_madd_epi16(groups[t].zero_points, _mm512_set1_epi32(x.minus[b + i]));
+        for (int64_t q = 0; q < kBlockQuads; ++q) {
+          sum = dot<bits>(sum, quads.codes[i * kBlockQuads + q], broadcast_quad(codes + 4 * q));
+        }
+        const __m512 scaled =
+            _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x.scales[b + i]));
+        totals[t] = _mm512_fmadd_ps(scaled, groups[t].scales, totals[t]);
+        if (groups[t].step(block)) groups[t].read();
+      }
+    }
+  }
+  for (int64_t t = 0; t < kTilesAtOnce; ++t) _mm512_storeu_ps(sums + t * kTile, totals[t]);
+}
+
 // ---- float activations
 
 // The values of column `i` of each quad, minus the zero point. Codes of up to four bits index a
@@ -371,6 +403,23 @@ void int8_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) 
   for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
     by_rows[smaller(kRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);
   }
+}
+
+typedef void (*TilesOfRow)(const Activations&, const Tiles&, int64_t tile, int64_t stride, float*);
+
+template <int bits>
+TilesOfRow int8_side_by_side_of(int64_t block) {
+  return block == 32   ? int8_side_by_side<bits, 32>
+         : block == 16 ? int8_side_by_side<bits, 16>
+                       : int8_side_by_side<bits, 8>;
+}
+
+void int8_tiles(const Activations& x, const Tiles& w, int64_t tile, int64_t stride, float* sums) {
+  const TilesOfRow multiply = w.bits == 2   ? int8_side_by_side_of<2>(x.block)
+                              : w.bits == 3 ? int8_side_by_side_of<3>(x.block)
+                              : w.bits == 4 ? int8_side_by_side_of<4>(x.block)
+                                            : int8_side_by_side_of<8>(x.block);
+  multiply(x, w, tile, stride, sums);
 }
 
 void float_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) {

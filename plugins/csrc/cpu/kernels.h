@@ -19,7 +19,8 @@ namespace eoracc {
 
 constexpr int64_t kTile = EORACC_TILE;
 constexpr int64_t kUnit = 32;  // columns that rows of X are padded to: a whole chunk at any width
-constexpr int64_t kFewRows = 16;  // most rows that a FewRows function is handed
+constexpr int64_t kFewRows = 16;     // most rows that a FewRows function is handed
+constexpr int64_t kTilesAtOnce = 4;  // tiles that are read side by side
 
 // Rows of X, or of the down-projected X, ready to be multiplied. Rows are `stride` columns apart,
 // a multiple of kUnit; columns in [columns, stride) are 0. Arrays are 64-byte aligned.
@@ -87,6 +88,12 @@ struct FewRows {
   // null. sums and gates are [rows, 16].
   void (*finish_tile)(const Output& output, int64_t first, int64_t rows, int64_t column,
                       int64_t count, const float* gates, const float* sums);
+
+  // int8_tile for one row of X and the kTilesAtOnce tiles tile, tile + stride, and so on, to sums
+  // [kTilesAtOnce, 16]: memory is read fastest in several streams. Null where one tile after the
+  // other will do.
+  void (*int8_tiles)(const Activations& x, const Tiles& w, int64_t tile, int64_t stride,
+                     float* sums);
 };
 
 // The whole product. Operands are checked, and there is at least one row.
