@@ -111,9 +111,10 @@ def main() -> None:
 @_json_option
 def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json: bool) -> None:
     """Build the artifact that MODEL_YAML describes."""
-    # Before NumPy is loaded: OpenBLAS's threads spin for 26 ms after each product unless told not
-    # to, and a build has many products with other work between them.
+    # Before NumPy and PyTorch are loaded: their threads spin for milliseconds after each product
+    # unless told not to, and a build has many products with other work between them.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from eoracc.compiler.artifact import check_output
     from eoracc.compiler.config import load_config
 

@@ -46,8 +46,8 @@ class Linear:
       node: the node that computes it now.
       in_features: ``K``.
       out_features: ``N``.
-      source: the original weight; read lazily, None once :meth:`release` was called or where the
-        graph was loaded in compressed form.
+      source: the original weight; read lazily, None where the graph was loaded in compressed
+        form.
       transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
       compressed: the weight after quantization.
       factors: its low-rank compensation.
@@ -93,7 +93,7 @@ class Linear:
           ModelError: the checkpoint holds NaN or Inf there.
         """
         if self.source is None:
-            raise PassError(self.name, "its original weight is gone: compress before releasing it")
+            raise PassError(self.name, "the graph was loaded in compressed form: its weight is gone")
         stored = self.source.numpy()
         weight = np.ascontiguousarray(stored.T if self.transposed else stored, dtype=np.float32)
         if not np.isfinite(weight).all():
@@ -128,10 +128,6 @@ class Linear:
             raise PassError(self.name, "is not compressed: there is nothing to compensate")
         self.factors = factors
         self._rewrite()
-
-    def release(self) -> None:
-        """Drop the original weight, so that its memory can go."""
-        self.source = None
 
     def _rewrite(self) -> None:
         weight, factors = self.compressed, self.factors
