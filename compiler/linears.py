@@ -93,7 +93,7 @@ class Linear:
           ModelError: the checkpoint holds NaN or Inf there.
         """
         if self.source is None:
-            raise PassError(self.name, "the graph was loaded in compressed form: its weight is gone")
+            raise PassError(self.name, "the graph was loaded compressed: its weight is gone")
         stored = self.source.numpy()
         weight = np.ascontiguousarray(stored.T if self.transposed else stored, dtype=np.float32)
         if not np.isfinite(weight).all():
