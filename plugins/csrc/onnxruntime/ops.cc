@@ -181,9 +181,10 @@ class Kernel {
  public:
   Kernel(const Api& api, const Attributes& attributes) : api_(api), a_(attributes) {}
 
-  // Tiles the plain operands that no run can change, once for all runs.
-  Status* tile_constants(const KernelInfo* info) {
-    for (size_t i = kB; i < kInputs && !a_.tiled; ++i) {
+  // Reads the operands that no run can change, and tiles the plain ones, once for all runs: asking
+  // for nine operands takes longer than multiplying with a small one.
+  Status* keep_constants(const KernelInfo* info) {
+    for (size_t i = kB; i < kInputs; ++i) {
       int is_constant = 0;
       const Value* value = nullptr;
       if (Status* absent = api_.constant_input(info, i, &is_constant, &value); absent) {
@@ -191,11 +192,11 @@ class Kernel {
         continue;
       }
       if (!is_constant) continue;
-      Tensor tensor;
+      Tensor& tensor = constants_[i];
       RETURN_IF_FAILED(read_tensor(api_, value, i, &tensor));
       // One that does not fit is an error of the run.
-      if (!is_plain(tensor, (Input)i)) continue;
-      if (!tile(tensor, (Input)i, &constants_[i])) return out_of_memory(api_);
+      if (a_.tiled || !is_plain(tensor, (Input)i)) continue;
+      if (!tile(tensor, (Input)i, &tiled_[i])) return out_of_memory(api_);
     }
     return nullptr;
   }
@@ -205,6 +206,10 @@ class Kernel {
     size_t count = 0;
     RETURN_IF_FAILED(api_.input_count(context, &count));
     for (size_t i = 0; i < count && i < kInputs; ++i) {
+      if (constants_[i].present) {
+        inputs[i] = constants_[i];
+        continue;
+      }
       const Value* value = nullptr;
       RETURN_IF_FAILED(api_.input(context, i, &value));
       RETURN_IF_FAILED(read_tensor(api_, value, i, &inputs[i]));
@@ -230,7 +235,7 @@ class Kernel {
     for (size_t i = 0; i < kInputs; ++i) {
       data[i] = inputs[i].data;
       if (a_.tiled || !is_plain(inputs[i], (Input)i)) continue;
-      data[i] = constants_[i].data();
+      data[i] = tiled_[i].data();
       if (data[i] != nullptr) continue;
       if (!tile(inputs[i], (Input)i, &tiled[i])) return out_of_memory(api_);
       data[i] = tiled[i].data();
@@ -447,7 +452,8 @@ class Kernel {
 
   Api api_;
   Attributes a_;
-  Memory constants_[kInputs];
+  Tensor constants_[kInputs];
+  Memory tiled_[kInputs];  // where a constant is plain
 };
 
 // ---- attributes
@@ -541,7 +547,7 @@ Status* create_kernel(const CustomOp*, const void* const* table, const KernelInf
   RETURN_IF_FAILED(read_attributes(api, info, &attributes));
   Kernel* kernel = new (std::nothrow) Kernel(api, attributes);
   if (kernel == nullptr) return out_of_memory(api);
-  if (Status* failure = kernel->tile_constants(info); failure) {
+  if (Status* failure = kernel->keep_constants(info); failure) {
     delete kernel;
     return failure;
   }
