@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,13 @@ class Model:
       manifest: what it says of itself, verified.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         """Open a verified artifact; :func:`load` is the way in.
+
+        Args:
+          folder: the artifact.
+          manifest: what it says of itself.
+          threads: of one operator; None for one a processor that this process may use.
 
         Raises:
           BackendError: onnxruntime-genai is missing or refuses the artifact.
@@ -36,7 +42,12 @@ class Model:
         self._context_length = read_decoder(folder).context_length
         self._genai = import_backend("onnxruntime_genai")
         try:
-            self._model = self._genai.Model(str(folder))
+            config = self._genai.Config(str(folder))
+            # Left to itself, ONNX Runtime may take one of a virtual machine's two processors for
+            # the sibling of the other, and leave it idle.
+            session = {"intra_op_num_threads": threads or _processors()}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            self._model = self._genai.Model(config)
             self._tokenizer = self._genai.Tokenizer(self._model)
         except Exception as error:
             raise _refused(folder, error) from error
@@ -149,15 +160,26 @@ class Model:
                 yield text
 
 
-def load(path: Path | str) -> Model:
+def load(path: Path | str, *, threads: int | None = None) -> Model:
     """Verify the artifact in ``path`` byte by byte, then open it.
+
+    Args:
+      path: the artifact's folder.
+      threads: of one operator; None for one a processor that this process may use.
 
     Raises:
       ArtifactError: it is damaged or no artifact.
       BackendError: onnxruntime-genai is missing or refuses it.
     """
     folder = Path(path)
-    return Model(folder, verify_manifest(folder))
+    return Model(folder, verify_manifest(folder), threads=threads)
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _refused(folder: Path, error: Exception) -> BackendError:

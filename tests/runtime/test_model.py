@@ -53,6 +53,13 @@ def test_a_prompt_begins_with_bos_where_the_tokenizer_says_so(
     assert model.encode(TEXT) == plain
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_tokens(model: Model, tiny_artifact: Path, threads: int) -> None:
+    prompt = model.encode(TEXT)
+    other = load(tiny_artifact, threads=threads)
+    assert list(other.generate_tokens(prompt, 16)) == list(model.generate_tokens(prompt, 16))
+
+
 def test_greedy_tokens_agree_with_and_without_the_library(
     model: Model, tiny_artifact: Path
 ) -> None:
