@@ -28,6 +28,7 @@ from eoracc.compiler.errors import ModelError
 from eoracc.compiler.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
 from eoracc.compiler.products import Precision, attention, linear_products
 from eoracc.plugins.functions import local_function
+from eoracc.runtime.session import token_positions
 
 __all__ = ["Batch", "Executor", "WeightOf", "make_batches"]
 
@@ -70,11 +71,10 @@ def make_batches(
     batches = []
     for start in range(0, len(input_ids), size):
         mask = attention_mask[start : start + size]
-        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         values: dict[str, Array] = {
             "input_ids": input_ids[start : start + size],
             "attention_mask": mask,
-            "position_ids": positions,
+            "position_ids": token_positions(mask),
         }
         batches.append(Batch(mask, values))
     return batches

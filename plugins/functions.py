@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.operands import BITS, CHUNK, INT8_ZERO, TILE, PluginError
 
-__all__ = ["DOMAIN", "local_function"]
+__all__ = ["DOMAIN", "INPUTS", "local_function"]
 
 DOMAIN = "eoracc"
 
 _OPSET = 24
 
-_INPUTS: Mapping[str, Sequence[str]] = {
+INPUTS: Mapping[str, Sequence[str]] = {
     "MatMulNBitsLowRank": (
         "X",
         "B",
@@ -41,6 +41,8 @@ _INPUTS: Mapping[str, Sequence[str]] = {
     ),
     "GatherNBits": ("indices", "B", "scales", "zero_points"),
 }
+"""Names of each op's inputs, in order."""
+
 _REQUIRED = 3
 _ACTIVATIONS = ("silu", "gelu_tanh")
 _QUAD = 4
@@ -135,7 +137,7 @@ def local_function(node: ir.Node) -> ir.Function:
     Raises:
       PluginError: the node is of another op, or its inputs or attributes are none that the op has.
     """
-    inputs = _INPUTS.get(node.op_type)
+    inputs = INPUTS.get(node.op_type)
     if node.domain != DOMAIN or inputs is None:
         raise PluginError(
             f"node {node.name}: {node.domain}::{node.op_type} is no op of the {DOMAIN} domain"

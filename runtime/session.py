@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-__all__ = ["LINEARS_KEY", "Cache", "Session", "open_linears", "open_session"]
+__all__ = [
+    "LINEARS_KEY",
+    "Cache",
+    "Session",
+    "open_linears",
+    "open_session",
+    "token_positions",
+]
 
 Cache = Mapping[str, NDArray[np.generic]]
 """Keys and values by input name, ``past_key_values.<i>.key|value``: ``[B, heads, P, head]``."""
@@ -88,7 +95,7 @@ class Session:
             **past,
         }
         if self._needs_positions:
-            positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+            positions = token_positions(attention_mask)
             feeds["position_ids"] = np.ascontiguousarray(positions[:, past_length:])
         if self._trims_logits and not last_only:
             feeds[_LOGITS_TO_KEEP] = np.array(length, np.int64)
@@ -166,6 +173,12 @@ class Session:
             name: np.zeros((batch, shape[1], 0, shape[3]), dtype)
             for name, (dtype, shape) in self._empty.items()
         }
+
+
+def token_positions(attention_mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Position of each token among the valid tokens of its row, ``int64 [B, S]``."""
+    positions: NDArray[np.int64] = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+    return positions
 
 
 def open_session(

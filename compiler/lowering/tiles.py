@@ -21,8 +21,21 @@ from numpy.typing import NDArray
 
 from eoracc.compiler.embeddings import GATHER_OP
 from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.compiler.linears import (
+    BIAS,
+    FUSED_DOMAIN,
+    FUSED_OP,
+    LORA_A,
+    LORA_A_SCALE,
+    LORA_B,
+    LORA_B_SCALE,
+    SCALES,
+    ZERO_POINTS,
+    B,
+    X,
+)
 from eoracc.compiler.names import PARTS
+from eoracc.plugins.functions import INPUTS
 from eoracc.plugins.operands import (
     CHUNK,
     TILE,
@@ -37,22 +50,7 @@ __all__ = ["tile_operands"]
 
 _Convert = Callable[[NDArray[Any]], NDArray[Any]]
 
-# Positions of the op's inputs.
-_X, _B, _SCALES, _ZERO_POINTS, _BIAS, _LORA_A, _LORA_B, _A_SCALE, _B_SCALE = range(9)
-
 _VECTOR = 64
-
-_NAMES = (
-    "X",
-    "B",
-    "scales",
-    "zero_points",
-    "bias",
-    "lora_a",
-    "lora_b",
-    "lora_a_scale",
-    "lora_b_scale",
-)
 
 
 def tile_operands(graph: ir.Graph, *, accuracy_level: int) -> None:
@@ -105,22 +103,22 @@ def _groups(graph: ir.Graph) -> list[tuple[ir.Node, ...]]:
 def _fit_together(nodes: Sequence[ir.Node]) -> bool:
     """Of one input, whole tiles each, stored alike."""
     return (
-        len({node.inputs[_X] for node in nodes}) == 1
+        len({node.inputs[X] for node in nodes}) == 1
         and all(node.attributes["N"].as_int() % TILE == 0 for node in nodes)
         and len({_form(node) for node in nodes}) == 1
-        and len({_factor_form(node) for node in nodes if _array(node, _LORA_A) is not None}) <= 1
+        and len({_factor_form(node) for node in nodes if _array(node, LORA_A) is not None}) <= 1
     )
 
 
 def _form(node: ir.Node) -> tuple[Any, ...]:
-    scales, zero_points = _array(node, _SCALES), _array(node, _ZERO_POINTS)
+    scales, zero_points = _array(node, SCALES), _array(node, ZERO_POINTS)
     assert scales is not None  # noqa: S101 - the op has them
     sizes = (node.attributes[name].as_int() for name in ("bits", "block_size"))
     return (*sizes, scales.dtype, zero_points is None)
 
 
 def _factor_form(node: ir.Node) -> tuple[Any, ...]:
-    factors = (_array(node, _LORA_A), _array(node, _LORA_B))
+    factors = (_array(node, LORA_A), _array(node, LORA_B))
     return tuple(None if factor is None else factor.dtype for factor in factors)
 
 
@@ -148,7 +146,7 @@ def _replace(graph: ir.Graph, store: _Store, nodes: Sequence[ir.Node], accuracy_
         attributes["parts"] = sizes
     elif "activation" in first.attributes:  # packed before compression and gated
         attributes |= {name: first.attributes[name].value for name in ("parts", "activation")}
-    operands = [first.inputs[_X], *store.weight(nodes, name), store.bias(nodes, name)]
+    operands = [first.inputs[X], *store.weight(nodes, name), store.bias(nodes, name)]
     operands += store.factors(nodes, name)
     while operands[-1] is None:
         operands.pop()
@@ -180,7 +178,7 @@ def _merged_name(nodes: Sequence[ir.Node]) -> str:
 
 
 def _tile_table(store: _Store, node: ir.Node) -> None:
-    for position, value in enumerate(store.weight((node,), str(node.name)), start=_B):
+    for position, value in enumerate(store.weight((node,), str(node.name)), start=B):
         if position < len(node.inputs):
             node.replace_input_with(position, value)
     node.attributes["layout"] = ir.AttrInt64("layout", 1)
@@ -210,18 +208,18 @@ class _Store:
         chunk_bytes = CHUNK[bits] * bits * TILE // 8
         chunks = -(-columns // CHUNK[bits])
         return [
-            self._stack(nodes, _B, name, codes, (chunks, chunk_bytes), ir.DataType.UINT8),
-            self._rows(nodes, _SCALES, name),
-            self._rows(nodes, _ZERO_POINTS, name),
+            self._stack(nodes, B, name, codes, (chunks, chunk_bytes), ir.DataType.UINT8),
+            self._rows(nodes, SCALES, name),
+            self._rows(nodes, ZERO_POINTS, name),
         ]
 
     def bias(self, nodes: Sequence[ir.Node], name: str) -> ir.Value | None:
         """The biases of ``nodes`` as one vector; zeros for a node that has none."""
-        tensors = [_array(node, _BIAS) for node in nodes]
+        tensors = [_array(node, BIAS) for node in nodes]
         present = [tensor for tensor in tensors if tensor is not None]
         if not present or len(nodes) == 1:
-            return nodes[0].inputs[_BIAS] if present else None
-        self._retire(nodes, _BIAS)
+            return nodes[0].inputs[BIAS] if present else None
+        self._retire(nodes, BIAS)
         vectors = [
             np.zeros(node.attributes["N"].as_int(), present[0].numpy().dtype)
             if tensor is None
@@ -233,7 +231,7 @@ class _Store:
 
     def factors(self, nodes: Sequence[ir.Node], name: str) -> list[ir.Value | None]:
         """The factors of ``nodes``, all of the rank of the largest; nothing where that is 0."""
-        for position in (_LORA_A, _LORA_B, _A_SCALE, _B_SCALE):
+        for position in (LORA_A, LORA_B, LORA_A_SCALE, LORA_B_SCALE):
             self._retire(nodes, position)
         rank = max(_rank(node) for node in nodes)
         if rank == 0:
@@ -247,10 +245,10 @@ class _Store:
         down = [(rank, columns)] * len(readers)
         up = [(node.attributes["N"].as_int(), rank) for node in nodes]
         return [
-            self._factor(readers, _LORA_A, down, name),
-            self._factor(nodes, _LORA_B, up, name),
-            self._factor_scale(readers, _A_SCALE, down, name),
-            self._factor_scale(nodes, _B_SCALE, up, name),
+            self._factor(readers, LORA_A, down, name),
+            self._factor(nodes, LORA_B, up, name),
+            self._factor_scale(readers, LORA_A_SCALE, down, name),
+            self._factor_scale(nodes, LORA_B_SCALE, up, name),
         ]
 
     def _factor(
@@ -341,7 +339,7 @@ class _Store:
         dtype: ir.DataType,
     ) -> ir.Value:
         """An initializer whose array ``make`` makes each time that it is asked for."""
-        full = f"{name}.{_NAMES[position]}_tiles"
+        full = f"{name}.{INPUTS[FUSED_OP][position]}_tiles"
         lazy = ir.LazyTensor(
             lambda: ir.tensor(make(), name=full), dtype=dtype, shape=ir.Shape(shape), name=full
         )
@@ -349,7 +347,7 @@ class _Store:
 
 
 def _rank(node: ir.Node) -> int:
-    lora_a = _array(node, _LORA_A)
+    lora_a = _array(node, LORA_A)
     return 0 if lora_a is None else lora_a.shape.numpy()[0]
 
 
