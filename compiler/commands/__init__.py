@@ -1,0 +1,1 @@
+"""The subcommands of ``eoracc``, one module each."""

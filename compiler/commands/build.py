@@ -1,0 +1,65 @@
+"""``eoracc build``: make an artifact."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from eoracc.compiler.commands.common import PATH, json_option, make_console, print_json
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["build"]
+
+
+@click.command()
+@click.argument("model_yaml", type=PATH)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Override a setting: calibration.samples=16, passes.eora.rank=0. May be repeated.",
+)
+@click.option("--force", is_flag=True, help="Replace the artifact that is there.")
+@json_option
+def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json: bool) -> None:
+    """Build the artifact that MODEL_YAML describes."""
+    # Before NumPy and PyTorch are loaded: their threads spin for milliseconds after each product
+    # unless told not to, and a build has many products with other work between them.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from eoracc.compiler.artifact import check_output
+    from eoracc.compiler.config import load_config
+
+    config = load_config(model_yaml, overrides)
+    config_dir = model_yaml.parent
+    # Before the heavy imports: what cannot be written needs no waiting for.
+    check_output(config.output_path(config_dir), force=force)
+
+    from rich.console import Console
+
+    from eoracc.compiler.driver import build as run_build
+    from eoracc.compiler.progress import ConsoleProgress, SilentProgress
+    from eoracc.compiler.report import fidelity_table, format_bytes, report_lines
+
+    progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
+    result = run_build(config, config_dir=config_dir, progress=progress, force=force)
+    manifest, report = result.manifest, result.report
+    if as_json:
+        print_json(
+            {
+                "output": str(result.output),
+                "digest": manifest.digest,
+                "report": report.as_dict(),
+            }
+        )
+        return
+    console = make_console()
+    console.print(fidelity_table(report.fidelity.rows))
+    for line in report_lines(report):
+        console.print(line, markup=False, soft_wrap=True)
+    size = sum(entry.size for entry in manifest.files.values())
+    console.print(f"wrote {result.output}, {format_bytes(size)}", markup=False, soft_wrap=True)

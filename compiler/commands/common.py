@@ -1,0 +1,54 @@
+"""What subcommands share: options, and printing to standard output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["PATH", "json_option", "make_console", "make_table", "print_json"]
+
+PATH = click.Path(path_type=Path)
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON value and nothing else.",
+)
+
+
+def print_json(content: object) -> None:
+    """Print the one JSON value of a command."""
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def make_console() -> Console:
+    """For tables on standard output."""
+    from rich.console import Console
+
+    class _Piped(Console):
+        @override
+        def on_broken_pipe(self) -> None:
+            # rich would exit with 1, which says that a gate has failed.
+            raise BrokenPipeError
+
+    return _Piped(highlight=False)
+
+
+def make_table(title: str) -> Table:
+    """An empty table in the style of all commands."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -1,0 +1,90 @@
+"""``eoracc inspect``: show what is in an artifact or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from eoracc.compiler.commands.common import PATH, json_option, make_console, make_table, print_json
+
+if TYPE_CHECKING:
+    from eoracc.compiler.inspection import ArtifactSummary, CheckpointSummary
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("path", metavar="ARTIFACT|CHECKPOINT", type=PATH)
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what is in an artifact, a checkpoint folder or a GGUF file, layer by layer."""
+    from eoracc.compiler.inspection import ArtifactSummary, inspect_path
+
+    summary = inspect_path(path)
+    if as_json:
+        print_json(summary.as_dict())
+    elif isinstance(summary, ArtifactSummary):
+        _show_artifact(summary)
+    else:
+        _show_checkpoint(summary)
+
+
+def _show_artifact(summary: ArtifactSummary) -> None:
+    from eoracc.compiler.report import fidelity_table, format_bytes, report_lines
+
+    stages = list(dict.fromkeys(stage for one in summary.report.linears for stage in one.errors))
+    table = make_table(f"{summary.path}: linears, and their output errors after each pass")
+    table.add_column("block", justify="right")
+    table.add_column("linear", no_wrap=True)
+    for heading in ("shape", "bits", "group", "rank", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage in stages:
+        table.add_column(stage.replace("_", " "), justify="right")
+    for one in summary.report.linears:
+        table.add_row(
+            "" if one.block is None else str(one.block),
+            one.role,
+            "x".join(map(str, one.shape)),
+            "" if one.bits is None else str(one.bits),
+            "" if one.group_size is None else str(one.group_size),
+            str(one.rank) if one.rank else "",
+            format_bytes(one.bytes),
+            *(f"{one.errors[stage]:.4f}" if stage in one.errors else "" for stage in stages),
+        )
+    console = make_console()
+    console.print(table)
+    console.print(fidelity_table(summary.report.fidelity.rows))
+    lines = [
+        *report_lines(summary.report),
+        (
+            f"compressed linears: {format_bytes(summary.linear_bytes)}, "
+            f"{summary.bits_per_weight:.2f} bits per weight"
+        ),
+        f"artifact: {format_bytes(summary.bytes)} in {len(summary.manifest.files)} files",
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _show_checkpoint(summary: CheckpointSummary) -> None:
+    from rich.text import Text
+
+    from eoracc.compiler.report import format_bytes
+
+    table = make_table(f"{summary.path}: tensors")
+    table.add_column("tensor", overflow="fold")
+    for heading in ("shape", "dtype", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tensor in summary.tensors:
+        shape = "x".join(map(str, tensor.shape))
+        table.add_row(Text(tensor.name), shape, tensor.dtype, format_bytes(tensor.bytes))
+    console = make_console()
+    console.print(table)
+    console.print(
+        f"{len(summary.tensors)} tensors, {summary.parameters:,} parameters, "
+        f"{format_bytes(summary.bytes)}"
+    )

@@ -1,0 +1,39 @@
+"""``eoracc passes``: list what model.yaml can ask for."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from eoracc.compiler.commands.common import json_option, print_json
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["passes"]
+
+
+@click.command()
+@json_option
+def passes(as_json: bool) -> None:
+    """List the passes with their options, defaults and documentation."""
+    from eoracc.compiler.schema import describe_passes
+
+    described = describe_passes()
+    if as_json:
+        print_json(described)
+        return
+    for one in described:
+        click.secho(one["name"], bold=True)
+        click.echo(_indent(one["doc"], 2))
+        for option in one["options"]:
+            click.echo(f"\n  {option['name']} = {json.dumps(option['default'])}")
+            if option["doc"]:
+                click.echo(_indent(option["doc"], 6))
+        click.echo()
+
+
+def _indent(text: str, by: int) -> str:
+    import textwrap
+
+    return textwrap.indent(text, " " * by)
