@@ -1,0 +1,210 @@
+"""What is asked of a model and what comes back: plain data, no ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from eoracc.runtime.errors import RequestError
+
+__all__ = [
+    "NO_ADAPTER",
+    "AdapterChoice",
+    "Completion",
+    "ContinuationScore",
+    "FinishReason",
+    "Message",
+    "Piece",
+    "Prompt",
+    "Request",
+    "Score",
+    "TokenLogprob",
+    "adapter_weights",
+]
+
+NO_ADAPTER = "none"
+"""The name that no adapter can have: it stands for the backbone alone."""
+
+Message: TypeAlias = Mapping[str, str]
+"""One turn of a chat: ``{"role": "user", "content": "…"}``."""
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""Text to continue, its tokens, or the messages of a chat."""
+
+AdapterChoice: TypeAlias = str | Mapping[str, float] | None
+"""An adapter's name, several with their weights, or none."""
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+"""Why a text ended: the model or a stop string ended it, no room is left, nobody wants more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A text to continue, and how.
+
+    Attributes:
+      prompt: text, tokens, or messages; messages go through the chat template.
+      chat: take a text for the user's turn of a chat.
+      adapter: its name, or a weight for each of several, or None for the backbone alone.
+      max_new_tokens: at most; the model's context bounds it too.
+      temperature: 0 takes the most likely token every time, the lowest id where several are.
+      top_k: of how many most likely tokens one is drawn; 0 for all.
+      top_p: then, smallest share of probability that is drawn from, in (0, 1].
+      min_p: then, least probability of a token as a share of the most likely one's, in [0, 1].
+      seed: makes sampling repeatable, whatever else is served at the time.
+      stop: strings that end the text; they are not part of it.
+      logprobs: how many most likely tokens to list beside each token; None for no probabilities.
+      ignore_end: go on after the token that ends the text, which benchmarks need.
+    """
+
+    prompt: Prompt
+    chat: bool = False
+    adapter: AdapterChoice = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    ignore_end: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+          RequestError: a value is out of range.
+        """
+        problems = {
+            "max_new_tokens": self.max_new_tokens >= 0 or "must be 0 or more",
+            "temperature": 0 <= self.temperature < math.inf or "must be 0 or more, and finite",
+            "top_k": self.top_k >= 0 or "must be 0 (all) or more",
+            "top_p": 0 < self.top_p <= 1 or "must be above 0 and at most 1",
+            "min_p": 0 <= self.min_p <= 1 or "must be from 0 to 1",
+            "seed": self.seed is None or self.seed >= 0 or "must be 0 or more",
+            "logprobs": self.logprobs is None or self.logprobs >= 0 or "must be 0 or more",
+            "stop": not isinstance(self.stop, str) or "must be a list of strings",
+        }
+        for name, problem in problems.items():
+            if problem is not True:
+                raise RequestError(f"{name}: {problem}, not {getattr(self, name)!r}")
+        if "" in self.stop:
+            raise RequestError("stop: a stop string may not be empty: leave it out")
+        adapter_weights(self.adapter)
+
+
+def adapter_weights(adapter: AdapterChoice) -> tuple[tuple[str, float], ...]:
+    """What ``adapter`` asks for: names with their weights, sorted, weights of 0 left out.
+
+    Raises:
+      RequestError: a weight is not finite.
+
+    >>> adapter_weights("math")
+    (('math', 1.0),)
+    >>> adapter_weights({"prose": 0.5, "math": 0.5, "code": 0})
+    (('math', 0.5), ('prose', 0.5))
+    """
+    if adapter is None or adapter == NO_ADAPTER:
+        return ()
+    if isinstance(adapter, str):
+        return ((adapter, 1.0),)
+    for name, weight in adapter.items():
+        if not math.isfinite(weight):
+            raise RequestError(f"adapter '{name}': its weight must be finite, not {weight}")
+    return tuple(sorted((name, float(weight)) for name, weight in adapter.items() if weight))
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, by the model itself: before temperature and filters.
+
+    Attributes:
+      token: its id.
+      logprob: natural logarithm of its probability.
+      top: the most likely tokens with theirs, most likely first, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a text that is being made; all texts, one after the other, are the whole one.
+
+    Attributes:
+      text: whole characters; may be empty in the last piece, which may hold tokens of no text.
+      tokens: that were made since the piece before.
+      logprobs: one a token; None unless asked for.
+      finish_reason: of the last piece, and None of every other.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    Attributes:
+      text: what was made; a stop string and what would follow it is left out, as is a character
+        whose last bytes are missing.
+      tokens: what the model chose, without the token that ended the text, with those of a stop
+        string.
+      finish_reason: why it ended.
+      prompt_tokens: length of the prompt.
+      logprobs: one a token; None unless asked for.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text.
+
+    Attributes:
+      tokens: of the text, BOS included where the tokenizer begins a text with it.
+      logprobs: natural logarithms, one for each token but the first, which nothing predicts.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative logarithm; nan where there is but one token."""
+        if not self.logprobs:
+            return math.nan
+        return math.exp(-math.fsum(self.logprobs) / len(self.logprobs))
+
+
+@dataclass(frozen=True)
+class ContinuationScore:
+    """How likely a continuation is after its context.
+
+    Attributes:
+      tokens: of the continuation.
+      logprobs: natural logarithms, one a token.
+      greedy: whether each token is the most likely one, as greedy decoding would take it.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    greedy: bool = field(default=False)
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole continuation."""
+        return math.fsum(self.logprobs)
