@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,14 +35,19 @@ from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.yaml_document import Document, KeyPath, dotted, suggest
 from eoracc.passes import load_passes
 from eoracc.passes.base import Pass, pass_names, pass_type
+from eoracc.passes.compensation import Rank, RankOverride
+from eoracc.passes.factor_types import FactorType
 
 __all__ = [
+    "AdapterConfig",
     "BuildConfig",
     "CalibrationConfig",
+    "HeldOutConfig",
     "Limits",
     "OnnxRuntimeConfig",
     "TextConfig",
     "VerifyConfig",
+    "WeightedText",
     "load_config",
 ]
 
@@ -79,6 +85,20 @@ _Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
 _Name = Annotated[str, Field(min_length=1)]
 
 
+def _adapter_name(name: str) -> str:
+    if name == "none" or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+        raise PydanticCustomError(
+            "pass_adapter",
+            "'{name}' is no adapter's name: give at most 64 of a-z, 0-9, '.', '_' and '-', the "
+            "first a letter or digit, and not 'none'",
+            {"name": name},
+        )
+    return name
+
+
+_AdapterName = Annotated[str, AfterValidator(_adapter_name)]
+
+
 class TextConfig(_Section):
     """Where text comes from."""
 
@@ -93,11 +113,31 @@ class TextConfig(_Section):
     """The split of a data set, ``train`` unless given."""
 
 
-class CalibrationConfig(TextConfig):
-    """The text that statistics are taken over."""
+class WeightedText(TextConfig):
+    """One text of a mixture."""
 
+    weight: _Positive = 1.0
+    """What a token of this text counts for, next to those of the others."""
+    samples: _Count | None = None
+    """Windows of this text; null: as many as ``samples`` of the section says."""
+
+
+class CalibrationConfig(_Section):
+    """The text that statistics are taken over, or several with weights."""
+
+    text: _Name | None = None
+    """A text file, a .jsonl file, a data set folder, or a data set id of the hub."""
+    field: str | None = None
+    """The field of each record that holds the text (.jsonl and data sets)."""
+    messages: str | None = None
+    """The field of each record that holds a list of chat messages, put through the tokenizer's
+    chat template; instead of ``field``."""
+    split: str | None = None
+    """The split of a data set, ``train`` unless given."""
+    mixture: Annotated[tuple[WeightedText, ...], Field(min_length=1)] | None = None
+    """Several texts instead of one: statistics are their weighted sum, ``sum_t a_t X_t X_t^T``."""
     samples: _Count = 64
-    """Windows of text."""
+    """Windows of text; of each text in a mixture."""
     sequence_length: _Length = 512
     """Tokens per window."""
     seed: _Seed | None = None
@@ -106,22 +146,20 @@ class CalibrationConfig(TextConfig):
     layout: Literal["packing", "padding"] = "packing"
     """packing: the text cut into full windows; padding: one document a window, padded."""
 
-
-class Limits(_Section):
-    """Fidelity limits; a build that exceeds one fails its gate (exit code 1)."""
-
-    perplexity: _Positive | None = None
-    """Largest perplexity on the held-out text."""
-    perplexity_ratio: _Positive | None = None
-    """Largest perplexity as a multiple of the original model's."""
-    kl: _Positive | None = None
-    """Largest mean KL(original || compressed) per token, in nats."""
-    top1_agreement: _Share | None = None
-    """Smallest share of tokens on which both models would say the same next."""
+    def texts(self) -> tuple[WeightedText, ...]:
+        """All texts with their weights; one of weight 1 where there is no mixture."""
+        if self.mixture is not None:
+            return self.mixture
+        assert self.text is not None  # noqa: S101 - load_config has checked
+        return (
+            WeightedText(
+                text=self.text, field=self.field, messages=self.messages, split=self.split
+            ),
+        )
 
 
-class VerifyConfig(_Section):
-    """The two gates: parity, and fidelity on held-out text."""
+class HeldOutConfig(_Section):
+    """Held-out text."""
 
     text: _Name | None = None
     """Held-out text; the calibration text unless given."""
@@ -137,8 +175,51 @@ class VerifyConfig(_Section):
     """Windows of held-out text."""
     window_length: _Length = 512
     """Tokens per window."""
+
+    def held_out_text(self, calibration: CalibrationConfig | None) -> TextConfig:
+        """Where the held-out text is: a text of its own, or that of ``calibration``."""
+        if self.text is not None:
+            return TextConfig(
+                text=self.text, field=self.field, messages=self.messages, split=self.split
+            )
+        assert calibration is not None  # noqa: S101 - load_config has checked
+        return calibration.texts()[0]
+
+
+class AdapterConfig(CalibrationConfig):
+    """One task: its text, and the adapter that is solved for it."""
+
+    rank: Rank = 16
+    """Columns of the adapter's factors in each linear; 0 leaves the linears alone."""
+    factor_type: FactorType = "int8"
+    """What the factors are stored in; it must fit ``onnxruntime.adapter_type``."""
+    overrides: Mapping[str, RankOverride] = {}
+    """Another rank or type, or ``skip: true``, for linears by name pattern; the last match wins."""
+    verify: HeldOutConfig = HeldOutConfig()
+    """Held-out text of the task, which every adapter is scored on."""
+
+
+class Limits(_Section):
+    """Fidelity limits; a build that exceeds one fails its gate (exit code 1)."""
+
+    perplexity: _Positive | None = None
+    """Largest perplexity on the held-out text."""
+    perplexity_ratio: _Positive | None = None
+    """Largest perplexity as a multiple of the original model's."""
+    kl: _Positive | None = None
+    """Largest mean KL(original || compressed) per token, in nats."""
+    top1_agreement: _Share | None = None
+    """Smallest share of tokens on which both models would say the same next."""
+
+
+class VerifyConfig(HeldOutConfig):
+    """The two gates: parity, and fidelity on held-out text."""
+
     compare: tuple[Literal["svd", "eora"], ...] = ()
     """Compensations to score next to what is shipped, at the same ranks, without shipping them."""
+    compare_adapters: bool = False
+    """Whether to score adapters of the same ranks on the bare quantized weights too: the shared
+    compensation alone, adapters alone, and both, per text. Doubles the time that adapters take."""
     limits: Limits = Limits()
     """Fidelity limits."""
     parity: bool = True
@@ -211,6 +292,9 @@ class BuildConfig(_Section):
     """What the artifact runs on."""
     onnxruntime: OnnxRuntimeConfig = OnnxRuntimeConfig()
     """How that target computes."""
+    adapters: Mapping[_AdapterName, AdapterConfig] = {}
+    """Tasks by name: low-rank factors of each, solved from its text on top of the finished model,
+    which they share and which none of them changes."""
     verify: VerifyConfig = VerifyConfig()
     """The gates."""
     output: _Name
@@ -228,16 +312,6 @@ class BuildConfig(_Section):
     def output_path(self, config_dir: Path) -> Path:
         """The artifact's folder."""
         return config_dir / Path(self.output).expanduser()
-
-    def verify_text(self) -> TextConfig:
-        """The held-out text's source: its own, or that of the calibration."""
-        own = self.verify
-        if own.text is not None:
-            return TextConfig(
-                text=own.text, field=own.field, messages=own.messages, split=own.split
-            )
-        assert self.calibration is not None  # noqa: S101 - load_config has checked
-        return self.calibration
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
@@ -271,11 +345,17 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
         yield from ((where, problem) for problem in _misplaced(name, names[:index]))
         if name == "calibrate" and config.calibration is None:
             yield where, "needs a text: give 'calibration: {text: …}'"
-    for section, text in (("calibration", config.calibration), ("verify", config.verify)):
-        if text is not None and text.field is not None and text.messages is not None:
-            yield (section, "messages"), "stands next to 'field': keep one of the two"
-    if config.verify.text is None:
-        yield from _held_out_problems(config)
+    if config.calibration is not None:
+        yield from _text_problems(("calibration",), config.calibration)
+    yield from _held_out_problems(("calibration",), config.calibration, ("verify",), config.verify)
+    if config.adapters and not set(names) & set(_QUANTIZE):
+        yield ("adapters",), "needs a quantize pass: there is nothing for adapters to give back"
+    for name, adapter in config.adapters.items():
+        where = ("adapters", name)
+        yield from _text_problems(where, adapter)
+        yield from _held_out_problems(where, adapter, (*where, "verify"), adapter.verify)
+    if config.verify.compare_adapters and not config.adapters:
+        yield ("verify", "compare_adapters"), "compares adapters: give 'adapters: {NAME: …}'"
 
 
 def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
@@ -293,20 +373,55 @@ def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
         yield "the weights are quantized already: keep one quantize pass"
 
 
-def _held_out_problems(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
-    """Why there is no held-out text although ``verify`` does without a text of its own."""
-    verify = config.verify
+def _text_problems(where: KeyPath, source: CalibrationConfig) -> Iterator[tuple[KeyPath, str]]:
+    """What is wrong with where the text of a section comes from."""
+    if source.mixture is None:
+        if source.text is None:
+            yield where, "needs a text: give 'text: …' or 'mixture: [{text: …, weight: …}, …]'"
+        yield from _one_form(where, source)
+        return
+    for key in ("text", "field", "messages", "split"):
+        if getattr(source, key) is not None:
+            yield (*where, key), "stands next to 'mixture', whose texts have their own: remove it"
+    for index, text in enumerate(source.mixture):
+        yield from _one_form((*where, "mixture", index), text)
+
+
+def _one_form(
+    where: KeyPath, text: CalibrationConfig | HeldOutConfig | TextConfig
+) -> Iterator[tuple[KeyPath, str]]:
+    if text.field is not None and text.messages is not None:
+        yield (*where, "messages"), "stands next to 'field': keep one of the two"
+
+
+def _held_out_problems(
+    where: KeyPath,
+    calibration: CalibrationConfig | None,
+    verify_at: KeyPath,
+    verify: HeldOutConfig,
+) -> Iterator[tuple[KeyPath, str]]:
+    """What is wrong with held-out text: its own, or what ``calibration`` leaves of its text."""
+    yield from _one_form(verify_at, verify)
+    if verify.text is not None:
+        return
+    own = dotted((*verify_at, "text"))
     for key in ("field", "messages", "split"):
         if getattr(verify, key) is not None:
-            yield ("verify", key), "belongs to a 'text': give verify.text too"
-    if config.calibration is None:
-        yield ("verify",), "needs held-out text: give 'verify: {text: …}'"
-    elif config.calibration.seed is not None and verify.offset_tokens is None:
+            yield (*verify_at, key), f"belongs to a 'text': give {own} too"
+    if calibration is None:
+        yield verify_at, "needs held-out text: give 'verify: {text: …}'"
+    elif calibration.mixture is not None:
         yield (
-            ("calibration", "seed"),
+            verify_at,
+            f"needs held-out text of its own, for {dotted(where)} has several: give {own}",
+        )
+    elif calibration.seed is not None and verify.offset_tokens is None:
+        yield (
+            (*where, "seed"),
             (
                 "random windows come from anywhere in the text, so none of it is held out: give "
-                "verify.text, or verify.offset_tokens to keep what follows it out of calibration"
+                f"{own}, or {dotted((*verify_at, 'offset_tokens'))} to keep what follows it out "
+                "of calibration"
             ),
         )
 

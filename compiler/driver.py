@@ -186,10 +186,13 @@ def _make(
         phase.advance()
     spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
     tokenizer = loaded.tokenizer()
-    held_out = evaluation_windows(config, tokenizer, config_dir=config_dir)
+    held_out = evaluation_windows(
+        config.calibration, config.verify, tokenizer, config_dir=config_dir
+    )
     calibration = (
-        calibration_windows(config, tokenizer, config_dir=config_dir)
-        if any(isinstance(item, Calibrate) for item in config.passes)
+        calibration_windows(config.calibration, config.verify, tokenizer, config_dir=config_dir)
+        if config.calibration is not None
+        and any(isinstance(item, Calibrate) for item in config.passes)
         else None
     )
     release_memory()
@@ -272,7 +275,12 @@ def _sweep(
     batches = (
         []
         if calibration is None
-        else make_batches(calibration.input_ids, calibration.attention_mask, size=_BATCH)
+        else make_batches(
+            calibration.input_ids,
+            calibration.attention_mask,
+            size=_BATCH,
+            weights=calibration.weights,
+        )
     )
     calibrate = next((item for item in passes if isinstance(item, Calibrate)), None)
     compressed.comparisons |= run_sweep(
@@ -311,6 +319,8 @@ def _sweep_key(
     if calibration is not None:
         digest.update(calibration.input_ids.tobytes())
         digest.update(calibration.attention_mask.tobytes())
+        if calibration.weights is not None:
+            digest.update(calibration.weights.tobytes())
     return digest.hexdigest()
 
 

@@ -28,13 +28,15 @@ from eoracc.compiler.errors import ModelError
 from eoracc.compiler.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
 from eoracc.compiler.products import Precision, attention, linear_products
 from eoracc.plugins.functions import local_function
+from eoracc.plugins.operands import LowRank
 from eoracc.runtime.session import token_positions
 
-__all__ = ["Batch", "Executor", "WeightOf", "make_batches"]
+__all__ = ["Batch", "Executor", "FactorsOf", "WeightOf", "make_batches"]
 
 Array = NDArray[np.generic]
 Float = NDArray[np.float32]
 WeightOf = Callable[[Linear], Float]
+FactorsOf = Callable[[Linear, "Batch"], LowRank | None]
 
 _PARAMETER = re.compile(
     r"\.(weight|weight_t|bias|weight_packed|scales|zero_points|lora_[ab]|lora_[ab]_scale)$"
@@ -53,19 +55,28 @@ class Batch:
     Attributes:
       attention_mask: ``int64 [batch, sequence]``, 0 for padding.
       values: by value name; graph inputs at first.
+      weights: ``float32 [batch]``, what each token of a window counts for; None for 1.
     """
 
     attention_mask: NDArray[np.int64]
     values: dict[str, Array] = field(default_factory=dict)
+    weights: Float | None = None
 
     @property
     def token_weights(self) -> Float:
-        """1 per token and 0 per padding, ``float32 [batch * sequence]``."""
-        return self.attention_mask.reshape(-1).astype(np.float32)
+        """The weight of each token, 0 for padding, ``float32 [batch * sequence]``."""
+        weights = self.attention_mask.astype(np.float32)
+        if self.weights is not None:
+            weights *= self.weights[:, None]
+        return weights.reshape(-1)
 
 
 def make_batches(
-    input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, size: int
+    input_ids: NDArray[np.int64],
+    attention_mask: NDArray[np.int64],
+    *,
+    size: int,
+    weights: Float | None = None,
 ) -> list[Batch]:
     """Cut windows ``[samples, sequence]`` into batches of at most ``size``, graph inputs set."""
     batches = []
@@ -76,7 +87,8 @@ def make_batches(
             "attention_mask": mask,
             "position_ids": token_positions(mask),
         }
-        batches.append(Batch(mask, values))
+        part = None if weights is None else weights[start : start + size]
+        batches.append(Batch(mask, values, part))
     return batches
 
 
@@ -153,11 +165,18 @@ class Executor:
         for batch in batches:
             run(batch)
 
-    def step(self, level: int, batches: Iterable[Batch], weight_of: WeightOf) -> None:
+    def step(
+        self,
+        level: int,
+        batches: Iterable[Batch],
+        weight_of: WeightOf,
+        factors_of: FactorsOf | None = None,
+    ) -> None:
         """Compute the linears of ``level`` and what stands before those of the next level.
 
-        The weights are what ``weight_of`` gives. It goes batch by batch, so that wide outputs (a
-        gate's, say) never exist for all tokens at once.
+        The weights are what ``weight_of`` gives; ``factors_of`` may add a low-rank term that
+        differs from batch to batch. It goes batch by batch, so that wide outputs (a gate's, say)
+        never exist for all tokens at once.
         """
         groups = [
             (
@@ -170,9 +189,14 @@ class Executor:
         for batch in batches:
             for linears, multiply in groups:
                 inputs = self._input(linears[0], batch)
-                products = multiply(inputs.reshape(-1, inputs.shape[-1]))
+                rows = inputs.reshape(-1, inputs.shape[-1])
+                products = multiply(rows)
                 for linear, product in zip(linears, products, strict=True):
-                    shaped = product.reshape(*inputs.shape[:-1], -1)
+                    factors = None if factors_of is None else factors_of(linear, batch)
+                    total = product
+                    if factors is not None:
+                        total = product + (rows @ factors.down().T) @ factors.up().T
+                    shaped = total.reshape(*inputs.shape[:-1], -1)
                     batch.values[self._output_names[linear]] = shaped
             run(batch)
 
@@ -181,11 +205,16 @@ class Executor:
         inputs = self._input(group.linears[0], batch)
         return inputs.reshape(-1, inputs.shape[-1])
 
-    def run_to_head(self, batches: Sequence[Batch], weight_of: WeightOf) -> None:
+    def run_to_head(
+        self,
+        batches: Sequence[Batch],
+        weight_of: WeightOf,
+        factors_of: FactorsOf | None = None,
+    ) -> None:
         """Run everything below the last linear, so that :meth:`head_input` is there."""
         self.start(batches)
         for level in range(self.head_level):
-            self.step(level, batches, weight_of)
+            self.step(level, batches, weight_of, factors_of)
 
     def head_input(self, batch: Batch) -> Float:
         """What the head multiplies, ``float32 [batch, sequence, hidden]``."""

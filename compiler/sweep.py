@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.executor import Batch, Executor
-from eoracc.compiler.linears import Linear, LinearGroup
+from eoracc.compiler.linears import Activations, Linear, LinearGroup
 from eoracc.compiler.progress import Progress
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
@@ -24,7 +24,7 @@ from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_weights
 
-__all__ = ["Comparator", "Comparisons", "run_sweep"]
+__all__ = ["Comparator", "Comparisons", "activations_of", "one_thread", "run_sweep"]
 
 _BLAS = ThreadpoolController()
 
@@ -70,14 +70,14 @@ def run_sweep(
             originals: dict[Linear, NDArray[np.float32]] = {}
             for group in groups:
                 if calibrate is not None:
-                    group.activations = _activations(executor, group, batches)
+                    group.activations = activations_of(executor, group, batches)
                     if calibrate.through == "original":
                         originals |= {linear: linear.weight() for linear in group.linears}
                 for layer_pass in passes:
                     layer_pass.requires(group)
-                    with _one_thread(layer_pass):
+                    with one_thread(layer_pass):
                         layer_pass.call(group)
-                with _one_thread():
+                with one_thread():
                     _compare(group, comparators, comparisons)
                 group.activations = group.gram = None
             if level < executor.head_level:
@@ -92,7 +92,7 @@ def run_sweep(
     return comparisons
 
 
-def _one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[object]:
+def one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[object]:
     """Keep BLAS to one thread while a solver runs.
 
     Solvers factor matrices a thousand wide between short loops: a second thread would gain a fifth
@@ -104,9 +104,9 @@ def _one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[o
     return limit
 
 
-def _activations(
-    executor: Executor, group: LinearGroup, batches: Sequence[Batch]
-) -> Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]:
+def activations_of(executor: Executor, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
+    """What ``calibrate`` takes the Gram of ``group`` over, at the level that was reached."""
+
     def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         for batch in batches:
             yield executor.inputs_of(group, batch), batch.token_weights

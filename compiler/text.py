@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from eoracc.compiler.config import BuildConfig, TextConfig
+    from eoracc.compiler.config import CalibrationConfig, HeldOutConfig, TextConfig
 
-__all__ = ["Windows", "calibration_windows", "evaluation_windows", "load_windows"]
+__all__ = ["Settings", "Windows", "calibration_windows", "evaluation_windows", "load_windows"]
 
 _T = TypeVar("_T")
 
@@ -49,10 +49,12 @@ class Windows:
     Attributes:
       input_ids: ``int64 [S, L]``.
       attention_mask: ``int64 [S, L]``, 1 for text, 0 for padding (on the right).
+      weights: ``float32 [S]``, what each token of a window counts for in statistics; None for 1.
     """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
 
     @property
     def tokens(self) -> int:
@@ -60,44 +62,107 @@ class Windows:
         return int(self.attention_mask.sum())
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a user calls the settings that decide over windows, for messages.
+
+    Attributes:
+      samples: of calibration.
+      windows: of held-out text.
+      offset: tokens that held-out text skips.
+    """
+
+    samples: str = "calibration.samples"
+    windows: str = "verify.windows"
+    offset: str = "verify.offset_tokens"
+
+
 def calibration_windows(
-    config: BuildConfig, tokenizer: PreTrainedTokenizerBase, *, config_dir: Path
+    calibration: CalibrationConfig,
+    held_out: HeldOutConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config_dir: Path,
+    settings: Settings = Settings(),
 ) -> Windows:
-    """The windows that ``calibration`` asks for; random ones stay clear of held-out text."""
-    calibration = config.calibration
-    assert calibration is not None  # noqa: S101 - the pass that asks needs it, load_config checks
-    held_out = config.verify.offset_tokens if config.verify.text is None else None
-    return load_windows(
-        calibration,
-        tokenizer,
-        config_dir=config_dir,
-        samples=calibration.samples,
-        sequence_length=calibration.sequence_length,
-        seed=calibration.seed,
-        layout=calibration.layout,
-        limit_tokens=held_out if calibration.seed is not None else None,
+    """The windows that ``calibration`` asks for, those of one text after those of another.
+
+    Random ones stay clear of held-out text. The weights of a mixture are scaled so that their mean
+    over all tokens is 1.
+
+    Args:
+      calibration: what is asked for.
+      held_out: what must stay unseen, where it comes from the same text.
+      tokenizer: the model's.
+      config_dir: what relative paths are relative to.
+      settings: names for messages.
+
+    Raises:
+      DataError: a text is missing, damaged, empty or too short.
+    """
+    limit = held_out.offset_tokens if held_out.text is None else None
+    parts = [
+        load_windows(
+            text,
+            tokenizer,
+            config_dir=config_dir,
+            samples=text.samples or calibration.samples,
+            sequence_length=calibration.sequence_length,
+            seed=calibration.seed,
+            layout=calibration.layout,
+            limit_tokens=limit if calibration.seed is not None else None,
+            advice=settings.samples,
+        )
+        for text in calibration.texts()
+    ]
+    if calibration.mixture is None:
+        return parts[0]
+    weights = [text.weight for text in calibration.texts()]
+    tokens = [part.tokens for part in parts]
+    mean = np.average(weights, weights=tokens)
+    return Windows(
+        np.concatenate([part.input_ids for part in parts]),
+        np.concatenate([part.attention_mask for part in parts]),
+        np.repeat(np.array(weights) / mean, [len(part.input_ids) for part in parts]).astype(
+            np.float32
+        ),
     )
 
 
 def evaluation_windows(
-    config: BuildConfig, tokenizer: PreTrainedTokenizerBase, *, config_dir: Path
+    calibration: CalibrationConfig | None,
+    held_out: HeldOutConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config_dir: Path,
+    settings: Settings = Settings(),
 ) -> Windows:
-    """Held-out windows: in the calibration text, by default, what follows its windows."""
-    verify, calibration = config.verify, config.calibration
-    offset, skipped = verify.offset_tokens or 0, 0
-    advice = "verify.windows" + (" or verify.offset_tokens" if offset else "")
-    if verify.text is None and verify.offset_tokens is None and calibration is not None:
+    """Held-out windows: in the calibration text, by default, what follows its windows.
+
+    Args:
+      calibration: whose text is used where ``held_out`` has none of its own.
+      held_out: what is asked for.
+      tokenizer: the model's.
+      config_dir: what relative paths are relative to.
+      settings: names for messages.
+
+    Raises:
+      DataError: the text is missing, damaged, empty or too short.
+    """
+    offset, skipped = held_out.offset_tokens or 0, 0
+    advice = settings.windows + (f" or {settings.offset}" if offset else "")
+    if held_out.text is None and held_out.offset_tokens is None and calibration is not None:
         if calibration.layout == "padding":
             skipped = calibration.samples
         else:
             offset = calibration.samples * calibration.sequence_length
-        advice = "calibration.samples or verify.windows"
+        advice = f"{settings.samples} or {settings.windows}"
     return load_windows(
-        config.verify_text(),
+        held_out.held_out_text(calibration),
         tokenizer,
         config_dir=config_dir,
-        samples=verify.windows,
-        sequence_length=verify.window_length,
+        samples=held_out.windows,
+        sequence_length=held_out.window_length,
         offset_tokens=offset,
         skip_documents=skipped,
         advice=advice,

@@ -75,10 +75,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 def test_held_out_text(tmp_path: Path) -> None:
-    assert load(tmp_path).verify_text().text == "data/text.txt"
+    config = load(tmp_path)
+    assert config.verify.held_out_text(config.calibration).text == "data/text.txt"
     other = load(tmp_path, MINIMAL + "verify: {text: other.jsonl, field: body}\n")
-    assert other.verify_text().text == "other.jsonl"
-    assert other.verify_text().field == "body"
+    text = other.verify.held_out_text(other.calibration)
+    assert (text.text, text.field) == ("other.jsonl", "body")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_held_out_text(tmp_path: Path) -> None:
             "  zzz: 4",
             (
                 "model.yaml:4: calibration.zzz: unknown key: known here: text, field, "
-                "messages, split, "
+                "messages, split, mixture, "
                 "samples, sequence_length, seed, layout"
             ),
         ),

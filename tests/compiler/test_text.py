@@ -341,8 +341,8 @@ def test_held_out_windows_follow_those_of_calibration(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     built = config(tmp_path, {}, {})
-    used = calibration_windows(built, tokenizer, config_dir=tmp_path)
-    held = evaluation_windows(built, tokenizer, config_dir=tmp_path)
+    used = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
     text = (tmp_path / "text.txt").read_text()
     assert "".join(read(tokenizer, used)) == text[:30]
     assert "".join(read(tokenizer, held)) == text[30:50]
@@ -352,9 +352,9 @@ def test_held_out_windows_follow_the_documents_of_calibration(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     built = config(tmp_path, {"layout": "padding"}, {})
-    used = calibration_windows(built, tokenizer, config_dir=tmp_path)
+    used = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
     assert read(tokenizer, used) == ["p00", "p01", "p02"]
-    held = evaluation_windows(built, tokenizer, config_dir=tmp_path)
+    held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
     assert "".join(read(tokenizer, held)) == "p03\n\np04\n\np05\n\np06\n\n"
 
 
@@ -362,13 +362,12 @@ def test_random_windows_keep_out_of_the_held_out_part(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     built = config(tmp_path, {"seed": 3}, {"offset_tokens": 40})
-    used = calibration_windows(built, tokenizer, config_dir=tmp_path)
+    used = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
     text = (tmp_path / "text.txt").read_text()
     assert all(window in text[:40] for window in read(tokenizer, used))
+    short = config(tmp_path, {"seed": 3}, {"offset_tokens": 20})
     with pytest.raises(DataError, match="may give calibration, before the held-out part, 20"):
-        calibration_windows(
-            config(tmp_path, {"seed": 3}, {"offset_tokens": 20}), tokenizer, config_dir=tmp_path
-        )
+        calibration_windows(short.calibration, short.verify, tokenizer, config_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -384,4 +383,4 @@ def test_held_out_text_that_is_too_short_names_the_settings_to_lower(
 ) -> None:
     asked = config(tmp_path, {}, {"windows": 99, **verify})
     with pytest.raises(DataError, match=f"give more text or lower {re.escape(advice)}$"):
-        evaluation_windows(asked, tokenizer, config_dir=tmp_path)
+        evaluation_windows(asked.calibration, asked.verify, tokenizer, config_dir=tmp_path)
