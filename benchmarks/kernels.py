@@ -36,7 +36,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.bandwidth import Reader
 from benchmarks.rows import Row, compare, show, write_json
 from eoracc.plugins.library import library_info, library_path
-from eoracc.plugins.operands import INT8_ZERO, LowRank, NBitsWeight
+from eoracc.plugins.operands import LARGEST, LowRank, NBitsWeight
 
 SHAPES = Path(__file__).with_name("shapes.json")
 BANDWIDTH = "memory"
@@ -294,7 +294,7 @@ def _slab(rng: np.random.Generator, contender: Contender, in_features: int) -> N
 
 def _slab_factors(rng: np.random.Generator, down_rank: int, rank: int, in_features: int) -> LowRank:
     def codes(rows: int, columns: int) -> NDArray[np.int8]:
-        return rng.integers(1 - INT8_ZERO, INT8_ZERO, (rows, columns), np.int8)
+        return rng.integers(-LARGEST[8], LARGEST[8] + 1, (rows, columns), np.int8)
 
     return LowRank(
         lora_a=codes(down_rank, in_features),

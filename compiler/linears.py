@@ -23,7 +23,16 @@ from eoracc.plugins.operands import LowRank, NBitsWeight
 if TYPE_CHECKING:
     from eoracc.passes.gram import Gram
 
-__all__ = ["FUSED_DOMAIN", "FUSED_OP", "Activations", "Linear", "LinearGroup", "find_linears"]
+__all__ = [
+    "FUSED_DOMAIN",
+    "FUSED_OP",
+    "Activations",
+    "Linear",
+    "LinearGroup",
+    "block_of",
+    "find_linears",
+    "stored_factors",
+]
 
 FUSED_DOMAIN = "eoracc"
 FUSED_OP = "MatMulNBitsLowRank"
@@ -31,10 +40,23 @@ FUSED_OP = "MatMulNBitsLowRank"
 # Positions of the fused op's inputs (the op's table is in docs/op.md).
 X, B, SCALES, ZERO_POINTS, BIAS, LORA_A, LORA_B, LORA_A_SCALE, LORA_B_SCALE = range(9)
 
+_INT4 = ir.DataType.INT4.numpy()
+"""NumPy type of the values of an int4 factor while it stands in the graph."""
+
 Activations = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
 """Yields per batch the inputs ``float32 [tokens, K]`` and token weights ``float32 [tokens]``."""
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h|layer)\.(\d+)\.")
+
+
+def block_of(name: str) -> int | None:
+    """Index of the decoder block that holds the module ``name``, None outside of one.
+
+    >>> block_of("model.layers.3.self_attn.q_proj"), block_of("lm_head")
+    (3, None)
+    """
+    match = _BLOCK.search(name)
+    return int(match.group(1)) if match else None
 
 
 @dataclass(eq=False)
@@ -71,8 +93,7 @@ class Linear:
     @property
     def block(self) -> int | None:
         """Index of the decoder block, None outside of one (``lm_head``)."""
-        match = _BLOCK.search(self.name)
-        return int(match.group(1)) if match else None
+        return block_of(self.name)
 
     @property
     def role(self) -> str:
@@ -142,6 +163,8 @@ class Linear:
         ]
         for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale"):
             array = None if factors is None else getattr(factors, part)
+            if factors is not None and factors.bits == 4 and array.dtype == np.int8:
+                array = array.astype(_INT4)
             operands.append(self._initializer(part, array))
         while operands[-1] is None:
             operands.pop()
@@ -247,22 +270,9 @@ def _from_fused(node: ir.Node) -> Linear:
     if node.attributes.get_int("layout", 0):
         raise ModelError(f"node {node.name}: is stored in tiles, as only a lowered graph is")
 
-    def array(position: int) -> NDArray[np.generic] | None:
-        value = node.inputs[position] if position < len(node.inputs) else None
-        return None if value is None or value.const_value is None else value.const_value.numpy()
-
-    packed, scales, zero_points = array(B), array(SCALES), array(ZERO_POINTS)
+    packed, scales, zero_points = (_array(node, place) for place in (B, SCALES, ZERO_POINTS))
     if packed is None or scales is None:
         raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
-    lora_a, lora_b = array(LORA_A), array(LORA_B)
-    factors = None
-    if lora_a is not None and lora_b is not None:
-        factors = LowRank(
-            lora_a=lora_a,  # type: ignore[arg-type]
-            lora_b=lora_b,  # type: ignore[arg-type]
-            lora_a_scale=array(LORA_A_SCALE),  # type: ignore[arg-type]
-            lora_b_scale=array(LORA_B_SCALE),  # type: ignore[arg-type]
-        )
     in_features, out_features = (node.attributes[key].as_int() for key in ("K", "N"))
     return Linear(
         name=str(node.name),
@@ -279,8 +289,30 @@ def _from_fused(node: ir.Node) -> Linear:
             group_size=node.attributes["block_size"].as_int(),
             in_features=in_features,
         ),
-        factors=factors,
+        factors=stored_factors(node),
     )
+
+
+def stored_factors(node: ir.Node) -> LowRank | None:
+    """Low-rank factors that are operands of the fused ``node``, of plain layout; None for none."""
+    lora_a, lora_b = _array(node, LORA_A), _array(node, LORA_B)
+    if lora_a is None or lora_b is None:
+        return None
+    bits = 4 if lora_a.dtype == _INT4 else 8
+    if bits == 4:
+        lora_a, lora_b = lora_a.astype(np.int8), lora_b.astype(np.int8)
+    return LowRank(
+        lora_a=lora_a,  # type: ignore[arg-type]
+        lora_b=lora_b,  # type: ignore[arg-type]
+        lora_a_scale=_array(node, LORA_A_SCALE),  # type: ignore[arg-type]
+        lora_b_scale=_array(node, LORA_B_SCALE),  # type: ignore[arg-type]
+        bits=bits,
+    )
+
+
+def _array(node: ir.Node, position: int) -> NDArray[np.generic] | None:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _module_name(node: ir.Node, weight: ir.Value) -> str:

@@ -81,7 +81,8 @@ OPS: Mapping[Stage, frozenset[Op]] = {
 """Stage to the operators, by domain and name, that may stand in its graph."""
 
 _REAL = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
-_CODES = (ir.DataType.INT8, ir.DataType.UINT8)  # of int8 factors: plain, and in tiles
+# Of integer factors: plain, and in tiles.
+_CODES = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT8)
 _FACTORS = (*_REAL, *_CODES)
 
 

@@ -27,9 +27,9 @@ What goes by rows of W (scales, zero points, float factors) is tiled the same wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,17 +39,21 @@ from eoracc import EoraccError
 __all__ = [
     "BITS",
     "CHUNK",
-    "INT8_ZERO",
+    "FACTOR_BITS",
+    "LARGEST",
     "TILE",
     "LowRank",
     "NBitsWeight",
     "PluginError",
+    "merge_factors",
     "pack_codes",
+    "split_rows",
     "tile_codes",
-    "tile_int8",
+    "tile_integers",
     "tile_rows",
     "unpack_codes",
     "untile_codes",
+    "untile_integers",
     "untile_rows",
 ]
 
@@ -62,8 +66,12 @@ TILE = 16
 CHUNK: Mapping[int, int] = {2: 16, 3: 32, 4: 8, 8: 4}
 """Columns of a chunk by code width."""
 
-INT8_ZERO = 128
-"""What is added to an int8 factor's values to store them as 8-bit codes."""
+FACTOR_BITS = (8, 4)
+"""Code widths of integer factors."""
+
+LARGEST: Mapping[int, int] = {8: 127, 4: 7}
+"""Largest magnitude of an integer factor's values by code width; the codes are symmetric about 0,
+which is stored as ``2**(bits - 1)``."""
 
 _QUAD = 4
 _VECTOR = TILE * _QUAD
@@ -204,20 +212,32 @@ def tile_rows(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     return np.ascontiguousarray(padded.reshape(tiles, TILE, columns).transpose(0, 2, 1))
 
 
-def tile_int8(values: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """An int8 factor as 8-bit tiles, the value 0 stored as 128, padding included.
+def tile_integers(values: NDArray[np.int8], *, bits: int) -> NDArray[np.uint8]:
+    """An integer factor as tiles of ``bits``, the value 0 stored as ``2**(bits - 1)``.
 
     Args:
-      values: ``[rows, columns]``.
+      values: ``[rows, columns]``, of magnitudes up to ``LARGEST[bits]``.
+      bits: one of :data:`FACTOR_BITS`.
 
     Returns:
-      ``uint8 [ceil(rows / 16), ceil(columns / 4), 64]``.
+      ``uint8 [ceil(rows / 16), ceil(columns / CHUNK[bits]), 64]``; what fills up tiles is 0 too.
 
-    >>> tile_int8(np.array([[-127, 0, 5]], np.int8))[0, 0, :5].tolist()
+    >>> tile_integers(np.array([[-127, 0, 5]], np.int8), bits=8)[0, 0, :5].tolist()
     [1, 128, 133, 128, 128]
+    >>> tile_integers(np.array([[-7, 0, 5]], np.int8), bits=4)[0, 0, :5].tolist()
+    [129, 136, 141, 136, 136]
     """
-    codes = (values.astype(np.int16) + INT8_ZERO).astype(np.uint8)
-    return tile_codes(codes, bits=8, padding=INT8_ZERO)
+    zero = 2 ** (bits - 1)
+    codes = (values.astype(np.int16) + zero).astype(np.uint8)
+    return tile_codes(codes, bits=bits, padding=zero)
+
+
+def untile_integers(
+    tiled: NDArray[np.uint8], *, bits: int, rows: int, columns: int
+) -> NDArray[np.int8]:
+    """Inverse of :func:`tile_integers`: ``int8 [rows, columns]``."""
+    codes = untile_codes(tiled, bits=bits, out_features=rows, in_features=columns)
+    return (codes.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
 
 
 def untile_rows(tiled: NDArray[_Scalar], rows: int) -> NDArray[_Scalar]:
@@ -349,25 +369,38 @@ class LowRank:
     Attributes:
       lora_a: ``float16``, ``float32`` or ``int8 [R, K]``.
       lora_b: ``float16``, ``float32`` or ``int8 [N, R]``.
-      lora_a_scale: ``float32 [R]``, what a row of an int8 ``lora_a`` is multiplied with; else None.
+      lora_a_scale: ``float32 [R]``, what a row of an integer ``lora_a`` is multiplied with; else
+        None.
       lora_b_scale: ``float32 [N]``, likewise of ``lora_b``.
+      bits: that an integer value is stored in. 4: both factors are of integers in -7..7, held here
+        as int8. Without meaning for float factors.
     """
 
     lora_a: Factor
     lora_b: Factor
     lora_a_scale: NDArray[np.float32] | None = None
     lora_b_scale: NDArray[np.float32] | None = None
+    bits: int = 8
 
     def __post_init__(self) -> None:
-        """Check that what is int8, and nothing else, has scales.
+        """Check that what is of integers, and nothing else, has scales.
 
         Raises:
-          PluginError: it is not so.
+          PluginError: it is not so, or a value does not fit in ``bits``.
         """
+        if self.bits not in FACTOR_BITS:
+            raise PluginError(f"factors have 8 or 4 bits, not {self.bits}")
         for name in ("lora_a", "lora_b"):
-            is_int8 = getattr(self, name).dtype == np.int8
-            if is_int8 != (getattr(self, f"{name}_scale") is not None):
-                raise PluginError(f"{name}: int8 factors have one scale a row, others have none")
+            factor = getattr(self, name)
+            is_integer = factor.dtype == np.int8
+            if is_integer != (getattr(self, f"{name}_scale") is not None):
+                raise PluginError(f"{name}: integer factors have one scale a row, others have none")
+            if self.bits < 8 and not is_integer:
+                raise PluginError(f"{name}: holds {factor.dtype}, while int4 factors hold int8")
+            if is_integer and np.abs(factor, dtype=np.int16).max(initial=0) > LARGEST[self.bits]:
+                raise PluginError(
+                    f"{name}: holds a value beyond {LARGEST[self.bits]} at {self.bits} bits"
+                )
 
     @property
     def rank(self) -> int:
@@ -375,10 +408,18 @@ class LowRank:
         return int(self.lora_a.shape[0])
 
     @property
+    def factor_type(self) -> str:
+        """What ``lora_a`` is stored in: ``float32``, ``float16``, ``int8`` or ``int4``."""
+        return f"int{self.bits}" if self.lora_a.dtype == np.int8 else str(self.lora_a.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Stored bytes of both factors, scales included."""
+        factors = (self.lora_a, self.lora_b)
+        stored = sum(factor.nbytes for factor in factors)
+        if self.bits < 8:
+            stored = sum(-(-factor.size * self.bits // 8) for factor in factors)
         scales = (self.lora_a_scale, self.lora_b_scale)
-        stored = self.lora_a.nbytes + self.lora_b.nbytes
         return stored + sum(scale.nbytes for scale in scales if scale is not None)
 
     def down(self) -> NDArray[np.float32]:
@@ -398,8 +439,8 @@ class LowRank:
 
         Returns:
           ``lora_a [ceil(R / 16), K, 16]`` and ``lora_b [ceil(N / 16), R, 16]`` in their own float
-          type. An int8 factor becomes 8-bit tiles, ``uint8 [ceil(rows / 16), ceil(columns / 4),
-          64]`` with the value 0 stored as 128, and a ``float32 [ceil(rows / 16) * 16]`` scale.
+          type. An integer factor becomes tiles of ``bits``, ``uint8 [ceil(rows / 16),
+          ceil(columns / CHUNK[bits]), 64]``, and a ``float32 [ceil(rows / 16) * 16]`` scale.
         """
         tiled: dict[str, NDArray[np.generic]] = {}
         for name, factor, scale in (
@@ -409,9 +450,80 @@ class LowRank:
             if scale is None:
                 tiled[name] = tile_rows(factor)
             else:
-                tiled[name] = tile_int8(factor.astype(np.int8, copy=False))
+                tiled[name] = tile_integers(factor.astype(np.int8, copy=False), bits=self.bits)
                 tiled[f"{name}_scale"] = tile_rows(scale[:, None]).reshape(-1)
         return tiled
+
+
+def split_rows(factors: LowRank, parts: Sequence[int]) -> list[LowRank]:
+    """Factors of one linear as those of ``parts`` of its rows, which share ``lora_a``.
+
+    Args:
+      factors: of ``sum(parts)`` rows.
+      parts: rows of each part.
+    """
+    edges = np.cumsum([0, *parts])
+    return [
+        replace(
+            factors,
+            lora_b=factors.lora_b[start:stop],
+            lora_b_scale=(
+                None if factors.lora_b_scale is None else factors.lora_b_scale[start:stop]
+            ),
+        )
+        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+    ]
+
+
+def merge_factors(
+    factors: Sequence[LowRank | None], parts: Sequence[int], *, in_features: int, rank: int
+) -> LowRank:
+    """Factors of linears that share an input as those of the one linear of their stacked rows.
+
+    Args:
+      factors: of each linear, of ranks up to ``rank``; None for one that has none. Integer ones of
+        8 and of 4 bits may stand side by side and are then stored in 8.
+      parts: rows of each linear, in the same order.
+      in_features: ``K``.
+      rank: ``R`` of each part.
+
+    Returns:
+      ``lora_a [P * R, K]``, one part's rows after the other's, and ``lora_b [N, R]``, whose rows
+      multiply those of their own part; zero, scales included, beyond a part's own rank.
+
+    Raises:
+      PluginError: there are no factors at all, or float ones beside integer ones.
+    """
+    present = [one for one in factors if one is not None]
+    kinds = {(one.lora_a.dtype, one.lora_b.dtype) for one in present}
+    if len(kinds) != 1:
+        names = " and ".join(sorted({one.factor_type for one in present})) or "none"
+        raise PluginError(f"merged linears have factors of one type, not {names}")
+
+    def stacked(
+        name: str, rows: Sequence[int], columns: int | None = None
+    ) -> NDArray[Any] | None:
+        like = getattr(present[0], name)
+        if like is None:
+            return None
+        inner = () if columns is None else (columns,)
+        whole = np.zeros((sum(rows), *inner), like.dtype)
+        for start, one in zip(np.cumsum([0, *rows]), factors, strict=False):
+            if one is not None:
+                array = getattr(one, name)
+                whole[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        return whole
+
+    ranks = [rank] * len(parts)
+    lora_a, lora_b = stacked("lora_a", ranks, in_features), stacked("lora_b", parts, rank)
+    assert lora_a is not None and lora_b is not None  # noqa: PT018, S101 - both are always there
+    return LowRank(
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_a_scale=stacked("lora_a_scale", ranks),
+        lora_b_scale=stacked("lora_b_scale", parts),
+        bits=max(one.bits for one in present),
+    )
 
 
 def _values(factor: Factor, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:

@@ -27,6 +27,9 @@ def fused_matmul(
     parts: Sequence[int] = (),
     activation: str = "",
     residual: Float | None = None,
+    adapters: Sequence[LowRank] = (),
+    adapter_scales: Sequence[Float] | None = None,
+    adapter_index: Sequence[int] | NDArray[np.integer[Any]] = (0,),
 ) -> NDArray[np.float64]:
     """``x @ W.T + (x @ lora_a.T) @ lora_b.T + bias`` and its fusions, operands widened before use.
 
@@ -41,6 +44,11 @@ def fused_matmul(
       parts: rows of W in each of the linears that lie in it one after the other; none means one.
       activation: "silu" or "gelu_tanh": of two equal parts, ``activation(first) * second`` is left.
       residual: like the result, and added to it last; None for none.
+      adapters: further low-rank terms, shaped as ``factors``, to choose from; none means none.
+      adapter_scales: what values that each one's ``lora_a`` gives are multiplied with, ``[P * R]``
+        of its own R; None for 1.
+      adapter_index: the adapter of each row of the batch, ``[batch]``, or of all, ``[1]``; below 0
+        for none. The batch is all of x's dimensions before the last two, of a matrix its rows.
 
     Returns:
       ``float64 [..., N]``, with an activation ``[..., N / 2]``.
@@ -63,6 +71,13 @@ def fused_matmul(
     y: NDArray[np.float64] = wide @ dequantized.T
     if factors is not None:
         y = y + _low_rank(wide, factors, parts or (weight.out_features,))
+    if adapters:
+        scales = adapter_scales or [np.ones(len(one.lora_a)) for one in adapters]
+        terms = [
+            _low_rank(wide, one, parts or (weight.out_features,), scale.astype(np.float64))
+            for one, scale in zip(adapters, scales, strict=True)
+        ]
+        y = y + _chosen(terms, adapter_index)
     if bias is not None:
         y = y + bias
     if activation:
@@ -91,7 +106,10 @@ def activate(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
 
 
 def _low_rank(
-    x: NDArray[np.float64], factors: LowRank, parts: Sequence[int]
+    x: NDArray[np.float64],
+    factors: LowRank,
+    parts: Sequence[int],
+    scale: NDArray[np.float64] | float = 1.0,
 ) -> NDArray[np.float64]:
     down, up = (
         factor.astype(np.float64) * (1.0 if scale is None else scale.astype(np.float64)[:, None])
@@ -100,13 +118,28 @@ def _low_rank(
             (factors.lora_b, factors.lora_b_scale),
         )
     )
+    projected = (x @ down.T) * scale
     rank = len(down) // len(parts)
     edges = np.cumsum([0, *parts])
     outputs = [
-        (x @ down[part * rank : (part + 1) * rank].T) @ up[edges[part] : edges[part + 1]].T
+        projected[..., part * rank : (part + 1) * rank] @ up[edges[part] : edges[part + 1]].T
         for part in range(len(parts))
     ]
     return np.concatenate(outputs, axis=-1)
+
+
+def _chosen(
+    terms: Sequence[NDArray[np.float64]], index: Sequence[int] | NDArray[np.integer[Any]]
+) -> NDArray[np.float64]:
+    """Of each row of the batch the term that ``index`` says, or zeros."""
+    shape = terms[0].shape
+    batch = shape[:1] if len(shape) <= 2 else shape[:-2]
+    chosen = np.broadcast_to(np.asarray(index).reshape(-1 if len(index) == 1 else batch), batch)
+    result = np.zeros(shape)
+    for place in np.ndindex(batch):
+        if chosen[place] >= 0:
+            result[place] = terms[chosen[place]][place]
+    return result
 
 
 def _per_column(per_group: NDArray[Any], weight: NBitsWeight) -> NDArray[np.float64]:

@@ -33,14 +33,17 @@ from eoracc.compiler.linears import (
     ZERO_POINTS,
     B,
     X,
+    stored_factors,
 )
 from eoracc.compiler.names import PARTS
 from eoracc.plugins.functions import INPUTS
 from eoracc.plugins.operands import (
     CHUNK,
     TILE,
+    LowRank,
+    merge_factors,
+    split_rows,
     tile_codes,
-    tile_int8,
     tile_rows,
     unpack_codes,
 )
@@ -51,6 +54,9 @@ __all__ = ["tile_operands"]
 _Convert = Callable[[NDArray[Any]], NDArray[Any]]
 
 _VECTOR = 64
+
+_INTEGERS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
+"""Bits of integer factors by their type in the graph."""
 
 
 def tile_operands(graph: ir.Graph, *, accuracy_level: int) -> None:
@@ -118,8 +124,12 @@ def _form(node: ir.Node) -> tuple[Any, ...]:
 
 
 def _factor_form(node: ir.Node) -> tuple[Any, ...]:
+    """Types of the factors; integers of 8 and of 4 bits can stand in one operand."""
     factors = (_array(node, LORA_A), _array(node, LORA_B))
-    return tuple(None if factor is None else factor.dtype for factor in factors)
+    return tuple(
+        None if factor is None else "integer" if factor.dtype in _INTEGERS else factor.dtype
+        for factor in factors
+    )
 
 
 def _array(node: ir.Node, position: int) -> ir.TensorProtocol | None:
@@ -237,65 +247,66 @@ class _Store:
         if rank == 0:
             return []
         # Parts have a down-projection each; those that were packed before compression share one.
-        shared = len(nodes[0].attributes.get_ints("parts", ())) if len(nodes) == 1 else 0
-        readers = nodes if not shared else [nodes[0]] * shared
-        if len(readers) > 1:
+        parts = [node.attributes["N"].as_int() for node in nodes]
+        if len(nodes) == 1:
+            parts = list(nodes[0].attributes.get_ints("parts", parts))
+        if len(parts) > 1:
             rank = -(-rank // TILE) * TILE  # so that no tile of A serves two parts
         columns = nodes[0].attributes["K"].as_int()
-        down = [(rank, columns)] * len(readers)
-        up = [(node.attributes["N"].as_int(), rank) for node in nodes]
+
+        def merged() -> LowRank:
+            factors = [stored_factors(node) for node in nodes]
+            if len(nodes) == 1 and factors[0] is not None:
+                factors = [*split_rows(factors[0], parts)]
+            return merge_factors(factors, parts, in_features=columns, rank=rank)
+
+        rows = (len(parts) * rank, sum(parts))
         return [
-            self._factor(readers, LORA_A, down, name),
-            self._factor(nodes, LORA_B, up, name),
-            self._factor_scale(readers, LORA_A_SCALE, down, name),
-            self._factor_scale(nodes, LORA_B_SCALE, up, name),
+            self._factor(nodes, LORA_A, name, merged, (rows[0], columns)),
+            self._factor(nodes, LORA_B, name, merged, (rows[1], rank)),
+            self._factor_scale(nodes, LORA_A_SCALE, name, merged, rows[0]),
+            self._factor_scale(nodes, LORA_B_SCALE, name, merged, rows[1]),
         ]
 
     def _factor(
         self,
         nodes: Sequence[ir.Node],
         position: int,
-        shapes: Sequence[tuple[int, int]],
         name: str,
+        merged: Callable[[], LowRank],
+        shape: tuple[int, int],
     ) -> ir.Value:
-        tensors = [_array(node, position) for node in nodes]
-        dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
-        is_int8 = dtype == ir.DataType.INT8
-        tile: _Convert = tile_int8 if is_int8 else tile_rows
-
-        def make() -> NDArray[Any]:
-            padded = [
-                _padded(one, shape, dtype) for one, shape in zip(tensors, shapes, strict=True)
-            ]
-            return np.concatenate([tile(array) for array in padded])
-
-        tiles = sum(-(-rows // TILE) for rows, _ in shapes)
-        columns = shapes[0][1]
-        inner = (-(-columns // CHUNK[8]), _VECTOR) if is_int8 else (columns, TILE)
-        stored = ir.DataType.UINT8 if is_int8 else dtype
-        return self._register(position, name, make, (tiles, *inner), stored)
+        found = [tensor for node in nodes if (tensor := _array(node, position)) is not None]
+        rows, columns = shape
+        bits = max((_INTEGERS.get(tensor.dtype, 0) for tensor in found), default=0)
+        dtype, inner = (
+            (ir.DataType.UINT8, (-(-columns // CHUNK[bits]), _VECTOR))
+            if bits
+            else (found[0].dtype, (columns, TILE))
+        )
+        operand = INPUTS[FUSED_OP][position]
+        return self._register(
+            position, name, lambda: merged().tiles()[operand], (-(-rows // TILE), *inner), dtype
+        )
 
     def _factor_scale(
         self,
         nodes: Sequence[ir.Node],
         position: int,
-        shapes: Sequence[tuple[int, int]],
         name: str,
+        merged: Callable[[], LowRank],
+        rows: int,
     ) -> ir.Value | None:
-        tensors = [_array(node, position) for node in nodes]
-        if all(tensor is None for tensor in tensors):
+        if all(_array(node, position) is None for node in nodes):
             return None
-        sizes = [-(-rows // TILE) * TILE for rows, _ in shapes]
-
-        def make() -> NDArray[Any]:
-            padded = np.zeros(sum(sizes), np.float32)
-            for start, tensor in zip(np.cumsum([0, *sizes]), tensors, strict=False):
-                if tensor is not None:
-                    scale = tensor.numpy()
-                    padded[start : start + len(scale)] = scale
-            return padded
-
-        return self._register(position, name, make, (sum(sizes),), ir.DataType.FLOAT)
+        operand = INPUTS[FUSED_OP][position]
+        return self._register(
+            position,
+            name,
+            lambda: merged().tiles()[operand],
+            (-(-rows // TILE) * TILE,),
+            ir.DataType.FLOAT,
+        )
 
     def _rows(self, nodes: Sequence[ir.Node], position: int, name: str) -> ir.Value | None:
         tensor = _array(nodes[0], position)
@@ -349,14 +360,3 @@ class _Store:
 def _rank(node: ir.Node) -> int:
     lora_a = _array(node, LORA_A)
     return 0 if lora_a is None else lora_a.shape.numpy()[0]
-
-
-def _padded(
-    tensor: ir.TensorProtocol | None, shape: tuple[int, int], dtype: ir.DataType
-) -> NDArray[Any]:
-    """``tensor`` in the first rows and columns of zeros of ``shape``."""
-    padded = np.zeros(shape, dtype.numpy())
-    if tensor is not None:
-        array = tensor.numpy()
-        padded[: array.shape[0], : array.shape[1]] = array
-    return padded

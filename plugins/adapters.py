@@ -1,0 +1,480 @@
+"""Adapters as operands of the fused op: where a model takes them, packed, stacked into a bank.
+
+An adapter is low-rank factors by linear. A lowered model takes them at its *slots*, one a fused
+node, as graph inputs that have an adapter of rank 0 for a default (docs/op.md has their shapes).
+The model's metadata say what slots there are, under :data:`SLOTS_KEY`; an array goes into the input
+``<slot>.<operand>``, ``operand`` out of :data:`ADAPTER_OPERANDS`, and the one input
+:data:`ADAPTER_INDEX` picks each row's adapter out of the bank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.plugins.operands import (
+    CHUNK,
+    TILE,
+    LowRank,
+    PluginError,
+    merge_factors,
+    split_rows,
+    untile_integers,
+    untile_rows,
+)
+
+__all__ = [
+    "ADAPTER_INDEX",
+    "ADAPTER_OPERANDS",
+    "SLOTS_KEY",
+    "AdapterSlot",
+    "AdapterSlots",
+    "pack_adapter",
+    "stack_adapters",
+    "unpack_adapter",
+]
+
+Array = NDArray[np.generic]
+
+ADAPTER_INDEX = "adapter_index"
+"""Graph input, ``int32 [1]`` or ``[batch]``: the adapter of each row, below 0 for none."""
+
+ADAPTER_OPERANDS = ("adapter_a", "adapter_b", "adapter_a_scale", "adapter_b_scale")
+"""Operands of a slot; the last one at slots of integer type only."""
+
+SLOTS_KEY = "eoracc.adapters"
+"""Key of a model's metadata: its slots, as :meth:`AdapterSlots.to_json` writes them."""
+
+_TYPES = {"int8": ("int8", "int4"), "float16": ("float16",)}
+"""Type of slots to the factor types that they take."""
+
+_VECTOR = 4 * TILE
+
+
+@dataclass(frozen=True)
+class AdapterSlot:
+    """Where one fused node takes an adapter.
+
+    Attributes:
+      name: of the node.
+      linears: in it, named as in the checkpoint, in the order of their rows.
+      parts: rows of each part of the node; one part a linear, or several of the only one.
+      in_features: ``K``.
+      out_features: ``N``, the sum of the parts.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    parts: tuple[int, ...]
+    in_features: int
+    out_features: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out_features, in_features)`` of each linear."""
+        rows = self.parts if len(self.linears) > 1 else (self.out_features,)
+        return {
+            name: (size, self.in_features) for name, size in zip(self.linears, rows, strict=True)
+        }
+
+    def input(self, operand: str) -> str:
+        """Name of the graph input that takes ``operand``."""
+        return f"{self.name}.{operand}"
+
+
+@dataclass(frozen=True)
+class AdapterSlots:
+    """All slots of a model.
+
+    Attributes:
+      type: ``int8``, whose slots take int8 and int4 factors, or ``float16``.
+      slots: in the order of the graph.
+    """
+
+    type: str
+    slots: tuple[AdapterSlot, ...]
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """``(out_features, in_features)`` of every linear that an adapter may have factors for."""
+        return {name: shape for slot in self.slots for name, shape in slot.shapes.items()}
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Operands that a slot of this type has."""
+        return ADAPTER_OPERANDS if self.type == "int8" else ADAPTER_OPERANDS[:3]
+
+    @property
+    def factor_types(self) -> tuple[str, ...]:
+        """Types of factors that a slot takes."""
+        return _TYPES[self.type]
+
+    def to_json(self) -> str:
+        """What a model's metadata hold."""
+        slots = [
+            {
+                "name": slot.name,
+                "linears": list(slot.linears),
+                "parts": list(slot.parts),
+                "K": slot.in_features,
+                "N": slot.out_features,
+            }
+            for slot in self.slots
+        ]
+        return json.dumps({"type": self.type, "slots": slots})
+
+    @classmethod
+    def from_json(cls, text: str) -> AdapterSlots:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+          PluginError: ``text`` is something else.
+        """
+        try:
+            content = json.loads(text)
+            found = cls(str(content["type"]), tuple(map(_slot_from, content["slots"])))
+        except (ValueError, KeyError, TypeError):
+            raise PluginError(f"metadata {SLOTS_KEY!r} of the model are damaged") from None
+        if found.type not in _TYPES:
+            raise PluginError(f"metadata {SLOTS_KEY!r} name an unknown type {found.type!r}")
+        return found
+
+
+def _slot_from(content: Mapping[str, Any]) -> AdapterSlot:
+    slot = AdapterSlot(
+        name=str(content["name"]),
+        linears=tuple(map(str, content["linears"])),
+        parts=tuple(map(int, content["parts"])),
+        in_features=int(content["K"]),
+        out_features=int(content["N"]),
+    )
+    if sum(slot.parts) != slot.out_features or len(slot.linears) not in (1, len(slot.parts)):
+        raise ValueError(slot.name)
+    return slot
+
+
+# --- one adapter ----------------------------------------------------------------------------------
+
+
+def pack_adapter(slots: AdapterSlots, factors: Mapping[str, LowRank]) -> dict[str, Array]:
+    """An adapter's factors as arrays for the model's inputs, a bank of one.
+
+    Linears of one slot are padded to the largest rank among them, and that to a multiple of 16.
+
+    Args:
+      slots: of the model.
+      factors: by linear; a linear that is left out, or has rank 0, gets none.
+
+    Returns:
+      By graph input, ``A = 1``. Slots none of whose linears has factors are left out: the model's
+      defaults stand for them.
+
+    Raises:
+      PluginError: no slot takes these factors: an unknown linear, another shape or type, or a
+        number that is not finite.
+    """
+    for name, one in factors.items():
+        _check_factors(slots, name, one)
+    packed: dict[str, Array] = {}
+    for slot in slots.slots:
+        own = [_or_none(factors.get(name)) for name in slot.linears]
+        if any(own):
+            packed |= _pack_slot(slot, own)
+    return packed
+
+
+def _check_factors(slots: AdapterSlots, name: str, factors: LowRank) -> None:
+    shape = slots.linears.get(name)
+    if shape is None:
+        raise PluginError(f"linear '{name}': the model has no slot for an adapter of it")
+    rows, columns = shape
+    held = (*factors.lora_b.shape, *factors.lora_a.shape)
+    if held != (rows, factors.rank, factors.rank, columns):
+        raise PluginError(
+            f"linear '{name}': factors {list(factors.lora_b.shape)} and "
+            f"{list(factors.lora_a.shape)} do not fit its [{rows}, {columns}] weight"
+        )
+    if factors.factor_type not in slots.factor_types or factors.lora_a.dtype != factors.lora_b.dtype:
+        raise PluginError(
+            f"linear '{name}': has {factors.factor_type} factors, "
+            f"the model takes {' or '.join(slots.factor_types)}"
+        )
+    arrays = (factors.lora_a, factors.lora_b, factors.lora_a_scale, factors.lora_b_scale)
+    if not all(np.isfinite(array).all() for array in arrays if array is not None):
+        raise PluginError(f"linear '{name}': its factors hold NaN or Inf")
+
+
+def _or_none(factors: LowRank | None) -> LowRank | None:
+    return factors if factors is not None and factors.rank else None
+
+
+def _pack_slot(slot: AdapterSlot, factors: Sequence[LowRank | None]) -> dict[str, Array]:
+    if len(slot.linears) == 1 and len(slot.parts) > 1:
+        factors = split_rows(factors[0], slot.parts)  # type: ignore[arg-type]
+    ranks = [0 if one is None else one.rank for one in factors]
+    rank = -(-max(ranks) // TILE) * TILE
+    merged = merge_factors(factors, slot.parts, in_features=slot.in_features, rank=rank)
+    tiled = merged.tiles()
+    if "lora_a_scale" not in tiled:
+        used = np.arange(rank) < np.array(ranks)[:, None]
+        tiled["lora_a_scale"] = used.astype(np.float32).reshape(-1)
+    return {
+        slot.input(name.replace("lora", "adapter")): array[None] for name, array in tiled.items()
+    }
+
+
+def unpack_adapter(slots: AdapterSlots, arrays: Mapping[str, Array]) -> dict[str, LowRank]:
+    """Inverse of :func:`pack_adapter`.
+
+    Ranks that add nothing, at the end of a linear's own, count as padding and are left out.
+
+    Args:
+      slots: of the model.
+      arrays: by graph input, a bank of one.
+
+    Returns:
+      Factors by linear, for those that have any.
+
+    Raises:
+      PluginError: the arrays are none that the model takes.
+    """
+    factors: dict[str, LowRank] = {}
+    for slot, bank in _banks(slots, arrays):
+        if bank.size != 1:
+            raise PluginError(f"slot '{slot.name}': holds {bank.size} adapters, not one")
+        factors |= _unpack_slot(slot, bank)
+    return factors
+
+
+def _unpack_slot(slot: AdapterSlot, bank: _Bank) -> dict[str, LowRank]:
+    parts, rank = len(slot.parts), bank.rank
+    scale = bank.a_scale[0].reshape(parts, rank)
+    a: NDArray[Any]
+    b: NDArray[Any]
+    if bank.b_scale is None:
+        a = untile_rows(bank.a[0], parts * rank)
+        b = untile_rows(bank.b[0], slot.out_features)
+    else:
+        sizes = {"rows": parts * rank, "columns": slot.in_features}
+        a = untile_integers(bank.a[0], bits=bank.bits, **sizes)  # type: ignore[arg-type]
+        sizes = {"rows": slot.out_features, "columns": rank}
+        b = untile_integers(bank.b[0], bits=bank.bits, **sizes)  # type: ignore[arg-type]
+    a = a.reshape(parts, rank, slot.in_features)
+    shared = len(slot.linears) == 1
+    edges = np.cumsum([0, *([slot.out_features] if shared else slot.parts)])
+    factors: dict[str, LowRank] = {}
+    for part, name in enumerate(slot.linears):
+        rows = slice(edges[part], edges[part + 1])
+        own = int(np.flatnonzero(scale[part]).max(initial=-1)) + 1
+        if own == 0:
+            continue
+        if bank.b_scale is None:
+            # A weight other than 1 is not the factor's own: it becomes part of it.
+            weighted = a[part, :own].astype(np.float32) * scale[part, :own, None]
+            factors[name] = LowRank(lora_a=weighted.astype(a.dtype), lora_b=b[rows, :own])
+        else:
+            factors[name] = LowRank(
+                lora_a=a[part, :own],
+                lora_b=b[rows, :own],
+                lora_a_scale=scale[part, :own],
+                lora_b_scale=bank.b_scale[0, rows],
+                bits=bank.bits,
+            )
+    return factors
+
+
+# --- a bank of adapters ---------------------------------------------------------------------------
+
+
+def stack_adapters(slots: AdapterSlots, adapters: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Several adapters as one bank, in their order.
+
+    Ranks are padded to the largest of a slot; 4-bit codes are widened where 8-bit ones stand beside
+    them.
+
+    Args:
+      slots: of the model.
+      adapters: what :func:`pack_adapter` gave, or banks of this function; none make a bank of one
+        adapter that adds nothing.
+
+    Returns:
+      Arrays of every input of every slot, of rank 0 where no adapter has factors.
+
+    Raises:
+      PluginError: some arrays are none that the model takes.
+    """
+    found = [dict(_banks(slots, arrays)) for arrays in adapters]
+    # A bank that leaves a slot out has as many adapters there as elsewhere.
+    sizes = [max((bank.size for bank in banks.values()), default=1) for banks in found]
+    stacked: dict[str, Array] = {}
+    for slot in slots.slots:
+        banks = [
+            banks.get(slot) or _empty_bank(slots, slot, size)
+            for banks, size in zip(found, sizes, strict=True)
+        ]
+        whole = _stack(slot, banks or [_empty_bank(slots, slot, 1)])
+        arrays = (whole.a, whole.b, whole.a_scale, whole.b_scale)
+        for operand, array in zip(slots.operands, arrays, strict=False):
+            assert array is not None  # noqa: S101 - slots of integers have all four
+            stacked[slot.input(operand)] = array
+    return stacked
+
+
+@dataclass(frozen=True, eq=False)
+class _Bank:
+    """The operands of one slot, see docs/op.md for their shapes.
+
+    Attributes:
+      a, b, a_scale: as the op takes them.
+      b_scale: of integer factors, else None.
+      rank: ``R``.
+      bits: of a code of integer factors.
+    """
+
+    a: NDArray[Any]
+    b: NDArray[Any]
+    a_scale: NDArray[np.float32]
+    b_scale: NDArray[np.float32] | None
+    rank: int
+    bits: int
+
+    @property
+    def size(self) -> int:
+        """``A``."""
+        return len(self.a)
+
+
+def _banks(
+    slots: AdapterSlots, arrays: Mapping[str, Array]
+) -> Iterator[tuple[AdapterSlot, _Bank]]:
+    """The slots that ``arrays`` fill, checked."""
+    left = set(arrays)
+    for slot in slots.slots:
+        names = {operand: slot.input(operand) for operand in slots.operands}
+        present = left & set(names.values())
+        if not present:
+            continue
+        left -= present
+        if missing := [name for name in names.values() if name not in present]:
+            raise PluginError(f"slot '{slot.name}': its operand '{missing[0]}' is missing")
+        yield slot, _bank(slots, slot, {key: arrays[name] for key, name in names.items()})
+    if left:
+        raise PluginError(f"operand '{min(left)}': the model has no slot that takes it")
+
+
+def _bank(slots: AdapterSlots, slot: AdapterSlot, given: Mapping[str, Array]) -> _Bank:
+    a, parts = given["adapter_a"], len(slot.parts)
+    if a.ndim != 4 or not len(a) or a.shape[1] % parts:
+        raise PluginError(
+            f"slot '{slot.name}': its operand 'adapter_a' has shape {list(a.shape)}, which is no "
+            f"bank of adapters of {parts} parts"
+        )
+    rank = TILE * a.shape[1] // parts
+    bits = _code_bits(a, slot.in_features)
+    shapes = _bank_shapes(slots, slot, len(a), rank, bits)
+    for operand, (shape, dtype) in shapes.items():
+        array = given[operand]
+        if array.shape != shape or array.dtype != dtype:
+            raise PluginError(
+                f"slot '{slot.name}': its operand '{operand}' is {array.dtype} "
+                f"{list(array.shape)}, not {np.dtype(dtype)} {list(shape)}"
+            )
+        if array.dtype != np.uint8 and not np.isfinite(array).all():
+            raise PluginError(f"slot '{slot.name}': its operand '{operand}' holds NaN or Inf")
+    values: list[Any] = [given.get(operand) for operand in ADAPTER_OPERANDS]
+    return _Bank(*values, rank=rank, bits=bits)
+
+
+def _bank_shapes(
+    slots: AdapterSlots, slot: AdapterSlot, size: int, rank: int, bits: int
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """Shape and type of every operand of a bank."""
+    parts, tiles = len(slot.parts), -(-slot.out_features // TILE)
+    a_tiles = parts * rank // TILE
+    if slots.type == "float16":
+        return {
+            "adapter_a": ((size, a_tiles, slot.in_features, TILE), np.float16),
+            "adapter_b": ((size, tiles, rank, TILE), np.float16),
+            "adapter_a_scale": ((size, parts * rank), np.float32),
+        }
+    chunk = CHUNK[bits]
+    return {
+        "adapter_a": ((size, a_tiles, -(-slot.in_features // chunk), _VECTOR), np.uint8),
+        "adapter_b": ((size, tiles, rank // chunk, _VECTOR), np.uint8),
+        "adapter_a_scale": ((size, parts * rank), np.float32),
+        "adapter_b_scale": ((size, tiles * TILE), np.float32),
+    }
+
+
+def _code_bits(a: Array, in_features: int) -> int:
+    """8 or 4, by the chunks of ``adapter_a``; 8 where nothing tells."""
+    chunks = a.shape[2]
+    return 4 if chunks == -(-in_features // CHUNK[4]) != -(-in_features // CHUNK[8]) else 8
+
+
+def _empty_bank(slots: AdapterSlots, slot: AdapterSlot, size: int) -> _Bank:
+    """Adapters of rank 0, in 4 bits so that they widen nothing."""
+    shapes = _bank_shapes(slots, slot, size, 0, 4)
+    values: list[Any] = [
+        np.zeros(*shapes[operand]) if operand in shapes else None for operand in ADAPTER_OPERANDS
+    ]
+    return _Bank(*values, rank=0, bits=4)
+
+
+def _stack(slot: AdapterSlot, banks: Sequence[_Bank]) -> _Bank:
+    rank = max(bank.rank for bank in banks)
+    bits = max(bank.bits for bank in banks) if rank else 8
+    fitted = [_fit(slot, bank, rank, bits) for bank in banks]
+    b_scales = [bank.b_scale for bank in fitted if bank.b_scale is not None]
+    return _Bank(
+        a=np.concatenate([bank.a for bank in fitted]),
+        b=np.concatenate([bank.b for bank in fitted]),
+        a_scale=np.concatenate([bank.a_scale for bank in fitted]),
+        b_scale=np.concatenate(b_scales) if b_scales else None,
+        rank=rank,
+        bits=bits,
+    )
+
+
+def _fit(slot: AdapterSlot, bank: _Bank, rank: int, bits: int) -> _Bank:
+    """``bank`` with codes of ``bits`` and padded to ``rank``."""
+    a, b, zero = bank.a, bank.b, 0
+    if bank.b_scale is not None:
+        if bits > bank.bits:
+            a = _widen(a, -(-slot.in_features // CHUNK[8]))
+            b = _widen(b, bank.rank // CHUNK[8])
+        zero = 128 if bits == 8 else 136  # of 4 bits: 8 in either half of the byte
+    parts = len(slot.parts)
+    a = a.reshape(bank.size, parts, bank.rank // TILE, *a.shape[2:])
+    a = _padded(a, 2, rank // TILE, zero)
+    per_chunk = 1 if bank.b_scale is None else CHUNK[bits]
+    scale = bank.a_scale.reshape(bank.size, parts, bank.rank)
+    return _Bank(
+        a=a.reshape(bank.size, parts * rank // TILE, *a.shape[3:]),
+        b=_padded(b, 2, rank // per_chunk, zero),
+        a_scale=_padded(scale, 2, rank, 0).reshape(bank.size, parts * rank),
+        b_scale=bank.b_scale,
+        rank=rank,
+        bits=bits,
+    )
+
+
+def _widen(tiles: NDArray[np.uint8], chunks: int) -> NDArray[np.uint8]:
+    """4-bit tiles ``[A, tiles, n, 64]`` as 8-bit ones ``[A, tiles, chunks, 64]``."""
+    size, count, pairs, width = tiles.shape
+    halves = np.stack([tiles & np.uint8(15), tiles >> np.uint8(4)], axis=3)
+    # 8 stood for 0 and 128 does now.
+    return halves.reshape(size, count, 2 * pairs, width)[:, :, :chunks] + np.uint8(120)
+
+
+def _padded(array: NDArray[Any], axis: int, length: int, value: int) -> NDArray[Any]:
+    """``array`` with ``value`` at the end of ``axis``, up to ``length``."""
+    shape = list(array.shape)
+    shape[axis] = length - shape[axis]
+    return np.concatenate([array, np.full(shape, value, array.dtype)], axis=axis)
