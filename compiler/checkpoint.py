@@ -1,6 +1,6 @@
 """Keep a sweep's finished blocks on disk, so that an interrupted build goes on where it was.
 
-The folder holds the operands of every finished linear, the activations at the point reached, and
+The folder holds what was made of every finished linear, the activations at the point reached, and
 ``state.json``, which is replaced last: whatever it names is complete. All arrays are safetensors.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from eoracc.compiler.executor import Batch
 from eoracc.compiler.linears import Linear
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
-__all__ = ["SweepCheckpoint"]
+__all__ = ["AdapterCheckpoint", "SweepCheckpoint"]
 
 Array = NDArray[np.generic]
 _STATE = "state.json"
@@ -35,8 +35,8 @@ _FACTORS = ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
 
 
 @dataclass
-class SweepCheckpoint:
-    """Progress of one sweep.
+class _Checkpoint:
+    """Progress of one forward sweep.
 
     Attributes:
       folder: made on the first save.
@@ -55,48 +55,33 @@ class SweepCheckpoint:
         """Whether the last save is long enough ago for another one."""
         return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
-    def resume(
-        self,
-        linears: Sequence[Linear],
-        batches: Sequence[Batch],
-        comparisons: Mapping[str, dict[str, LowRank]],
-    ) -> int:
-        """Put back what was kept into the arguments; return how many levels are finished."""
-        state = self._state()
-        if state is None:
-            return 0
-        by_name = {linear.name: linear for linear in linears}
+    def _finished(
+        self, state: Mapping[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
+        """What is known of each finished linear, with the arrays of the file that holds it."""
         for file in state["operands"]:
             arrays = load_file(self.folder / file["name"])
             for meta in file["linears"]:
-                _restore(by_name[meta["name"]], meta, arrays, comparisons)
+                yield meta, arrays
+
+    def _read_activations(self, state: Mapping[str, Any], batches: Sequence[Batch]) -> None:
         activations = load_file(self.folder / state["activations"])
         for batch in batches:
             batch.values.clear()
         for key, array in activations.items():
             index, _, name = key.partition("/")
             batches[int(index)].values[name] = array
-        return int(state["position"])
 
-    def save(
+    def _write(
         self,
         position: int,
-        linears: Sequence[Linear],
+        metas: Sequence[Mapping[str, Any]],
+        arrays: dict[str, Array],
         batches: Sequence[Batch],
-        comparisons: Mapping[str, Mapping[str, LowRank]],
     ) -> None:
-        """Keep what has been finished since the last save; ``position`` levels are."""
+        """Add linears, which have been finished since the last time, to what is kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._state() or {"key": self.key, "operands": [], "activations": None}
-        kept = {meta["name"] for file in state["operands"] for meta in file["linears"]}
-        # What a quantizing pass leaves out has an error of zero on record, and no weight to keep.
-        fresh = [
-            linear
-            for linear in linears
-            if linear.name not in kept and (linear.compressed is not None or linear.errors)
-        ]
-        arrays: dict[str, Array] = {}
-        metas = [_keep(linear, arrays, comparisons) for linear in fresh]
         name = f"operands-{position:05d}.safetensors"
         save_file(arrays, self.folder / name)
         stale, live = state["activations"], f"activations-{position:05d}.safetensors"
@@ -113,9 +98,14 @@ class SweepCheckpoint:
         partial = self.folder / f"{_STATE}.partial"
         partial.write_text(json.dumps(state))
         partial.replace(self.folder / _STATE)
-        if stale is not None:
+        if stale is not None and stale != live:
             (self.folder / stale).unlink(missing_ok=True)
         self._saved_s = time.monotonic()
+
+    def _kept(self) -> set[str]:
+        """Names of the linears that are on disk."""
+        state = self._state() or {"operands": []}
+        return {meta["name"] for file in state["operands"] for meta in file["linears"]}
 
     def _state(self) -> dict[str, Any] | None:
         path = self.folder / _STATE
@@ -126,6 +116,92 @@ class SweepCheckpoint:
             shutil.rmtree(self.folder)
             return None
         return state
+
+
+class SweepCheckpoint(_Checkpoint):
+    """Progress of the sweep that compresses."""
+
+    def resume(
+        self,
+        linears: Sequence[Linear],
+        batches: Sequence[Batch],
+        comparisons: Mapping[str, dict[str, LowRank]],
+    ) -> int:
+        """Put back what was kept into the arguments; return how many levels are finished."""
+        state = self._state()
+        if state is None:
+            return 0
+        by_name = {linear.name: linear for linear in linears}
+        for meta, arrays in self._finished(state):
+            _restore(by_name[meta["name"]], meta, arrays, comparisons)
+        self._read_activations(state, batches)
+        return int(state["position"])
+
+    def save(
+        self,
+        position: int,
+        linears: Sequence[Linear],
+        batches: Sequence[Batch],
+        comparisons: Mapping[str, Mapping[str, LowRank]],
+    ) -> None:
+        """Keep what has been finished since the last save; ``position`` levels are."""
+        kept = self._kept()
+        # What a quantizing pass leaves out has an error of zero on record, and no weight to keep.
+        fresh = [
+            linear
+            for linear in linears
+            if linear.name not in kept and (linear.compressed is not None or linear.errors)
+        ]
+        arrays: dict[str, Array] = {}
+        metas = [_keep(linear, arrays, comparisons) for linear in fresh]
+        self._write(position, metas, arrays, batches)
+
+
+class AdapterCheckpoint(_Checkpoint):
+    """Progress of the sweep that solves one adapter."""
+
+    def resume(
+        self,
+        factors: dict[str, LowRank],
+        figures: dict[str, dict[str, float]],
+        batches: Sequence[Batch],
+    ) -> int:
+        """Put back what was kept into the arguments; return how many levels are finished.
+
+        Args:
+          factors: of the adapter, by linear.
+          figures: what is on record of each of them.
+          batches: whose activations are set.
+        """
+        state = self._state()
+        if state is None:
+            return 0
+        for meta, arrays in self._finished(state):
+            factors[meta["name"]] = _restore_factors(meta["name"], "", meta["bits"], arrays)
+            figures[meta["name"]] = meta["figures"]
+        self._read_activations(state, batches)
+        return int(state["position"])
+
+    def save(
+        self,
+        position: int,
+        factors: Mapping[str, LowRank],
+        figures: Mapping[str, Mapping[str, float]],
+        batches: Sequence[Batch],
+    ) -> None:
+        """Keep what has been finished since the last save; ``position`` levels are."""
+        kept = self._kept()
+        arrays: dict[str, Array] = {}
+        metas = [
+            {
+                "name": name,
+                "bits": _keep_factors(name, "", found, arrays),
+                "figures": figures[name],
+            }
+            for name, found in factors.items()
+            if name not in kept
+        ]
+        self._write(position, metas, arrays, batches)
 
 
 def _keep(
@@ -143,15 +219,12 @@ def _keep(
         name: found[linear.name] for name, found in comparisons.items() if linear.name in found
     }
     factors = compared if linear.factors is None else {"": linear.factors, **compared}
-    for name, low_rank in factors.items():
-        for part in _FACTORS:
-            array = getattr(low_rank, part)
-            if array is not None:
-                arrays[f"{linear.name}/{part}/{name}"] = np.ascontiguousarray(array)
     return meta | {
         "bits": weight.bits,
         "group_size": weight.group_size,
-        "factors": list(factors),
+        "factors": {
+            name: _keep_factors(linear.name, name, found, arrays) for name, found in factors.items()
+        },
     }
 
 
@@ -175,12 +248,23 @@ def _restore(
             in_features=linear.in_features,
         )
     )
-    for name in meta["factors"]:
-        stored: dict[str, Any] = {
-            part: arrays.get(f"{linear.name}/{part}/{name}") for part in _FACTORS
-        }
-        factors = LowRank(**stored)
+    for name, bits in meta["factors"].items():
+        factors = _restore_factors(linear.name, name, bits, arrays)
         if name:
             comparisons[name][linear.name] = factors
         else:
             linear.compensate(factors)
+
+
+def _keep_factors(linear: str, name: str, factors: LowRank, arrays: dict[str, Array]) -> int:
+    """Put the operands of ``factors`` into ``arrays``; return the bits of integer ones."""
+    for part in _FACTORS:
+        array = getattr(factors, part)
+        if array is not None:
+            arrays[f"{linear}/{part}/{name}"] = np.ascontiguousarray(array)
+    return factors.bits
+
+
+def _restore_factors(linear: str, name: str, bits: int, arrays: Mapping[str, Array]) -> LowRank:
+    stored: dict[str, Any] = {part: arrays.get(f"{linear}/{part}/{name}") for part in _FACTORS}
+    return LowRank(**stored, bits=bits)

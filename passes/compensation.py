@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from eoracc.passes.gram import Gram
     from eoracc.plugins.operands import LowRank
 
-__all__ = ["Compensation", "RankOverride", "Solver", "compensation_solver"]
+__all__ = [
+    "Compensation",
+    "Rank",
+    "RankOverride",
+    "Solver",
+    "check_rank",
+    "compensation_solver",
+]
 
 Rank = Annotated[int, Field(ge=0)]
 
@@ -100,14 +107,7 @@ class Compensation(Overridable, LayerPass):
         Raises:
           PassError: the linear is not compressed, or ``rank`` exceeds its smaller side.
         """
-        limit = min(linear.out_features, linear.in_features)
-        if rank > limit:
-            raise PassError(
-                linear.name,
-                f"rank {rank} exceeds the smaller side of its "
-                f"[{linear.out_features}, {linear.in_features}] weight: "
-                f"give {limit} at most, by an override if need be",
-            )
+        check_rank(linear, rank)
         if linear.compressed is None:
             raise PassError(
                 linear.name,
@@ -121,6 +121,22 @@ class Compensation(Overridable, LayerPass):
             delta, weighted = residual.delta, residual.weighted
         b, a = cls.factors(delta, gram, rank, weighted=weighted)
         return store_factors(b, a, factor_type)
+
+
+def check_rank(linear: Linear, rank: int) -> None:
+    """Refuse a rank that the factors of ``linear`` cannot have.
+
+    Raises:
+      PassError: it exceeds the weight's smaller side.
+    """
+    limit = min(linear.out_features, linear.in_features)
+    if rank > limit:
+        raise PassError(
+            linear.name,
+            f"rank {rank} exceeds the smaller side of its "
+            f"[{linear.out_features}, {linear.in_features}] weight: "
+            f"give {limit} at most, by an override if need be",
+        )
 
 
 def compensation_solver(name: str) -> Solver:

@@ -1,0 +1,182 @@
+"""The backbone: a compressed graph with its compensation, whether just built or out of an artifact.
+
+:func:`restore_backbone` puts an artifact's weights back into the graph of the original checkpoint.
+The operands are those that the build had in hand, to the bit, and stand in the same graph at the
+same places, so whatever is solved on top of a backbone comes out the same either way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from eoracc.compiler.embeddings import GATHER_OP, Embedding, find_embeddings
+from eoracc.compiler.linears import (
+    FUSED_DOMAIN,
+    FUSED_OP,
+    LORA_A,
+    LORA_A_SCALE,
+    LORA_B,
+    LORA_B_SCALE,
+    SCALES,
+    ZERO_POINTS,
+    B,
+    Linear,
+    find_linears,
+)
+from eoracc.plugins.operands import (
+    CHUNK,
+    TILE,
+    LowRank,
+    NBitsWeight,
+    untile_integers,
+    untile_rows,
+)
+from eoracc.runtime.backend import read_decoder
+from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.session import LINEARS_KEY
+
+__all__ = ["Backbone", "restore_backbone"]
+
+Array = NDArray[Any]
+
+
+@dataclass(eq=False)
+class Backbone:
+    """A compressed graph.
+
+    Attributes:
+      model: the graph.
+      linears: its linears in execution order, original weights still at hand.
+      embeddings: its embedding tables.
+    """
+
+    model: ir.Model
+    linears: list[Linear]
+    embeddings: list[Embedding]
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Backbone:
+        """The view of ``model``, compressed or about to be."""
+        return cls(model, find_linears(model), find_embeddings(model))
+
+
+def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
+    """Give the original graph the weights and the compensation that an artifact holds.
+
+    Args:
+      folder: the artifact, verified.
+      model: of the checkpoint that the artifact was built from, after the build's model passes;
+        changed in place.
+
+    Raises:
+      ArtifactError: the artifact's model cannot be read, or is of another graph.
+    """
+    path = read_decoder(folder).model
+    try:
+        stored = ir.load(path)
+    except Exception as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+    backbone = Backbone.of(model)
+    linears = {linear.name: linear for linear in backbone.linears}
+    tables = {table.name: table for table in backbone.embeddings}
+    for node in stored.graph:
+        if node.domain != FUSED_DOMAIN:
+            continue
+        if not node.attributes.get_int("layout", 0):
+            raise ArtifactError(f"{path}: is of an older layout: build the artifact again")
+        if node.op_type == FUSED_OP:
+            for name, weight, factors in _linears_of(node):
+                if name not in linears:
+                    raise ArtifactError(f"{path}: has a linear {name!r}, which the model has not")
+                linears[name].quantize(weight)
+                linears[name].compensate(factors)
+        elif node.op_type == GATHER_OP and str(node.name) in tables:
+            table = tables[str(node.name)]
+            rows = int(table.source.shape.numpy()[0])
+            table.quantize(_weight(node, slice(0, rows), out_features=rows))
+    return backbone
+
+
+def _linears_of(node: ir.Node) -> list[tuple[str, NBitsWeight, LowRank | None]]:
+    """Name, weight and factors of each linear in a fused node."""
+    names = node.metadata_props.get(LINEARS_KEY, str(node.name)).split(",")
+    total = node.attributes["N"].as_int()
+    parts = list(node.attributes.get_ints("parts", ())) or [total]
+    # Linears that were packed before compression are one, of several parts that share lora_a.
+    sizes = parts if len(names) > 1 else [total]
+    edges = np.cumsum([0, *sizes])
+    found = []
+    for part, name in enumerate(names):
+        rows = slice(int(edges[part]), int(edges[part + 1]))
+        weight = _weight(node, rows, out_features=total)
+        found.append((name, weight, _factors(node, part, len(parts), rows)))
+    return found
+
+
+def _weight(node: ir.Node, rows: slice, *, out_features: int) -> NBitsWeight:
+    """Rows of the weight of a linear or a table, whose operands stand at the same places."""
+    packed, scales, zero_points = (_array(node, place) for place in (B, SCALES, ZERO_POINTS))
+    assert packed is not None and scales is not None  # noqa: PT018, S101 - the op has them
+    whole = NBitsWeight.from_tiles(
+        packed,
+        scales,
+        zero_points,
+        bits=node.attributes["bits"].as_int(),
+        group_size=node.attributes["block_size"].as_int(),
+        out_features=out_features,
+        in_features=node.attributes["K"].as_int(),
+    )
+    return NBitsWeight(
+        packed=whole.packed[rows],
+        scales=whole.scales[rows],
+        zero_points=None if whole.zero_points is None else whole.zero_points[rows],
+        bits=whole.bits,
+        group_size=whole.group_size,
+        in_features=whole.in_features,
+    )
+
+
+def _factors(node: ir.Node, part: int, parts: int, rows: slice) -> LowRank | None:
+    """Factors of one linear, without the ranks that only fill up tiles."""
+    a, b = _array(node, LORA_A), _array(node, LORA_B)
+    if a is None or b is None:
+        return None
+    columns, total = node.attributes["K"].as_int(), node.attributes["N"].as_int()
+    tiles = len(a) // parts
+    a = a[part * tiles : (part + 1) * tiles]
+    if a.dtype != np.uint8:
+        rank = b.shape[1]
+        down, up = untile_rows(a, rank), untile_rows(b, total)[rows]
+        own = _used(down)
+        return LowRank(lora_a=down[:own], lora_b=up[:, :own])
+    bits = 8 if a.shape[1] == -(-columns // CHUNK[8]) else 4
+    rank = min(tiles * TILE, b.shape[1] * CHUNK[bits])
+    down = untile_integers(a, bits=bits, rows=rank, columns=columns)
+    up = untile_integers(b, bits=bits, rows=total, columns=rank)[rows]
+    a_scale, b_scale = _array(node, LORA_A_SCALE), _array(node, LORA_B_SCALE)
+    assert a_scale is not None and b_scale is not None  # noqa: PT018, S101 - of integer factors
+    own_scale = a_scale[part * tiles * TILE :][:rank]
+    own = _used(own_scale[:, None])
+    return LowRank(
+        lora_a=down[:own],
+        lora_b=np.ascontiguousarray(up[:, :own]),
+        lora_a_scale=own_scale[:own],
+        lora_b_scale=b_scale[rows],
+        bits=bits,
+    )
+
+
+def _used(rows: Array) -> int:
+    """How many rows there are up to the last one that is not zero."""
+    return int(np.flatnonzero(rows.any(axis=1)).max(initial=-1)) + 1
+
+
+def _array(node: ir.Node, position: int) -> Array | None:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    return None if value is None or value.const_value is None else value.const_value.numpy()
