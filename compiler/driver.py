@@ -210,7 +210,9 @@ def _make(
         progress=progress,
     )
     level = config.onnxruntime.accuracy_level
-    lowered = lower(compressed.model, accuracy_level=level)
+    lowered = lower(
+        compressed.model, accuracy_level=level, adapter_type=config.onnxruntime.adapter_type
+    )
     spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
     writer.write_model(lowered)
     writer.copy(loaded.tokenizer_files())

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from eoracc.compiler.embeddings import GATHER_OP
 from eoracc.compiler.errors import PassError
 from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.plugins.functions import INPUTS
 from eoracc.plugins.operands import BITS, CHUNK, TILE
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ _REAL = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 _CODES = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT8)
 _FACTORS = (*_REAL, *_CODES)
 
+_VECTOR = 4 * TILE
+_SLOT = INPUTS[FUSED_OP].index("adapter_a")
+"""Where an adapter's operands begin."""
+
 
 def check(model: ir.Model, stage: Stage, *, after: str) -> None:
     """See that ``model`` is a valid graph of ``stage``.
@@ -133,7 +138,9 @@ def _check_initializers(graph: ir.Graph, after: str) -> None:
             raise PassError(where, "holds no tensor")
         if not value.uses() and not value.is_graph_output():
             raise PassError(where, "is used by no node")
-        if value.shape is not None and value.shape != value.const_value.shape:
+        # A value that is an input too is a default: a run may give it other sizes.
+        fixed = value.shape is not None and not value.is_graph_input()
+        if fixed and value.shape != value.const_value.shape:
             raise PassError(
                 where, f"is declared as {value.shape} and holds {value.const_value.shape}"
             )
@@ -186,6 +193,26 @@ def _check_linear(node: ir.Node, where: str) -> None:
     if lora_a is not None and lora_b is not None:
         _check_factors(node, lora_a, lora_b, where)
     _expect(node, 9, (columns,), _REAL, where, optional=True)
+    _check_slot(node, where)
+
+
+def _check_slot(node: ir.Node, where: str) -> None:
+    """The operands of an adapter and the index that picks it."""
+    names = INPUTS[FUSED_OP]
+    given = {
+        names[place] for place in range(_SLOT, len(names)) if _operand(node, place) is not None
+    }
+    if not given:
+        return
+    integers = _dtype(node, _SLOT) == ir.DataType.UINT8
+    wanted = set(names[_SLOT:]) - (set() if integers else {"adapter_b_scale"})
+    if given != wanted:
+        odd = min(given ^ wanted)
+        raise PassError(where, f"has some operands of an adapter, but not what goes with {odd}")
+    for name in sorted(given):
+        value = _operand(node, names.index(name))
+        if value is not None and not value.is_graph_input():
+            raise PassError(where, f"its {name} is no input of the graph")
 
 
 def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str) -> None:
@@ -198,16 +225,27 @@ def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str
         _expect(node, 6, (rows, rank), _FACTORS, where)
         return
     parts = max(len(node.attributes.get_ints("parts", ())), 1)
-    tiles = -(-rows // TILE)
-    if _dtype(node, 5) == ir.DataType.UINT8:
-        _expect(node, 5, (lora_a.shape[0], -(-columns // 4), 4 * TILE), _CODES, where)
-    else:
-        _expect(node, 5, (lora_a.shape[0], columns, TILE), _REAL, where)
-    quads = 4 if _dtype(node, 6) == ir.DataType.UINT8 else 1
-    rank = lora_b.shape[1]
-    _expect(node, 6, (tiles, rank, TILE * quads), _CODES if quads == 4 else _REAL, where)
-    if isinstance(rank, int) and lora_a.shape[0] != parts * -(-rank * quads // TILE):
-        raise PassError(where, f"{parts} parts of rank {rank * quads} do not fit {lora_a.shape}")
+    a_chunk, b_chunk = _factor_chunk(node, 5, columns), 1
+    if _dtype(node, 6) == ir.DataType.UINT8:
+        b_chunk = a_chunk if a_chunk > 1 else CHUNK[8]
+    a_dtypes, b_dtypes = (_CODES if chunk > 1 else _REAL for chunk in (a_chunk, b_chunk))
+    width = TILE if a_chunk == 1 else _VECTOR
+    _expect(node, 5, (lora_a.shape[0], -(-columns // a_chunk), width), a_dtypes, where)
+    width = TILE if b_chunk == 1 else _VECTOR
+    ranks = lora_b.shape[1]
+    _expect(node, 6, (-(-rows // TILE), ranks, width), b_dtypes, where)
+    # Chunks of ranks leave the last ones open: so do the tiles of lora_a.
+    if isinstance(ranks, int) and lora_a.shape[0] != parts * -(-ranks * b_chunk // TILE):
+        raise PassError(where, f"{parts} parts of rank {ranks * b_chunk} do not fit {lora_a.shape}")
+
+
+def _factor_chunk(node: ir.Node, position: int, columns: int) -> int:
+    """Columns of a chunk of a factor in tiles, as its shape tells; 1 for one of floats."""
+    if _dtype(node, position) != ir.DataType.UINT8:
+        return 1
+    value = _operand(node, position)
+    chunks = None if value is None or value.shape is None else value.shape[1]
+    return CHUNK[4] if chunks == -(-columns // CHUNK[4]) != -(-columns // CHUNK[8]) else CHUNK[8]
 
 
 def _dtype(node: ir.Node, position: int) -> ir.DataType | None:

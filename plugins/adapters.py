@@ -200,7 +200,10 @@ def _check_factors(slots: AdapterSlots, name: str, factors: LowRank) -> None:
             f"linear '{name}': factors {list(factors.lora_b.shape)} and "
             f"{list(factors.lora_a.shape)} do not fit its [{rows}, {columns}] weight"
         )
-    if factors.factor_type not in slots.factor_types or factors.lora_a.dtype != factors.lora_b.dtype:
+    if (
+        factors.factor_type not in slots.factor_types
+        or factors.lora_a.dtype != factors.lora_b.dtype
+    ):
         raise PluginError(
             f"linear '{name}': has {factors.factor_type} factors, "
             f"the model takes {' or '.join(slots.factor_types)}"
@@ -275,9 +278,12 @@ def _unpack_slot(slot: AdapterSlot, bank: _Bank) -> dict[str, LowRank]:
         if own == 0:
             continue
         if bank.b_scale is None:
-            # A weight other than 1 is not the factor's own: it becomes part of it.
-            weighted = a[part, :own].astype(np.float32) * scale[part, :own, None]
-            factors[name] = LowRank(lora_a=weighted.astype(a.dtype), lora_b=b[rows, :own])
+            weights = scale[part, :own]
+            factors[name] = LowRank(
+                lora_a=a[part, :own],
+                lora_b=b[rows, :own],
+                lora_a_scale=None if (weights == 1).all() else weights,
+            )
         else:
             factors[name] = LowRank(
                 lora_a=a[part, :own],
@@ -292,7 +298,9 @@ def _unpack_slot(slot: AdapterSlot, bank: _Bank) -> dict[str, LowRank]:
 # --- a bank of adapters ---------------------------------------------------------------------------
 
 
-def stack_adapters(slots: AdapterSlots, adapters: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+def stack_adapters(
+    slots: AdapterSlots, adapters: Sequence[Mapping[str, Array]]
+) -> dict[str, Array]:
     """Several adapters as one bank, in their order.
 
     Ranks are padded to the largest of a slot; 4-bit codes are widened where 8-bit ones stand beside
@@ -350,9 +358,7 @@ class _Bank:
         return len(self.a)
 
 
-def _banks(
-    slots: AdapterSlots, arrays: Mapping[str, Array]
-) -> Iterator[tuple[AdapterSlot, _Bank]]:
+def _banks(slots: AdapterSlots, arrays: Mapping[str, Array]) -> Iterator[tuple[AdapterSlot, _Bank]]:
     """The slots that ``arrays`` fill, checked."""
     left = set(arrays)
     for slot in slots.slots:

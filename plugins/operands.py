@@ -369,8 +369,8 @@ class LowRank:
     Attributes:
       lora_a: ``float16``, ``float32`` or ``int8 [R, K]``.
       lora_b: ``float16``, ``float32`` or ``int8 [N, R]``.
-      lora_a_scale: ``float32 [R]``, what a row of an integer ``lora_a`` is multiplied with; else
-        None.
+      lora_a_scale: ``float32 [R]``, what a row of ``lora_a`` is multiplied with: integer ones have
+        a scale, float ones may have a weight; else None.
       lora_b_scale: ``float32 [N]``, likewise of ``lora_b``.
       bits: that an integer value is stored in. 4: both factors are of integers in -7..7, held here
         as int8. Without meaning for float factors.
@@ -383,7 +383,7 @@ class LowRank:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        """Check that what is of integers, and nothing else, has scales.
+        """Check that what is of integers has scales.
 
         Raises:
           PluginError: it is not so, or a value does not fit in ``bits``.
@@ -393,7 +393,8 @@ class LowRank:
         for name in ("lora_a", "lora_b"):
             factor = getattr(self, name)
             is_integer = factor.dtype == np.int8
-            if is_integer != (getattr(self, f"{name}_scale") is not None):
+            has_scale = getattr(self, f"{name}_scale") is not None
+            if is_integer != has_scale and (is_integer or name == "lora_b"):
                 raise PluginError(f"{name}: integer factors have one scale a row, others have none")
             if self.bits < 8 and not is_integer:
                 raise PluginError(f"{name}: holds {factor.dtype}, while int4 factors hold int8")
@@ -447,10 +448,11 @@ class LowRank:
             ("lora_a", self.lora_a, self.lora_a_scale),
             ("lora_b", self.lora_b, self.lora_b_scale),
         ):
-            if scale is None:
-                tiled[name] = tile_rows(factor)
-            else:
+            if factor.dtype == np.int8:
                 tiled[name] = tile_integers(factor.astype(np.int8, copy=False), bits=self.bits)
+            else:
+                tiled[name] = tile_rows(factor)
+            if scale is not None:
                 tiled[f"{name}_scale"] = tile_rows(scale[:, None]).reshape(-1)
         return tiled
 
@@ -494,15 +496,15 @@ def merge_factors(
     Raises:
       PluginError: there are no factors at all, or float ones beside integer ones.
     """
+    if any(one is not None and one.lora_a_scale is not None for one in factors):
+        factors = [None if one is None else _with_scale(one) for one in factors]
     present = [one for one in factors if one is not None]
     kinds = {(one.lora_a.dtype, one.lora_b.dtype) for one in present}
     if len(kinds) != 1:
         names = " and ".join(sorted({one.factor_type for one in present})) or "none"
         raise PluginError(f"merged linears have factors of one type, not {names}")
 
-    def stacked(
-        name: str, rows: Sequence[int], columns: int | None = None
-    ) -> NDArray[Any] | None:
+    def stacked(name: str, rows: Sequence[int], columns: int | None = None) -> NDArray[Any] | None:
         like = getattr(present[0], name)
         if like is None:
             return None
@@ -524,6 +526,13 @@ def merge_factors(
         lora_b_scale=stacked("lora_b_scale", parts),
         bits=max(one.bits for one in present),
     )
+
+
+def _with_scale(factors: LowRank) -> LowRank:
+    """``factors`` with a scale of every row of ``lora_a``, 1 where they have none."""
+    if factors.lora_a_scale is not None:
+        return factors
+    return replace(factors, lora_a_scale=np.ones(factors.rank, np.float32))
 
 
 def _values(factor: Factor, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:

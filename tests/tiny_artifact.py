@@ -1,8 +1,18 @@
-"""A whole artifact of a random two-layer model, with a tokenizer and the native library."""
+"""A whole artifact of a random two-layer model, with a tokenizer and the native library.
+
+With slots for adapters, and adapters for them::
+
+    folder = write_tiny_artifact(work, adapter_type="int8")
+    slots = tiny_slots(folder)
+    factors = tiny_factors(slots, rank=4, seed=1)  # by linear, of a type that the slots take
+    arrays = pack_adapter(slots, factors)          # by graph input, what a session is fed
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tests.tiny_models import tiny_model
 
@@ -12,8 +22,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from eoracc.compiler.linears import Linear
+    from eoracc.plugins.adapters import AdapterSlots
+    from eoracc.plugins.operands import LowRank
 
-__all__ = ["tiny_linears", "write_byte_tokenizer", "write_tiny_artifact"]
+__all__ = [
+    "tiny_factors",
+    "tiny_linears",
+    "tiny_slots",
+    "write_byte_tokenizer",
+    "write_tiny_artifact",
+]
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _VOCABULARY = len(_SPECIAL) + 256
@@ -80,10 +98,46 @@ def _compress(model: ir.Model) -> list[Linear]:
     return linears
 
 
-def write_tiny_artifact(work: Path) -> Path:
+def tiny_slots(folder: Path) -> AdapterSlots:
+    """The slots of an artifact, read from its model's metadata."""
+    import onnx_ir as ir
+
+    from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
+
+    return AdapterSlots.from_json(ir.load(folder / "model.onnx").metadata_props[SLOTS_KEY])
+
+
+def tiny_factors(
+    slots: AdapterSlots, *, rank: int, seed: int, factor_type: str | None = None, size: float = 0.3
+) -> dict[str, LowRank]:
+    """Random factors for every linear that has a slot.
+
+    Args:
+      slots: of the artifact.
+      rank: of every linear.
+      seed: of the values.
+      factor_type: ``int8``, ``int4`` or ``float16``; the slots' own unless given.
+      size: norm of each linear's product; the weights' own is about the root of their rows.
+    """
+    from eoracc.passes.factor_types import store_factors
+
+    rng = np.random.default_rng(seed)
+    factors = {}
+    for name, (rows, columns) in slots.linears.items():
+        b, a = rng.standard_normal((rows, rank)), rng.standard_normal((rank, columns))
+        b *= size * np.sqrt(rows) / max(np.linalg.norm(b @ a), 1e-30)
+        factors[name] = store_factors(b, a, factor_type or slots.type)  # type: ignore[arg-type]
+    return factors
+
+
+def write_tiny_artifact(work: Path, *, adapter_type: str = "none") -> Path:
     """Build ``work/artifact`` from a SmolLM-like model in 3 bits, without calibration.
 
     The checkpoint it was built from is ``work/checkpoint``.
+
+    Args:
+      work: an existing folder.
+      adapter_type: of its slots: ``int8``, ``float16``, or ``none`` for an artifact without.
     """
     from eoracc.compiler import frontend
     from eoracc.compiler.artifact import ArtifactWriter
@@ -102,7 +156,7 @@ def write_tiny_artifact(work: Path) -> Path:
     write_byte_tokenizer(source, chat=True)
     loaded = frontend.load(str(source), work=work)
     linears = _compress(loaded.model)
-    lowered = lower(loaded.model)
+    lowered = lower(loaded.model, adapter_type=adapter_type)
     row = FidelityRow(
         name="original",
         perplexity=12.5,

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
-from eoracc.compiler.names import LOGITS_TO_KEEP
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -15,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["genai_config", "read_generation_config"]
+
+_ERRORS_ONLY = 3
 
 
 def genai_config(
@@ -37,16 +37,17 @@ def genai_config(
     Returns:
       A dictionary that JSON can hold.
     """
-    session_options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    session_options: dict[str, Any] = {
+        "log_id": "onnxruntime-genai",
+        # ONNX Runtime warns of each default of an input, at every load: only errors are worth it.
+        "log_severity_level": _ERRORS_ONLY,
+        "provider_options": [],
+    }
     if custom_ops_library is not None:
         session_options["custom_ops_library"] = custom_ops_library
-    inputs = {str(value.name): str(value.name) for value in model.graph.inputs}
-    # genai feeds what it knows; how many logits to keep is left at its default, one.
-    names = {
-        name: name
-        for name in inputs
-        if not name.startswith("past_key_values.") and name != LOGITS_TO_KEEP
-    }
+    # genai feeds what it knows; what has a default (logits to keep, adapters) is left at it.
+    inputs = [str(value.name) for value in model.graph.inputs if value.const_value is None]
+    names = {name: name for name in inputs if not name.startswith("past_key_values.")}
     head_size = next(
         value.shape[3]
         for value in model.graph.inputs

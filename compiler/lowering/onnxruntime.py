@@ -29,6 +29,7 @@ from eoracc.compiler.lowering.fuse_linears import (
     same_shape,
 )
 from eoracc.compiler.lowering.last_logits import keep_last_logits
+from eoracc.compiler.lowering.slots import add_slots
 from eoracc.compiler.lowering.tiles import tile_operands
 from eoracc.compiler.names import WINDOW_KEY
 from eoracc.plugins.functions import local_function
@@ -47,12 +48,14 @@ _IR_VERSION = 11
 """The newest that ONNX Runtime 1.31 and onnxruntime-genai 0.18 read; overloads need 10."""
 
 
-def lower(model: ir.Model, *, accuracy_level: int = 0) -> ir.Model:
+def lower(model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none") -> ir.Model:
     """Rewrite ``model`` into what ONNX Runtime runs best.
 
     Args:
       model: as the frontend built it, compressed or not. It is left as it is.
       accuracy_level: of every compressed linear: 0 for float activations, 4 allows int8 ones.
+      adapter_type: what adapters of compressed linears in decoder blocks are made of, ``int8`` or
+        ``float16``, see :mod:`eoracc.compiler.lowering.slots`; ``none`` takes no adapters.
 
     Returns:
       A new graph that shares the tensors of what is not compressed. ``position_ids`` is no longer
@@ -75,6 +78,8 @@ def lower(model: ir.Model, *, accuracy_level: int = 0) -> ir.Model:
     common.RemoveUnusedNodesPass()(lowered)
     graph.sort()
     _drop_unused_inputs(graph)
+    if adapter_type != "none":
+        add_slots(lowered, adapter_type)
     _add_functions(lowered)
     for node in graph:
         for key in set(node.metadata_props) - {LINEARS_KEY}:

@@ -254,10 +254,12 @@ class _Store:
             rank = -(-rank // TILE) * TILE  # so that no tile of A serves two parts
         columns = nodes[0].attributes["K"].as_int()
 
+        # By now: a node has lost its operands by the time that they are written.
+        factors = [stored_factors(node) for node in nodes]
+        if len(nodes) == 1 and factors[0] is not None:
+            factors = [*split_rows(factors[0], parts)]
+
         def merged() -> LowRank:
-            factors = [stored_factors(node) for node in nodes]
-            if len(nodes) == 1 and factors[0] is not None:
-                factors = [*split_rows(factors[0], parts)]
             return merge_factors(factors, parts, in_features=columns, rank=rank)
 
         rows = (len(parts) * rank, sum(parts))
