@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -162,10 +162,9 @@ class Linear:
             None,
         ]
         for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale"):
-            array = None if factors is None else getattr(factors, part)
-            if factors is not None and factors.bits == 4 and array.dtype == np.int8:
-                array = array.astype(_INT4)
-            operands.append(self._initializer(part, array))
+            array: Any = None if factors is None else getattr(factors, part)
+            is_int4 = factors is not None and factors.bits == 4 and part in ("lora_a", "lora_b")
+            operands.append(self._initializer(part, array.astype(_INT4) if is_int4 else array))
         while operands[-1] is None:
             operands.pop()
         replaced, stale = self.node, tuple(self.node.inputs[1:])

@@ -264,10 +264,9 @@ def _unpack_slot(slot: AdapterSlot, bank: _Bank) -> dict[str, LowRank]:
         a = untile_rows(bank.a[0], parts * rank)
         b = untile_rows(bank.b[0], slot.out_features)
     else:
-        sizes = {"rows": parts * rank, "columns": slot.in_features}
-        a = untile_integers(bank.a[0], bits=bank.bits, **sizes)  # type: ignore[arg-type]
-        sizes = {"rows": slot.out_features, "columns": rank}
-        b = untile_integers(bank.b[0], bits=bank.bits, **sizes)  # type: ignore[arg-type]
+        columns = slot.in_features
+        a = untile_integers(bank.a[0], bits=bank.bits, rows=parts * rank, columns=columns)
+        b = untile_integers(bank.b[0], bits=bank.bits, rows=slot.out_features, columns=rank)
     a = a.reshape(parts, rank, slot.in_features)
     shared = len(slot.linears) == 1
     edges = np.cumsum([0, *([slot.out_features] if shared else slot.parts)])
@@ -352,6 +351,18 @@ class _Bank:
     rank: int
     bits: int
 
+    @classmethod
+    def of(cls, operands: Mapping[str, NDArray[Any]], *, rank: int, bits: int) -> _Bank:
+        """That of arrays by operand, which have been checked."""
+        return cls(
+            a=operands["adapter_a"],
+            b=operands["adapter_b"],
+            a_scale=operands["adapter_a_scale"],
+            b_scale=operands.get("adapter_b_scale"),
+            rank=rank,
+            bits=bits,
+        )
+
     @property
     def size(self) -> int:
         """``A``."""
@@ -393,8 +404,7 @@ def _bank(slots: AdapterSlots, slot: AdapterSlot, given: Mapping[str, Array]) ->
             )
         if array.dtype != np.uint8 and not np.isfinite(array).all():
             raise PluginError(f"slot '{slot.name}': its operand '{operand}' holds NaN or Inf")
-    values: list[Any] = [given.get(operand) for operand in ADAPTER_OPERANDS]
-    return _Bank(*values, rank=rank, bits=bits)
+    return _Bank.of(given, rank=rank, bits=bits)
 
 
 def _bank_shapes(
@@ -427,10 +437,8 @@ def _code_bits(a: Array, in_features: int) -> int:
 def _empty_bank(slots: AdapterSlots, slot: AdapterSlot, size: int) -> _Bank:
     """Adapters of rank 0, in 4 bits so that they widen nothing."""
     shapes = _bank_shapes(slots, slot, size, 0, 4)
-    values: list[Any] = [
-        np.zeros(*shapes[operand]) if operand in shapes else None for operand in ADAPTER_OPERANDS
-    ]
-    return _Bank(*values, rank=0, bits=4)
+    arrays = {operand: np.zeros(shape, dtype) for operand, (shape, dtype) in shapes.items()}
+    return _Bank.of(arrays, rank=0, bits=4)
 
 
 def _stack(slot: AdapterSlot, banks: Sequence[_Bank]) -> _Bank:

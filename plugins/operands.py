@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -237,7 +238,8 @@ def untile_integers(
 ) -> NDArray[np.int8]:
     """Inverse of :func:`tile_integers`: ``int8 [rows, columns]``."""
     codes = untile_codes(tiled, bits=bits, out_features=rows, in_features=columns)
-    return (codes.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    values: NDArray[np.int8] = (codes.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    return values
 
 
 def untile_rows(tiled: NDArray[_Scalar], rows: int) -> NDArray[_Scalar]:
@@ -473,7 +475,7 @@ def split_rows(factors: LowRank, parts: Sequence[int]) -> list[LowRank]:
                 None if factors.lora_b_scale is None else factors.lora_b_scale[start:stop]
             ),
         )
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in pairwise(edges)
     ]
 
 

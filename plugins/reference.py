@@ -137,8 +137,9 @@ def _chosen(
     chosen = np.broadcast_to(np.asarray(index).reshape(-1 if len(index) == 1 else batch), batch)
     result = np.zeros(shape)
     for place in np.ndindex(batch):
-        if chosen[place] >= 0:
-            result[place] = terms[chosen[place]][place]
+        number = int(chosen[place])
+        if number >= 0:
+            result[place] = terms[number][place]
     return result
 
 
