@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,9 +16,18 @@ from typing import TYPE_CHECKING, Any, Self
 from safetensors import SafetensorError
 
 from eoracc import __version__
+from eoracc.runtime.adapters import Adapter, check_adapter_name, encode_adapter, parse_slots
 from eoracc.runtime.backend import CONFIG_FILE
 from eoracc.runtime.errors import ArtifactError
-from eoracc.runtime.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, describe_folder
+from eoracc.runtime.folder_change import changing
+from eoracc.runtime.manifest import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    Manifest,
+    backbone_digest,
+    describe_bytes,
+    describe_folder,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,6 +36,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from eoracc.compiler.report import Report
+    from eoracc.plugins.operands import LowRank
+    from eoracc.runtime.manifest import FileEntry
 
 __all__ = [
     "DATA_FILE",
@@ -127,6 +140,7 @@ class ArtifactWriter:
         self.output = output
         self._force = force
         self._made: list[Path] = []
+        self._adapters: list[Adapter] = []
         self._committed = False
 
     def __enter__(self) -> Self:
@@ -202,6 +216,24 @@ class ArtifactWriter:
         """Write report.json."""
         self.write_json(REPORT_FILE, report.as_dict())
 
+    def write_adapter(
+        self, name: str, factors: Mapping[str, LowRank], details: Mapping[str, Any]
+    ) -> None:
+        """Keep an adapter for :meth:`commit`, which knows what it is bound to.
+
+        Args:
+          name: see :func:`eoracc.runtime.adapters.check_adapter_name`.
+          factors: by linear.
+          details: what JSON can hold.
+
+        Raises:
+          ArtifactError: the name is none, or taken.
+        """
+        check_adapter_name(name)
+        if any(one.name == name for one in self._adapters):
+            raise ArtifactError(f"{self.output}: has an adapter '{name}' already")
+        self._adapters.append(Adapter(name, factors, "", details))
+
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write ``content`` so that equal content gives equal bytes; NaN is refused."""
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -222,9 +254,14 @@ class ArtifactWriter:
           config: the resolved model.yaml.
           parity: figures of the parity gate.
           packages: versions; None looks them up.
+
+        Raises:
+          ArtifactError: the model does not take an adapter, or the output cannot be written.
         """
+        files = describe_folder(self.folder)
+        files |= self._write_adapters(backbone_digest(files))
         manifest = Manifest.of(
-            describe_folder(self.folder),
+            files,
             source=source,
             config=config,
             packages=package_versions() if packages is None else packages,
@@ -234,23 +271,41 @@ class ArtifactWriter:
         umask = os.umask(0)
         os.umask(umask)
         for path in sorted(self.folder.rglob("*")):
-            path.chmod(0o666 & ~umask)  # safetensors gives 0600
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # safetensors gives 0600
             _sync(path)
         _sync(self.folder)
         self.folder.chmod(0o777 & ~umask)  # mkdtemp gives 0700
         self._move()
         return manifest
 
+    def _write_adapters(self, digest: str) -> dict[str, FileEntry]:
+        """Write the files of all adapters, for the backbone of that digest."""
+        written: dict[str, FileEntry] = {}
+        if not self._adapters:
+            return written
+        path = self.folder / MODEL_FILE
+        slots = parse_slots(path.read_bytes(), path)
+        if slots is None:
+            raise ArtifactError(f"{self.output}: the model takes no adapters")
+        for adapter in self._adapters:
+            for name, content in encode_adapter(replace(adapter, backbone=digest), slots).items():
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                (self.folder / name).write_bytes(content)
+                written[name] = describe_bytes(content)
+        return written
+
     def _move(self) -> None:
         check_output(self.output, force=self._force)
-        if self.output.exists():
-            self.output.rename(self._replaced)
-        try:
-            self.folder.rename(self.output)
-        except BaseException:
-            if self._replaced.exists():
-                self._replaced.rename(self.output)
-            raise
+        # Whoever reads or changes what is there goes first, and finds the new one afterwards.
+        with changing(self.output) if self.output.exists() else nullcontext():
+            if self.output.exists():
+                self.output.rename(self._replaced)
+            try:
+                self.folder.rename(self.output)
+            except BaseException:
+                if self._replaced.exists():
+                    self._replaced.rename(self.output)
+                raise
         self._committed = True
         _sync(self.output.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)

@@ -3,39 +3,49 @@
 Every file of the artifact is listed with its sha256 and size, and nothing is loaded, the native
 library least of all, before every byte has been compared. The same inputs give the same bytes in
 every file but two: report.json tells what the build took, and manifest.json holds report.json's
-hash. :attr:`Manifest.digest` covers all files but the report, so it names what was built.
+hash. :attr:`Manifest.digest` covers neither the report nor adapters, which come and go: it names
+the backbone that was built, and is what adapters are bound to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.folder_change import STAGED, reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
+    "ADAPTERS_FOLDER",
     "MANIFEST_FILE",
     "REPORT_FILE",
     "SCHEMA_VERSION",
     "FileEntry",
     "Manifest",
+    "backbone_digest",
+    "describe_bytes",
     "describe_folder",
+    "read_listed",
     "read_manifest",
     "verify_manifest",
 ]
 
+ADAPTERS_FOLDER = "adapters"
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 SCHEMA_VERSION = 1
 
 _FORMAT = "eoracc artifact"
 _BLOCK = 1 << 20
+_SECTIONS = ("source", "config", "packages", "parity")
+_ADAPTER_FILE = re.compile(rf"{ADAPTERS_FOLDER}/[^/]+\.(onnx_adapter|json)")
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Manifest:
       config: the resolved model.yaml.
       packages: versions of the packages that the build used.
       parity: figures of the parity gate, empty where it was turned off.
-      digest: sha256 over the paths and hashes of all files but report.json.
+      digest: of the backbone, see :func:`backbone_digest`.
     """
 
     files: Mapping[str, FileEntry]
@@ -83,12 +93,33 @@ class Manifest:
     ) -> Manifest:
         """The manifest of ``files``, its digest computed."""
         files = dict(sorted(files.items()))
-        return cls(files, source, config, packages, parity, _digest(files))
+        return cls(files, source, config, packages, parity, backbone_digest(files))
+
+    def with_files(self, files: Mapping[str, FileEntry | None]) -> Manifest:
+        """The manifest after files were written, or removed where there is None."""
+        left = {name: entry for name, entry in self.files.items() if name not in files}
+        left |= {name: entry for name, entry in files.items() if entry is not None}
+        sections = {name: getattr(self, name) for name in _SECTIONS}
+        return Manifest.of(left, **sections)
 
     def to_json(self) -> str:
         """The text of manifest.json: equal manifests give equal texts."""
         content = {"format": _FORMAT, "schema": SCHEMA_VERSION, **asdict(self)}
         return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def describe_bytes(content: bytes) -> FileEntry:
+    """The entry of a file that holds ``content``."""
+    return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def backbone_digest(files: Mapping[str, FileEntry]) -> str:
+    """sha256 over the paths and hashes of ``files``, the report and adapters left out."""
+    digest = hashlib.sha256()
+    for name, entry in sorted(files.items()):
+        if name != REPORT_FILE and not _ADAPTER_FILE.fullmatch(name):
+            digest.update(f"{entry.sha256}  {name}\n".encode())
+    return digest.hexdigest()
 
 
 def describe_folder(folder: Path) -> dict[str, FileEntry]:
@@ -129,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
             str(name): FileEntry(str(entry["sha256"]), int(entry["size"]))
             for name, entry in content["files"].items()
         }
-        sections = {key: dict(content[key]) for key in ("source", "config", "packages", "parity")}
+        sections = {key: dict(content[key]) for key in _SECTIONS}
         digest = str(content["digest"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
@@ -138,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ArtifactError(
                 f"{path}: lists '{name}', which leaves the folder: do not trust this artifact"
             )
-    if digest != _digest(files):
+    if digest != backbone_digest(files):
         raise ArtifactError(f"{path}: its digest does not fit its files: build the artifact again")
     return Manifest(files=files, digest=digest, **sections)
 
@@ -146,34 +177,62 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_manifest(folder: Path) -> Manifest:
     """Compare every byte of the artifact in ``folder`` with its manifest.
 
+    A change that was interrupted is finished first.
+
     Returns:
       The manifest, which holds.
 
     Raises:
       ArtifactError: a file is missing, changed, not listed, or not inside the folder.
     """
-    manifest = read_manifest(folder)
-    present = set(_listing(folder)) - {MANIFEST_FILE}
-    for name in sorted(manifest.files.keys() - present):
-        raise ArtifactError(f"{folder / name}: is missing: copy or build the artifact again")
-    for name in sorted(present - manifest.files.keys()):
-        raise ArtifactError(
-            f"{folder / name}: is not listed in {MANIFEST_FILE}: remove it, it is no part of "
-            "the artifact"
-        )
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if (size := path.stat().st_size) != entry.size:
+    with reading(folder):
+        manifest = read_manifest(folder)
+        present = set(_listing(folder)) - {MANIFEST_FILE}
+        for name in sorted(manifest.files.keys() - present):
+            raise ArtifactError(f"{folder / name}: is missing: copy or build the artifact again")
+        for name in sorted(present - manifest.files.keys()):
             raise ArtifactError(
-                f"{path}: has {size} bytes where {MANIFEST_FILE} says {entry.size}: "
-                "copy or build the artifact again"
+                f"{folder / name}: is not listed in {MANIFEST_FILE}: remove it, it is no part of "
+                "the artifact"
             )
-        if _describe(path).sha256 != entry.sha256:
-            raise ArtifactError(
-                f"{path}: its content is not what {MANIFEST_FILE} says: "
-                "copy or build the artifact again"
-            )
+        for name, entry in manifest.files.items():
+            path = folder / name
+            if (size := path.stat().st_size) != entry.size:
+                raise ArtifactError(
+                    f"{path}: has {size} bytes where {MANIFEST_FILE} says {entry.size}: "
+                    "copy or build the artifact again"
+                )
+            _compare(path, _describe(path), entry)
     return manifest
+
+
+def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """The content of one file, which is what the manifest says.
+
+    Raises:
+      ArtifactError: it is not listed, missing or changed.
+    """
+    path = folder / name
+    if name not in manifest.files:
+        raise ArtifactError(f"{path}: is not listed in {MANIFEST_FILE}: build the artifact again")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{path}: is a link that leaves the folder: do not trust this artifact")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: is missing: copy or build the artifact again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    _compare(path, describe_bytes(content), manifest.files[name])
+    return content
+
+
+def _compare(path: Path, actual: FileEntry, listed: FileEntry) -> None:
+    if actual.sha256 != listed.sha256:
+        raise ArtifactError(
+            f"{path}: its content is not what {MANIFEST_FILE} says: "
+            "copy or build the artifact again"
+        )
 
 
 def _is_inside(name: str) -> bool:
@@ -188,7 +247,10 @@ def _is_inside(name: str) -> bool:
 
 
 def _listing(folder: Path) -> list[str]:
-    """Paths of all files, sorted; symbolic links that leave the folder are refused."""
+    """Paths of all files, sorted; symbolic links that leave the folder are refused.
+
+    What an interrupted change has left half-written is no file of the artifact.
+    """
     root = folder.resolve()
     names = []
     for path in sorted(folder.rglob("*")):
@@ -200,7 +262,9 @@ def _listing(folder: Path) -> list[str]:
             continue
         if not path.is_file():
             raise ArtifactError(f"{path}: is neither a file nor a folder: remove it")
-        names.append(path.relative_to(folder).as_posix())
+        name = path.relative_to(folder)
+        if name.parts[0] != STAGED:
+            names.append(name.as_posix())
     return names
 
 
@@ -214,11 +278,3 @@ def _describe(path: Path) -> FileEntry:
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
     return FileEntry(digest.hexdigest(), size)
-
-
-def _digest(files: Mapping[str, FileEntry]) -> str:
-    digest = hashlib.sha256()
-    for name, entry in sorted(files.items()):
-        if name != REPORT_FILE:
-            digest.update(f"{entry.sha256}  {name}\n".encode())
-    return digest.hexdigest()

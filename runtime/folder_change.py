@@ -1,0 +1,194 @@
+"""Change several files of a folder as if at once, whatever happens meanwhile.
+
+The new files are written in full into a folder of their own, which is then renamed: from then on
+the change is made. What is left, moving the files to their places, is finished by whoever comes
+next if this process ends before it is done. So a full disk or a crash leaves either the old files
+or the new ones, never some of each.
+
+Readers share a lock and a writer excludes them. The lock is on the folder itself: it leaves no
+file, ends with its process, and needs no permission to write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from eoracc.runtime.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+__all__ = ["PENDING", "STAGED", "change_files", "changing", "reading"]
+
+STAGED = ".change.partial"
+"""A change that is being written: without meaning until it is renamed."""
+
+PENDING = ".change"
+"""A change that is complete, and whose files are being moved to their places."""
+
+_FILES = "files"
+_REMOVED = "removed.json"
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Keep the files of ``folder`` from being changed; a folder that is not there is not locked.
+
+    Raises:
+      ArtifactError: a change was interrupted and cannot be finished here.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    with _locked(folder, fcntl.LOCK_SH) as descriptor:
+        if (folder / PENDING).exists():
+            _lock(descriptor, fcntl.LOCK_EX)
+            _finish(folder)
+        yield
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Keep everybody else from reading and changing the files of ``folder``.
+
+    Inside, :func:`change_files` may be called, and :func:`reading` not: it would wait forever.
+
+    Raises:
+      ArtifactError: there is no such folder, it cannot be locked, or a change that was interrupted
+        cannot be finished here.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: there is no such folder")
+    with _locked(folder, fcntl.LOCK_EX):
+        _finish(folder)
+        yield
+
+
+def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection[str] = ()) -> None:
+    """Write some files of ``folder`` and remove others, all of it or nothing.
+
+    Args:
+      folder: locked by :func:`changing`.
+      written: content by path in the folder, with forward slashes.
+      removed: paths likewise; what is not there is removed already.
+
+    Raises:
+      ArtifactError: the disk is full or the folder cannot be written to; nothing has changed, or
+        the text says that the change is kept.
+    """
+    staged = folder / STAGED
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        for name, content in written.items():
+            _write(staged / _FILES / name, content)
+        _write(staged / _REMOVED, json.dumps(sorted(removed)).encode())
+        for path in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
+            _sync(path)
+        staged.rename(folder / PENDING)
+    except BaseException as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(
+                f"{folder}: cannot be changed: {error.strerror}: free some space, or see that it "
+                "may be written to"
+            ) from error
+        raise
+    _sync(folder)
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    """Move the files of a complete change to their places; begun anew, it comes to the same end."""
+    pending = folder / PENDING
+    if not pending.exists():
+        return
+    files = pending / _FILES
+    touched: set[Path] = {folder}
+    try:
+        removed = [str(name) for name in json.loads((pending / _REMOVED).read_bytes())]
+        # What lies deepest first: an artifact's manifest is not before the files that it lists.
+        paths = [path for path in files.rglob("*") if not path.is_dir()]
+        for path in sorted(paths, key=lambda path: (-len(path.parts), path)):
+            target = _inside(folder, path.relative_to(files).as_posix())
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+            touched.add(target.parent)
+        for name in removed:
+            _inside(folder, name).unlink(missing_ok=True)
+            touched.add(_inside(folder, name).parent)
+        for parent in touched - {folder}:
+            _sync(parent)
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        # The list of what is removed goes last: without it a change that is made looks damaged.
+        shutil.rmtree(files, ignore_errors=True)
+        shutil.rmtree(folder / STAGED, ignore_errors=True)
+        pending.rename(folder / STAGED)
+        shutil.rmtree(folder / STAGED, ignore_errors=True)
+        _sync(folder)
+    except (OSError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise ArtifactError(
+            f"{pending}: is a change that was interrupted and cannot be finished: {reason}: see "
+            "that the folder may be written to and has space, and use it again"
+        ) from error
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or len(path.parts) not in (1, 2):
+        raise ValueError(name)
+    parent = folder / path.parent
+    if parent.is_symlink():
+        raise ValueError(name)
+    return folder / path
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[int]:
+    """Hold a lock on ``folder``; gives the descriptor that it is on."""
+    while True:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise ArtifactError(f"{folder}: cannot be read: {error.strerror}") from None
+        try:
+            _lock(descriptor, kind)
+            # Another folder may have been put in the place of this one while it waited.
+            moved = not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat())
+            if not moved:
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> None:
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError as error:
+        if kind == fcntl.LOCK_EX:
+            raise ArtifactError(f"the folder cannot be locked: {error.strerror}") from None
+        # A file system without locks: what is read is compared with its digest all the same.
