@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
-from eoracc.runtime.errors import ArtifactError, BackendError
+from eoracc.runtime.engine import Engine, EngineLoad, Generation
+from eoracc.runtime.errors import ArtifactError, BackendError, BusyError, RequestError
 from eoracc.runtime.model import Model, load
+from eoracc.runtime.request import (
+    AdapterChoice,
+    Completion,
+    ContinuationScore,
+    Piece,
+    Prompt,
+    Request,
+    Score,
+    TokenLogprob,
+)
 
-__all__ = ["ArtifactError", "BackendError", "Model", "load"]
+__all__ = [
+    "AdapterChoice",
+    "ArtifactError",
+    "BackendError",
+    "BusyError",
+    "Completion",
+    "ContinuationScore",
+    "Engine",
+    "EngineLoad",
+    "Generation",
+    "Model",
+    "Piece",
+    "Prompt",
+    "Request",
+    "RequestError",
+    "Score",
+    "TokenLogprob",
+    "load",
+]

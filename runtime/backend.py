@@ -42,11 +42,13 @@ class Decoder:
       model: the ONNX file.
       library: the native library with the fused op's kernel; None where there is none.
       context_length: tokens that it takes at most.
+      shares_cache: whether its attention writes new keys and values into the buffers of the old.
     """
 
     model: Path
     library: Path | None
     context_length: int
+    shares_cache: bool
 
 
 def read_decoder(folder: Path) -> Decoder:
@@ -57,11 +59,13 @@ def read_decoder(folder: Path) -> Decoder:
     """
     path = folder / CONFIG_FILE
     try:
-        section = json.loads(path.read_text(encoding="utf-8"))["model"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        section = content["model"]
         decoder = section["decoder"]
         model = str(decoder["filename"])
         context_length = int(section["context_length"])
         library = decoder.get("session_options", {}).get("custom_ops_library")
+        shares_cache = bool(content.get("search", {}).get("past_present_share_buffer"))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: is missing: build the artifact again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -74,5 +78,8 @@ def read_decoder(folder: Path) -> Decoder:
                 f"{path}: names '{name}', which is not in the folder: do not trust this artifact"
             )
     return Decoder(
-        folder / model, None if library is None else folder / str(library), context_length
+        model=folder / model,
+        library=None if library is None else folder / str(library),
+        context_length=context_length,
+        shares_cache=shares_cache,
     )

@@ -1,178 +1,417 @@
-"""Text generation with ONNX Runtime GenAI."""
+"""An artifact that generates and scores text, with any of its adapters."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
-from eoracc.runtime.backend import import_backend, read_decoder
-from eoracc.runtime.errors import ArtifactError, BackendError
+from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
+from eoracc.runtime.backend import read_decoder
+from eoracc.runtime.bank import AdapterBank, Weights
+from eoracc.runtime.batch import Graph
+from eoracc.runtime.continuation import Continuation, Listener, complete
+from eoracc.runtime.errors import ArtifactError, RequestError
 from eoracc.runtime.manifest import Manifest, verify_manifest
+from eoracc.runtime.request import (
+    AdapterChoice,
+    Completion,
+    ContinuationScore,
+    Piece,
+    Prompt,
+    Request,
+    Score,
+)
+from eoracc.runtime.scheduler import PREFILL_CHUNK, Scheduler
+from eoracc.runtime.scoring import Targets, score_targets
+from eoracc.runtime.session import open_inference
+from eoracc.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from eoracc.plugins.operands import LowRank
 
 __all__ = ["Model", "load"]
 
+_MAX_ROWS = 8
+
 
 class Model:
-    """An artifact that generates text.
+    """An artifact in memory. Threads may share it: every call has a cache of its own.
 
     Attributes:
       folder: the artifact.
       manifest: what it says of itself, verified.
+      tokenizer: between text and tokens.
+      bank: its adapters.
+      context_length: tokens that it takes at most, prompt and answer together.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        adapters: Sequence[str] | None = None,
+    ) -> None:
         """Open a verified artifact; :func:`load` is the way in.
 
         Args:
           folder: the artifact.
           manifest: what it says of itself.
           threads: of one operator; None for one a processor that this process may use.
+          adapters: which of its adapters to load; None for all.
 
         Raises:
-          BackendError: onnxruntime-genai is missing or refuses the artifact.
+          BackendError: ONNX Runtime or onnxruntime-genai is missing or refuses the artifact.
+          ArtifactError: an adapter is damaged, or there is none of that name.
         """
         self.folder = folder
         self.manifest = manifest
-        self._context_length = read_decoder(folder).context_length
-        self._genai = import_backend("onnxruntime_genai")
-        try:
-            config = self._genai.Config(str(folder))
-            # Left to itself, ONNX Runtime may take one of a virtual machine's two processors for
-            # the sibling of the other, and leave it idle.
-            session = {"intra_op_num_threads": threads or _processors()}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-            self._model = self._genai.Model(config)
-            self._tokenizer = self._genai.Tokenizer(self._model)
-        except Exception as error:
-            raise _refused(folder, error) from error
+        decoder = read_decoder(folder)
+        self.context_length = decoder.context_length
+        self.tokenizer = Tokenizer(folder)
+        # Left to itself, ONNX Runtime may take one of a virtual machine's two processors for the
+        # sibling of the other, and leave it idle.
+        inference = open_inference(
+            str(decoder.model), decoder.library, threads or _processors(), str(decoder.model)
+        )
+        self._graph = Graph(
+            inference, context_length=self.context_length, in_place=decoder.shares_cache
+        )
+        metadata = inference.get_modelmeta().custom_metadata_map
+        self.bank = _open_bank(folder, metadata, adapters)
+
+    # --- text -------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that a request may ask for."""
+        return self.bank.names
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the artifact knows how its model wants to be talked to."""
-        if (self.folder / "chat_template.jinja").is_file():
-            return True
-        config = self.folder / "tokenizer_config.json"
-        return config.is_file() and bool(
-            json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        )
+        return self.tokenizer.has_chat_template
 
-    def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """Tokens of ``prompt``, as the user's turn of a chat where ``chat`` is set.
+    def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+        """Tokens of a prompt, see :meth:`Tokenizer.encode_prompt`."""
+        return self.tokenizer.encode_prompt(prompt, chat=chat)
 
-        The tokens begin with BOS where the tokenizer begins a text with it; a chat template says
-        for itself what it begins with.
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special ones left out."""
+        return self.tokenizer.decode(tokens)
 
-        Raises:
-          ArtifactError: ``chat`` without a chat template.
-        """
-        if chat:
-            if not self.has_chat_template:
-                raise ArtifactError(f"{self.folder}: has no chat template: use --no-chat")
-            messages = json.dumps([{"role": "user", "content": prompt}])
-            prompt = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        # genai leaves special tokens out unless it is told, and Gemma is lost without its BOS.
-        self._tokenizer.update_options(add_special_tokens="false" if chat else "true")
-        return [int(token) for token in self._tokenizer.encode(prompt)]
+    # --- generation -------------------------------------------------------------------------------
 
-    def generate_tokens(
+    @overload
+    def generate(
         self,
-        tokens: list[int],
-        max_new_tokens: int = 256,
+        prompt: Prompt,
+        max_new_tokens: int = ...,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Iterator[int]:
-        """Continue ``tokens`` until the text ends, ``max_new_tokens`` are made or no room is left.
+        stream: Literal[True],
+        chat: bool = ...,
+        adapter: AdapterChoice = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        seed: int | None = ...,
+        stop: Sequence[str] = ...,
+        logprobs: int | None = ...,
+        ignore_end: bool = ...,
+    ) -> Iterator[Piece]: ...
 
-        The token that ends the text is not part of it.
-
-        Args:
-          tokens: at least one.
-          max_new_tokens: upper bound.
-          temperature: 0 takes the most likely token every time.
-          top_p: smallest share of probability that is sampled from.
-          seed: makes sampling repeatable.
-
-        Raises:
-          ArtifactError: there is nothing to continue, or no room for more.
-          BackendError: onnxruntime-genai fails.
-        """
-        if not tokens:
-            raise ArtifactError(f"{self.folder}: the prompt is empty: give some text")
-        if len(tokens) >= self._context_length:
-            raise ArtifactError(
-                f"{self.folder}: the prompt has {len(tokens)} tokens, the model takes "
-                f"{self._context_length}, its answer included: shorten it"
-            )
-        if max_new_tokens <= 0:
-            return
-        options: dict[str, Any] = {
-            "do_sample": temperature > 0,
-            "max_length": min(len(tokens) + max_new_tokens, self._context_length),
-        }
-        if temperature > 0:
-            # Probability is what top_p cuts; a further cut by count would hide its effect.
-            options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-            if seed is not None:
-                options["random_seed"] = seed
-        try:
-            parameters = self._genai.GeneratorParams(self._model)
-            parameters.set_search_options(**options)
-            generator = self._genai.Generator(self._model, parameters)
-            generator.append_tokens(tokens)
-            ends = set(self._tokenizer.eos_token_ids)
-            while not generator.is_done():
-                generator.generate_next_token()
-                token = int(generator.get_next_tokens()[0])
-                if token not in ends:
-                    yield token
-        except RuntimeError as error:
-            raise _refused(self.folder, error) from error
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        chat: bool = ...,
+        adapter: AdapterChoice = ...,
+        temperature: float = ...,
+        top_k: int = ...,
+        top_p: float = ...,
+        min_p: float = ...,
+        seed: int | None = ...,
+        stop: Sequence[str] = ...,
+        logprobs: int | None = ...,
+        ignore_end: bool = ...,
+    ) -> Completion: ...
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         max_new_tokens: int = 256,
         *,
+        stream: bool = False,
         chat: bool = False,
+        adapter: AdapterChoice = None,
         temperature: float = 0.0,
+        top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int | None = None,
-    ) -> Iterator[str]:
-        """Stream the continuation of ``prompt``; see :meth:`encode`, :meth:`generate_tokens`."""
-        stream = self._tokenizer.create_stream()
-        for token in self.generate_tokens(
-            self.encode(prompt, chat=chat),
-            max_new_tokens,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        ignore_end: bool = False,
+    ) -> Completion | Iterator[Piece]:
+        """Continue one text; :class:`Request` says what the options mean.
+
+        Args:
+          prompt: text, tokens or the messages of a chat.
+          max_new_tokens: at most.
+          stream: give pieces as they are made, whose texts add up to that of the completion.
+          chat: take a text for the user's turn of a chat.
+          adapter: a name, or weights by name, or None.
+          temperature: 0 is greedy.
+          top_k: 0 for all.
+          top_p: 1 for all.
+          min_p: 0 for all.
+          seed: makes sampling repeatable.
+          stop: strings that end the text.
+          logprobs: how many most likely tokens to list; None for no probabilities.
+          ignore_end: go on after the token that ends the text.
+
+        Raises:
+          RequestError: a value is out of range, there is no such adapter, or no room.
+          BackendError: ONNX Runtime fails.
+        """
+        request = Request(
+            prompt=prompt,
+            chat=chat,
+            adapter=adapter,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             seed=seed,
-        ):
-            text = stream.decode(token)
-            if text:
-                yield text
+            stop=stop,
+            logprobs=logprobs,
+            ignore_end=ignore_end,
+        )
+        if stream:
+            return self._stream(request)
+        return self.generate_batch([request])[0]
+
+    def generate_batch(
+        self, requests: Sequence[Request], *, max_rows: int = _MAX_ROWS
+    ) -> list[Completion]:
+        """Continue many texts, ``max_rows`` at a time, each with its own options and adapter.
+
+        Returns:
+          A completion for each request: what it would have been given by itself.
+
+        Raises:
+          RequestError: a request cannot be served; none is.
+          BackendError: ONNX Runtime fails.
+        """
+        scheduler = self.scheduler(max_rows=max_rows)
+        events: list[list[Piece | Exception]] = [[] for _ in requests]
+        prompts = []
+        try:
+            for request, heard in zip(requests, events, strict=True):
+                one = self.prepare(request, heard.append)
+                prompts.append(len(one.prompt))
+                scheduler.add(one)
+            while scheduler.step():
+                pass
+        finally:
+            scheduler.close()
+        return [
+            complete(_pieces(heard), length) for heard, length in zip(events, prompts, strict=True)
+        ]
+
+    def _stream(self, request: Request) -> Iterator[Piece]:
+        scheduler = self.scheduler(max_rows=1)
+        heard: list[Piece | Exception] = []
+        scheduler.add(self.prepare(request, heard.append))
+        return self._pieces_of(scheduler, heard)
+
+    def _pieces_of(self, scheduler: Scheduler, heard: list[Piece | Exception]) -> Iterator[Piece]:
+        try:
+            more = True
+            while more:
+                more = scheduler.step()
+                yield from _pieces(heard)
+                heard.clear()
+        finally:
+            scheduler.close()
+
+    def prepare(
+        self, request: Request, listener: Listener, *, max_tokens: int | None = None
+    ) -> Continuation:
+        """Make a request ready for a :meth:`scheduler`, which has to be given it.
+
+        Args:
+          request: what to make.
+          listener: takes the pieces.
+          max_tokens: of prompt and answer together; None for the model's context.
+
+        Raises:
+          RequestError: there is nothing to continue, no room for more, or no such adapter.
+          ArtifactError: a chat without a chat template.
+        """
+        room = self.context_length if max_tokens is None else max_tokens
+        prompt = self.encode(request.prompt, chat=request.chat)
+        if not prompt:
+            raise RequestError("the prompt is empty: give some text")
+        if len(prompt) >= room:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, the model takes {room}, "
+                "its answer included: shorten it"
+            )
+        self._check_tokens(prompt)
+        return Continuation(
+            request,
+            self.tokenizer,
+            prompt=prompt,
+            limit=min(request.max_new_tokens, room - len(prompt)),
+            place=self.bank.acquire(request.adapter),
+            listener=listener,
+        )
+
+    def scheduler(self, *, max_rows: int, chunk: int = PREFILL_CHUNK) -> Scheduler:
+        """Serves requests ``max_rows`` at a time; see :class:`eoracc.runtime.engine.Engine`."""
+        return Scheduler(self._graph, self.bank, max_rows=max_rows, chunk=chunk)
+
+    # --- scores -----------------------------------------------------------------------------------
+
+    def score(self, text: str | Sequence[int], *, adapter: AdapterChoice = None) -> Score:
+        """How well the model predicts a text.
+
+        Args:
+          text: itself or its tokens, at most as many as the model takes.
+          adapter: a name, or weights by name, or None.
+
+        Raises:
+          RequestError: the text is empty or too long, or there is no such adapter.
+          BackendError: ONNX Runtime fails.
+        """
+        tokens = self.encode(text) if isinstance(text, str) else list(text)
+        self._check_tokens(tokens)
+        if len(tokens) < 2:
+            if not tokens:
+                raise RequestError("the text is empty: give some text")
+            return Score(tuple(tokens), ())
+        ((logprobs, _),) = self._score([(tokens[:-1], tokens[1:])], adapter)
+        return Score(tuple(tokens), tuple(logprobs.tolist()))
+
+    def score_continuations(
+        self,
+        pairs: Sequence[tuple[str | Sequence[int], str | Sequence[int]]],
+        *,
+        adapter: AdapterChoice = None,
+    ) -> list[ContinuationScore]:
+        """How likely each continuation is after its context, in batches.
+
+        A text pair is tokenized as one text and cut where the tokens of the context end. After an
+        empty context comes what the model takes for the beginning of a text.
+
+        Args:
+          pairs: of context and continuation, each a text or tokens.
+          adapter: a name, or weights by name, or None.
+
+        Raises:
+          RequestError: a continuation is empty, a pair too long, or there is no such adapter.
+          BackendError: ONNX Runtime fails.
+        """
+        jobs = []
+        for index, pair in enumerate(pairs):
+            context, continuation = self.split(*pair)
+            if not continuation:
+                raise RequestError(f"pair {index}: its continuation is empty")
+            whole = [*context, *continuation]
+            try:
+                self._check_tokens(whole)
+            except RequestError as error:
+                raise RequestError(f"pair {index}: {error}") from None
+            jobs.append((whole[:-1], continuation))
+        return [
+            ContinuationScore(tuple(targets), tuple(logprobs.tolist()), bool(greedy.all()))
+            for (_, targets), (logprobs, greedy) in zip(
+                jobs, self._score(jobs, adapter), strict=True
+            )
+        ]
+
+    def split(
+        self, context: str | Sequence[int], continuation: str | Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of a context, at least one, and of what follows it."""
+        if isinstance(context, str) and isinstance(continuation, str) and context:
+            # Blanks between the two belong to the continuation's first word.
+            stripped = context.rstrip()
+            continuation = context[len(stripped) :] + continuation
+            if stripped:
+                whole, own = self.encode(stripped + continuation), self.encode(stripped)
+                return whole[: len(own)], whole[len(own) :]
+            context = ""
+        first = self.encode(context) if isinstance(context, str) and context else []
+        if not isinstance(context, str):
+            first = list(context)
+        if isinstance(continuation, str):
+            following = self.tokenizer.encode(continuation, special=False)
+        else:
+            following = list(continuation)
+        return first or [self.tokenizer.beginning], following
+
+    def _score(
+        self, jobs: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: AdapterChoice
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+        place = self.bank.acquire(adapter)
+        try:
+            return score_targets(
+                self._graph,
+                self.bank,
+                [Targets(tuple(inputs), tuple(targets), place) for inputs, targets in jobs],
+            )
+        finally:
+            self.bank.release(adapter)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        # The last token of a text that is scored is predicted and never read.
+        if len(tokens) > self.context_length + 1:
+            raise RequestError(
+                f"the text has {len(tokens)} tokens, the model takes {self.context_length}: "
+                "score it in windows"
+            )
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._graph.vocabulary:
+            raise RequestError(
+                f"a token is not in 0..{self._graph.vocabulary - 1}, the model's vocabulary"
+            )
 
 
-def load(path: Path | str, *, threads: int | None = None) -> Model:
+def load(
+    path: Path | str, *, threads: int | None = None, adapters: Sequence[str] | None = None
+) -> Model:
     """Verify the artifact in ``path`` byte by byte, then open it.
 
     Args:
       path: the artifact's folder.
       threads: of one operator; None for one a processor that this process may use.
+      adapters: which of its adapters to load; None for all.
 
     Raises:
-      ArtifactError: it is damaged or no artifact.
-      BackendError: onnxruntime-genai is missing or refuses it.
+      ArtifactError: it is damaged or no artifact, or has no such adapter.
+      BackendError: ONNX Runtime or onnxruntime-genai is missing or refuses it.
     """
     folder = Path(path)
-    return Model(folder, verify_manifest(folder), threads=threads)
+    return Model(folder, verify_manifest(folder), threads=threads, adapters=adapters)
+
+
+def _pieces(events: Sequence[Piece | Exception]) -> Iterator[Piece]:
+    for event in events:
+        if isinstance(event, Exception):
+            raise event
+        yield event
 
 
 def _processors() -> int:
@@ -182,6 +421,24 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _refused(folder: Path, error: Exception) -> BackendError:
-    reason = re.sub(r"\s+", " ", str(error)).strip()
-    return BackendError(f"{folder}: ONNX Runtime GenAI fails: {reason}")
+def _open_bank(
+    folder: Path, metadata: Mapping[str, str], wanted: Sequence[str] | None
+) -> AdapterBank:
+    """The adapters of ``folder``, whose model says in ``metadata`` what slots it has."""
+    from eoracc.runtime import adapters as files  # noqa: PLC0415 - until it is there
+
+    slots = AdapterSlots.from_json(metadata[SLOTS_KEY]) if SLOTS_KEY in metadata else None
+    names = files.adapter_names(folder)
+    for name in wanted or ():
+        if name not in names:
+            raise ArtifactError(
+                f"{folder}: has no adapter '{name}' but {', '.join(names) or 'none'}"
+            )
+
+    def load_sum(weights: Weights) -> Mapping[str, LowRank]:
+        adapters = [(files.read_adapter(folder, name), weight) for name, weight in weights]
+        if len(adapters) == 1 and adapters[0][1] == 1:
+            return adapters[0][0].factors
+        return files.combine(adapters, "sum").factors
+
+    return AdapterBank(slots, names if wanted is None else wanted, load_sum)

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "DTYPES",
     "LINEARS_KEY",
+    "LOGITS_TO_KEEP",
+    "PAST",
+    "PRESENT",
     "Cache",
     "Session",
+    "open_inference",
     "open_linears",
     "open_session",
     "token_positions",
@@ -38,29 +43,37 @@ Cache = Mapping[str, NDArray[np.generic]]
 LINEARS_KEY = "eoracc.linears"
 """Node metadata of a fused op: names of the linears in it, in the order of their rows."""
 
-_LOGITS_TO_KEEP = "logits_to_keep"
+LOGITS_TO_KEEP = "logits_to_keep"
+"""Optional input of the model: of how many last tokens of a row to give the logits; 1 if absent."""
+
 _FUSED_INPUTS = 9
 """Inputs of the fused op that belong to its linears; a norm and a residual follow."""
 _FUSED_ATTRIBUTES = ("activation", "norm_epsilon")
-_PAST = "past_key_values."
-_PRESENT = "present."
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+PAST = "past_key_values."
+PRESENT = "present."
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _ERRORS_ONLY = 3
 
 
 class Session:
-    """A decoder in ONNX Runtime."""
+    """A decoder in ONNX Runtime.
+
+    Attributes:
+      operands: further inputs of every call by name, those of an adapter for example
+        (:func:`eoracc.plugins.adapters.pack_adapter`).
+    """
 
     def __init__(self, inference: Any) -> None:  # noqa: ANN401 - onnxruntime has no types
         self._inference = inference
+        self.operands: Mapping[str, NDArray[np.generic]] = {}
         inputs = {value.name: value for value in inference.get_inputs()}
         self._needs_positions = "position_ids" in inputs
         optional = {value.name for value in inference.get_overridable_initializers()}
-        self._trims_logits = _LOGITS_TO_KEEP in optional
+        self._trims_logits = LOGITS_TO_KEEP in optional
         self._empty = {
-            name: (_DTYPES[value.type], value.shape)
+            name: (DTYPES[value.type], value.shape)
             for name, value in inputs.items()
-            if name.startswith(_PAST)
+            if name.startswith(PAST)
         }
         self._outputs = [value.name for value in inference.get_outputs()]
 
@@ -93,17 +106,18 @@ class Session:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             **past,
+            **self.operands,
         }
         if self._needs_positions:
             positions = token_positions(attention_mask)
             feeds["position_ids"] = np.ascontiguousarray(positions[:, past_length:])
         if self._trims_logits and not last_only:
-            feeds[_LOGITS_TO_KEEP] = np.array(length, np.int64)
+            feeds[LOGITS_TO_KEEP] = np.array(length, np.int64)
         results = dict(zip(self._outputs, self._inference.run(None, feeds), strict=True))
         present = {
-            name.replace(_PRESENT, _PAST, 1): array
+            name.replace(PRESENT, PAST, 1): array
             for name, array in results.items()
-            if name.startswith(_PRESENT)
+            if name.startswith(PRESENT)
         }
         logits: NDArray[np.float32] = results["logits"].astype(np.float32, copy=False)
         last = np.clip(attention_mask.sum(axis=1) - 1 - past_length, 0, length - 1)
@@ -204,12 +218,26 @@ def open_session(
     """
     decoder = read_decoder(folder)
     native = decoder.library if library else None
-    return Session(_open(str(decoder.model), native, threads, str(decoder.model), lean=lean))
+    return Session(
+        open_inference(str(decoder.model), native, threads, str(decoder.model), lean=lean)
+    )
 
 
-def _open(
+def open_inference(
     model: str | bytes, library: Path | None, threads: int | None, name: str, *, lean: bool = False
 ) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """An ``onnxruntime.InferenceSession``.
+
+    Args:
+      model: its path, or itself.
+      library: the native library to register, or None.
+      threads: of one operator; None leaves the choice to ONNX Runtime.
+      name: what to call the model in an error.
+      lean: see :func:`open_session`.
+
+    Raises:
+      BackendError: ONNX Runtime is missing or refuses the model.
+    """
     onnxruntime = import_backend("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -273,7 +301,7 @@ def open_linears(
         node, part = places[name]
         if opened is None or opened[0] is not node:  # merged linears come one after the other
             proto = onnx_ir.to_proto(_single(model, node)).SerializeToString()
-            opened = node, _open(proto, native, threads, f"{folder}: {name}")
+            opened = node, open_inference(proto, native, threads, f"{folder}: {name}")
         sizes = node.attributes.get_ints("parts", ()) if len(_linear_names(node)) > 1 else ()
         start = sum(sizes[:part])
         rows = slice(start, start + sizes[part]) if sizes else slice(None)
@@ -332,6 +360,6 @@ def _run_linear(
     rows: slice,
     inputs: Mapping[int, NDArray[np.float32]],
 ) -> NDArray[np.float32]:
-    dtype = _DTYPES[inference.get_inputs()[0].type]
+    dtype = DTYPES[inference.get_inputs()[0].type]
     outputs: NDArray[np.generic] = inference.run(None, {"x": inputs[width].astype(dtype)})[0]
     return outputs[:, rows].astype(np.float32, copy=False)

@@ -1,0 +1,189 @@
+"""Choosing the next token, on arrays: greedy, or drawn from a filtered distribution.
+
+Nothing here keeps a state but the generator of random numbers that is handed in, one a request, of
+which each token takes one number: a request's tokens do not depend on what else is in its batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eoracc.runtime.errors import BackendError
+from eoracc.runtime.request import TokenLogprob
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["choose", "distribution", "log_normalizer", "target_logprobs", "token_logprob"]
+
+_FIRST_GUESS = 128
+"""Tokens that top-p most often makes do with; eight times as many are tried next."""
+
+
+def choose(
+    logits: NDArray[np.float32],
+    rng: np.random.Generator,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> int:
+    """The next token.
+
+    Args:
+      logits: ``float32 [V]``.
+      rng: of the request; one number is drawn unless ``temperature`` is 0.
+      temperature: 0 takes the most likely token, the lowest id where several are.
+      top_k: see :func:`distribution`.
+      top_p: see :func:`distribution`.
+      min_p: see :func:`distribution`.
+
+    Raises:
+      BackendError: a logit is NaN, or none is finite.
+    """
+    best = int(logits.argmax())
+    if not np.isfinite(logits[best]):
+        raise BackendError("the model's logits are not finite: check the artifact (eoracc verify)")
+    if temperature == 0 or top_k == 1:
+        return best
+    ids, probabilities = distribution(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    cumulative = probabilities.cumsum()
+    # Not a product with 1: rounding may leave the last sum below it.
+    place = cumulative.searchsorted(rng.random() * cumulative[-1], side="right")
+    return int(ids[min(place, len(ids) - 1)])
+
+
+def distribution(
+    logits: NDArray[np.float32],
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """What a token is drawn from.
+
+    The filters follow each other as in transformers: of the softmax of ``logits / temperature`` the
+    ``top_k`` most likely tokens; of those, normalised, the fewest most likely ones that make up
+    ``top_p``; and of those the ones that are at least ``min_p`` times as likely as the first. Of
+    equally likely tokens lower ids come first. At least one token is left.
+
+    Args:
+      logits: ``float32 [V]``, one of them finite, none NaN.
+      temperature: above 0.
+      top_k: 0 for all.
+      top_p: 1 for all.
+      min_p: 0 for all.
+
+    Returns:
+      Ids in ascending order and their probabilities, ``float64``, which add up to 1.
+
+    >>> logits = np.log(np.array([0.1, 0.4, 0.3, 0.2], np.float32))
+    >>> ids, probabilities = distribution(logits, temperature=1.0, top_p=0.6)
+    >>> ids.tolist(), probabilities.round(3).tolist()
+    ([1, 2], [0.571, 0.429])
+    """
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()
+    with np.errstate(over="ignore"):  # a tiny temperature leaves one token, and others at -inf
+        scaled /= temperature
+    weights = np.exp(scaled)
+    ids: NDArray[np.intp] | None = None
+    if 0 < top_k < len(weights):
+        ids = _largest(weights, top_k)
+    if top_p < 1:
+        ids = _nucleus(weights, ids, top_p)
+    if min_p > 0:
+        # The largest weight is exp(0).
+        ids = np.flatnonzero(weights >= min_p) if ids is None else ids[weights[ids] >= min_p]
+    if ids is None:
+        return np.arange(len(weights)), weights / weights.sum()
+    ids = np.sort(ids)
+    kept = weights[ids]
+    return ids, kept / kept.sum()
+
+
+def _nucleus(
+    weights: NDArray[np.float64], ids: NDArray[np.intp] | None, top_p: float
+) -> NDArray[np.intp]:
+    """The fewest largest of ``weights``, of all or of ``ids`` in their order, of that share."""
+    if ids is not None:
+        return ids[: _count(weights[ids], top_p * weights[ids].sum())]
+    wanted = top_p * weights.sum()
+    guess = _FIRST_GUESS
+    while guess < len(weights):
+        ids = _largest(weights, guess)
+        count = _count(weights[ids], wanted)
+        if count < guess:
+            return ids[:count]
+        guess *= 8
+    ids = np.argsort(-weights, kind="stable")
+    return ids[: _count(weights[ids], wanted)]
+
+
+def _count(descending: NDArray[np.float64], wanted: float) -> int:
+    """How many it takes until their sum is ``wanted``; all of them where it never is."""
+    return min(int(descending.cumsum().searchsorted(wanted)) + 1, len(descending))
+
+
+def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """Ids of the ``count`` largest, largest first, lower ids first among equals."""
+    bound = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > bound)
+    equal = np.flatnonzero(values == bound)[: count - len(above)]
+    found = np.concatenate([above, equal])
+    return found[np.lexsort((found, -values[found]))]
+
+
+def log_normalizer(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """``log(sum(exp(logits)))`` along the last axis.
+
+    Args:
+      logits: ``float32 [..., V]``.
+
+    Returns:
+      ``float64 [...]``.
+    """
+    highest = logits.max(axis=-1, keepdims=True)
+    total = np.exp(logits - highest).sum(axis=-1, dtype=np.float64)
+    result: NDArray[np.float64] = np.log(total) + highest[..., 0]
+    return result
+
+
+def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
+    """How likely ``token`` is, and the ``top`` most likely tokens.
+
+    Args:
+      logits: ``float32 [V]``.
+      token: its id.
+      top: how many others to list, the token itself among them where it is one of them.
+    """
+    normalizer = float(log_normalizer(logits))
+    listed = _largest(logits, min(top, len(logits))) if top else ()
+    return TokenLogprob(
+        token,
+        float(logits[token]) - normalizer,
+        tuple((int(one), float(logits[one]) - normalizer) for one in listed),
+    )
+
+
+def target_logprobs(
+    logits: NDArray[np.float32], targets: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """How likely given tokens are.
+
+    Args:
+      logits: ``float32 [N, V]``.
+      targets: ``int64 [N]``.
+
+    Returns:
+      Natural logarithms of their probabilities, ``float64 [N]``, and whether greedy decoding takes
+      them, ``bool [N]``.
+    """
+    logprobs = logits[np.arange(len(targets)), targets] - log_normalizer(logits)
+    return logprobs, logits.argmax(axis=-1) == targets
