@@ -160,6 +160,11 @@ class Engine:
             waiting = self._scheduler.waiting + len(self._arrived)
             return EngineLoad(self._scheduler.active, waiting)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still works: it ends when the engine is closed or has failed."""
+        return self._thread.is_alive()
+
     def submit(self, request: Request, *, listener: Listener | None = None) -> Generation:
         """Have ``request`` served.
 
