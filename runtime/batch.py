@@ -99,6 +99,15 @@ class Binding:
         self._arrays[name] = array
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
 
+    def make(self, name: str) -> None:
+        """Let ONNX Runtime make an array for the model's output ``name``, see :meth:`made`."""
+        self._binding.bind_output(name, "cpu")
+
+    def made(self) -> NDArray[np.generic]:
+        """What the last run made for :meth:`make`, which was bound before all other outputs."""
+        array: NDArray[np.generic] = self._binding.get_outputs()[0].numpy()
+        return array
+
     def run(self) -> None:
         """Run the model.
 
@@ -232,12 +241,11 @@ class Batch:
         for row, text in enumerate(texts):
             ids[row, : len(text)] = text
         mask = (np.arange(past + longest) < past + lengths[:, None]).astype(np.int64)
-        given = keep if self._graph.trims_logits else longest
-        logits = self._graph.new_logits(count, given)
         binding = self._graph.bind()
+        # The model declares them for one token a row: more do not go into an array of ours.
+        binding.make("logits")
         binding.read("input_ids", ids)
         binding.read("attention_mask", mask)
-        binding.write("logits", logits)
         if self._graph.needs_positions:
             positions = past + np.minimum(np.arange(longest), lengths[:, None] - 1)
             binding.read("position_ids", positions.astype(np.int64))
@@ -248,6 +256,7 @@ class Batch:
         binding.run()
         for name, present in presents.items():
             self._caches[name][rows, :, : past + longest] = present
+        logits = binding.made()
         self._lengths[rows] = past + lengths
         if self._decoding is not None:
             for row in range(rows.start, rows.stop):

@@ -47,7 +47,9 @@ class Model:
       manifest: what it says of itself, verified.
       tokenizer: between text and tokens.
       bank: its adapters.
+      threads: of one operator.
       context_length: tokens that it takes at most, prompt and answer together.
+      threads: of one operator.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Model:
         decoder = read_decoder(folder)
         self.context_length = decoder.context_length
         self.tokenizer = Tokenizer(folder)
+        self.threads = threads or _processors()
         # Left to itself, ONNX Runtime may take one of a virtual machine's two processors for the
         # sibling of the other, and leave it idle.
+        self.threads = threads or _processors()
         inference = open_inference(
-            str(decoder.model), decoder.library, threads or _processors(), str(decoder.model)
+            str(decoder.model), decoder.library, self.threads, str(decoder.model)
         )
         self._graph = Graph(
             inference, context_length=self.context_length, in_place=decoder.shares_cache

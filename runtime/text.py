@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from eoracc.runtime.backend import import_backend
@@ -57,12 +58,18 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the artifact knows how its model wants to be talked to."""
-        if (self.folder / "chat_template.jinja").is_file():
-            return True
-        config = self.folder / "tokenizer_config.json"
-        return config.is_file() and bool(
-            json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        )
+        return self.chat_template is not None
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """How the model wants to be talked to, in Jinja; None where the artifact does not say."""
+        file, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if not config.is_file():
+            return None
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        return template if isinstance(template, str) else None
 
     def encode_prompt(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
         """Tokens of a text, of messages, or the tokens that ``prompt`` is already.
@@ -104,6 +111,20 @@ class Tokenizer:
           RequestError: a message lacks its role or content, or the template refuses it.
           ArtifactError: there is no chat template.
         """
+        # A template says itself what a text begins with.
+        return self.encode(self.render_chat(messages), special=False)
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a chat, special tokens spelled out.
+
+        Args:
+          messages: at least one.
+          add_generation_prompt: whether the beginning of the assistant's answer follows.
+
+        Raises:
+          RequestError: a message lacks its role or content, or the template refuses it.
+          ArtifactError: there is no chat template.
+        """
         if not self.has_chat_template:
             raise ArtifactError(f"{self.folder}: has no chat template: use --no-chat")
         if not messages:
@@ -114,14 +135,16 @@ class Tokenizer:
                     raise RequestError(f"messages[{index}]: its '{key}' is missing or no text")
         try:
             with self._lock:
-                text = self._tokenizer.apply_chat_template(
-                    json.dumps([dict(message) for message in messages]), add_generation_prompt=True
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        json.dumps([dict(message) for message in messages]),
+                        add_generation_prompt=add_generation_prompt,
+                    )
                 )
         except Exception as error:  # noqa: BLE001 - a template may fail in any way
             raise RequestError(
                 f"messages: the chat template refuses them: {reason(error)}"
             ) from None
-        return self.encode(text, special=False)  # a template says itself what it begins with
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``, special ones left out."""
