@@ -11,7 +11,7 @@ from eoracc.plugins.operands import PluginError
 
 __all__ = ["ABI_VERSION", "LibraryInfo", "library_info", "library_path"]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Version of the library's C interface that this package was written for."""
 
 _ISA = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ TILE = 16
 FEW_ROWS = 8
 """At accuracy level 4, up to so many rows are few to every instruction set."""
 
-_TYPES = {"float32": 1, "float16": 2, "int8": 3, "bfloat16": 4}
+_TYPES = {"float32": 1, "float16": 2, "int8": 3, "bfloat16": 4, "int4": 5}
 _ROUNDING = {"float16": (2**-11, 2**-25), "bfloat16": (2**-8, 2**-134)}
 """Unit roundoff of each 16-bit type, and half of its smallest subnormal."""
 
@@ -63,7 +63,18 @@ _POINTERS = (
     "lora_b_scale",
     "norm_weight",
     "residual",
+    "bank",
 )
+
+
+class Bank(ctypes.Structure):
+    """``eoracc_bank`` of matmul_nbits_lowrank.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "rank", "index_count", "index_rows")),
+        ("type", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "a_scale", "b_scale", "index")),
+    ]
 
 
 class Matmul(ctypes.Structure):
@@ -154,6 +165,9 @@ class Case:
       parts: out features of each merged linear, none for one.
       activation: key of ``ACTIVATIONS``.
       accuracy_level: 0 or 4.
+      adapters: a bank of factors of one type, shaped as ``factors``; of any rank each.
+      adapter_rank: of the bank, at least that of each adapter; a multiple of 16.
+      adapter_index: the adapter of each row, or of each of as many runs of rows, negative for none.
     """
 
     x: Array
@@ -166,6 +180,9 @@ class Case:
     parts: tuple[int, ...] = ()
     activation: str = ""
     accuracy_level: int = 0
+    adapters: tuple[LowRank, ...] = ()
+    adapter_rank: int = 0
+    adapter_index: tuple[int, ...] = (0,)
 
     @property
     def rank(self) -> int:
@@ -186,16 +203,15 @@ class Case:
         root = np.sqrt(square + np.float64(np.float32(self.norm_epsilon)))
         return np.asarray(x / root * self.norm_weight, np.float64)
 
-    @cached_property
-    def _wide_factors(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        assert self.factors is not None
-        a = self.factors.lora_a.astype(np.float64)
-        b = self.factors.lora_b.astype(np.float64)
-        if self.factors.lora_a_scale is not None:
-            a = a * self.factors.lora_a_scale[:, None]
-        if self.factors.lora_b_scale is not None:
-            b = b * self.factors.lora_b_scale[:, None]
-        return a, b
+    def _terms(self) -> Iterator[tuple[NDArray[np.bool_], LowRank]]:
+        """The low-rank terms, and the rows of x that each is for."""
+        if self.rank:
+            assert self.factors is not None
+            yield np.ones(len(self.x), np.bool_), self.factors
+        repeats = len(self.x) // max(1, len(self.adapter_index))
+        users = np.repeat(np.array(self.adapter_index, np.int64), repeats)
+        for adapter, factors in enumerate(self.adapters):
+            yield users == adapter, factors
 
     def _sums(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Sums ``[M, N]`` and their bound.
@@ -214,26 +230,27 @@ class Case:
         sums = x @ w.T
         magnitudes = (np.abs(x) + steps) @ np.abs(w).T
         error = steps @ np.abs(w).T
-        if self.rank:
-            a, b = self._wide_factors
-            length += self.rank + 16
-            down = x @ a.T
-            down_magnitude = np.abs(x) @ np.abs(a).T
+        for users, factors in self._terms():
+            a, b = wide_factors(factors)
+            rank = factors.lora_b.shape[1]
+            length += rank + 16
+            down = x[users] @ a.T
+            down_magnitude = np.abs(x[users]) @ np.abs(a).T
             down_error = down_magnitude * (length * unit)
-            assert self.factors is not None
-            if int8 and (many or self.factors.lora_a.dtype == np.int8):
-                down_error = down_error + steps @ np.abs(a).T
+            if int8 and (many or factors.lora_a.dtype == np.int8):
+                down_error = down_error + steps[users] @ np.abs(a).T
             first = 0
             for part, features in enumerate(self.parts or (self.weight.out_features,)):
-                ranks = slice(part * self.rank, (part + 1) * self.rank)
-                rows = slice(first, first + features)
+                ranks = slice(part * rank, (part + 1) * rank)
+                at = np.ix_(users, np.arange(first, first + features))
+                up = b[first : first + features].T
                 first += features
                 off = down_error[:, ranks]
-                if int8 and (many or self.factors.lora_b.dtype == np.int8):
+                if int8 and (many or factors.lora_b.dtype == np.int8):
                     off = off + half_steps(np.abs(down[:, ranks]) + off, 32)
-                sums[:, rows] += down[:, ranks] @ b[rows].T
-                magnitudes[:, rows] += down_magnitude[:, ranks] @ np.abs(b[rows]).T
-                error[:, rows] += off @ np.abs(b[rows]).T
+                sums[at] += down[:, ranks] @ up
+                magnitudes[at] += down_magnitude[:, ranks] @ np.abs(up)
+                error[at] += off @ np.abs(up)
         if self.bias is not None:
             sums = sums + self.bias.astype(np.float64)
             magnitudes = magnitudes + np.abs(self.bias.astype(np.float64))
@@ -270,6 +287,16 @@ class Case:
     def bound(self) -> NDArray[np.float64]:
         """How far a kernel may be from :attr:`expected`."""
         return self._result[1]
+
+
+def wide_factors(factors: LowRank) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the factors stand for, ``[P * R, K]`` and ``[N, R]``."""
+    a, b = factors.lora_a.astype(np.float64), factors.lora_b.astype(np.float64)
+    if factors.lora_a_scale is not None:
+        a = a * factors.lora_a_scale[:, None]
+    if factors.lora_b_scale is not None:
+        b = b * factors.lora_b_scale[:, None]
+    return a, b
 
 
 def random_case(
@@ -309,21 +336,57 @@ def random_case(
     )
     if rank is None:
         return case
-    stacked = rank * max(1, len(parts))
-    a: Array = random_factors(rng, (1, in_features), rank=stacked, dtype=np.float32).lora_a
-    b: Array = random_factors(rng, (out_features, 1), rank=rank, dtype=np.float32).lora_b
-    a, a_scale = _as_factor(a, factor_types[0])
-    b, b_scale = _as_factor(b, factor_types[1])
+    return replace(case, factors=_random_low_rank(rng, shape, rank, len(parts), factor_types))
+
+
+def with_adapters(
+    rng: np.random.Generator,
+    case: Case,
+    *,
+    ranks: Sequence[int],
+    index: Sequence[int],
+    dtype: str = "int8",
+    rank: int | None = None,
+) -> Case:
+    """``case`` with a bank of random adapters of these ranks; ``rank`` is that of the bank."""
+    shape = (case.weight.out_features, case.weight.in_features)
+    adapters = []
+    for each in ranks:
+        factors = _random_low_rank(rng, shape, each, len(case.parts), (dtype, dtype))
+        if factors.lora_a.dtype != np.int8:  # float factors may have a weight
+            weights = rng.uniform(0.5, 1.5, len(factors.lora_a)).astype(np.float32)
+            factors = replace(factors, lora_a_scale=weights)
+        adapters.append(factors)
     return replace(
         case,
-        factors=LowRank(lora_a=a, lora_b=b, lora_a_scale=a_scale, lora_b_scale=b_scale),
+        adapters=tuple(adapters),
+        adapter_rank=-(-max(ranks) // TILE) * TILE if rank is None else rank,
+        adapter_index=tuple(index),
     )
 
 
+def _random_low_rank(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    rank: int,
+    parts: int,
+    types: tuple[str, str],
+) -> LowRank:
+    out_features, in_features = shape
+    stacked = rank * max(1, parts)
+    a: Array = random_factors(rng, (1, in_features), rank=stacked, dtype=np.float32).lora_a
+    b: Array = random_factors(rng, (out_features, 1), rank=rank, dtype=np.float32).lora_b
+    a, a_scale = _as_factor(a, types[0])
+    b, b_scale = _as_factor(b, types[1])
+    bits = 4 if "int4" in types else 8
+    return LowRank(lora_a=a, lora_b=b, lora_a_scale=a_scale, lora_b_scale=b_scale, bits=bits)
+
+
 def _as_factor(values: Array, dtype: str) -> tuple[Array, NDArray[np.float32] | None]:
-    if dtype != "int8":
+    if not dtype.startswith("int"):
         return values.astype(dtype), None
-    scale = np.max(np.abs(values), axis=1, initial=1e-3) / np.float32(127)
+    largest = np.float32({"int8": 127, "int4": 7}[dtype])
+    scale = np.max(np.abs(values), axis=1, initial=1e-3) / largest
     return np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32)
 
 
@@ -368,6 +431,7 @@ class Call:
     matmul: Matmul
     y: Array
     arrays: dict[str, Array | None] = field(repr=False)
+    bank: Bank | None = None
 
 
 def prepare(case: Case, place: Callable[[Array], Array] = lambda array: array) -> Call:
@@ -384,10 +448,11 @@ def prepare(case: Case, place: Callable[[Array], Array] = lambda array: array) -
         "residual": case.residual,
     }
     if factors is not None:
-        operands["lora_a"] = _tile_factor(factors.lora_a)
-        operands["lora_b"] = _tile_factor(factors.lora_b)
+        operands["lora_a"] = _tile_factor(factors.lora_a, factors.bits)
+        operands["lora_b"] = _tile_factor(factors.lora_b, factors.bits)
         operands["lora_a_scale"] = _tile_scale(factors.lora_a_scale)
         operands["lora_b_scale"] = _tile_scale(factors.lora_b_scale)
+    bank, bank_arrays = _bank_of(case, place)
     arrays = {name: None if a is None else place(a) for name, a in operands.items()}
     arrays["parts"] = np.array(case.parts, np.int64) if case.parts else None
     arrays["y"] = y
@@ -404,15 +469,81 @@ def prepare(case: Case, place: Callable[[Array], Array] = lambda array: array) -
         norm_epsilon=case.norm_epsilon,
         x_type=_TYPES[case.x.dtype.name],
         scales_type=_TYPES[weight.scales.dtype.name],
-        lora_a_type=0 if factors is None else _TYPES[factors.lora_a.dtype.name],
-        lora_b_type=0 if factors is None else _TYPES[factors.lora_b.dtype.name],
+        lora_a_type=0 if factors is None else _type_of(factors.lora_a, factors.bits),
+        lora_b_type=0 if factors is None else _type_of(factors.lora_b, factors.bits),
+        bank=None if bank is None else ctypes.addressof(bank),
         **{name: None if a is None else a.ctypes.data for name, a in arrays.items()},
     )
-    return Call(matmul, y, arrays)
+    return Call(matmul, y, arrays | bank_arrays, bank)
 
 
-def _tile_factor(values: Array) -> Array:
-    return tile_int8(values) if values.dtype == np.int8 else tile_elements(values)
+def _bank_of(
+    case: Case, place: Callable[[Array], Array]
+) -> tuple[Bank | None, dict[str, Array | None]]:
+    """The bank and its arrays, named as the op's inputs."""
+    if not case.adapters:
+        return None, {}
+    parts, rank = max(1, len(case.parts)), case.adapter_rank
+    stacks: dict[str, list[Array]] = {}
+    for factors in case.adapters:
+        own = factors.lora_b.shape[1]
+
+        def by_part(rows: Array, own: int = own) -> Array:
+            """Each part's rows, filled up to the bank's rank with zeros."""
+            filled = np.zeros((parts, rank, *rows.shape[1:]), rows.dtype)
+            filled[:, :own] = rows.reshape(parts, own, *rows.shape[1:])
+            return filled.reshape(parts * rank, *rows.shape[1:])
+
+        lora_b = np.zeros((len(factors.lora_b), rank), factors.lora_b.dtype)
+        lora_b[:, :own] = factors.lora_b
+        down_scale = factors.lora_a_scale
+        if down_scale is None:
+            down_scale = np.ones(parts * own, np.float32)
+        adapter: dict[str, Array | None] = {
+            "adapter_a": _tile_factor(by_part(factors.lora_a), factors.bits),
+            "adapter_b": _tile_factor(lora_b, factors.bits),
+            "adapter_a_scale": by_part(down_scale),
+            "adapter_b_scale": _tile_scale(factors.lora_b_scale),
+        }
+        for name, array in adapter.items():
+            if array is not None:
+                flat = array.ravel() if name.endswith("_scale") else array
+                stacks.setdefault(name, []).append(flat)
+    arrays: dict[str, Array | None] = {
+        name: place(np.stack(stack)) for name, stack in stacks.items()
+    }
+    index = arrays["adapter_index"] = place(np.array(case.adapter_index, np.int32))
+    pointers = {name: None if a is None else a.ctypes.data for name, a in arrays.items()}
+    bank = Bank(
+        count=len(case.adapters),
+        rank=rank,
+        index_count=len(index),
+        index_rows=len(case.x) // max(1, len(index)),
+        type=_type_of(case.adapters[0].lora_a, case.adapters[0].bits),
+        **{name: pointers.get(f"adapter_{name}") for name in ("a", "b", "a_scale", "b_scale")},
+        index=index.ctypes.data,
+    )
+    return bank, arrays
+
+
+def _type_of(factor: Array, bits: int) -> int:
+    return _TYPES[f"int{bits}" if factor.dtype == np.int8 else factor.dtype.name]
+
+
+def _tile_factor(values: Array, bits: int) -> Array:
+    if values.dtype != np.int8:
+        return tile_elements(values)
+    return tile_int8(values) if bits == 8 else tile_int4(values)
+
+
+def tile_int4(plain: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """``int8 [rows, columns]`` in -7..7 to ``uint8 [ceil(rows/16), ceil(columns/8), 64]``."""
+    rows, columns = plain.shape
+    codes = np.full((-(-rows // TILE) * TILE, -(-columns // 8) * 8), 8, np.uint8)
+    codes[:rows, :columns] = plain + 8
+    quads = tile_int8((codes.astype(np.int16) - 128).astype(np.int8))
+    low, high = quads[:, 0::2], quads[:, 1::2]
+    return np.ascontiguousarray(low | high << 4)
 
 
 def _tile_scale(scale: NDArray[np.float32] | None) -> Array | None:

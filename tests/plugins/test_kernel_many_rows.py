@@ -53,14 +53,14 @@ class Bfloat16Case(Case):
         x = np.abs(self._normalized)
         backbone = x @ np.abs(native._dequantize(self.weight)).T
         error = 2.5 * BFLOAT16 * backbone
-        if self.rank:
-            a, b = (np.abs(factor) for factor in self._wide_factors)
-            first = 0
+        for users, factors in self._terms():
+            a, b = (np.abs(factor) for factor in native.wide_factors(factors))
+            rank, first = b.shape[1], 0
             for part, features in enumerate(self.parts or (self.weight.out_features,)):
-                ranks = slice(part * self.rank, (part + 1) * self.rank)
-                rows = slice(first, first + features)
+                ranks = slice(part * rank, (part + 1) * rank)
+                rows = np.arange(first, first + features)
                 first += features
-                error[:, rows] += 5.1 * BFLOAT16 * (x @ a[ranks].T) @ b[rows].T
+                error[np.ix_(users, rows)] += 5.1 * BFLOAT16 * (x[users] @ a[ranks].T) @ b[rows].T
         return sums, error
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -26,7 +28,7 @@ from tests.plugins.fused_op import (
     random_factors,
     random_weight,
 )
-from tests.plugins.native import Array, Case, assert_case, random_case
+from tests.plugins.native import Array, Case, assert_case, random_case, with_adapters
 
 SHAPE = (600, 320)
 FITTING = {"K": 32, "N": 4, "bits": 4, "block_size": 16}
@@ -95,8 +97,13 @@ def test_weights_in_an_external_file(tmp_path: Path) -> None:
 # --- the tiled layout -----------------------------------------------------------------------------
 
 
-def tiled_model(case: Case, *, graph_inputs: tuple[str, ...] = ()) -> bytes:
-    """A model of ``case``, whose operands are what the C interface takes."""
+def tiled_model(
+    case: Case,
+    *,
+    graph_inputs: tuple[str, ...] = (),
+    changes: Mapping[str, Array | None] = MappingProxyType({}),
+) -> bytes:
+    """A model of ``case``, whose operands are what the C interface takes, but for ``changes``."""
     arrays = native.prepare(case).arrays
     weight = case.weight
     chunk = 192 if weight.bits == 3 else 64
@@ -113,6 +120,8 @@ def tiled_model(case: Case, *, graph_inputs: tuple[str, ...] = ()) -> bytes:
         },
         "norm_weight": case.norm_weight,
         "residual": case.residual,
+        **{name: arrays.get(name) for name in ADAPTER_NAMES},
+        **changes,
     }
     fusions: dict[str, Any] = {"layout": 1, "accuracy_level": case.accuracy_level}
     if case.parts:
@@ -132,11 +141,20 @@ def tiled_model(case: Case, *, graph_inputs: tuple[str, ...] = ()) -> bytes:
 
 
 FACTOR_NAMES = ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+ADAPTER_NAMES = (
+    "adapter_a",
+    "adapter_b",
+    "adapter_a_scale",
+    "adapter_b_scale",
+    "adapter_index",
+)
 
 
 @pytest.mark.parametrize("level", [0, 4])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("factor_types", [("float16", "float32"), ("int8", "int8")])
+@pytest.mark.parametrize(
+    "factor_types", [("float16", "float32"), ("int8", "int8"), ("int4", "int4")]
+)
 def test_tiles(bits: int, level: int, factor_types: tuple[str, str]) -> None:
     rng = np.random.default_rng(7)
     case = random_case(
@@ -207,6 +225,145 @@ def test_tiled_factors_as_graph_inputs(factor_types: tuple[str, str]) -> None:
         feeds = {name: np.asarray(arrays[name]) for name in names}
         feeds |= {name: array.ravel() for name, array in feeds.items() if "scale" in name}
         assert_case(session.run(None, {"X": off.x} | feeds)[0], case)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def adapter_case(dtype: str, *, rows: int = 6, level: int = 0) -> Case:
+    """Three adapters of the linears of a decoder's q, k and v, and rows of sequences of two."""
+    rng = np.random.default_rng(11)
+    case = random_case(
+        rng,
+        rows,
+        (112, 90),
+        rank=16,
+        parts=(64, 32, 16),
+        norm=True,
+        bias=True,
+        accuracy_level=level,
+    )
+    return with_adapters(rng, case, ranks=(16, 0, 20), index=[2, -1, 0], dtype=dtype)
+
+
+def adapter_feeds(case: Case) -> dict[str, Array]:
+    arrays = native.prepare(case).arrays
+    return {name: array for name in ADAPTER_NAMES if (array := arrays.get(name)) is not None}
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float16", "float32"])
+def test_adapters_as_graph_inputs(dtype: str, level: int) -> None:
+    """Without an adapter by default; each run may bring a bank, and each sequence uses its own."""
+    case = adapter_case(dtype, level=level)
+    off = replace(
+        with_adapters(np.random.default_rng(0), case, ranks=(0,), index=[0], dtype=dtype),
+        adapter_rank=0,
+    )
+    names = tuple(adapter_feeds(case))
+    session = open_session(tiled_model(off, graph_inputs=names), library_path())
+    assert_case(session.run(None, {"X": case.x})[0], off)
+    for index in ([2, -1, 0], [0, 0, 1], [1], [2]):
+        chosen = replace(case, adapter_index=tuple(index))
+        batch = case.x.reshape(3, 2, 90)
+        (actual,) = session.run(None, {"X": batch} | adapter_feeds(chosen))
+        assert actual.shape == (3, 2, 112)
+        assert_case(actual.reshape(6, 112), chosen)
+    assert_case(session.run(None, {"X": case.x})[0], off)
+
+
+def test_rows_of_a_matrix_are_a_batch() -> None:
+    case = replace(adapter_case("int8"), adapter_index=(0, 2, 2, -1, 1, 0))
+    session = open_session(tiled_model(case, graph_inputs=ADAPTER_NAMES), library_path())
+    assert_case(session.run(None, {"X": case.x})[0], case)
+    empty = {"X": case.x[:0], "adapter_index": np.zeros(0, np.int32)}
+    assert session.run(None, empty)[0].shape == (0, 112)
+    one = replace(case, x=case.x[:1], adapter_index=(2,))
+    feeds = {"X": one.x[0], "adapter_index": np.array([2], np.int32)}
+    assert_case(session.run(None, feeds)[0][None], one)
+
+
+def test_adapters_may_be_constants() -> None:
+    case = adapter_case("float16")
+    session = open_session(tiled_model(case), library_path())
+    (actual,) = session.run(None, {"X": case.x.reshape(3, 2, 90)})
+    assert_case(actual.reshape(6, 112), case)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter_index": [0, 3, 0]}, "adapter_index must be below the number of adapters, 3, "),
+        ({"adapter_index": [2**31 - 1]}, "adapter_index must be below"),
+        ({"adapter_index": [0, 0]}, r"adapter_index must have the shape \[1\] or \[3\]"),
+        ({"adapter_a": (3, 5)}, "adapter_a must have the shape .adapters, a multiple of 3, "),
+        ({"adapter_a": (0, 6)}, "adapter_a must have the shape"),
+        ({"adapter_a": (3, 6, 1)}, "adapter_a must have the shape"),
+        ({"adapter_a": (3, 3)}, "adapter_b must have the shape"),
+        ({"adapter_a": (4,)}, "adapter_b must have the shape"),
+        ({"adapter_a": (2,)}, "adapter_index must be below the number of adapters, 2, "),
+        ({"adapter_b": (3, 6)}, "adapter_b must have the shape"),
+        ({"adapter_b": (3, 7, 3)}, "adapter_b must have the shape"),
+        ({"adapter_a_scale": (3, 95)}, r"adapter_a_scale must have the shape \[3, 96\]"),
+        ({"adapter_a_scale": (2,)}, r"adapter_a_scale must have the shape \[3, 96\]"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_an_error(
+    dtype: str, changes: dict[str, list[int] | tuple[int, ...]], message: str
+) -> None:
+    """A list is an index; a tuple, the sizes that an operand's first dimensions are changed to."""
+    case = adapter_case(dtype)
+    feeds = adapter_feeds(case)
+    session = open_session(tiled_model(case, graph_inputs=tuple(feeds)), library_path())
+    for name, change in changes.items():
+        if isinstance(change, list):
+            feeds[name] = np.array(change, np.int32)
+        else:
+            feeds[name] = np.resize(feeds[name], change + feeds[name].shape[len(change) :])
+    with pytest.raises(Exception, match=f"MatMulNBitsLowRank: {message}"):
+        session.run(None, {"X": case.x.reshape(3, 2, 90)} | feeds)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_a", "adapter_a and adapter_index come together"),
+        ("adapter_b", "adapter_b is missing"),
+        ("adapter_a_scale", "adapter_a_scale is missing"),
+        ("adapter_b_scale", "adapter_b_scale is missing"),
+        ("adapter_index", "adapter_a and adapter_index come together"),
+    ],
+)
+def test_missing_adapter_operands_are_an_error(name: str, message: str) -> None:
+    case = adapter_case("int8")
+    session = open_session(tiled_model(case, changes={name: None}), library_path())
+    with pytest.raises(Exception, match=f"MatMulNBitsLowRank: {message}"):
+        session.run(None, {"X": case.x.reshape(3, 2, 90)})
+
+
+def test_adapters_of_two_types_are_an_error() -> None:
+    case = adapter_case("float16")
+    feeds = adapter_feeds(case)
+    feeds["adapter_b"] = feeds["adapter_b"].astype(np.float32)
+    session = open_session(tiled_model(case, changes=feeds), library_path())
+    with pytest.raises(Exception, match="adapter_b must be float16"):
+        session.run(None, {"X": case.x.reshape(3, 2, 90)})
+
+
+def test_plain_operands_take_no_adapters() -> None:
+    operands = _operands(
+        norm_weight=None,
+        residual=None,
+        adapter_a=np.zeros((1, 0, 8, 64), np.uint8),
+        adapter_b=None,
+        adapter_a_scale=None,
+        adapter_b_scale=None,
+        adapter_index=np.zeros(1, np.int32),
+    )
+    model = one_node_model("MatMulNBitsLowRank", operands, FITTING, with_function=False)
+    with pytest.raises(Exception, match="adapters need layout 1"):
+        open_session(model, library_path()).run(None, {"X": np.zeros((2, 32), np.float32)})
 
 
 @pytest.mark.parametrize("free", ["B", "scales", "zero_points", "lora_a", "lora_b"])
@@ -355,7 +512,10 @@ def _tiled_operands(**changes: Array | None) -> dict[str, Array | None]:
         ({"scales": np.ones((2, 2, 8), np.float16)}, r"scales must have the shape \[2, 2, 16\]"),
         ({"zero_points": np.ones((32, 2), np.uint8)}, "zero_points must have the shape"),
         ({"lora_a": np.zeros((2, 8, 64), np.uint8)}, r"lora_a must have the shape \[1, 8, 64\]"),
-        ({"lora_a": np.zeros((1, 8, 64), np.int8)}, "lora_a must be float, float16 or, for int8"),
+        (
+            {"lora_a": np.zeros((1, 8, 64), np.int8)},
+            "lora_a must be float, float16 or, for int8 and int4",
+        ),
         ({"lora_a": np.zeros((1, 32, 8), np.float32)}, r"lora_a .* \[1, 32, 16\]"),
         ({"lora_b": np.zeros((2, 64), np.uint8)}, "lora_b must have three dimensions"),
         ({"lora_b": np.zeros((1, 4, 64), np.uint8)}, r"lora_b must have the shape \[2, 4, 64\]"),

@@ -1,5 +1,7 @@
 // Checks the operands and picks the kernel for this processor.
 
+#include <string.h>
+
 #include "cpu/kernels.h"
 #include "cpu/many_rows.h"
 #if defined(__aarch64__) && defined(__linux__)
@@ -62,7 +64,8 @@ const InstructionSet* find(eoracc_isa isa) {
 bool is_float(int32_t type) { return type == EORACC_FLOAT32 || type == EORACC_FLOAT16; }
 
 bool is_factor(int32_t type, const void* data, const float* scale) {
-  return data != nullptr && (is_float(type) || (type == EORACC_INT8 && scale != nullptr));
+  if (data == nullptr) return false;
+  return is_float(type) || ((type == EORACC_INT8 || type == EORACC_INT4) && scale != nullptr);
 }
 
 // Several parts are whole tiles, also in their rows of lora_a, and make up the weight.
@@ -81,8 +84,27 @@ bool are_parts(const eoracc_matmul& m) {
   return !gated || (m.part_count == 2 && m.parts[0] == m.parts[1]);
 }
 
+constexpr int64_t kLimit = int64_t{1} << 31;
+
+// Every row uses an adapter that there is, or none.
+bool is_bank(const eoracc_bank& bank, int64_t rows) {
+  if (bank.count <= 0 || bank.count >= kLimit || bank.rank < 0 || bank.rank >= kLimit) return false;
+  if (bank.rank % kTile != 0 || bank.index_count < 0 || bank.index_rows < 0) return false;
+  int64_t indexed = 0;
+  if (__builtin_mul_overflow(bank.index_count, bank.index_rows, &indexed) || indexed != rows) {
+    return false;
+  }
+  if (bank.index_count > 0 && bank.index == nullptr) return false;
+  for (int64_t i = 0; i < bank.index_count; ++i) {
+    int32_t adapter;
+    memcpy(&adapter, bank.index + i, sizeof adapter);
+    if (adapter >= bank.count) return false;
+  }
+  return bank.rank == 0 || (bank.a_scale != nullptr && is_factor(bank.type, bank.a, bank.a_scale) &&
+                            is_factor(bank.type, bank.b, bank.b_scale));
+}
+
 bool is_valid(const eoracc_matmul& m) {
-  constexpr int64_t kLimit = int64_t{1} << 31;
   if (m.rows < 0 || m.in_features <= 0 || m.out_features <= 0 || m.rank < 0) return false;
   if (m.in_features >= kLimit || m.out_features >= kLimit || m.rank >= kLimit) return false;
   if (m.bits != 2 && m.bits != 3 && m.bits != 4 && m.bits != 8) return false;
@@ -94,6 +116,7 @@ bool is_valid(const eoracc_matmul& m) {
   if (!is_float(m.scales_type)) return false;
   if (m.codes == nullptr || m.scales == nullptr) return false;
   if (m.rows > 0 && (m.x == nullptr || m.y == nullptr)) return false;
+  if (m.bank != nullptr && !is_bank(*m.bank, m.rows)) return false;
   return m.rank == 0 || (is_factor(m.lora_a_type, m.lora_a, m.lora_a_scale) &&
                          is_factor(m.lora_b_type, m.lora_b, m.lora_b_scale));
 }

@@ -1,7 +1,8 @@
 // Few rows of X: lays out scratch, orders the steps and hands them to threads.
 //
 // A call is one parallel region. Its tasks take work items by an atomic counter: first rows of X to
-// be prepared, then tiles of lora_a, then runs of tiles of the weight, long ones first, since
+// be prepared, then tiles of lora_a (of the factors that all rows share, and of each adapter that a
+// row uses), then runs of tiles of the weight, long ones first, since
 // memory is read fastest in long runs, and short ones last, so that all tasks end together. An item
 // that needs what earlier ones make waits for it by spinning; those were taken before it, so that
 // running threads hold them, and it cannot wait forever even if the tasks run one after another. A
@@ -18,6 +19,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
+#include "cpu/low_rank.inl"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -31,17 +33,13 @@ constexpr int64_t kAlignment = 64;
 constexpr int64_t kRunBytes = 32 << 10;    // codes in the shortest run of tiles
 constexpr int64_t kAloneBytes = 32 << 10;  // codes below which waking a thread takes longer
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t processors() {
   static const int64_t count = larger(1, smaller(kMaxThreads, sysconf(_SC_NPROCESSORS_ONLN)));
   return count;
 }
-
-int64_t element_bytes(int32_t type) { return type == EORACC_FLOAT32 ? 4 : 2; }
 
 // The largest power of two up to 32 that divides the group size, a multiple of 8.
 int64_t block_of(int64_t group_size) {
@@ -82,59 +80,58 @@ struct Buffer {
     minus = int8 ? scratch.take<int32_t>(rows * stride / block) : nullptr;
   }
 
-  // The columns [first, first + columns), where `first` is a multiple of kUnit.
-  Activations view(int64_t rows, int64_t first, int64_t columns) const {
+  // The columns [first, first + columns), a multiple of kUnit on, of rows from `row` on.
+  Activations view(int64_t row, int64_t rows, int64_t first, int64_t columns) const {
     const bool int8 = codes != nullptr;
+    const int64_t at = row * stride + first;
     return {rows,
             columns,
             stride,
             block,
-            values + first,
-            int8 ? codes + first : nullptr,
-            int8 ? scales + first / block : nullptr,
-            int8 ? minus + first / block : nullptr};
+            values + at,
+            int8 ? codes + at : nullptr,
+            int8 ? scales + at / block : nullptr,
+            int8 ? minus + at / block : nullptr};
   }
 };
 
-// A low-rank factor, as tiles of either kind.
-struct Factor {
-  bool int8;
-  Tiles tiles;
-  DenseTiles dense;
+// Rows of the block at hand, one after another, that use the same adapter.
+struct Run {
+  int64_t adapter, first, rows;
 };
 
-Factor factor_of(int32_t type, const void* values, const float* scales, int64_t columns) {
-  Factor factor{};
-  factor.int8 = type == EORACC_INT8;
-  factor.dense = {columns, type, values};
-  factor.tiles.columns = columns;
-  factor.tiles.groups = 1;
-  factor.tiles.group_size = round_up(columns, kUnit);
-  factor.tiles.tile_bytes = (int64_t)eoracc_tile_bytes(columns, 8);
-  factor.tiles.bits = 8;
-  factor.tiles.scales_type = EORACC_FLOAT32;
-  factor.tiles.codes = (const uint8_t*)values;
-  factor.tiles.scales = scales;
-  return factor;
-}
+// A low-rank term and what it takes to add it.
+struct Term {
+  LowRank factors;
+  Buffer down;           // down-projected rows, each by the adapter that it uses
+  int64_t part_stride;   // columns of `down` between parts
+  int64_t rows_at_once;  // most rows that are multiplied together
+
+  // Of the block at hand.
+  int64_t run_count, used_count;
+  Run runs[kFewRows];
+  int64_t used[kFewRows];                     // the adapters of the runs, each once
+  int32_t ranks[kFewRows][EORACC_MAX_PARTS];  // of each of them
+  int64_t tiles_at_once;                      // of lora_a in an item
+  int64_t adapter_items, items;               // of one adapter, and of all
+};
 
 struct Product {
   const FewRows* kernels;
   eoracc_matmul m;
   bool int8;  // activations are rounded to int8
   Tiles weight;
-  Factor lora_a, lora_b;
+  Term terms[2];
+  int64_t term_count;
   Output output;
   int64_t parts;
   int64_t tile_part_ends[EORACC_MAX_PARTS];  // tile behind the last one of each part
-  int64_t part_stride;                       // columns of `down` between parts
   int64_t out_tiles;                         // tiles of y
   int64_t shortest_run;                      // in tiles of y
 
   int64_t first_row, rows;  // of the block at hand
   bool at_once;             // its tiles are multiplied kTilesAtOnce at a time
-  int64_t down_at_once;     // tiles of lora_a in an item
-  Buffer x, down;
+  Buffer x;
 
   int64_t down_items, tasks;
   std::atomic<int64_t> next, prepared, projected, next_tile;
@@ -193,10 +190,10 @@ struct Streams {
   int64_t tile(int64_t stream) const { return first + stream * stride; }
 };
 
-// Adds x times one tile to sums [rows, 16].
-void multiply_one(const Product& p, const Factor& factor, const Activations& x, int64_t tile,
+// Adds rows of x times one tile to sums [rows, 16].
+void multiply_one(const Product& p, const Weight& factor, const Activations& x, int64_t tile,
                   float* sums) {
-  if (!factor.int8) {
+  if (factor.is_dense()) {
     p.kernels->dense_tile(x, factor.dense, tile, sums);
   } else if (p.int8) {
     p.kernels->int8_tile(x, factor.tiles, tile, sums);
@@ -205,40 +202,100 @@ void multiply_one(const Product& p, const Factor& factor, const Activations& x, 
   }
 }
 
-// One item of lora_a. Whoever finishes the last one rounds the down-projected rows to int8.
-void project_down(Product& p, int64_t item) {
-  alignas(kAlignment) float sums[kFewRows * kTile];
-  wait_for_rows(p);
-  const int64_t first = item * p.down_at_once;
-  const int64_t count = smaller(p.down_at_once, ceil_div(p.parts * p.m.rank, kTile) - first);
-  memset(sums, 0, sizeof(float) * (size_t)(count * p.rows * kTile));
-  const Activations x = p.x.view(p.rows, 0, p.m.in_features);
-  if (count == kTilesAtOnce) {
-    p.kernels->int8_tiles(x, p.lora_a.tiles, first, 1, sums);
-  } else {
-    for (int64_t t = 0; t < count; ++t) {
-      multiply_one(p, p.lora_a, x, first + t, sums + t * p.rows * kTile);
+// The same for those rows of the block, whose sums these are, that use adapter `adapter`.
+void multiply_users(const Product& p, const Term& term, int64_t adapter, const Weight& factor,
+                    const Buffer& x, int64_t first, int64_t columns, int64_t tile, float* sums) {
+  for (int64_t i = 0; i < term.run_count; ++i) {
+    const Run& run = term.runs[i];
+    if (run.adapter != adapter) continue;
+    const int64_t end = run.first + run.rows;
+    for (int64_t row = run.first; row < end; row += term.rows_at_once) {
+      const int64_t rows = smaller(term.rows_at_once, end - row);
+      multiply_one(p, factor, x.view(row, rows, first, columns), tile, sums + row * kTile);
     }
+  }
+}
+
+// Keeps the sums [rows, 16] of a tile of lora_a for the rows that use the adapter.
+void keep_down(const Term& term, int64_t adapter, int64_t tile, const float* scales,
+               const float* sums) {
+  const int64_t rank = tile * kTile % term.factors.rank, part = tile * kTile / term.factors.rank;
+  const int64_t ranks = smaller(kTile, term.factors.rank - rank);
+  for (int64_t i = 0; i < term.run_count; ++i) {
+    const Run& run = term.runs[i];
+    if (run.adapter != adapter) continue;
+    for (int64_t row = run.first; row < run.first + run.rows; ++row) {
+      float* down = term.down.values + row * term.down.stride + part * term.part_stride + rank;
+      memcpy(down, sums + row * kTile, (size_t)ranks * sizeof(float));
+      for (int64_t r = 0; r < ranks && scales != nullptr; ++r) down[r] *= scales[r];
+    }
+  }
+}
+
+// Some tiles of one adapter's lora_a.
+void project_tiles(const Product& p, const Term& term, int64_t adapter, int64_t first) {
+  alignas(kAlignment) float sums[kFewRows * kTile];
+  const int64_t count = smaller(term.tiles_at_once, term.factors.tiles - first);
+  const Weight factor = down_factor(term.factors, adapter);
+  const bool is_bank = term.factors.bank != nullptr;
+  memset(sums, 0, sizeof(float) * (size_t)(count * p.rows * kTile));
+  if (count == kTilesAtOnce) {
+    p.kernels->int8_tiles(p.x.view(0, 1, 0, p.m.in_features), factor.tiles, first, 1, sums);
   }
   for (int64_t t = 0; t < count; ++t) {
-    const int64_t rank = (first + t) * kTile % p.m.rank, part = (first + t) * kTile / p.m.rank;
-    const int64_t ranks = smaller(kTile, p.m.rank - rank);
-    for (int64_t row = 0; row < p.rows; ++row) {
-      memcpy(p.down.values + row * p.down.stride + part * p.part_stride + rank,
-             sums + (t * p.rows + row) * kTile, (size_t)ranks * sizeof(float));
+    const int64_t tile = first + t;
+    float scales[kTile], *tile_sums = sums + t * p.rows * kTile;
+    if (is_bank && !read_down_scales(term.factors, adapter, tile, scales)) continue;
+    if (count < kTilesAtOnce) {
+      multiply_users(p, term, adapter, factor, p.x, 0, p.m.in_features, tile, tile_sums);
     }
+    // The scales of integer factors are in the sums already.
+    keep_down(term, adapter, tile, is_bank && factor.is_dense() ? scales : nullptr, tile_sums);
   }
+}
+
+// One item of the terms' lora_a. Whoever finishes the last one rounds the down-projected rows to
+// int8.
+void project_down(Product& p, int64_t item) {
+  wait_for_rows(p);
+  const Term* term = p.terms;
+  for (; item >= term->items; ++term) item -= term->items;
+  project_tiles(p, *term, term->used[item / term->adapter_items],
+                item % term->adapter_items * term->tiles_at_once);
   if (p.projected.fetch_add(1, std::memory_order_acq_rel) + 1 < p.down_items) return;
-  if (p.down.codes != nullptr) {
-    for (int64_t row = 0; row < p.rows; ++row) quantize(p, p.down, row);
+  for (const Term& each : p.terms) {
+    if (each.items == 0 || each.down.codes == nullptr) continue;
+    for (int64_t row = 0; row < p.rows; ++row) quantize(p, each.down, row);
   }
   p.down_ready.store(true, std::memory_order_release);
+}
+
+// Adds what one adapter gives for some tiles to sums [count, rows, 16].
+void add_up(const Product& p, const Term& term, int64_t user, const Streams& tiles, float* sums) {
+  const int64_t adapter = term.used[user];
+  Weight factor = up_factor(term.factors, adapter);
+  const int64_t first_part = part_of(p, tiles.first);
+  if (tiles.count == kTilesAtOnce && !factor.is_dense() &&
+      first_part == part_of(p, tiles.tile(kTilesAtOnce - 1))) {
+    const int64_t ranks = term.ranks[user][first_part];
+    if (ranks == 0) return;
+    p.kernels->int8_tiles(term.down.view(0, 1, first_part * term.part_stride, ranks), factor.tiles,
+                          tiles.first, tiles.stride, sums);
+    return;
+  }
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    const int64_t tile = tiles.tile(t), part = part_of(p, tile), ranks = term.ranks[user][part];
+    if (ranks == 0) continue;
+    if (!factor.is_dense()) factor.tiles.columns = ranks;
+    multiply_users(p, term, adapter, factor, term.down, part * term.part_stride, ranks, tile,
+                   sums + t * p.rows * kTile);
+  }
 }
 
 // Tiles of the weight with their low-rank terms, sums [count, rows, 16].
 void multiply_tiles(const Product& p, const Streams& tiles, float* sums) {
   memset(sums, 0, sizeof(float) * (size_t)(tiles.count * p.rows * kTile));
-  const Activations x = p.x.view(p.rows, 0, p.m.in_features);
+  const Activations x = p.x.view(0, p.rows, 0, p.m.in_features);
   if (tiles.count == kTilesAtOnce) {
     p.kernels->int8_tiles(x, p.weight, tiles.first, tiles.stride, sums);
   } else {
@@ -246,18 +303,9 @@ void multiply_tiles(const Product& p, const Streams& tiles, float* sums) {
   }
   if (p.down_items == 0) return;
   wait_for([&] { return p.down_ready.load(std::memory_order_acquire); });
-  const auto down = [&](int64_t part) {
-    return p.down.view(p.rows, part * p.part_stride, p.m.rank);
-  };
-  const int64_t part = part_of(p, tiles.first);
-  if (tiles.count == kTilesAtOnce && p.lora_b.int8 &&
-      part == part_of(p, tiles.tile(kTilesAtOnce - 1))) {
-    p.kernels->int8_tiles(down(part), p.lora_b.tiles, tiles.first, tiles.stride, sums);
-    return;
-  }
-  for (int64_t t = 0; t < tiles.count; ++t) {
-    const int64_t tile = tiles.tile(t);
-    multiply_one(p, p.lora_b, down(part_of(p, tile)), tile, sums + t * p.rows * kTile);
+  for (int64_t i = 0; i < p.term_count; ++i) {
+    const Term& term = p.terms[i];
+    for (int64_t user = 0; user < term.used_count; ++user) add_up(p, term, user, tiles, sums);
   }
 }
 
@@ -314,7 +362,50 @@ void take_items(void* data, size_t) {
 
 void lay_out(Product& p, Scratch& scratch, int64_t rows) {
   p.x.take(scratch, rows, p.int8);
-  if (p.m.rank > 0) p.down.take(scratch, rows, p.int8 && p.lora_b.int8);
+  for (int64_t i = 0; i < p.term_count; ++i) {
+    Term& term = p.terms[i];
+    term.down.take(scratch, rows, p.int8 && !term.factors.b.is_dense());
+  }
+}
+
+void add_term(Product& p, const LowRank& factors) {
+  if (factors.rank == 0) return;
+  Term& term = p.terms[p.term_count++];
+  term.factors = factors;
+  term.part_stride = round_up(factors.rank, kUnit);
+  term.down.stride = p.parts * term.part_stride;
+  term.down.block = kUnit;
+  // Kernels may sum floats in another order for more rows. What an adapter gives must not depend on
+  // how many rows beside it use the same one: two of them are summed like one.
+  const bool exact = p.int8 && !factors.a.is_dense();
+  term.rows_at_once = factors.bank == nullptr || exact ? kFewRows : 2;
+}
+
+// Finds out which adapters the rows of the block at hand use. One whose ranks all fill it up is as
+// good as none.
+void find_users(const Product& p, Term& term) {
+  term.run_count = term.used_count = 0;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int64_t adapter = adapter_of(term.factors, p.first_row + row);
+    if (adapter < 0) continue;
+    Run* last = term.run_count > 0 ? &term.runs[term.run_count - 1] : nullptr;
+    if (last != nullptr && last->adapter == adapter && last->first + last->rows == row) {
+      ++last->rows;
+      continue;
+    }
+    int64_t user = 0;
+    while (user < term.used_count && term.used[user] != adapter) ++user;
+    if (user == term.used_count) {
+      int64_t ranks = 0;
+      for (int64_t part = 0; part < p.parts; ++part) {
+        term.ranks[user][part] = (int32_t)ranks_of(term.factors, adapter, part);
+        ranks += term.ranks[user][part];
+      }
+      if (ranks == 0) continue;
+      term.used[term.used_count++] = adapter;
+    }
+    term.runs[term.run_count++] = {adapter, row, 1};
+  }
 }
 
 }  // namespace
@@ -334,10 +425,8 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
   p.weight.codes = m.codes;
   p.weight.scales = m.scales;
   p.weight.zero_points = m.zero_points;
-  p.lora_a = factor_of(m.lora_a_type, m.lora_a, m.lora_a_scale, m.in_features);
-  p.lora_b = factor_of(m.lora_b_type, m.lora_b, m.lora_b_scale, m.rank);
 
-  p.parts = larger(1, m.part_count);
+  p.parts = part_count(m);
   int64_t features = 0;
   for (int64_t part = 0; part + 1 < p.parts; ++part) {
     features += m.parts[part];
@@ -349,13 +438,11 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
   p.out_tiles = ceil_div(width, kTile);
   const int64_t out_tile_bytes = p.weight.tile_bytes * (gated ? 2 : 1);
   p.shortest_run = ceil_div(kRunBytes, out_tile_bytes);
-  const int64_t down_tiles = m.rank > 0 ? ceil_div(p.parts * m.rank, kTile) : 0;
 
-  p.part_stride = round_up(m.rank, kUnit);
   p.x.stride = round_up(m.in_features, kUnit);
   p.x.block = block_of(m.group_size);
-  p.down.stride = p.parts * p.part_stride;
-  p.down.block = kUnit;
+  add_term(p, shared_factors(m));
+  add_term(p, bank_factors(m));
   const int64_t block_rows = smaller(m.rows, kFewRows);
   Scratch measure(nullptr);
   lay_out(p, measure, block_rows);
@@ -365,10 +452,6 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
   }
   Scratch scratch((char*)memory);
   lay_out(p, scratch, block_rows);
-  // The ranks that pad a part stay 0.
-  if (down_tiles > 0) {
-    memset(p.down.values, 0, sizeof(float) * (size_t)(block_rows * p.down.stride));
-  }
 
   const bool alone = p.out_tiles * out_tile_bytes < kAloneBytes;
   for (p.first_row = 0; p.first_row < m.rows; p.first_row += kFewRows) {
@@ -376,8 +459,17 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
     p.next = p.prepared = p.projected = p.next_tile = 0;
     p.down_ready = false;
     p.at_once = p.rows == 1 && p.int8 && kernels.int8_tiles != nullptr;
-    p.down_at_once = p.at_once && p.lora_a.int8 ? kTilesAtOnce : 1;
-    p.down_items = ceil_div(down_tiles, p.down_at_once);
+    p.down_items = 0;
+    for (int64_t i = 0; i < p.term_count; ++i) {
+      Term& term = p.terms[i];
+      // The ranks that fill up a part, and rows without an adapter.
+      memset(term.down.values, 0, sizeof(float) * (size_t)(p.rows * term.down.stride));
+      find_users(p, term);
+      term.tiles_at_once = p.at_once && !term.factors.a.is_dense() ? kTilesAtOnce : 1;
+      term.adapter_items = ceil_div(term.factors.tiles, term.tiles_at_once);
+      term.items = term.used_count * term.adapter_items;
+      p.down_items += term.items;
+    }
     const int64_t items = p.rows + p.down_items + ceil_div(p.out_tiles, p.shortest_run);
     p.tasks = alone ? 1 : smaller(processors(), items);
     if (p.tasks == 1) {

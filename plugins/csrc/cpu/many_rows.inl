@@ -4,7 +4,9 @@
 // order and the type that the arithmetic multiplies with, and each panel is used for all rows of an
 // item. X is converted ("packed") once, after the norm. The down-projection is a product of the
 // same kind with lora_a for a weight, its result is packed like X, and the up-projection adds
-// lora_b's product to the sums of the backbone before they are finished and stored.
+// lora_b's product to the sums of the backbone before they are finished and stored. With a bank of
+// adapters, each that a row uses is such a product: of whole row blocks, from one with rows of
+// several adapters each takes its own.
 //
 // All of it is one list of items in four stages: pack X, project down, pack what came out, and
 // finish ranges of tiles. Tasks take items in order from a counter and wait where one needs the
@@ -30,6 +32,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "cpu/low_rank.inl"
 #include "cpu/many_rows.h"
 
 namespace eoracc {
@@ -49,18 +52,41 @@ inline Lanes load_sums(const float* sums) {
   return lanes;
 }
 
-// Where the columns of a weight come from: an n-bit weight, or a factor of a float type.
-struct Weight {
-  Tiles tiles;       // if codes is not null
-  DenseTiles dense;  // else
-  int64_t passes() const { return tiles.codes != nullptr ? 1 : kDensePasses; }
-};
-
 // Rows of floats, packed: [row blocks, units, shape.x_bytes].
 struct Packed {
   uint8_t* data;
   int64_t unit, units;
   int64_t block_bytes;
+};
+
+// Which adapter each row uses, and each block of rows, negative for none.
+struct Users {
+  static constexpr int32_t kSeveral = -2;  // of a block: its rows do not agree
+
+  int32_t* rows;
+  int32_t* blocks;
+
+  bool in_block(int64_t adapter, int64_t block, int64_t count) const {
+    if (blocks[block] != kSeveral) return blocks[block] == adapter;
+    for (int64_t row = 0; row < count; ++row) {
+      if (rows[block * kRowBlock + row] == adapter) return true;
+    }
+    return false;
+  }
+};
+
+// A low-rank term and what it takes to add it.
+struct Term {
+  LowRank factors;
+  Users users;
+  const int32_t* used;  // the adapters that rows use, each once
+  int64_t used_count;
+  Packed down;         // parts behind one another in its row blocks
+  float* down_sums;    // [rows, down_width], before it is packed
+  int64_t down_width;  // ranks of all parts, rounded up to tiles
+  int64_t part_units;
+  int64_t tile_items;  // items of a range of rows and one adapter
+  int64_t down_items;
 };
 
 inline void fill(const Weight& w, int64_t pass, int64_t tile, int64_t unit, int64_t start,
@@ -70,12 +96,12 @@ struct Product {
   eoracc_matmul m;
   Shape shape;
   Output output;
-  Weight backbone, lora_a, lora_b;
+  int64_t first_row;  // of x as the caller knows it
+  Weight backbone;
   Packed x;
-  Packed down;         // parts behind one another in its row blocks
-  float* down_sums;    // [rows, down_width], before it is packed
-  int64_t down_width;  // ranks of all parts, rounded up to tiles
-  int64_t part_count, part_units;
+  Term terms[2];
+  int64_t term_count;
+  int64_t part_count;
   int64_t half;         // tiles of part 0 with an activation, else 0
   int64_t row_blocks;   // of X
   int64_t item_blocks;  // row blocks in an item of the products
@@ -98,28 +124,75 @@ inline void wait_for(const Product& p, int64_t items) {
   }
 }
 
-// sums[tiles, stride, 16] += x[rows of the blocks] * W^T for the given tiles, -1 where there is
-// none.
-inline void accumulate(const Product& p, const Packed& x, int64_t unit_offset, int64_t units,
-                       int64_t first_block, int64_t rows, const Weight& w, const int64_t* tiles,
+// Some rows of packed activations, whole blocks of them but for the last.
+struct Rows {
+  const Packed* from;
+  int64_t unit_offset, units;  // columns
+  int64_t first_block, rows;
+  // Only rows that use this adapter count, where `users` is not null.
+  const Users* users;
+  int64_t adapter;
+
+  int64_t in_block(int64_t block) const {
+    return smaller(kRowBlock, rows - (block - first_block) * kRowBlock);
+  }
+
+  // Whether any row counts.
+  bool any() const {
+    if (users == nullptr) return rows > 0;
+    for (int64_t block = first_block; (block - first_block) * kRowBlock < rows; ++block) {
+      if (users->in_block(adapter, block, in_block(block))) return true;
+    }
+    return false;
+  }
+};
+
+// `multiply` for a block of rows of which only some count: their sums are the same.
+inline void multiply_some(const Rows& x, int64_t block, const uint8_t* values,
+                          const uint8_t* panels, int64_t panel_bytes, int64_t depth, float* sums,
+                          int64_t stride) {
+  alignas(64) float all[kPanelTiles * kRowBlock * kTile];
+  const int64_t rows = x.in_block(block);
+  for (int64_t i = 0; i < kPanelTiles; ++i) {
+    memcpy(all + i * kRowBlock * kTile, sums + i * stride, sizeof(float) * kRowBlock * kTile);
+  }
+  multiply(values, panels, panel_bytes, x.from->unit, depth, rows, all, kRowBlock * kTile);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (x.users->rows[block * kRowBlock + row] != x.adapter) continue;
+    for (int64_t i = 0; i < kPanelTiles; ++i) {
+      memcpy(sums + i * stride + row * kTile, all + (i * kRowBlock + row) * kTile,
+             sizeof(float) * kTile);
+    }
+  }
+}
+
+// sums[tiles, stride, 16] += x * W^T for the given tiles, -1 where there is none.
+inline void accumulate(const Product& p, const Rows& x, const Weight& w, const int64_t* tiles,
                        int64_t tile_count, uint8_t* panels, float* sums, int64_t stride) {
   const Shape shape = p.shape;
-  const int64_t x_bytes = shape.x_bytes(x.unit);
-  const int64_t deepest = shape.panel_columns / x.unit;
-  const int64_t panel_bytes = deepest * shape.panel_bytes(x.unit);
-  for (int64_t pass = 0; pass < w.passes(); ++pass) {
-    for (int64_t start = 0; start < units; start += deepest) {
-      const int64_t depth = smaller(deepest, units - start);
-      const uint8_t* blocks =
-          x.data + first_block * x.block_bytes + (unit_offset + start) * x_bytes;
+  const Packed& from = *x.from;
+  const int64_t x_bytes = shape.x_bytes(from.unit);
+  const int64_t deepest = shape.panel_columns / from.unit;
+  const int64_t panel_bytes = deepest * shape.panel_bytes(from.unit);
+  const int64_t passes = w.is_dense() ? kDensePasses : 1;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    for (int64_t start = 0; start < x.units; start += deepest) {
+      const int64_t depth = smaller(deepest, x.units - start);
+      const uint8_t* values = from.data + (x.unit_offset + start) * x_bytes;
       for (int64_t first = 0; first < tile_count; first += kPanelTiles) {
         for (int64_t i = 0; i < kPanelTiles; ++i) {
-          fill(w, pass, tiles[first + i], x.unit, start, depth, panels + i * panel_bytes);
+          fill(w, pass, tiles[first + i], from.unit, start, depth, panels + i * panel_bytes);
         }
-        for (int64_t row = 0; row < rows; row += kRowBlock) {
-          multiply(blocks + row / kRowBlock * x.block_bytes, panels, panel_bytes, x.unit, depth,
-                   smaller(kRowBlock, rows - row), sums + (first * stride + row) * kTile,
-                   stride * kTile);
+        for (int64_t row = 0; row < x.rows; row += kRowBlock) {
+          const int64_t block = x.first_block + row / kRowBlock, rows = x.in_block(block);
+          const uint8_t* of_block = values + block * from.block_bytes;
+          float* of_rows = sums + (first * stride + row) * kTile;
+          if (x.users == nullptr || x.users->blocks[block] == x.adapter) {
+            multiply(of_block, panels, panel_bytes, from.unit, depth, rows, of_rows,
+                     stride * kTile);
+          } else if (x.users->in_block(x.adapter, block, rows)) {
+            multiply_some(x, block, of_block, panels, panel_bytes, depth, of_rows, stride * kTile);
+          }
         }
       }
     }
@@ -146,43 +219,78 @@ inline void pack_item(Product& p, int64_t block, uint8_t* scratch) {
     }
     pack_row(values, p.x.unit, p.x.units, row, out);
   }
+  // What no adapter gives.
+  for (int64_t i = 0; i < p.term_count; ++i) {
+    const Term& term = p.terms[i];
+    if (term.factors.bank == nullptr) continue;
+    memset(term.down_sums + block * kRowBlock * term.down_width, 0,
+           sizeof(float) * (size_t)(rows * term.down_width));
+  }
+}
+
+// The users of a term's adapters, null where all rows are.
+inline const Users* users_of(const Term& term) {
+  return term.factors.bank == nullptr ? nullptr : &term.users;
 }
 
 inline void down_item(Product& p, int64_t item, uint8_t* scratch) {
+  const Term* of_item = p.terms;
+  for (; item >= of_item->down_items; ++of_item) item -= of_item->down_items;
+  const Term& term = *of_item;
   const int64_t first_block = item % p.row_items * p.item_blocks;
-  const int64_t first_tile = item / p.row_items * kPanelTiles;
+  const int64_t first_tile = item / p.row_items % term.tile_items * kPanelTiles;
+  const int64_t adapter = term.used[item / p.row_items / term.tile_items];
   const int64_t first_row = first_block * kRowBlock;
   const int64_t rows = smaller(p.item_blocks * kRowBlock, p.m.rows - first_row);
   const int64_t stride = p.item_blocks * kRowBlock;
+  const Users* users = users_of(term);
+  const Rows x{&p.x, 0, p.x.units, first_block, rows, users, adapter};
+  if (!x.any()) return;
+  int64_t tiles[kPanelTiles];
+  float scales[kPanelTiles][kTile];
+  bool any = false;
+  for (int64_t i = 0; i < kPanelTiles; ++i) {
+    const int64_t tile = first_tile + i;
+    const bool is_there =
+        tile < term.factors.tiles &&
+        (users == nullptr || read_down_scales(term.factors, adapter, tile, scales[i]));
+    tiles[i] = is_there ? tile : -1;
+    any |= is_there;
+  }
+  if (!any) return;
   float* sums = (float*)(scratch + p.panels_bytes);
   memset(sums, 0, sizeof(float) * (size_t)(kPanelTiles * stride * kTile));
-  int64_t tiles[kPanelTiles];
+  const Weight factor = down_factor(term.factors, adapter);
+  accumulate(p, x, factor, tiles, kPanelTiles, scratch, sums, stride);
   for (int64_t i = 0; i < kPanelTiles; ++i) {
-    tiles[i] = first_tile + i < p.down_width / kTile ? first_tile + i : -1;
-  }
-  accumulate(p, p.x, 0, p.x.units, first_block, rows, p.lora_a, tiles, kPanelTiles, scratch, sums,
-             stride);
-  for (int64_t i = 0; i < kPanelTiles && tiles[i] >= 0; ++i) {
+    if (tiles[i] < 0) continue;
     for (int64_t row = 0; row < rows; ++row) {
-      memcpy(p.down_sums + (first_row + row) * p.down_width + tiles[i] * kTile,
-             sums + (i * stride + row) * kTile, kTile * sizeof(float));
+      if (users != nullptr && users->rows[first_row + row] != adapter) continue;
+      float* down = term.down_sums + (first_row + row) * term.down_width + tiles[i] * kTile;
+      memcpy(down, sums + (i * stride + row) * kTile, kTile * sizeof(float));
+      // The scales of integer factors are in the sums already.
+      for (int64_t r = 0; r < kTile && users != nullptr && factor.is_dense(); ++r) {
+        down[r] *= scales[i][r];
+      }
     }
   }
 }
 
 inline void repack_item(Product& p, int64_t block, uint8_t* scratch) {
-  const int64_t rank = p.m.rank, unit = p.down.unit;
+  const Term* term = p.terms;
+  for (; block >= p.row_blocks; ++term) block -= p.row_blocks;
+  const int64_t rank = term->factors.rank, unit = term->down.unit;
   float* values = row_scratch(scratch);
-  uint8_t* out = p.down.data + block * p.down.block_bytes;
-  const int64_t part_bytes = p.part_units * p.shape.x_bytes(unit);
+  uint8_t* out = term->down.data + block * term->down.block_bytes;
+  const int64_t part_bytes = term->part_units * p.shape.x_bytes(unit);
   const int64_t rows = smaller(kRowBlock, p.m.rows - block * kRowBlock);
-  if (rows < kRowBlock) memset(out, 0, (size_t)p.down.block_bytes);
-  for (int64_t i = rank; i < p.part_units * unit; ++i) values[i] = 0;
+  if (rows < kRowBlock) memset(out, 0, (size_t)term->down.block_bytes);
+  for (int64_t i = rank; i < term->part_units * unit; ++i) values[i] = 0;
   for (int64_t part = 0; part < p.part_count; ++part) {
     for (int64_t row = 0; row < rows; ++row) {
-      memcpy(values, p.down_sums + (block * kRowBlock + row) * p.down_width + part * rank,
+      memcpy(values, term->down_sums + (block * kRowBlock + row) * term->down_width + part * rank,
              sizeof(float) * (size_t)rank);
-      pack_row(values, unit, p.part_units, row, out + part * part_bytes);
+      pack_row(values, unit, term->part_units, row, out + part * part_bytes);
     }
   }
 }
@@ -305,14 +413,22 @@ inline void finish_item(Product& p, int64_t item, uint8_t* scratch) {
     tiles[i] = i % slots < range.count ? range.first + i % slots : -1;
   }
   memset(sums, 0, sizeof(float) * (size_t)(range_count * slots * stride * kTile));
-  accumulate(p, p.x, 0, p.x.units, first_block, rows, p.backbone, tiles, range_count * slots,
-             scratch, sums, stride);
-  if (p.m.rank > 0) {
-    wait_for(p, p.finish_begin);
-    for (int64_t i = 0; i < range_count; ++i) {
-      accumulate(p, p.down, ranges[i].part * p.part_units, p.part_units, first_block, rows,
-                 p.lora_b, tiles + i * slots, slots, scratch, sums + i * slots * stride * kTile,
-                 stride);
+  accumulate(p, {&p.x, 0, p.x.units, first_block, rows, nullptr, 0}, p.backbone, tiles,
+             range_count * slots, scratch, sums, stride);
+  if (p.term_count > 0) wait_for(p, p.finish_begin);
+  for (int64_t t = 0; t < p.term_count; ++t) {
+    const Term& term = p.terms[t];
+    for (int64_t user = 0; user < term.used_count; ++user) {
+      Rows down{&term.down, 0, 0, first_block, rows, users_of(term), term.used[user]};
+      if (!down.any()) continue;
+      const Weight factor = up_factor(term.factors, down.adapter);
+      for (int64_t i = 0; i < range_count; ++i) {
+        const int64_t part = ranges[i].part;
+        down.unit_offset = part * term.part_units;
+        down.units = ceil_div(ranks_of(term.factors, down.adapter, part), term.down.unit);
+        accumulate(p, down, factor, tiles + i * slots, slots, scratch,
+                   sums + i * slots * stride * kTile, stride);
+      }
     }
   }
   finish(p, first_row, rows, ranges[0].first, ranges[0].count, range_count > 1 ? sums : nullptr,
@@ -344,26 +460,9 @@ inline void run_items(void* data, size_t index) {
 
 // ---- the whole product
 
-inline Weight factor(int32_t type, const void* values, const float* scale, int64_t columns) {
-  Weight w{};
-  if (type == EORACC_INT8) {
-    w.tiles.columns = columns;
-    w.tiles.groups = 1;
-    w.tiles.group_size = ceil_div(columns, kUnit) * kUnit;
-    w.tiles.tile_bytes = ceil_div(columns, 4) * 64;
-    w.tiles.bits = 8;
-    w.tiles.scales_type = EORACC_FLOAT32;
-    w.tiles.codes = (const uint8_t*)values;
-    w.tiles.scales = scale;
-  } else {
-    w.dense = {columns, type, values};
-  }
-  return w;
-}
-
 inline void describe(const eoracc_matmul& m, Product* p) {
   p->m = m;
-  p->part_count = m.part_count > 0 ? m.part_count : 1;
+  p->part_count = part_count(m);
   p->half = m.activation != EORACC_IDENTITY ? m.out_features / 2 / kTile : 0;
   p->output.type = m.x_type;
   p->output.activation = m.activation;
@@ -384,26 +483,56 @@ inline void describe(const eoracc_matmul& m, Product* p) {
   w.codes = m.codes;
   w.scales = m.scales;
   w.zero_points = m.zero_points;
-  if (m.rank > 0) {
-    p->lora_a = factor(m.lora_a_type, m.lora_a, m.lora_a_scale, m.in_features);
-    p->lora_b = factor(m.lora_b_type, m.lora_b, m.lora_b_scale, m.rank);
+}
+
+// Finds out which adapters the rows use, in `memory` for a row block's and twice a row's int32. One
+// whose ranks all fill it up is as good as none.
+inline void find_users(const Product& p, Term* term, int32_t* memory) {
+  const int64_t rows = p.m.rows;
+  term->users = {memory, memory + rows};
+  int32_t* used = memory + rows + p.row_blocks;
+  term->used = used;
+  int64_t last = -1;  // what the row before asks for
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t adapter = adapter_of(term->factors, p.first_row + row);
+    if (row > 0 && adapter == last) {
+      memory[row] = memory[row - 1];
+    } else {
+      int64_t ranks = 0;
+      for (int64_t part = 0; part < p.part_count && adapter >= 0; ++part) {
+        ranks += ranks_of(term->factors, adapter, part);
+      }
+      memory[row] = ranks > 0 ? (int32_t)adapter : -1;
+      int64_t user = 0;
+      while (user < term->used_count && used[user] != adapter) ++user;
+      if (ranks > 0 && user == term->used_count) used[term->used_count++] = (int32_t)adapter;
+    }
+    last = adapter;
+    int32_t* block = &term->users.blocks[row / kRowBlock];
+    *block = row % kRowBlock == 0 || *block == memory[row] ? memory[row] : Users::kSeveral;
   }
+}
+
+// Takes up the low-rank terms that there are.
+inline void add_terms(Product* p, int32_t* memory) {
+  static const int32_t kShared[] = {0};
+  Term shared{}, bank{};
+  shared.factors = shared_factors(p->m);
+  shared.used = kShared;
+  shared.used_count = 1;
+  if (shared.factors.rank > 0) p->terms[p->term_count++] = shared;
+  bank.factors = bank_factors(p->m);
+  if (bank.factors.rank > 0) find_users(*p, &bank, memory);
+  if (bank.used_count > 0) p->terms[p->term_count++] = bank;
 }
 
 inline void lay_out(Product* p) {
   const eoracc_matmul& m = p->m;
-  p->shape = shape_of(m);
   const Shape& shape = p->shape;
   p->x.unit = shape.unit;
   p->x.units = ceil_div(m.in_features, shape.unit);
   p->x.block_bytes = p->x.units * shape.x_bytes(shape.unit);
-  p->down.unit = shape.down_unit;
-  p->part_units = ceil_div(m.rank, shape.down_unit);
-  p->down.units = p->part_count * p->part_units;
-  p->down.block_bytes = p->down.units * shape.x_bytes(shape.down_unit);
-  p->down_width = m.rank > 0 ? ceil_div(p->part_count * m.rank, kTile) * kTile : 0;
 
-  p->row_blocks = ceil_div(m.rows, kRowBlock);
   // Enough items for threads to share, and no more sums with an activation, which has two ranges.
   const int64_t ranges = p->half > 0 ? 2 : 1;
   const int64_t share = ceil_div(m.out_features, kTile * kShares * kPanelTiles) * kPanelTiles;
@@ -412,29 +541,43 @@ inline void lay_out(Product* p) {
   p->item_blocks = smaller(ceil_div(shape.item_rows, kRowBlock), p->row_blocks);
   p->row_items = ceil_div(p->row_blocks, p->item_blocks);
   p->pack_begin = 0;
-  p->down_begin = p->row_blocks;
-  p->repack_begin = p->down_begin + p->row_items * ceil_div(p->down_width, kTile * kPanelTiles);
-  p->finish_begin = p->repack_begin + (m.rank > 0 ? p->row_blocks : 0);
+  p->down_begin = p->repack_begin = p->row_blocks;
+  for (int64_t i = 0; i < p->term_count; ++i) {
+    Term& term = p->terms[i];
+    term.down.unit = shape.down_unit;
+    term.part_units = ceil_div(term.factors.rank, shape.down_unit);
+    term.down.units = p->part_count * term.part_units;
+    term.down.block_bytes = term.down.units * shape.x_bytes(shape.down_unit);
+    term.down_width = term.factors.tiles * kTile;
+    term.tile_items = ceil_div(term.factors.tiles, kPanelTiles);
+    term.down_items = term.used_count * p->row_items * term.tile_items;
+    p->repack_begin += term.down_items;
+  }
+  p->finish_begin = p->repack_begin + p->term_count * p->row_blocks;
   p->end = p->finish_begin + p->row_items * range_items(*p);
 }
 
 // Scratch sizes are rounded up, so that every array begins at a cache line.
 inline int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-inline eoracc_result multiply_rows(const eoracc_matmul& m, const eoracc_threads& threads) {
-  Product p{};
-  describe(m, &p);
+inline eoracc_result multiply_packed(Product& p, const eoracc_threads& threads) {
+  const eoracc_matmul& m = p.m;
   lay_out(&p);
   const Shape& shape = p.shape;
   const int64_t slots = ceil_div(p.item_tiles, kPanelTiles) * kPanelTiles * (p.half > 0 ? 2 : 1);
   int64_t panel_bytes = shape.panel_columns / shape.unit * shape.panel_bytes(shape.unit);
-  if (m.rank > 0) {
+  int64_t row_values = p.x.units * p.x.unit, terms_bytes = 0;
+  for (int64_t i = 0; i < p.term_count; ++i) {
+    const Term& term = p.terms[i];
     const int64_t down = shape.panel_columns / shape.down_unit * shape.panel_bytes(shape.down_unit);
     if (down > panel_bytes) panel_bytes = down;
+    if (term.part_units * term.down.unit > row_values)
+      row_values = term.part_units * term.down.unit;
+    terms_bytes += whole_lines(p.row_blocks * term.down.block_bytes);
+    terms_bytes += whole_lines(4 * m.rows * term.down_width);
   }
-  const int64_t row_bytes = 4 * (p.x.units * p.x.unit + p.part_units * p.down.unit);
   p.panels_bytes = kPanelTiles * panel_bytes;
-  if (p.panels_bytes < row_bytes) p.panels_bytes = row_bytes;
+  if (p.panels_bytes < 4 * row_values) p.panels_bytes = 4 * row_values;
   p.panels_bytes = whole_lines(p.panels_bytes);
   p.scratch_bytes = p.panels_bytes + whole_lines(4 * kTile * slots * p.item_blocks * kRowBlock);
 
@@ -442,16 +585,20 @@ inline eoracc_result multiply_rows(const eoracc_matmul& m, const eoracc_threads&
   const bool alone = (double)m.rows * (double)m.out_features * (double)m.in_features < kAloneMacs;
   const int64_t tasks = alone ? 1 : smaller(processors > 0 ? processors : 1, p.end);
   const int64_t x_bytes = whole_lines(p.row_blocks * p.x.block_bytes);
-  const int64_t down_bytes = whole_lines(p.row_blocks * p.down.block_bytes);
-  const int64_t sums_bytes = whole_lines(4 * m.rows * p.down_width);
-  const int64_t total = x_bytes + down_bytes + sums_bytes + tasks * p.scratch_bytes;
+  const int64_t total = x_bytes + terms_bytes + tasks * p.scratch_bytes;
   uint8_t* memory = (uint8_t*)malloc((size_t)total + 64);
   if (memory == nullptr) return EORACC_OUT_OF_MEMORY;
   uint8_t* at = memory + (64 - (uintptr_t)memory % 64) % 64;
   p.x.data = at;
-  p.down.data = at += x_bytes;
-  p.down_sums = (float*)(at += down_bytes);
-  p.scratch = at + sums_bytes;
+  at += x_bytes;
+  for (int64_t i = 0; i < p.term_count; ++i) {
+    Term& term = p.terms[i];
+    term.down.data = at;
+    at += whole_lines(p.row_blocks * term.down.block_bytes);
+    term.down_sums = (float*)at;
+    at += whole_lines(4 * m.rows * term.down_width);
+  }
+  p.scratch = at;
   if (tasks == 1) {
     run_items(&p, 0);
   } else {
@@ -459,6 +606,25 @@ inline eoracc_result multiply_rows(const eoracc_matmul& m, const eoracc_threads&
   }
   free(memory);
   return EORACC_OK;
+}
+
+// Rows from `first_row` on of what the caller asked for.
+inline eoracc_result multiply_rows(const eoracc_matmul& m, int64_t first_row,
+                                   const eoracc_threads& threads) {
+  Product p{};
+  describe(m, &p);
+  p.first_row = first_row;
+  p.shape = shape_of(m);
+  p.row_blocks = ceil_div(m.rows, kRowBlock);
+  int32_t* users = nullptr;
+  if (m.bank != nullptr && m.bank->rank > 0) {
+    users = (int32_t*)malloc(sizeof(int32_t) * (size_t)(2 * m.rows + p.row_blocks));
+    if (users == nullptr) return EORACC_OUT_OF_MEMORY;
+  }
+  add_terms(&p, users);
+  const eoracc_result result = multiply_packed(p, threads);
+  free(users);
+  return result;
 }
 
 // A few thousand rows at a time, which bounds the memory that X takes when it is packed.
@@ -471,7 +637,7 @@ inline eoracc_result many_rows(const eoracc_matmul& m, const eoracc_threads& thr
     part.x = (const char*)m.x + first * m.in_features * element;
     part.y = (char*)m.y + first * width * element;
     if (m.residual != nullptr) part.residual = (const char*)m.residual + first * width * element;
-    const eoracc_result result = multiply_rows(part, threads);
+    const eoracc_result result = multiply_rows(part, first, threads);
     if (result != EORACC_OK) return result;
   }
   return EORACC_OK;

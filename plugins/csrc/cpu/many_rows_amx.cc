@@ -264,7 +264,7 @@ inline void fill(const Weight& w, int64_t, int64_t tile, int64_t, int64_t start,
     memset(panel, 0, (size_t)(units * kTileBytes));
     return;
   }
-  const bool dense = w.tiles.codes == nullptr;
+  const bool dense = w.is_dense();
   const int64_t begin = start * kAmxUnit, last = begin + units * kAmxUnit;
   const int64_t end = smaller(last, dense ? w.dense.columns : w.tiles.columns);
   const int64_t first_quad = begin / 4, end_quad = ceil_div(end, 4);

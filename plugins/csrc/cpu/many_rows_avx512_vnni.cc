@@ -234,7 +234,7 @@ inline void fill(const Weight& w, int64_t pass, int64_t tile, int64_t unit, int6
     memset(panel, 0, (size_t)(units * (unit * kTile + 128)));
     return;
   }
-  const bool dense = w.tiles.codes == nullptr;
+  const bool dense = w.is_dense();
   const int64_t begin = start * unit;
   const int64_t end = smaller(begin + units * unit, dense ? w.dense.columns : w.tiles.columns);
   const int64_t first_quad = begin / 4, end_quad = ceil_div(end, 4);

@@ -169,7 +169,7 @@ namespace {
 // Units [start, start + units) of a tile, or zeros for tile -1.
 inline void fill(const Weight& w, int64_t, int64_t tile, int64_t, int64_t start, int64_t units,
                  uint8_t* panel) {
-  const bool dense = w.tiles.codes == nullptr;
+  const bool dense = w.is_dense();
   const int64_t begin = start * kFloatUnit, last = begin + units * kFloatUnit;
   const int64_t columns = dense ? w.dense.columns : w.tiles.columns;
   const int64_t end = tile < 0 ? begin : smaller(last, columns);

@@ -1,8 +1,10 @@
-// Y = act(norm(X) * dequant(W)^T + (norm(X) * A^T) * B^T + bias) + residual, behind a C ABI.
+// Y = act(norm(X) * dequant(W)^T + (norm(X) * A^T) * B^T + (norm(X) * Ai^T) * Bi^T + bias)
+//     + residual, behind a C ABI.
 //
 // W has 2, 3, 4 or 8 bits a weight, A (lora_a) and B (lora_b) are the low-rank factors that give
-// back what quantization took. Nothing here knows ONNX Runtime: the caller lends operands and
-// threads. Operands are read where they lie, with no alignment asked for, and never kept.
+// back what quantization took, Ai and Bi those of the adapter that a row uses. Nothing here knows
+// ONNX Runtime: the caller lends operands and threads. Operands are read where they lie, with no
+// alignment asked for, and never kept.
 //
 // The tiled layout. Sixteen rows of a weight form a tile; rows are padded to whole tiles. A quad is
 // four consecutive columns. In a 64-byte vector of codes, byte 4 * r + i belongs to row r of the
@@ -33,7 +35,7 @@ extern "C" {
 #endif
 
 // Grows whenever a declaration below changes.
-#define EORACC_ABI_VERSION 2
+#define EORACC_ABI_VERSION 3
 
 // Rows of a weight in a tile.
 #define EORACC_TILE 16
@@ -47,6 +49,7 @@ typedef enum eoracc_type {
   EORACC_FLOAT16 = 2,
   EORACC_INT8 = 3,  // of a factor: 8-bit tiles, code = value + 128, and a scale for each row
   EORACC_BFLOAT16 = 4,
+  EORACC_INT4 = 5,  // of a factor: 4-bit tiles, code = value + 8, and a scale for each row
 } eoracc_type;
 
 typedef enum eoracc_isa {
@@ -73,6 +76,31 @@ typedef enum eoracc_result {
   EORACC_OUT_OF_MEMORY = 3,  // scratch
 } eoracc_result;
 
+// Adapters: a second low-rank term, of which each row of x uses the factors of its own adapter, or
+// none. Factors lie one adapter behind the other, each as lora_a and lora_b do, and are of one
+// type:
+//
+//   a        [count] times lora_a of `rank`
+//   b        [count] times lora_b of `rank`
+//   a_scale  [count, P * rank] floats, for factors of any type: what a down-projected value is
+//            multiplied with. 0 marks a rank that only fills the adapter up to `rank`; a tile of 16
+//            of them is not read
+//   b_scale  [count, tiles(out_features) * 16] floats, for int8 or int4
+//   index    [index_count] which adapter `index_rows` rows of x after the other use: each below
+//            count, negative for none
+typedef struct eoracc_bank {
+  int64_t count;        // positive, below 2^31
+  int64_t rank;         // of each part, a multiple of 16; 0 turns the term off
+  int64_t index_count;  // index_count * index_rows is the number of rows
+  int64_t index_rows;
+  int32_t type;  // eoracc_type of a and b: float32, float16, int8 or int4; any at rank 0
+  const void* a;
+  const void* b;
+  const float* a_scale;
+  const float* b_scale;
+  const int32_t* index;
+} eoracc_bank;
+
 // The product's operands, in the tiled layout. With tiles(n) = ceil(n / 16),
 // G = ceil(in_features / group_size), P = part_count and all arrays row-major:
 //
@@ -82,12 +110,13 @@ typedef enum eoracc_result {
 //   codes         [tiles(out_features), chunks, bytes of a chunk] bytes
 //   scales        [tiles(out_features), G, 16], scales_type (float32 or float16)
 //   zero_points   [tiles(out_features), G, 16] bytes, or null for 2^(bits - 1) everywhere
-//   lora_a        [tiles(P * rank), in_features, 16] of float32 or float16, or, for int8,
-//                 [tiles(P * rank), ceil(in_features / 4), 64] bytes
-//   lora_a_scale  [tiles(P * rank) * 16] floats, for int8 lora_a
-//   lora_b        [tiles(out_features), rank, 16] of float32 or float16, or, for int8,
-//                 [tiles(out_features), ceil(rank / 4), 64] bytes
-//   lora_b_scale  [tiles(out_features) * 16] floats, for int8 lora_b
+//   lora_a        [tiles(P * rank), in_features, 16] of float32 or float16, or
+//                 [tiles(P * rank), ceil(in_features / 4), 64] bytes for int8, / 8 for int4
+//   lora_a_scale  [tiles(P * rank) * 16] floats, for int8 or int4 lora_a
+//   lora_b        [tiles(out_features), rank, 16] of float32 or float16, or
+//                 [tiles(out_features), ceil(rank / 4), 64] bytes for int8, / 8 for int4
+//   lora_b_scale  [tiles(out_features) * 16] floats, for int8 or int4 lora_b
+//   bank          adapters of single rows, or null
 //   bias          [out_features], x_type, or null
 //   residual      [rows, width of y], x_type, or null; may be y itself
 //   y             [rows, out_features], or [rows, out_features / 2] with an activation; x_type,
@@ -114,7 +143,7 @@ typedef struct eoracc_matmul {
   int32_t part_count;      // 1 to EORACC_MAX_PARTS; 0 means 1
   int32_t x_type;          // eoracc_type: float32, float16 or bfloat16
   int32_t scales_type;     // eoracc_type: float32 or float16
-  int32_t lora_a_type;     // eoracc_type: float32, float16 or int8; none only at rank 0
+  int32_t lora_a_type;     // eoracc_type: float32, float16, int8 or int4; none only at rank 0
   int32_t lora_b_type;
   float norm_epsilon;
   const int64_t* parts;  // [part_count] out features of each, multiples of 16; may be null for one
@@ -130,6 +159,7 @@ typedef struct eoracc_matmul {
   const float* lora_b_scale;
   const float* norm_weight;
   const void* residual;
+  const eoracc_bank* bank;
 } eoracc_matmul;
 
 // Threads lent by the caller. `run` calls `task(data, i)` once for each i in [0, count), on any

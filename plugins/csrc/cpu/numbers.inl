@@ -1,6 +1,9 @@
 // Float types and the few functions of floats that kernels need, one value at a time and without a
 // branch, so that a loop over them is vectorised for the instruction set of the including file.
 
+#ifndef EORACC_CPU_NUMBERS_INL_
+#define EORACC_CPU_NUMBERS_INL_
+
 #include <stdint.h>
 #include <string.h>
 
@@ -123,3 +126,5 @@ inline float activate(int32_t activation, float gate) {
 
 }  // namespace
 }  // namespace eoracc
+
+#endif  // EORACC_CPU_NUMBERS_INL_

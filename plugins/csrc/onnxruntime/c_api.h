@@ -2,7 +2,8 @@
 //
 // ONNX Runtime promises that OrtApi only ever grows at its end, so a function is known by its
 // position in the table for good. The op asks for version 17 of the interface, the first with
-// KernelContext_ParallelFor; every later runtime hands it out.
+// KernelContext_ParallelFor; every later runtime hands it out. Of a newer one it uses a function
+// that spares an allocation for each tensor.
 // tests/plugins/test_onnxruntime_abi.py checks each slot against the runtime that is installed.
 
 #ifndef EORACC_ONNXRUNTIME_C_API_H_
@@ -23,6 +24,7 @@ struct Value;
 struct OpDomain;
 
 constexpr uint32_t kApiVersion = 17;
+constexpr uint32_t kShapeReferenceVersion = 24;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int {
@@ -30,6 +32,7 @@ enum ElementType : int {
   kFloat32 = 1,
   kUint8 = 2,
   kInt8 = 3,
+  kInt32 = 6,
   kFloat16 = 10,
   kBfloat16 = 16,
 };
@@ -57,6 +60,7 @@ enum Slot : int {
   kKernelInfoGetAttributeInt64Array = 163,
   kKernelInfoGetConstantInput = 249,
   kKernelContextParallelFor = 274,
+  kGetTensorElementTypeAndShapeDataReference = 414,
 };
 
 // OrtApiBase.
@@ -66,6 +70,14 @@ struct ApiBase {
 };
 
 struct CustomOp;
+
+// Type and shape of a tensor, where it keeps them; null before version 24.
+typedef Status* (*ShapeReference)(const Value*, ElementType*, const int64_t** shape, size_t* rank);
+
+inline ShapeReference shape_reference(const void* const* table) {
+  return reinterpret_cast<ShapeReference>(
+      const_cast<void*>(table[kGetTensorElementTypeAndShapeDataReference]));
+}
 
 // The functions of OrtApi under their own types.
 class Api {

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
 #include <new>
 
 #include "cpu/layout.h"
@@ -30,12 +31,29 @@ enum Input : size_t {
   kLoraBScale,
   kNormWeight,
   kResidual,
+  kAdapterA,
+  kAdapterB,
+  kAdapterAScale,
+  kAdapterBScale,
+  kAdapterIndex,
   kInputs,
 };
-constexpr const char* kInputNames[kInputs] = {
-    "X",       "B",      "scales",       "zero_points",  "bias",
-    "lora_a",  "lora_b", "lora_a_scale", "lora_b_scale", "norm_weight",
-    "residual"};
+constexpr const char* kInputNames[kInputs] = {"X",
+                                              "B",
+                                              "scales",
+                                              "zero_points",
+                                              "bias",
+                                              "lora_a",
+                                              "lora_b",
+                                              "lora_a_scale",
+                                              "lora_b_scale",
+                                              "norm_weight",
+                                              "residual",
+                                              "adapter_a",
+                                              "adapter_b",
+                                              "adapter_a_scale",
+                                              "adapter_b_scale",
+                                              "adapter_index"};
 
 constexpr size_t kMaxRank = 8;  // dimensions of X
 constexpr int64_t kTile = EORACC_TILE;
@@ -63,6 +81,9 @@ Status* out_of_memory(const Api& api) {
     if (Status* failure = (expression); failure) return failure; \
   } while (false)
 
+// Set when the library is registered, null for a runtime that lacks it.
+std::atomic<ShapeReference> shape_reference_of_runtime{nullptr};
+
 struct Tensor {
   const void* data = nullptr;
   ElementType type = kUndefined;
@@ -71,19 +92,33 @@ struct Tensor {
   bool present = false;
 };
 
-Status* read_tensor(const Api& api, const Value* value, size_t index, Tensor* tensor) {
-  if (value == nullptr) return nullptr;
+Status* too_many_dimensions(const Api& api, size_t index, size_t rank) {
+  return error(api, "%s has %zu dimensions, at most %zu are supported", kInputNames[index], rank,
+               kMaxRank);
+}
+
+Status* read_shape(const Api& api, const Value* value, size_t index, Tensor* tensor) {
   TensorInfo* info = nullptr;
   RETURN_IF_FAILED(api.tensor_info(value, &info));
   Status* failure = api.element_type(info, &tensor->type);
   if (!failure) failure = api.dimension_count(info, &tensor->rank);
-  if (!failure && tensor->rank > kMaxRank) {
-    failure = error(api, "%s has %zu dimensions, at most %zu are supported", kInputNames[index],
-                    tensor->rank, kMaxRank);
-  }
+  if (!failure && tensor->rank > kMaxRank) failure = too_many_dimensions(api, index, tensor->rank);
   if (!failure) failure = api.dimensions(info, tensor->shape, tensor->rank);
   api.release_tensor_info(info);
-  if (failure) return failure;
+  return failure;
+}
+
+Status* read_tensor(const Api& api, const Value* value, size_t index, Tensor* tensor) {
+  if (value == nullptr) return nullptr;
+  const ShapeReference shape_reference = shape_reference_of_runtime.load(std::memory_order_relaxed);
+  if (shape_reference != nullptr) {
+    const int64_t* shape = nullptr;
+    RETURN_IF_FAILED(shape_reference(value, &tensor->type, &shape, &tensor->rank));
+    if (tensor->rank > kMaxRank) return too_many_dimensions(api, index, tensor->rank);
+    for (size_t i = 0; i < tensor->rank; ++i) tensor->shape[i] = shape[i];
+  } else {
+    RETURN_IF_FAILED(read_shape(api, value, index, tensor));
+  }
   tensor->present = true;
   return api.tensor_data(const_cast<Value*>(value), const_cast<void**>(&tensor->data));
 }
@@ -110,6 +145,8 @@ const char* type_name(ElementType type) {
       return "uint8";
     case kInt8:
       return "int8";
+    case kInt32:
+      return "int32";
     case kFloat16:
       return "float16";
     case kBfloat16:
@@ -182,7 +219,7 @@ class Kernel {
   Kernel(const Api& api, const Attributes& attributes) : api_(api), a_(attributes) {}
 
   // Reads the operands that no run can change, and tiles the plain ones, once for all runs: asking
-  // for nine operands takes longer than multiplying with a small one.
+  // for all of them takes longer than multiplying with a small one.
   Status* keep_constants(const KernelInfo* info) {
     for (size_t i = kB; i < kInputs; ++i) {
       int is_constant = 0;
@@ -205,17 +242,13 @@ class Kernel {
     Tensor inputs[kInputs];
     size_t count = 0;
     RETURN_IF_FAILED(api_.input_count(context, &count));
-    for (size_t i = 0; i < count && i < kInputs; ++i) {
-      if (constants_[i].present) {
-        inputs[i] = constants_[i];
-        continue;
-      }
-      const Value* value = nullptr;
-      RETURN_IF_FAILED(api_.input(context, i, &value));
-      RETURN_IF_FAILED(read_tensor(api_, value, i, &inputs[i]));
+    for (size_t i = 0; i < count && i < kAdapterA; ++i) {
+      RETURN_IF_FAILED(read_input(context, (Input)i, inputs));
     }
-    int64_t rank = 0;
-    RETURN_IF_FAILED(check(inputs, &rank));
+    Factors factors;
+    RETURN_IF_FAILED(check(inputs, &factors));
+    eoracc_bank bank{};
+    if (count > kAdapterA) RETURN_IF_FAILED(read_bank(context, count, inputs, &bank));
 
     const Tensor& x = inputs[kX];
     int64_t shape[kMaxRank];
@@ -245,7 +278,7 @@ class Kernel {
     matmul.rows = rows;
     matmul.in_features = a_.k;
     matmul.out_features = a_.n;
-    matmul.rank = rank;
+    matmul.rank = factors.rank;
     matmul.bits = (int32_t)a_.bits;
     matmul.group_size = (int32_t)a_.block_size;
     matmul.accuracy_level = (int32_t)a_.accuracy_level;
@@ -253,8 +286,8 @@ class Kernel {
     matmul.part_count = (int32_t)a_.part_count;
     matmul.x_type = kernel_type(x.type);
     matmul.scales_type = kernel_type(inputs[kScales].type);
-    matmul.lora_a_type = kernel_type(inputs[kLoraA].type);
-    matmul.lora_b_type = kernel_type(inputs[kLoraB].type);
+    matmul.lora_a_type = factors.a_type;
+    matmul.lora_b_type = factors.b_type;
     matmul.norm_epsilon = a_.norm_epsilon;
     matmul.parts = a_.parts;
     matmul.x = data[kX];
@@ -268,6 +301,7 @@ class Kernel {
     matmul.lora_b_scale = static_cast<const float*>(data[kLoraBScale]);
     matmul.norm_weight = static_cast<const float*>(data[kNormWeight]);
     matmul.residual = data[kResidual];
+    matmul.bank = bank.rank > 0 ? &bank : nullptr;
     RETURN_IF_FAILED(api_.tensor_data(y, &matmul.y));
 
     Lender lender{&api_, context};
@@ -280,6 +314,122 @@ class Kernel {
   }
 
  private:
+  // What a run's tensors say of lora_a and lora_b: eoracc_type of each, and the rank.
+  struct Factors {
+    int64_t rank = 0;
+    int32_t a_type = EORACC_NONE, b_type = EORACC_NONE;
+  };
+
+  // An operand, from where it was kept if no run can change it.
+  Status* read_input(const KernelContext* context, Input index, Tensor* inputs) const {
+    if (constants_[index].present) {
+      inputs[index] = constants_[index];
+      return nullptr;
+    }
+    const Value* value = nullptr;
+    RETURN_IF_FAILED(api_.input(context, index, &value));
+    return read_tensor(api_, value, index, &inputs[index]);
+  }
+
+  // ---- adapters
+
+  // The adapter operands of a run, checked. At rank 0, which is no adapter at all, adapter_a and
+  // adapter_index are all that is read.
+  Status* read_bank(const KernelContext* context, size_t count, Tensor* inputs,
+                    eoracc_bank* bank) const {
+    RETURN_IF_FAILED(read_input(context, kAdapterA, inputs));
+    if (count > kAdapterIndex) RETURN_IF_FAILED(read_input(context, kAdapterIndex, inputs));
+    const Tensor& a = inputs[kAdapterA];
+    if (a.present != inputs[kAdapterIndex].present) {
+      return error(api_, "adapter_a and adapter_index come together or not at all");
+    }
+    if (!a.present) return nullptr;
+    if (!a_.tiled) return error(api_, "adapters need layout 1");
+    RETURN_IF_FAILED(check_adapter_a(a, bank));
+    RETURN_IF_FAILED(check_index(inputs, bank));
+    if (bank->rank == 0) return nullptr;
+    for (size_t i = kAdapterB; i < kAdapterIndex; ++i) {
+      RETURN_IF_FAILED(read_input(context, (Input)i, inputs));
+    }
+    RETURN_IF_FAILED(check_adapter_rest(inputs, *bank));
+    bank->a = a.data;
+    bank->b = inputs[kAdapterB].data;
+    bank->a_scale = static_cast<const float*>(inputs[kAdapterAScale].data);
+    bank->b_scale = static_cast<const float*>(inputs[kAdapterBScale].data);
+    return nullptr;
+  }
+
+  // adapter_a says how many adapters there are, of which rank and type.
+  Status* check_adapter_a(const Tensor& a, eoracc_bank* bank) const {
+    if (!is_float(a.type) && a.type != kUint8) {
+      return error(api_, "adapter_a must be float, float16 or, for int8 and int4, uint8");
+    }
+    if (a.rank != 4) return error(api_, "adapter_a must have four dimensions");
+    const int64_t parts = (int64_t)a_.part_count;
+    bank->count = a.shape[0];
+    bank->rank = a.shape[1] / parts * kTile;
+    bank->type = a.type == kUint8 ? tiled_type(a.shape[2]) : kernel_type(a.type);
+    const int64_t columns = columns_of(bank->type, a_.k), lanes = lanes_of(bank->type);
+    if (bank->count <= 0 || a.shape[1] % parts != 0 || a.shape[2] != columns ||
+        a.shape[3] != lanes) {
+      return error(api_, "adapter_a must have the shape [adapters, a multiple of %lld, %lld, %lld]",
+                   (long long)parts, (long long)columns, (long long)lanes);
+    }
+    return nullptr;
+  }
+
+  // One adapter for all rows, or one for each of the sequences that X is a batch of.
+  Status* check_index(const Tensor* inputs, eoracc_bank* bank) const {
+    const Tensor &x = inputs[kX], &index = inputs[kAdapterIndex];
+    RETURN_IF_FAILED(require_type(inputs, kAdapterIndex, kInt32));
+    int64_t batch = 1;
+    const size_t batch_rank = x.rank > 2 ? x.rank - 2 : x.rank - 1;
+    for (size_t i = 0; i < batch_rank; ++i) batch *= x.shape[i];
+    const int64_t length = x.rank > 2 ? x.shape[x.rank - 2] : 1;
+    if (index.rank != 1 || (index.shape[0] != 1 && index.shape[0] != batch)) {
+      return error(api_, "adapter_index must have the shape [1] or [%lld]", (long long)batch);
+    }
+    bank->index_count = index.shape[0];
+    bank->index_rows = index.shape[0] == batch ? length : batch * length;
+    bank->index = static_cast<const int32_t*>(index.data);
+    for (int64_t i = 0; i < bank->index_count; ++i) {
+      int32_t adapter;
+      memcpy(&adapter, bank->index + i, sizeof adapter);
+      if (adapter < bank->count) continue;
+      return error(api_, "adapter_index must be below the number of adapters, %lld, and not %d",
+                   (long long)bank->count, adapter);
+    }
+    return nullptr;
+  }
+
+  Status* check_adapter_rest(const Tensor* inputs, const eoracc_bank& bank) const {
+    const int64_t ranks = (int64_t)a_.part_count * bank.rank;
+    const int64_t b_shape[] = {bank.count, a_.tiles(), columns_of(bank.type, bank.rank),
+                               lanes_of(bank.type)};
+    RETURN_IF_FAILED(require(inputs, kAdapterB, b_shape, 4));
+    RETURN_IF_FAILED(require_type(inputs, kAdapterB, inputs[kAdapterA].type));
+    RETURN_IF_FAILED(require(inputs, kAdapterAScale, {bank.count, ranks}, 2));
+    RETURN_IF_FAILED(require_type(inputs, kAdapterAScale, kFloat32));
+    if (is_float(inputs[kAdapterA].type)) return nullptr;
+    RETURN_IF_FAILED(require(inputs, kAdapterBScale, {bank.count, a_.tiles() * kTile}, 2));
+    return require_type(inputs, kAdapterBScale, kFloat32);
+  }
+
+  // Of an integer lora_a or adapter_a by its columns: int8 has four in a vector, int4 eight.
+  int32_t tiled_type(int64_t vectors) const {
+    return vectors == ceil_div(a_.k, 4) ? EORACC_INT8 : EORACC_INT4;
+  }
+
+  // The last two dimensions of a tiled factor.
+  static int64_t columns_of(int32_t type, int64_t columns) {
+    return type == EORACC_INT8   ? ceil_div(columns, 4)
+           : type == EORACC_INT4 ? ceil_div(columns, 8)
+                                 : columns;
+  }
+  static int64_t lanes_of(int32_t type) {
+    return type == EORACC_INT8 || type == EORACC_INT4 ? kVector : kTile;
+  }
+
   // ---- operands of the plain layout
 
   // Whether the tensor is one that the kernel wants in tiles, and has the plain shape for it.
@@ -364,8 +514,8 @@ class Kernel {
     return error(api_, "%s must be %s", kInputNames[index], type_name(type));
   }
 
-  // The tensors of a run against the attributes and one another; finds the rank of the factors.
-  Status* check(const Tensor* inputs, int64_t* rank) const {
+  // The tensors of a run against the attributes and one another; describes the factors.
+  Status* check(const Tensor* inputs, Factors* factors) const {
     const Tensor& x = inputs[kX];
     if (!x.present || x.rank == 0 || x.shape[x.rank - 1] != a_.k) {
       return error(api_, "the last dimension of X is not K = %lld", (long long)a_.k);
@@ -394,7 +544,7 @@ class Kernel {
       RETURN_IF_FAILED(require_type(inputs, kNormWeight, kFloat32));
     }
     if (inputs[kResidual].present) RETURN_IF_FAILED(require_type(inputs, kResidual, x.type));
-    return check_factors(inputs, rank);
+    return check_factors(inputs, factors);
   }
 
   Status* require_per_group(const Tensor* inputs, Input index) const {
@@ -402,28 +552,36 @@ class Kernel {
     return require(inputs, index, {a_.tiles(), a_.groups(), kTile}, 3);
   }
 
-  Status* check_factors(const Tensor* inputs, int64_t* rank) const {
+  Status* check_factors(const Tensor* inputs, Factors* factors) const {
     const Tensor &lora_a = inputs[kLoraA], &lora_b = inputs[kLoraB];
     if (!lora_a.present && !lora_b.present) return nullptr;
     if (!lora_a.present || !lora_b.present) {
       return error(api_, "lora_a and lora_b come together or not at all");
     }
+    factors->a_type = kernel_type(lora_a.type);
+    factors->b_type = kernel_type(lora_b.type);
     if (!a_.tiled) {
-      *rank = lora_a.rank == 2 ? lora_a.shape[0] : 0;
-      RETURN_IF_FAILED(check_plain_factor(inputs, kLoraA, kLoraAScale, *rank, a_.k));
-      return check_plain_factor(inputs, kLoraB, kLoraBScale, a_.n, *rank);
+      const int64_t rank = factors->rank = lora_a.rank == 2 ? lora_a.shape[0] : 0;
+      RETURN_IF_FAILED(check_plain_factor(inputs, kLoraA, kLoraAScale, rank, a_.k));
+      return check_plain_factor(inputs, kLoraB, kLoraBScale, a_.n, rank);
     }
-    // Rows of lora_a are padded to tiles, so that lora_b says what the rank is.
+    // Rows of lora_a are padded to tiles, so that lora_b says what the rank is. Its integers are of
+    // as many bits as those of lora_a, whose columns are known.
+    if (lora_a.rank != 3) return error(api_, "lora_a must have three dimensions");
     if (lora_b.rank != 3) return error(api_, "lora_b must have three dimensions");
-    *rank = lora_b.type == kUint8 ? 4 * lora_b.shape[1] : lora_b.shape[1];
+    if (lora_a.type == kUint8) factors->a_type = tiled_type(lora_a.shape[1]);
+    if (lora_a.type == kUint8 && lora_b.type == kUint8) factors->b_type = factors->a_type;
+    const int64_t rank = factors->rank = lora_b.shape[1] * (factors->b_type == EORACC_INT8   ? 4
+                                                            : factors->b_type == EORACC_INT4 ? 8
+                                                                                             : 1);
     const int64_t parts = (int64_t)a_.part_count;
-    if (parts > 1 && *rank % kTile != 0) {
+    if (parts > 1 && rank % kTile != 0) {
       return error(api_, "the rank of %lld merged linears must be a multiple of 16, not %lld",
-                   (long long)parts, (long long)*rank);
+                   (long long)parts, (long long)rank);
     }
-    RETURN_IF_FAILED(
-        check_tiled_factor(inputs, kLoraA, kLoraAScale, ceil_div(parts * *rank, kTile), a_.k));
-    return check_tiled_factor(inputs, kLoraB, kLoraBScale, a_.tiles(), *rank);
+    RETURN_IF_FAILED(check_tiled_factor(inputs, kLoraA, kLoraAScale, factors->a_type,
+                                        ceil_div(parts * rank, kTile), a_.k));
+    return check_tiled_factor(inputs, kLoraB, kLoraBScale, factors->b_type, a_.tiles(), rank);
   }
 
   Status* check_plain_factor(const Tensor* inputs, Input factor, Input scale, int64_t rows,
@@ -437,17 +595,17 @@ class Kernel {
     return error(api_, "%s must be float, float16 or int8", kInputNames[factor]);
   }
 
-  Status* check_tiled_factor(const Tensor* inputs, Input factor, Input scale, int64_t tiles,
-                             int64_t columns) const {
-    if (inputs[factor].type == kUint8) {
-      RETURN_IF_FAILED(require(inputs, factor, {tiles, ceil_div(columns, 4), kVector}, 3));
-      RETURN_IF_FAILED(require(inputs, scale, {tiles * kTile}, 1));
-      return require_type(inputs, scale, kFloat32);
+  Status* check_tiled_factor(const Tensor* inputs, Input factor, Input scale, int32_t type,
+                             int64_t tiles, int64_t columns) const {
+    if (!is_float(inputs[factor].type) && inputs[factor].type != kUint8) {
+      return error(api_, "%s must be float, float16 or, for int8 and int4, uint8",
+                   kInputNames[factor]);
     }
-    if (is_float(inputs[factor].type)) {
-      return require(inputs, factor, {tiles, columns, kTile}, 3);
-    }
-    return error(api_, "%s must be float, float16 or, for int8, uint8", kInputNames[factor]);
+    RETURN_IF_FAILED(
+        require(inputs, factor, {tiles, columns_of(type, columns), lanes_of(type)}, 3));
+    if (is_float(inputs[factor].type)) return nullptr;
+    RETURN_IF_FAILED(require(inputs, scale, {tiles * kTile}, 1));
+    return require_type(inputs, scale, kFloat32);
   }
 
   Api api_;
@@ -569,7 +727,11 @@ ElementType input_type(const CustomOp*, size_t index) {
     case kLoraAScale:
     case kLoraBScale:
     case kNormWeight:
+    case kAdapterAScale:
+    case kAdapterBScale:
       return kFloat32;
+    case kAdapterIndex:
+      return kInt32;
     default:
       return kUndefined;
   }
@@ -612,6 +774,14 @@ extern "C" EORACC_API Status* RegisterCustomOps(SessionOptions* options, const A
         .create_status(kFail, "eoracc needs ONNX Runtime 1.17 or newer: upgrade onnxruntime");
   }
   const Api api(table);
+  // An interface that the runtime lacks must not be asked for: it would complain on stderr.
+  int major = 0, minor = 0;
+  if (sscanf(base->get_version_string(), "%d.%d", &major, &minor) == 2 &&
+      (major > 1 || minor >= (int)kShapeReferenceVersion)) {
+    if (const void* const* newer = base->get_api(kShapeReferenceVersion); newer != nullptr) {
+      shape_reference_of_runtime.store(shape_reference(newer), std::memory_order_relaxed);
+    }
+  }
   // The domain serves every session that registers the library, and the process may make one at
   // any time, so it is never released.
   OpDomain* domain = nullptr;
