@@ -1,0 +1,140 @@
+"""``eoracc serve``: an OpenAI-compatible server for one artifact."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import click
+
+from eoracc.compiler.commands.common import PATH
+from eoracc.runtime.errors import BackendError
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["serve"]
+
+_POSITIVE = click.IntRange(min=1)
+_SECONDS = click.FloatRange(min=0, min_open=True)
+
+
+@click.command()
+@click.argument("artifact", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 for any that is free.",
+)
+@click.option(
+    "--api-key",
+    envvar="EORACC_API_KEY",
+    show_envvar=True,
+    help="What requests must carry as bearer token. Better set by the environment, for others can "
+    "see a process's arguments.",
+)
+@click.option("--model-name", help="Name of the backbone; the artifact's folder by default.")
+@click.option("--threads", type=_POSITIVE, help="Of one operator; one a processor by default.")
+@click.option(
+    "--rows", type=_POSITIVE, default=8, show_default=True, help="Answers made at a time."
+)
+@click.option(
+    "--context-length",
+    type=click.IntRange(min=2),
+    help="Tokens of a prompt and its answer; the model's by default. Bounds memory.",
+)
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Answers that may wait for a row; beyond, requests get 429.",
+)
+@click.option(
+    "--max-choices",
+    type=_POSITIVE,
+    default=8,
+    show_default=True,
+    help="Answers of one request: prompts times n.",
+)
+@click.option("--max-prompt-tokens", type=_POSITIVE, help="Of one prompt.")
+@click.option("--max-tokens", type=_POSITIVE, help="Of one answer.")
+@click.option("--max-body-bytes", type=_POSITIVE, default=1 << 20, show_default=True)
+@click.option(
+    "--queue-timeout",
+    type=_SECONDS,
+    default=30.0,
+    show_default=True,
+    help="Seconds that an answer may wait for a row.",
+)
+@click.option(
+    "--request-timeout",
+    type=_SECONDS,
+    default=300.0,
+    show_default=True,
+    help="Seconds from a request's arrival to the end of its answer.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running requests get after SIGTERM.",
+)
+@click.option("--access-log/--no-access-log", default=True, show_default=True)
+def serve(
+    artifact: Path,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    model_name: str | None,
+    threads: int | None,
+    rows: int,
+    context_length: int | None,
+    max_waiting: int,
+    max_choices: int,
+    max_prompt_tokens: int | None,
+    max_tokens: int | None,
+    max_body_bytes: int,
+    queue_timeout: float,
+    request_timeout: float,
+    grace: float,
+    access_log: bool,
+) -> None:
+    """Serve ARTIFACT and its adapters through an OpenAI-compatible API."""
+    try:
+        from eoracc.runtime.server.artifact import open_artifact
+        from eoracc.runtime.server.options import ServerOptions
+        from eoracc.runtime.server.process import listen, run
+        from eoracc.runtime.server.service import Service
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{error.name} is not installed: pip install 'eoracc[serve]'") from None
+
+    options = ServerOptions(
+        api_key=api_key,
+        max_waiting=max_waiting,
+        max_choices=max_choices,
+        max_body_bytes=max_body_bytes,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        queue_timeout_s=queue_timeout,
+        request_timeout_s=request_timeout,
+        grace_s=grace,
+    )
+    # Before the model is loaded: an address that cannot be had needs no waiting for.
+    with listen(host, port) as listener:
+        served = open_artifact(artifact, rows=rows, context_length=context_length, threads=threads)
+        service = Service(served, options, model_name=model_name or artifact.resolve().name)
+        address, bound = listener.getsockname()[:2]
+        if api_key is None and not ipaddress.ip_address(address).is_loopback:
+            click.echo(f"warning: whoever reaches {host} is let in: set --api-key", err=True)
+        shown = f"[{address}]" if ":" in address else address
+        models = ", ".join((service.catalog.backbone, *service.catalog.adapters))
+
+        def ready() -> None:
+            click.echo(f"serving {models} at http://{shown}:{bound}/v1", err=True)
+
+        run(service, listener, access_log=access_log, on_ready=ready)

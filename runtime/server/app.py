@@ -1,0 +1,128 @@
+"""The routes: an OpenAI-compatible API in FastAPI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from eoracc import __version__
+from eoracc.runtime.server.errors import ApiError, error_body
+from eoracc.runtime.server.middleware import Gate, Observe
+from eoracc.runtime.server.record import RequestRecord
+from eoracc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest
+from eoracc.runtime.server.service import Service
+
+__all__ = ["create_app"]
+
+
+def create_app(service: Service) -> Observe:
+    """The ASGI application of ``service``, with everything that a request passes on its way."""
+    # No pages for browsers: FastAPI's load scripts from elsewhere.
+    app = FastAPI(title="eoracc", version=__version__, docs_url=None, redoc_url=None)
+    _add_errors(app)
+    _add_generation(app, service)
+    _add_models(app, service)
+    _add_operations(app, service)
+    return Observe(Gate(app, service), service)
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_class=JSONResponse, tags=["text"])
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        """Continue text."""
+        return await service.complete(asked, RequestRecord.of(request.scope))
+
+    @app.post("/v1/chat/completions", response_class=JSONResponse, tags=["text"])
+    async def chat_completions(asked: ChatCompletionRequest, request: Request) -> Response:
+        """Answer in a chat."""
+        return await service.chat(asked, RequestRecord.of(request.scope))
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", tags=["models"])
+    async def models() -> dict[str, Any]:
+        """The backbone and its adapters."""
+        return service.catalog.as_dict()
+
+    @app.get("/v1/models/{name:path}", tags=["models"])
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        return service.catalog.card(name)
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health/live", tags=["operation"])
+    async def live() -> Response:
+        """Whether the process should go on: 500 once the engine has failed for good."""
+        if service.alive:
+            return JSONResponse({"status": "live"})
+        return JSONResponse({"status": "failed"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    @app.get("/health", tags=["operation"])
+    @app.get("/health/ready", tags=["operation"])
+    async def ready() -> Response:
+        """Whether requests are taken: 503 while shutting down."""
+        if service.draining:
+            return JSONResponse({"status": "draining"}, HTTPStatus.SERVICE_UNAVAILABLE)
+        if not service.alive:
+            return JSONResponse({"status": "failed"}, HTTPStatus.SERVICE_UNAVAILABLE)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", tags=["operation"])
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.render(), media_type=service.metrics.content_type)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        RequestRecord.of(request.scope).code = "invalid_request"
+        message, param = _first_problem(error.errors())
+        return JSONResponse(
+            error_body(message, kind="invalid_request_error", param=param),
+            HTTPStatus.BAD_REQUEST,
+        )
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        RequestRecord.of(request.scope).code = error.code
+        return JSONResponse(error.body(), error.status, dict(error.headers))
+
+    @app.exception_handler(HTTPException)
+    async def not_served(request: Request, error: HTTPException) -> Response:
+        message = {
+            HTTPStatus.NOT_FOUND: f"there is no {request.method} {request.url.path} here",
+            HTTPStatus.METHOD_NOT_ALLOWED: (
+                f"{request.url.path} does not take {request.method}: use "
+                f"{(error.headers or {}).get('Allow', 'another method')}"
+            ),
+        }.get(HTTPStatus(error.status_code), str(error.detail))
+        return JSONResponse(
+            error_body(message, kind="invalid_request_error"), error.status_code, error.headers
+        )
+
+
+def _first_problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """The first of pydantic's findings, as a sentence, and the field that it is about."""
+    error = errors[0]
+    if error["type"] == "json_invalid":
+        reason = error.get("ctx", {}).get("error", "it cannot be read")
+        return f"the body is not valid JSON: {reason} at character {error['loc'][-1]}", None
+    location = error["loc"][1:]
+    if not location:
+        return "the body must be a JSON object", None
+    # Behind the field, pydantic names the alternative of a union that did not fit: of no use.
+    param = ".".join(str(part) for part in location if _is_field(part))
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return f"{param}: {text[0].lower()}{text[1:]}", param
+
+
+def _is_field(part: object) -> bool:
+    return isinstance(part, int) or (isinstance(part, str) and part.isidentifier())

@@ -1,0 +1,45 @@
+"""Opens an artifact for serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eoracc.runtime.engine import Engine
+from eoracc.runtime.model import load
+from eoracc.runtime.server.service import Served
+from eoracc.runtime.server.token_bytes import read_token_bytes
+
+__all__ = ["open_artifact"]
+
+_FINGERPRINT_LENGTH = 12
+
+
+def open_artifact(
+    folder: Path, *, rows: int, context_length: int | None = None, threads: int | None = None
+) -> Served:
+    """Verify the artifact in ``folder``, load it and start its engine.
+
+    Args:
+      folder: the artifact.
+      rows: texts that are made at a time.
+      context_length: tokens of a prompt and its answer; None for what the model takes. Bounds the
+        memory of the key/value cache.
+      threads: of one operator; None for one a processor that this process may use.
+
+    Raises:
+      ArtifactError: it is damaged or no artifact.
+      BackendError: ONNX Runtime is missing or refuses it.
+    """
+    model = load(folder, threads=threads)
+    engine = Engine(model, max_rows=rows, max_tokens=context_length)
+    return Served(
+        engine=engine,
+        rows=rows,
+        is_alive=lambda: engine.alive,
+        codec=model.tokenizer,
+        token_bytes=read_token_bytes(folder),
+        context_length=min(context_length or model.context_length, model.context_length),
+        adapters=model.adapters,
+        fingerprint=f"fp_{model.manifest.digest[:_FINGERPRINT_LENGTH]}",
+        close=lambda: engine.close(drain=False),
+    )

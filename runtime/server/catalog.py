@@ -1,0 +1,113 @@
+"""The names that a server answers to: the backbone's and its adapters'.
+
+As in vLLM, an adapter is a model: ``model: "math"`` is the backbone with the adapter ``math``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from eoracc.runtime.request import AdapterChoice
+from eoracc.runtime.server.errors import ApiError, bad_request
+
+__all__ = ["Catalog", "check_model_name"]
+
+
+def check_model_name(name: str, adapters: Iterable[str]) -> None:
+    """Refuse a name of the backbone that cannot be told from an adapter's.
+
+    Raises:
+      ApiError: it is empty or taken.
+    """
+    if not name or not name.isprintable():
+        raise ApiError("the model's name must be printable text: give it with --model-name")
+    if name in set(adapters):
+        raise ApiError(
+            f"'{name}' is the name of the backbone and of an adapter: give the backbone another "
+            "one with --model-name"
+        )
+
+
+class Catalog:
+    """What ``/v1/models`` lists and ``model`` may be."""
+
+    def __init__(
+        self, backbone: str, adapters: Iterable[str], *, context_length: int, created: int
+    ) -> None:
+        """List an artifact.
+
+        Args:
+          backbone: name of the model without an adapter.
+          adapters: names of its adapters.
+          context_length: tokens of a prompt and its answer.
+          created: seconds since 1970.
+
+        Raises:
+          ApiError: the backbone has the name of an adapter.
+        """
+        self.backbone = backbone
+        self.adapters = tuple(adapters)
+        check_model_name(backbone, self.adapters)
+        self._cards = {
+            name: {
+                "id": name,
+                "object": "model",
+                "created": created,
+                "owned_by": "eoracc",
+                "root": backbone,
+                "parent": None if name == backbone else backbone,
+                "max_model_len": context_length,
+            }
+            for name in (backbone, *self.adapters)
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The body of ``GET /v1/models``."""
+        return {"object": "list", "data": list(self._cards.values())}
+
+    def card(self, name: str) -> dict[str, Any]:
+        """The body of ``GET /v1/models/{name}``.
+
+        Raises:
+          ApiError: 404.
+        """
+        if name not in self._cards:
+            known = ", ".join(f"'{one}'" for one in self._cards)
+            raise ApiError(
+                f"the model '{name}' is not served here: ask for one of {known}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return self._cards[name]
+
+    def resolve(
+        self, model: str | None, weights: Mapping[str, float] | None
+    ) -> tuple[str, AdapterChoice]:
+        """The name to answer with, and the adapter to answer through.
+
+        Args:
+          model: what the request asks for; None for the backbone.
+          weights: adapters to be summed.
+
+        Raises:
+          ApiError: 404 for an unknown name, 400 for what does not go together.
+        """
+        name = self.backbone if model is None else model
+        self.card(name)
+        if not weights:
+            return name, None if name == self.backbone else name
+        if name != self.backbone:
+            raise bad_request(
+                f"adapters: go with the model '{self.backbone}', not with an adapter", "adapters"
+            )
+        for adapter, weight in weights.items():
+            if adapter not in self.adapters:
+                raise bad_request(
+                    f"adapters: there is no adapter '{adapter}' here", "adapters", "model_not_found"
+                )
+            if not math.isfinite(weight):
+                raise bad_request(f"adapters: the weight of '{adapter}' is not finite", "adapters")
+        return name, dict(weights)

@@ -1,0 +1,122 @@
+"""Errors of the API, in the shape that OpenAI's clients read.
+
+The body is ``{"error": {"message", "type", "param", "code"}}``; the message is one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eoracc import EoraccError
+
+__all__ = [
+    "ApiError",
+    "bad_request",
+    "error_body",
+    "queue_full",
+    "queue_timeout",
+    "reads_too_slowly",
+    "request_timeout",
+    "shutting_down",
+]
+
+_NO_HEADERS: Mapping[str, str] = {}
+
+
+class ApiError(EoraccError):
+    """A request that is refused or given up.
+
+    Attributes:
+      status: HTTP status.
+      kind: OpenAI's ``type``, such as ``invalid_request_error``.
+      param: the field that is at fault.
+      code: what a program tells errors apart by.
+      headers: of the response.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] = _NO_HEADERS,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        """The response's body."""
+        return error_body(str(self), kind=self.kind, param=self.param, code=self.code)
+
+
+def error_body(
+    message: str, *, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error as OpenAI's API returns it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
+    """A request that can never be served as it is."""
+    return ApiError(message, param=param, code=code)
+
+
+def queue_full(waiting: int, retry_after_s: int) -> ApiError:
+    """The queue has no room."""
+    return ApiError(
+        f"{waiting} answers are waiting already: try again in {retry_after_s} s",
+        status=429,
+        kind="rate_limit_error",
+        code="queue_full",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+def queue_timeout(waited_s: float, retry_after_s: int) -> ApiError:
+    """No row became free in time."""
+    return ApiError(
+        f"the request waited {waited_s:g} s and was not begun: try again in {retry_after_s} s",
+        status=503,
+        kind="server_error",
+        code="queue_timeout",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+def request_timeout(limit_s: float) -> ApiError:
+    """A request that takes longer than it may."""
+    return ApiError(
+        f"the request took more than {limit_s:g} s: ask for fewer tokens",
+        status=504,
+        kind="server_error",
+        code="timeout",
+    )
+
+
+def reads_too_slowly(events: int) -> ApiError:
+    """A client whose unread part of the stream has grown too long."""
+    return ApiError(
+        f"the client is {events} events behind: read the stream faster",
+        status=408,
+        kind="server_error",
+        code="slow_client",
+    )
+
+
+def shutting_down() -> ApiError:
+    """A server that is about to end."""
+    return ApiError(
+        "the server is shutting down: ask another one, or again in a moment",
+        status=503,
+        kind="server_error",
+        code="shutting_down",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )

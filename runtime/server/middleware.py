@@ -1,0 +1,238 @@
+"""What every request passes before it reaches its route, from the outside in."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import uuid
+from datetime import UTC, datetime
+from http import HTTPStatus
+from time import monotonic
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from eoracc.runtime.server.errors import ApiError
+from eoracc.runtime.server.record import RequestRecord
+from eoracc.runtime.server.service import Service
+
+__all__ = ["ACCESS_LOGGER", "HEALTH_ROUTES", "Gate", "Observe"]
+
+ACCESS_LOGGER = "eoracc.access"
+HEALTH_ROUTES = frozenset({"/health", "/health/live", "/health/ready"})
+
+_ROUTES = HEALTH_ROUTES | {
+    "/metrics",
+    "/openapi.json",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+}
+_MODEL_ROUTE = "/v1/models/"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_CLIENT_GONE = 499
+
+_log = logging.getLogger("eoracc.server")
+_access = logging.getLogger(ACCESS_LOGGER)
+
+
+class Observe:
+    """Outermost: names the request, counts it, logs it, and answers for errors nobody foresaw."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(Headers(scope=scope)), _route(scope["path"]))
+        record.attach(scope)
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.id
+            await send(message)
+
+        self.in_flight += 1
+        try:
+            await self._app(scope, receive, send_named)
+        except ApiError as error:
+            record.code = error.code
+            await send_error(error, send_named)
+        except Exception as error:  # noqa: BLE001 - a bug in one request must not end the server
+            _log.error("request %s failed", record.id, exc_info=error)
+            if record.status == _CLIENT_GONE:
+                await send_error(_internal_error(), send_named)
+        finally:
+            self.in_flight -= 1
+            self._note(scope, record)
+
+    def _note(self, scope: Scope, record: RequestRecord) -> None:
+        seconds = monotonic() - record.arrived
+        metrics = self._service.metrics
+        metrics.requests.labels(record.route, str(record.status)).inc()
+        metrics.request_seconds.labels(record.route).observe(seconds)
+        client = scope.get("client")
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "id": record.id,
+            "client": client[0] if client else None,
+            "method": scope["method"],
+            "route": record.route,
+            "status": record.status,
+            "seconds": round(seconds, 4),
+        }
+        if record.code is not None:
+            line["code"] = record.code
+        if record.model is not None:
+            line |= {
+                "model": record.model,
+                "stream": record.stream,
+                "choices": record.choices,
+                "prompt_tokens": record.prompt_tokens,
+                "completion_tokens": record.completion_tokens,
+            }
+            if record.first_token_s is not None:
+                line["first_token_seconds"] = round(record.first_token_s, 4)
+        _access.info(json.dumps(line))
+
+
+class Gate:
+    """Lets in who has the key, and bodies that are JSON, short enough and not dripping in."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+        key = service.options.api_key
+        self._key = None if key is None else _hash(key.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request.
+
+        Raises:
+          ApiError: it is refused.
+        """
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            if scope["path"] not in HEALTH_ROUTES:
+                self._check_key(headers)
+            if scope["method"] == "POST" and scope["path"] in _ROUTES:
+                self._service.check_open()
+                _check_type(headers)
+                replay = await self._read(headers, receive)
+                if replay is None:
+                    return
+                receive = replay
+        await self._app(scope, receive, send)
+
+    def _check_key(self, headers: Headers) -> None:
+        if self._key is None:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # Hashes are compared: how long that takes says nothing of the key, not even its length.
+        fits = hmac.compare_digest(_hash(given.strip().encode("latin-1")), self._key)
+        if not (fits and scheme.lower() == "bearer"):
+            raise ApiError(
+                "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
+                status=HTTPStatus.UNAUTHORIZED,
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _read(self, headers: Headers, receive: Receive) -> Receive | None:
+        """Read the body, and return a ``receive`` that begins with it; None if the client goes."""
+        limit = self._service.options.max_body_bytes
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(limit)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._service.options.request_timeout_s):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > limit:
+                        raise _too_large(limit)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(
+                "the request's body did not arrive in time: send it faster",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+                code="timeout",
+                headers={"Connection": "close"},
+            ) from None
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return replay
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Answer with ``error`` alone."""
+    body = json.dumps(error.body(), ensure_ascii=False).encode()
+    headers = MutableHeaders({"content-type": "application/json", **error.headers})
+    headers["content-length"] = str(len(body))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers.raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _check_type(headers: Headers) -> None:
+    """Only JSON: what a foreign web page may send without asking is of another type."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(
+            "the request's body must be JSON: send 'Content-Type: application/json'",
+            status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            code="unsupported_media_type",
+            headers={"Connection": "close"},
+        )
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        f"the request's body has more than {limit} bytes: shorten it",
+        status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        code="body_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _internal_error() -> ApiError:
+    return ApiError(
+        "the server failed on this request: its log says why",
+        status=HTTPStatus.INTERNAL_SERVER_ERROR,
+        kind="server_error",
+        code="internal_error",
+    )
+
+
+def _hash(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _route(path: str) -> str:
+    """A label that clients cannot multiply."""
+    if path.startswith(_MODEL_ROUTE):
+        return _MODEL_ROUTE + "{name}"
+    return path if path in _ROUTES else "other"
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own, if it can stand in a log."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,42 @@
+"""What an operator sets about a server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eoracc.runtime.server.errors import ApiError
+
+__all__ = ["ServerOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Limits of a server, with their defaults.
+
+    Attributes:
+      api_key: what requests must carry as a bearer token; None lets everybody in.
+      max_waiting: answers that may wait for a row of the batch.
+      max_choices: answers that one request may ask for (prompts times ``n``).
+      max_body_bytes: of a request.
+      max_prompt_tokens: of one prompt; None for what the context takes.
+      max_tokens: of one answer; None for what the context leaves.
+      queue_timeout_s: seconds that an answer may wait for a row.
+      request_timeout_s: seconds from the request's arrival to the last byte of its answer.
+      stream_buffer: events of a stream that its client may be behind.
+      grace_s: seconds that running requests get at shutdown.
+    """
+
+    api_key: str | None = None
+    max_waiting: int = 64
+    max_choices: int = 8
+    max_body_bytes: int = 1 << 20
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    queue_timeout_s: float = 30.0
+    request_timeout_s: float = 300.0
+    stream_buffer: int = 1024
+    grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not (self.api_key and self.api_key.isascii()):
+            raise ApiError("the API key must be ASCII text of at least one character")

@@ -1,0 +1,161 @@
+"""The process: its socket, its signals, and an end that loses no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from time import monotonic
+from types import FrameType
+
+import uvicorn
+from typing_extensions import override
+
+from eoracc.runtime.errors import BackendError
+from eoracc.runtime.server.app import create_app
+from eoracc.runtime.server.middleware import ACCESS_LOGGER, Observe
+from eoracc.runtime.server.service import Service
+
+__all__ = ["listen", "run"]
+
+_STALLED_MS = 60_000
+"""A client that acknowledges nothing for so long has lost its connection."""
+
+_POLL_S = 0.02
+_LAST_WORDS_S = 2.0
+_CLOSE_S = 5
+
+_log = logging.getLogger("eoracc.server")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address; port 0 for any that is free.
+
+    Raises:
+      BackendError: it is taken or not of this machine.
+    """
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(info[0], socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections take these over. Without them one that its client left without a word, or does
+        # not read from, would be kept for ever.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)
+        bound.bind(info[4])
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BackendError(
+            f"{host}:{port}: cannot be listened on ({reason}): choose another --host or --port"
+        ) from None
+    return bound
+
+
+def run(
+    service: Service,
+    listener: socket.socket,
+    *,
+    access_log: bool = True,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until a signal ends it, then for as long as running requests need, within the grace.
+
+    Args:
+      service: what is behind the routes.
+      listener: where to serve, from :func:`listen`; is closed at the end.
+      access_log: write a line of JSON to standard error for each request.
+      on_ready: is called once connections are taken.
+    """
+    _set_up_logging(access_log=access_log)
+    app = create_app(service)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=_CLOSE_S,
+    )
+    server = _Server(config, service, app, on_ready)
+    try:
+        server.run([listener])
+    finally:
+        service.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which on a signal first lets running requests finish, with its socket still open.
+
+    A load balancer sees ``/health`` say 503 meanwhile, and who asks all the same gets 503, too,
+    instead of a refused connection.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        app: Observe,
+        on_ready: Callable[[], None],
+    ) -> None:
+        super().__init__(config)
+        self._service = service
+        self._app = app
+        self._on_ready = on_ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._on_ready()
+
+    @override
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: finish what runs. Second one: end at once."""
+        if self._service.draining or self._loop is None:
+            self._service.abort()
+            self.should_exit = True
+            return
+        self._service.draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._finish())
+
+    async def _finish(self) -> None:
+        grace = self._service.options.grace_s
+        _log.info("finishing %d requests within %g s", self._app.in_flight, grace)
+        if not await self._idle(grace):
+            _log.warning("cancelling %d requests that did not finish", self._app.in_flight)
+            self._service.abort()
+            await self._idle(_LAST_WORDS_S)
+        self.should_exit = True
+
+    async def _idle(self, timeout_s: float) -> bool:
+        """Whether nothing runs any more, after ``timeout_s`` at most."""
+        end = monotonic() + timeout_s
+        while self._app.in_flight and monotonic() < end:
+            await asyncio.sleep(_POLL_S)
+        return not self._app.in_flight
+
+
+def _set_up_logging(*, access_log: bool) -> None:
+    """Requests as JSON lines, everything else as text, both on standard error."""
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    access = logging.getLogger(ACCESS_LOGGER)
+    access.handlers = [lines] if access_log else []
+    access.propagate = False
+    access.setLevel(logging.INFO if access_log else logging.CRITICAL)
+    texts = logging.StreamHandler(sys.stderr)
+    texts.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name, level in (("eoracc.server", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [texts]
+        logger.propagate = False
+        logger.setLevel(level)

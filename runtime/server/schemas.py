@@ -1,0 +1,212 @@
+"""Requests of the API: OpenAI's fields, and the few that this server adds.
+
+Fields that nobody knows are ignored, as OpenAI's API does. Fields that would change the answer and
+are not supported are refused, unless they hold the value that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from eoracc.runtime.server.errors import bad_request
+
+__all__ = [
+    "ChatCompletionRequest",
+    "ChatMessage",
+    "CompletionRequest",
+    "GenerationFields",
+    "StreamOptions",
+    "refuse_unsupported",
+]
+
+MAX_STOP = 16
+"""Stop strings of a request."""
+
+MAX_LOGPROBS = 20
+"""Alternatives of a token."""
+
+_INT64 = 2**63 - 1
+
+_NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "audio": (),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_json": (),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+"""Fields that are not supported, and the values (None besides) that ask for nothing."""
+
+
+def _unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class StreamOptions(_Strict):
+    """Options of a stream.
+
+    Attributes:
+      include_usage: end the stream with a chunk that counts tokens.
+    """
+
+    include_usage: bool = False
+
+
+class GenerationFields(BaseModel):
+    """What both kinds of completion take.
+
+    Attributes:
+      model: a name that ``/v1/models`` lists; None for the backbone.
+      adapters: adapters to be summed by weight, an extension; instead of one named by ``model``.
+      top_k: likeliest tokens to sample from, an extension; 0 or -1 for all.
+      min_p: least probability relative to the likeliest token's, an extension.
+      seed: of the first choice; the others count up from it.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: Text | None = None
+    adapters: dict[Text, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Text | list[Text] | None = None
+    seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_INT64)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
+
+    @field_validator("stop", mode="after")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if len(strings) > MAX_STOP:
+            raise ValueError(f"holds more than {MAX_STOP} strings")
+        if "" in strings:
+            raise ValueError("holds an empty string")
+        return stop
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a count of its tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationFields):
+    """``POST /v1/completions``.
+
+    Attributes:
+      prompt: one or several, each as text or as token ids.
+      echo: let the answer begin with the prompt.
+      logprobs: alternatives to report of every token.
+    """
+
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _check_prompt(cls, prompt: object) -> object:
+        if isinstance(prompt, str):
+            return _unicode(prompt)
+        if isinstance(prompt, list) and prompt:
+            if all(isinstance(item, str) for item in prompt):
+                return [_unicode(item) for item in prompt]
+            if _are_tokens(prompt):
+                return prompt
+            if all(isinstance(item, list) and item and _are_tokens(item) for item in prompt):
+                return prompt
+        raise ValueError("must be a string, a list of strings, of token ids, or of lists of those")
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several prompts."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+def _are_tokens(items: Sequence[object]) -> bool:
+    return all(type(item) is int and 0 <= item <= _INT64 for item in items)
+
+
+class TextPart(_Strict):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Strict):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    def as_dict(self) -> dict[str, str]:
+        """The turn as chat templates know it."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatCompletionRequest(GenerationFields):
+    """``POST /v1/chat/completions``.
+
+    Attributes:
+      logprobs: report the probability of every token.
+      top_logprobs: and that many alternatives.
+      max_completion_tokens: newer name of ``max_tokens``.
+    """
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
+
+
+def refuse_unsupported(request: GenerationFields) -> None:
+    """Refuse fields that would change the answer and that this server does not know.
+
+    Raises:
+      ApiError: names the first of them.
+    """
+    for name, value in (request.model_extra or {}).items():
+        if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
+            raise bad_request(f"{name}: is not supported: leave it out", name, "unsupported")

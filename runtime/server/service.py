@@ -1,0 +1,307 @@
+"""From what a client asks for to a job for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from eoracc.runtime.errors import ArtifactError, RequestError
+from eoracc.runtime.request import AdapterChoice, Prompt, Request
+from eoracc.runtime.server.admission import Admission
+from eoracc.runtime.server.catalog import Catalog
+from eoracc.runtime.server.errors import bad_request, shutting_down
+from eoracc.runtime.server.jobs import Engine, Job, JobContext
+from eoracc.runtime.server.metrics import Metrics
+from eoracc.runtime.server.options import ServerOptions
+from eoracc.runtime.server.record import RequestRecord
+from eoracc.runtime.server.replies import JobReply
+from eoracc.runtime.server.responses import Answer, ChatForm, Choice, CompletionForm, Form
+from eoracc.runtime.server.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationFields,
+    refuse_unsupported,
+)
+
+__all__ = ["Codec", "Served", "Service"]
+
+_COMPLETION_TOKENS = 16
+"""What OpenAI's API makes where a completion does not say how much."""
+
+
+class Codec(Protocol):
+    """Between text and tokens. Called from one thread at a time, not the event loop's."""
+
+    def encode_prompt(self, prompt: Prompt, /) -> Sequence[int]:
+        """Tokens of a text, of messages, or the tokens that ``prompt`` is already.
+
+        Raises:
+          RequestError: the chat template refuses the messages.
+          ArtifactError: there is no chat template.
+        """
+
+    def decode(self, tokens: Sequence[int], /) -> str:
+        """The text of ``tokens``."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """An opened artifact.
+
+    Attributes:
+      engine: makes texts.
+      rows: how many at a time.
+      is_alive: whether the engine still works.
+      codec: its tokenizer.
+      token_bytes: what each token stands for.
+      context_length: tokens of a prompt and its answer.
+      adapters: names of its adapters.
+      fingerprint: names its content.
+      close: ends the engine.
+    """
+
+    engine: Engine
+    rows: int
+    is_alive: Callable[[], bool]
+    codec: Codec
+    token_bytes: Mapping[int, bytes]
+    context_length: int
+    adapters: Sequence[str]
+    fingerprint: str
+    close: Callable[[], object]
+
+
+class Service:
+    """Everything behind the routes; lives in one event loop.
+
+    Attributes:
+      options: limits.
+      metrics: of this server.
+      catalog: names that are served.
+      admission: rows and the queue before them.
+      draining: whether the server takes no new requests.
+    """
+
+    def __init__(self, served: Served, options: ServerOptions, *, model_name: str) -> None:
+        """Serve ``served`` under ``model_name``.
+
+        Raises:
+          ApiError: the name is that of an adapter.
+        """
+        self.options = options
+        self.draining = False
+        self.catalog = Catalog(
+            model_name,
+            served.adapters,
+            context_length=served.context_length,
+            created=int(time.time()),
+        )
+        self.admission = Admission(served.rows, options.max_waiting)
+        self.metrics = Metrics()
+        self._served = served
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="eoracc-text")
+        self._running: set[Job] = set()
+        self._context = JobContext(
+            served.engine, self._thread, self.admission, self.metrics, options, self._running
+        )
+        gauges = self.admission
+        self.metrics.gauge("eoracc_queue_length", "Answers that wait", lambda: gauges.waiting)
+        self.metrics.gauge("eoracc_active_rows", "Answers that are made", lambda: gauges.active)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still works."""
+        return self._served.is_alive()
+
+    def check_open(self) -> None:
+        """Refuse what comes too late or too much, before anything is read of it.
+
+        Raises:
+          ApiError: 503 while shutting down, 429 where the queue is full.
+        """
+        if self.draining:
+            raise shutting_down()
+        self.admission.check_room()
+
+    def abort(self) -> None:
+        """End everything that runs; clients are told why."""
+        for job in list(self._running):
+            job.fail(shutting_down())
+
+    def close(self) -> None:
+        """Give the threads back. Nothing may run any more."""
+        self._thread.shutdown()
+        self._served.close()
+
+    async def complete(self, asked: CompletionRequest, record: RequestRecord) -> JobReply:
+        """``POST /v1/completions``.
+
+        Raises:
+          ApiError: it is refused.
+        """
+        if asked.echo and asked.logprobs is not None:
+            raise bad_request(
+                "echo: is not supported together with logprobs: leave one out",
+                "echo",
+                "unsupported",
+            )
+        max_tokens = _COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        return await self._reply(
+            asked, record, asked.prompts, max_tokens, asked.logprobs, CompletionForm
+        )
+
+    async def chat(self, asked: ChatCompletionRequest, record: RequestRecord) -> JobReply:
+        """``POST /v1/chat/completions``.
+
+        Raises:
+          ApiError: it is refused.
+        """
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        messages = [message.as_dict() for message in asked.messages]
+        max_tokens = asked.max_completion_tokens
+        if max_tokens is None:
+            max_tokens = asked.max_tokens
+        return await self._reply(asked, record, [messages], max_tokens, logprobs, ChatForm)
+
+    async def _reply(
+        self,
+        asked: GenerationFields,
+        record: RequestRecord,
+        prompts: Sequence[Prompt],
+        max_tokens: int | None,
+        logprobs: int | None,
+        form: Callable[[Answer], Form],
+    ) -> JobReply:
+        refuse_unsupported(asked)
+        name, adapter = self.catalog.resolve(asked.model, asked.adapters)
+        copies = asked.n or 1
+        count = len(prompts) * copies
+        if count > self.options.max_choices:
+            raise bad_request(
+                f"n: {count} answers are asked for, {self.options.max_choices} may be", "n"
+            )
+        places = self.admission.enter(count)
+        try:
+            encoded = await self._encode(prompts)
+            echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
+            prefixes = await self._decode(encoded) if echo else []
+            requests = [
+                self._request(asked, tokens, adapter, max_tokens, logprobs, copy)
+                for tokens in encoded
+                for copy in range(copies)
+            ]
+        except BaseException:
+            for place in places:
+                place.leave()
+            raise
+        lengths = [len(tokens) for tokens in encoded for _ in range(copies)]
+        record.model, record.stream, record.choices = name, bool(asked.stream), count
+        record.prompt_tokens = sum(map(len, encoded))
+        job = Job(
+            self._context,
+            requests,
+            places,
+            model=name,
+            prompt_tokens=lengths,
+            arrived=record.arrived,
+        )
+        answer = Answer(
+            model=name,
+            created=int(time.time()),
+            fingerprint=self._served.fingerprint,
+            token_bytes=lambda token: self._served.token_bytes.get(token, b""),
+            include_usage=asked.include_usage,
+            with_logprobs=logprobs is not None,
+            prefixes=[prefix for prefix in prefixes for _ in range(copies)],
+        )
+        choices = [
+            Choice(length, counts_prompt=index % copies == 0)
+            for index, length in enumerate(lengths)
+        ]
+        return JobReply(job, form(answer), choices, stream=record.stream)
+
+    def _request(
+        self,
+        asked: GenerationFields,
+        tokens: Sequence[int],
+        adapter: AdapterChoice,
+        max_tokens: int | None,
+        logprobs: int | None,
+        copy: int,
+    ) -> Request:
+        return Request(
+            prompt=tokens,
+            adapter=adapter,
+            max_new_tokens=self._answer_length(len(tokens), max_tokens),
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_k=max(asked.top_k or 0, 0),
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            min_p=asked.min_p or 0.0,
+            # Seeds may be negative in OpenAI's API, and the answers to one request must differ.
+            seed=None if asked.seed is None else (asked.seed + copy) % 2**63,
+            stop=asked.stop_strings,
+            logprobs=logprobs,
+        )
+
+    def _answer_length(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """Tokens that may be made after ``prompt_tokens``."""
+        context, limit = self._served.context_length, self.options.max_tokens
+        longest = self.options.max_prompt_tokens or context
+        if not prompt_tokens:
+            raise bad_request("the prompt is empty: give some text", "prompt")
+        if prompt_tokens > longest or prompt_tokens >= context:
+            raise bad_request(
+                f"the prompt has {prompt_tokens} tokens, {min(longest, context - 1)} are allowed: "
+                "shorten it",
+                "prompt",
+                "context_length_exceeded",
+            )
+        left = context - prompt_tokens
+        if max_tokens is None:
+            return min(left, limit or left)
+        if limit is not None and max_tokens > limit:
+            raise bad_request(
+                f"max_tokens: {max_tokens} are asked for, {limit} are allowed", "max_tokens"
+            )
+        if max_tokens > left:
+            raise bad_request(
+                f"max_tokens: the prompt's {prompt_tokens} and {max_tokens} more exceed the "
+                f"model's {context} tokens: ask for {left} at most",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        return max_tokens
+
+    async def _encode(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
+        loop = asyncio.get_running_loop()
+        encoded: list[Sequence[int]] = []
+        for prompt in prompts:
+            try:
+                tokens = await loop.run_in_executor(
+                    self._thread, self._served.codec.encode_prompt, prompt
+                )
+            except RequestError as error:
+                raise bad_request(str(error), "messages") from None
+            except ArtifactError:
+                raise bad_request(
+                    f"'{self.catalog.backbone}' has no chat template: use /v1/completions",
+                    "messages",
+                ) from None
+            unknown = next((token for token in tokens if token not in self._served.token_bytes), -1)
+            if unknown >= 0:
+                raise bad_request(f"prompt: there is no token {unknown}", "prompt")
+            encoded.append(tokens)
+        return encoded
+
+    async def _decode(self, encoded: Sequence[Sequence[int]]) -> list[str]:
+        loop = asyncio.get_running_loop()
+        return [
+            await loop.run_in_executor(self._thread, self._served.codec.decode, tokens)
+            for tokens in encoded
+        ]

@@ -1,0 +1,78 @@
+"""What each token stands for, byte by byte: half a character has a probability, too.
+
+Read from tokenizer.json, in the two ways that vocabularies spell bytes: as printable characters
+(byte-level BPE), or as they are, with ``▁`` for a blank and ``<0xE2>`` for a lone byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from eoracc.runtime.errors import ArtifactError
+
+__all__ = ["read_token_bytes"]
+
+_TOKENIZER_FILE = "tokenizer.json"
+_LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def read_token_bytes(folder: Path) -> Mapping[int, bytes]:
+    """The bytes of every token of the artifact in ``folder``, by its id.
+
+    Raises:
+      ArtifactError: its tokenizer.json is missing or damaged.
+    """
+    path = folder / _TOKENIZER_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        spell = _byte_level if _is_byte_level(content) else _sentencepiece
+        found = {index: spell(token) for token, index in _vocabulary(content["model"]["vocab"])}
+        for token in content.get("added_tokens", ()):
+            found[token["id"]] = token["content"].encode()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path}: holds no vocabulary ({type(error).__name__}): build the artifact again"
+        ) from None
+    return found
+
+
+def _vocabulary(vocabulary: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - JSON
+    """Tokens with their ids: BPE has a mapping, Unigram a list of tokens with their scores."""
+    if isinstance(vocabulary, Mapping):
+        yield from vocabulary.items()
+    else:
+        for index, (token, _) in enumerate(vocabulary):
+            yield token, index
+
+
+def _is_byte_level(content: Mapping[str, Any]) -> bool:
+    decoder = content.get("decoder") or {}
+    parts = decoder.get("decoders", [decoder])
+    return any(part.get("type") == "ByteLevel" for part in parts)
+
+
+def _byte_level(token: str) -> bytes:
+    letters = _letters()
+    if all(letter in letters for letter in token):
+        return bytes(letters[letter] for letter in token)
+    return token.encode()
+
+
+@lru_cache(maxsize=1)
+def _letters() -> Mapping[str, int]:
+    """The character that stands for each byte: itself if it is printable, one above 255 if not."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _sentencepiece(token: str) -> bytes:
+    if match := _LONE_BYTE.fullmatch(token):
+        return bytes.fromhex(match[1])
+    return token.replace("\u2581", " ").encode()

@@ -1,0 +1,475 @@
+"""Routes, refusals and operation of the server, with an engine that echoes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from eoracc.runtime.server.errors import ApiError
+from eoracc.runtime.server.options import ServerOptions
+from tests.runtime.server.fake import BACKBONE, CONTEXT, FakeEngine, Server, completion, serve
+
+JSON = {"Content-Type": "application/json"}
+
+
+def run(test: Callable[[Server], Awaitable[None]], **options: Any) -> None:  # noqa: ANN401
+    async def inner() -> None:
+        async with serve(**options) as server:
+            await test(server)
+
+    asyncio.run(inner())
+
+
+def test_completion() -> None:
+    async def test(server: Server) -> None:
+        body = (await server.post("/v1/completions", prompt="hello", max_tokens=5)).json()
+        assert body["object"] == "text_completion"
+        assert body["id"].startswith("cmpl-")
+        assert body["model"] == BACKBONE
+        assert body["system_fingerprint"] == "fp_0123"
+        choice = {"index": 0, "text": "HELLO", "logprobs": None, "finish_reason": "stop"}
+        assert body["choices"] == [choice]
+        assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 5, "total_tokens": 10}
+
+    run(test)
+
+
+def test_defaults_are_those_of_openai() -> None:
+    async def test(server: Server) -> None:
+        await server.post("/v1/completions", prompt="x" * 30)
+        await server.post("/v1/chat/completions", messages=[{"role": "user", "content": "x" * 30}])
+        first, second = (one.request for one in server.engine.generations)
+        assert first.max_new_tokens == 16
+        assert second.max_new_tokens == CONTEXT - 30
+        assert first.temperature == second.temperature == 1
+        assert first.top_p == second.top_p == 1
+        assert first.adapter is None
+
+    run(test)
+
+
+def test_fields_reach_the_engine() -> None:
+    async def test(server: Server) -> None:
+        await server.post(
+            "/v1/completions",
+            prompt=[104, 105],
+            model="math",
+            temperature=0.5,
+            top_p=0.9,
+            top_k=7,
+            min_p=0.1,
+            seed=-3,
+            stop="\n",
+            max_tokens=3,
+            logprobs=2,
+            user="ignored",
+            no_such_field={"a": 1},
+        )
+        request = server.engine.generations[0].request
+        assert list(request.prompt) == [104, 105]
+        assert request.adapter == "math"
+        assert (request.temperature, request.top_p, request.min_p) == (0.5, 0.9, 0.1)
+        assert (request.top_k, request.max_new_tokens, request.logprobs) == (7, 3, 2)
+        assert request.seed == 2**63 - 3
+        assert request.stop == ("\n",)
+
+    run(test)
+
+
+def test_several_prompts_and_choices() -> None:
+    async def test(server: Server) -> None:
+        response = await server.post(
+            "/v1/completions", prompt=["ab", "cde"], n=2, seed=5, max_tokens=2, echo=True
+        )
+        body = response.json()
+        assert [c["text"] for c in body["choices"]] == ["abAB", "abAB", "cdeCD", "cdeCD"]
+        assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
+        assert [c["finish_reason"] for c in body["choices"]] == ["stop"] * 2 + ["length"] * 2
+        assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+        seeds = [one.request.seed for one in server.engine.generations]
+        assert seeds == [5, 6, 5, 6]
+
+    run(test, rows=4)
+
+
+def test_logprobs_of_both_kinds() -> None:
+    async def test(server: Server) -> None:
+        response = await server.post("/v1/completions", prompt="hi", max_tokens=2, logprobs=2)
+        assert response.json()["choices"][0]["logprobs"] == {
+            "tokens": ["H", "I"],
+            "token_logprobs": [-0.5, -0.5],
+            "top_logprobs": [{"H": -0.5, "I": -1.5}, {"I": -0.5, "J": -1.5}],
+            "text_offset": [0, 1],
+        }
+        messages = [{"role": "user", "content": "h"}]
+        response = await server.post(
+            "/v1/chat/completions", messages=messages, logprobs=True, top_logprobs=1
+        )
+        token = {"token": "H", "logprob": -0.5, "bytes": [72]}
+        logprobs = response.json()["choices"][0]["logprobs"]
+        assert logprobs["content"] == [token | {"top_logprobs": [token]}]
+        response = await server.post("/v1/chat/completions", messages=messages)
+        assert response.json()["choices"][0]["logprobs"] is None
+
+    run(test)
+
+
+def test_adapters_are_models() -> None:
+    async def test(server: Server) -> None:
+        listed = (await server.client.get("/v1/models")).json()
+        cards = {card["id"]: card for card in listed["data"]}
+        assert list(cards) == [BACKBONE, "math", "prose"]
+        assert cards[BACKBONE]["parent"] is None
+        assert cards["math"]["parent"] == BACKBONE
+        assert all(card["max_model_len"] == CONTEXT for card in cards.values())
+        assert (await server.client.get("/v1/models/math")).json() == cards["math"]
+        missing = await server.client.get("/v1/models/poetry")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "model_not_found"
+
+        await server.post("/v1/completions", prompt="a", adapters={"math": 0.5, "prose": -1})
+        assert server.engine.generations[-1].request.adapter == {"math": 0.5, "prose": -1}
+        body = (await server.post("/v1/completions", prompt="a", model="prose")).json()
+        assert body["model"] == "prose"
+        assert server.engine.generations[-1].request.adapter == "prose"
+
+    run(test)
+
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "hi"}]}
+
+REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
+    (COMPLETIONS, {}, 400, "prompt", "prompt: field required"),
+    (COMPLETIONS, {"prompt": ""}, 400, "prompt", "the prompt is empty: give some text"),
+    (COMPLETIONS, {"prompt": []}, 400, "prompt", "prompt: must be a string, a list of strings"),
+    (COMPLETIONS, {"prompt": ["a", 1]}, 400, "prompt", "prompt: must be a string"),
+    (COMPLETIONS, {"prompt": [[1], []]}, 400, "prompt", "prompt: must be a string"),
+    (COMPLETIONS, {"prompt": [-1]}, 400, "prompt", "prompt: must be a string"),
+    (COMPLETIONS, {"prompt": [True]}, 400, "prompt", "prompt: must be a string"),
+    (COMPLETIONS, {"prompt": [300]}, 400, "prompt", "prompt: there is no token 300"),
+    (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt", "prompt: is not valid Unicode"),
+    (COMPLETIONS, {"prompt": "a", "model": "gpt-5"}, 404, "model", "the model 'gpt-5' is not"),
+    (COMPLETIONS, {"prompt": "a", "model": "\ud800"}, 400, "model", "model: is not valid Unicode"),
+    (COMPLETIONS, {"prompt": "a" * 100}, 400, "prompt", "the prompt has 100 tokens, 99 are"),
+    (COMPLETIONS, {"prompt": "a" * 90, "max_tokens": 11}, 400, "max_tokens", "ask for 10 at most"),
+    (COMPLETIONS, {"prompt": "a", "temperature": 3}, 400, "temperature", "less than or equal to 2"),
+    (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, 400, "temperature", "valid number"),
+    (COMPLETIONS, {"prompt": "a", "n": 9}, 400, "n", "n: 9 answers are asked for, 8 may be"),
+    (COMPLETIONS, {"prompt": "a", "n": 0}, 400, "n", "greater than or equal to 1"),
+    (COMPLETIONS, {"prompt": "a", "n": True}, 400, "n", "valid integer"),
+    (COMPLETIONS, {"prompt": "a", "seed": 2**64}, 400, "seed", "seed: "),
+    (COMPLETIONS, {"prompt": "a", "stop": ["a"] * 17}, 400, "stop", "holds more than 16 strings"),
+    (COMPLETIONS, {"prompt": "a", "stop": ""}, 400, "stop", "holds an empty string"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix", "suffix: is not supported"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 2}, 400, "best_of", "best_of: is not supported"),
+    (COMPLETIONS, {"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty", "not supported"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
+    (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo", "not supported"),
+    (COMPLETIONS, {"prompt": "a", "adapters": {"x": 1}}, 400, "adapters", "no adapter 'x'"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "model": "math", "adapters": {"prose": 1}},
+        400,
+        "adapters",
+        "not with an adapter",
+    ),
+    (CHAT, {}, 400, "messages", "messages: field required"),
+    (CHAT, {"messages": []}, 400, "messages", "messages: list should have at least 1 item"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages.0.content", "field required"),
+    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "'system'"),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        400,
+        "messages",
+        "nobody is asking",
+    ),
+    (CHAT, HI | {"tools": [{"type": "function"}]}, 400, "tools", "tools: is not supported"),
+    (CHAT, HI | {"response_format": {"type": "json_object"}}, 400, "response_format", "supported"),
+    (CHAT, HI | {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs to be true"),
+    (CHAT, HI | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "equal to 20"),
+    (CHAT, HI | {"stream_options": {"include_usage": 1}}, 400, None, "valid boolean"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "status", "param", "text"), REFUSED)
+def test_refusals(
+    path: str, fields: dict[str, Any], status: int, param: str | None, text: str
+) -> None:
+    async def test(server: Server) -> None:
+        response = await server.client.post(path, content=json.dumps(fields), headers=JSON)
+        error = response.json()["error"]
+        assert response.status_code == status
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+        assert text in error["message"]
+        assert "\n" not in error["message"]
+        if param is not None:
+            assert error["param"] == param
+        assert not server.engine.generations
+        assert server.service.admission.waiting == 0
+
+    run(test)
+
+
+def test_values_that_ask_for_nothing_are_no_reason_to_refuse() -> None:
+    async def test(server: Server) -> None:
+        response = await server.post(
+            CHAT,
+            **HI,
+            tools=[],
+            tool_choice="auto",
+            response_format={"type": "text"},
+            presence_penalty=0.0,
+            frequency_penalty=None,
+            logit_bias={},
+            store=False,
+            metadata={"a": "b"},
+        )
+        assert response.status_code == 200
+
+    run(test)
+
+
+def test_text_parts_are_joined_and_developers_are_the_system() -> None:
+    async def test(server: Server) -> None:
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]
+        body = (await server.post(CHAT, messages=messages)).json()
+        assert body["choices"][0]["message"]["content"] == "A\nB"
+        image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+        refused = await server.post(CHAT, messages=[{"role": "user", "content": image}])
+        assert refused.status_code == 400
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"{", "the body is not valid JSON"),
+        (b"", "the body must be a JSON object"),
+        (b"[1]", "the body must be a JSON object"),
+        (b"null", "the body must be a JSON object"),
+        (b"\xff\xfe", "body"),
+        (b"[" * 100_000, "body"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature: input should be a finite number"),
+        (b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}", ""),
+    ],
+)
+def test_malformed_bodies(content: bytes, text: str) -> None:
+    async def test(server: Server) -> None:
+        response = await server.client.post(COMPLETIONS, content=content, headers=JSON)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["message"]
+        assert "\n" not in error["message"]
+        assert text in error["message"]
+
+    run(test)
+
+
+def test_paths_methods_and_types_that_are_not_served() -> None:
+    async def test(server: Server) -> None:
+        response = await server.client.get("/v2/models")
+        assert response.status_code == 404
+        assert response.json()["error"]["message"] == "there is no GET /v2/models here"
+        response = await server.client.get(COMPLETIONS)
+        assert response.status_code == 405
+        assert response.headers["allow"] == "POST"
+        assert response.json()["error"]["message"] == f"{COMPLETIONS} does not take GET: use POST"
+        response = await server.client.post(COMPLETIONS, content=completion())
+        assert response.status_code == 415
+        assert response.json()["error"]["code"] == "unsupported_media_type"
+        assert not server.engine.generations
+
+    run(test)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large(chunked: bool) -> None:
+    async def test(server: Server) -> None:
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(20):
+                yield b" " * 100
+
+        content = chunks() if chunked else b" " * 1001
+        response = await server.client.post(COMPLETIONS, content=content, headers=JSON)
+        assert response.status_code == 413
+        assert "more than 1000 bytes" in response.json()["error"]["message"]
+        assert (await server.post(COMPLETIONS, prompt="a")).status_code == 200
+
+    run(test, max_body_bytes=1000)
+
+
+def test_limits_of_tokens() -> None:
+    async def test(server: Server) -> None:
+        assert (await server.post(COMPLETIONS, prompt="a" * 20)).status_code == 200
+        too_long = await server.post(COMPLETIONS, prompt="a" * 21)
+        assert "the prompt has 21 tokens, 20 are allowed" in too_long.json()["error"]["message"]
+        too_much = await server.post(COMPLETIONS, prompt="a", max_tokens=31)
+        assert too_much.json()["error"]["param"] == "max_tokens"
+        await server.post(CHAT, **HI)
+        assert server.engine.generations[-1].request.max_new_tokens == 30
+
+    run(test, max_prompt_tokens=20, max_tokens=30)
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ("Bearer secret", 200),
+        ("bearer secret", 200),
+        ("Bearer wrong", 401),
+        ("Bearer secre", 401),
+        ("Bearer ", 401),
+        ("Basic secret", 401),
+        ("secret", 401),
+        ("Bearer s\u00e9cret", 401),
+    ],
+)
+def test_api_key(given: str, status: int) -> None:
+    async def test(server: Server) -> None:
+        headers = {"Authorization": given.encode("latin-1")}
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            response = await server.client.get(path, headers=headers)  # type: ignore[arg-type]
+            assert response.status_code == status
+        for path in ("/health", "/health/live", "/health/ready"):
+            response = await server.client.get(path, headers={"Authorization": ""})
+            assert response.status_code == 200
+        if status != 200:
+            response = await server.client.get("/no/such/path", headers=headers)  # type: ignore[arg-type]
+            assert response.status_code == status
+            assert response.json()["error"]["code"] == "invalid_api_key"
+
+    run(test, api_key="secret")
+
+
+@pytest.mark.parametrize("key", ["", "schlüssel"])
+def test_keys_that_no_client_could_send(key: str) -> None:
+    with pytest.raises(ApiError, match="the API key must be ASCII text"):
+        ServerOptions(api_key=key)
+
+
+def test_a_backbone_named_like_an_adapter() -> None:
+    from eoracc.runtime.server.catalog import Catalog
+
+    with pytest.raises(ApiError, match="'math' is the name of the backbone and of an adapter"):
+        Catalog("math", ["math"], context_length=1, created=0)
+
+
+def test_health_tells_draining_and_a_dead_engine() -> None:
+    async def test(server: Server) -> None:
+        async def health(path: str) -> int:
+            return (await server.client.get(path)).status_code
+
+        assert await health("/health") == await health("/health/live") == 200
+        server.service.draining = True
+        assert await health("/health") == await health("/health/ready") == 503
+        assert await health("/health/live") == 200
+        refused = await server.post(COMPLETIONS, prompt="a")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "shutting_down"
+        assert "retry-after" in refused.headers
+        server.service.draining = False
+        server.engine.alive = False
+        assert await health("/health/ready") == 503
+        assert await health("/health/live") == 500
+
+    run(test)
+
+
+def test_an_error_of_the_engine_is_the_request_s_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(server: Server) -> None:
+        response = await server.post(COMPLETIONS, prompt="a", model="prose", seed=13)
+        assert response.status_code == 400
+        assert "cannot be used with seed 13" in response.json()["error"]["message"]
+
+        asked = asyncio.ensure_future(server.post(COMPLETIONS, prompt="a"))
+        other = asyncio.ensure_future(server.post(COMPLETIONS, prompt="b"))
+        while len(server.engine.generations) < 2:
+            await asyncio.sleep(0.001)
+        first, second = server.engine.generations
+        first.listener(OSError("/secret/path"))
+        response = await asked
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert response.json()["error"]["code"] == "engine_error"
+        second.say(*FINISHED)
+        assert (await other).json()["choices"][0]["text"] == "done"
+
+    from tests.runtime.server.fake import piece
+
+    FINISHED = (piece("do"), piece("ne", "stop"))
+    with caplog.at_level(logging.ERROR, logger="eoracc.server"):
+        run(test, engine=FakeEngine())
+    assert "/secret/path" in caplog.text
+
+
+def test_access_log_has_figures_and_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(server: Server) -> None:
+        await server.client.post(
+            COMPLETIONS,
+            json={"prompt": "sesame", "max_tokens": 4},
+            headers={"X-Request-ID": "abc-1"},
+        )
+        await server.client.get("/v1/models/poetry", headers={"X-Request-ID": "bad id\t"})
+
+    with caplog.at_level(logging.INFO, logger="eoracc.access"):
+        run(test)
+    lines = [json.loads(one.getMessage()) for one in caplog.records if one.name == "eoracc.access"]
+    assert "sesame" not in caplog.text.lower()
+    first, second = lines
+    assert first["id"] == "abc-1"
+    assert first["status"] == 200
+    assert (first["prompt_tokens"], first["completion_tokens"]) == (6, 4)
+    assert first["model"] == BACKBONE
+    assert first["first_token_seconds"] <= first["seconds"]
+    assert second["route"] == "/v1/models/{name}"
+    assert second["id"] != "bad id\t"
+    assert second["code"] == "model_not_found"
+
+
+def test_metrics_add_up() -> None:
+    async def test(server: Server) -> None:
+        for _ in range(3):
+            await server.post(COMPLETIONS, prompt="abc", model="math", n=2)
+        await server.post(COMPLETIONS, prompt="")
+        route = f'route="{COMPLETIONS}"'
+        assert await server.metric(f'eoracc_requests_total{{{route},status="200"}}') == 3
+        assert await server.metric(f'eoracc_requests_total{{{route},status="400"}}') == 1
+        assert await server.metric(f"eoracc_request_seconds_count{{{route}}}") == 4
+        assert await server.metric('eoracc_answers_total{model="math",reason="stop"}') == 6
+        assert await server.metric('eoracc_prompt_tokens_total{model="math"}') == 18
+        assert await server.metric('eoracc_completion_tokens_total{model="math"}') == 18
+        assert await server.metric("eoracc_time_to_first_token_seconds_count") == 6
+        assert await server.metric("eoracc_time_per_token_seconds_count") == 12
+        assert await server.metric("eoracc_queue_length") == 0
+        assert await server.metric("eoracc_active_rows") == 0
+
+    run(test)
+
+
+def test_paths_of_strangers_make_no_labels() -> None:
+    async def test(server: Server) -> None:
+        for index in range(5):
+            await server.client.get(f"/{index}")
+        assert await server.metric('eoracc_requests_total{route="other",status="404"}') == 5
+
+    run(test)
+
+
+def test_openapi_describes_the_requests() -> None:
+    async def test(server: Server) -> None:
+        schema = (await server.client.get("/openapi.json")).json()
+        fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
+        assert {"prompt", "adapters", "top_k", "stream"} <= set(fields)
+        assert CHAT in schema["paths"]
+
+    run(test)
