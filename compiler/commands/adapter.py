@@ -1,0 +1,158 @@
+"""``eoracc adapter``: what an artifact's adapters are, and files of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from eoracc.compiler.commands.common import (
+    PATH,
+    json_option,
+    make_console,
+    make_table,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from eoracc.passes.factor_types import FactorType
+    from eoracc.runtime.adapters import Adapter
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["adapter"]
+
+
+@click.group()
+def adapter() -> None:
+    """Add, list, remove, export and import an artifact's adapters."""
+
+
+@adapter.command("list")
+@click.argument("artifact", type=PATH)
+@json_option
+def list_adapters(artifact: Path, as_json: bool) -> None:
+    """Show the adapters of ARTIFACT, each compared with the manifest."""
+    from eoracc.compiler.report import format_bytes
+    from eoracc.runtime.adapters import adapter_names, read_adapter
+
+    described = [_describe(read_adapter(artifact, name)) for name in adapter_names(artifact)]
+    if as_json:
+        print_json(described)
+        return
+    if not described:
+        click.echo(f"{artifact} has no adapters")
+        return
+    table = make_table(f"{artifact}: adapters")
+    table.add_column("adapter", no_wrap=True)
+    for heading in ("rank", "factors", "linears", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("from")
+    for one in described:
+        table.add_row(
+            one["name"],
+            str(one["rank"]),
+            ", ".join(one["factor_types"]),
+            str(one["linears"]),
+            format_bytes(one["bytes"]),
+            str(one["details"].get("from", "")),
+        )
+    make_console().print(table)
+
+
+def _describe(one: Adapter) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "rank": one.rank,
+        "factor_types": list(one.factor_types),
+        "linears": len(one.factors),
+        "bytes": one.nbytes,
+        "backbone": one.backbone,
+        "details": dict(one.details),
+    }
+
+
+@adapter.command()
+@click.argument("artifact", type=PATH)
+@click.argument("name")
+@json_option
+def remove(artifact: Path, name: str, as_json: bool) -> None:
+    """Take the adapter NAME out of ARTIFACT."""
+    from eoracc.runtime.adapter_store import remove_adapter
+    from eoracc.runtime.adapters import adapters_in
+
+    left = adapters_in(remove_adapter(artifact, name))
+    if as_json:
+        print_json({"removed": name, "adapters": left})
+    else:
+        click.echo(f"removed {name}; {_listed(left)}")
+
+
+@adapter.command()
+@click.argument("artifact", type=PATH)
+@click.argument("name")
+@click.option("--to", "folder", type=PATH, required=True, help="A folder that is made.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["peft", "onnx"]),
+    default="peft",
+    show_default=True,
+    help="PEFT's folder, or ONNX Runtime's .onnx_adapter with its description.",
+)
+@json_option
+def export(artifact: Path, name: str, *, folder: Path, form: str, as_json: bool) -> None:
+    """Write the adapter NAME of ARTIFACT for use elsewhere."""
+    from eoracc.compiler.adapter_exchange import export_onnx, export_peft
+
+    files = (export_peft if form == "peft" else export_onnx)(artifact, name, folder)
+    if as_json:
+        print_json({"files": [str(path) for path in files]})
+    else:
+        for path in files:
+            click.echo(f"wrote {path}")
+
+
+@adapter.command("import")
+@click.argument("artifact", type=PATH)
+@click.argument("source", metavar="DIR|FILE", type=PATH)
+@click.option("--name", help="Of the adapter; one that eoracc exported has its own.")
+@click.option(
+    "--factor-type",
+    type=click.Choice(["int8", "int4", "float16"]),
+    help="What a PEFT adapter's factors are rounded to; by default what the artifact takes.",
+)
+@click.option("--force", is_flag=True, help="Replace the adapter of that name.")
+@json_option
+def import_(
+    artifact: Path,
+    source: Path,
+    *,
+    name: str | None,
+    factor_type: FactorType | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Put a LoRA that PEFT saved to DIR, or an .onnx_adapter FILE, on the backbone of ARTIFACT."""
+    from eoracc.compiler.adapter_exchange import import_adapter
+    from eoracc.runtime.adapter_store import add_adapter
+
+    imported = import_adapter(artifact, source, name, factor_type)
+    add_adapter(artifact, imported, force=force)
+    if as_json:
+        print_json(_describe(imported))
+        return
+    click.echo(
+        f"imported {imported.name}: rank {imported.rank}, {len(imported.factors)} linears, "
+        f"{', '.join(imported.factor_types)} factors"
+    )
+    if rounding := imported.details.get("rounding"):
+        click.echo(
+            f"rounding changed the product of a linear's factors by {rounding['mean']:.2%} on "
+            f"average, at most {rounding['largest']:.2%} ({rounding['linear']})"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return f"left: {', '.join(names)}" if names else "none is left"
