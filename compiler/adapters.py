@@ -144,6 +144,7 @@ def solve_adapter(
     progress: Progress,
     calibrate: Calibrate = _CALIBRATE,
     weight_of: WeightOf = Linear.effective_weight,
+    label: str = "adapter",
 ) -> SolvedAdapter:
     """Solve one adapter.
 
@@ -155,6 +156,7 @@ def solve_adapter(
       calibrate: how the forward pass and the Gram are computed; ``through`` has no say here.
       weight_of: what the adapter stands on: the backbone, unless the factors are to be compared
         with those of another one.
+      label: of the phase that ``progress`` is shown.
 
     Raises:
       ConfigError: an override matches no linear that takes an adapter.
@@ -173,7 +175,7 @@ def solve_adapter(
     found = _Found(weight_of)
     checkpoint = AdapterCheckpoint(work, _key(backbone, task, calibrate, weight_of))
     begin = checkpoint.resume(found.factors, found.errors, batches)
-    with progress.phase(f"adapter {task.name}", executor.head_level) as phase:
+    with progress.phase(f"{label} {task.name}", executor.head_level) as phase:
         for level in range(executor.head_level):
             if level < begin:
                 phase.advance()

@@ -37,6 +37,8 @@ from eoracc.passes import load_passes
 from eoracc.passes.base import Pass, pass_names, pass_type
 from eoracc.passes.compensation import Rank, RankOverride
 from eoracc.passes.factor_types import FactorType
+from eoracc.plugins.adapters import AdapterSlots
+from eoracc.runtime.adapters import check_adapter_name
 
 __all__ = [
     "AdapterConfig",
@@ -56,6 +58,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "quantize_gptq": (("calibrate",),),
     "eora": (("calibrate",), _QUANTIZE),
     "svd": (_QUANTIZE,),
+    "quantize_factors": (("eora", "svd"),),
 }
 """What must stand somewhere before a pass: one name out of every group."""
 
@@ -86,13 +89,10 @@ _Name = Annotated[str, Field(min_length=1)]
 
 
 def _adapter_name(name: str) -> str:
-    if name == "none" or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
-        raise PydanticCustomError(
-            "pass_adapter",
-            "'{name}' is no adapter's name: give at most 64 of a-z, 0-9, '.', '_' and '-', the "
-            "first a letter or digit, and not 'none'",
-            {"name": name},
-        )
+    try:
+        check_adapter_name(name)
+    except EoraccError as error:
+        raise PydanticCustomError("pass_adapter", "{text}", {"text": str(error)}) from None
     return name
 
 
@@ -355,6 +355,7 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
         yield ("adapters",), "needs a quantize pass: there is nothing for adapters to give back"
     for name, adapter in config.adapters.items():
         where = ("adapters", name)
+        yield from _factor_type_problems(where, adapter, config.onnxruntime.adapter_type)
         yield from _text_problems(where, adapter)
         yield from _held_out_problems(where, adapter, (*where, "verify"), adapter.verify)
     if config.verify.compare_adapters and not config.adapters:
@@ -374,6 +375,29 @@ def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
             yield f"must stand before '{other}': move it up"
     if name in _QUANTIZE and set(_QUANTIZE) & set(before) - {name}:
         yield "the weights are quantized already: keep one quantize pass"
+
+
+def _factor_type_problems(
+    where: KeyPath, adapter: AdapterConfig, slots: str
+) -> Iterator[tuple[KeyPath, str]]:
+    """Why the model's slots do not take the factors of an adapter."""
+    if slots == "none":
+        yield where, "the model takes no adapters: set onnxruntime.adapter_type to int8 or float16"
+        return
+    taken = AdapterSlots(slots, ()).factor_types
+    asked = {(*where, "factor_type"): adapter.factor_type} | {
+        (*where, "overrides", pattern, "factor_type"): override.factor_type
+        for pattern, override in adapter.overrides.items()
+    }
+    for at, factor_type in asked.items():
+        if factor_type is not None and factor_type not in taken:
+            yield (
+                at,
+                (
+                    f"is {factor_type}, while onnxruntime.adapter_type is {slots}, which takes "
+                    f"{' and '.join(taken)}: change one of the two"
+                ),
+            )
 
 
 def _text_problems(where: KeyPath, source: CalibrationConfig) -> Iterator[tuple[KeyPath, str]]:

@@ -1,6 +1,7 @@
 """The flow of a build, top to bottom.
 
-    model.yaml -> load -> passes -> fidelity gate -> lower -> write -> parity gate -> artifact
+    model.yaml -> load -> passes -> adapters -> fidelity gate -> lower -> write -> parity gate
+               -> artifact
 
 What takes long (a converted GGUF, the blocks that a sweep has finished) is kept in a work folder
 beside the output until the build succeeds: a build that was interrupted goes on from there.
@@ -15,18 +16,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import Any
 
 from eoracc import EoraccError, __version__
 from eoracc.compiler import spec
+from eoracc.compiler.adapter_gates import (
+    AdapterCases,
+    adapter_details,
+    check_adapters,
+    compare_compensations,
+    record_adapters,
+    refuse_adapters,
+    score_adapters,
+)
+from eoracc.compiler.adapters import SolvedAdapter, Task, load_task, solve_adapter
 from eoracc.compiler.artifact import ArtifactWriter, check_output, refuse_full_disk
+from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.embeddings import Embedding, find_embeddings
+from eoracc.compiler.embeddings import find_embeddings
 from eoracc.compiler.errors import ConfigError, GateError
 from eoracc.compiler.executor import Executor, make_batches
 from eoracc.compiler.frontend import LoadedModel, load
@@ -36,6 +47,7 @@ from eoracc.compiler.lowering.genai_config import genai_config, read_generation_
 from eoracc.compiler.lowering.onnxruntime import lower
 from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
 from eoracc.compiler.report import (
+    AdaptersReport,
     BuildReport,
     FidelityReport,
     LinearReport,
@@ -53,6 +65,7 @@ from eoracc.passes.embedding_tables import quantize_embedding_tables
 from eoracc.passes.overrides import Overridable
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
+from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.library import library_path
 from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import Manifest
@@ -81,19 +94,13 @@ class BuildResult:
 
 
 @dataclass(eq=False)
-class _Compressed:
+class _Compressed(Backbone):
     """The graph after its passes.
 
     Attributes:
-      model: the graph.
-      linears: its linears, original weights still at hand.
-      embeddings: its embedding tables.
       comparisons: factors that are scored and not shipped.
     """
 
-    model: ir.Model
-    linears: list[Linear]
-    embeddings: list[Embedding]
     comparisons: Comparisons = field(default_factory=dict)
 
 
@@ -137,6 +144,7 @@ def _build(
         parity, beside_bytes = (
             _check_parity(writer.folder, progress) if config.verify.parity else (None, 0)
         )
+        adapters = _write_adapters(writer, made, progress)
         report = Report(
             fidelity=made.fidelity,
             parity={} if parity is None else parity.as_dict(),
@@ -147,6 +155,7 @@ def _build(
                 peak_memory_bytes=max(peak_bytes(), beside_bytes),
                 phases=[asdict(phase_time) for phase_time in progress.times],
             ),
+            adapters=adapters,
         )
         _check_gates(report, work)
         writer.write_report(report)
@@ -167,11 +176,19 @@ class _Made:
       digest: of the checkpoint.
       fidelity: what was measured on held-out text.
       linears: what became of each.
+      adapters: what was solved on top of it.
+      scores: of the adapters.
+      slots: where the model takes adapters; None where it takes none.
+      cases: what it must compute with each; empty where parity is turned off.
     """
 
     digest: str
     fidelity: FidelityReport
     linears: list[LinearReport]
+    adapters: list[SolvedAdapter]
+    scores: AdaptersReport
+    slots: AdapterSlots | None
+    cases: AdapterCases
 
 
 def _make(
@@ -195,11 +212,16 @@ def _make(
         and any(isinstance(item, Calibrate) for item in config.passes)
         else None
     )
+    tasks = [
+        load_task(name, adapter, tokenizer, config_dir=config_dir)
+        for name, adapter in config.adapters.items()
+    ]
     release_memory()
     original = Executor(loaded.model.clone())
     compressed = _compress(config, loaded, calibration, work / "sweep", progress)
     shipped = next((item.name for item in config.passes if isinstance(item, Compensation)), None)
     release_memory()
+    solved = _solve(config, compressed, tasks, work / "adapters", progress)
     fidelity = fidelity_report(
         original,
         Executor(compressed.model, compressed.linears),
@@ -209,6 +231,7 @@ def _make(
         limits=config.verify.limits,
         progress=progress,
     )
+    scores = _score_adapters(config, original, compressed, solved, work / "alone", progress)
     level = config.onnxruntime.accuracy_level
     lowered = lower(
         compressed.model, accuracy_level=level, adapter_type=config.onnxruntime.adapter_type
@@ -227,7 +250,26 @@ def _make(
     if config.verify.parity:
         _record_parity(compressed, original, held_out, loaded, writer.folder, level, progress)
     reports = [linear_report(linear) for linear in compressed.linears]
-    return _Made(loaded.digest, fidelity, reports)
+    cases: AdapterCases = {}
+    if config.verify.parity and solved:
+        cases = record_adapters(
+            compressed,
+            solved,
+            folder=loaded.folder,
+            accuracy_level=level,
+            trust_remote_code=loaded.trust_remote_code,
+            progress=progress,
+        )
+    slots = lowered.metadata_props.get(SLOTS_KEY)
+    return _Made(
+        digest=loaded.digest,
+        fidelity=fidelity,
+        linears=reports,
+        adapters=solved,
+        scores=scores,
+        slots=None if slots is None else AdapterSlots.from_json(slots),
+        cases=cases,
+    )
 
 
 # --- passes ---------------------------------------------------------------------------------------
@@ -326,6 +368,70 @@ def _sweep_key(
     return digest.hexdigest()
 
 
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def _solve(
+    config: BuildConfig,
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    folder: Path,
+    progress: Progress,
+    **options: Any,  # noqa: ANN401 - of solve_adapter
+) -> list[SolvedAdapter]:
+    calibrate = next((item for item in config.passes if isinstance(item, Calibrate)), Calibrate())
+    return [
+        solve_adapter(
+            backbone,
+            task,
+            work=folder / task.name,
+            progress=progress,
+            calibrate=calibrate,
+            **options,
+        )
+        for task in tasks
+    ]
+
+
+def _score_adapters(
+    config: BuildConfig,
+    original: Executor,
+    backbone: Backbone,
+    solved: Sequence[SolvedAdapter],
+    folder: Path,
+    progress: Progress,
+) -> AdaptersReport:
+    if not solved:
+        return AdaptersReport()
+    scores = score_adapters(original, backbone, solved, progress=progress)
+    if not config.verify.compare_adapters:
+        return scores
+    alone = _solve(
+        config,
+        backbone,
+        [one.task for one in solved],
+        folder,
+        progress,
+        weight_of=Linear.backbone_weight,
+        label="alone",
+    )
+    return compare_compensations(scores, backbone, solved, alone, progress=progress)
+
+
+def _write_adapters(writer: ArtifactWriter, made: _Made, progress: Progress) -> AdaptersReport:
+    """Put what was solved into the artifact, checked against PyTorch; its part of the report."""
+    if not made.adapters:
+        return made.scores
+    assert made.slots is not None  # noqa: S101 - load_config wants slots where there are adapters
+    for one in made.adapters:
+        writer.write_adapter(one.task.name, one.factors, adapter_details(one, made.scores))
+    if not made.cases:
+        return made.scores
+    factors = {one.task.name: one.factors for one in made.adapters}
+    parity = check_adapters(writer.folder, made.slots, factors, made.cases, progress=progress)
+    return replace(made.scores, parity=parity)
+
+
 # --- gates ----------------------------------------------------------------------------------------
 
 
@@ -376,6 +482,7 @@ def _check_gates(report: Report, work: Path) -> None:
     failed = list(report.fidelity.exceeded)
     if report.parity and not report.parity["passed"]:
         failed.append(parity_line(report.parity))
+    failed += refuse_adapters(report.adapters.parity)
     if not failed:
         return
     path = work / "report.json"

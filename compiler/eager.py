@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_eager", "positions", "reference_logits"]
+__all__ = ["load_eager", "positions", "reference_logits", "replace_weights"]
 
 
 def load_eager(
@@ -61,6 +61,20 @@ def load_eager(
         )
     model.train(mode=False)
     model.requires_grad_(requires_grad=False)
+    replace_weights(model, weights)
+    return model
+
+
+def replace_weights(model: PreTrainedModel, weights: Mapping[str, NDArray[np.float32]]) -> None:
+    """Put ``weights`` in place of those of a model's modules.
+
+    Args:
+      model: from :func:`load_eager`.
+      weights: as there.
+
+    Raises:
+      ModelError: a name that the model does not have, or a weight of another shape.
+    """
     modules: dict[str, Any] = dict(model.named_modules())
     _untie(model, modules, weights)
     for name in weights:
@@ -78,7 +92,6 @@ def load_eager(
             parts = torch.split(torch.from_numpy(weight), rows)
         for target, part in zip(targets, parts, strict=True):
             target.copy_(part)
-    return model
 
 
 def _untie(

@@ -9,15 +9,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
+    from rich.table import Table
 
     from eoracc.compiler.linears import Linear
 
 __all__ = [
+    "AdapterParity",
+    "AdapterReport",
+    "AdaptersReport",
     "BuildReport",
+    "CompensationReport",
     "FidelityReport",
     "FidelityRow",
     "LinearReport",
     "Report",
+    "adapter_tables",
     "fidelity_table",
     "format_bytes",
     "linear_report",
@@ -100,6 +106,100 @@ class LinearReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """One adapter that was solved.
+
+    Attributes:
+      rank: of its factors, unless an override says otherwise.
+      factor_type: what they are stored in, likewise.
+      linears: how many have factors.
+      bytes: of all factors.
+      tokens: of the text that it was solved on.
+      error_without: relative output error of the linears over that text, mean, without the adapter.
+      error_with: the same with it.
+      cpu_s: seconds of processor time that solving took.
+      notes: what else there is to say.
+    """
+
+    rank: int
+    factor_type: str
+    linears: int
+    bytes: int
+    tokens: int
+    error_without: float
+    error_with: float
+    cpu_s: float
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterParity:
+    """The artifact with one adapter against eager PyTorch with the same weights.
+
+    Attributes:
+      cases: figures as ``CaseParity`` has them.
+      adapter_effect: largest change that the adapter makes to a logit of the first case.
+    """
+
+    cases: Sequence[Mapping[str, Any]]
+    adapter_effect: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case did."""
+        return all(case["passed"] for case in self.cases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensationReport:
+    """One way of giving back what quantization took, on every task's text.
+
+    Attributes:
+      backbone_bytes: of all parameters of the backbone, its own factors included.
+      adapter_bytes: of the adapters by name; empty for none.
+      perplexity: by text, each with its own adapter where there is one.
+    """
+
+    backbone_bytes: int
+    adapter_bytes: Mapping[str, int]
+    perplexity: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptersReport:
+    """What adapters are there, and what they do on the held-out texts, which are named like them.
+
+    Attributes:
+      perplexity: by text, then by adapter, ``none`` for the backbone alone.
+      original: of the original model, by text.
+      solved: by adapter.
+      parity: by adapter; empty where parity was turned off.
+      compensation: ``quantized``, ``shared``, ``per-task`` and ``both``, where
+        ``verify.compare_adapters`` asks for it.
+    """
+
+    perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    original: Mapping[str, float] = field(default_factory=dict)
+    solved: Mapping[str, AdapterReport] = field(default_factory=dict)
+    parity: Mapping[str, AdapterParity] = field(default_factory=dict)
+    compensation: Mapping[str, CompensationReport] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> AdaptersReport:
+        """Inverse of ``asdict``."""
+        return cls(
+            **{
+                **content,
+                "solved": {name: AdapterReport(**one) for name, one in content["solved"].items()},
+                "parity": {name: AdapterParity(**one) for name, one in content["parity"].items()},
+                "compensation": {
+                    name: CompensationReport(**one) for name, one in content["compensation"].items()
+                },
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildReport:
     """What the build took; the only part that differs between two builds of the same inputs.
 
@@ -125,12 +225,14 @@ class Report:
       parity: the parity gate as ``ParityReport.as_dict`` gives it; empty where it was turned off.
       linears: all linears in execution order.
       build: what the build took.
+      adapters: those that the artifact has, or had when they were scored.
     """
 
     fidelity: FidelityReport
     parity: Mapping[str, Any]
     linears: Sequence[LinearReport]
     build: BuildReport
+    adapters: AdaptersReport = field(default_factory=AdaptersReport)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -154,6 +256,10 @@ class Report:
                 for linear in content["linears"]
             ],
             build=BuildReport(**content["build"]),
+            # Reports of before there were adapters have no such part.
+            adapters=AdaptersReport.from_dict(content["adapters"])
+            if "adapters" in content
+            else AdaptersReport(),
         )
 
 
@@ -201,18 +307,8 @@ def format_bytes(size: float) -> str:
 
 def fidelity_table(rows: Sequence[FidelityRow]) -> RenderableType:
     """The table that ``eoracc build`` ends with."""
-    from rich import box  # noqa: PLC0415 - `--json` does without
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(
-        title="fidelity on held-out text",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("model", no_wrap=True)
-    for heading in ("perplexity", "KL", "top-1", "layer error", "parameters", "bits/weight"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("perplexity", "KL", "top-1", "layer error", "parameters", "bits/weight")
+    table = _table("fidelity on held-out text", "model", headings)
     for row in rows:
         table.add_row(
             row.name,
@@ -226,6 +322,66 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> RenderableType:
     return table
 
 
+def _table(title: str, first: str, others: Sequence[str]) -> Table:
+    from rich import box  # noqa: PLC0415 - `--json` does without
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def adapter_tables(adapters: AdaptersReport) -> list[RenderableType]:
+    """Perplexity of every adapter on every text, and the ways of compensation that were compared.
+
+    Empty where there is nothing to show.
+    """
+    tables: list[RenderableType] = []
+    texts = list(adapters.perplexity)
+    if texts:
+        rows = dict.fromkeys(name for text in texts for name in adapters.perplexity[text])
+        table = _table("perplexity of every adapter on held-out text", "adapter", texts)
+        if adapters.original:
+            table.add_row("original", *(_figure(adapters.original.get(text)) for text in texts))
+        for name in rows:
+            table.add_row(
+                name,
+                *(
+                    f"[bold]{_figure(figures.get(name))}[/bold]"
+                    if _is_best(figures, name)
+                    else _figure(figures.get(name))
+                    for figures in (adapters.perplexity[text] for text in texts)
+                ),
+            )
+        tables.append(table)
+    if adapters.compensation:
+        texts = list(next(iter(adapters.compensation.values())).perplexity)
+        table = _table(
+            "what is shared and what is each task's own",
+            "compensation",
+            [*texts, "backbone", "adapters"],
+        )
+        for name, one in adapters.compensation.items():
+            table.add_row(
+                name,
+                *(_figure(one.perplexity.get(text)) for text in texts),
+                format_bytes(one.backbone_bytes),
+                format_bytes(sum(one.adapter_bytes.values())),
+            )
+        tables.append(table)
+    return tables
+
+
+def _is_best(figures: Mapping[str, float], name: str) -> bool:
+    return len(figures) > 1 and figures.get(name) == min(figures.values())
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def report_lines(report: Report) -> list[str]:
     """What stands under the table: parity, the worst linears, notes, limits, cost."""
     lines = [parity_line(report.parity)]
@@ -235,6 +391,9 @@ def report_lines(report: Report) -> list[str]:
         named = ", ".join(f"{linear.name} {_last_error(linear):.3f}" for linear in worst)
         lines.append(f"largest output errors: {named}")
     lines += [f"note: {linear.name}: {note}" for linear in report.linears for note in linear.notes]
+    for name, one in report.adapters.solved.items():
+        lines.append(_adapter_line(name, one, report.adapters.parity.get(name)))
+        lines += [f"note: adapter {name}: {note}" for note in one.notes]
     lines += [f"limit: {sentence}" for sentence in report.fidelity.exceeded]
     build = report.build
     lines.append(
@@ -242,6 +401,18 @@ def report_lines(report: Report) -> list[str]:
         f"{format_bytes(build.peak_memory_bytes)} of memory at most"
     )
     return lines
+
+
+def _adapter_line(name: str, one: AdapterReport, parity: AdapterParity | None) -> str:
+    line = (
+        f"adapter {name}: rank {one.rank}, {one.factor_type}, {format_bytes(one.bytes)}, "
+        f"{one.tokens:,} tokens, {one.cpu_s:.0f} s of processor time, "
+        f"mean output error {one.error_without:.3f} without and {one.error_with:.3f} with it"
+    )
+    if parity is not None:
+        share = max(case["max_error"] / case["tolerance"] for case in parity.cases)
+        line += f", parity {'passed' if parity.passed else 'FAILED'} ({share:.0%} of its tolerance)"
+    return line
 
 
 def parity_line(parity: Mapping[str, Any]) -> str:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from eoracc.compiler.eager import load_eager, reference_logits
+from eoracc.compiler.eager import load_eager, reference_logits, replace_weights
 from eoracc.compiler.embeddings import Embedding
 from eoracc.compiler.executor import Executor, make_batches
 from eoracc.compiler.int8_activations import (
@@ -35,16 +37,18 @@ from eoracc.compiler.int8_activations import (
 from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import Phase
 from eoracc.compiler.text import Windows
+from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_memory
 from eoracc.runtime.parity import ParityCase, ParityLinear, ParityRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PARITY_STEPS", "logits_tolerance", "record_parity"]
+__all__ = ["PARITY_STEPS", "adapter_cases", "logits_tolerance", "record_parity"]
 
 _UNIT_ROUNDOFF = 2.0**-24
 _LINEAR_ROWS = 2
+_NO_ADAPTER: Mapping[str, LowRank] = MappingProxyType({})
 _SEED = 0
 
 
@@ -71,6 +75,9 @@ _CALLS = (
     _Call("decode and chunk on cache", (50,), (32, 1, 1, 16), (31, 32, 33, -16, -1)),
     _Call("batch of unequal lengths", (48, 31, 17), (48,), (-1,)),
 )
+
+_ADAPTER_CALLS = 2
+"""How many of them are made with each adapter: rows of a batch are what all of them share."""
 
 PARITY_STEPS = len(_CALLS)
 """How often :func:`record_parity` advances its phase."""
@@ -110,7 +117,10 @@ def record_parity(
     release_memory()
     weights = _CompressedWeights(linears, embeddings)
     model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
-    cases = list(_cases(model, linears, windows, phase, accuracy_level))
+    cases = []
+    for call in _CALLS:
+        cases.append(_case(model, call, linears, windows, accuracy_level))
+        phase.advance(call.name)
     del model
     release_memory()
     prefill = cases[0]
@@ -120,9 +130,67 @@ def record_parity(
     )
 
 
-def logits_tolerance(linears: Sequence[Linear], logits: NDArray[np.float32]) -> float:
-    """How far float32 logits may be off (see the module's text), in logits."""
-    depths = [linear.in_features + _rank(linear) for linear in linears]
+def adapter_cases(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    adapters: Mapping[str, tuple[Mapping[str, LowRank], Windows]],
+    *,
+    folder: Path,
+    phase: Phase,
+    accuracy_level: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, tuple[list[ParityCase], float]]:
+    """Run the compressed model eagerly with each adapter's factors in its weights.
+
+    Args:
+      linears: of the backbone.
+      embeddings: its tables, compressed or not.
+      adapters: factors by linear, and text to be cut into prompts, by the adapter's name.
+      folder: the original checkpoint as a Hugging Face folder.
+      phase: advanced once per adapter.
+      accuracy_level: of the artifact's linears; 4 rounds activations to int8.
+      trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Returns:
+      By adapter, what the artifact with that adapter must reproduce, and the largest change that
+      the adapter makes to a logit of the first case: a tolerance must be far below it.
+    """
+    model = load_eager(
+        folder, _CompressedWeights(linears, embeddings), trust_remote_code=trust_remote_code
+    )
+    found: dict[str, tuple[list[ParityCase], float]] = {}
+    for name, (factors, windows) in adapters.items():
+        adapted = [linear for linear in linears if linear.name in factors]
+        replace_weights(model, _CompressedWeights(adapted, (), factors))
+        cases = [
+            _case(model, call, linears, windows, accuracy_level, factors)
+            for call in _CALLS[:_ADAPTER_CALLS]
+        ]
+        replace_weights(model, _CompressedWeights(adapted, ()))
+        without = _case(model, _CALLS[0], linears, windows, 0)
+        found[name] = cases, float(np.abs(cases[0].logits - without.logits).max())
+        phase.advance(name)
+    return found
+
+
+def logits_tolerance(
+    linears: Sequence[Linear],
+    logits: NDArray[np.float32],
+    adapter: Mapping[str, LowRank] = _NO_ADAPTER,
+) -> float:
+    """How far float32 logits may be off (see the module's text), in logits.
+
+    Args:
+      linears: of the backbone.
+      logits: what they come to.
+      adapter: factors on top of it, by linear.
+    """
+    depths = [
+        linear.in_features
+        + _rank(linear)
+        + (adapter[linear.name].rank if linear.name in adapter else 0)
+        for linear in linears
+    ]
     return float(_UNIT_ROUNDOFF * np.sqrt(depths).sum() * np.abs(logits).max())
 
 
@@ -150,12 +218,22 @@ def _linear(linear: Linear, inputs: NDArray[np.float32], accuracy_level: int) ->
     return ParityLinear(name=linear.name, outputs=outputs.float().numpy(), tolerance=tolerance)
 
 
+def _weight_with(linear: Linear, adapter: LowRank | None) -> NDArray[np.float32]:
+    weight = linear.effective_weight()
+    return weight if adapter is None else weight + adapter.product()
+
+
 class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
     """Compressed weights by module name, made when they are asked for."""
 
-    def __init__(self, linears: Sequence[Linear], embeddings: Sequence[Embedding]) -> None:
+    def __init__(
+        self,
+        linears: Sequence[Linear],
+        embeddings: Sequence[Embedding],
+        adapter: Mapping[str, LowRank] = _NO_ADAPTER,
+    ) -> None:
         self._made: dict[str, Callable[[], NDArray[np.float32]]] = {
-            linear.name: linear.effective_weight
+            linear.name: partial(_weight_with, linear, adapter.get(linear.name))
             for linear in linears
             if linear.compressed is not None
         }
@@ -178,35 +256,34 @@ class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
         return len(self._made)
 
 
-def _cases(
+def _case(
     model: PreTrainedModel,
+    call: _Call,
     linears: Sequence[Linear],
     windows: Windows,
-    phase: Phase,
     accuracy_level: int,
-) -> Iterator[ParityCase]:
+    adapter: Mapping[str, LowRank] = _NO_ADAPTER,
+) -> ParityCase:
     text = windows.input_ids.reshape(-1)[windows.attention_mask.reshape(-1).astype(bool)]
-    for call in _CALLS:
-        ids, mask = _prompts(text, call.lengths)
-        logits = reference_logits(model, ids, mask, chunks=call.chunks)
-        rows, columns = _kept(call)
-        kept = logits[rows, columns]
-        tolerance = logits_tolerance(linears, kept)
-        if accuracy_level:
-            with rounded_activations(model, linears):
-                rounded = reference_logits(model, ids, mask, chunks=call.chunks)
-            tolerance += rounding_tolerance(kept, rounded[rows, columns])
-        yield ParityCase(
-            name=call.name,
-            input_ids=ids,
-            attention_mask=mask,
-            chunks=call.chunks,
-            rows=rows,
-            columns=columns,
-            logits=kept,
-            tolerance=tolerance,
-        )
-        phase.advance(call.name)
+    ids, mask = _prompts(text, call.lengths)
+    logits = reference_logits(model, ids, mask, chunks=call.chunks)
+    rows, columns = _kept(call)
+    kept = logits[rows, columns]
+    tolerance = logits_tolerance(linears, kept, adapter)
+    if accuracy_level:
+        with rounded_activations(model, linears):
+            rounded = reference_logits(model, ids, mask, chunks=call.chunks)
+        tolerance += rounding_tolerance(kept, rounded[rows, columns])
+    return ParityCase(
+        name=call.name,
+        input_ids=ids,
+        attention_mask=mask,
+        chunks=call.chunks,
+        rows=rows,
+        columns=columns,
+        logits=kept,
+        tolerance=tolerance,
+    )
 
 
 def _prompts(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "ParityLinear",
     "ParityRecord",
     "ParityReport",
+    "check_cases",
     "check_parity",
 ]
 
@@ -234,7 +236,7 @@ def check_parity(folder: Path) -> ParityReport:
         library = through == "library"
         linears.append(_check_linears(folder, record, library=library))
         release_memory()
-        logits.extend(_check_cases(folder, record, library=library))
+        logits.extend(check_cases(folder, record.cases, library=library))
         release_memory()
     passed = all(f.passed for f in linears) and all(f.passed for f in logits)
     return ParityReport(passed, tuple(linears), tuple(logits), record.compression_effect)
@@ -256,10 +258,24 @@ def _check_linears(folder: Path, record: ParityRecord, *, library: bool) -> Line
     )
 
 
-def _check_cases(folder: Path, record: ParityRecord, *, library: bool) -> Iterator[CaseParity]:
+def check_cases(
+    folder: Path,
+    cases: Iterable[ParityCase],
+    *,
+    library: bool,
+    operands: Iterable[Mapping[str, NDArray[np.generic]]] = repeat({}),
+) -> Iterator[CaseParity]:
+    """Compare whole calls of the artifact in ``folder`` with what they should give.
+
+    Args:
+      folder: the artifact, its model at least.
+      cases: what the calls are, and their logits.
+      library: whether the native library computes them, or the model-local functions.
+      operands: further inputs of each case, those of an adapter.
+    """
     # Lean: the gate must not need the memory of the uncompressed model.
     session = open_session(folder, library=library, lean=True)
-    for case in record.cases:
+    for case, session.operands in zip(cases, operands, strict=False):
         logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
         error = np.abs(logits[case.rows, case.columns] - case.logits).max()
         yield CaseParity(
