@@ -113,16 +113,14 @@ def _edited_report(
     if REPORT_FILE not in manifest.files:
         return {}
     before = read_listed(folder, manifest, REPORT_FILE)
+    report: Report = json.loads(before)
+    _forget(report, name)
+    if edit is not None:
+        edit(report)
     try:
-        report: Report = json.loads(before)
-        _forget(report, name)
-        if edit is not None:
-            edit(report)
-    except (ValueError, AttributeError, TypeError):
-        raise ArtifactError(
-            f"{folder / REPORT_FILE}: is no report: build the artifact again"
-        ) from None
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ArtifactError(f"{folder / REPORT_FILE}: cannot hold that: {error}") from None
     return {} if text.encode() == before else {REPORT_FILE: text.encode()}
 
 

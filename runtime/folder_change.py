@@ -122,7 +122,7 @@ def _finish(folder: Path) -> None:
         for name in removed:
             _inside(folder, name).unlink(missing_ok=True)
             touched.add(_inside(folder, name).parent)
-        for parent in touched - {folder}:
+        for parent in filter(Path.is_dir, touched - {folder}):
             _sync(parent)
             if not any(parent.iterdir()):
                 parent.rmdir()
