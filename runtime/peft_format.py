@@ -204,7 +204,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
     try:
-        tensors = safetensors.deserialize(path.read_bytes())
+        tensors = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except (OSError, safetensors.SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be read as safetensors: {error}") from None
     return {name: _array(f"{path}: '{name}'", tensor) for name, tensor in tensors}

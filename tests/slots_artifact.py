@@ -63,7 +63,7 @@ def write_slots_artifact(
     }
     config = {"model": {"type": "llama", "context_length": 64, "decoder": decoder}}
     (folder / "genai_config.json").write_text(json.dumps(config))
-    report = {"build": {}, "adapters": {"perplexity": {}}}
+    report: dict[str, dict[str, object]] = {"build": {}, "adapters": {"perplexity": {}}}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     manifest = Manifest.of(
         describe_folder(folder), source={"model": "m"}, config={}, packages={}, parity={}

@@ -13,7 +13,8 @@ def model(**metadata: str) -> bytes:
     graph = onnx.helper.make_graph([], "graph", [], [output], [weight])
     proto = onnx.helper.make_model(graph)
     onnx.helper.set_model_props(proto, metadata)
-    return proto.SerializeToString()
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 @pytest.mark.parametrize(

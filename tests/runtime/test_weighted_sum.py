@@ -34,6 +34,11 @@ def values(one: LowRank, factor: str) -> Array:
     return codes if scale is None else codes * scale.astype(np.float64)[:, None]
 
 
+def row_scale(one: LowRank) -> Array:
+    assert one.lora_b_scale is not None
+    return one.lora_b_scale.astype(np.float64)
+
+
 def product(one: LowRank) -> Array:
     return values(one, "b") @ values(one, "a")
 
