@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
 
 MATH = "adapters/math.onnx_adapter"
 INT8 = AdapterSlots("int8", SLOTS)
@@ -291,7 +290,7 @@ def test_details_are_json(details: dict[str, Any]) -> None:
         encode_adapter(Adapter("math", {}, "ab" * 32, details), INT8)
 
 
-def bad_factors(**changes: NDArray[Any]) -> dict[str, LowRank]:
+def bad_factors(changes: dict[str, Any]) -> dict[str, LowRank]:
     factors = random_factors("int8", linears=(DOWN,))
     return {DOWN: replace(factors[DOWN], **changes)}
 
@@ -301,9 +300,9 @@ def bad_factors(**changes: NDArray[Any]) -> dict[str, LowRank]:
     [
         ({"model.layers.7.mlp.x": random_factors("int8")[DOWN]}, "has no slot for an adapter"),
         (random_factors("float16"), "has float16 factors, the model takes int8 or int4"),
-        (bad_factors(lora_b=np.zeros((41, 3), np.int8)), r"do not fit its \[40, 32\] weight"),
-        (bad_factors(lora_a=np.zeros((4, 32), np.int8)), r"do not fit its \[40, 32\] weight"),
-        (bad_factors(lora_a_scale=np.full(3, np.inf, np.float32)), "hold NaN or Inf"),
+        (bad_factors({"lora_b": np.zeros((41, 3), np.int8)}), r"do not fit its \[40, 32\] weight"),
+        (bad_factors({"lora_a": np.zeros((4, 32), np.int8)}), r"do not fit its \[40, 32\] weight"),
+        (bad_factors({"lora_a_scale": np.full(3, np.inf, np.float32)}), "hold NaN or Inf"),
     ],
 )
 def test_factors_that_the_model_does_not_take(factors: dict[str, LowRank], problem: str) -> None:

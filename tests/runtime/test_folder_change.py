@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from eoracc.runtime import folder_change
 from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.folder_change import PENDING, STAGED, change_files, changing, reading
 
@@ -80,7 +79,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
     for name in ("mkdir", "open", "rename", "replace", "unlink", "rmdir"):
         wrap(Path, name)
     wrap(os, "fsync")
-    wrap(folder_change.shutil, "rmtree")
+    wrap(shutil, "rmtree")
     return lambda: count
 
 
@@ -132,11 +131,11 @@ def test_change_that_cannot_be_finished_is_kept(
 
     with monkeypatch.context() as patches:
         patches.setattr(Path, "replace", fail)
-        for attempt in (lambda: change(folder), lambda: reading(folder).__enter__()):
-            with pytest.raises(
-                ArtifactError, match=r"interrupted and cannot be finished: Read-onl"
-            ):
-                attempt()
+        problem = "is a change that was interrupted and cannot be finished: Read-only file system"
+        with pytest.raises(ArtifactError, match=problem):
+            change(folder)
+        with pytest.raises(ArtifactError, match=problem), reading(folder):
+            pass
     with reading(folder):
         assert contents(folder) == NEW
 

@@ -29,7 +29,7 @@ def exact(terms: list[tuple[LowRank, float]]) -> Array:
 
 
 def values(one: LowRank, factor: str) -> Array:
-    codes = getattr(one, f"lora_{factor}").astype(np.float64)
+    codes: Array = getattr(one, f"lora_{factor}").astype(np.float64)
     scale = getattr(one, f"lora_{factor}_scale")
     return codes if scale is None else codes * scale.astype(np.float64)[:, None]
 
@@ -68,7 +68,7 @@ def test_integer_factors_are_off_by_half_a_step_of_the_coarsest(
     assert (total.factor_type, total.rank) == ("int8", 7)
     # Of lora_b as the module's text says, then through lora_a.
     sizes = [abs(w) * np.linalg.norm(values(one, "a")) for one, w in terms]
-    steps = [one.lora_b_scale / (18 if one.bits == 4 else 1) for one, _ in terms]
+    steps = [row_scale(one) / (18 if one.bits == 4 else 1) for one, _ in terms]
     common = np.max([step * size for step, size in zip(steps, sizes, strict=True)], axis=0)
     bound = sum(
         np.outer(common / size / 2, abs(w) * np.abs(values(one, "a")).sum(axis=0))
