@@ -87,7 +87,10 @@ class AdapterSolver(Overridable):
         delta = weight - backbone
         weighted = delta @ gram.root
         b, a = Eora.factors(delta, gram, self.rank, weighted=weighted)
-        factors = store_factors(b, a, self.factor_type)
+        metric = Eora.metric(gram)
+        factors = store_factors(
+            b, a, self.factor_type, gram=metric, weighted=delta if metric is None else weighted
+        )
         left = weighted - factors.up() @ (factors.down() @ gram.root)
         output = float(np.linalg.norm(weight @ gram.root))
         return SolvedFactors(factors, _relative(weighted, output), _relative(left, output))

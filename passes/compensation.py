@@ -120,7 +120,16 @@ class Compensation(Overridable, LayerPass):
             residual = residual_of(linear, gram)
             delta, weighted = residual.delta, residual.weighted
         b, a = cls.factors(delta, gram, rank, weighted=weighted)
-        return store_factors(b, a, factor_type)
+        metric = cls.metric(gram)
+        return store_factors(
+            b, a, factor_type, gram=metric, weighted=delta if metric is None else weighted
+        )
+
+    @classmethod
+    def metric(cls, gram: Gram | None) -> Gram | None:
+        """The Gram that the pass weighs errors by; None weighs all inputs alike."""
+        del gram
+        return None
 
 
 def check_rank(linear: Linear, rank: int) -> None:

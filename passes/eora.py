@@ -33,7 +33,8 @@ class Eora(Compensation):
 
     Options:
       rank: columns of each correction; 0 turns it off.
-      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much.
+      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
+        as float16, ``int4`` a quarter.
       overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
         match wins.
     """
@@ -56,6 +57,11 @@ class Eora(Compensation):
                         f"calibration tokens reached it (EoRA asks for {MIN_TOKENS})."
                     )
         return changed
+
+    @classmethod
+    @override
+    def metric(cls, gram: Gram | None) -> Gram | None:
+        return None if gram is None or saw_too_few_tokens(gram) else gram
 
     @classmethod
     @override

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from eoracc.passes.grid import Grid, find_grid, fit_slab, group_width, groups, to_nbits
 from eoracc.plugins.operands import NBitsWeight
 
-__all__ = ["Feedback", "feedback", "gptq"]
+__all__ = ["Feedback", "feedback", "gptq", "round_rows"]
 
 _INNER = 32
 """Columns whose mutual feedback is applied one by one; beyond, it is applied by matrix products."""
@@ -180,6 +180,48 @@ def gptq(
             group_size=width,
         ),
     )
+
+
+def round_rows(
+    weight: NDArray[np.float32],
+    feedback: Feedback,
+    scale: NDArray[np.floating],
+    *,
+    largest: int,
+) -> NDArray[np.int8]:
+    """Round ``weight`` to multiples of a step a row, with the same feedback from column to column.
+
+    Args:
+      weight: ``float32 [N, K]``.
+      feedback: of the Gram.
+      scale: the step of each row, ``[N]``; a row whose step is 0 becomes 0.
+      largest: magnitude of the largest code.
+
+    Returns:
+      ``int8 [N, K]``, codes symmetric about 0.
+    """
+    rows, columns = weight.shape
+    source = np.ascontiguousarray(weight.T[feedback.order])
+    error = np.empty_like(source)
+    codes = np.empty((columns, rows), np.uint8)
+    steps = np.where(scale > 0, scale, 1).astype(np.float32)
+    for outer in groups(columns, _OUTER):
+        start = outer.start
+        shape = source[outer].shape
+        _round_block(
+            source[outer] + feedback.weights[outer, :start] @ error[:start],
+            scales=np.broadcast_to(steps, shape),
+            zero_points=np.broadcast_to(np.float32(largest), shape),
+            top=2 * largest,
+            source=source[outer],
+            weights=feedback.weights[outer, outer],
+            codes=codes[outer],
+            error=error[outer],
+        )
+    values = np.empty((columns, rows), np.int8)
+    values[feedback.order] = codes.astype(np.int16) - largest
+    values[:, scale <= 0] = 0
+    return np.ascontiguousarray(values.T)
 
 
 def _round_block(

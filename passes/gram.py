@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.passes.factors import gram_root
+from eoracc.passes.gptq import Feedback, feedback
 
 if TYPE_CHECKING:
     from eoracc.plugins.operands import NBitsWeight
@@ -66,6 +67,11 @@ class Gram:
         itself, nothing cancels.
         """
         return gram_root(self.matrix).astype(np.float32)
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """What rounding in the metric of this Gram needs, for all who round to few bits by it."""
+        return feedback(self.matrix)
 
 
 def accumulate_gram(
