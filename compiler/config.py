@@ -232,7 +232,7 @@ class OnnxRuntimeConfig(_Section):
     accuracy_level: Annotated[Literal[0, 4], BeforeValidator(_no_bool)] = 0
     """0: float32 sums of float activations, parity to float32 rounding. 4: activations may be
     rounded to int8, in blocks of 32 columns, which is faster; parity to that rounding."""
-    adapter_type: Literal["int8", "float16", "none"] = "none"
+    adapter_type: Literal["int8", "float16", "none"] = "int8"
     """What adapters may be made of: int8 takes factors of 8 and of 4 bits; none leaves the places
     for them out of the model."""
 
