@@ -125,8 +125,9 @@ def _edited_report(
 
 
 def _forget(report: Report, name: str) -> None:
-    """Drop the perplexities of adapter ``name``, and of every adapter on its text."""
-    perplexity = report.get("adapters", {}).get("perplexity", {})
-    perplexity.pop(name, None)
-    for row in perplexity.values():
+    """Drop what the report says of adapter ``name``, and of every adapter on its text."""
+    section = report.get("adapters") or {}
+    for figures in section.values():
+        figures.pop(name, None)
+    for row in section.get("perplexity", {}).values():
         row.pop(name, None)
