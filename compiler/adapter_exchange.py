@@ -210,7 +210,7 @@ def round_factors(factors: LowRank, factor_type: FactorType) -> LowRank:
 
     Args:
       factors: float ones.
-      factor_type: of the result, of the same rank.
+      factor_type: of the result. Integer ones are of the rank of the product.
     """
     b, a = factors.up().astype(np.float64), factors.down().astype(np.float64)
     if factor_type == "float16" or factors.rank == 0:
@@ -226,7 +226,8 @@ def _orthogonal(
     left, upper = np.linalg.qr(b)
     right, lower = np.linalg.qr(a.T)
     u, s, vt = np.linalg.svd(upper @ lower.T)
-    rank = min(len(s), b.shape[1])
+    # Directions that nothing is left of but the rounding of this very product.
+    rank = int((s > len(s) * np.finfo(np.float64).eps * s.max(initial=0)).sum())
     root = np.sqrt(s[:rank])
     return left @ u[:, :rank] * root, (root[:, None] * vt[:rank]) @ right.T
 

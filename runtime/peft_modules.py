@@ -3,7 +3,8 @@
 Mostly they are the same. But some families store query, key and value, or gate and up, as one
 module that the compiler takes apart, and ``pack_projections`` makes one linear of what they store
 as several modules. Factors follow: a whole that is taken apart leaves its ``lora_a`` to every part,
-and parts that are joined have their ranks side by side, each acting on its own rows.
+and parts that are joined have their ranks side by side, each acting on its own rows, unless they
+share their ``lora_a``.
 """
 
 from __future__ import annotations
@@ -167,12 +168,18 @@ def _check_shape(place: str, name: str, factors: LowRank, shape: tuple[int, int]
 
 
 def _join(parts: Mapping[str, LowRank], whole: str, rows: tuple[int, ...]) -> LowRank:
-    """Factors of some parts, by role, as those of their whole."""
-    lora_b = np.zeros((sum(rows), sum(one.rank for one in parts.values())), np.float32)
+    """Factors of some parts, by role, as those of their whole; one ``lora_a`` is shared."""
+    downs = [one.down() for one in parts.values()]
+    if all(np.array_equal(down, downs[0]) for down in downs):
+        columns = [slice(0, len(downs[0]))] * len(downs)
+        lora_a = downs[0]
+    else:
+        edges = np.cumsum([0, *map(len, downs)])
+        columns = list(map(slice, edges[:-1], edges[1:]))
+        lora_a = np.concatenate(downs)
+    lora_b = np.zeros((sum(rows), len(lora_a)), np.float32)
     starts = dict(zip(_PARTS[whole], np.cumsum([0, *rows]), strict=False))
-    column = 0
-    for role, one in parts.items():
+    for (role, one), ranks in zip(parts.items(), columns, strict=True):
         start = starts[role]
-        lora_b[start : start + len(one.lora_b), column : column + one.rank] = one.up()
-        column += one.rank
-    return LowRank(lora_a=np.concatenate([one.down() for one in parts.values()]), lora_b=lora_b)
+        lora_b[start : start + len(one.lora_b), ranks] = one.up()
+    return LowRank(lora_a=lora_a, lora_b=lora_b)

@@ -234,7 +234,7 @@ def train(work: Path, folder: Path, **options: Any) -> Any:  # noqa: ANN401 - of
     model = peft.get_peft_model(
         load_eager(work / "checkpoint", {}), peft.LoraConfig(**settings | options)
     )
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return model
 
 
@@ -284,7 +284,7 @@ def test_ordinary_lora_lands_on_the_backbone(
 def test_int4_is_coarser_and_said_to_be(work: Path, tmp_path: Path) -> None:
     train(work, tmp_path / "lora")
     by_type = {
-        kind: import_adapter(work / "artifact", tmp_path / "lora", "lora", kind)  # type: ignore[arg-type]
+        kind: import_adapter(work / "artifact", tmp_path / "lora", "lora", kind)
         for kind in ("int8", "int4")
     }
     errors = {kind: one.details["rounding"]["mean"] for kind, one in by_type.items()}

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,12 @@ from safetensors import SafetensorError
 
 from eoracc.compiler import artifact
 from eoracc.compiler.artifact import ArtifactWriter, check_output, package_versions
+from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
+from eoracc.runtime.adapters import adapter_names, read_adapter
 from eoracc.runtime.errors import ArtifactError
-from eoracc.runtime.manifest import verify_manifest
+from eoracc.runtime.folder_change import changing
+from eoracc.runtime.manifest import read_manifest, verify_manifest
+from tests.slots_artifact import SLOTS, random_factors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -256,3 +261,64 @@ def test_every_file_is_as_readable_as_the_umask_says(tmp_path: Path) -> None:
 def test_name_that_no_disk_takes(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="File name too long: choose another 'output'"):
         check_output(tmp_path / ("a" * 300))
+
+
+def slotted_graph() -> ir.Model:
+    model = tiny_graph()
+    model.metadata_props[SLOTS_KEY] = AdapterSlots("int8", SLOTS).to_json()
+    return model
+
+
+def write_with_adapters(output: Path, model: ir.Model, *names: str, force: bool = False) -> None:
+    with ArtifactWriter(output, force=force) as writer:
+        writer.write_model(model)
+        config = {"model": {"context_length": 1, "decoder": {"filename": "model.onnx"}}}
+        writer.write_genai_config(config)
+        for seed, name in enumerate(names):
+            writer.write_adapter(name, random_factors("int8", seed=seed), {"seed": seed})
+        writer.commit(source={"model": "m"}, config={}, parity={}, packages={})
+
+
+def test_adapters_are_bound_to_what_was_built(tmp_path: Path) -> None:
+    output = tmp_path / "artifact"
+    write_with_adapters(output, slotted_graph(), "math", "code")
+    manifest = verify_manifest(output)
+    assert adapter_names(output) == ["code", "math"]
+    for seed, name in enumerate(("math", "code")):
+        found = read_adapter(output, name)
+        assert (found.backbone, found.details) == (manifest.digest, {"seed": seed})
+        expected = random_factors("int8", seed=seed)
+        for linear, one in expected.items():
+            np.testing.assert_array_equal(found.factors[linear].product(), one.product())
+    write_with_adapters(tmp_path / "bare", slotted_graph())
+    assert read_manifest(tmp_path / "bare").digest == manifest.digest
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((output / "adapters").stat().st_mode) == 0o777 & ~umask
+
+
+def test_adapters_that_cannot_be_written(tmp_path: Path) -> None:
+    output = tmp_path / "artifact"
+    with pytest.raises(ArtifactError, match="artifact: the model takes no adapters"):
+        write_with_adapters(output, tiny_graph(), "math")
+    with pytest.raises(ArtifactError, match="artifact: has an adapter 'math' already"):
+        write_with_adapters(output, slotted_graph(), "math", "math")
+    with pytest.raises(ArtifactError, match=r"'\.\./math': cannot be its name"):
+        write_with_adapters(output, slotted_graph(), "../math")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_waits_for_a_change_of_the_old_artifact(tmp_path: Path) -> None:
+    output = tmp_path / "artifact"
+    write_with_adapters(output, slotted_graph())
+    rebuild = threading.Thread(
+        target=write_with_adapters, args=(output, slotted_graph(), "new"), kwargs={"force": True}
+    )
+    with changing(output):
+        rebuild.start()
+        rebuild.join(0.2)
+        assert rebuild.is_alive()
+        assert adapter_names(output) == []
+    rebuild.join(30)
+    assert adapter_names(output) == ["new"]
+    verify_manifest(output)

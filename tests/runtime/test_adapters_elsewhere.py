@@ -111,7 +111,8 @@ def test_onnxruntime_sets_an_adapter_for_one_run(artifact: Path) -> None:
     # The function bodies on both sides: the very same arithmetic.
     session = open_session(artifact, library=False)
     seen = []
-    for name in (None, *NAMES):
+    choices: tuple[str | None, ...] = (None, *NAMES)
+    for name in choices:
         run_options = ORT.RunOptions()
         if name is not None:
             adapter = ORT.LoraAdapter()

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.folder_change import PENDING, STAGED
 from eoracc.runtime.manifest import (
     MANIFEST_FILE,
     Manifest,
+    describe_bytes,
     describe_folder,
+    read_listed,
     read_manifest,
     verify_manifest,
 )
@@ -139,6 +142,66 @@ def test_folder_that_is_no_artifact(tmp_path: Path) -> None:
         read_manifest(tmp_path / "nowhere")
     with pytest.raises(ArtifactError, match=r"has no manifest\.json, so it is no eoracc artifact"):
         read_manifest(tmp_path)
+
+
+def test_adapters_are_no_part_of_the_backbones_digest(artifact: Path) -> None:
+    before = read_manifest(artifact)
+    for name in ("adapters/a.onnx_adapter", "adapters/b.onnx_adapter", "adapters/b.json"):
+        (artifact / name).write_bytes(b"another")
+        assert write(artifact).digest == before.digest
+        verify_manifest(artifact)
+    for name in ("adapters/lib.so", "adapters/a/b.json", "other.json"):
+        (artifact / name).parent.mkdir(exist_ok=True)
+        (artifact / name).touch()
+        assert write(artifact).digest != before.digest, name
+        (artifact / name).unlink()
+
+
+def test_files_of_a_manifest_are_replaced(artifact: Path) -> None:
+    before = read_manifest(artifact)
+    entry = describe_bytes(b"new")
+    after = before.with_files({"adapters/b.json": entry, "adapters/a.onnx_adapter": None})
+    assert set(before.files) ^ set(after.files) == {"adapters/b.json", "adapters/a.onnx_adapter"}
+    assert list(after.files) == sorted(after.files)
+    assert (after.digest, after.source) == (before.digest, before.source)
+    assert before.with_files({"model.onnx": entry}).digest != before.digest
+
+
+def test_one_file_is_read_and_compared(artifact: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(artifact)
+    assert read_listed(artifact, manifest, "libops.so") == b"\x7fELF"
+    with pytest.raises(ArtifactError, match="nowhere: is not listed in manifest"):
+        read_listed(artifact, manifest, "nowhere")
+    (artifact / "libops.so").write_bytes(b"\x7fELG")
+    with pytest.raises(ArtifactError, match=r"libops\.so: its content is not what manifest"):
+        read_listed(artifact, manifest, "libops.so")
+    (artifact / "libops.so").unlink()
+    with pytest.raises(ArtifactError, match=r"libops\.so: is missing"):
+        read_listed(artifact, manifest, "libops.so")
+    (tmp_path / "outside").write_bytes(b"\x7fELF")
+    (artifact / "libops.so").symlink_to(tmp_path / "outside")
+    with pytest.raises(ArtifactError, match=r"libops\.so: is a link that leaves the folder"):
+        read_listed(artifact, manifest, "libops.so")
+
+
+def test_what_was_half_written_is_no_part_of_the_artifact(artifact: Path) -> None:
+    (artifact / STAGED / "files").mkdir(parents=True)
+    (artifact / STAGED / "files" / "model.onnx").write_bytes(b"half")
+    verify_manifest(artifact)
+    assert not any(name.startswith(STAGED) for name in describe_folder(artifact))
+
+
+def test_interrupted_change_is_finished_before_anything_is_compared(artifact: Path) -> None:
+    shutil.copytree(artifact, artifact.parent / "changed")
+    (artifact.parent / "changed" / "adapters" / "a.onnx_adapter").write_bytes(b"changed")
+    manifest = write(artifact.parent / "changed")
+    files = artifact / PENDING / "files"
+    (files / "adapters").mkdir(parents=True)
+    (files / "adapters" / "a.onnx_adapter").write_bytes(b"changed")
+    (files / MANIFEST_FILE).write_text(manifest.to_json())
+    (artifact / PENDING / "removed.json").write_text("[]")
+    assert verify_manifest(artifact) == manifest
+    assert not (artifact / PENDING).exists()
 
 
 def test_digest_names_what_was_built_and_not_how_long_it_took(artifact: Path) -> None:
