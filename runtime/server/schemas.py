@@ -85,6 +85,7 @@ class GenerationFields(BaseModel):
       adapters: adapters to be summed by weight, an extension; instead of one named by ``model``.
       top_k: likeliest tokens to sample from, an extension; 0 or -1 for all.
       min_p: least probability relative to the likeliest token's, an extension.
+      ignore_eos: go on after the token that ends the text, an extension for benchmarks.
       seed: of the first choice; the others count up from it.
     """
 
@@ -101,6 +102,7 @@ class GenerationFields(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    ignore_eos: bool | None = None
     max_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
 
     @field_validator("stop", mode="after")

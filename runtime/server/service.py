@@ -247,6 +247,7 @@ class Service:
             seed=None if asked.seed is None else (asked.seed + copy) % 2**63,
             stop=asked.stop_strings,
             logprobs=logprobs,
+            ignore_end=bool(asked.ignore_eos),
         )
 
     def _answer_length(self, prompt_tokens: int, max_tokens: int | None) -> int:

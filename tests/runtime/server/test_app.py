@@ -63,6 +63,7 @@ def test_fields_reach_the_engine() -> None:
             top_p=0.9,
             top_k=7,
             min_p=0.1,
+            ignore_eos=True,
             seed=-3,
             stop="\n",
             max_tokens=3,
@@ -77,6 +78,7 @@ def test_fields_reach_the_engine() -> None:
         assert (request.top_k, request.max_new_tokens, request.logprobs) == (7, 3, 2)
         assert request.seed == 2**63 - 3
         assert request.stop == ("\n",)
+        assert request.ignore_end
 
     run(test)
 

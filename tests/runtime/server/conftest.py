@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.server.child import ServerProcess
+from tests.tiny_artifact import tiny_factors, tiny_slots, write_tiny_artifact
+
+ADAPTERS = ("math", "prose")
+
+
+@pytest.fixture(scope="session")
+def adapted_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with two adapters that change what it says; no test may change it."""
+    from eoracc.runtime.adapter_store import add_adapter
+    from eoracc.runtime.adapters import Adapter
+    from eoracc.runtime.manifest import read_manifest
+
+    folder = write_tiny_artifact(tmp_path_factory.mktemp("adapted"), adapter_type="int8")
+    slots, digest = tiny_slots(folder), read_manifest(folder).digest
+    for seed, name in enumerate(ADAPTERS):
+        factors = tiny_factors(slots, rank=4, seed=seed, size=1.0)
+        add_adapter(folder, Adapter(name, factors, digest))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(adapted_artifact: Path) -> Iterator[ServerProcess]:
+    """A server that tests share; four rows, so that they meet in batches."""
+    with ServerProcess(adapted_artifact, "--rows", "4", "--max-waiting", "300") as one:
+        yield one
