@@ -159,8 +159,9 @@ def adapter_details(solved: SolvedAdapter, report: AdaptersReport) -> dict[str, 
     """
     name = solved.task.name
     own = report.solved[name]
+    texts = [text.text for text in solved.task.config.texts()]
     return {
-        "solver": "eora",
+        "from": f"EoRA on {own.tokens} tokens of {', '.join(texts)}",
         "config": solved.task.config.model_dump(mode="json"),
         "tokens": own.tokens,
         "rank": own.rank,

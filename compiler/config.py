@@ -50,6 +50,7 @@ __all__ = [
     "TextConfig",
     "VerifyConfig",
     "WeightedText",
+    "adapter_config",
     "load_config",
 ]
 
@@ -340,6 +341,42 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
     return config
 
 
+def adapter_config(options: Mapping[str, Any]) -> AdapterConfig:
+    """An adapter's section of ``eoracc adapter add``.
+
+    Args:
+      options: what the command line says, by the keys of the section.
+
+    Raises:
+      ConfigError: one sentence per mistake, each with the option.
+    """
+    try:
+        config = AdapterConfig.model_validate(options)
+    except ValidationError as error:
+        sentences = [f"{_option(one['loc'])}: {_problem(one)}" for one in error.errors()]
+        raise ConfigError("\n".join(sentences)) from None
+    if config.field is not None and config.messages is not None:
+        raise ConfigError("--messages: stands next to --field: keep one of the two")
+    held_out = config.verify
+    if config.seed is not None and held_out.text is None and held_out.offset_tokens is None:
+        raise ConfigError(
+            "--seed: random windows come from anywhere in the text, so none of it is held out: "
+            "give --held-out, or --held-out-offset to keep what follows it out of calibration"
+        )
+    return config
+
+
+def _option(path: KeyPath) -> str:
+    """The option of ``eoracc adapter add`` that a key of its section comes from."""
+    key = {
+        ("text",): "data",
+        ("verify", "text"): "held-out",
+        ("verify", "offset_tokens"): "held-out-offset",
+        ("verify", "window_length"): "sequence-length",
+    }.get(path, str(path[-1]))
+    return f"--{key.replace('_', '-')}"
+
+
 def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     """What is wrong although every field is right on its own."""
     names = [item.name for item in config.passes]
@@ -487,6 +524,12 @@ def _sentences(document: Document, details: Sequence[ErrorDetails]) -> list[str]
 def _sentence(document: Document, detail: ErrorDetails) -> str:
     """One validation error as ``file:line: field: what is wrong, and the way out``."""
     path: KeyPath = detail["loc"]
+    return f"{document.where(path)}: {dotted(path)}: {_problem(detail)}"
+
+
+def _problem(detail: ErrorDetails) -> str:
+    """What is wrong, and the way out."""
+    path: KeyPath = detail["loc"]
     kind, value = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         problem = f"unknown key: {suggest(str(path[-1]), _known_keys(BuildConfig, path[:-1]))}"
@@ -504,7 +547,7 @@ def _sentence(document: Document, detail: ErrorDetails) -> str:
         problem = detail["msg"].removeprefix("Value error, ")
     else:
         problem = f"{detail['msg'].replace('Input should', 'must')}, not {value!r}"
-    return f"{document.where(path)}: {dotted(path)}: {problem}"
+    return problem
 
 
 def _known_keys(kind: object, path: KeyPath) -> list[str]:

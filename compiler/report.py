@@ -23,6 +23,7 @@ __all__ = [
     "FidelityRow",
     "LinearReport",
     "Report",
+    "adapter_lines",
     "adapter_tables",
     "fidelity_table",
     "format_bytes",
@@ -342,7 +343,7 @@ def adapter_tables(adapters: AdaptersReport) -> list[RenderableType]:
     texts = list(adapters.perplexity)
     if texts:
         rows = dict.fromkeys(name for text in texts for name in adapters.perplexity[text])
-        table = _table("perplexity of every adapter on held-out text", "adapter", texts)
+        table = _table("perplexity on held-out text", "adapter", texts)
         if adapters.original:
             table.add_row("original", *(_figure(adapters.original.get(text)) for text in texts))
         for name in rows:
@@ -359,7 +360,7 @@ def adapter_tables(adapters: AdaptersReport) -> list[RenderableType]:
     if adapters.compensation:
         texts = list(next(iter(adapters.compensation.values())).perplexity)
         table = _table(
-            "what is shared and what is each task's own",
+            "shared and per task",
             "compensation",
             [*texts, "backbone", "adapters"],
         )
@@ -391,15 +392,22 @@ def report_lines(report: Report) -> list[str]:
         named = ", ".join(f"{linear.name} {_last_error(linear):.3f}" for linear in worst)
         lines.append(f"largest output errors: {named}")
     lines += [f"note: {linear.name}: {note}" for linear in report.linears for note in linear.notes]
-    for name, one in report.adapters.solved.items():
-        lines.append(_adapter_line(name, one, report.adapters.parity.get(name)))
-        lines += [f"note: adapter {name}: {note}" for note in one.notes]
+    lines += adapter_lines(report.adapters)
     lines += [f"limit: {sentence}" for sentence in report.fidelity.exceeded]
     build = report.build
     lines.append(
         f"took {build.wall_s:.0f} s, {build.cpu_s:.0f} s of processor time, "
         f"{format_bytes(build.peak_memory_bytes)} of memory at most"
     )
+    return lines
+
+
+def adapter_lines(adapters: AdaptersReport) -> list[str]:
+    """What each adapter that was solved is, and what there is to say of it."""
+    lines = []
+    for name, one in adapters.solved.items():
+        lines.append(_adapter_line(name, one, adapters.parity.get(name)))
+        lines += [f"note: adapter {name}: {note}" for note in one.notes]
     return lines
 
 

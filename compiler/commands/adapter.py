@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from eoracc.compiler.commands.adapter_add import add
 from eoracc.compiler.commands.common import (
     PATH,
     json_option,
@@ -152,6 +153,9 @@ def import_(
             f"rounding changed the product of a linear's factors by {rounding['mean']:.2%} on "
             f"average, at most {rounding['largest']:.2%} ({rounding['linear']})"
         )
+
+
+adapter.add_command(add)
 
 
 def _listed(names: list[str]) -> str:

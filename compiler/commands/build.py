@@ -43,7 +43,12 @@ def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json:
 
     from eoracc.compiler.driver import build as run_build
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
-    from eoracc.compiler.report import fidelity_table, format_bytes, report_lines
+    from eoracc.compiler.report import (
+        adapter_tables,
+        fidelity_table,
+        format_bytes,
+        report_lines,
+    )
 
     progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
     result = run_build(config, config_dir=config_dir, progress=progress, force=force)
@@ -59,6 +64,8 @@ def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json:
         return
     console = make_console()
     console.print(fidelity_table(report.fidelity.rows))
+    for table in adapter_tables(report.adapters):
+        console.print(table)
     for line in report_lines(report):
         console.print(line, markup=False, soft_wrap=True)
     size = sum(entry.size for entry in manifest.files.values())

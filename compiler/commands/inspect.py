@@ -34,7 +34,12 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 def _show_artifact(summary: ArtifactSummary) -> None:
-    from eoracc.compiler.report import fidelity_table, format_bytes, report_lines
+    from eoracc.compiler.report import (
+        adapter_tables,
+        fidelity_table,
+        format_bytes,
+        report_lines,
+    )
 
     stages = list(dict.fromkeys(stage for one in summary.report.linears for stage in one.errors))
     table = make_table(f"{summary.path}: linears, and their output errors after each pass")
@@ -58,6 +63,8 @@ def _show_artifact(summary: ArtifactSummary) -> None:
     console = make_console()
     console.print(table)
     console.print(fidelity_table(summary.report.fidelity.rows))
+    for adapters in adapter_tables(summary.report.adapters):
+        console.print(adapters)
     lines = [
         *report_lines(summary.report),
         (

@@ -1,0 +1,162 @@
+"""``eoracc adapter add``: solve an adapter for a finished artifact."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from eoracc.compiler.commands.common import PATH, json_option, make_console, print_json
+
+if TYPE_CHECKING:
+    from eoracc.compiler.adapter_add import AddedAdapter
+    from eoracc.compiler.config import AdapterConfig
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["add"]
+
+_LAYOUTS = click.Choice(["packing", "padding"])
+
+
+@click.command()
+@click.argument("artifact", type=PATH)
+@click.option("--name", required=True, help="Of the adapter.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="TEXT",
+    help="The task's text: a file, a .jsonl file, a data set folder or a hub id.",
+)
+@click.option("--field", help="Field of each record that holds the text.")
+@click.option("--messages", help="Field of each record that holds chat messages.")
+@click.option("--split", help="Split of a data set.")
+@click.option("--rank", type=int, help="Columns of the factors; 16 unless given.")
+@click.option(
+    "--factor-type",
+    type=click.Choice(["int8", "int4", "float16"]),
+    help="What factors are stored in; by default what the artifact takes.",
+)
+@click.option("--samples", type=int, help="Windows of text to solve on; 64 unless given.")
+@click.option("--sequence-length", type=int, help="Tokens per window; 512 unless given.")
+@click.option("--seed", type=int, help="Take random windows, not the first ones.")
+@click.option("--layout", type=_LAYOUTS, help="One document a window: padding.")
+@click.option(
+    "--held-out",
+    metavar="TEXT",
+    help="Text to score on; what follows the windows of --data unless given.",
+)
+@click.option(
+    "--held-out-offset",
+    type=int,
+    help="Tokens of the text to score on that are skipped; random windows keep before them.",
+)
+@click.option("--windows", type=int, help="Windows of text to score on; 8 unless given.")
+@click.option(
+    "--model",
+    help="The original weights: a folder, a .gguf file or a hub id; by default where the artifact "
+    "was built from.",
+)
+@click.option("--no-parity", is_flag=True, help="Leave out the comparison with PyTorch.")
+@click.option("--force", is_flag=True, help="Replace the adapter of that name.")
+@json_option
+def add(
+    artifact: Path,
+    *,
+    name: str,
+    model: str | None,
+    no_parity: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,  # noqa: ANN401 - see _config
+) -> None:
+    """Solve an adapter from a task's text on the backbone of ARTIFACT, and store it there.
+
+    No gradients and no labels. The backbone does not change: the adapter gives back what it gets
+    wrong on this text.
+    """
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from eoracc.runtime.adapters import check_adapter_name, read_slots
+
+    check_adapter_name(name)
+    config = _config(options, read_slots(artifact).type)
+    from rich.console import Console
+
+    from eoracc.compiler.adapter_add import solve_for_artifact
+    from eoracc.compiler.progress import ConsoleProgress, SilentProgress
+
+    progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
+    added = solve_for_artifact(
+        artifact,
+        name,
+        config,
+        data_dir=Path(),
+        progress=progress,
+        model=model,
+        force=force,
+        parity=not no_parity,
+    )
+    if as_json:
+        print_json(_describe(artifact, added))
+    else:
+        _show(artifact, added)
+
+
+def _config(options: dict[str, Any], slot_type: str) -> AdapterConfig:
+    """The section of model.yaml that the options amount to.
+
+    Raises:
+      ConfigError: an option's value is none.
+    """
+    from eoracc.compiler.config import adapter_config
+
+    given = {key: value for key, value in options.items() if value is not None}
+    verify = {
+        key: given.pop(option)
+        for option, key in (
+            ("held_out", "text"),
+            ("held_out_offset", "offset_tokens"),
+            ("windows", "windows"),
+        )
+        if option in given
+    }
+    if "text" in verify:  # records of both texts are alike
+        verify |= {key: given[key] for key in ("field", "messages", "split") if key in given}
+    if "sequence_length" in given:
+        verify["window_length"] = given["sequence_length"]
+    given["text"] = given.pop("data")
+    given.setdefault("factor_type", slot_type)
+    return adapter_config({**given, "verify": verify})
+
+
+def _describe(artifact: Path, added: AddedAdapter) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "artifact": str(artifact),
+        "name": added.adapter.name,
+        "backbone": added.adapter.backbone,
+        "bytes": added.adapter.nbytes,
+        "adapters": asdict(added.report),
+        "wall_s": added.wall_s,
+        "cpu_s": added.cpu_s,
+    }
+
+
+def _show(artifact: Path, added: AddedAdapter) -> None:
+    from eoracc.compiler.report import adapter_lines, adapter_tables
+
+    console = make_console()
+    for table in adapter_tables(added.report):
+        console.print(table)
+    for line in adapter_lines(added.report):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(
+        f"added {added.adapter.name} to {artifact} in {added.wall_s:.0f} s, "
+        f"{added.cpu_s:.0f} s of processor time",
+        markup=False,
+        soft_wrap=True,
+    )
