@@ -156,10 +156,11 @@ def _solve_b(
     if gram is not None:
         a, rounded = (_projected(factor, gram) for factor in (a, rounded))
     target = np.asarray(b @ a if weighted is None else weighted, np.float64)
-    solved: Float = np.linalg.lstsq(rounded.T, target.T, rcond=None)[0].T
+    solved: Float = np.asarray(np.linalg.lstsq(rounded.T, target.T, rcond=None)[0].T, np.float64)
     return solved
 
 
 def _projected(a: Float, gram: Gram) -> Float:
     """``a @ gram.root``; against the root, products in float32 will do."""
-    return (a.astype(np.float32) @ gram.root).astype(np.float64)
+    projected: Float = np.asarray(a.astype(np.float32) @ gram.root, np.float64)
+    return projected

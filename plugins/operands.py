@@ -47,6 +47,7 @@ __all__ = [
     "NBitsWeight",
     "PluginError",
     "merge_factors",
+    "merged_bits",
     "pack_codes",
     "split_rows",
     "tile_codes",
@@ -526,8 +527,19 @@ def merge_factors(
         lora_b=lora_b,
         lora_a_scale=stacked("lora_a_scale", ranks),
         lora_b_scale=stacked("lora_b_scale", parts),
-        bits=max(one.bits for one in present),
+        bits=merged_bits(factors, in_features),
     )
+
+
+def merged_bits(factors: Sequence[LowRank | None], in_features: int) -> int:
+    """Bits of a code when integer factors of linears with ``in_features`` columns are merged.
+
+    The widest that any has. In tiles of so few columns that codes of 4 bits would take as many
+    vectors as those of 8, nothing would tell them apart: they are stored in 8 as well.
+    """
+    if in_features <= CHUNK[8]:
+        return 8
+    return max((one.bits for one in factors if one is not None), default=8)
 
 
 def _with_scale(factors: LowRank) -> LowRank:

@@ -42,6 +42,7 @@ from eoracc.plugins.operands import (
     TILE,
     LowRank,
     merge_factors,
+    merged_bits,
     split_rows,
     tile_codes,
     tile_rows,
@@ -55,8 +56,8 @@ _Convert = Callable[[NDArray[Any]], NDArray[Any]]
 
 _VECTOR = 64
 
-_INTEGERS = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}
-"""Bits of integer factors by their type in the graph."""
+_INTEGERS = (ir.DataType.INT8, ir.DataType.INT4)
+"""Types of integer factors in the plain layout."""
 
 
 def tile_operands(graph: ir.Graph, *, accuracy_level: int) -> None:
@@ -263,9 +264,10 @@ class _Store:
             return merge_factors(factors, parts, in_features=columns, rank=rank)
 
         rows = (len(parts) * rank, sum(parts))
+        bits = merged_bits(factors, columns)
         return [
-            self._factor(nodes, LORA_A, name, merged, (rows[0], columns)),
-            self._factor(nodes, LORA_B, name, merged, (rows[1], rank)),
+            self._factor(nodes, LORA_A, name, merged, (rows[0], columns), bits),
+            self._factor(nodes, LORA_B, name, merged, (rows[1], rank), bits),
             self._factor_scale(nodes, LORA_A_SCALE, name, merged, rows[0]),
             self._factor_scale(nodes, LORA_B_SCALE, name, merged, rows[1]),
         ]
@@ -277,15 +279,14 @@ class _Store:
         name: str,
         merged: Callable[[], LowRank],
         shape: tuple[int, int],
+        bits: int,
     ) -> ir.Value:
-        found = [tensor for node in nodes if (tensor := _array(node, position)) is not None]
         rows, columns = shape
-        bits = max((_INTEGERS.get(tensor.dtype, 0) for tensor in found), default=0)
-        dtype, inner = (
-            (ir.DataType.UINT8, (-(-columns // CHUNK[bits]), _VECTOR))
-            if bits
-            else (found[0].dtype, (columns, TILE))
-        )
+        found = (_array(node, position) for node in nodes)
+        dtype = next(tensor.dtype for tensor in found if tensor is not None)
+        inner = (columns, TILE)
+        if dtype in _INTEGERS:
+            dtype, inner = ir.DataType.UINT8, (-(-columns // CHUNK[bits]), _VECTOR)
         operand = INPUTS[FUSED_OP][position]
         return self._register(
             position, name, lambda: merged().tiles()[operand], (-(-rows // TILE), *inner), dtype
