@@ -210,15 +210,12 @@ class Batch:
           Logits, ``float32 [len(tokens), V]``, valid until the next call.
 
         Raises:
-          BackendError: ONNX Runtime fails; the rows are as they were.
+          BackendError: ONNX Runtime fails, or memory is out; the rows are as they were.
         """
         rows = slice(first, first + len(tokens))
         self._reserve(rows.stop, int(self._lengths[rows].max()) + 1)
         if not self._graph.in_place:
-            parts = zip(range(rows.start, rows.stop), tokens, adapters, strict=True)
-            return np.concatenate(
-                [self.prefill(row, [token], adapter=adapter) for row, token, adapter in parts]
-            )
+            return self._decode_singly(rows, tokens, adapters)
         version, bank = self._bank.inputs
         step = self._decoding
         if step is None or not step.fits(rows, version):
@@ -227,6 +224,20 @@ class Batch:
         logits = step.run(tokens, adapters, self._lengths[rows])
         self._lengths[rows] += 1
         return logits
+
+    def _decode_singly(
+        self, rows: slice, tokens: Sequence[int], adapters: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """For an attention that copies its past: rows of different lengths do not fit one array."""
+        lengths = self._lengths[rows].copy()
+        parts = zip(range(rows.start, rows.stop), tokens, adapters, strict=True)
+        try:
+            return np.concatenate(
+                [self.prefill(row, [token], adapter=adapter) for row, token, adapter in parts]
+            )
+        except BackendError:
+            self._lengths[rows] = lengths
+            raise
 
     def _process(
         self, first: int, texts: Sequence[Sequence[int]], adapters: Sequence[int], keep: int
@@ -292,7 +303,12 @@ class Batch:
         # Beyond the context there are no angles for the rotary embedding.
         capacity = min(capacity, max(self._graph.context_length, tokens))
         count = held if rows <= held else max(rows, 2 * held)
-        grown = self._graph.new_caches(count, capacity)
+        try:
+            grown = self._graph.new_caches(count, capacity)
+        except MemoryError:
+            raise BackendError(
+                f"there is no memory for {count} texts of {capacity} tokens: serve fewer or shorter"
+            ) from None
         for name, cache in self._caches.items():
             for row, length in enumerate(self._lengths):
                 grown[name][row, :, :length] = cache[row, :, :length]

@@ -222,11 +222,13 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise BusyError("the engine is closed: it takes no more requests")
+            if self._max_waiting is None:
+                return
+            # A request that has just come is nowhere yet, though a row may be free for it.
             waiting = self._scheduler.waiting + len(self._arrived)
-            if self._max_waiting is not None and waiting >= self._max_waiting:
-                free = self._max_rows - self._scheduler.active - waiting
-                if free <= 0:
-                    raise BusyError(f"{waiting} requests are waiting already: try again later")
+            waiting -= max(0, self._max_rows - self._scheduler.active)
+            if waiting >= self._max_waiting:
+                raise BusyError(f"{waiting} requests are waiting already: try again later")
 
     def _work(self) -> None:
         failure: Exception | None = None

@@ -203,7 +203,7 @@ class Model:
             ignore_end=ignore_end,
         )
         if stream:
-            return self._stream(request)
+            return self.stream(request)
         return self.generate_batch([request])[0]
 
     def generate_batch(
@@ -234,7 +234,13 @@ class Model:
             complete(_pieces(heard), length) for heard, length in zip(events, prompts, strict=True)
         ]
 
-    def _stream(self, request: Request) -> Iterator[Piece]:
+    def stream(self, request: Request) -> Iterator[Piece]:
+        """Continue one text piece by piece, as far as pieces are asked for.
+
+        Raises:
+          RequestError: the request cannot be served; at once, not at the first piece.
+          BackendError: ONNX Runtime fails.
+        """
         scheduler = self.scheduler(max_rows=1)
         heard: list[Piece | Exception] = []
         scheduler.add(self.prepare(request, heard.append))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["choose", "distribution", "log_normalizer", "target_logprobs", "token_logprob"]
 
-_FIRST_GUESS = 128
-"""Tokens that top-p most often makes do with; eight times as many are tried next."""
+_DEPTHS = (2.0, 4.0, 8.0, 16.0, np.inf)
+"""How far below the highest logit to look for the most likely tokens, until there are enough."""
 
 
 def choose(
@@ -88,42 +88,53 @@ def distribution(
     >>> ids.tolist(), probabilities.round(3).tolist()
     ([1, 2], [0.571, 0.429])
     """
+    highest = logits.max()
+    if 0 < top_k < len(logits):
+        ids = _largest(logits, top_k)
+    elif top_p < 1:
+        ids = _head(logits, temperature, top_p)
+    elif min_p > 0:
+        # In float64, or the bound would be rounded up to the next likely token's logit.
+        ids = np.flatnonzero(logits >= np.float64(highest) + temperature * np.log(min_p))
+    else:
+        weights = _weights(logits, highest, temperature)
+        return np.arange(len(weights)), weights / weights.sum()
+    weights = _weights(logits[ids], highest, temperature)
+    if top_p < 1 and 0 < top_k < len(logits):
+        count = _count(weights, top_p * weights.sum())
+        ids, weights = ids[:count], weights[:count]
+    # The largest weight is exp(0).
+    kept = weights >= min_p
+    ids, weights = ids[kept], weights[kept]
+    order = np.argsort(ids)
+    return ids[order], weights[order] / weights.sum()
+
+
+def _weights(
+    logits: NDArray[np.float32], highest: np.float32, temperature: float
+) -> NDArray[np.float64]:
+    """``exp((logits - highest) / temperature)``."""
     scaled = logits.astype(np.float64)
-    scaled -= scaled.max()
+    scaled -= highest
     with np.errstate(over="ignore"):  # a tiny temperature leaves one token, and others at -inf
         scaled /= temperature
-    weights = np.exp(scaled)
-    ids: NDArray[np.intp] | None = None
-    if 0 < top_k < len(weights):
-        ids = _largest(weights, top_k)
-    if top_p < 1:
-        ids = _nucleus(weights, ids, top_p)
-    if min_p > 0:
-        # The largest weight is exp(0).
-        ids = np.flatnonzero(weights >= min_p) if ids is None else ids[weights[ids] >= min_p]
-    if ids is None:
-        return np.arange(len(weights)), weights / weights.sum()
-    ids = np.sort(ids)
-    kept = weights[ids]
-    return ids, kept / kept.sum()
+    return np.exp(scaled, out=scaled)
 
 
-def _nucleus(
-    weights: NDArray[np.float64], ids: NDArray[np.intp] | None, top_p: float
-) -> NDArray[np.intp]:
-    """The fewest largest of ``weights``, of all or of ``ids`` in their order, of that share."""
-    if ids is not None:
-        return ids[: _count(weights[ids], top_p * weights[ids].sum())]
-    wanted = top_p * weights.sum()
-    guess = _FIRST_GUESS
-    while guess < len(weights):
-        ids = _largest(weights, guess)
-        count = _count(weights[ids], wanted)
-        if count < guess:
-            return ids[:count]
-        guess *= 8
-    ids = np.argsort(-weights, kind="stable")
-    return ids[: _count(weights[ids], wanted)]
+def _head(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDArray[np.intp]:
+    """The fewest most likely tokens that make up ``top_p``, most likely first.
+
+    Only what is not far below the most likely token is sorted, which is mostly little.
+    """
+    highest = logits.max()
+    wanted = top_p * _weights(logits, highest, temperature).sum()
+    for depth in _DEPTHS:
+        ids = np.flatnonzero(logits >= highest - depth * temperature)
+        weights = _weights(logits[ids], highest, temperature)
+        if weights.sum() >= wanted:
+            break
+    order = np.argsort(-weights, kind="stable")
+    return ids[order[: _count(weights[order], wanted)]]
 
 
 def _count(descending: NDArray[np.float64], wanted: float) -> int:
@@ -131,13 +142,15 @@ def _count(descending: NDArray[np.float64], wanted: float) -> int:
     return min(int(descending.cumsum().searchsorted(wanted)) + 1, len(descending))
 
 
-def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.intp]:
-    """Ids of the ``count`` largest, largest first, lower ids first among equals."""
-    bound = np.partition(values, len(values) - count)[len(values) - count]
-    above = np.flatnonzero(values > bound)
-    equal = np.flatnonzero(values == bound)[: count - len(above)]
-    found = np.concatenate([above, equal])
-    return found[np.lexsort((found, -values[found]))]
+def _largest(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """The ``count`` most likely tokens, most likely first, lower ids first among equals."""
+    highest = logits.max()
+    for depth in _DEPTHS:
+        ids = np.flatnonzero(logits >= highest - depth)
+        if len(ids) >= count:
+            break
+    order = np.argsort(-logits[ids], kind="stable")
+    return ids[order[:count]]
 
 
 def log_normalizer(logits: NDArray[np.float32]) -> NDArray[np.float64]:

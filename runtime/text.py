@@ -88,9 +88,9 @@ class Tokenizer:
                 return self.encode(prompt)
             return self.encode_chat([{"role": "user", "content": prompt}])
         tokens = [one for one in prompt if isinstance(one, int)]
-        if len(tokens) == len(prompt) and tokens:
+        if len(tokens) == len(prompt):
             return tokens
-        return self.encode_chat([one for one in prompt if isinstance(one, Mapping)])
+        return self.encode_chat([one for one in prompt if not isinstance(one, int)])
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of ``text``.
@@ -114,7 +114,9 @@ class Tokenizer:
         # A template says itself what a text begins with.
         return self.encode(self.render_chat(messages), special=False)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
         """The text of a chat, special tokens spelled out.
 
         Args:
@@ -131,7 +133,7 @@ class Tokenizer:
             raise RequestError("messages: there are none: give at least one")
         for index, message in enumerate(messages):
             for key in ("role", "content"):
-                if not isinstance(message.get(key), str):
+                if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
                     raise RequestError(f"messages[{index}]: its '{key}' is missing or no text")
         try:
             with self._lock:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from eoracc.compiler.commands.common import PATH, json_option, print_json
 
 if TYPE_CHECKING:
-    from eoracc.runtime.model import Model
+    from eoracc.runtime import Completion, Model
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -26,14 +26,54 @@ __all__ = ["run"]
     "--chat/--no-chat", default=None, help="Use the chat template; the default where there is one."
 )
 @click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    help="Use an adapter of the artifact. May be repeated: the weighted sum of them is used.",
+)
+@click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
     help="0 takes the most likely token every time.",
 )
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Draw from so many most likely tokens; 0 from all.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw from the fewest most likely tokens that make up this share of probability.",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Leave out what is less likely than this share of the most likely token.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.")
+@click.option(
+    "--stop",
+    "stops",
+    multiple=True,
+    metavar="TEXT",
+    help="End before this text; it is left out. May be repeated.",
+)
+@click.option(
+    "--logprobs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --json: add each token's log probability, and the N most likely tokens.",
+)
 @json_option
 def run(
     artifact: Path,
@@ -41,32 +81,84 @@ def run(
     *,
     max_new_tokens: int,
     chat: bool | None,
+    adapters: tuple[str, ...],
     temperature: float,
+    top_k: int,
     top_p: float,
+    min_p: float,
     seed: int | None,
+    stops: tuple[str, ...],
+    logprobs: int | None,
     as_json: bool,
 ) -> None:
     """Let ARTIFACT continue PROMPT, or standard input where PROMPT is - or left out."""
-    from eoracc.runtime import load
+    from eoracc.runtime import Request, load
 
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs is part of what --json prints: give both")
+    weights = _parse_adapters(adapters)
     if prompt == "-":
         prompt = _read_prompt()
-    model: Model = load(artifact)
+    # Others need not be read, let alone be held in memory.
+    model = load(artifact, adapters=list(weights))
     in_chat = model.has_chat_template if chat is None else chat
-    pieces = model.generate(
-        prompt,
-        max_new_tokens,
+    request = Request(
+        prompt=prompt,
         chat=in_chat,
+        adapter=weights,
+        max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
+        stop=stops,
+        logprobs=logprobs,
     )
     if as_json:
-        print_json({"prompt": prompt, "chat": in_chat, "text": "".join(pieces)})
+        (completion,) = model.generate_batch([request])
+        content = {"prompt": prompt, "chat": in_chat, "adapter": weights, "text": completion.text}
+        print_json(content | _details(model, completion))
         return
-    for piece in pieces:
-        click.echo(piece, nl=False)
+    for piece in model.stream(request):
+        click.echo(piece.text, nl=False)
     click.echo()
+
+
+def _parse_adapters(adapters: tuple[str, ...]) -> dict[str, float]:
+    """Weights by name, 1 where none is given."""
+    weights: dict[str, float] = {}
+    for text in adapters:
+        name, equals, weight = text.partition("=")
+        if name in weights:
+            raise click.UsageError(f"--adapter {name}: is given twice: give it one weight")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise click.UsageError(f"--adapter {text}: its weight is no number") from None
+    return weights
+
+
+def _details(model: Model, completion: Completion) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens": list(completion.tokens),
+    }
+    if completion.logprobs is not None:
+        details["logprobs"] = [
+            {
+                "token": one.token,
+                "text": model.decode([one.token]),
+                "logprob": one.logprob,
+                "top": [
+                    {"token": token, "text": model.decode([token]), "logprob": logprob}
+                    for token, logprob in one.top
+                ],
+            }
+            for one in completion.logprobs
+        ]
+    return details
 
 
 def _read_prompt() -> str:

@@ -64,7 +64,7 @@ print(json.dumps(made))
 LOADED = """
 import sys
 from eoracc.runtime import load
-print("".join(load(sys.argv[1]).generate("The sky is", 4)))
+print(load(sys.argv[1]).generate("The sky is", 4).text)
 print([name for name in ("torch", "transformers", "onnx_ir", "eoracc.compiler", "eoracc.passes")
        if name in sys.modules])
 """

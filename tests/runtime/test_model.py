@@ -1,3 +1,5 @@
+"""The whole runtime on a tiny artifact; eager transformers say what is right."""
+
 from __future__ import annotations
 
 import json
@@ -6,17 +8,28 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
-from eoracc.runtime import ArtifactError, BackendError, Model, load
+from eoracc.runtime import (
+    ArtifactError,
+    BackendError,
+    Model,
+    Request,
+    RequestError,
+    load,
+)
 from eoracc.runtime.manifest import read_manifest
 from eoracc.runtime.session import open_session
-from tests.tiny_artifact import write_byte_tokenizer
+from tests.tiny_artifact import tiny_linears
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
 TEXT = "a state of the union"
+UNIT_ROUNDOFF = 2.0**-24
 
 
 @pytest.fixture(scope="module")
@@ -24,96 +37,151 @@ def model(tiny_artifact: Path) -> Model:
     return load(tiny_artifact)
 
 
-def test_encodes_bytes(model: Model) -> None:
-    tokens = model.encode(TEXT)
-    assert len(tokens) == len(TEXT)
-    assert tokens[1] == tokens[7] == tokens[10]  # blanks
+@pytest.fixture(scope="module")
+def eager(tiny_artifact: Path) -> PreTrainedModel:
+    """The compressed model in PyTorch."""
+    from eoracc.compiler.eager import load_eager
+
+    work = tiny_artifact.parent
+    weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}
+    return load_eager(work / "checkpoint", weights)
 
 
-def test_chat_template_wraps_the_prompt(model: Model) -> None:
-    assert model.has_chat_template
-    chat, plain = model.encode(TEXT, chat=True), model.encode(TEXT)
-    start = next(i for i in range(len(chat)) if chat[i : i + len(plain)] == plain)
-    assert chat[start - len("user: ") : start] == model.encode("user: ")
-    assert chat[-len("assistant: ") :] == model.encode("assistant: ")
-
-
-def test_a_prompt_begins_with_bos_where_the_tokenizer_says_so(
-    tiny_artifact: Path, tmp_path: Path
+def test_greedy_tokens_and_their_probabilities_are_those_of_transformers(
+    model: Model, eager: PreTrainedModel
 ) -> None:
-    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    write_byte_tokenizer(folder, bos=True, chat=True)
-    model = Model(folder, read_manifest(folder))
-    plain = model.encode(TEXT)
-    assert plain[0] == 1
-    assert len(plain) == 1 + len(TEXT)
-    chat = model.encode(TEXT, chat=True)
-    assert chat[0] == 1  # the template's own
-    assert chat[1] != 1
-    assert model.encode(TEXT) == plain
+    import torch
 
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_do_not_change_the_tokens(model: Model, tiny_artifact: Path, threads: int) -> None:
-    prompt = model.encode(TEXT)
-    other = load(tiny_artifact, threads=threads)
-    assert list(other.generate_tokens(prompt, 16)) == list(model.generate_tokens(prompt, 16))
+    tokens = model.encode(TEXT)
+    completion = model.generate(TEXT, 40, logprobs=3, ignore_end=True)
+    assert completion.logprobs is not None
+    assert completion.prompt_tokens == len(tokens)
+    for token, listed in zip(completion.tokens, completion.logprobs, strict=True):
+        with torch.no_grad():
+            logits = eager(torch.tensor([tokens])).logits[0, -1].double()
+        expected = torch.log_softmax(logits, -1)
+        # Two layers of seven linears of at most 88 products, and as much for the rest; twice that
+        # for the normalizer.
+        bound = 4 * (2 * 7 + 1) * 88 * UNIT_ROUNDOFF * float(logits.abs().max())
+        assert bound < 2e-3 * float(logits.std())
+        assert token == int(logits.argmax()) == listed.token
+        assert abs(listed.logprob - float(expected[token])) < bound
+        best = expected.topk(3)
+        assert [one for one, _ in listed.top] == best.indices.tolist()
+        np.testing.assert_allclose([one for _, one in listed.top], best.values, rtol=0, atol=bound)
+        tokens.append(token)
 
 
 def test_greedy_tokens_agree_with_and_without_the_library(
     model: Model, tiny_artifact: Path
 ) -> None:
     prompt = model.encode(TEXT)
-    generated = list(model.generate_tokens(prompt, 64))
+    generated = list(model.generate(TEXT, 64).tokens)
     for library in (True, False):
         session = open_session(tiny_artifact, library=library, threads=1)
         assert session.generate([prompt], 64, stop=[2]) == [generated]
 
 
-def test_characters_of_several_tokens_come_whole(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = "naïve 日本 😀 end"
-    tokens = model.encode(text)
-    assert len(tokens) == len(text.encode())
-    monkeypatch.setattr(model, "generate_tokens", lambda *_, **__: iter(tokens))
-    pieces = list(model.generate(TEXT))
-    assert "".join(pieces) == text
-    assert all(pieces)
+def test_pieces_add_up_to_the_completion(model: Model) -> None:
+    for options in ({}, {"stop": ["e", "~~"]}, {"logprobs": 1, "temperature": 1.3, "seed": 4}):
+        whole = model.generate(TEXT, 60, ignore_end=True, **options)  # type: ignore[call-overload]
+        pieces = list(model.generate(TEXT, 60, ignore_end=True, stream=True, **options))  # type: ignore[call-overload]
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
+        assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert pieces[-1].finish_reason == whole.finish_reason
+        assert all(piece.text for piece in pieces[:-1])
+        if whole.logprobs is not None:
+            assert tuple(one for piece in pieces for one in piece.logprobs or ()) == whole.logprobs
+
+
+def test_text_ends_before_a_stop_string(model: Model) -> None:
+    free = model.generate(TEXT, 60, ignore_end=True)
+    stop = free.text[len(free.text) // 2 :][:3]
+    place = free.text.index(stop)
+    assert place > 0
+    stopped = model.generate(TEXT, 60, ignore_end=True, stop=["never", stop])
+    assert stopped.text == free.text[:place]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free.tokens[: len(stopped.tokens)]
+    assert len(stopped.tokens) < len(free.tokens)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_tokens(model: Model, tiny_artifact: Path, threads: int) -> None:
+    other = load(tiny_artifact, threads=threads)
+    assert other.threads == threads
+    assert other.generate(TEXT, 16) == model.generate(TEXT, 16)
 
 
 def test_the_token_that_ends_the_text_is_left_out(tiny_artifact: Path, tmp_path: Path) -> None:
-    free = list(load(tiny_artifact).generate_tokens([5, 6, 7], 12))
+    free = load(tiny_artifact).generate([5, 6, 7], 12).tokens
     end = free[6]
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"]["eos_token_id"] = [2, end]
     (folder / "genai_config.json").write_text(json.dumps(config))
-    model = Model(folder, load(tiny_artifact).manifest)
-    assert list(model.generate_tokens([5, 6, 7], 12)) == free[: free.index(end)]
+    model = Model(folder, read_manifest(folder))
+    ended = model.generate([5, 6, 7], 12)
+    assert ended.tokens == free[: free.index(end)]
+    assert ended.finish_reason == "stop"
+    assert model.generate([5, 6, 7], 12, ignore_end=True).tokens == free
 
 
 def test_sampling_repeats_with_its_seed_only(model: Model) -> None:
-    def sample(seed: int) -> list[int]:
-        return list(model.generate_tokens(model.encode(TEXT), 24, temperature=1.5, seed=seed))
+    def sample(seed: int | None) -> tuple[int, ...]:
+        return model.generate(TEXT, 24, temperature=1.5, seed=seed).tokens
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
+    assert sample(None) != sample(None)
 
 
-def test_top_p_near_zero_is_greedy(model: Model) -> None:
-    prompt = model.encode(TEXT)
-    sampled = model.generate_tokens(prompt, 24, temperature=1.5, top_p=1e-6, seed=1)
-    assert list(sampled) == list(model.generate_tokens(prompt, 24))
+def test_narrow_filters_are_greedy(model: Model) -> None:
+    greedy = model.generate(TEXT, 24)
+    for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
+        assert model.generate(TEXT, 24, temperature=1.5, seed=1, **narrow) == greedy  # type: ignore[call-overload]
+
+
+def test_batch_of_more_than_fit_at_a_time(model: Model) -> None:
+    requests = [Request(prompt=[5 + index], max_new_tokens=4 + index % 3) for index in range(11)]
+    expected = [model.generate_batch([request])[0] for request in requests]
+    assert model.generate_batch(requests, max_rows=3) == expected
+    assert model.generate_batch([]) == []
 
 
 def test_bounds(model: Model) -> None:
-    assert list(model.generate_tokens(model.encode(TEXT), 0)) == []
-    with pytest.raises(ArtifactError, match="the prompt is empty"):
-        next(model.generate_tokens([], 4))
-    with pytest.raises(ArtifactError, match="the prompt has 128 tokens, the model takes 128"):
-        next(model.generate("x" * 128, 4))
-    assert len(list(model.generate_tokens([5] * 120, 99))) <= 8
+    nothing = model.generate(TEXT, 0)
+    assert (nothing.tokens, nothing.text, nothing.finish_reason) == ((), "", "length")
+    assert len(model.generate([5] * 120, 99, ignore_end=True).tokens) == 8
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        model.generate([])
+    with pytest.raises(RequestError, match="the prompt has 128 tokens, the model takes 128"):
+        model.generate("x" * 128)
+    for token in (-1, 260):
+        with pytest.raises(RequestError, match=r"a token is not in 0\.\.259"):
+            model.generate([5, token])
+    with pytest.raises(RequestError, match="adapter 'math': the artifact takes no adapters"):
+        model.generate(TEXT, adapter="math")
+    with pytest.raises(RequestError, match="top_p: must be above 0"):
+        model.generate(TEXT, top_p=0)
+
+
+def test_bad_stream_is_refused_before_it_is_read(model: Model) -> None:
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        model.generate("", stream=True)
+
+
+def test_stream_that_nobody_reads_to_its_end(model: Model) -> None:
+    pieces = model.generate(TEXT, 60, stream=True, ignore_end=True)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert list(pieces) == []
+
+
+def test_artifact_has_no_adapter_of_that_name(tiny_artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match="has no adapter 'math' but none"):
+        load(tiny_artifact, adapters=["math"])
 
 
 def test_changed_byte_is_found_before_anything_is_loaded(
@@ -124,39 +192,32 @@ def test_changed_byte_is_found_before_anything_is_loaded(
     content = bytearray(library.read_bytes())
     content[len(content) // 2] ^= 1
     library.write_bytes(content)
-    monkeypatch.setattr("eoracc.runtime.model.import_backend", lambda _: pytest.fail("loaded"))
+    for module in ("text", "session"):
+        monkeypatch.setattr(
+            f"eoracc.runtime.{module}.import_backend", lambda _: pytest.fail("loaded")
+        )
     with pytest.raises(ArtifactError, match=r"libeoracc_ops\.so: its content is not"):
         load(folder)
 
 
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxruntime_genai"])
 def test_missing_package_is_named_with_its_install_line(
-    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    monkeypatch.setitem(sys.modules, package, None)
+    name = package.replace("_", "-")
     with pytest.raises(
-        BackendError, match=r"onnxruntime-genai is not installed: pip install 'eoracc\[cpu\]'"
+        BackendError, match=rf"{name} is not installed: pip install 'eoracc\[cpu\]'"
     ):
         load(tiny_artifact)
-
-
-def test_artifact_without_chat_template(tiny_artifact: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    model = Model(folder, load(tiny_artifact).manifest)
-    assert not model.has_chat_template
-    with pytest.raises(ArtifactError, match="has no chat template: use --no-chat"):
-        model.encode(TEXT, chat=True)
 
 
 def test_runtime_needs_no_torch(tiny_artifact: Path) -> None:
     script = (
         "import sys\n"
         "from eoracc.runtime import load\n"
-        "''.join(load(sys.argv[1]).generate('abc', 4))\n"
-        "heavy = {'torch', 'transformers', 'eoracc.compiler', 'eoracc.passes'}\n"
+        "load(sys.argv[1]).generate('abc', 4)\n"
+        "heavy = {'torch', 'transformers', 'onnx_ir', 'eoracc.compiler', 'eoracc.passes'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run(

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from eoracc.runtime import Request, RequestError, Score
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("max_new_tokens", -1, "max_new_tokens: must be 0 or more, not -1"),
+        ("temperature", -0.1, "temperature: must be 0 or more, and finite, not -0.1"),
+        ("temperature", math.inf, "temperature: must be 0 or more, and finite, not inf"),
+        ("temperature", math.nan, "temperature: must be 0 or more, and finite, not nan"),
+        ("top_k", -1, r"top_k: must be 0 \(all\) or more, not -1"),
+        ("top_p", 0.0, "top_p: must be above 0 and at most 1, not 0.0"),
+        ("top_p", 1.1, "top_p: must be above 0 and at most 1, not 1.1"),
+        ("min_p", 1.1, "min_p: must be from 0 to 1, not 1.1"),
+        ("seed", -1, "seed: must be 0 or more, not -1"),
+        ("logprobs", -1, "logprobs: must be 0 or more, not -1"),
+        ("stop", "\n", "stop: must be a list of strings, not"),
+        ("stop", ("a", ""), "stop: a stop string may not be empty: leave it out"),
+        ("adapter", {"a": math.nan}, "adapter 'a': its weight must be finite, not nan"),
+    ],
+)
+def test_values_out_of_range_are_named(field: str, value: Any, problem: str) -> None:  # noqa: ANN401
+    with pytest.raises(RequestError, match=problem):
+        Request(prompt="a", **{field: value})
+
+
+def test_edges_of_the_ranges() -> None:
+    Request(prompt="a", max_new_tokens=0, top_p=1e-9, min_p=1, logprobs=0, seed=0, stop=["x"])
+
+
+def test_perplexity() -> None:
+    assert math.isclose(Score((1, 2, 3), (math.log(0.5), math.log(0.125))).perplexity, 4)
+    assert math.isnan(Score((1,), ()).perplexity)
