@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -180,10 +181,21 @@ def test_readers_do_not_wait_for_each_other(folder: Path) -> None:
         pass
 
 
-def test_lock_is_on_what_is_in_the_place_now(folder: Path, tmp_path: Path) -> None:
+def test_lock_is_on_what_is_in_the_place_now(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, lock = threading.Event(), fcntl.flock
+
+    def announce(descriptor: int, kind: int) -> None:
+        if threading.current_thread() is changed:
+            waits.set()
+        lock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", announce)
     changed = threading.Thread(target=change, args=(folder,))
     with changing(folder):
         changed.start()
+        assert waits.wait(10)
         folder.rename(tmp_path / "before")
         shutil.copytree(tmp_path / "before", folder)
     changed.join(10)
