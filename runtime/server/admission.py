@@ -38,9 +38,14 @@ class Admission:
         self._row_s = 1.0
 
     @property
+    def size(self) -> int:
+        """Answers that can be taken in where there are none."""
+        return self.rows + self.max_waiting
+
+    @property
     def room(self) -> int:
         """Answers that can still be taken in."""
-        return self.rows + self.max_waiting - self.waiting - self.active
+        return self.size - self.waiting - self.active
 
     @property
     def retry_after_s(self) -> int:

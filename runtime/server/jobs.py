@@ -257,7 +257,13 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError):
         return ApiError(str(error))
     if isinstance(error, BusyError):
-        return ApiError(str(error), status=503, kind="server_error", code="busy")
+        return ApiError(
+            str(error),
+            status=503,
+            kind="server_error",
+            code="busy",
+            headers={"Retry-After": "1"},
+        )
     _log.error("the engine failed", exc_info=error)
     return ApiError(
         "the engine failed on this request: the server's log says why",

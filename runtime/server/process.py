@@ -118,8 +118,9 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: finish what runs. Second one: end at once."""
         if self._service.draining or self._loop is None:
-            self._service.abort()
             self.should_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._service.abort)
             return
         self._service.draining = True
         self._loop.call_soon_threadsafe(self._begin_drain)

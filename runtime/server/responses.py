@@ -12,7 +12,9 @@ from eoracc.runtime.request import FinishReason, Piece, TokenLogprob
 
 __all__ = ["Answer", "ChatForm", "Choice", "CompletionForm", "Form", "sse_event"]
 
-_FINAL = "data: [DONE]\n\n"
+_FINAL = b"data: [DONE]\n\n"
+_IMPOSSIBLE = -9999.0
+"""What OpenAI's API returns for the logarithm of 0, which JSON cannot say."""
 
 
 def sse_event(body: object) -> bytes:
@@ -130,7 +132,7 @@ class _Form:
         """The count of tokens, if wanted, and the mark that nothing follows."""
         if self._answer.include_usage:
             yield self._chunk([], _usage(choices))
-        yield _FINAL.encode()
+        yield _FINAL
 
     def _prefix_of(self, index: int) -> str:
         return self._answer.prefixes[index] if self._answer.prefixes else ""
@@ -194,10 +196,16 @@ class CompletionForm(_Form):
             offset += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{name(one): value for one, value in entry.top} for entry in entries],
+            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "top_logprobs": [
+                {name(one): _finite(value) for one, value in entry.top} for entry in entries
+            ],
             "text_offset": offsets,
         }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _IMPOSSIBLE)
 
 
 def _names(token_bytes: TokenBytes) -> Callable[[int], str]:
@@ -278,6 +286,6 @@ class ChatForm(_Form):
         content = self._answer.token_bytes(token)
         return {
             "token": content.decode(errors="replace"),
-            "logprob": logprob,
+            "logprob": _finite(logprob),
             "bytes": list(content),
         }

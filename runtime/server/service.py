@@ -182,10 +182,9 @@ class Service:
         name, adapter = self.catalog.resolve(asked.model, asked.adapters)
         copies = asked.n or 1
         count = len(prompts) * copies
-        if count > self.options.max_choices:
-            raise bad_request(
-                f"n: {count} answers are asked for, {self.options.max_choices} may be", "n"
-            )
+        most = min(self.options.max_choices, self.admission.size)
+        if count > most:
+            raise bad_request(f"n: {count} answers are asked for, {most} may be", "n")
         places = self.admission.enter(count)
         try:
             encoded = await self._encode(prompts)

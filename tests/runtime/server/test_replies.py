@@ -237,17 +237,27 @@ def test_full_queue(stream: bool) -> None:
 
 def test_answers_that_do_not_all_fit_are_all_refused() -> None:
     async def test(server: Server) -> None:
-        async with asking(server, n=3) as (wire, _):
-            pass
-        assert wire.status == 429
-        assert not server.engine.generations
-        async with asking(server, n=2) as (wire, _):
-            for place in range(2):
-                server.engine.generations[place].say(piece("a", "stop"))
-                await settle()
-        assert wire.status == 200
+        async with asking(server) as (_, _):
+            async with asking(server, n=2) as (wire, _):
+                pass
+            assert wire.status == 429
+            assert len(server.engine.generations) == 1
+            async with asking(server) as (_, _):
+                for place in range(2):
+                    server.engine.generations[place].say(piece("a", "stop"))
+                    await settle()
 
     run(test, rows=1, max_waiting=1)
+
+
+def test_more_answers_than_can_ever_fit() -> None:
+    async def test(server: Server) -> None:
+        async with asking(server, n=3) as (wire, _):
+            pass
+        assert wire.status == 400
+        assert "n: 3 answers are asked for, 2 may be" in wire.body.decode()
+
+    run(test, rows=2, max_waiting=0)
 
 
 def test_first_come_first_served() -> None:
