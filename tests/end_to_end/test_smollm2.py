@@ -144,7 +144,7 @@ def test_three_ways_of_running_agree_token_by_token(artifact: Path, prompt: str)
 
     model = load(artifact)
     tokens = model.encode(prompt)
-    ours = list(model.generate_tokens(tokens, NEW_TOKENS))
+    ours = list(model.generate(tokens, NEW_TOKENS).tokens)
 
     # Unmodified GenAI finds the library in genai_config.json by itself.
     config = json.loads((artifact / "genai_config.json").read_text())
