@@ -1,4 +1,4 @@
-"""Whole builds with int8 activations and int8 factors."""
+"""Whole builds with int8 activations, and with factors of every type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 INT8 = ("calibrate", {"quantize_gptq": {"bits": 4, "group_size": 16}})
 
 
-@pytest.mark.parametrize("factor_type", ["float16", "int8"])
+@pytest.mark.parametrize("factor_type", ["float16", "int8", "int4"])
 @pytest.mark.parametrize("level", [0, 4])
 def test_parity_holds_at_every_level(tmp_path: Path, level: int, factor_type: str) -> None:
     folder = tiny_workspace(tmp_path)
@@ -34,9 +34,13 @@ def test_parity_holds_at_every_level(tmp_path: Path, level: int, factor_type: st
     assert (by_library["tolerance_share"] > 10 * by_function["tolerance_share"]) == (level == 4)
     nodes = [n for n in ir.load(built.output / "model.onnx").graph if n.domain == "eoracc"]
     assert {node.attributes["accuracy_level"].as_int() for node in nodes} == {level}
-    assert {node.inputs[7] is not None for node in nodes if len(node.inputs) > 7} <= {
-        factor_type == "int8",
-        False,
+    factors = {str(node.inputs[5].dtype) for node in nodes if len(node.inputs) > 7}  # type: ignore[union-attr]
+    assert factors == {"FLOAT16" if factor_type == "float16" else "UINT8"}
+    chunks = {
+        -(-node.attributes["K"].as_int() // node.inputs[5].const_value.shape[1])  # type: ignore[union-attr, operator]
+        for node in nodes
+        if len(node.inputs) > 7
     }
+    assert chunks == {{"float16": 1, "int8": 4, "int4": 8}[factor_type]}
     manifest = json.loads((built.output / "manifest.json").read_text())
-    assert manifest["config"]["onnxruntime"] == {"accuracy_level": level}
+    assert manifest["config"]["onnxruntime"]["accuracy_level"] == level
