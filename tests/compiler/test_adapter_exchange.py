@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# PEFT asks transformers by a name that is being replaced.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
 UNIT = 2.0**-24
 TOKENS = np.random.default_rng(1).integers(4, 200, (2, 20))
 

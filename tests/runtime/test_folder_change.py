@@ -184,23 +184,35 @@ def test_readers_do_not_wait_for_each_other(folder: Path) -> None:
 def test_lock_is_on_what_is_in_the_place_now(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits, lock = threading.Event(), fcntl.flock
+    waits, holds, done = threading.Event(), threading.Event(), threading.Event()
+    lock = fcntl.flock
 
     def announce(descriptor: int, kind: int) -> None:
-        if threading.current_thread() is changed:
+        if threading.current_thread() is late:
             waits.set()
         lock(descriptor, kind)
 
+    def hold() -> None:
+        with changing(folder):
+            holds.set()
+            done.wait(10)
+
     monkeypatch.setattr(fcntl, "flock", announce)
-    changed = threading.Thread(target=change, args=(folder,))
+    late = threading.Thread(target=hold)
     with changing(folder):
-        changed.start()
+        late.start()
         assert waits.wait(10)
         folder.rename(tmp_path / "before")
         shutil.copytree(tmp_path / "before", folder)
-    changed.join(10)
-    assert contents(tmp_path / "before") == OLD
-    assert contents(folder) == NEW
+    assert holds.wait(10)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
+        done.set()
+        late.join(10)
 
 
 def test_folder_that_is_not_there(tmp_path: Path) -> None:
