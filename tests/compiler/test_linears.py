@@ -12,6 +12,7 @@ from eoracc.compiler.errors import ModelError, PassError
 from eoracc.compiler.linears import FUSED_OP, Linear, find_linears
 from eoracc.passes.grid import find_grid, quantize, to_nbits
 from eoracc.plugins.operands import LowRank, NBitsWeight
+from tests.plugins.banks import random_typed_factors
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
@@ -100,6 +101,23 @@ def test_quantize_and_compensate_write_through(tmp_path: Path) -> None:
     (found,) = [one for one in find_linears(model) if one.name == linear.name]
     assert found.source is None
     np.testing.assert_array_equal(found.effective_weight(), expected)
+
+
+def test_int4_factors_write_through(tmp_path: Path) -> None:
+    """The graph holds them in a type of their own, the view as small integers."""
+    model = load(tmp_path)
+    linear = find_linears(model)[0]
+    linear.quantize(rounded(linear.weight()))
+    shape = (linear.out_features, linear.in_features)
+    factors = random_typed_factors(np.random.default_rng(1), shape, rank=3, factor_type="int4")
+    linear.compensate(factors)
+    spec.check(model, spec.Stage.COMPRESSED, after="the test")
+    assert [str(value.dtype) for value in linear.node.inputs[5:7] if value] == ["INT4", "INT4"]
+    (found,) = [one for one in find_linears(model) if one.name == linear.name]
+    assert found.factors is not None
+    assert found.factors.factor_type == "int4"
+    assert found.factors.lora_a.dtype == np.int8
+    np.testing.assert_array_equal(found.effective_weight(), linear.effective_weight())
 
 
 def test_writing_twice_leaves_what_was_written_last(tmp_path: Path) -> None:

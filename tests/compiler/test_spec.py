@@ -9,8 +9,10 @@ import pytest
 from eoracc.compiler.errors import PassError
 from eoracc.compiler.frontend import load
 from eoracc.compiler.linears import FUSED_DOMAIN, Linear, find_linears
+from eoracc.compiler.lowering.onnxruntime import lower
 from eoracc.compiler.spec import OPS, Stage, check
 from eoracc.plugins.operands import LowRank, NBitsWeight
+from tests.plugins.banks import random_typed_factors
 from tests.tiny_models import tiny_model
 
 if TYPE_CHECKING:
@@ -166,3 +168,48 @@ def test_fused_input_of_another_width(model: ir.Model) -> None:
     down = next(linear for linear in linears if linear.role == "down_proj")
     compress(down).replace_input_with(0, linears[0].input)
     refused(model, Stage.COMPRESSED, "whose last dimension is not K=88")
+
+
+def with_slots(model: ir.Model) -> tuple[ir.Model, ir.Node]:
+    """``model`` lowered, and a node of it that takes adapters."""
+    compress(find_linears(model)[0])
+    lowered = lower(model, adapter_type="int8")
+    check(lowered, Stage.ONNXRUNTIME, after="the lowering")
+    return lowered, next(node for node in lowered.graph if len(node.inputs) > 11)
+
+
+def test_half_a_slot(model: ir.Model) -> None:
+    lowered, node = with_slots(model)
+    node.replace_input_with(13, None)
+    refused(lowered, Stage.ONNXRUNTIME, "some operands of an adapter, .* adapter_a_scale")
+
+
+def test_adapter_that_no_run_can_set(model: ir.Model) -> None:
+    lowered, node = with_slots(model)
+    lowered.graph.inputs.remove(node.inputs[12])  # type: ignore[arg-type]
+    refused(lowered, Stage.ONNXRUNTIME, "its adapter_b is no input of the graph")
+
+
+@pytest.mark.parametrize(
+    ("rank", "kind", "position", "shape"),
+    [
+        (20, "int4", 5, (2, 7, 64)),
+        (20, "int4", 6, (6, 5, 64)),
+        (20, "int8", 5, (3, 12, 64)),
+        (20, "float16", 6, (6, 40, 16)),
+    ],
+)
+def test_factors_in_tiles_of_another_form(
+    model: ir.Model, rank: int, kind: str, position: int, shape: tuple[int, ...]
+) -> None:
+    linear = find_linears(model)[0]
+    compress(linear)
+    size = (linear.out_features, linear.in_features)
+    linear.compensate(random_typed_factors(RNG, size, rank=rank, factor_type=kind))
+    lowered = lower(model)
+    check(lowered, Stage.ONNXRUNTIME, after="the lowering")
+    node = next(node for node in lowered.graph if node.domain == FUSED_DOMAIN)
+    value = node.inputs[position]
+    assert value is not None
+    value.shape = ir.Shape(shape)
+    refused(lowered, Stage.ONNXRUNTIME, "has shape|do not fit")

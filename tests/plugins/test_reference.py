@@ -84,3 +84,30 @@ def test_parts_are_linears_of_their_own(activation: str) -> None:
     )
     expected = activate(whole[..., :16], activation) * whole[..., 16:] + residual
     np.testing.assert_allclose(gated, expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("leading", [(4,), (4, 3)])
+def test_an_adapter_is_more_ranks_for_the_rows_that_use_it(leading: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((*leading, 29))
+    weight = random_weight(rng, (32, 29), bits=3, group_size=8, zero_points=True)
+    baked, first, second = (random_factors(rng, (32, 29), rank=rank) for rank in (3, 5, 2))
+    index = [1, -2, 0, 1]
+    actual = fused_matmul(
+        x,
+        weight,
+        baked,
+        adapters=[first, second],
+        adapter_scales=[np.full(5, 0.5), np.ones(2)],
+        adapter_index=index,
+    )
+    for row, used in enumerate(index):
+        dense = weight.dequantize() + baked.lora_b.astype(np.float64) @ baked.lora_a
+        if used >= 0:
+            own = (first, second)[used]
+            scale = 0.5 if used == 0 else 1.0
+            dense = dense + scale * own.lora_b.astype(np.float64) @ own.lora_a.astype(np.float64)
+        bound = 29 * np.finfo(np.float32).eps * np.abs(x).max() * np.abs(dense).max()
+        np.testing.assert_allclose(actual[row], x[row] @ dense.T, rtol=0, atol=bound)
+    for_all = fused_matmul(x, weight, baked, adapters=[first, second], adapter_index=[1])
+    np.testing.assert_array_equal(for_all[0], actual[0])
