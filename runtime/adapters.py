@@ -173,7 +173,8 @@ def read_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots:
 def find_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots | None:
     """Like :func:`read_slots`; None where the artifact takes no adapters."""
     path = read_decoder(folder).model
-    return parse_slots(read_listed(folder, manifest or read_manifest(folder), path.name), path)
+    name = path.relative_to(folder).as_posix()
+    return parse_slots(read_listed(folder, manifest or read_manifest(folder), name), path)
 
 
 def parse_slots(model: bytes, path: Path) -> AdapterSlots | None:

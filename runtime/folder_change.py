@@ -79,11 +79,15 @@ def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection
       removed: paths likewise; what is not there is removed already.
 
     Raises:
-      ArtifactError: the disk is full or the folder cannot be written to; nothing has changed, or
-        the text says that the change is kept.
+      ArtifactError: a path leaves the folder, the disk is full, or the folder cannot be written
+        to. Nothing has changed, or the text says that the change is kept.
     """
+    for name in (*written, *removed):
+        _inside(folder, name)
     staged = folder / STAGED
     try:
+        if staged.is_symlink():
+            staged.unlink()
         shutil.rmtree(staged, ignore_errors=True)
         for name, content in written.items():
             _write(staged / _FILES / name, content)
@@ -108,6 +112,7 @@ def _finish(folder: Path) -> None:
     pending = folder / PENDING
     if not pending.exists():
         return
+    _refuse_links(pending)
     files = pending / _FILES
     touched: set[Path] = {folder}
     try:
@@ -140,13 +145,19 @@ def _finish(folder: Path) -> None:
         ) from error
 
 
+def _refuse_links(pending: Path) -> None:
+    """Through a link, files from elsewhere would be moved into the folder."""
+    for parent, folders, files in os.walk(pending):
+        for path in (Path(parent), *(Path(parent) / name for name in (*folders, *files))):
+            if path.is_symlink():
+                raise ArtifactError(f"{path}: is a link: do not trust this artifact")
+
+
 def _inside(folder: Path, name: str) -> Path:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or len(path.parts) not in (1, 2):
-        raise ValueError(name)
-    parent = folder / path.parent
-    if parent.is_symlink():
-        raise ValueError(name)
+    allowed = not path.is_absolute() and ".." not in path.parts and len(path.parts) in (1, 2)
+    if not allowed or (path.parent.name and (folder / path.parent).is_symlink()):
+        raise ArtifactError(f"{folder / name}: leaves the folder: do not trust this artifact")
     return folder / path
 
 

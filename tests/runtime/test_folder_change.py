@@ -147,9 +147,40 @@ def test_pending_change_cannot_leave_the_folder(folder: Path, tmp_path: Path, na
     (folder / "link").symlink_to(tmp_path)
     (folder / PENDING / "files").mkdir(parents=True)
     (folder / PENDING / "removed.json").write_text(f'["{name}"]')
-    with pytest.raises(ArtifactError, match="cannot be finished: it is damaged"), reading(folder):
+    with pytest.raises(ArtifactError, match="leaves the folder: do not trust"), reading(folder):
         pass
     assert (tmp_path / "outside").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/b/c", "", "link/outside"])
+def test_new_change_cannot_leave_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / "link").symlink_to(tmp_path)
+    for written, removed in (({name: b""}, ()), ({}, (name,))):
+        with pytest.raises(ArtifactError, match="leaves the folder"), changing(folder):
+            change_files(folder, written, removed)
+    assert contents(folder) == OLD
+
+
+@pytest.mark.parametrize("link", [PENDING, f"{PENDING}/files", f"{PENDING}/files/inner"])
+def test_pending_change_takes_nothing_from_elsewhere(
+    folder: Path, tmp_path: Path, link: str
+) -> None:
+    (tmp_path / "home" / "files").mkdir(parents=True)
+    (tmp_path / "home" / "removed.json").write_text("[]")
+    (tmp_path / "home" / "files" / "secret").write_bytes(b"precious")
+    (folder / link).parent.mkdir(parents=True, exist_ok=True)
+    (folder / link).symlink_to(tmp_path / "home")
+    with pytest.raises(ArtifactError, match="is a link: do not trust"), reading(folder):
+        pass
+    assert (tmp_path / "home" / "files" / "secret").read_bytes() == b"precious"
+
+
+def test_change_is_not_staged_elsewhere(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (folder / STAGED).symlink_to(tmp_path / "home")
+    change(folder)
+    assert contents(folder) == NEW
+    assert not list((tmp_path / "home").iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "{", "7", "null"])
