@@ -141,7 +141,8 @@ def test_genai_with_an_adapter_says_what_our_session_says(adapted: Path) -> None
         while not generator.is_done():
             generator.generate_next_token()
         theirs = [int(token) for token in generator.get_sequence(0)][len(tokens) :]
-        ours, step, past = [], list(tokens), None
+        ours: list[int] = []
+        step, past = list(tokens), None
         while len(ours) < len(theirs):
             logits, past = session.run(np.array([step]), past=past, last_only=True)
             step = [int(logits[0, -1].argmax())]

@@ -74,18 +74,19 @@ def test_genai_switches_adapters_of_one_model(artifact: Path, session: Session) 
         adapters.load(str(artifact / "adapters" / f"{name}.onnx_adapter"), name)
     (end,) = GENAI.Tokenizer(model).eos_token_ids
     seen = []
-    for name in (None, *NAMES, None):
+    choices: tuple[str | None, ...] = (None, *NAMES, None)
+    for choice in choices:
         parameters = GENAI.GeneratorParams(model)
         parameters.set_search_options(do_sample=False, max_length=LENGTH)
         generator = GENAI.Generator(model, parameters)
-        if name is not None:
-            generator.set_active_adapter(adapters, name)
+        if choice is not None:
+            generator.set_active_adapter(adapters, choice)
         generator.append_tokens(PROMPT)
         while not generator.is_done():
             generator.generate_next_token()
         theirs = [int(token) for token in generator.get_sequence(0)]
-        feed(session, artifact, name)
-        assert same_until_the_end(theirs, greedy(session), int(end)), name
+        feed(session, artifact, choice)
+        assert same_until_the_end(theirs, greedy(session), int(end)), choice
         seen.append(tuple(theirs))
     assert seen[0] == seen[3]
     assert len(set(seen)) == 3, "adapters must change the text, or nothing is shown"
@@ -112,14 +113,14 @@ def test_onnxruntime_sets_an_adapter_for_one_run(artifact: Path) -> None:
     session = open_session(artifact, library=False)
     seen = []
     choices: tuple[str | None, ...] = (None, *NAMES)
-    for name in choices:
+    for choice in choices:
         run_options = ORT.RunOptions()
-        if name is not None:
+        if choice is not None:
             adapter = ORT.LoraAdapter()
-            adapter.Load(str(artifact / "adapters" / f"{name}.onnx_adapter"))
+            adapter.Load(str(artifact / "adapters" / f"{choice}.onnx_adapter"))
             run_options.add_active_adapter(adapter)
         theirs = inference.run(["logits"], stock_feeds(inference), run_options)[0]
-        feed(session, artifact, name)
+        feed(session, artifact, choice)
         ours, _ = session.run(np.array([PROMPT]), last_only=True)
         np.testing.assert_array_equal(theirs, ours)
         seen.append(theirs)
