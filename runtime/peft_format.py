@@ -146,6 +146,8 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
 def _reason(key: str) -> str:
     if "magnitude" in key:
         return "which scales the weights themselves (DoRA): train it without use_dora"
+    if ".base_layer." in key:
+        return "a weight itself, which belongs to the backbone: leave it out of the targets"
     if "embedding" in key:
         return "factors of an embedding, which belongs to the backbone: leave it out of the targets"
     if key.endswith("bias"):
