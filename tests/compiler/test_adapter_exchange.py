@@ -325,7 +325,7 @@ def test_factors_of_16_bits_are_read(
         ({"target_modules": ["embed_tokens"]}, "factors of an embedding, which belongs to the"),
         (
             {"target_modules": ["lm_head"]},
-            r"lm_head\.base_layer\.weight', a weight itself, which belon",
+            r"lm_head\.base_layer\.weight', a weight itself",
         ),
     ],
 )
