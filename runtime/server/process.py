@@ -36,6 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
       BackendError: it is taken or not of this machine.
     """
+    bound: socket.socket | None = None
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(info[0], socket.SOCK_STREAM)
@@ -47,6 +48,8 @@ def listen(host: str, port: int) -> socket.socket:
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)
         bound.bind(info[4])
     except (OSError, UnicodeError) as error:
+        if bound is not None:
+            bound.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise BackendError(
             f"{host}:{port}: cannot be listened on ({reason}): choose another --host or --port"

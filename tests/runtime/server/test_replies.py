@@ -100,7 +100,7 @@ def run(test: Callable[[Server], Awaitable[None]], **options: Any) -> None:  # n
 def test_stream_events_come_one_by_one() -> None:
     async def test(server: Server) -> None:
         async with asking(server, stream=True, stream_options={"include_usage": True}) as (wire, _):
-            assert wire.status is None
+            assert wire.sent == []
             generation = server.engine.generations[0]
             generation.say(piece("ab"))
             await settle()
