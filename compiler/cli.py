@@ -16,11 +16,14 @@ import click
 from typing_extensions import override
 
 from eoracc import EoraccError, __version__
+from eoracc.compiler.commands.adapter import adapter
+from eoracc.compiler.commands.bench import bench
 from eoracc.compiler.commands.build import build
 from eoracc.compiler.commands.inspect import inspect
 from eoracc.compiler.commands.passes import passes
 from eoracc.compiler.commands.run import run
 from eoracc.compiler.commands.schema import schema
+from eoracc.compiler.commands.serve import serve
 from eoracc.compiler.commands.verify import verify
 
 __all__ = ["main"]
@@ -81,7 +84,7 @@ def main() -> None:
     """Compress language models and give back what compression took."""
 
 
-for _command in (build, run, verify, inspect, passes, schema):
+for _command in (build, run, verify, inspect, passes, schema, bench, serve, adapter):
     main.add_command(_command)
 
 

@@ -1,0 +1,175 @@
+"""What adapters cost at run time, on artifacts that take them.
+
+    python -m benchmarks.adapters LABEL=ARTIFACT [...] [--kind TYPE:RANK ...] [--threads N]
+                                  [--new-tokens N] [--repeats N] [--json FILE]
+
+For each kind of factors, ``int8:16`` and ``int4:16`` unless others are asked for, a copy of the
+artifact gets two adapters with random factors for every slot, and ``eoracc bench`` runs on it in a
+process of its own. Speed does not depend on what the factors are. The bars are issue 6's: a switch
+below 5 ms, and decoding with an adapter of rank 16 at most 3% slower than without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from eoracc.plugins.adapters import AdapterSlots
+from eoracc.passes.factor_types import FactorType, store_factors
+from eoracc.plugins.operands import LowRank
+from eoracc.runtime.adapter_store import add_adapter
+from eoracc.runtime.adapters import Adapter, read_slots
+from eoracc.runtime.manifest import read_manifest
+
+KINDS = ("int8:16", "int4:16")
+ADAPTERS = ("one", "two")
+
+SWITCH_BAR_MS = 5.0
+DECODE_BARS = {16: 1.03}
+"""Largest ratio of decoding times by rank."""
+
+
+def random_factors(
+    slots: AdapterSlots, rank: int, factor_type: FactorType, *, seed: int
+) -> dict[str, LowRank]:
+    """Factors for every linear of ``slots``; their product is about a hundredth of a weight.
+
+    Args:
+      slots: of the model.
+      rank: of every linear.
+      factor_type: ``float16``, ``int8`` or ``int4``.
+      seed: of the factors.
+    """
+    rng = np.random.default_rng(seed)
+    factors = {}
+    for name, (rows, columns) in slots.linears.items():
+        down = columns**-0.5 * rng.standard_normal((rank, columns))
+        up = 0.01 * rank**-0.5 * rng.standard_normal((rows, rank))
+        factors[name] = store_factors(up, down, factor_type)
+    return factors
+
+
+def add_random_adapters(folder: Path, rank: int, factor_type: str) -> None:
+    """Put :data:`ADAPTERS` into the artifact."""
+    slots, backbone = read_slots(folder), read_manifest(folder).digest
+    for seed, name in enumerate(ADAPTERS):
+        factors = random_factors(slots, rank, factor_type, seed=seed)
+        details = {"text": None, "rank": rank, "factor_type": factor_type, "seed": seed}
+        add_adapter(folder, Adapter(name, factors, backbone, details))
+
+
+def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What ``eoracc bench --json`` says of the artifact."""
+    settings = {
+        "--threads": options.threads,
+        "--new-tokens": options.new_tokens,
+        "--repeats": options.repeats,
+    }
+    words = [str(word) for setting in settings.items() for word in setting]
+    done = subprocess.run(
+        [sys.executable, "-m", "eoracc.compiler.cli", "bench", str(folder), "--json", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"error: eoracc bench {folder}: {done.stdout}{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    """Make the copies, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("artifacts", nargs="+", type=_artifact, metavar="LABEL=ARTIFACT")
+    parser.add_argument(
+        "--kind",
+        nargs="+",
+        type=_kind,
+        default=[_kind(kind) for kind in KINDS],
+        metavar="TYPE:RANK",
+    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports there")
+    options = parser.parse_args()
+    reports: list[dict[str, Any]] = []
+    for label, source in options.artifacts:
+        for factor_type, rank in options.kind:
+            with tempfile.TemporaryDirectory() as work:
+                copy = Path(shutil.copytree(source, Path(work) / "artifact"))
+                add_random_adapters(copy, rank, factor_type)
+                report = bench(copy, options)
+            about = {"label": label, "factor_type": factor_type, "rank": rank}
+            reports.append({**about, **report, "artifact": str(source)})
+    _print(reports)
+    if options.json is not None:
+        options.json.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+
+
+def _artifact(text: str) -> tuple[str, Path]:
+    label, _, folder = text.partition("=")
+    if not label or not (Path(folder) / "manifest.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} names no artifact: give LABEL=DIR")
+    return label, Path(folder)
+
+
+def _kind(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(float16|int8|int4):([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no kind of factors: give one like int8:16")
+    return match[1], int(match[2])
+
+
+def _print(reports: Sequence[dict[str, Any]]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    table = Table(box=box.MARKDOWN)
+    table.add_column("artifact", no_wrap=True)
+    table.add_column("factors", no_wrap=True)
+    headings = ("none tokens/s", "adapter tokens/s", "time ratio", "bar", "holds")
+    for heading in (*headings, "prefill ratio", "switch ms", "holds", "8 rows tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report in reports:
+        none, *others = report["adapters"]
+        bar = DECODE_BARS.get(report["rank"])
+        switch = report["switch"]["adapter_switch_ms"]
+        for one in others:
+            ratio = one["decode_time_ratio"]
+            prefill = one["first_token_ms"]["median"] / none["first_token_ms"]["median"]
+            table.add_row(
+                f"{report['label']} + {one['adapter']}",
+                f"{report['factor_type']} rank {report['rank']}",
+                f"{none['decode_tokens_per_s']['median']:.0f}",
+                f"{one['decode_tokens_per_s']['median']:.0f}",
+                f"{ratio['median']:.3f} ({ratio['low']:.3f} … {ratio['high']:.3f})",
+                "" if bar is None else f"≤ {bar}",
+                "" if bar is None else _holds(ratio["median"] <= bar),
+                f"{prefill:.3f}",
+                f"{switch['median']:.3f}",
+                _holds(switch["median"] < SWITCH_BAR_MS and report["switch"]["outputs_differ"]),
+                f"{report['batches'][-1]['tokens_per_s']['median']:.0f}",
+            )
+    console.print(table)
+
+
+def _holds(held: bool) -> str:
+    return "yes" if held else "NO"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Log-likelihoods of choices in eager PyTorch: the original model, in float32."""
+
+# ruff: noqa: TID253 - this module is PyTorch and is imported by who needs it
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from benchmarks.question_sets import Question, encode_choices
+
+__all__ = ["open_eager"]
+
+
+def open_eager(folder: Path) -> Callable[[Question], list[float]]:
+    """A function from a question to the log-likelihood of each of its choices, in nats.
+
+    What all choices of a question begin with runs once; the rest continues from its cache.
+
+    Args:
+      folder: a Hugging Face checkpoint, tokenizer included.
+    """
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+    def score(question: Question) -> list[float]:
+        with torch.inference_mode():
+            return _score(model, tokenizer, question)
+
+    return score
+
+
+def _score(model: Any, tokenizer: Tokenizer, question: Question) -> list[float]:
+    choices = encode_choices(tokenizer, question)
+    # One token is left to each row, for the logits of what comes first after the prompt.
+    shared = _common_length([one.tokens[: one.start] for one in choices]) - 1
+    cache = DynamicCache(config=model.config)
+    if shared > 0:
+        prefix = torch.tensor([choices[0].tokens[:shared]])
+        cache = model(prefix, past_key_values=cache, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(choices))
+    longest = max(len(one.tokens) for one in choices)
+    rows = [one.tokens[shared:] for one in choices]
+    # Padding follows, where no attention of a token that counts reaches it.
+    ids = torch.tensor([row + [0] * (longest - shared - len(row)) for row in rows])
+    logits = model(ids, past_key_values=cache).logits
+    scores = []
+    for row, one in enumerate(choices):
+        # A token's logits stand at the place before it.
+        places = slice(one.start - shared - 1, len(one.tokens) - shared - 1)
+        said = torch.log_softmax(logits[row, places].double(), dim=-1)
+        targets = torch.tensor(one.tokens[one.start :])[:, None]
+        scores.append(float(said.gather(1, targets).sum()))
+    return scores
+
+
+def _common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all ``rows`` begin with in common."""
+    length = min(map(len, rows))
+    for place in range(length):
+        if len({row[place] for row in rows}) > 1:
+            return place
+    return length

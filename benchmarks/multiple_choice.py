@@ -1,0 +1,283 @@
+"""Accuracy on multiple-choice questions: the original model, and artifacts of it.
+
+    python -m benchmarks.multiple_choice [--original DIR] [--artifact LABEL=DIR[,ADAPTER] ...]
+                                         [--limit N] [--seed N] [--json FILE] [--tasks DIR]
+
+Sets are MMLU, Social IQa and LogiQA (``question_sets.py``). A choice's score is its log-likelihood
+after the prompt, whole (*plain*) or for each of its characters (*normalized*); the choice with the
+highest score is the answer, the first one among equals. That is what lm-eval calls ``acc`` and
+``acc_norm``, and ``--tasks`` writes the very same questions as its tasks.
+
+The original runs in eager PyTorch in float32, artifacts run in ONNX Runtime as they are deployed.
+Intervals hold 95%: Wilson's for a share, a paired bootstrap for the difference from the original,
+with the p-value of McNemar's exact test. Scores are kept in ``.cache`` as they come: what has been
+scored is not scored again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.proportions import Interval, PairedDifference, compare_paired, wilson_interval
+from benchmarks.question_sets import Question, load_questions, write_tasks
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "multiple_choice"
+
+ORIGINAL = "original"
+
+RULES: Mapping[str, Callable[[Question], list[int]]] = {
+    "plain": lambda question: [1] * len(question.choices),
+    "normalized": lambda question: [len(choice) for choice in question.choices],
+}
+"""What the log-likelihood of each choice is divided by."""
+
+_BLOCK = 16
+"""Questions that are scored, and kept, together."""
+
+Scores = list[list[float]]
+"""Log-likelihood of every choice of every question, in nats."""
+
+Scorer = Callable[[Sequence[Question]], Scores]
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that answers.
+
+    Attributes:
+      label: for the table.
+      identity: digest of what its scores depend on besides the questions.
+      open: get it ready; not called where all scores are there.
+    """
+
+    label: str
+    identity: str
+    open: Callable[[], Scorer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One system on one set by one rule.
+
+    Attributes:
+      system: what answered.
+      questions: name of the set.
+      rule: ``plain`` or ``normalized``.
+      count: questions asked.
+      accuracy: share of them that it answered correctly.
+      interval: of the accuracy.
+      against_original: None for the original itself, and where that was not run.
+    """
+
+    system: str
+    questions: str
+    rule: str
+    count: int
+    accuracy: float
+    interval: Interval
+    against_original: PairedDifference | None = None
+
+
+def correct(questions: Sequence[Question], scores: Scores, rule: str) -> NDArray[np.bool_]:
+    """Which questions are answered correctly, ``[questions]``."""
+    chosen = [
+        int(np.argmax(np.divide(one, RULES[rule](question))))
+        for question, one in zip(questions, scores, strict=True)
+    ]
+    return np.array([question.answer for question in questions]) == np.array(chosen)
+
+
+def rows(
+    questions: Mapping[str, Sequence[Question]], scores: Mapping[str, Mapping[str, Scores]]
+) -> list[Row]:
+    """Every system on every set by every rule; ``scores`` by label, then by set."""
+    found = []
+    for name, asked in questions.items():
+        for rule in RULES:
+            answered = {
+                label: correct(asked, by_set[name], rule) for label, by_set in scores.items()
+            }
+            for label, hits in answered.items():
+                base = None if label == ORIGINAL else answered.get(ORIGINAL)
+                found.append(
+                    Row(
+                        system=label,
+                        questions=name,
+                        rule=rule,
+                        count=len(hits),
+                        accuracy=float(hits.mean()),
+                        interval=wilson_interval(int(hits.sum()), len(hits)),
+                        against_original=None if base is None else compare_paired(base, hits),
+                    )
+                )
+    return found
+
+
+def score_cached(system: System, questions: Sequence[Question], cache: Path) -> Scores:
+    """Scores of ``questions``, from ``cache`` as far as they are there, and kept in it."""
+    path = cache / f"scores-{system.identity[:32]}.json"
+    known: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
+    keys = [_digest([json.dumps(asdict(question))]) for question in questions]
+    missing = [
+        (key, question) for key, question in zip(keys, questions, strict=True) if key not in known
+    ]
+    scorer = system.open() if missing else None
+    for start in range(0, len(missing), _BLOCK):
+        assert scorer is not None
+        block = missing[start : start + _BLOCK]
+        found = scorer([question for _, question in block])
+        known |= {key: one for (key, _), one in zip(block, found, strict=True)}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(known), encoding="utf-8")
+        partial.replace(path)
+        sys.stderr.write(f"\r{system.label}: {start + len(block)} of {len(missing)} questions")
+    if missing:
+        sys.stderr.write("\n")
+    return [known[key] for key in keys]
+
+
+def original_system(folder: Path) -> System:
+    """The checkpoint in ``folder``, in eager PyTorch in float32."""
+
+    def opened() -> Scorer:
+        from benchmarks.eager_choices import open_eager  # noqa: PLC0415 - PyTorch is heavy
+
+        score = open_eager(folder)
+        return lambda questions: [score(question) for question in questions]
+
+    weights = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    identity = _digest(hashlib.sha256(path.read_bytes()).hexdigest() for path in weights)
+    return System(ORIGINAL, identity, opened)
+
+
+def artifact_system(label: str, folder: Path, adapter: str | None) -> System:
+    """The artifact in ``folder``, with one of its adapters or with none."""
+    from eoracc.runtime.manifest import read_manifest  # noqa: PLC0415
+
+    def opened() -> Scorer:
+        from eoracc.runtime import load  # noqa: PLC0415
+
+        model = load(folder)
+
+        def score(questions: Sequence[Question]) -> Scores:
+            pairs = [(one.prompt, f" {choice}") for one in questions for choice in one.choices]
+            scored = iter(model.score_continuations(pairs, adapter=adapter))
+            return [[next(scored).logprob for _ in one.choices] for one in questions]
+
+        return score
+
+    manifest = read_manifest(folder)
+    added = [] if adapter is None else [adapter, str(manifest.files[f"adapters/{adapter}.json"])]
+    return System(label, _digest([manifest.digest, *added]), opened)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def main() -> None:
+    """Ask, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--original", type=Path, metavar="DIR", help="checkpoint, a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--artifact",
+        action="append",
+        default=[],
+        type=_artifact,
+        metavar="LABEL=DIR[,ADAPTER]",
+        help="may be given again",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each set; default all")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of questions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument(
+        "--tasks", type=Path, metavar="DIR", help="also write the questions as lm-eval tasks"
+    )
+    options = parser.parse_args()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    questions = load_questions(CACHE, limit=options.limit, seed=options.seed)
+    if options.tasks is not None:
+        names = ",".join(write_tasks(questions, options.tasks))
+        sys.stderr.write(f"for lm-eval: --include_path {options.tasks} --tasks {names}\n")
+    systems = [artifact_system(*one) for one in options.artifact]
+    if options.original is not None:
+        systems.insert(0, original_system(options.original))
+    found = rows(questions, score_all(systems, questions, CACHE))
+    _print(found)
+    if options.json is not None:
+        content = {"limit": options.limit, "seed": options.seed, "rows": [*map(asdict, found)]}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def score_all(
+    systems: Sequence[System], questions: Mapping[str, Sequence[Question]], cache: Path
+) -> dict[str, dict[str, Scores]]:
+    """Scores by label, then by set; each system is opened once, or not at all."""
+    everything = [question for asked in questions.values() for question in asked]
+    found: dict[str, dict[str, Scores]] = {}
+    for system in systems:
+        scores = iter(score_cached(system, everything, cache))
+        found[system.label] = {
+            name: [next(scores) for _ in asked] for name, asked in questions.items()
+        }
+    return found
+
+
+def _artifact(text: str) -> tuple[str, Path, str | None]:
+    label, _, place = text.partition("=")
+    folder, _, adapter = place.partition(",")
+    if not label or not (Path(folder) / "manifest.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names no artifact: give LABEL=DIR, as in compensated=build/out"
+        )
+    return label, Path(folder), adapter or None
+
+
+def _print(found: Sequence[Row]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    table = Table(box=box.MARKDOWN)
+    table.add_column("set", no_wrap=True)
+    table.add_column("rule", no_wrap=True)
+    table.add_column("system", no_wrap=True)
+    for heading in ("n", "accuracy", "95%", "- original", "95%", "gained", "lost", "p"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in found:
+        paired = row.against_original
+        against: list[Any] = ["", "", "", "", ""]
+        if paired is not None:
+            against = [
+                f"{paired.difference:+.1%}",
+                f"{paired.interval.low:+.1%} … {paired.interval.high:+.1%}",
+                f"{paired.gained}",
+                f"{paired.lost}",
+                f"{paired.p_value:.2f}",
+            ]
+        table.add_row(
+            row.questions,
+            row.rule,
+            row.system,
+            f"{row.count}",
+            f"{row.accuracy:.1%}",
+            f"{row.interval.low:.1%} … {row.interval.high:.1%}",
+            *against,
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""``eoracc bench``: how fast an artifact is, and what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from eoracc.compiler.commands.common import (
+    PATH,
+    json_option,
+    make_console,
+    make_table,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from eoracc.runtime.bench import BenchReport
+    from eoracc.runtime.bench.series import Measurement
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["bench"]
+
+
+@click.command()
+@click.argument("artifact", type=PATH)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME",
+    help="Compare with this adapter; may be repeated. The default is all that ARTIFACT has.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of one operator; the default is one a processor."
+)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@json_option
+def bench(
+    artifact: Path,
+    *,
+    adapters: tuple[str, ...],
+    threads: int | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Measure the speed of ARTIFACT, what its start takes, and what its adapters cost."""
+    from eoracc.runtime.bench import BenchOptions, run_benchmark
+
+    report = run_benchmark(
+        artifact,
+        BenchOptions(
+            adapters=adapters or None,
+            threads=threads,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+        ),
+    )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        _show(report)
+
+
+def _show(report: BenchReport) -> None:
+    from eoracc.compiler.report import format_bytes
+
+    console = make_console()
+    console.print(
+        f"{report.artifact}, threads: {report.threads}; median of {report.repeats} (quartiles)",
+        markup=False,
+        soft_wrap=True,
+    )
+    alone = make_table("one request alone")
+    alone.add_column("adapter", no_wrap=True)
+    prefill = f"prefill {report.prompt_tokens}"
+    for heading in ("decode\ntokens/s", "time /\nnone", f"{prefill}\ntokens/s", "first token\nms"):
+        alone.add_column(heading, justify="right", no_wrap=True)
+    for one in report.adapters:
+        ratio = one.decode_time_ratio
+        alone.add_row(
+            one.adapter,
+            _text(one.decode_tokens_per_s, ".0f"),
+            "" if ratio is None else f"{ratio.median:.3f}",
+            _text(one.prefill_tokens_per_s, ".0f"),
+            _text(one.first_token_ms, ".0f"),
+        )
+    console.print(alone)
+    batches = make_table(
+        f"requests of {report.decode_prompt_tokens} + {report.new_tokens} tokens served together"
+    )
+    for heading in ("rows", "all rows, tokens/s"):
+        batches.add_column(heading, justify="right", no_wrap=True)
+    batches.add_column("adapters, in turn")
+    for batch in report.batches:
+        used = ", ".join(dict.fromkeys(batch.adapters))
+        batches.add_row(str(batch.rows), _text(batch.tokens_per_s, ".0f"), used)
+    console.print(batches)
+    start, switch = report.start, report.switch
+    held, most = format_bytes(start.loaded_memory_bytes), format_bytes(start.peak_memory_bytes)
+    lines = [f"load: {start.load_s:.2f} s; memory: {held} once loaded, {most} at most"]
+    if switch is not None:
+        lines.append(
+            f"adapter switch: {_text(switch.adapter_switch_ms, '.3f')} ms in a request of "
+            f"{switch.request_ms.median:.2f} ms; outputs "
+            f"{'differ by adapter' if switch.outputs_differ else 'DO NOT DIFFER BY ADAPTER'}"
+        )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _text(one: Measurement, form: str) -> str:
+    return f"{one.median:{form}} ({one.low:{form}} … {one.high:{form}})"

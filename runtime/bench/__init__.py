@@ -1,0 +1,8 @@
+"""Measure an artifact: speed, start, memory, and what adapters cost."""
+
+from __future__ import annotations
+
+from eoracc.runtime.bench.benchmark import BenchOptions, run_benchmark
+from eoracc.runtime.bench.report import BenchReport
+
+__all__ = ["BenchOptions", "BenchReport", "run_benchmark"]

@@ -1,0 +1,69 @@
+"""Repeated measurements: taken turn by turn, told by their median and spread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+__all__ = ["Measurement", "interleave", "ratios"]
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A quantity that was measured several times.
+
+    Attributes:
+      median: of the repeats.
+      low: the quarter of them that lies lowest ends here.
+      high: the quarter that lies highest begins here.
+      repeats: how many there are.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measurement:
+        """Of at least one value.
+
+        >>> Measurement.of([3.0, 1.0, 2.0])
+        Measurement(median=2.0, low=1.5, high=2.5, repeats=3)
+        """
+        low, median, high = map(float, np.quantile(values, (0.25, 0.5, 0.75)))
+        return cls(median, low, high, len(values))
+
+
+def interleave(measures: Mapping[Key, Callable[[], float]], repeats: int) -> dict[Key, list[float]]:
+    """Let ``measures`` take turns, ``repeats`` times each, after one turn that does not count.
+
+    Whatever else the machine does then falls on all of them alike; who comes first moves on with
+    every round.
+
+    Returns:
+      What each gave, by round: values at one place were taken one after the other.
+    """
+    order = list(measures)
+    for key in order:
+        measures[key]()
+    taken: dict[Key, list[float]] = {key: [] for key in order}
+    for turn in range(repeats):
+        start = turn % len(order) if order else 0
+        for key in order[start:] + order[:start]:
+            taken[key].append(measures[key]())
+    return taken
+
+
+def ratios(values: Sequence[float], base: Sequence[float]) -> Measurement:
+    """``values`` over ``base``, round by round.
+
+    >>> ratios([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]).median
+    2.0
+    """
+    return Measurement.of([float(one) for one in np.divide(values, base)])
