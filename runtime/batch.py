@@ -174,7 +174,8 @@ class Batch:
         Raises:
           BackendError: ONNX Runtime fails.
         """
-        return self._process(row, [tokens], [adapter], keep)[0]
+        logits: NDArray[np.float32] = self._process(row, [tokens], [adapter], keep)[0]
+        return logits
 
     def process(
         self, texts: Sequence[Sequence[int]], *, adapters: Sequence[int], keep: int

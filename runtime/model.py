@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -244,7 +245,10 @@ class Model:
         scheduler = self.scheduler(max_rows=1)
         heard: list[Piece | Exception] = []
         scheduler.add(self.prepare(request, heard.append))
-        return self._pieces_of(scheduler, heard)
+        pieces = self._pieces_of(scheduler, heard)
+        # A generator that nobody begins runs no ``finally``.
+        weakref.finalize(pieces, scheduler.close).atexit = False
+        return pieces
 
     def _pieces_of(self, scheduler: Scheduler, heard: list[Piece | Exception]) -> Iterator[Piece]:
         try:

@@ -133,7 +133,7 @@ class Tokenizer:
             raise RequestError("messages: there are none: give at least one")
         for index, message in enumerate(messages):
             for key in ("role", "content"):
-                if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
+                if not isinstance(_field(message, key), str):
                     raise RequestError(f"messages[{index}]: its '{key}' is missing or no text")
         try:
             with self._lock:
@@ -213,6 +213,10 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def _field(message: object, key: str) -> object:
+    return message.get(key) if isinstance(message, Mapping) else None
 
 
 def refused(folder: Path, error: Exception) -> BackendError:

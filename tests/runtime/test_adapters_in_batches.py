@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 PROMPT = list(b"a state of the union")
 UNIT_ROUNDOFF = 2.0**-24
-TYPES = {
+TYPES: dict[str, dict[str, str | None]] = {
     "int8": {"math": "int8", "prose": "int4", "code": "int8"},
     "float16": {"math": None, "prose": None, "code": None},
 }
@@ -200,3 +201,15 @@ def test_continuations_under_adapters(model: Model) -> None:
     bound = bound_of(np.array([10.0]))
     np.testing.assert_allclose(with_adapter[0].logprobs, whole[9:], rtol=0, atol=bound)
     assert abs(plain[0].logprob - with_adapter[0].logprob) > 10 * bound
+
+
+def test_streams_give_their_adapters_back(artifact: Path) -> None:
+    model = load(artifact, threads=1)
+    request = Request(prompt=PROMPT, adapter={"math": 0.5}, max_new_tokens=8, ignore_end=True)
+    begun, never, whole = (model.stream(request) for _ in range(3))
+    next(begun)
+    assert model.bank._users[("math", 0.5),] == 3
+    del begun, never
+    gc.collect()
+    list(whole)
+    assert not model.bank._users

@@ -72,7 +72,8 @@ def batch(
 
 def whole(reference: Session, tokens: list[int]) -> NDArray[np.float32]:
     logits, _ = reference.run(np.array([tokens]))
-    return logits[0]
+    row: NDArray[np.float32] = logits[0]
+    return row
 
 
 def begin(batch: Batch, prompts: list[list[int]]) -> list[NDArray[np.float32]]:
@@ -150,9 +151,12 @@ def test_room_grows_with_texts_and_rows(
     graph = Graph(inference, context_length=CONTEXT, in_place=True)
     sizes = []
     plain = graph.new_caches
-    monkeypatch.setattr(
-        graph, "new_caches", lambda rows, room: sizes.append((rows, room)) or plain(rows, room)
-    )
+
+    def noted(rows: int, capacity: int) -> dict[str, NDArray[np.generic]]:
+        sizes.append((rows, capacity))
+        return plain(rows, capacity)
+
+    monkeypatch.setattr(graph, "new_caches", noted)
     batch = Batch(graph, AdapterBank())
     texts = []
     for row, prompt in enumerate(PROMPTS[:3]):

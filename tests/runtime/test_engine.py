@@ -142,10 +142,10 @@ def test_bad_requests_are_refused_at_once(engine: Engine, model: Model) -> None:
 def test_close_serves_what_was_submitted(model: Model) -> None:
     engine = Engine(model, max_rows=1)
     left = [engine.submit(LONG) for _ in range(3)]
-    assert engine.alive
+    states = [engine.alive]
     assert engine.close()
+    assert [*states, engine.alive] == [True, False]
     assert {len(one.result().tokens) for one in left} == {120}
-    assert not engine.alive
     with pytest.raises(BusyError, match="the engine is closed"):
         engine.submit(LONG)
     assert engine.close()

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,9 +84,14 @@ def test_greedy_tokens_agree_with_and_without_the_library(
 
 
 def test_pieces_add_up_to_the_completion(model: Model) -> None:
-    for options in ({}, {"stop": ["e", "~~"]}, {"logprobs": 1, "temperature": 1.3, "seed": 4}):
-        whole = model.generate(TEXT, 60, ignore_end=True, **options)  # type: ignore[call-overload]
-        pieces = list(model.generate(TEXT, 60, ignore_end=True, stream=True, **options))  # type: ignore[call-overload]
+    plain = Request(prompt=TEXT, max_new_tokens=60, ignore_end=True)
+    for request in (
+        plain,
+        replace(plain, stop=["e", "~~"]),
+        replace(plain, logprobs=1, temperature=1.3, seed=4),
+    ):
+        (whole,) = model.generate_batch([request])
+        pieces = list(model.stream(request))
         assert "".join(piece.text for piece in pieces) == whole.text
         assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
         assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
@@ -139,8 +145,10 @@ def test_sampling_repeats_with_its_seed_only(model: Model) -> None:
 
 def test_narrow_filters_are_greedy(model: Model) -> None:
     greedy = model.generate(TEXT, 24)
-    for narrow in ({"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}):
-        assert model.generate(TEXT, 24, temperature=1.5, seed=1, **narrow) == greedy  # type: ignore[call-overload]
+    drawn = Request(prompt=TEXT, max_new_tokens=24, temperature=1.5, seed=1)
+    narrow = [replace(drawn, top_p=1e-6), replace(drawn, top_k=1), replace(drawn, min_p=1.0)]
+    assert model.generate_batch(narrow) == [greedy] * 3
+    assert model.generate_batch([drawn]) != [greedy]
 
 
 def test_batch_of_more_than_fit_at_a_time(model: Model) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from eoracc.runtime.sampling import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"top_k": 1},
     {"top_k": 7},
@@ -65,11 +65,11 @@ def oracle(
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("size", [5, 300, 3000])
 def test_distribution_is_that_of_the_filters_one_by_one(
-    filters: dict[str, float], temperature: float, size: int
+    filters: dict[str, Any], temperature: float, size: int
 ) -> None:
     logits = np.random.default_rng(size).normal(0, 3, size).astype(np.float32)
-    ids, probabilities = distribution(logits, temperature=temperature, **filters)  # type: ignore[arg-type]
-    expected = oracle(logits, temperature, **filters)  # type: ignore[arg-type]
+    ids, probabilities = distribution(logits, temperature=temperature, **filters)
+    expected = oracle(logits, temperature, **filters)
     assert ids.tolist() == sorted(expected)
     # Sums of `size` float64 numbers.
     bound = 4 * size * 2.0**-53
@@ -78,8 +78,9 @@ def test_distribution_is_that_of_the_filters_one_by_one(
 
 def test_of_equally_likely_tokens_lower_ids_stay() -> None:
     logits = np.array([1, 5, 5, 1, 5, 5], np.float32)
-    for filters in ({"top_k": 3}, {"top_p": 0.6}):
-        ids, probabilities = distribution(logits, temperature=1.0, **filters)  # type: ignore[arg-type]
+    choices: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.6}]
+    for filters in choices:
+        ids, probabilities = distribution(logits, temperature=1.0, **filters)
         assert ids.tolist() == [1, 2, 4]
         np.testing.assert_allclose(probabilities, [1 / 3] * 3, rtol=1e-15)
 
@@ -92,19 +93,19 @@ def test_extremes_leave_one_token() -> None:
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str)
-def test_frequencies_are_the_probabilities(filters: dict[str, float]) -> None:
+def test_frequencies_are_the_probabilities(filters: dict[str, Any]) -> None:
     logits = np.random.default_rng(0).normal(0, 1.5, 20).astype(np.float32)
-    expected = oracle(logits, 0.8, **filters)  # type: ignore[arg-type]
+    expected = oracle(logits, 0.8, **filters)
     rng = np.random.default_rng(7)
     draws = 20_000
-    drawn = [choose(logits, rng, temperature=0.8, **filters) for _ in range(draws)]  # type: ignore[arg-type]
+    drawn = [choose(logits, rng, temperature=0.8, **filters) for _ in range(draws)]
     counts = np.bincount(drawn, minlength=len(logits))
     assert set(np.flatnonzero(counts)) <= set(expected)
     tokens = sorted(expected)
     wanted = [expected[token] * draws for token in tokens]
     assert chisquare(counts[tokens], wanted).pvalue > 0.01
     # A temperature that is a tenth off would be seen.
-    other = oracle(logits, 0.88, **filters)  # type: ignore[arg-type]
+    other = oracle(logits, 0.88, **filters)
     if set(other) == set(expected):
         wrong = [other[token] * draws for token in tokens]
         assert chisquare(counts[tokens], wrong).pvalue < 1e-4
@@ -122,7 +123,7 @@ def test_one_number_a_token() -> None:
     logits = np.random.default_rng(1).normal(size=50).astype(np.float32)
     rng, same = np.random.default_rng(3), np.random.default_rng(3)
     for filters in FILTERS[3:]:
-        choose(logits, rng, temperature=1.0, **filters)  # type: ignore[arg-type]
+        choose(logits, rng, temperature=1.0, **filters)
         same.random()
     assert rng.bit_generator.state == same.bit_generator.state
 

@@ -12,9 +12,12 @@ from eoracc.runtime import Model, RequestError, load, scoring
 from eoracc.runtime.session import Session, open_session
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from eoracc.runtime.batch import Batch
 
 TEXT = "a state of the union, and of some other things too"
 UNIT_ROUNDOFF = 2.0**-24
@@ -94,9 +97,12 @@ def test_what_is_asked_twice_is_computed_once(
 ) -> None:
     runs = []
     group = scoring._score_group
-    monkeypatch.setattr(
-        scoring, "_score_group", lambda batch, texts: runs.append(len(texts)) or group(batch, texts)
-    )
+
+    def noted(batch: Batch, texts: Sequence[scoring._Text]) -> None:
+        runs.append(len(texts))
+        group(batch, texts)
+
+    monkeypatch.setattr(scoring, "_score_group", noted)
     choices = [([5, 6, 7], [choice]) for choice in (65, 66, 67, 68)]
     scores = model.score_continuations([*choices, ([5, 6], [7, 65])])
     assert runs == [1]
