@@ -155,8 +155,8 @@ def import_peft(
     errors = {linear: relative_error(one, factors[linear]) for linear, one in floats.items()}
     worst = max(errors, key=errors.__getitem__, default=None)
     details: dict[str, Any] = {
-        **origin.get("details", {}),
-        "from": "peft",
+        "from": f"PEFT, {folder.name}",
+        **({"origin": origin} if origin else {}),
         "rounding": {
             "largest": 0.0 if worst is None else errors[worst],
             "linear": worst,

@@ -49,6 +49,7 @@ def list_adapters(artifact: Path, as_json: bool) -> None:
     table.add_column("adapter", no_wrap=True)
     for heading in ("rank", "factors", "linears", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("perplexity", justify="right", no_wrap=True)
     table.add_column("from")
     for one in described:
         table.add_row(
@@ -57,9 +58,17 @@ def list_adapters(artifact: Path, as_json: bool) -> None:
             ", ".join(one["factor_types"]),
             str(one["linears"]),
             format_bytes(one["bytes"]),
+            _perplexity(one),
             str(one["details"].get("from", "")),
         )
     make_console().print(table)
+
+
+def _perplexity(described: dict[str, Any]) -> str:
+    """On its own held-out text, without the adapter and with it; empty where nobody measured."""
+    figures = described["details"].get("perplexity", {})
+    pair = [figures.get(key) for key in ("none", described["name"])]
+    return "" if None in pair else " to ".join(f"{figure:.2f}" for figure in pair)
 
 
 def _describe(one: Adapter) -> dict[str, Any]:

@@ -431,7 +431,9 @@ def test_compensation_of_another_backbone_is_refused(
     put(artifact, tiny_factors(read_slots(artifact), rank=4, seed=3))
     export_peft(artifact, "math", tmp_path / "peft")
     export_onnx(artifact, "math", tmp_path / "onnx")
-    assert import_adapter(artifact, tmp_path / "peft", None).name == "math"
+    again = import_adapter(artifact, tmp_path / "peft", None)
+    assert (again.name, again.details["from"]) == ("math", "PEFT, peft")
+    assert again.details["origin"]["name"] == "math"
     with pytest.raises(ArtifactError, match="was made for the backbone"):
         import_adapter(half, tmp_path / "peft", None)
     with pytest.raises(ArtifactError, match="is for the backbone"):

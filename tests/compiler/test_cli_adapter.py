@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from click.testing import Result
 
 
+DETAILS = {"from": "eora", "perplexity": {"none": 9.5, "math": 7.25}}
+
+
 def eoracc(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["adapter", *map(str, arguments)])
 
@@ -27,7 +30,7 @@ def artifact(tmp_path: Path) -> Path:
     """With an adapter ``math``."""
     digest = write_slots_artifact(tmp_path / "artifact").digest
     factors = random_factors("int8", rank=5)
-    add_adapter(tmp_path / "artifact", Adapter("math", factors, digest, {"from": "eora"}))
+    add_adapter(tmp_path / "artifact", Adapter("math", factors, digest, DETAILS))
     return tmp_path / "artifact"
 
 
@@ -35,10 +38,10 @@ def test_list(artifact: Path) -> None:
     done = eoracc("list", artifact)
     assert done.exit_code == 0
     (row,) = [line for line in done.stdout.splitlines() if line.strip().startswith("math")]
-    assert row.split() == ["math", "5", "int8", "6", "3.3", "kB", "eora"]
+    assert row.split() == ["math", "5", "int8", "6", "3.3", "kB", "9.50", "to", "7.25", "eora"]
     (described,) = json.loads(eoracc("list", artifact, "--json").stdout)
     assert (described["name"], described["rank"], described["linears"]) == ("math", 5, 6)
-    assert described["details"] == {"from": "eora"}
+    assert described["details"] == DETAILS
 
 
 def test_list_of_none(tmp_path: Path) -> None:
