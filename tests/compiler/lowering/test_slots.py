@@ -47,8 +47,8 @@ def test_every_compressed_linear_of_a_block_has_a_slot(tmp_path: Path, adapter_t
     slots = AdapterSlots.from_json(model.metadata_props[SLOTS_KEY])
     assert slots.type == adapter_type
     names = [name for slot in slots.slots for name in slot.linears]
-    roles = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj")
-    roles += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    attention = [f"self_attn.{role}_proj" for role in ("q", "k", "o")]
+    roles = [*attention, *(f"mlp.{role}_proj" for role in ("gate", "up", "down"))]
     # Neither the head, which stands in no block, nor v_proj, which is not compressed.
     assert sorted(names) == sorted(f"model.layers.{i}.{role}" for i in range(2) for role in roles)
     gated = next(slot for slot in slots.slots if slot.name == "model.layers.0.mlp.gate_up_proj")
