@@ -320,7 +320,7 @@ def decode_adapter(
             )
     stored = read_onnx_adapter(factors, place)
     if stored.model_version != model_version(backbone):
-        raise _foreign(place, f"{2 * stored.model_version:08x}", backbone)
+        raise _foreign(place, f"{2 * stored.model_version:08x}"[:7], backbone)
     try:
         return Adapter(name, unpack_adapter(slots, stored.arrays), backbone, details)
     except PluginError as error:

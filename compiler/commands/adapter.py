@@ -50,7 +50,7 @@ def list_adapters(artifact: Path, as_json: bool) -> None:
     for heading in ("rank", "factors", "linears", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("perplexity", justify="right", no_wrap=True)
-    table.add_column("from")
+    table.add_column("from", overflow="fold")
     for one in described:
         table.add_row(
             one["name"],
