@@ -6,6 +6,7 @@ which each token takes one number: a request's tokens do not depend on what else
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,9 @@ __all__ = ["choose", "distribution", "log_normalizer", "target_logprobs", "token
 
 _DEPTHS = (2.0, 4.0, 8.0, 16.0, np.inf)
 """How far below the highest logit to look for the most likely tokens, until there are enough."""
+
+_COLDEST = 1e-30
+"""A temperature at which any two logits that differ at all are as good as certain."""
 
 
 def choose(
@@ -58,6 +62,7 @@ def choose(
     return int(ids[min(place, len(ids) - 1)])
 
 
+@np.errstate(over="ignore")  # a tiny temperature leaves one token, and others at -inf
 def distribution(
     logits: NDArray[np.float32],
     *,
@@ -94,31 +99,39 @@ def distribution(
     elif top_p < 1:
         ids = _head(logits, temperature, top_p)
     elif min_p > 0:
-        # In float64, or the bound would be rounded up to the next likely token's logit.
-        ids = np.flatnonzero(logits >= np.float64(highest) + temperature * np.log(min_p))
+        # A few too many: what is too unlikely among them goes below.
+        ids = np.flatnonzero(logits >= highest + 1.01 * temperature * math.log(min_p))
     else:
         weights = _weights(logits, highest, temperature)
-        return np.arange(len(weights)), weights / weights.sum()
+        return np.arange(len(weights)), _normalized(weights)
     weights = _weights(logits[ids], highest, temperature)
     if top_p < 1 and 0 < top_k < len(logits):
-        count = _count(weights, top_p * weights.sum())
+        count = _count(weights, top_p * _total(weights))
         ids, weights = ids[:count], weights[:count]
     # The largest weight is exp(0).
     kept = weights >= min_p
     ids, weights = ids[kept], weights[kept]
     order = np.argsort(ids)
-    return ids[order], weights[order] / weights.sum()
+    return ids[order], _normalized(weights[order])
+
+
+def _normalized(weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    return weights / _total(weights)
+
+
+def _total(weights: NDArray[np.float32]) -> np.float64:
+    total: np.float64 = weights.sum(dtype=np.float64)
+    return total
 
 
 def _weights(
     logits: NDArray[np.float32], highest: np.float32, temperature: float
-) -> NDArray[np.float64]:
-    """``exp((logits - highest) / temperature)``."""
-    scaled = logits.astype(np.float64)
-    scaled -= highest
-    with np.errstate(over="ignore"):  # a tiny temperature leaves one token, and others at -inf
-        scaled /= temperature
-    return np.exp(scaled, out=scaled)
+) -> NDArray[np.float32]:
+    """``exp((logits - highest) / temperature)``, in float32: it is a whole vocabulary wide."""
+    scaled = logits - highest
+    scaled /= np.float32(max(temperature, _COLDEST))
+    weights: NDArray[np.float32] = np.exp(scaled, out=scaled)
+    return weights
 
 
 def _head(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDArray[np.intp]:
@@ -127,19 +140,20 @@ def _head(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDAr
     Only what is not far below the most likely token is sorted, which is mostly little.
     """
     highest = logits.max()
-    wanted = top_p * _weights(logits, highest, temperature).sum()
+    wanted = top_p * _total(_weights(logits, highest, temperature))
     for depth in _DEPTHS:
         ids = np.flatnonzero(logits >= highest - depth * temperature)
         weights = _weights(logits[ids], highest, temperature)
-        if weights.sum() >= wanted:
+        if _total(weights) >= wanted:
             break
     order = np.argsort(-weights, kind="stable")
     return ids[order[: _count(weights[order], wanted)]]
 
 
-def _count(descending: NDArray[np.float64], wanted: float) -> int:
+def _count(descending: NDArray[np.float32], wanted: float) -> int:
     """How many it takes until their sum is ``wanted``; all of them where it never is."""
-    return min(int(descending.cumsum().searchsorted(wanted)) + 1, len(descending))
+    cumulative = descending.cumsum(dtype=np.float64)
+    return min(int(cumulative.searchsorted(wanted)) + 1, len(descending))
 
 
 def _largest(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:

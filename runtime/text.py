@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from eoracc.runtime.backend import import_backend
@@ -87,7 +88,7 @@ class Tokenizer:
             if not chat:
                 return self.encode(prompt)
             return self.encode_chat([{"role": "user", "content": prompt}])
-        tokens = [one for one in prompt if isinstance(one, int)]
+        tokens = [int(one) for one in prompt if isinstance(one, Integral)]  # NumPy's, too
         if len(tokens) == len(prompt):
             return tokens
         return self.encode_chat([one for one in prompt if not isinstance(one, int)])

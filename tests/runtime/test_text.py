@@ -7,6 +7,7 @@ import shutil
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,7 +85,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer) -> None:
 def test_prompts_of_all_kinds(tokenizer: Tokenizer) -> None:
     text = tokenizer.encode("hello")
     assert tokenizer.encode_prompt("hello") == text
-    assert tokenizer.encode_prompt(text) == text
+    assert tokenizer.encode_prompt(text) == tokenizer.encode_prompt(list(np.array(text))) == text
     assert tokenizer.encode_prompt([]) == []
     chat = tokenizer.encode_prompt("hello", chat=True)
     assert tokenizer.encode_prompt([{"role": "user", "content": "hello"}]) == chat
