@@ -100,7 +100,7 @@ def _module_names(modules: Mapping[str, Any], name: str) -> list[str]:
 def linear_tolerance(linear: Linear, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """What rounding its input may change in the outputs of one linear, ``float32 [rows, N]``.
 
-    The input of the up-projection counts as rounded too, as it is with int8 factors.
+    The input of the up-projection counts as rounded too, as it is with integer factors.
 
     Args:
       linear: compressed.
