@@ -85,13 +85,14 @@ class AdapterSolver(Overridable):
         check_rank(linear, self.rank)
         weight = linear.weight()
         delta = weight - backbone
-        weighted = delta @ gram.root
-        b, a = Eora.factors(delta, gram, self.rank, weighted=weighted)
-        metric = Eora.metric(gram)
+        weighted: NDArray[np.float32] = delta @ gram.root
+        solver = Eora()
+        b, a = solver.factors(delta, gram, self.rank, weighted=weighted)
+        metric = solver.metric(gram)
         factors = store_factors(
             b, a, self.factor_type, gram=metric, weighted=delta if metric is None else weighted
         )
-        left = weighted - factors.up() @ (factors.down() @ gram.root)
+        left: NDArray[np.float32] = weighted - factors.up() @ (factors.down() @ gram.root)
         output = float(np.linalg.norm(weight @ gram.root))
         return SolvedFactors(factors, _relative(weighted, output), _relative(left, output))
 

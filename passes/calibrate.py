@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -54,11 +54,12 @@ class Calibrate(LayerPass):
     @override
     def call(self, group: LinearGroup) -> bool:
         assert group.activations is not None  # noqa: S101 - requires() has checked
-        group.gram = accumulate_gram(
+        gram = accumulate_gram(
             group.activations(),
             group.linears[0].in_features,
             add=_products().add_outer_products if self.resolved_precision == "bfloat16" else None,
         )
+        group.gram = replace(gram, activations=group.activations)
         # One bad value anywhere reaches the diagonal: no need to scan every activation.
         if not np.isfinite(np.diag(group.gram.matrix)).all():
             raise PassError(

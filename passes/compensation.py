@@ -59,10 +59,9 @@ class Compensation(Overridable, LayerPass):
     factor_type: FactorType = "float16"
     overrides: Mapping[str, RankOverride] = field(default_factory=dict)
 
-    @classmethod
     @abstractmethod
     def factors(
-        cls,
+        self,
         delta: NDArray[np.float32],
         gram: Gram | None,
         rank: int,
@@ -74,11 +73,14 @@ class Compensation(Overridable, LayerPass):
         Args:
           delta: the error, ``[N, K]``.
           gram: of the input, where statistics were taken.
-          rank: of the factors.
+          rank: of the factors, the largest that they may have.
           weighted: ``delta @ gram.root``, where there is a Gram.
 
         Returns:
-          ``B [N, rank]`` and ``A [rank, K]``.
+          ``B [N, R]`` and ``A [R, K]``, ``R`` at most ``rank``.
+
+        Raises:
+          PassError: the pass needs a Gram, and there is none.
         """
 
     @override
@@ -94,9 +96,8 @@ class Compensation(Overridable, LayerPass):
                 changed = True
         return changed
 
-    @classmethod
     def solve(
-        cls,
+        self,
         linear: Linear,
         gram: Gram | None,
         rank: int,
@@ -111,7 +112,7 @@ class Compensation(Overridable, LayerPass):
         if linear.compressed is None:
             raise PassError(
                 linear.name,
-                f"is not compressed: put a quantize pass before {cls.name!r}, "
+                f"is not compressed: put a quantize pass before {self.name!r}, "
                 "or leave the linear out with 'skip: true' in its overrides",
             )
         if gram is None:
@@ -119,14 +120,15 @@ class Compensation(Overridable, LayerPass):
         else:
             residual = residual_of(linear, gram)
             delta, weighted = residual.delta, residual.weighted
-        b, a = cls.factors(delta, gram, rank, weighted=weighted)
-        metric = cls.metric(gram)
-        return store_factors(
-            b, a, factor_type, gram=metric, weighted=delta if metric is None else weighted
-        )
+        b, a = self.factors(delta, gram, rank, weighted=weighted)
+        metric = self.metric(gram)
+        if metric is None:
+            weighted = delta
+        elif metric is not gram:
+            weighted = delta @ metric.root
+        return store_factors(b, a, factor_type, gram=metric, weighted=weighted)
 
-    @classmethod
-    def metric(cls, gram: Gram | None) -> Gram | None:
+    def metric(self, gram: Gram | None) -> Gram | None:
         """The Gram that the pass weighs errors by; None weighs all inputs alike."""
         del gram
         return None
@@ -149,7 +151,7 @@ def check_rank(linear: Linear, rank: int) -> None:
 
 
 def compensation_solver(name: str) -> Solver:
-    """The solver of the compensating pass ``name``.
+    """The solver of the compensating pass ``name``, with the options that it has by itself.
 
     Raises:
       KeyError: no compensating pass has that name.
@@ -157,4 +159,4 @@ def compensation_solver(name: str) -> Solver:
     found = pass_type(name)
     if not issubclass(found, Compensation):
         raise KeyError(name)
-    return found.solve
+    return found().solve

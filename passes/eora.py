@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
+import numpy as np
+from pydantic import Field
 from typing_extensions import override
 
 from eoracc.compiler.errors import PassError
 from eoracc.passes.base import register
 from eoracc.passes.compensation import Compensation
-from eoracc.passes.factors import eora_factors, svd_factors
+from eoracc.passes.factors import energy_rank, eora_factors, svd_factors, top_of_gram
+from eoracc.passes.gram import Gram
 from eoracc.passes.statistics import MIN_TOKENS, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from eoracc.compiler.linears import LinearGroup
-    from eoracc.passes.gram import Gram
 
 __all__ = ["Eora"]
 
@@ -33,6 +34,10 @@ class Eora(Compensation):
 
     Options:
       rank: columns of each correction; 0 turns it off.
+      energy: share of the error's energy that may be left. A linear then gets the smallest rank
+        that leaves no more, and ``rank`` at most; null gives all of them ``rank``.
+      directions: weigh errors by the top so many eigenvectors of the input's Gram alone, and leave
+        what tokens do outside of them out of account; null takes all.
       factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
         as float16, ``int4`` a quarter.
       overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
@@ -40,6 +45,8 @@ class Eora(Compensation):
     """
 
     name: ClassVar[str] = "eora"
+    energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    directions: Annotated[int, Field(ge=1)] | None = None
 
     @override
     def requires(self, group: LinearGroup) -> None:
@@ -58,15 +65,17 @@ class Eora(Compensation):
                     )
         return changed
 
-    @classmethod
     @override
-    def metric(cls, gram: Gram | None) -> Gram | None:
-        return None if gram is None or saw_too_few_tokens(gram) else gram
+    def metric(self, gram: Gram | None) -> Gram | None:
+        if gram is None or saw_too_few_tokens(gram):
+            return None
+        if self.directions is None or self.directions >= len(gram.matrix):
+            return gram
+        return Gram(top_of_gram(gram.matrix, self.directions), gram.tokens)
 
-    @classmethod
     @override
     def factors(
-        cls,
+        self,
         delta: NDArray[np.float32],
         gram: Gram | None,
         rank: int,
@@ -74,7 +83,26 @@ class Eora(Compensation):
         weighted: NDArray[np.float32] | None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         if gram is None:
-            raise PassError(cls.name, "has no gram to go by: put 'calibrate' before it")
-        if saw_too_few_tokens(gram):
-            return svd_factors(delta, rank)
-        return eora_factors(delta, gram.matrix, rank, weighted=weighted)
+            raise PassError(self.name, "has no gram to go by: put 'calibrate' before it")
+        metric = self.metric(gram)
+        if metric is None:
+            b, a = svd_factors(delta, rank)
+            return self._truncated(b, a, a, delta)
+        if weighted is None or metric is not gram:
+            weighted = delta @ metric.root
+        b, a = eora_factors(delta, metric.matrix, rank, weighted=weighted)
+        return self._truncated(b, a, a @ metric.root, weighted)
+
+    def _truncated(
+        self,
+        b: NDArray[np.float64],
+        a: NDArray[np.float64],
+        weighted_a: NDArray[np.floating],
+        weighted: NDArray[np.floating],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The first ranks of ``b`` and ``a``, as many as ``energy`` asks for."""
+        if self.energy is None:
+            return b, a
+        singular = np.linalg.norm(b, axis=0) * np.linalg.norm(weighted_a, axis=1)
+        rank = energy_rank(singular**2, float(np.linalg.norm(weighted)) ** 2, self.energy)
+        return b[:, :rank], a[:rank]

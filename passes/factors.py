@@ -9,9 +9,23 @@ The output error that ``delta`` causes on the calibration tokens is
 from __future__ import annotations
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
-__all__ = ["eora_factors", "gram_root", "svd_factors", "to_float16", "weighted_norm"]
+from eoracc.passes.singular import top_left_vectors
+
+__all__ = [
+    "activation_scale",
+    "energy_rank",
+    "eora_factors",
+    "gram_root",
+    "lqer_scale",
+    "scaled_factors",
+    "svd_factors",
+    "to_float16",
+    "top_of_gram",
+    "weighted_norm",
+]
 
 Float = NDArray[np.float64]
 
@@ -71,29 +85,26 @@ def eora_factors(
 
     Source: Liu et al., EoRA, arXiv:2410.21271, eq. 5-7, in an inverse-free form. The columns of
     ``B`` are the top left singular vectors of ``delta L``, ``H = L L^T``; they are orthonormal,
-    hence ``A = B^T delta``, and no eigenvalue of ``H`` is ever divided by. They come from one
-    eigendecomposition of the smaller side.
+    hence ``A = B^T delta``, and no eigenvalue of ``H`` is ever divided by. The paper projects with
+    ``Q sqrt(Lambda)`` and back with its inverse: the same product where ``H`` is regular.
 
     >>> b, a = eora_factors(np.diag([3.0, 2.0]), np.diag([1.0, 4.0]), 1)
     >>> np.round(b @ a, 12).tolist()
     [[0.0, 0.0], [0.0, 2.0]]
     """
-    rows, columns = delta.shape
-    _check_rank(rank, rows, columns)
+    _check_rank(rank, delta)
     # In the precision of delta. Float32 is enough for a build: nothing cancels between here and the
     # factors, which are stored as float16.
     if weighted is None:
         weighted = delta @ gram_root(gram).astype(delta.dtype, copy=False)
-    if rows <= columns:
-        basis = _top_eigenvectors(weighted @ weighted.T, rank)
-    else:
-        # These columns are the basis times the singular values; QR only normalises them.
-        basis = np.linalg.qr(weighted @ _top_eigenvectors(weighted.T @ weighted, rank))[0]
-    return _balanced(basis, basis.T @ delta)
+    return _projected(delta, weighted, rank)
 
 
 def svd_factors(delta: NDArray[np.floating], rank: int) -> tuple[Float, Float]:
     """The truncated SVD of ``delta``: the best factors where every input direction counts alike.
+
+    With ``delta = U Sigma V^T`` they are ``B = U_r sqrt(Sigma_r)`` and ``A = sqrt(Sigma_r) V_r^T``,
+    which is how Yao et al., ZeroQuant-V2, arXiv:2303.08302, sec. 5, share the singular values out.
 
     Args:
       delta: ``W - W_hat``, ``[out, in]``.
@@ -109,31 +120,123 @@ def svd_factors(delta: NDArray[np.floating], rank: int) -> tuple[Float, Float]:
     >>> np.round(b @ a, 12).tolist()
     [[3.0, 0.0], [0.0, 0.0]]
     """
-    rows, columns = delta.shape
-    _check_rank(rank, rows, columns)
-    delta = np.asarray(delta, np.float64)
-    if rows <= columns:
-        basis = _top_eigenvectors(delta @ delta.T, rank)
-        return _balanced(basis, basis.T @ delta)
-    basis = _top_eigenvectors(delta.T @ delta, rank)
-    return _balanced(delta @ basis, basis.T)
+    _check_rank(rank, delta)
+    return _projected(delta, delta, rank)
+
+
+def scaled_factors(
+    delta: NDArray[np.floating], scale: NDArray[np.floating], rank: int
+) -> tuple[Float, Float]:
+    """The factors that minimise ``||(delta - B A) S||_F`` for a diagonal ``S``.
+
+    Args:
+      delta: ``W - W_hat``, ``[out, in]``.
+      scale: the diagonal, ``[in]``, nonnegative: what an error counts for by its column.
+      rank: in ``0..min(out, in)``.
+
+    Returns:
+      ``B [out, rank]`` and ``A [rank, in]``, balanced.
+
+    Raises:
+      ValueError: ``rank`` is out of range.
+
+    Source: with ``delta S = U Sigma V^T``, published as ``B A = U_r Sigma_r V_r^T S^-1`` (ASVD,
+    arXiv:2312.05821, eq. 4-6; LQER, arXiv:2402.02446, sec. 3.2). ``U_r Sigma_r V_r^T`` is
+    ``U_r U_r^T delta S``, so that the inverse cancels: ``B = U_r``, ``A = U_r^T delta``. A column
+    whose scale is zero needs no floor then, which the published code gives it.
+
+    >>> b, a = scaled_factors(np.diag([3.0, 2.0]), np.array([1.0, 4.0]), 1)
+    >>> np.round(b @ a, 12).tolist()
+    [[0.0, 0.0], [0.0, 2.0]]
+    """
+    _check_rank(rank, delta)
+    return _projected(delta, delta * scale.astype(delta.dtype, copy=False), rank)
+
+
+def activation_scale(magnitudes: NDArray[np.floating], alpha: float) -> Float:
+    """The diagonal of ASVD, ``s_i = (mean |x_i|)^alpha``, ``float64 [in]``.
+
+    Args:
+      magnitudes: ``mean |x_i|`` over calibration tokens, ``[in]``.
+      alpha: 0 weighs all columns alike, 1 by their activations; 0.5 in the paper.
+
+    Source: Yuan et al., ASVD, arXiv:2312.05821, eq. 8. The published code adds 1e-6 to each mean.
+
+    >>> activation_scale(np.array([4.0, 9.0]), 0.5).tolist()
+    [2.0, 3.0]
+    """
+    return np.asarray(magnitudes, np.float64) ** alpha
+
+
+def lqer_scale(magnitudes: NDArray[np.floating]) -> Float:
+    """The diagonal of L2QER, ``s_i = a_i / sqrt(min a * max a)``, ``float64 [in]``.
+
+    Args:
+      magnitudes: ``a_i = mean |x_i|`` over calibration tokens, ``[in]``.
+
+    Source: Zhang et al., LQER, arXiv:2402.02446, sec. 3.2. What all columns share cancels from the
+    product ``B A``. Two things differ from the published code, which takes the largest of the means
+    over single samples, so that its scale depends on how the text was cut, and raises it to 1e-4:
+    here the mean is over all tokens, and the least magnitude is that of the columns that are not
+    always zero.
+
+    >>> lqer_scale(np.array([1.0, 4.0, 0.0])).tolist()
+    [0.5, 2.0, 0.0]
+    """
+    magnitudes = np.asarray(magnitudes, np.float64)
+    alive = magnitudes[magnitudes > 0]
+    if not alive.size:
+        return np.zeros_like(magnitudes)
+    # The roots apart: their product may be beyond the range of floats.
+    return magnitudes / (np.sqrt(alive.min()) * np.sqrt(alive.max()))
+
+
+def top_of_gram(gram: Float, directions: int) -> Float:
+    """The part of a Gram on its top eigenspace, ``Q_t Lambda_t Q_t^T``, ``float64 [in, in]``.
+
+    EoRA's inverse, truncated to that eigenspace, gives ``A = B^T delta Q_t Q_t^T``. In the metric
+    of the truncated Gram that leaves the same error as ``A = B^T delta``, which leaves less (or as
+    much) in every other: so truncate the Gram and solve without an inverse.
+
+    Args:
+      gram: symmetric positive semidefinite, ``float64 [in, in]``.
+      directions: ``t``, eigenvectors that are kept; all where there are no more.
+
+    >>> top_of_gram(np.diag([1.0, 4.0]), 1).round(12).tolist()
+    [[0.0, 0.0], [0.0, 4.0]]
+    """
+    side = len(gram)
+    kept = min(directions, side)
+    values, vectors = scipy.linalg.eigh(gram, subset_by_index=(side - kept, side - 1))
+    return np.asarray((vectors * values.clip(min=0)) @ vectors.T, np.float64)
+
+
+def energy_rank(energies: NDArray[np.floating], total: float, share: float) -> int:
+    """The smallest rank that leaves at most ``share`` of an error's energy.
+
+    ``r = min { r : total - sum_{i <= r} sigma_i^2 <= share * total }``, and the number of
+    ``energies`` where all of them are not enough. The solution of rank ``r`` is the first ``r``
+    columns of ``B`` and rows of ``A`` of any larger one.
+
+    Args:
+      energies: ``sigma_i^2 [rank]``, squared singular values of the weighted error, largest first.
+      total: their sum over all of them, ``||delta L||_F^2``.
+      share: in 0..1.
+
+    >>> [energy_rank(np.array([9.0, 4.0, 1.0]), 14.0, share) for share in (0.0, 0.1, 0.4, 1.0)]
+    [3, 2, 1, 0]
+    """
+    tails = total - np.concatenate([[0.0], np.cumsum(energies, dtype=np.float64)])
+    # A tail of nothing but rounding is one within any share.
+    rounding = len(tails) * float(np.finfo(energies.dtype).eps) * total
+    enough = tails <= share * total + rounding
+    return int(enough.argmax()) if enough.any() else len(energies)
 
 
 def to_float16(factor: Float) -> NDArray[np.float16]:
     """``factor`` as it is stored; a value beyond float16 becomes the largest finite one."""
     limit = float(np.finfo(np.float16).max)
     return np.clip(factor, -limit, limit).astype(np.float16)
-
-
-def _check_rank(rank: int, rows: int, columns: int) -> None:
-    if not 0 <= rank <= min(rows, columns):
-        raise ValueError(f"rank {rank} is outside 0..{min(rows, columns)} of [{rows}, {columns}]")
-
-
-def _top_eigenvectors(matrix: Float, rank: int) -> Float:
-    """Eigenvectors of the ``rank`` largest eigenvalues of a symmetric matrix, largest first."""
-    vectors: Float = np.linalg.eigh(matrix)[1]
-    return vectors[:, ::-1][:, :rank]
 
 
 def _balanced(b: Float, a: Float) -> tuple[Float, Float]:
@@ -144,3 +247,21 @@ def _balanced(b: Float, a: Float) -> tuple[Float, Float]:
     scale = np.sqrt(np.divide(right, left, out=np.zeros_like(left), where=used))
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=used)
     return b * scale, a * inverse[:, None]
+
+
+def _check_rank(rank: int, delta: NDArray[np.floating]) -> None:
+    rows, columns = delta.shape
+    if not 0 <= rank <= min(rows, columns):
+        raise ValueError(f"rank {rank} is outside 0..{min(rows, columns)} of [{rows}, {columns}]")
+
+
+def _projected(
+    delta: NDArray[np.floating], weighted: NDArray[np.floating], rank: int
+) -> tuple[Float, Float]:
+    """``delta`` projected on the top left singular vectors of ``weighted``, ``delta`` in a metric.
+
+    With ``B`` orthonormal ``A = B^T delta`` is the best in every metric, and of all ``B`` these
+    vectors are the best in this one (Eckart and Young).
+    """
+    basis = top_left_vectors(weighted, rank)
+    return _balanced(basis, basis.T @ delta)

@@ -15,6 +15,7 @@ from eoracc.passes.factors import gram_root
 from eoracc.passes.gptq import Feedback, feedback
 
 if TYPE_CHECKING:
+    from eoracc.compiler.linears import Activations
     from eoracc.plugins.operands import NBitsWeight
 
 __all__ = ["AddOuterProducts", "Gram", "Residual", "accumulate_gram"]
@@ -51,10 +52,13 @@ class Gram:
       tokens: ``sum_t w_t``, the number of tokens that were not padding.
       residuals: what quantization took of the linears that share this input, by quantized weight;
         kept for the passes to come (:func:`eoracc.passes.statistics.residual_of`).
+      activations: what the sum is over, for statistics that few passes ask for; None where they are
+        gone.
     """
 
     matrix: NDArray[np.float64]
     tokens: float
+    activations: Activations | None = field(default=None, repr=False)
     residuals: WeakKeyDictionary[NBitsWeight, Residual] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
@@ -67,6 +71,20 @@ class Gram:
         itself, nothing cancels.
         """
         return gram_root(self.matrix).astype(np.float32)
+
+    @cached_property
+    def magnitudes(self) -> NDArray[np.float64]:
+        """``mean |x_i|`` over the tokens, ``[K]``; what has been masked counts for nothing.
+
+        Raises:
+          ValueError: the activations are gone.
+        """
+        if self.activations is None:
+            raise ValueError("the activations that this Gram was summed over are gone")
+        total = np.zeros(len(self.matrix))
+        for inputs, weights in self.activations():
+            total += weights @ np.abs(inputs)
+        return total / self.tokens if self.tokens > 0 else total
 
     @cached_property
     def feedback(self) -> Feedback:

@@ -37,10 +37,9 @@ class Svd(Compensation):
 
     name: ClassVar[str] = "svd"
 
-    @classmethod
     @override
     def factors(
-        cls,
+        self,
         delta: NDArray[np.float32],
         gram: Gram | None,
         rank: int,

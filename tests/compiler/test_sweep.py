@@ -201,7 +201,7 @@ def test_comparators_get_the_rank_of_each_linear_and_change_nothing(
             assert linear.name not in ranks
             continue
         assert ranks[linear.name] == (2 if linear.role == "down_proj" else 5)
-        expected = Svd.solve(linear, None, ranks[linear.name])
+        expected = Svd().solve(linear, None, ranks[linear.name])
         np.testing.assert_array_equal(found["svd"][linear.name].product(), expected.product())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -53,7 +54,8 @@ def make_group(
     linears = tuple(find_linears(ir.Model(graph, ir_version=10)))
     gram = None
     if inputs is not None:
-        gram = accumulate_gram([(inputs, ones(len(inputs)))], width)
+        batch = (inputs, ones(len(inputs)))
+        gram = replace(accumulate_gram([batch], width), activations=lambda: iter([batch]))
     return LinearGroup(linears, gram=gram)
 
 

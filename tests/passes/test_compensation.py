@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from eoracc.compiler.errors import PassError
 from eoracc.compiler.linears import LinearGroup
 from eoracc.passes import load_passes
+from eoracc.passes.activation_scaled import ActivationScaled
 from eoracc.passes.compensation import Compensation, RankOverride, compensation_solver
 from eoracc.passes.eora import Eora
 from eoracc.passes.factors import eora_factors, weighted_norm
+from eoracc.passes.lqer import Lqer
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd
-from tests.passes.groups import qkv
+from eoracc.passes.zeroquant_v2 import ZeroQuantV2
+from tests.passes.groups import make_group, qkv
 
 load_passes()
 
-METHODS = [Eora, Svd]
+METHODS = [Eora, Svd, ActivationScaled, Lqer, ZeroQuantV2]
+CALIBRATED = [Eora, ActivationScaled, Lqer]
 
 
 @pytest.fixture
@@ -112,25 +117,134 @@ def test_eora_beats_svd_in_the_output_and_svd_eora_in_the_weight(group: LinearGr
         assert np.linalg.norm(by_weight) < np.linalg.norm(by_output)
 
 
-def test_solvers_go_by_the_name_of_their_pass(group: LinearGroup) -> None:
+def test_solvers_go_by_the_name_of_their_pass() -> None:
     with pytest.raises(KeyError):
         compensation_solver("quantize_rtn")
     with pytest.raises(KeyError):
         compensation_solver("no such pass")
-    with pytest.raises(PassError, match="no gram"):
-        compensation_solver("eora")(group.linears[0], None, 4)
 
 
-def test_eora_without_a_gram_says_what_to_do() -> None:
-    with pytest.raises(PassError, match=r"has no gram: put 'calibrate' before 'eora'"):
-        Eora(rank=4).requires(qkv(tokens=None))
-
-
-def test_svd_needs_no_gram() -> None:
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_what_goes_by_activations_says_what_to_do_without(method: type[Compensation]) -> None:
+    with pytest.raises(PassError, match=rf"has no gram: put 'calibrate' before '{method.name}'"):
+        method(rank=4).requires(qkv(tokens=None))
     group = qkv(tokens=None)
     QuantizeRtn(bits=2).call(group)
-    assert Svd(rank=4).call(group)
+    with pytest.raises(PassError, match="to go by: put 'calibrate' before it"):
+        method().solve(group.linears[0], None, 4)
+
+
+@pytest.mark.parametrize("method", [Svd, ZeroQuantV2])
+def test_the_plain_svd_needs_no_gram(method: type[Compensation]) -> None:
+    group = qkv(tokens=None)
+    QuantizeRtn(bits=2).call(group)
+    assert method(rank=4).call(group)
     assert group.linears[0].errors == {}
+
+
+def product(method: Compensation, group: LinearGroup, rank: int = 6) -> NDArray[np.float32]:
+    """What ``method`` would give the first linear of ``group``."""
+    return method.solve(group.linears[0], group.gram, rank).product()
+
+
+def test_zeroquant_v2_is_the_plain_svd_at_rank_8(group: LinearGroup) -> None:
+    assert ZeroQuantV2().rank == 8
+    np.testing.assert_array_equal(product(ZeroQuantV2(), group), product(Svd(), group))
+
+
+def test_scales_lie_between_those_of_svd_and_lqer(group: LinearGroup) -> None:
+    np.testing.assert_array_equal(product(ActivationScaled(alpha=0), group), product(Svd(), group))
+    # Lqer's scale is the same but for a factor of all columns, which rounds differently.
+    lqer = product(Lqer(), group)
+    step = 2.0**-10 * float(np.abs(lqer).max())
+    np.testing.assert_allclose(product(ActivationScaled(alpha=1), group), lqer, atol=4 * step)
+    assert np.abs(product(ActivationScaled(), group) - lqer).max() > 40 * step
+
+
+def test_the_more_a_method_knows_of_the_input_the_more_output_it_restores() -> None:
+    rng = np.random.default_rng(3)
+    weights = {"model.layers.0.mlp.up_proj": rng.standard_normal((40, 72)).astype(np.float32)}
+    # Columns of unlike size, a little correlated: a diagonal sees most of it and not all.
+    inputs = rng.standard_normal((400, 72)) * np.geomspace(4, 0.2, 72)
+    inputs += 0.5 * rng.standard_normal((400, 1))
+    group = make_group(weights, inputs.astype(np.float32))
+    QuantizeRtn(bits=2, clip_search=False).call(group)
+    assert group.gram is not None
+    linear = group.linears[0]
+    delta = linear.weight() - linear.backbone_weight()
+    left = [
+        weighted_norm(delta - product(method, group), group.gram.matrix)
+        for method in (Eora(), Lqer(), ActivationScaled(), Svd())
+    ]
+    assert left == sorted(left)
+    assert left[1] > 1.005 * left[0]
+    assert left[3] > 1.1 * left[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_int4_factors_are_rounded_in_the_metric_of_the_method(
+    method: type[Compensation], group: LinearGroup
+) -> None:
+    linear, gram = group.linears[0], group.gram
+    delta = linear.weight() - linear.backbone_weight()
+    metric = method().metric(gram)
+    matrix = np.eye(72) if metric is None else metric.matrix
+    exact, rounded = (
+        weighted_norm(delta - method().solve(linear, gram, 6, kind).product(), matrix)
+        for kind in ("float16", "int4")
+    )
+    bare = weighted_norm(delta, matrix)
+    assert exact < rounded
+    # Four bits keep most of what the factors give back.
+    assert bare - rounded > 0.8 * (bare - exact)
+
+
+def test_energy_gives_each_linear_the_rank_that_it_needs(group: LinearGroup) -> None:
+    assert group.gram is not None
+    Eora(rank=20, energy=0.2).call(group)
+    ranks = []
+    for linear in group.linears:
+        delta = linear.weight() - linear.backbone_weight()
+        energies = np.linalg.svd(delta @ group.gram.root, compute_uv=False) ** 2
+        tails = 1 - np.concatenate([[0], np.cumsum(energies)]) / energies.sum()
+        expected = int(np.flatnonzero(tails <= 0.2)[0])
+        assert linear.factors is not None
+        assert linear.factors.rank == expected
+        assert 0 < expected < 20
+        ranks.append(expected)
+    assert len(set(ranks)) == 2
+
+
+def test_energy_never_exceeds_the_rank_and_nests(group: LinearGroup) -> None:
+    linear, gram = group.linears[0], group.gram
+    whole = Eora().solve(linear, gram, 6)
+    np.testing.assert_array_equal(Eora(energy=0).solve(linear, gram, 6).lora_a, whole.lora_a)
+    assert Eora(energy=1).solve(linear, gram, 6).rank == 0
+    fewer = Eora(energy=0.6).solve(linear, gram, 20)
+    assert 0 < fewer.rank < 20
+    np.testing.assert_array_equal(fewer.lora_a, Eora().solve(linear, gram, 20).lora_a[: fewer.rank])
+
+
+def test_energy_holds_for_the_plain_svd_that_few_tokens_get() -> None:
+    group = qkv(tokens=5)
+    QuantizeRtn(bits=2).call(group)
+    linear = group.linears[0]
+    found = Eora(energy=0.5).solve(linear, group.gram, 20)
+    energies = np.linalg.svd(linear.weight() - linear.backbone_weight(), compute_uv=False) ** 2
+    tails = 1 - np.concatenate([[0], np.cumsum(energies)]) / energies.sum()
+    assert found.rank == int(np.flatnonzero(tails <= 0.5)[0])
+
+
+def test_directions_leave_the_rest_of_the_input_out(group: LinearGroup) -> None:
+    assert group.gram is not None
+    linear, matrix = group.linears[0], group.gram.matrix
+    np.testing.assert_array_equal(product(Eora(directions=72), group), product(Eora(), group))
+    delta = linear.weight() - linear.backbone_weight()
+    top = Eora(directions=10).metric(group.gram)
+    assert top is not None
+    by_all, by_top = product(Eora(), group), product(Eora(directions=10), group)
+    assert weighted_norm(delta - by_top, top.matrix) < weighted_norm(delta - by_all, top.matrix)
+    assert weighted_norm(delta - by_all, matrix) < weighted_norm(delta - by_top, matrix)
 
 
 def test_eora_falls_back_to_svd_on_few_tokens_and_says_so() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -110,3 +111,20 @@ def test_any_batching_order_and_sharding_of_padded_windows_gives_one_gram(
     limit = tolerance(kept, ones(len(kept)))
     np.testing.assert_allclose(gram.matrix, expected, rtol=0, atol=limit)
     assert gram.tokens == sum(lengths)
+
+
+def test_magnitudes_are_means_over_what_is_not_masked() -> None:
+    rng = np.random.default_rng(8)
+    inputs = rng.standard_normal((60, WIDTH)).astype(np.float32)
+    weights = rng.integers(0, 3, 60).astype(np.float32)
+    pieces = [(inputs[:25], weights[:25]), (inputs[25:], weights[25:])]
+    gram = replace(accumulate_gram(pieces, WIDTH), activations=lambda: iter(pieces))
+    expected = np.average(np.abs(inputs.astype(np.float64)), axis=0, weights=weights)
+    np.testing.assert_allclose(gram.magnitudes, expected, rtol=60 * np.finfo(np.float32).eps)
+    nothing = replace(accumulate_gram([], WIDTH), activations=lambda: iter(()))
+    assert not nothing.magnitudes.any()
+
+
+def test_magnitudes_need_the_activations() -> None:
+    with pytest.raises(ValueError, match="are gone"):
+        _ = accumulate_gram([], WIDTH).magnitudes
