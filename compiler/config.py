@@ -55,11 +55,13 @@ __all__ = [
 ]
 
 _QUANTIZE = ("quantize_gptq", "quantize_rtn")
+_BY_WEIGHT = ("svd", "zeroquant_v2")
+_BY_ACTIVATION = ("activation_scaled", "eora", "lqer")
 _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "quantize_gptq": (("calibrate",),),
-    "eora": (("calibrate",), _QUANTIZE),
-    "svd": (_QUANTIZE,),
-    "quantize_factors": (("eora", "svd"),),
+    **dict.fromkeys(_BY_WEIGHT, (_QUANTIZE,)),
+    **dict.fromkeys(_BY_ACTIVATION, (("calibrate",), _QUANTIZE)),
+    "quantize_factors": (_BY_WEIGHT + _BY_ACTIVATION,),
 }
 """What must stand somewhere before a pass: one name out of every group."""
 
@@ -216,7 +218,7 @@ class Limits(_Section):
 class VerifyConfig(HeldOutConfig):
     """The two gates: parity, and fidelity on held-out text."""
 
-    compare: tuple[Literal["svd", "eora"], ...] = ()
+    compare: tuple[Literal["svd", "eora", "activation_scaled", "lqer", "zeroquant_v2"], ...] = ()
     """Compensations to score next to what is shipped, at the same ranks, without shipping them."""
     compare_adapters: bool = False
     """Whether to score adapters of the same ranks on the bare quantized weights too: the shared
@@ -368,13 +370,13 @@ def adapter_config(options: Mapping[str, Any]) -> AdapterConfig:
 
 def _option(path: KeyPath) -> str:
     """The option of ``eoracc adapter add`` that a key of its section comes from."""
-    key = {
+    names: Mapping[KeyPath, str] = {
         ("text",): "data",
         ("verify", "text"): "held-out",
         ("verify", "offset_tokens"): "held-out-offset",
         ("verify", "window_length"): "sequence-length",
-    }.get(path, str(path[-1]))
-    return f"--{key.replace('_', '-')}"
+    }
+    return f"--{names.get(path, str(path[-1])).replace('_', '-')}"
 
 
 def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
