@@ -14,22 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eoracc.plugins.adapters import AdapterSlots
+from eoracc import EoraccError
 from eoracc.passes.factor_types import FactorType, store_factors
+from eoracc.plugins.adapters import AdapterSlots
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.adapter_store import add_adapter
 from eoracc.runtime.adapters import Adapter, read_slots
@@ -63,7 +63,7 @@ def random_factors(
     return factors
 
 
-def add_random_adapters(folder: Path, rank: int, factor_type: str) -> None:
+def add_random_adapters(folder: Path, rank: int, factor_type: FactorType) -> None:
     """Put :data:`ADAPTERS` into the artifact."""
     slots, backbone = read_slots(folder), read_manifest(folder).digest
     for seed, name in enumerate(ADAPTERS):
@@ -113,7 +113,10 @@ def main() -> None:
         for factor_type, rank in options.kind:
             with tempfile.TemporaryDirectory() as work:
                 copy = Path(shutil.copytree(source, Path(work) / "artifact"))
-                add_random_adapters(copy, rank, factor_type)
+                try:
+                    add_random_adapters(copy, rank, factor_type)
+                except EoraccError as error:
+                    raise SystemExit(f"error: {label}: {error}") from None
                 report = bench(copy, options)
             about = {"label": label, "factor_type": factor_type, "rank": rank}
             reports.append({**about, **report, "artifact": str(source)})
@@ -129,11 +132,11 @@ def _artifact(text: str) -> tuple[str, Path]:
     return label, Path(folder)
 
 
-def _kind(text: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(float16|int8|int4):([1-9]\d*)", text)
-    if match is None:
+def _kind(text: str) -> tuple[FactorType, int]:
+    factor_type, _, rank = text.partition(":")
+    if factor_type not in get_args(FactorType) or not rank.isdecimal() or int(rank) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no kind of factors: give one like int8:16")
-    return match[1], int(match[2])
+    return cast("FactorType", factor_type), int(rank)
 
 
 def _print(reports: Sequence[dict[str, Any]]) -> None:

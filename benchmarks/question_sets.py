@@ -172,10 +172,11 @@ def _parsed(questions: QuestionSet, path: Path) -> list[Question]:
 
 
 def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
-    """At most ``limit`` of ``questions`` (None: all), without replacement, in their order."""
-    if limit is None or limit >= len(questions):
-        return questions
-    kept = np.random.default_rng(seed).choice(len(questions), limit, replace=False)
+    """At most ``limit`` of ``questions`` (None: all), without replacement, in their order.
+
+    A larger draw with the same seed holds the smaller one: what was scored for that counts again.
+    """
+    kept = np.random.default_rng(seed).permutation(len(questions))[:limit]
     return [questions[index] for index in sorted(kept)]
 
 

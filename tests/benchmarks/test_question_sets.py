@@ -64,6 +64,7 @@ def test_a_draw_is_repeatable_in_order_and_without_replacement() -> None:
     assert len(set(drawn)) == 20
     assert drawn == sorted(drawn, key=questions.index)
     assert drawn == draw(questions, 20, seed=3) != draw(questions, 20, seed=4)
+    assert set(drawn) < set(draw(questions, 21, seed=3))
     assert draw(questions, None, seed=0) == draw(questions, 99, seed=0) == questions
 
 
