@@ -180,7 +180,9 @@ def test_a_client_that_vanishes_in_the_queue_leaves_it() -> None:
     run(test, rows=1)
 
 
-def test_a_slow_reader_is_cut_off_and_harms_no_other() -> None:
+def test_a_slow_reader_is_cut_off_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eoracc.runtime.server.jobs.LAST_WORDS_S", 60)
+
     async def test(server: Server) -> None:
         async with (
             asking(server, stream=True) as (slow, slow_task),
@@ -202,6 +204,20 @@ def test_a_slow_reader_is_cut_off_and_harms_no_other() -> None:
         assert other.complete
 
     run(test, stream_buffer=8)
+
+
+def test_nobody_waits_for_ever_to_tell_a_client_of_its_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("eoracc.runtime.server.jobs.LAST_WORDS_S", 0.1)
+
+    async def test(server: Server) -> None:
+        async with asking(server, stream=True) as (wire, _):
+            wire.reads.clear()
+            server.engine.generations[0].say(piece("x"))
+        assert not wire.complete
+
+    run(test, request_timeout_s=0.2)
 
 
 def test_a_burst_that_fits_is_no_reason_to_cut_off() -> None:
