@@ -25,6 +25,9 @@ _SUMS = 8
 Weights: TypeAlias = tuple[tuple[str, float], ...]
 """Names of adapters with the weights that they are summed with."""
 
+Packed: TypeAlias = Mapping[str, NDArray[np.generic]]
+"""Operands of adapters by graph input."""
+
 
 class AdapterBank:
     """Adapters as operands of the model, each at its place. Threads may share it.
@@ -104,14 +107,15 @@ class AdapterBank:
         weights = self.check(adapter)
         if not weights:
             return NO_PLACE
-        with self._lock:
-            place = self._places.get(weights)
-            if place is None:
-                place = self._add(weights)
-            elif len(weights) > 1 or weights[0][1] != 1:
-                self._places[weights] = self._places.pop(weights)  # the one used last
-            self._users[weights] += 1
-            return place
+        packed = None
+        while True:
+            with self._lock:
+                if weights in self._places or packed is not None:
+                    place = self._place(weights, packed)
+                    self._users[weights] += 1
+                    return place
+            # Without the lock: others need not wait while files are read.
+            packed = self._pack(weights)
 
     def release(self, adapter: AdapterChoice) -> None:
         """End what :meth:`acquire` began."""
@@ -121,20 +125,35 @@ class AdapterBank:
             if not self._users[weights]:
                 del self._users[weights]
 
-    def _add(self, weights: Weights) -> int:
-        if self._slots is None or self._load is None:
-            raise AssertionError
-        packed = pack_adapter(self._slots, self._load(weights))
+    def _pack(self, weights: Weights) -> Packed:
+        # What has no slots or no files has no names, and nothing can be asked of it.
+        assert self._slots is not None  # noqa: S101
+        assert self._load is not None  # noqa: S101
+        return pack_adapter(self._slots, self._load(weights))
+
+    def _place(self, weights: Weights, packed: Packed | None) -> int:
+        """The place of a sum, which becomes the one used last; ``packed`` gets one if it is new."""
+        place = self._places.get(weights)
+        if place is None:
+            assert packed is not None  # noqa: S101 - the caller has seen to it
+            return self._add(weights, packed)
+        if place >= len(self.names):
+            self._places[weights] = self._places.pop(weights)
+        return place
+
+    def _add(self, weights: Weights, packed: Packed) -> int:
+        assert self._slots is not None  # noqa: S101 - or there was nothing to pack
         version, arrays = self._inputs
         unused = [one for one in list(self._places)[len(self.names) :] if not self._users[one]]
         if len(unused) >= self._sums:
-            place = self._places.pop(unused[0])
+            place = self._places[unused[0]]
             banks = [
                 {name: array[:place] for name, array in arrays.items()},
                 packed,
                 {name: array[place + 1 :] for name, array in arrays.items()},
             ]
             stacked = stack_adapters(self._slots, [one for one in banks if _size(one)])
+            del self._places[unused[0]]
         else:
             place = len(self._places)
             stacked = stack_adapters(self._slots, [arrays, packed])
@@ -143,5 +162,5 @@ class AdapterBank:
         return place
 
 
-def _size(bank: Mapping[str, NDArray[np.generic]]) -> int:
-    return len(next(iter(bank.values())))
+def _size(bank: Packed) -> int:
+    return max(map(len, bank.values()), default=1)

@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from eoracc.runtime.batch import Batch, Graph
-from eoracc.runtime.errors import BackendError
+from eoracc.runtime.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,14 @@ class Scheduler:
     def __init__(
         self, graph: Graph, bank: AdapterBank, *, max_rows: int, chunk: int = PREFILL_CHUNK
     ) -> None:
+        """``max_rows`` texts are made at a time, prompts processed ``chunk`` tokens at a time.
+
+        Raises:
+          RequestError: one of them is below 1.
+        """
+        for name, value in (("max_rows", max_rows), ("prefill_chunk", chunk)):
+            if value < 1:
+                raise RequestError(f"{name}: must be 1 or more, not {value}")
         self._batch = Batch(graph, bank)
         self._bank = bank
         self._max_rows = max_rows

@@ -168,6 +168,33 @@ def test_threads_share_it(files: Files) -> None:
     assert len(next(iter(bank.inputs[1].values()))) <= 3 + 5
 
 
+def test_nobody_waits_while_a_sum_is_read(files: Files) -> None:
+    bank = make(files)
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(weights: Weights) -> Mapping[str, LowRank]:
+        reading.set()
+        assert go_on.wait(30)
+        return files(weights)
+
+    bank._load = slow
+    places: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: places.append(bank.acquire({"math": 0.5})))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    assert reading.wait(30)
+    assert bank.acquire("prose") == 1
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert places == [3, 3]
+    assert holds(bank, 3, (("math", 0.5),))
+    assert len(next(iter(bank.inputs[1].values()))) == 4
+
+
 def test_unknown_adapters_are_one_sentence(files: Files) -> None:
     bank = make(files)
     with pytest.raises(

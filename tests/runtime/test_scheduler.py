@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from eoracc.runtime import BackendError, Model, Piece, Request, load
+from eoracc.runtime import BackendError, Model, Piece, Request, RequestError, load
 from eoracc.runtime.continuation import Continuation, complete
 from eoracc.runtime.scheduler import Scheduler
 
@@ -221,3 +221,9 @@ def test_nothing_asked_for_is_nothing_run(model: Model, monkeypatch: pytest.Monk
     served = Served(model, scheduler, Request(prompt="abc", max_new_tokens=0))
     assert not scheduler.step()
     assert (served.completion.text, served.completion.finish_reason) == ("", "length")
+
+
+@pytest.mark.parametrize("name", ["max_rows", "chunk"])
+def test_nothing_at_a_time_is_refused(model: Model, name: str) -> None:
+    with pytest.raises(RequestError, match=rf"{name}: must be 1 or more, not 0"):
+        model.scheduler(**{"max_rows": 1, name: 0})
