@@ -105,7 +105,7 @@ def _show(report: BenchReport) -> None:
     console.print(batches)
     start, switch = report.start, report.switch
     held, most = format_bytes(start.loaded_memory_bytes), format_bytes(start.peak_memory_bytes)
-    lines = [f"load: {start.load_s:.2f} s; memory: {held} once loaded, {most} at most"]
+    lines = [f"load in a new process: {start.load_s:.2f} s, {held} held then, {most} at most"]
     if switch is not None:
         lines.append(
             f"adapter switch: {_text(switch.adapter_switch_ms, '.3f')} ms in a request of "

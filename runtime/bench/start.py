@@ -1,9 +1,7 @@
 """What it takes to start: load time and memory, measured in a process of its own.
 
-    python -m eoracc.runtime.bench.start ARTIFACT THREADS PROMPT_TOKENS NEW_TOKENS
-
-A process's peak of memory never falls, and what has been imported is there: only a new process can
-say what an artifact needs. This file prints one JSON object, or a sentence on standard error.
+A process's peak of memory never falls, and what has been loaded is there: only a new process can
+say what an artifact needs.
 """
 
 from __future__ import annotations
@@ -11,14 +9,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from eoracc import EoraccError
 from eoracc.runtime.errors import BackendError
 
 __all__ = ["Start", "measure_start"]
+
+_PROCESS = "eoracc.runtime.bench.start_process"
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ def measure_start(folder: Path, *, threads: int, prompt_tokens: int, new_tokens:
       EoraccError: what went wrong there.
     """
     numbers = (threads, prompt_tokens, new_tokens)
-    done = subprocess.run(  # noqa: S603 - this very module
-        [sys.executable, "-m", __spec__.name, str(folder), *map(str, numbers)],
+    done = subprocess.run(  # noqa: S603 - a module of this package
+        [sys.executable, "-m", _PROCESS, str(folder), *map(str, numbers)],
         capture_output=True,
         text=True,
         check=False,
@@ -55,27 +53,3 @@ def measure_start(folder: Path, *, threads: int, prompt_tokens: int, new_tokens:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"its process ended with code {done.returncode}"
         raise BackendError(f"{folder}: cannot be started on its own: {reason}") from None
-
-
-def _start(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) -> Start:
-    # The first imports of ONNX Runtime count as loading: whoever starts anew pays for them.
-    began = time.perf_counter()
-    from eoracc.runtime import load  # noqa: PLC0415
-
-    model = load(folder, threads=threads)
-    load_s = time.perf_counter() - began
-    from eoracc.runtime.bench import workloads  # noqa: PLC0415
-    from eoracc.runtime.memory import peak_bytes, resident_bytes  # noqa: PLC0415
-
-    held = resident_bytes()
-    prompt = workloads.prompt_tokens(model, prompt_tokens)
-    workloads.decode_tokens_per_s(model, prompt, new_tokens, None)
-    return Start(load_s, held, peak_bytes())
-
-
-if __name__ == "__main__":
-    try:
-        sys.stdout.write(json.dumps(asdict(_start(Path(sys.argv[1]), *map(int, sys.argv[2:])))))
-    except EoraccError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)

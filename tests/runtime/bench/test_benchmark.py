@@ -96,7 +96,7 @@ def test_outputs_that_do_not_differ_are_told(
 def test_the_table_shows_adapters_and_units(with_adapters: Path) -> None:
     result = bench(with_adapters, *FEW)
     assert result.exit_code == 0, result.output
-    for text in ("none", "one", "two", "tokens/s", "first token", "load:", "adapter switch:"):
+    for text in ("none", "one", "two", "tokens/s", "first token", "load in", "adapter switch:"):
         assert text in result.stdout
     assert "outputs differ by adapter" in result.stdout
 

@@ -1,0 +1,45 @@
+"""The new process of :mod:`eoracc.runtime.bench.start`.
+
+    python -m eoracc.runtime.bench.start_process ARTIFACT THREADS PROMPT_TOKENS NEW_TOKENS
+
+Prints one JSON object, or a sentence on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from eoracc import EoraccError
+from eoracc.runtime.bench import workloads
+from eoracc.runtime.bench.start import Start
+from eoracc.runtime.memory import peak_bytes, resident_bytes
+from eoracc.runtime.model import load
+
+__all__ = ["start"]
+
+
+def start(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) -> Start:
+    """Load the artifact, run a prompt and some decoding, and say what that took.
+
+    Raises:
+      EoraccError: it cannot be loaded or run.
+    """
+    began = time.perf_counter()
+    model = load(folder, threads=threads)  # imports ONNX Runtime, too
+    load_s = time.perf_counter() - began
+    held = resident_bytes()
+    prompt = workloads.prompt_tokens(model, prompt_tokens)
+    workloads.decode_tokens_per_s(model, prompt, new_tokens, None)
+    return Start(load_s, held, peak_bytes())
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(json.dumps(asdict(start(Path(sys.argv[1]), *map(int, sys.argv[2:])))))
+    except EoraccError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
