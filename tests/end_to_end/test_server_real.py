@@ -14,6 +14,7 @@ from tests.runtime.server.child import KEY, ServerProcess
 
 pytestmark = pytest.mark.real
 
+TEXT = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 ADAPTERS = ("code", "math", "prose")
 PROMPTS = (
     "Once upon a time there was a king who",
@@ -40,6 +41,7 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         {
             "model": str(smollm2_folder),
             "passes": [{"quantize_rtn": {"bits": 4, "group_size": 64}}],
+            "verify": {"text": str(TEXT), "windows": 1, "compare": [], "parity": False},
             "onnxruntime": {"accuracy_level": 4, "adapter_type": "int8"},
             "output": "out",
         }
