@@ -1,9 +1,15 @@
-"""Time EoRA's closed form against the full SVD of the weighted error, and compare what they leave.
+"""Time the solver of compensation against a full SVD, and compare the errors that both leave.
 
-    python benchmarks/solvers.py [--json FILE] [--repeats N] [--shapes 576x1536,2048x2048]
+    python -m benchmarks.solvers [--json FILE] [--repeats N] [--rank R] [--threads N]
+                                 [--shapes 576x576,4096x4096] [--spectra white,decaying]
 
-Both are given the same square root of the Gram. The SVD is how the optimum is usually computed
-(Eckart-Young); the figure in the last column is by how much the closed form's error exceeds it.
+Both are given the same weighted error, ``delta L`` in float32, and asked for its top left singular
+vectors: all that factors need (:mod:`eoracc.passes.factors`). The full SVD is torch.linalg.svd,
+optimal by Eckart and Young; the last column is by how much the error that ours leaves exceeds it.
+
+The spectra are those that quantization errors lie between. *white*: independent entries, the
+flattest there is. *decaying*: the standard deviations of inputs span two decades, their Gram's
+eigenvalues four.
 """
 
 from __future__ import annotations
@@ -17,12 +23,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from eoracc.passes.factors import eora_factors, gram_root, weighted_norm
+from eoracc.passes.singular import top_left_vectors
 
-Float = NDArray[np.float64]
+Float = NDArray[np.float32]
 
-SHAPES = "576x1536,2048x2048,4096x4096"
+SHAPES = "576x576,1536x576,576x1536,2048x2048,4096x4096"
+SPECTRA = {"white": 1.0, "decaying": 1e-2}
+"""Name to the standard deviation of the last input, that of the first being 1."""
 
 
 @dataclass(frozen=True)
@@ -32,55 +41,63 @@ class Row:
     rows: int
     columns: int
     rank: int
-    eora_seconds: float
+    spectrum: str
+    ours_seconds: float
     svd_seconds: float
     speedup: float
     relative_excess: float
 
 
-def problem(rows: int, columns: int) -> tuple[Float, Float]:
-    """A quantization-like error and a Gram whose eigenvalues span four decades."""
-    rng = np.random.default_rng(0)
-    delta = rng.standard_normal((rows, columns))
-    inputs = rng.standard_normal((2 * columns, columns)) * np.geomspace(1, 1e-2, columns)
-    rotation = np.linalg.qr(rng.standard_normal((columns, columns)))[0]
-    inputs = inputs @ rotation
-    return delta, inputs.T @ inputs
+def weighted_error(rows: int, columns: int, spectrum: str) -> Float:
+    """An error weighted by its inputs, ``[rows, columns]``."""
+    entries = np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+    return entries * np.geomspace(1, SPECTRA[spectrum], columns, dtype=np.float32)
 
 
-def svd_of_weighted(delta: Float, root: Float, rank: int) -> tuple[Float, Float]:
-    """The optimum from a full SVD: B = U_r, A = U_r^T delta."""
-    basis = np.linalg.svd(delta @ root, full_matrices=False)[0][:, :rank]
-    return basis, basis.T @ delta
+def full_svd(matrix: Float, rank: int, threads: int) -> Float:
+    """Top left singular vectors ``[rows, rank]`` from all of the decomposition."""
+    import torch
+
+    torch.set_num_threads(threads)
+    vectors: Float = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)[0].numpy()
+    return vectors[:, :rank]
 
 
-def timed(solve: Callable[[], tuple[Float, Float]], repeats: int) -> tuple[float, Float]:
-    """Best time in seconds and the product B A."""
-    best, product = float("inf"), None
+def error_left(matrix: Float, vectors: NDArray[np.floating]) -> float:
+    """``||X - U U^T X||_F``, summed in float64."""
+    exact, basis = matrix.astype(np.float64), vectors.astype(np.float64)
+    return float(np.linalg.norm(exact - basis @ (basis.T @ exact)))
+
+
+def timed(
+    solve: Callable[[], NDArray[np.floating]], repeats: int
+) -> tuple[float, NDArray[np.floating]]:
+    """Best time in seconds, and the vectors."""
+    best, vectors = float("inf"), None
     for _ in range(repeats):
         start = time.perf_counter()
-        b, a = solve()
+        vectors = solve()
         best = min(best, time.perf_counter() - start)
-        product = b @ a
-    assert product is not None, "at least one repeat is needed"
-    return best, product
+    assert vectors is not None, "at least one repeat is needed"
+    return best, vectors
 
 
-def measure(rows: int, columns: int, *, rank: int, repeats: int) -> Row:
-    """Run both solvers on one shape."""
-    delta, gram = problem(rows, columns)
-    root = gram_root(gram)
-    fast, closed = timed(lambda: eora_factors(delta, gram, rank, weighted=delta @ root), repeats)
-    slow, optimum = timed(lambda: svd_of_weighted(delta, root, rank), repeats)
-    least = weighted_norm(delta - optimum, gram)
+def measure(
+    rows: int, columns: int, spectrum: str, *, rank: int, threads: int, repeats: int
+) -> Row:
+    """Run both solvers on one matrix."""
+    matrix = weighted_error(rows, columns, spectrum)
+    fast, ours = timed(lambda: top_left_vectors(matrix, rank), repeats)
+    slow, optimal = timed(lambda: full_svd(matrix, rank, threads), repeats)
     return Row(
         rows=rows,
         columns=columns,
         rank=rank,
-        eora_seconds=fast,
+        spectrum=spectrum,
+        ours_seconds=fast,
         svd_seconds=slow,
         speedup=slow / fast,
-        relative_excess=weighted_norm(delta - closed, gram) / least - 1,
+        relative_excess=error_left(matrix, ours) / error_left(matrix, optimal) - 1,
     )
 
 
@@ -91,20 +108,34 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shapes", default=SHAPES, help=f"ROWSxCOLUMNS, ... (default {SHAPES})")
+    parser.add_argument("--spectra", default=",".join(SPECTRA))
+    parser.add_argument("--threads", type=int, default=1, help="of both; builds give solvers one")
     options = parser.parse_args()
+    shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
     table = []
-    print(f"{'shape':>12} {'rank':>5} {'eora s':>8} {'svd s':>8} {'speedup':>8} {'excess':>9}")
-    for shape in options.shapes.split(","):
-        rows, columns = (int(side) for side in shape.split("x"))
-        row = measure(rows, columns, rank=options.rank, repeats=options.repeats)
-        table.append(row)
-        print(
-            f"{shape:>12} {row.rank:>5} {row.eora_seconds:>8.3f} {row.svd_seconds:>8.3f} "
-            f"{row.speedup:>7.1f}x {row.relative_excess:>9.1e}",
-            flush=True,
-        )
+    print("| shape | rank | spectrum | ours ms | torch.linalg.svd ms | speedup | error above |")
+    print("|---|---:|---|---:|---:|---:|---:|")
+    for rows, columns in shapes:
+        for spectrum in options.spectra.split(","):
+            with threadpool_limits(options.threads, user_api="blas"):
+                row = measure(
+                    rows,
+                    columns,
+                    spectrum,
+                    rank=options.rank,
+                    threads=options.threads,
+                    repeats=options.repeats,
+                )
+            table.append(row)
+            print(
+                f"| {rows}x{columns} | {row.rank} | {spectrum} | {1e3 * row.ours_seconds:,.1f} "
+                f"| {1e3 * row.svd_seconds:,.1f} | {row.speedup:.1f} "
+                f"| {row.relative_excess:.0e} |",
+                flush=True,
+            )
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in table], indent=2) + "\n")
+        content = json.dumps([asdict(row) for row in table], indent=2)
+        options.json.write_text(f"{content}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
