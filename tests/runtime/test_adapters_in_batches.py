@@ -109,6 +109,24 @@ def test_adapters_are_added_to_the_weights(
         assert np.abs(np.array(plain) - wanted).max() > 100 * bound, "the adapter does nothing"
 
 
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_adapters_are_added_while_decoding(
+    model: Model, artifact: Path, choice: AdapterChoice
+) -> None:
+    eager = merged(artifact, choice)
+    made = model.generate(PROMPT, 8, adapter=choice, logprobs=0, ignore_end=True)
+    logits = logits_of(eager, [*PROMPT, *made.tokens])[len(PROMPT) - 1 : -1]
+    assert made.logprobs is not None
+    assert list(made.tokens) == logits.argmax(-1).tolist()
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(
+        [one.logprob for one in made.logprobs],
+        expected[np.arange(8), made.tokens],
+        rtol=0,
+        atol=bound_of(logits),
+    )
+
+
 def requests() -> list[Request]:
     rng = np.random.default_rng(0)
     return [
@@ -169,6 +187,20 @@ def test_sum_that_comes_while_others_are_decoded(model: Model, artifact: Path) -
         pass
     assert tuple(one.tokens) == expected.tokens
     assert model.bank.acquire({"math": 0.5}) == 4
+
+
+def test_sum_that_comes_to_a_row_that_was_used(artifact: Path) -> None:
+    """The row is decoded as before, but the bank is another."""
+    model = load(artifact, threads=1)
+    scheduler = model.scheduler(max_rows=1)
+    for choice in ("code", {"math": 0.25}, {"math": 0.5}):
+        request = Request(prompt=PROMPT, adapter=choice, max_new_tokens=8, ignore_end=True)
+        heard: list[object] = []
+        one = model.prepare(request, heard.append)
+        scheduler.add(one)
+        while scheduler.step():
+            pass
+        assert tuple(one.tokens) == load(artifact, threads=1).generate_batch([request])[0].tokens
 
 
 def test_weights_that_say_the_same(model: Model) -> None:

@@ -113,6 +113,13 @@ def test_text_ends_before_a_stop_string(model: Model) -> None:
     assert len(stopped.tokens) < len(free.tokens)
 
 
+def test_what_was_held_back_comes_at_the_end(model: Model) -> None:
+    free = model.generate(TEXT, 60, ignore_end=True).text
+    held = model.generate(TEXT, 60, ignore_end=True, stop=[free[-3:] + "~~~"])
+    assert held.text == free
+    assert held.finish_reason == "length"
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_do_not_change_the_tokens(model: Model, tiny_artifact: Path, threads: int) -> None:
     other = load(tiny_artifact, threads=threads)

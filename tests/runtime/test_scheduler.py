@@ -147,6 +147,20 @@ def test_cancelled_wherever_they_are(model: Model) -> None:
         assert same(one.completion, alone(model, request))
 
 
+@pytest.mark.parametrize("ending", [{0, 3}, {1, 3}, {2, 3}, {0, 1}, {0, 1, 2, 3}], ids=str)
+def test_texts_that_end_together(model: Model, ending: set[int]) -> None:
+    asked = [
+        Request(prompt=[20 + row], max_new_tokens=8 if row in ending else 16, ignore_end=True)
+        for row in range(4)
+    ]
+    scheduler = model.scheduler(max_rows=4)
+    served = [Served(model, scheduler, request) for request in asked]
+    while scheduler.step():
+        pass
+    for request, one in zip(asked, served, strict=True):
+        assert same(one.completion, alone(model, request))
+
+
 def test_run_that_fails_ends_whom_it_fails_for(model: Model) -> None:
     asked = [
         dataclasses.replace(one, ignore_end=True, max_new_tokens=12, stop=()) for one in requests(4)
