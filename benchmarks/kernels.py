@@ -8,6 +8,8 @@ that ratios hold where absolute figures move; a time is that of a whole run divi
 Suites *from memory* read a buffer larger than the last-level cache between turns, which is how the
 read bandwidth is taken, too. Peers run at ``accuracy_level`` 4, as ours do; their low-rank term is
 two products and a sum beside the linear. Shapes are those of real decoders (``shapes.json``).
+Adapters are a bank of four that a run may change; rows take turns to use them, and the peer is the
+same linear with room for an adapter and none in it.
 
 The bars are in :data:`SQUARE_BARS`. Nothing is asserted: a bar that does not hold is reported.
 """
@@ -41,10 +43,14 @@ from eoracc.plugins.operands import LARGEST, LowRank, NBitsWeight
 SHAPES = Path(__file__).with_name("shapes.json")
 BANDWIDTH = "memory"
 PAGE = 4096
+INDEX = "adapter_index"
 SLAB = 256
 """Rows of a weight that are drawn; the others repeat them, for speed does not depend on values."""
 
 Factors = Literal["int8", "float32"]
+AdapterType = Literal["int8", "int4", "float16"]
+ADAPTERS = 4
+"""In a bank."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +74,28 @@ class Linear:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who multiplies with what: ``rank`` 0 has no factors."""
+    """Who multiplies with what: ``rank`` 0 has no factors.
+
+    ``adapter_rank`` is of the adapters in the bank; 0 leaves it empty, None does without one.
+    """
 
     system: Literal["eoracc", "MatMulNBits"]
     bits: int
     rank: int = 0
     factors: Factors = "int8"
     group_size: int = 32
+    adapter_rank: int | None = None
+    adapter_type: AdapterType = "int8"
 
     @property
     def label(self) -> str:
         """For the table."""
         low_rank = f" + rank {self.rank} {self.factors}" if self.rank else ""
         prefix = "" if self.system == "eoracc" else "MatMulNBits "
-        return f"{prefix}{self.bits}-bit{low_rank}"
+        adapters = ""
+        if self.adapter_rank:
+            adapters = f" + {ADAPTERS} {self.adapter_type} adapters of rank {self.adapter_rank}"
+        return f"{prefix}{self.bits}-bit{low_rank}{adapters}"
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,25 @@ def layer_suites() -> list[Suite]:
     ]
 
 
+def adapter_suites() -> list[Suite]:
+    """What an adapter costs a linear of a layer of SmolLM2, and a larger one, in decoding."""
+    layer = json.loads(SHAPES.read_text(encoding="utf-8"))["SmolLM2-135M"]
+    linears = [
+        Linear(f"adapters {name}", tuple(shape["parts"]), shape["in_features"])
+        for name, shape in layer.items()
+        if name != "lm_head"
+    ]
+    types: tuple[AdapterType, ...] = ("int8", "int4", "float16")
+    bars = []
+    for adapter_type in types:
+        none = replace(_ours(3), adapter_rank=0, adapter_type=adapter_type)
+        bars += [Bar(replace(none, adapter_rank=rank), none) for rank in (16, 64)]
+    return [
+        Suite(linear, {1: bars, 8: bars}, from_memory=True)
+        for linear in (*linears, Linear("adapters square", (4096,), 4096))
+    ]
+
+
 # --- graphs ---------------------------------------------------------------------------------------
 
 
@@ -199,8 +232,16 @@ class Recipe:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that one product reads."""
+        """Bytes of weights."""
         return sum(array.nbytes for array in self.operands.values())
+
+    def bytes_read(self, rows: int) -> int:
+        """Those that one product reads: rows take turns to use the adapters."""
+        used = min(rows, ADAPTERS)
+        return sum(
+            array.nbytes * used // ADAPTERS if name.startswith("adapter_") else array.nbytes
+            for name, array in self.operands.items()
+        )
 
 
 def recipe(contender: Contender, linear: Linear) -> Recipe:
@@ -208,7 +249,10 @@ def recipe(contender: Contender, linear: Linear) -> Recipe:
     return (_fused if contender.system == "eoracc" else _separate)(contender, linear)
 
 
-_OPERANDS = ("B", "scales", None, None, "lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+_OPERANDS = (
+    *("B", "scales", None, None, "lora_a", "lora_b", "lora_a_scale", "lora_b_scale", None, None),
+    *("adapter_a", "adapter_b", "adapter_a_scale", "adapter_b_scale", INDEX),
+)
 
 
 def _fused(contender: Contender, linear: Linear) -> Recipe:
@@ -222,6 +266,8 @@ def _fused(contender: Contender, linear: Linear) -> Recipe:
         factors["lora_b"] = _repeat(factors["lora_b"], tiles)
         factors["lora_b_scale"] = _repeat(factors["lora_b_scale"], tiles * 16)
         operands |= factors
+    if contender.adapter_rank is not None:
+        operands |= _bank(rng, contender.adapter_type, contender.adapter_rank, linear)
     attributes = _attributes(linear.in_features, linear.out_features, contender) | {"layout": 1}
     if len(linear.parts) > 1:
         attributes["parts"] = linear.parts
@@ -230,6 +276,30 @@ def _fused(contender: Contender, linear: Linear) -> Recipe:
         inputs.pop()
     step = Step("MatMulNBitsLowRank", "eoracc", ("X", *inputs), "Y", attributes)
     return Recipe([step], operands)
+
+
+def _bank(
+    rng: np.random.Generator, adapter_type: AdapterType, rank: int, linear: Linear
+) -> dict[str, NDArray[Any]]:
+    tiles, ranks = -(-linear.out_features // 16), rank * len(linear.parts)
+
+    def factor(rows: int, columns: int) -> NDArray[Any]:
+        if adapter_type == "float16":
+            values = rng.standard_normal((ADAPTERS, rows, columns, 16)) / 64
+            return values.astype(np.float16)
+        per_vector = {"int8": 4, "int4": 8}[adapter_type]
+        shape = (ADAPTERS, rows, -(-columns // per_vector), 64)
+        return rng.integers(1, 256, shape, np.uint8)
+
+    bank: dict[str, NDArray[Any]] = {
+        "adapter_a": factor(ranks // 16, linear.in_features),
+        "adapter_b": factor(tiles, rank),
+        "adapter_a_scale": np.full((ADAPTERS, ranks), 1 / linear.in_features, np.float32),
+        INDEX: np.zeros(1, np.int32),
+    }
+    if adapter_type != "float16":
+        bank["adapter_b_scale"] = np.full((ADAPTERS, 16 * tiles), 1 / 128, np.float32)
+    return bank
 
 
 def _separate(contender: Contender, linear: Linear) -> Recipe:
@@ -321,13 +391,19 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
     data = folder / "weights"
     x = ir.Value(name="X", type=ir.TensorType(ir.DataType.FLOAT))
     x.shape = ir.Shape(["M", linear.in_features])
+    inputs = [x]
     nodes: list[ir.Node] = []
     outputs: list[ir.Value] = []
     initializers: list[ir.Value] = []
+    index = ir.Value(name=INDEX, shape=ir.Shape(["rows"]), type=ir.TensorType(ir.DataType.INT32))
+    if INDEX in made.operands:
+        inputs.append(index)
     with data.open("wb") as file:
         for copy in range(copies):
-            values = {"X": x}
+            values = {"X": x, INDEX: index}
             for name, array in made.operands.items():
+                if name == INDEX:
+                    continue
                 file.seek(-(-file.tell() // PAGE) * PAGE)
                 tensor = ir.ExternalTensor(
                     data.name,
@@ -341,6 +417,8 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
                 file.write(np.roll(array.reshape(-1), _SHIFT * copy).data)
                 initializers.append(_initializer(tensor))
                 values[name] = initializers[-1]
+                if name.startswith("adapter_"):  # a run may bring others
+                    inputs.append(initializers[-1])
             for step in made.steps:
                 node = ir.node(
                     step.op_type,
@@ -355,8 +433,9 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
             values["Y"].type = ir.TensorType(ir.DataType.FLOAT)
             values["Y"].shape = ir.Shape(["M", linear.out_features])
             outputs.append(values["Y"])
+        file.truncate(file.tell())  # an empty bank may lie behind the last byte
     graph = ir.Graph(
-        [x],
+        inputs,
         outputs,
         nodes=nodes,
         initializers=initializers,
@@ -387,21 +466,24 @@ class Runner:
         self, contender: Contender, linear: Linear, nbytes: int, folder: Path, library: Path
     ) -> None:
         folder.mkdir()
-        made = recipe(contender, linear)
-        self.nbytes = made.nbytes
+        self._made = made = recipe(contender, linear)
         self.copies = min(64, max(1, round(nbytes / made.nbytes)))
         self._linear = linear
         options = ort.SessionOptions()
         options.use_per_session_threads = False
+        options.log_severity_level = 3  # it warns of each operand that a run may change
         options.register_custom_ops_library(str(library))
         model = write_model(made, linear, self.copies, folder)
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def bind(self, rows: int) -> None:
         """Prepare for ``rows`` rows of X, and warm up."""
+        self.nbytes = self._made.bytes_read(rows)
         x = np.random.default_rng(1).standard_normal((rows, self._linear.in_features), np.float32)
         self._binding = self._session.io_binding()
         self._binding.bind_cpu_input("X", x)
+        if any(value.name == INDEX for value in self._session.get_inputs()):
+            self._binding.bind_cpu_input(INDEX, np.arange(rows, dtype=np.int32) % ADAPTERS)
         y = np.empty((rows, self._linear.out_features), np.float32)
         for output in self._session.get_outputs():
             value = ort.OrtValue.ortvalue_from_numpy(y)
@@ -494,7 +576,7 @@ def main() -> None:
     reader = Reader(arguments.threads)
     suites = [
         suite
-        for suite in (*SQUARE_BARS, *layer_suites())
+        for suite in (*SQUARE_BARS, *layer_suites(), *adapter_suites())
         if any(text in suite.linear.name for text in arguments.only)
     ]
     rows = [row for suite in suites for row in measure(suite, reader, library, arguments.seconds)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,43 @@ def test_merged_parts_have_factors_of_their_own() -> None:
     assert made.operands["lora_b"].shape == (64 // 16, 32 // 4, 64)
     assert made.operands["lora_a_scale"].shape == (64,)
     assert made.operands["lora_b_scale"].shape == (64,)
+
+
+@pytest.mark.parametrize("adapter_type", ["int8", "int4", "float16"])
+def test_rows_take_turns_to_use_the_adapters(adapter_type: str, tmp_path: Path) -> None:
+    def ran(folder: str, rank: int | None, index: list[int]) -> NDArray[np.float32]:
+        who = replace(
+            contender("eoracc", 3),
+            adapter_rank=rank,
+            adapter_type=adapter_type,  # type: ignore[arg-type]
+        )
+        (tmp_path / folder).mkdir()
+        path = write_model(recipe(who, SMALL), SMALL, COPIES, tmp_path / folder)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.register_custom_ops_library(str(library_path()))
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        x = np.random.default_rng(0).standard_normal((1, SMALL.in_features), np.float32)
+        feeds = {"X": np.repeat(x, len(index), axis=0)}
+        if rank is not None:
+            feeds["adapter_index"] = np.array(index, np.int32)
+        (y,) = session.run(None, feeds)
+        return np.asarray(y)
+
+    bare = ran("bare", None, [0, 0, 0])
+    np.testing.assert_array_equal(ran("empty", 0, [0, 1, 2]), bare)
+    first, second, again = ran("full", 16, [0, 1, 0])
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - second).max() > 0
+    assert np.abs(first - bare[0]).max() > 0
+
+
+def test_bytes_count_the_adapters_that_rows_use() -> None:
+    made = recipe(replace(contender("eoracc", 4), adapter_rank=16), SMALL)
+    backbone = 64 * 96 // 2 + 64 * 3 * 2
+    one = 32 * 96 + 64 * 16 + 4 * (32 + 64) + 1  # and a quarter of the index
+    assert made.bytes_read(1) == backbone + one
+    assert made.bytes_read(8) == made.nbytes == backbone + 4 * one
 
 
 def test_bytes_count_scales_and_factors() -> None:

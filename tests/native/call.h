@@ -24,11 +24,29 @@ constexpr InstructionSet kInstructionSets[] = {
 };
 
 inline int32_t type_of(Type type) {
-  constexpr int32_t kTypes[] = {EORACC_FLOAT32, EORACC_FLOAT16, EORACC_BFLOAT16, EORACC_INT8};
+  constexpr int32_t kTypes[] = {EORACC_FLOAT32, EORACC_FLOAT16, EORACC_BFLOAT16, EORACC_INT8,
+                                EORACC_INT4};
   return kTypes[static_cast<int>(type)];
 }
 
-inline eoracc_matmul matmul_of(const Shape& shape, const Operands& operands, const Operand& y) {
+inline eoracc_bank bank_of(const Shape& shape, const Operands& operands) {
+  eoracc_bank bank{};
+  bank.count = shape.adapters;
+  bank.rank = shape.adapter_rank;
+  bank.index_rows = shape.index_rows;
+  bank.index_count = shape.index_rows == 0 ? 0 : shape.rows / shape.index_rows;
+  bank.type = type_of(shape.adapter_type);
+  bank.a = operands.adapter_a.data();
+  bank.b = operands.adapter_b.data();
+  bank.a_scale = static_cast<const float*>(operands.adapter_a_scale.data());
+  bank.b_scale = static_cast<const float*>(operands.adapter_b_scale.data());
+  bank.index = static_cast<const int32_t*>(operands.adapter_index.data());
+  return bank;
+}
+
+// `bank` is what bank_of gave, and must outlive the result.
+inline eoracc_matmul matmul_of(const Shape& shape, const Operands& operands, const Operand& y,
+                               const eoracc_bank& bank) {
   eoracc_matmul m{};
   m.rows = shape.rows;
   m.in_features = shape.in_features;
@@ -57,6 +75,7 @@ inline eoracc_matmul matmul_of(const Shape& shape, const Operands& operands, con
   m.lora_b_scale = static_cast<const float*>(operands.lora_b_scale.data());
   m.norm_weight = static_cast<const float*>(operands.norm_weight.data());
   m.residual = operands.residual.data();
+  m.bank = shape.adapters > 0 ? &bank : nullptr;
   return m;
 }
 

@@ -47,12 +47,13 @@ class Checker {
   bool check(const InstructionSet& set, const Shape& shape, const Operands& operands,
              const Expected& expected) {
     const size_t bytes = static_cast<size_t>(shape.rows * shape.outputs()) * size_of(shape.x_type);
+    const eoracc_bank bank = bank_of(shape, operands);
     constexpr void (*kRuns[])(void*, size_t, Task, void*) = {run_forwards, run_backwards,
                                                              run_on_threads};
     Bytes first;
     for (const auto& run : kRuns) {
       const Operand y(Bytes(bytes, 0xff));  // NaN of every type
-      const eoracc_matmul m = matmul_of(shape, operands, y);
+      const eoracc_matmul m = matmul_of(shape, operands, y, bank);
       const eoracc_threads threads{run, nullptr};
       const eoracc_result result = eoracc_matmul_nbits_lowrank(&m, &threads, set.isa);
       if (result == EORACC_NO_SUCH_ISA) return false;

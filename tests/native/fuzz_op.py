@@ -96,6 +96,10 @@ def draw_node(rng: np.random.Generator) -> Node:
         "residual": rng.random((*leading, width), np.float32) if rng.random() < 0.3 else None,
     }
     operands = fused_operands(weight, factors, bias, layout=layout, **fusions)
+    if layout == 1 and rng.random() < 0.6:
+        bank, adapters = draw_bank(rng, shape, leading, len(parts) or 1)
+        operands |= bank
+        fusions |= adapters
     fusions |= {"norm_epsilon": 1e-5, "parts": parts, "activation": activation}
     attributes: dict[str, Any] = {**attributes_of(weight), "norm_epsilon": 1e-5}
     attributes |= {"accuracy_level": level, "layout": layout}
@@ -110,6 +114,52 @@ def draw_node(rng: np.random.Generator) -> Node:
         expected=fused_matmul(x, weight, factors, bias, **fusions),
         bound=error_bound(x, weight, factors, bias, **fusions),
     )
+
+
+def draw_bank(
+    rng: np.random.Generator, shape: tuple[int, int], leading: tuple[int, ...], parts: int
+) -> tuple[dict[str, Array | None], dict[str, Any]]:
+    """Adapters as operands, and as the oracle takes them."""
+    rank, kind = 16 * int(rng.integers(3)), str(rng.choice(["int8", "int4", "float"]))
+    adapters, weights = [], []
+    for _ in range(int(rng.integers(1, 4))):
+        if kind == "float":
+            down, up = (random_factors(rng, shape, rank=r) for r in (rank * parts, rank))
+        else:
+            down, up = (random_int8_factors(rng, shape, rank=r) for r in (rank * parts, rank))
+        adapter = LowRank(
+            lora_a=down.lora_a,
+            lora_b=up.lora_b,
+            lora_a_scale=down.lora_a_scale,
+            lora_b_scale=up.lora_b_scale,
+        )
+        if kind == "int4":
+            adapter = replace(
+                adapter,
+                lora_a=(adapter.lora_a // 19).astype(np.int8),
+                lora_b=(adapter.lora_b // 19).astype(np.int8),
+                bits=4,
+            )
+        adapters.append(adapter)
+        ones = np.ones(rank * parts, np.float32)
+        weights.append(ones * rng.uniform(0.5, 1.5) if kind == "float" else ones)
+    tiles = [adapter.tiles() for adapter in adapters]
+    batch = int(np.prod(leading[:-1] if len(leading) > 1 else leading))
+    count = batch if rng.random() < 0.5 else 1
+    index = rng.integers(-1, len(adapters), count).astype(np.int32)
+    a_scales = [
+        tile.get("lora_a_scale", weight) for tile, weight in zip(tiles, weights, strict=True)
+    ]
+    bank: dict[str, Array | None] = {
+        "adapter_a": np.stack([tile["lora_a"] for tile in tiles]),
+        "adapter_b": np.stack([tile["lora_b"] for tile in tiles]),
+        "adapter_a_scale": np.stack(a_scales).astype(np.float32),
+        "adapter_b_scale": None
+        if kind == "float"
+        else np.stack([tile["lora_b_scale"] for tile in tiles]),
+        "adapter_index": index,
+    }
+    return bank, {"adapters": adapters, "adapter_scales": weights, "adapter_index": index}
 
 
 # --- defects --------------------------------------------------------------------------------------
@@ -146,6 +196,8 @@ def wrong_shape(rng: np.random.Generator, node: Node) -> Node:
     # A tiled factor may have been padded to another rank, which is the same tiles of lora_a.
     if changed.shape == array.shape or (name == "lora_b" and node.attributes["layout"] == 1):
         outcome = EITHER
+    if _is_unread(node, name) or name == "adapter_index":
+        outcome = EITHER
     return _changed(node, {name: changed}, outcome, f"{name} {array.shape} -> {changed.shape}")
 
 
@@ -155,7 +207,8 @@ def wrong_type(rng: np.random.Generator, node: Node) -> Node:
     dtype = [np.int32, np.float64, np.int64, np.bool_, np.int8, np.uint8, np.float16][
         rng.integers(7)
     ]
-    never = dtype not in {np.int8, np.uint8, np.float16}
+    never = dtype not in {np.int8, np.uint8, np.float16} and not _is_unread(node, name)
+    never = never and array.dtype != dtype
     return _changed(
         node, {name: array.astype(dtype)}, FAILS if never else EITHER, f"{name} as {dtype.__name__}"
     )
@@ -165,6 +218,7 @@ def missing(rng: np.random.Generator, node: Node) -> Node:
     """An operand that is not there."""
     name, _ = _any_operand(rng, node)
     needed = name in {"B", "scales", "lora_a", "lora_b"} or name.endswith("_scale")
+    needed = (needed or name.startswith("adapter_")) and not _is_unread(node, name)
     rank_0 = name.endswith("_scale") and 0 in node.x.shape
     return _changed(node, {name: None}, FAILS if needed and not rank_0 else EITHER, f"no {name}")
 
@@ -177,7 +231,7 @@ def swapped(rng: np.random.Generator, node: Node) -> Node:
 
 def wrong_activations(rng: np.random.Generator, node: Node) -> Node:
     """X whose last dimension is not K, or that has none."""
-    size = node.attributes["K"]
+    size = min(max(node.attributes["K"], 1), 1000)  # which may be another defect
     shapes: list[Array] = [
         np.zeros((2, size + 1), np.float32),
         np.zeros((2, size - 1), np.float32),
@@ -207,6 +261,12 @@ def wrong_attribute(rng: np.random.Generator, node: Node) -> Node:
     attributes = node.attributes | {name: value}
     defects = [*node.defects, f"{name} = {value}"]
     return replace(node, attributes=attributes, outcome=FAILS, defects=defects)
+
+
+def _is_unread(node: Node, name: str) -> bool:
+    """Whether it is an adapter's operand in a bank of rank 0, of which sizes matter little."""
+    adapter_a = node.operands.get("adapter_a")
+    return name.startswith("adapter_") and (adapter_a is None or adapter_a.size == 0)
 
 
 def _any_operand(rng: np.random.Generator, node: Node) -> tuple[str, Array]:

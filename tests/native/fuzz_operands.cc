@@ -28,6 +28,12 @@ struct Defect {
   void (*put)(eoracc_matmul& m);
 };
 
+// Likewise of its bank of two adapters, the second of which row 1 uses.
+struct BankDefect {
+  const char* name;
+  void (*put)(eoracc_bank& bank);
+};
+
 constexpr Defect kDefects[] = {
     {"rows = -1", [](auto& m) { m.rows = -1; }},
     {"rows = min", [](auto& m) { m.rows = INT64_MIN; }},
@@ -79,6 +85,34 @@ constexpr Defect kDefects[] = {
 };
 constexpr size_t kDefectCount = std::size(kDefects);
 
+constexpr int32_t kIndices[][2] = {{0, 2}, {INT_MAX, 0}};
+
+constexpr BankDefect kBankDefects[] = {
+    {"count = 0", [](auto& bank) { bank.count = 0; }},
+    {"count = -1", [](auto& bank) { bank.count = -1; }},
+    {"count = max", [](auto& bank) { bank.count = INT64_MAX; }},
+    {"rank = -16", [](auto& bank) { bank.rank = -16; }},
+    {"rank = 20", [](auto& bank) { bank.rank = 20; }},
+    {"rank = max", [](auto& bank) { bank.rank = INT64_MAX - 15; }},
+    {"index_count = 1", [](auto& bank) { bank.index_count = 1; }},
+    {"index_count = min", [](auto& bank) { bank.index_count = INT64_MIN; }},
+    {"index_count = max", [](auto& bank) { bank.index_count = INT64_MAX; }},
+    {"index_rows = 2", [](auto& bank) { bank.index_rows = 2; }},
+    {"index_rows = -1", [](auto& bank) { bank.index_rows = -1; }},
+    {"sizes that overflow",
+     [](auto& bank) { bank.index_count = int64_t{1} << 62, bank.index_rows = 4; }},
+    {"type = none", [](auto& bank) { bank.type = EORACC_NONE; }},
+    {"type = bfloat16", [](auto& bank) { bank.type = EORACC_BFLOAT16; }},
+    {"type = 99", [](auto& bank) { bank.type = 99; }},
+    {"a = null", [](auto& bank) { bank.a = nullptr; }},
+    {"b = null", [](auto& bank) { bank.b = nullptr; }},
+    {"a_scale = null", [](auto& bank) { bank.a_scale = nullptr; }},
+    {"b_scale = null", [](auto& bank) { bank.b_scale = nullptr; }},
+    {"index = null", [](auto& bank) { bank.index = nullptr; }},
+    {"the adapter behind the last", [](auto& bank) { bank.index = kIndices[0]; }},
+    {"adapter max", [](auto& bank) { bank.index = kIndices[1]; }},
+};
+
 Shape fitting(std::mt19937_64& random) {
   Shape shape;
   shape.rows = 2;
@@ -88,7 +122,11 @@ Shape fitting(std::mt19937_64& random) {
   constexpr int kBits[] = {2, 3, 4, 8};
   shape.bits = kBits[random() % 4];
   shape.level = random() % 2 == 0 ? 0 : 4;
-  shape.lora_a_type = shape.lora_b_type = Type::kInt8;
+  shape.lora_a_type = shape.lora_b_type = random() % 2 == 0 ? Type::kInt8 : Type::kInt4;
+  shape.adapters = 2;
+  shape.adapter_rank = 16;
+  shape.adapter_type = shape.lora_a_type;
+  shape.index_rows = 1;
   shape.zero_points = random() % 2 == 0;
   shape.bias = random() % 2 == 0;
   shape.norm = random() % 2 == 0;
@@ -121,24 +159,36 @@ int main(int count, char** arguments) {
 
     // Each defect in turn, every other time together with a second one.
     const Defect& defect = kDefects[static_cast<size_t>(i) % kDefectCount];
-    eoracc_matmul m = matmul_of(shape, operands, y);
+    const eoracc_bank bank = bank_of(shape, operands);
+    eoracc_matmul m = matmul_of(shape, operands, y, bank);
     if (random() % 2 == 0) kDefects[random() % kDefectCount].put(m);
     defect.put(m);
     expect(eoracc_matmul_nbits_lowrank(&m, nullptr, isa) == EORACC_BAD_OPERAND, "was accepted",
            defect.name);
     expect(y.bytes() == untouched, "wrote to y", defect.name);
 
+    const BankDefect& bank_defect = kBankDefects[static_cast<size_t>(i) % std::size(kBankDefects)];
+    eoracc_bank bad = bank;
+    bank_defect.put(bad);
+    m = matmul_of(shape, operands, y, bad);
+    expect(eoracc_matmul_nbits_lowrank(&m, nullptr, isa) == EORACC_BAD_OPERAND, "was accepted",
+           bank_defect.name);
+    expect(y.bytes() == untouched, "wrote to y", bank_defect.name);
+
     // What may be absent.
-    m = matmul_of(shape, operands, y);
+    m = matmul_of(shape, operands, y, bank);
     expect(
         eoracc_matmul_nbits_lowrank(&m, nullptr, static_cast<eoracc_isa>(99)) == EORACC_NO_SUCH_ISA,
         "was accepted", "instruction set 99");
     m.rows = 0;
     m.x = nullptr;
     m.y = nullptr;
+    bad = bank;
+    bad.index_rows = 0;
+    m.bank = &bad;
     expect(eoracc_matmul_nbits_lowrank(&m, nullptr, EORACC_ISA_BEST) == EORACC_OK, "was refused",
            "no rows");
-    m = matmul_of(shape, operands, y);
+    m = matmul_of(shape, operands, y, bank);
     m.rank = 0;
     m.lora_a = m.lora_b = nullptr;
     m.lora_a_scale = m.lora_b_scale = nullptr;
@@ -146,6 +196,7 @@ int main(int count, char** arguments) {
     m.zero_points = nullptr;
     m.bias = m.residual = nullptr;
     m.norm_weight = nullptr;
+    m.bank = nullptr;
     expect(eoracc_matmul_nbits_lowrank(&m, nullptr, EORACC_ISA_BEST) == EORACC_OK, "was refused",
            "nothing optional");
   }

@@ -141,36 +141,65 @@ class Draw {
   std::normal_distribution<double> normal_;
 };
 
-// Draws a factor, stores it in kernel order, and returns what it stands for.
-Matrix draw_factor(Draw& draw, int64_t rows, int64_t columns, double size, Type type,
-                   Operand* stored, Operand* stored_scale) {
+bool is_integer(Type type) { return type == Type::kInt8 || type == Type::kInt4; }
+
+// Draws a factor, appends it in kernel order, and returns what it stands for.
+Matrix draw_factor(Draw& draw, int64_t rows, int64_t columns, double size, Type type, Bytes* stored,
+                   Bytes* stored_scale) {
   Matrix values(rows, columns);
-  if (type != Type::kInt8) {
+  if (!is_integer(type)) {
     for (double& value : values.values) value = rounded(type, draw.normal() * size);
-    *stored = Operand(pack_rows(values, type));
+    const Bytes packed = pack_rows(values, type);
+    stored->insert(stored->end(), packed.begin(), packed.end());
     return values;
   }
-  Matrix codes(ceil_div(rows, kTile) * kTile, columns);  // padding stands for 0, its code is 128
-  Bytes scales;
+  // Rows and columns that fill up tiles and chunks stand for 0.
+  const int bits = type == Type::kInt8 ? 8 : 4;
+  const int64_t zero = int64_t{1} << (bits - 1), chunk = chunk_columns(bits);
+  Matrix codes(ceil_div(rows, kTile) * kTile, ceil_div(columns, chunk) * chunk);
   for (int64_t r = 0; r < codes.rows; ++r) {
-    const auto row_scale = static_cast<float>(r < rows ? size * draw.uniform(0.5, 1.5) / 64 : 0);
-    append(Type::kFloat32, row_scale, &scales);
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t value = r < rows ? draw.integer(-127, 127) : 0;
-      codes.at(r, c) = static_cast<double>(value + 128);
-      if (r < rows) values.at(r, c) = static_cast<double>(value) * row_scale;
+    const auto row_scale = static_cast<float>(
+        r < rows ? 2 * size * draw.uniform(0.5, 1.5) / static_cast<double>(zero) : 0);
+    append(Type::kFloat32, row_scale, stored_scale);
+    for (int64_t c = 0; c < codes.columns; ++c) {
+      const bool inside = r < rows && c < columns;
+      const int64_t value = inside ? draw.integer(1 - zero, zero - 1) : 0;
+      codes.at(r, c) = static_cast<double>(value + zero);
+      if (inside) values.at(r, c) = static_cast<double>(value) * row_scale;
     }
   }
-  // Columns are padded to a quad with the code of 0, too.
-  Matrix padded(codes.rows, ceil_div(columns, 4) * 4);
-  for (int64_t r = 0; r < padded.rows; ++r) {
-    for (int64_t c = 0; c < padded.columns; ++c) {
-      padded.at(r, c) = c < columns ? codes.at(r, c) : 128;
-    }
-  }
-  *stored = Operand(pack_codes(padded, 8));
-  *stored_scale = Operand(scales);
+  const Bytes packed = pack_codes(codes, bits);
+  stored->insert(stored->end(), packed.begin(), packed.end());
   return values;
+}
+
+// Low-rank factors as they are meant: a [parts * rank, K], b [N, rank].
+struct Term {
+  int64_t rank;
+  Matrix a, b;
+};
+
+// Draws an adapter. Some tiles of ranks only fill it up: their scale is 0, whatever lies in them.
+Term draw_adapter(Draw& draw, const Shape& shape, Bytes* a, Bytes* b, Bytes* a_scale,
+                  Bytes* b_scale) {
+  const int64_t rank = shape.adapter_rank, ranks = shape.part_count() * rank;
+  Term term{rank, {}, {}};
+  Bytes scales;
+  term.a = draw_factor(draw, ranks, shape.in_features, 0.25, shape.adapter_type, a, &scales);
+  term.b = draw_factor(draw, shape.out_features, rank, 0.25, shape.adapter_type, b, b_scale);
+  for (int64_t tile = 0; tile < ranks / kTile; ++tile) {
+    const bool fills_up = draw.integer(0, 3) == 0;
+    for (int64_t r = tile * kTile; r < (tile + 1) * kTile; ++r) {
+      float scale = 1;
+      if (is_integer(shape.adapter_type)) {
+        std::memcpy(&scale, scales.data() + 4 * r, sizeof scale);
+      }
+      const double weight = fills_up ? 0 : is_integer(shape.adapter_type) ? 1 : 1.5;
+      append(Type::kFloat32, static_cast<float>(scale * weight), a_scale);
+      for (int64_t k = 0; k < shape.in_features; ++k) term.a.at(r, k) *= weight;
+    }
+  }
+  return term;
 }
 
 double act(Activation activation, double x) {
@@ -199,7 +228,7 @@ Operand::Operand(const Bytes& bytes) : size_(bytes.size()), memory_(new uint8_t[
 
 Bytes Operand::bytes() const { return Bytes(memory_.get() + 1, memory_.get() + 1 + size_); }
 
-size_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kInt8 ? 1 : 2; }
+size_t size_of(Type type) { return type == Type::kFloat32 ? 4 : is_integer(type) ? 1 : 2; }
 
 double read(Type type, const Bytes& bytes, size_t index) {
   uint32_t word = 0;
@@ -219,7 +248,7 @@ double read(Type type, const Bytes& bytes, size_t index) {
 }
 
 std::string Shape::describe() const {
-  const char* types[] = {"float32", "float16", "bfloat16", "int8"};
+  const char* types[] = {"float32", "float16", "bfloat16", "int8", "int4"};
   const char* activations[] = {"", " silu", " gelu_tanh"};
   std::string text = "[" + std::to_string(rows) + ", " + std::to_string(in_features) + "] x [" +
                      std::to_string(out_features) + ", " + std::to_string(in_features) + "], " +
@@ -235,6 +264,11 @@ std::string Shape::describe() const {
   if (norm) text += " norm";
   if (residual) text += " residual";
   if (special) text += " special";
+  if (adapters > 0) {
+    text += ", " + std::to_string(adapters) + " adapters of rank " + std::to_string(adapter_rank) +
+            " (" + types[static_cast<int>(adapter_type)] + "), one for " +
+            std::to_string(index_rows) + " rows";
+  }
   return text;
 }
 
@@ -255,11 +289,11 @@ Shape draw_shape(std::mt19937_64& random) {
   shape.group_size = any_of({8, 16, 24, 32, 40, 64, 96, 128, 256, 0});
   shape.rank = chance(3) ? 0 : chance(50) ? 1024 : chance(2) ? integer(1, 40) : 16 * integer(1, 5);
   const Type floats[] = {Type::kFloat32, Type::kFloat16, Type::kBfloat16};
-  const Type factors[] = {Type::kFloat32, Type::kFloat16, Type::kInt8};
+  const Type factors[] = {Type::kFloat32, Type::kFloat16, Type::kInt8, Type::kInt4};
   shape.x_type = chance(2) ? Type::kFloat32 : floats[integer(1, 2)];
   shape.scales_type = floats[integer(0, 1)];
-  shape.lora_a_type = factors[integer(0, 2)];
-  shape.lora_b_type = factors[integer(0, 2)];
+  shape.lora_a_type = factors[integer(0, 3)];
+  shape.lora_b_type = factors[integer(0, 3)];
   shape.zero_points = chance(2);
   shape.bias = chance(2);
   shape.norm = chance(3);
@@ -280,6 +314,12 @@ Shape draw_shape(std::mt19937_64& random) {
     }
     shape.out_features = 0;
     for (const int64_t part : shape.parts) shape.out_features += part;
+  }
+  if (chance(2)) {
+    shape.adapters = integer(1, 5);
+    shape.adapter_rank = 16 * integer(0, 3);
+    shape.adapter_type = factors[integer(0, 3)];
+    shape.index_rows = chance(3) ? shape.rows : shape.rows % 3 == 0 ? 3 : 1;
   }
   if (shape.group_size == 0) shape.group_size = ceil_div(shape.in_features, 8) * 8;
   return shape;
@@ -315,13 +355,44 @@ void draw_operands(const Shape& shape, std::mt19937_64& random, Operands* operan
   operands->scales = Operand(pack_rows(scales, shape.scales_type));
   if (shape.zero_points) operands->zero_points = Operand(pack_bytes(zeros));
 
-  Matrix lora_a, lora_b;
+  // The term of all rows, if there is one, and then the adapters.
+  std::vector<Term> terms;
   if (R > 0) {
-    lora_a = draw_factor(draw, P * R, K, 0.25, shape.lora_a_type, &operands->lora_a,
-                         &operands->lora_a_scale);
-    lora_b = draw_factor(draw, N, R, 0.25, shape.lora_b_type, &operands->lora_b,
-                         &operands->lora_b_scale);
+    Bytes a, b, a_scale, b_scale;
+    Matrix lora_a = draw_factor(draw, P * R, K, 0.25, shape.lora_a_type, &a, &a_scale);
+    Matrix lora_b = draw_factor(draw, N, R, 0.25, shape.lora_b_type, &b, &b_scale);
+    terms.push_back({R, std::move(lora_a), std::move(lora_b)});
+    operands->lora_a = Operand(a);
+    operands->lora_b = Operand(b);
+    operands->lora_a_scale = Operand(a_scale);
+    operands->lora_b_scale = Operand(b_scale);
   }
+  const size_t first_adapter = terms.size();
+  std::vector<int64_t> index;
+  if (shape.adapters > 0) {
+    Bytes a, b, a_scale, b_scale, index_bytes;
+    for (int64_t i = 0; i < shape.adapters; ++i) {
+      terms.push_back(draw_adapter(draw, shape, &a, &b, &a_scale, &b_scale));
+    }
+    for (int64_t row = 0; row < shape.rows; row += shape.index_rows) {
+      const auto adapter = static_cast<int32_t>(draw.integer(-1, shape.adapters - 1));
+      index.push_back(adapter);
+      const auto* bytes = reinterpret_cast<const uint8_t*>(&adapter);
+      index_bytes.insert(index_bytes.end(), bytes, bytes + sizeof adapter);
+    }
+    operands->adapter_a = Operand(a);
+    operands->adapter_b = Operand(b);
+    operands->adapter_a_scale = Operand(a_scale);
+    operands->adapter_b_scale = Operand(b_scale);
+    operands->adapter_index = Operand(index_bytes);
+  }
+  const auto terms_of = [&](int64_t row) {
+    std::vector<const Term*> used;
+    if (first_adapter > 0) used.push_back(&terms[0]);
+    const int64_t adapter = index.empty() ? -1 : index[static_cast<size_t>(row / shape.index_rows)];
+    if (adapter >= 0) used.push_back(&terms[first_adapter + static_cast<size_t>(adapter)]);
+    return used;
+  };
 
   const auto draw_row = [&](int64_t count, Type type, double mean, Bytes* out) {
     std::vector<double> values(static_cast<size_t>(count));
@@ -340,7 +411,7 @@ void draw_operands(const Shape& shape, std::mt19937_64& random, Operands* operan
   expected->bound.clear();
   const int64_t block = std::gcd(shape.group_size, int64_t{32});
   // Roundings on the way of one product into Y, norm included.
-  const double length = static_cast<double>((shape.norm ? 2 : 1) * K + R + 32);
+  const double length = static_cast<double>((shape.norm ? 2 : 1) * K + R + shape.adapter_rank + 32);
   for (int64_t m = 0; m < shape.rows; ++m) {
     std::vector<double> x = draw_row(K, shape.x_type, 0, &x_bytes);
     if (shape.special && m == shape.rows / 2) {
@@ -362,41 +433,55 @@ void draw_operands(const Shape& shape, std::mt19937_64& random, Operands* operan
     std::vector<double> steps = block_peaks(x, block);
     for (double& s : steps) s /= 127;
 
-    // The down-projection, with and without signs.
-    std::vector<double> t(static_cast<size_t>(P * R)), t_magnitude(t.size());
-    for (int64_t r = 0; r < P * R; ++r) {
-      for (int64_t k = 0; k < K; ++k) {
-        const double term = x[static_cast<size_t>(k)] * lora_a.at(r, k);
-        t[static_cast<size_t>(r)] += term;
-        t_magnitude[static_cast<size_t>(r)] += std::fabs(term);
+    // The down-projections, with and without signs.
+    const std::vector<const Term*> used = terms_of(m);
+    std::vector<std::vector<double>> down, down_magnitude;
+    for (const Term* term : used) {
+      std::vector<double> t(static_cast<size_t>(P * term->rank)), t_magnitude(t.size());
+      for (int64_t r = 0; r < P * term->rank; ++r) {
+        for (int64_t k = 0; k < K; ++k) {
+          const double product = x[static_cast<size_t>(k)] * term->a.at(r, k);
+          t[static_cast<size_t>(r)] += product;
+          t_magnitude[static_cast<size_t>(r)] += std::fabs(product);
+        }
       }
+      down.push_back(t);
+      down_magnitude.push_back(t_magnitude);
     }
 
     std::vector<double> y(static_cast<size_t>(N)), bound(y.size());
     int64_t part = 0, part_end = shape.parts.empty() ? N : shape.parts[0];
     for (int64_t n = 0; n < N; ++n) {
       if (n == part_end) part_end += shape.parts[static_cast<size_t>(++part)];
-      const std::vector<double> down(t.begin() + part * R, t.begin() + (part + 1) * R);
       double sum = 0, magnitude = 0, squares = 0;
       for (int64_t k = 0; k < K; ++k) {
         const double term = x[static_cast<size_t>(k)] * weight.at(n, k);
         sum += term;
         magnitude += std::fabs(term);
-        double reach = std::fabs(weight.at(n, k)), correction = 0;
+        double reach = std::fabs(weight.at(n, k));
         if (shape.level == 4) {
-          for (int64_t r = 0; r < R; ++r)
-            correction += lora_a.at(part * R + r, k) * lora_b.at(n, r);
+          for (const Term* low_rank : used) {
+            double correction = 0;
+            for (int64_t r = 0; r < low_rank->rank; ++r) {
+              correction += low_rank->a.at(part * low_rank->rank + r, k) * low_rank->b.at(n, r);
+            }
+            reach += std::fabs(correction);
+          }
         }
-        reach = (reach + std::fabs(correction)) * steps[static_cast<size_t>(k)];
+        reach *= steps[static_cast<size_t>(k)];
         squares += reach * reach;
       }
-      const std::vector<double> peaks = block_peaks(down, 32);
-      for (int64_t r = 0; r < R; ++r) {
-        const double b = lora_b.at(n, r);
-        sum += down[static_cast<size_t>(r)] * b;
-        magnitude += t_magnitude[static_cast<size_t>(part * R + r)] * std::fabs(b);
-        const double reach = 1.25 * peaks[static_cast<size_t>(r)] / 127 * b;
-        squares += reach * reach;
+      for (size_t i = 0; i < used.size(); ++i) {
+        const int64_t rank = used[i]->rank, begin = part * rank;
+        const std::vector<double> own(down[i].begin() + begin, down[i].begin() + begin + rank);
+        const std::vector<double> peaks = block_peaks(own, 32);
+        for (int64_t r = 0; r < rank; ++r) {
+          const double b = used[i]->b.at(n, r);
+          sum += own[static_cast<size_t>(r)] * b;
+          magnitude += down_magnitude[i][static_cast<size_t>(begin + r)] * std::fabs(b);
+          const double reach = 1.25 * peaks[static_cast<size_t>(r)] / 127 * b;
+          squares += reach * reach;
+        }
       }
       if (shape.bias) {
         sum += bias[static_cast<size_t>(n)];

@@ -13,7 +13,7 @@
 
 namespace eoracc::testing {
 
-enum class Type { kFloat32, kFloat16, kBfloat16, kInt8 };
+enum class Type { kFloat32, kFloat16, kBfloat16, kInt8, kInt4 };
 enum class Activation { kNone, kSilu, kGeluTanh };
 
 // What a product is asked to do. The rank is that of each part.
@@ -35,7 +35,11 @@ struct Shape {
   bool bias = false;
   bool norm = false;
   bool residual = false;
-  bool special = false;  // a NaN or an infinity stands in one row of x
+  bool special = false;      // a NaN or an infinity stands in one row of x
+  int64_t adapters = 0;      // in the bank; 0 for no bank
+  int64_t adapter_rank = 0;  // of each part
+  Type adapter_type = Type::kInt8;
+  int64_t index_rows = 0;  // rows of x for each entry of the index; divides them
 
   int64_t part_count() const { return parts.empty() ? 1 : static_cast<int64_t>(parts.size()); }
   int64_t groups() const { return (in_features + group_size - 1) / group_size; }
@@ -67,7 +71,7 @@ class Operand {
 // The operands in kernel order, as matmul_nbits_lowrank.h documents it; absent ones are empty.
 struct Operands {
   Operand x, codes, scales, zero_points, bias, lora_a, lora_b, lora_a_scale, lora_b_scale,
-      norm_weight, residual;
+      norm_weight, residual, adapter_a, adapter_b, adapter_a_scale, adapter_b_scale, adapter_index;
 };
 
 // Y and how far a kernel may be from it, [rows, outputs].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,15 @@ def error_bound(
         length += weight.in_features // 2 + 8
     terms = magnitudes @ np.abs(weight.dequantize()).T.astype(np.float64)
     if factors is not None:
-        parts = fusions.get("parts") or (weight.out_features,)
-        rank, edges = len(factors.lora_a) // len(parts), np.cumsum([0, *parts])
-        down = magnitudes @ np.abs(factors.down()).T.astype(np.float64)
-        up = np.abs(factors.up()).T.astype(np.float64)
-        for part, (start, stop) in enumerate(pairwise(edges)):
-            own = down[..., part * rank : (part + 1) * rank]
-            terms[..., start:stop] += own @ up[:, start:stop]
-        length += rank
+        terms += _low_rank_magnitudes(magnitudes, factors, fusions.get("parts"))
+        length += factors.lora_b.shape[1]
         # Widening int8 codes takes a rounding of each factor.
         length += 4 * (factors.lora_a.dtype == np.int8)
+    scales = fusions.get("adapter_scales") or [1.0] * len(fusions.get("adapters", ()))
+    for adapter, scale in zip(fusions.get("adapters", ()), scales, strict=True):
+        # As if each row used all of them.
+        terms += _low_rank_magnitudes(magnitudes, adapter, fusions.get("parts"), scale)
+        length += adapter.lora_b.shape[1] + 4
     if bias is not None:
         terms += np.abs(bias)
     bound: NDArray[np.float64] = terms * (length * _ULP)
@@ -130,6 +129,24 @@ def error_bound(
     if fusions.get("residual") is not None:
         bound = bound + _ULP * np.abs(fused_matmul(x, weight, factors, bias, **fusions))
     return bound
+
+
+def _low_rank_magnitudes(
+    x: NDArray[np.float64],
+    factors: LowRank,
+    parts: Sequence[int] | None,
+    scale: Array | float = 1.0,
+) -> NDArray[np.float64]:
+    """The sums of a low-rank term's products with all signs positive, ``[..., N]``."""
+    parts = parts or (len(factors.lora_b),)
+    rank, edges = factors.lora_b.shape[1], np.cumsum([0, *parts])
+    down = x @ np.abs(factors.down()).T.astype(np.float64) * scale
+    up = np.abs(factors.up()).T.astype(np.float64)
+    own = [
+        down[..., part * rank : (part + 1) * rank] @ up[:, start:stop]
+        for part, (start, stop) in enumerate(pairwise(edges))
+    ]
+    return np.concatenate(own, axis=-1)
 
 
 def assert_close(actual: Array, expected: NDArray[np.float64], bound: NDArray[np.float64]) -> None:

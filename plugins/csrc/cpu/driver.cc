@@ -112,8 +112,7 @@ struct Term {
   Run runs[kFewRows];
   int64_t used[kFewRows];                     // the adapters of the runs, each once
   int32_t ranks[kFewRows][EORACC_MAX_PARTS];  // of each of them
-  int64_t tiles_at_once;                      // of lora_a in an item
-  int64_t adapter_items, items;               // of one adapter, and of all
+  int64_t items;                              // tiles of their lora_a
 };
 
 struct Product {
@@ -232,36 +231,37 @@ void keep_down(const Term& term, int64_t adapter, int64_t tile, const float* sca
   }
 }
 
-// Some tiles of one adapter's lora_a.
-void project_tiles(const Product& p, const Term& term, int64_t adapter, int64_t first) {
-  alignas(kAlignment) float sums[kFewRows * kTile];
-  const int64_t count = smaller(term.tiles_at_once, term.factors.tiles - first);
-  const Weight factor = down_factor(term.factors, adapter);
-  const bool is_bank = term.factors.bank != nullptr;
-  memset(sums, 0, sizeof(float) * (size_t)(count * p.rows * kTile));
-  if (count == kTilesAtOnce) {
-    p.kernels->int8_tiles(p.x.view(0, 1, 0, p.m.in_features), factor.tiles, first, 1, sums);
-  }
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t tile = first + t;
-    float scales[kTile], *tile_sums = sums + t * p.rows * kTile;
-    if (is_bank && !read_down_scales(term.factors, adapter, tile, scales)) continue;
-    if (count < kTilesAtOnce) {
-      multiply_users(p, term, adapter, factor, p.x, 0, p.m.in_features, tile, tile_sums);
-    }
-    // The scales of integer factors are in the sums already.
-    keep_down(term, adapter, tile, is_bank && factor.is_dense() ? scales : nullptr, tile_sums);
-  }
+// Fetches a tile of a factor while there is something to wait for.
+void fetch_tile(const Weight& factor, int64_t tile) {
+  const int64_t bytes = tile_bytes_of(factor);
+  const char* from =
+      (const char*)(factor.is_dense() ? factor.dense.values : factor.tiles.codes) + tile * bytes;
+  for (int64_t line = 0; line < bytes; line += kAlignment) __builtin_prefetch(from + line);
 }
 
-// One item of the terms' lora_a. Whoever finishes the last one rounds the down-projected rows to
-// int8.
+// One item of the terms' lora_a: a tile of one adapter. Whoever finishes the last one rounds the
+// down-projected rows to int8.
 void project_down(Product& p, int64_t item) {
-  wait_for_rows(p);
-  const Term* term = p.terms;
-  for (; item >= term->items; ++term) item -= term->items;
-  project_tiles(p, *term, term->used[item / term->adapter_items],
-                item % term->adapter_items * term->tiles_at_once);
+  const Term* of_item = p.terms;
+  for (; item >= of_item->items; ++of_item) item -= of_item->items;
+  const Term& term = *of_item;
+  const int64_t adapter = term.used[item / term.factors.tiles], tile = item % term.factors.tiles;
+  const Weight factor = down_factor(term.factors, adapter);
+  const bool is_bank = term.factors.bank != nullptr;
+  alignas(kAlignment) float sums[kFewRows * kTile];
+  float scales[kTile];
+  if (!is_bank || read_down_scales(term.factors, adapter, tile, scales)) {
+    if (p.rows == 1) fetch_tile(factor, tile);
+    memset(sums, 0, sizeof(float) * (size_t)(p.rows * kTile));
+    wait_for_rows(p);
+    if (p.at_once && !factor.is_dense()) {
+      p.kernels->int8_factor_tile(p.x.view(0, 1, 0, p.m.in_features), factor.tiles, tile, sums);
+    } else {
+      multiply_users(p, term, adapter, factor, p.x, 0, p.m.in_features, tile, sums);
+    }
+    // The scales of integer factors are in the sums already.
+    keep_down(term, adapter, tile, is_bank && factor.is_dense() ? scales : nullptr, sums);
+  }
   if (p.projected.fetch_add(1, std::memory_order_acq_rel) + 1 < p.down_items) return;
   for (const Term& each : p.terms) {
     if (each.items == 0 || each.down.codes == nullptr) continue;
@@ -465,9 +465,7 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
       // The ranks that fill up a part, and rows without an adapter.
       memset(term.down.values, 0, sizeof(float) * (size_t)(p.rows * term.down.stride));
       find_users(p, term);
-      term.tiles_at_once = p.at_once && !term.factors.a.is_dense() ? kTilesAtOnce : 1;
-      term.adapter_items = ceil_div(term.factors.tiles, term.tiles_at_once);
-      term.items = term.used_count * term.adapter_items;
+      term.items = term.used_count * term.factors.tiles;
       p.down_items += term.items;
     }
     const int64_t items = p.rows + p.down_items + ceil_div(p.out_tiles, p.shortest_run);

@@ -108,15 +108,19 @@ class Units {
  public:
   static constexpr int64_t kBytes = kUnit * kTile * bits / 8;
 
-  Units(const Tiles& w, int64_t tile) : next_(w.codes + tile * w.tile_bytes), left_(w.tile_bytes) {}
+  Units(const Tiles& w, int64_t tile, int64_t first = 0)
+      : next_(w.codes + tile * w.tile_bytes + first * kBytes),
+        left_(w.tile_bytes - first * kBytes) {}
 
   [[gnu::always_inline]] Quads next() {
     for (int64_t line = 0; line < kBytes; line += 64) {
       _mm_prefetch((const char*)next_ + kAhead + line, _MM_HINT_T0);
     }
     if (__builtin_expect(left_ < kBytes, 0)) {
-      alignas(kVector) uint8_t padded[kBytes] = {};
-      memcpy(padded, next_, (size_t)left_);
+      alignas(kVector) uint8_t padded[kBytes];
+      for (int64_t at = 0; at < kBytes; at += kVector) {
+        _mm512_store_si512(padded + at, at < left_ ? load(next_ + at) : _mm512_setzero_si512());
+      }
       return unpack<bits>(padded);
     }
     const Quads quads = unpack<bits>(next_);
@@ -265,6 +269,44 @@ void int8_side_by_side(const Activations& x, const Tiles& w, int64_t tile, int64
     }
   }
   for (int64_t t = 0; t < kTilesAtOnce; ++t) _mm512_storeu_ps(sums + t * kTile, totals[t]);
+}
+
+// One row of X times one tile of a factor, four runs of units of which are summed side by side and
+// then what is left.
+template <int bits, int64_t block>
+void int8_factor_rows(const Activations& x, const Tiles& w, int64_t tile, float* sums) {
+  constexpr int64_t kStreams = 4, kBlocks = kUnit / block, kBlockQuads = block / 4;
+  const int64_t blocks = ceil_div(x.columns, block);
+  const int64_t all_units = ceil_div(x.columns, kUnit), run = all_units / kStreams;
+  const __m512i zero_point = _mm512_set1_epi32(1 << (bits - 1));
+  __m512 totals[kStreams];
+  for (int64_t t = 0; t < kStreams; ++t) totals[t] = _mm512_setzero_ps();
+  const auto add_unit = [&](Units<bits>& units, int64_t unit,
+                            __m512& total) __attribute__((always_inline)) {
+    const Quads quads = units.next();
+    for (int64_t i = 0; i < kBlocks && unit * kBlocks + i < blocks; ++i) {
+      const int64_t b = unit * kBlocks + i;
+      const int8_t* codes = x.codes + b * block;
+      __m512i sum = _mm512_madd_epi16(zero_point, _mm512_set1_epi32(x.minus[b]));
+      for (int64_t q = 0; q < kBlockQuads; ++q) {
+        sum = dot<bits>(sum, quads.codes[i * kBlockQuads + q], broadcast_quad(codes + 4 * q));
+      }
+      total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x.scales[b]), total);
+    }
+  };
+  static_assert(kStreams == 4, "as many streams as are set up here");
+  Units<bits> streams[] = {{w, tile}, {w, tile, run}, {w, tile, 2 * run}, {w, tile, 3 * run}};
+  for (int64_t unit = 0; unit < run; ++unit) {
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < kStreams; ++t) add_unit(streams[t], t * run + unit, totals[t]);
+  }
+  for (int64_t unit = kStreams * run; unit < all_units; ++unit) {
+    add_unit(streams[kStreams - 1], unit, totals[unit - kStreams * run]);
+  }
+  const __m512 sum =
+      _mm512_add_ps(_mm512_add_ps(totals[0], totals[1]), _mm512_add_ps(totals[2], totals[3]));
+  const __m512 scales = load_lanes(w.scales_type, w.scales, tile * kTile);
+  _mm512_storeu_ps(sums, _mm512_fmadd_ps(sum, scales, _mm512_loadu_ps(sums)));
 }
 
 // ---- float activations
@@ -420,6 +462,20 @@ void int8_tiles(const Activations& x, const Tiles& w, int64_t tile, int64_t stri
                               : w.bits == 4 ? int8_side_by_side_of<4>(x.block)
                                             : int8_side_by_side_of<8>(x.block);
   multiply(x, w, tile, stride, sums);
+}
+
+typedef void (*FactorOfRow)(const Activations&, const Tiles&, int64_t tile, float*);
+
+template <int bits>
+FactorOfRow int8_factor_rows_of(int64_t block) {
+  return block == 32   ? int8_factor_rows<bits, 32>
+         : block == 16 ? int8_factor_rows<bits, 16>
+                       : int8_factor_rows<bits, 8>;
+}
+
+void int8_factor_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) {
+  (w.bits == 4 ? int8_factor_rows_of<4>(x.block) : int8_factor_rows_of<8>(x.block))(x, w, tile,
+                                                                                    sums);
 }
 
 void float_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) {

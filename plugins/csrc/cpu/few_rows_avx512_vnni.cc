@@ -4,7 +4,8 @@
 
 namespace eoracc {
 
-const FewRows few_rows_avx512_vnni = {read_row,   normalize_row, quantize_row, int8_tile,
-                                      float_tile, dense_tile,    finish_tile,  int8_tiles};
+const FewRows few_rows_avx512_vnni = {read_row,    normalize_row, quantize_row,
+                                      int8_tile,   float_tile,    dense_tile,
+                                      finish_tile, int8_tiles,    int8_factor_tile};
 
 }  // namespace eoracc

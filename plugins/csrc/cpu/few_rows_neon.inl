@@ -290,8 +290,8 @@ void dense_tile(const Activations& x, const DenseTiles& w, int64_t tile, float* 
   }
 }
 
-constexpr FewRows kFewRowsTable = {read_row,   normalize_row, quantize_row, int8_tile,
-                                   float_tile, dense_tile,    finish_tile,  nullptr};
+constexpr FewRows kFewRowsTable = {read_row,   normalize_row, quantize_row, int8_tile, float_tile,
+                                   dense_tile, finish_tile,   nullptr,      nullptr};
 
 }  // namespace
 }  // namespace eoracc

@@ -117,7 +117,7 @@ void dense_tile(const Activations& x, const DenseTiles& w, int64_t tile, float* 
 
 }  // namespace
 
-const FewRows few_rows_scalar = {read_row,   normalize_row, quantize_row, int8_tile,
-                                 float_tile, dense_tile,    finish_tile,  nullptr};
+const FewRows few_rows_scalar = {read_row,   normalize_row, quantize_row, int8_tile, float_tile,
+                                 dense_tile, finish_tile,   nullptr,      nullptr};
 
 }  // namespace eoracc

@@ -35,7 +35,7 @@ struct Activations {
   const int32_t* minus;  // [rows, stride / block], the negated sum of the block's codes
 };
 
-// An n-bit weight in the tiled layout: the backbone, or an int8 factor (bits = 8, one group).
+// An n-bit weight in the tiled layout: the backbone, or an integer factor (8 or 4 bits, one group).
 struct Tiles {
   int64_t columns;     // K
   int64_t groups;      // G
@@ -94,6 +94,10 @@ struct FewRows {
   // other will do.
   void (*int8_tiles)(const Activations& x, const Tiles& w, int64_t tile, int64_t stride,
                      float* sums);
+
+  // int8_tile for one row of X and a tile of an integer factor, which has one group and no zero
+  // points, likewise in several streams. Null where int8_tile will do.
+  void (*int8_factor_tile)(const Activations& x, const Tiles& w, int64_t tile, float* sums);
 };
 
 // The whole product. Operands are checked, and there is at least one row.
