@@ -22,14 +22,13 @@ from eoracc.compiler.report import (
     AdaptersReport,
     CompensationReport,
 )
-from eoracc.compiler.verify import adapter_cases
+from eoracc.compiler.verify import AdapterCases, adapter_cases
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.parity import ParityCase, check_cases
+from eoracc.runtime.parity import check_cases
 
 __all__ = [
     "NONE",
-    "AdapterCases",
     "adapter_details",
     "check_adapters",
     "compare_compensations",
@@ -40,9 +39,6 @@ __all__ = [
 
 NONE = "none"
 """Name of the backbone without an adapter, in tables."""
-
-AdapterCases = Mapping[str, tuple[Sequence[ParityCase], float]]
-"""By adapter, what the artifact must reproduce, and what the adapter changes at most."""
 
 Operands = Mapping[str, NDArray[np.generic]]
 
@@ -187,7 +183,7 @@ def record_adapters(
     accuracy_level: int,
     trust_remote_code: bool,
     progress: Progress,
-) -> AdapterCases:
+) -> dict[str, AdapterCases]:
     """Run the model with each adapter in eager PyTorch.
 
     Args:
@@ -214,14 +210,15 @@ def check_adapters(
     folder: Path,
     slots: AdapterSlots,
     factors: Mapping[str, Mapping[str, LowRank]],
-    cases: AdapterCases,
+    cases: Mapping[str, AdapterCases],
     *,
     progress: Progress,
 ) -> dict[str, AdapterParity]:
     """Compare the artifact with each adapter to what PyTorch gave.
 
     The native library makes every call, the model-local functions the first one of each adapter:
-    they read the same operands, and take many times as long.
+    they read the same operands, and take many times as long. They also compute in float32 whatever
+    the accuracy level, so that theirs is the comparison that shows an operand out of place.
 
     Args:
       folder: with the artifact's model.
@@ -235,8 +232,8 @@ def check_adapters(
         for library in (True, False):
             calls = [
                 (name, case)
-                for name, (own, _) in cases.items()
-                for case in (own if library else own[:1])
+                for name, own in cases.items()
+                for case in (own.library if library else [own.function])
             ]
             packed: dict[str, Operands] = {
                 name: pack_adapter(slots, factors[name]) for name in cases
@@ -252,8 +249,8 @@ def check_adapters(
             for name in cases:
                 phase.advance(name)
     return {
-        name: AdapterParity(cases=found[name], adapter_effect=effect)
-        for name, (_, effect) in cases.items()
+        name: AdapterParity(cases=found[name], adapter_effect=own.effect)
+        for name, own in cases.items()
     }
 
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +24,6 @@ from typing import Any
 from eoracc import EoraccError, __version__
 from eoracc.compiler import spec
 from eoracc.compiler.adapter_gates import (
-    AdapterCases,
     adapter_details,
     check_adapters,
     compare_compensations,
@@ -57,7 +56,7 @@ from eoracc.compiler.report import (
 )
 from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.compiler.text import Windows, calibration_windows, evaluation_windows
-from eoracc.compiler.verify import PARITY_STEPS, record_parity
+from eoracc.compiler.verify import PARITY_STEPS, AdapterCases, record_parity
 from eoracc.passes.base import LayerPass, ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Compensation, compensation_solver
@@ -188,7 +187,7 @@ class _Made:
     adapters: list[SolvedAdapter]
     scores: AdaptersReport
     slots: AdapterSlots | None
-    cases: AdapterCases
+    cases: Mapping[str, AdapterCases]
 
 
 def _make(
@@ -250,7 +249,7 @@ def _make(
     if config.verify.parity:
         _record_parity(compressed, original, held_out, loaded, writer.folder, level, progress)
     reports = [linear_report(linear) for linear in compressed.linears]
-    cases: AdapterCases = {}
+    cases: Mapping[str, AdapterCases] = {}
     if config.verify.parity and solved:
         cases = record_adapters(
             compressed,

@@ -193,10 +193,9 @@ class Executor:
                 products = multiply(rows)
                 for linear, product in zip(linears, products, strict=True):
                     factors = None if factors_of is None else factors_of(linear, batch)
-                    total = product
                     if factors is not None:
-                        total = product + (rows @ factors.down().T) @ factors.up().T
-                    shaped = total.reshape(*inputs.shape[:-1], -1)
+                        np.add(product, (rows @ factors.down().T) @ factors.up().T, out=product)
+                    shaped = product.reshape(*inputs.shape[:-1], -1)
                     batch.values[self._output_names[linear]] = shaped
             run(batch)
 

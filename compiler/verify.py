@@ -15,7 +15,7 @@ rounded to int8, what that may change is added (:mod:`eoracc.compiler.int8_activ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -44,7 +44,13 @@ from eoracc.runtime.parity import ParityCase, ParityLinear, ParityRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PARITY_STEPS", "adapter_cases", "logits_tolerance", "record_parity"]
+__all__ = [
+    "PARITY_STEPS",
+    "AdapterCases",
+    "adapter_cases",
+    "logits_tolerance",
+    "record_parity",
+]
 
 _UNIT_ROUNDOFF = 2.0**-24
 _LINEAR_ROWS = 2
@@ -130,6 +136,22 @@ def record_parity(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class AdapterCases:
+    """What the artifact with one adapter must reproduce.
+
+    Attributes:
+      library: whole calls, for the native library.
+      function: the first of them for the model-local functions, which never round activations: its
+        tolerance is that of float32 at every accuracy level.
+      effect: largest change that the adapter makes to a logit of the first call.
+    """
+
+    library: Sequence[ParityCase]
+    function: ParityCase
+    effect: float
+
+
 def adapter_cases(
     linears: Sequence[Linear],
     embeddings: Sequence[Embedding],
@@ -139,7 +161,7 @@ def adapter_cases(
     phase: Phase,
     accuracy_level: int = 0,
     trust_remote_code: bool = False,
-) -> dict[str, tuple[list[ParityCase], float]]:
+) -> dict[str, AdapterCases]:
     """Run the compressed model eagerly with each adapter's factors in its weights.
 
     Args:
@@ -152,23 +174,26 @@ def adapter_cases(
       trust_remote_code: let transformers run code that the checkpoint brings.
 
     Returns:
-      By adapter, what the artifact with that adapter must reproduce, and the largest change that
-      the adapter makes to a logit of the first case: a tolerance must be far below it.
+      By adapter, what the artifact with that adapter must reproduce.
     """
     model = load_eager(
         folder, _CompressedWeights(linears, embeddings), trust_remote_code=trust_remote_code
     )
-    found: dict[str, tuple[list[ParityCase], float]] = {}
+    found: dict[str, AdapterCases] = {}
     for name, (factors, windows) in adapters.items():
         adapted = [linear for linear in linears if linear.name in factors]
         replace_weights(model, _CompressedWeights(adapted, (), factors))
-        cases = [
+        library = [
             _case(model, call, linears, windows, accuracy_level, factors)
             for call in _CALLS[:_ADAPTER_CALLS]
         ]
+        function = replace(
+            library[0], tolerance=logits_tolerance(linears, library[0].logits, factors)
+        )
         replace_weights(model, _CompressedWeights(adapted, ()))
         without = _case(model, _CALLS[0], linears, windows, 0)
-        found[name] = cases, float(np.abs(cases[0].logits - without.logits).max())
+        effect = float(np.abs(function.logits - without.logits).max())
+        found[name] = AdapterCases(library, function, effect)
         phase.advance(name)
     return found
 
