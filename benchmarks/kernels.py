@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -404,18 +405,7 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
             for name, array in made.operands.items():
                 if name == INDEX:
                     continue
-                file.seek(-(-file.tell() // PAGE) * PAGE)
-                tensor = ir.ExternalTensor(
-                    data.name,
-                    file.tell(),
-                    array.nbytes,
-                    ir.DataType.from_numpy(array.dtype),
-                    shape=ir.Shape(array.shape),
-                    name=f"{name}.{copy}",
-                    base_dir=folder,
-                )
-                file.write(np.roll(array.reshape(-1), _SHIFT * copy).data)
-                initializers.append(_initializer(tensor))
+                initializers.append(_initializer(_stored(array, f"{name}.{copy}", copy, file)))
                 values[name] = initializers[-1]
                 if name.startswith("adapter_"):  # a run may bring others
                     inputs.append(initializers[-1])
@@ -433,7 +423,6 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
             values["Y"].type = ir.TensorType(ir.DataType.FLOAT)
             values["Y"].shape = ir.Shape(["M", linear.out_features])
             outputs.append(values["Y"])
-        file.truncate(file.tell())  # an empty bank may lie behind the last byte
     graph = ir.Graph(
         inputs,
         outputs,
@@ -447,7 +436,26 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
     return path
 
 
-def _initializer(tensor: ir.ExternalTensor) -> ir.Value:
+def _stored(array: NDArray[Any], name: str, copy: int, file: BufferedWriter) -> ir.TensorProtocol:
+    """The operand of a copy, on a page of its own of the file of weights."""
+    if array.size == 0:  # ONNX Runtime reads no empty tensor from a file
+        return ir.tensor(array, name=name)
+    data = Path(file.name)
+    file.seek(-(-file.tell() // PAGE) * PAGE)
+    tensor = ir.ExternalTensor(
+        data.name,
+        file.tell(),
+        array.nbytes,
+        ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+        base_dir=data.parent,
+    )
+    file.write(np.roll(array.reshape(-1), _SHIFT * copy).data)
+    return tensor
+
+
+def _initializer(tensor: ir.TensorProtocol) -> ir.Value:
     return ir.Value(
         name=tensor.name,
         const_value=tensor,
