@@ -97,7 +97,10 @@ def model_yaml_page() -> str:
     parts = ["# model.yaml", _INTRODUCTION, _table(schema)]
     for key, name in (
         ("calibration", "CalibrationConfig"),
+        ("calibration.mixture", "WeightedText"),
         ("onnxruntime", "OnnxRuntimeConfig"),
+        ("adapters.NAME", "AdapterConfig"),
+        ("adapters.NAME.verify", "HeldOutConfig"),
         ("verify", "VerifyConfig"),
         ("verify.limits", "Limits"),
     ):

@@ -360,3 +360,84 @@ def test_known_passes() -> None:
         {"model": "m", "passes": ["quantize_rtn"], "output": "o", "verify": {"text": "t"}}
     )
     assert {"calibrate", "eora", "quantize_gptq", "quantize_rtn", "svd"} <= set(pass_names())
+
+
+ADAPTED = """\
+model: m
+calibration: {mixture: [{text: a, weight: 2}, {text: b, field: body, samples: 3}], samples: 5}
+passes: [calibrate, quantize_gptq]
+onnxruntime: {adapter_type: int8}
+adapters:
+  math: {text: t, rank: 4, factor_type: int4, overrides: {"*.q_proj": {rank: 2}}}
+  code: {text: u, seed: 1, verify: {text: h, windows: 2}}
+verify: {text: v, compare_adapters: true}
+output: o
+"""
+
+
+def test_adapters_and_mixtures(tmp_path: Path) -> None:
+    config = load(tmp_path, ADAPTED)
+    assert config.calibration is not None
+    assert [(one.text, one.weight, one.samples) for one in config.calibration.texts()] == [
+        ("a", 2.0, None),
+        ("b", 1.0, 3),
+    ]
+    assert list(config.adapters) == ["math", "code"]
+    math = config.adapters["math"]
+    assert (math.rank, math.factor_type, math.samples) == (4, "int4", 64)
+    assert math.overrides["*.q_proj"].rank == 2
+    assert math.verify.held_out_text(math).text == "t"
+    assert [one.text for one in math.texts()] == ["t"]
+    resolved = json.loads(json.dumps(config.resolved()))
+    assert BuildConfig.model_validate(resolved) == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("  math: {", "  Math: {", "adapter 'Math': cannot be its name"),
+        ("  math: {", "  none: {", "adapter 'none': cannot be its name"),
+        ("rank: 4", "rank: -4", "adapters.math.rank: must be greater than or equal to 0"),
+        ("rank: 4", "rnak: 4", "adapters.math.rnak: unknown key: did you mean 'rank'?"),
+        ("text: t, ", "", "adapters.math: needs a text: give 'text: …' or 'mixture:"),
+        (
+            "factor_type: int4",
+            "factor_type: float16",
+            "adapters.math.factor_type: is float16, while onnxruntime.adapter_type is int8",
+        ),
+        ("{rank: 2}", "{factor_type: float16}", ".factor_type: is float16, while"),
+        ("adapter_type: int8", "adapter_type: none", "the model takes no adapters: set"),
+        ("verify: {text: h, windows: 2}", "verify: {windows: 2}", "give adapters.code.verify.text"),
+        (
+            "verify: {text: h, windows: 2}",
+            "verify: {field: f, offset_tokens: 9}",
+            "adapters.code.verify.field: belongs to a 'text'",
+        ),
+        (
+            "text: u, seed: 1",
+            "text: u, field: f, messages: g",
+            "adapters.code.messages: stands next to 'field'",
+        ),
+        (
+            "samples: 5}",
+            "samples: 5, text: c}",
+            "calibration.text: stands next to 'mixture'",
+        ),
+        ("field: body", "field: x, messages: y", "calibration.mixture.1.messages: stands next to"),
+        ("weight: 2", "weight: 0", "calibration.mixture.0.weight: must be greater than 0"),
+        ("verify: {text: v, ", "verify: {", "calibration has several: give verify.text"),
+        ("[calibrate, quantize_gptq]", "[calibrate]", "adapters: needs a quantize pass"),
+    ],
+)
+def test_mistakes_in_adapters_and_mixtures(
+    tmp_path: Path, old: str, new: str, problem: str
+) -> None:
+    assert old in ADAPTED
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, ADAPTED.replace(old, new))
+    assert problem in str(caught.value)
+
+
+def test_comparing_adapters_needs_some(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"verify.compare_adapters: compares adapters: give"):
+        load(tmp_path, MINIMAL + "verify: {compare_adapters: true}\n")

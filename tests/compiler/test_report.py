@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +11,17 @@ from rich.console import Console
 
 from eoracc.compiler.linears import Linear
 from eoracc.compiler.report import (
+    AdapterParity,
+    AdapterReport,
+    AdaptersReport,
     BuildReport,
+    CompensationReport,
     FidelityReport,
     FidelityRow,
     LinearReport,
     Report,
+    adapter_lines,
+    adapter_tables,
     fidelity_table,
     linear_report,
     parity_line,
@@ -150,3 +157,49 @@ def test_linear_is_described_with_all_that_is_stored() -> None:
     assert (described.bits, described.group_size, described.rank) == (3, 16, 4)
     assert (described.role, described.shape) == ("up_proj", (8, 32))
     assert (described.errors, described.notes) == ({"eora": 0.5}, ["note"])
+
+
+def test_adapters_are_tables_and_lines() -> None:
+    solved = AdapterReport(
+        rank=4,
+        factor_type="int8",
+        linears=2,
+        bytes=2_000_000,
+        tokens=1000,
+        error_without=0.2,
+        error_with=0.1,
+        cpu_s=3.0,
+        notes=["a note"],
+    )
+    case = {"through": "library", "name": "prefill", "max_error": 0.1, "tolerance": 0.4}
+    adapters = AdaptersReport(
+        perplexity={"math": {"none": 9.0, "math": 7.5, "code": 8.25}, "code": {"none": 4.0}},
+        original={"math": 6.0},
+        solved={"math": solved},
+        parity={"math": AdapterParity(cases=[{**case, "passed": True}], adapter_effect=2.0)},
+        compensation={
+            "shared": CompensationReport(
+                backbone_bytes=5_000_000, adapter_bytes={"math": 1_000_000}, perplexity={"math": 9}
+            )
+        },
+    )
+    assert AdaptersReport.from_dict(json.loads(json.dumps(asdict(adapters)))) == adapters
+    console = Console(width=100, file=io.StringIO())
+    for table in adapter_tables(adapters):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    shown = [line.split() for line in console.file.getvalue().splitlines()]
+    for row in (
+        ["adapter", "math", "code"],
+        ["original", "6.00"],
+        ["none", "9.00", "4.00"],
+        ["math", "7.50"],
+        ["code", "8.25"],
+        ["shared", "9.00", "5.0", "MB", "1.0", "MB"],
+    ):
+        assert row in shown
+    lines = adapter_lines(adapters)
+    assert lines[0].startswith("adapter math: rank 4, int8, 2.0 MB, 1,000 tokens, 3 s")
+    assert lines[0].endswith("parity passed (25% of its tolerance)")
+    assert lines[1] == "note: adapter math: a note"
+    assert adapter_tables(AdaptersReport()) == []

@@ -12,12 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eoracc.compiler.config import BuildConfig, TextConfig
 from eoracc.compiler.errors import DataError
+from eoracc.compiler.executor import make_batches
 from eoracc.compiler.text import (
     Windows,
     calibration_windows,
     evaluation_windows,
     load_windows,
 )
+from eoracc.passes.gram import accumulate_gram
 from tests.tiny_artifact import write_byte_tokenizer
 
 if TYPE_CHECKING:
@@ -384,3 +386,41 @@ def test_held_out_text_that_is_too_short_names_the_settings_to_lower(
     asked = config(tmp_path, {}, {"windows": 99, **verify})
     with pytest.raises(DataError, match=f"give more text or lower {re.escape(advice)}$"):
         evaluation_windows(asked.calibration, asked.verify, tokenizer, config_dir=tmp_path)
+
+
+def test_a_mixture_is_all_texts_with_weights_of_mean_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh" * 9)
+    (tmp_path / "b.txt").write_text("stuvwxyz" * 9)
+    mixture = [{"text": "a.txt", "weight": 3}, {"text": "b.txt", "samples": 1}]
+    built = config(tmp_path, {"text": None, "mixture": mixture}, {"text": "a.txt"})
+    assert built.calibration is not None
+    found = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    rows = read(tokenizer, found)
+    assert [row[0] in "abcdefgh" for row in rows] == [True, True, True, False]
+    assert found.weights is not None
+    np.testing.assert_allclose(found.weights, np.array([3, 3, 3, 1]) / 2.5, rtol=1e-6)
+    single = config(tmp_path, {}, {})
+    assert single.calibration is not None
+    plain = calibration_windows(single.calibration, single.verify, tokenizer, config_dir=tmp_path)
+    assert plain.weights is None
+
+
+def test_statistics_of_a_mixture_are_the_weighted_sum_of_those_of_its_texts() -> None:
+    rng = np.random.default_rng(0)
+    width, weights = 12, np.array([0.5, 2.0], np.float32)
+    texts = [rng.standard_normal((2, 7, width)).astype(np.float32) for _ in weights]
+    ids = np.zeros((4, 7), np.int64)
+    mask = np.ones_like(ids)
+    mask[3, 5:] = 0
+    rows = np.concatenate(texts)
+    (batch,) = make_batches(ids, mask, size=4, weights=np.repeat(weights, 2))
+    gram = accumulate_gram([(rows.reshape(-1, width), batch.token_weights)], width)
+    expected = np.zeros((width, width))
+    for index, window in enumerate(rows):
+        kept = window[mask[index].astype(bool)].astype(np.float64)
+        expected += weights[index // 2] * kept.T @ kept
+    # 28 float32 products of rows, and the roots of two weights.
+    np.testing.assert_allclose(gram.matrix, expected, atol=34 * 2.0**-24 * np.abs(expected).max())
+    assert gram.tokens == pytest.approx(0.5 * 14 + 2 * 12)
