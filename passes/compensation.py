@@ -122,11 +122,12 @@ class Compensation(Overridable, LayerPass):
             delta, weighted = residual.delta, residual.weighted
         b, a = self.factors(delta, gram, rank, weighted=weighted)
         metric = self.metric(gram)
+        lost: NDArray[np.floating] | None = weighted
         if metric is None:
-            weighted = delta
+            lost = delta
         elif metric is not gram:
-            weighted = delta @ metric.root
-        return store_factors(b, a, factor_type, gram=metric, weighted=weighted)
+            lost = delta @ metric.root
+        return store_factors(b, a, factor_type, gram=metric, weighted=lost)
 
     def metric(self, gram: Gram | None) -> Gram | None:
         """The Gram that the pass weighs errors by; None weighs all inputs alike."""

@@ -8,6 +8,8 @@ The output error that ``delta`` causes on the calibration tokens is
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
@@ -188,7 +190,8 @@ def lqer_scale(magnitudes: NDArray[np.floating]) -> Float:
     if not alive.size:
         return np.zeros_like(magnitudes)
     # The roots apart: their product may be beyond the range of floats.
-    return magnitudes / (np.sqrt(alive.min()) * np.sqrt(alive.max()))
+    scale: Float = magnitudes / (np.sqrt(alive.min()) * np.sqrt(alive.max()))
+    return scale
 
 
 def top_of_gram(gram: Float, directions: int) -> Float:
@@ -239,7 +242,7 @@ def to_float16(factor: Float) -> NDArray[np.float16]:
     return np.clip(factor, -limit, limit).astype(np.float16)
 
 
-def _balanced(b: Float, a: Float) -> tuple[Float, Float]:
+def _balanced(b: NDArray[Any], a: NDArray[Any]) -> tuple[Float, Float]:
     """The same product with equal norms on both sides, so that float16 fits both alike."""
     left = np.linalg.norm(b, axis=0)
     right = np.linalg.norm(a, axis=1)

@@ -35,8 +35,9 @@ _EXACT_SHARE = 8
 """So it is where the rank exceeds one in so many of that side."""
 _BLOCK = 32
 """Columns that the Krylov space grows by."""
-_SLOWEST = 0.95
-"""Largest ratio of successive gains that is extrapolated from."""
+_RATIOS = (0.5, 0.95)
+"""Between these a ratio of successive gains is believed: one large singular value that is caught at
+once says nothing of how fast the rest converges."""
 
 
 def top_left_vectors(matrix: Float, rank: int) -> Float:
@@ -112,9 +113,9 @@ def _krylov(matrix: Float, rank: int) -> Float | None:
             energies, turns = np.linalg.eigh(inner[:width, :width])
             if settled(float(energies[-rank:].sum(dtype=np.float64))):
                 chosen = turns[:, ::-1][:, :rank]
-                if rows <= columns:
-                    return basis[:, :width] @ chosen
-                return np.linalg.qr(images[:, :width] @ chosen)[0]
+                held = basis if rows <= columns else images
+                vectors: Float = held[:, :width] @ chosen
+                return vectors if rows <= columns else np.linalg.qr(vectors)[0]
         # A direction of nothing but rounding has no place in the basis.
         if np.abs(np.diagonal(triangle)).min() <= negligible:
             return None
@@ -146,11 +147,10 @@ class _Settled:
         if before is None:
             return False
         last, self._gain = self._gain, max(caught - before, 0.0)
-        if self._gain == 0.0:
-            return True
         if last is None:
             return False
-        ratio = min(self._gain / last, _SLOWEST)
+        least, most = _RATIOS
+        ratio = min(max(self._gain / last, least), most) if last > 0 else least
         # Of norms, not of their squares, hence twice the tolerance.
         to_come = self._gain * ratio / (1 - ratio)
         return to_come <= 2 * TOLERANCE * max(self._total - caught, 0.0)

@@ -156,6 +156,12 @@ def test_scales_lie_between_those_of_svd_and_lqer(group: LinearGroup) -> None:
     np.testing.assert_array_equal(product(ActivationScaled(alpha=0), group), product(Svd(), group))
     # Lqer's scale is the same but for a factor of all columns, which rounds differently.
     lqer = product(Lqer(), group)
+    assert group.gram is not None
+    scale, metric = group.gram.magnitudes, Lqer().metric(group.gram)
+    assert metric is not None
+    np.testing.assert_allclose(
+        np.diag(metric.matrix) / np.diag(metric.matrix)[0], (scale / scale[0]) ** 2, rtol=1e-12
+    )
     step = 2.0**-10 * float(np.abs(lqer).max())
     np.testing.assert_allclose(product(ActivationScaled(alpha=1), group), lqer, atol=4 * step)
     assert np.abs(product(ActivationScaled(), group) - lqer).max() > 40 * step

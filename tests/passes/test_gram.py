@@ -120,7 +120,7 @@ def test_magnitudes_are_means_over_what_is_not_masked() -> None:
     pieces = [(inputs[:25], weights[:25]), (inputs[25:], weights[25:])]
     gram = replace(accumulate_gram(pieces, WIDTH), activations=lambda: iter(pieces))
     expected = np.average(np.abs(inputs.astype(np.float64)), axis=0, weights=weights)
-    np.testing.assert_allclose(gram.magnitudes, expected, rtol=60 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(gram.magnitudes, expected, rtol=60 * float(np.finfo(np.float32).eps))
     nothing = replace(accumulate_gram([], WIDTH), activations=lambda: iter(()))
     assert not nothing.magnitudes.any()
 

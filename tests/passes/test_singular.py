@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SHAPES = [(240, 240), (240, 300), (300, 240)]
-SPECTRA = ["white", "decaying", "few", "one", "none"]
+SPECTRA = ["white", "decaying", "spiked", "few", "one", "none"]
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def make(shape: tuple[int, int], spectrum: str) -> NDArray[np.float64]:
     u, _, vt = np.linalg.svd(matrix, full_matrices=False)
     values = {
         "decaying": np.geomspace(1, 1e-4, side),
+        "spiked": np.concatenate([[1e3], np.geomspace(1, 0.3, side - 1)]),
         "few": np.concatenate([np.geomspace(5, 1, 6), np.zeros(side - 6)]),
         "one": np.concatenate([[1.0], np.zeros(side - 1)]),
         "none": np.zeros(side),
