@@ -43,7 +43,8 @@ def test_search_narrows_the_range_of_a_row_with_an_outlier() -> None:
 
     def error(scale: NDArray[np.float64]) -> NDArray[np.float64]:
         rounded = round_to_nearest(factor, scale, bits=4) * scale[:, None]
-        return np.sqrt(((rounded - factor) ** 2).sum(axis=1))
+        lost: NDArray[np.float64] = np.linalg.norm(rounded - factor, axis=1)
+        return lost
 
     searched, widest = fit_scales(factor, bits=4, search=True), fit_scales(factor, bits=4)
     assert (error(searched) <= error(widest)).all()
