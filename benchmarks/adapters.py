@@ -1,7 +1,7 @@
 """What adapters cost at run time, on artifacts that take them.
 
     python -m benchmarks.adapters LABEL=ARTIFACT [...] [--kind TYPE:RANK ...] [--threads N]
-                                  [--new-tokens N] [--repeats N] [--json FILE]
+                                  [--prompt-tokens N] [--new-tokens N] [--repeats N] [--json FILE]
 
 For each kind of factors, ``int8:16`` and ``int4:16`` unless others are asked for, a copy of the
 artifact gets two adapters with random factors for every slot, and ``eoracc bench`` runs on it in a
@@ -76,6 +76,7 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What ``eoracc bench --json`` says of the artifact."""
     settings = {
         "--threads": options.threads,
+        "--prompt-tokens": options.prompt_tokens,
         "--new-tokens": options.new_tokens,
         "--repeats": options.repeats,
     }
@@ -92,8 +93,8 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Make the copies, run, print."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the copies, run, print; the command line's arguments unless others are given."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("artifacts", nargs="+", type=_artifact, metavar="LABEL=ARTIFACT")
     parser.add_argument(
@@ -104,10 +105,11 @@ def main() -> None:
         metavar="TYPE:RANK",
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     reports: list[dict[str, Any]] = []
     for label, source in options.artifacts:
         for factor_type, rank in options.kind:

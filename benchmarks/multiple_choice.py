@@ -97,7 +97,8 @@ def correct(questions: Sequence[Question], scores: Scores, rule: str) -> NDArray
         int(np.argmax(np.divide(one, RULES[rule](question))))
         for question, one in zip(questions, scores, strict=True)
     ]
-    return np.array([question.answer for question in questions]) == np.array(chosen)
+    hits: NDArray[np.bool_] = np.equal([question.answer for question in questions], chosen)
+    return hits
 
 
 def rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from math import comb, sqrt
 
 import numpy as np
@@ -98,4 +99,5 @@ def _sign_test(one: int, other: int) -> float:
     """Two-sided probability of a split at least as unequal among as many fair coins."""
     count = one + other
     tail = sum(comb(count, index) for index in range(min(one, other) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    # Whole numbers until here: with hundreds of coins they are beyond what a float holds.
+    return min(1.0, float(Fraction(2 * tail, 2**count)))

@@ -135,7 +135,7 @@ def _switch(model: Model, adapters: Sequence[str], options: BenchOptions) -> Swi
     prompt = workloads.prompt_tokens(model, 1)
     expected = {name: workloads.first_logprob(model, prompt, name) for name in adapters}
     after, more, same = [], [], True
-    for name in adapters * options.repeats:
+    for name in list(adapters) * options.repeats:
         # Every adapter follows another one; what it gives is checked between the two timed runs.
         seconds = workloads.first_token_s(model, prompt, name)
         same &= workloads.first_logprob(model, prompt, name) == expected[name]

@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import override
 
 from eoracc.runtime.errors import RequestError
@@ -32,7 +32,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("eoracc")
-class EoraccLM(TemplateLM):
+class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """An artifact, on its own or with one of its adapters.
 
     Attributes:

@@ -28,16 +28,18 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """8 bits, no calibration: the original, nearly."""
     from eoracc.compiler.config import load_config
     from eoracc.compiler.driver import build
+    from eoracc.compiler.progress import SilentProgress
 
     folder = tmp_path_factory.mktemp("build")
-    config = {
+    settings = {
         "model": str(smollm2_folder),
         "passes": [{"quantize_rtn": {"bits": 8, "group_size": 32}}],
         "verify": {"text": str(EXAMPLE / "data" / "speeches-2000-2024.txt"), "windows": 1},
         "output": "artifact",
     }
-    (folder / "model.yaml").write_text(json.dumps(config))
-    return build(load_config(folder / "model.yaml"), config_dir=folder).output
+    (folder / "model.yaml").write_text(json.dumps(settings))
+    config = load_config(folder / "model.yaml")
+    return build(config, config_dir=folder, progress=SilentProgress()).output
 
 
 def test_lm_eval_agrees_with_the_benchmark_question_by_question(

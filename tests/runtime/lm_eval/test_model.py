@@ -213,7 +213,7 @@ def test_results_are_offered_to_the_cache(model: EoraccLM) -> None:
         def add_partial(self, kind: str, texts: object, result: object) -> None:
             kept[f"{kind} {texts}"] = result
 
-    model.set_cache_hook(Hook())  # type: ignore[arg-type]
+    model.set_cache_hook(Hook())
     results = [
         model.loglikelihood(instances("loglikelihood", [("a", "b")]), disable_tqdm=True),
         model.loglikelihood_rolling(
