@@ -93,8 +93,10 @@ class AdapterBank:
                     f"adapter '{name}': the artifact takes no adapters: "
                     "build it with 'onnxruntime.adapter_type: int8'"
                 )
-            known = ", ".join(self.names) or "none at all"
-            raise RequestError(f"adapter '{name}': the artifact has no such adapter but {known}")
+            known = ", ".join(self.names) or "none"
+            raise RequestError(
+                f"adapter '{name}': the artifact has no such adapter: it has {known}"
+            )
         return weights
 
     def acquire(self, adapter: AdapterChoice) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
+from eoracc.runtime.adapters import adapters_in, check_known, combine, read_adapter
 from eoracc.runtime.backend import read_decoder
 from eoracc.runtime.bank import AdapterBank, Weights
 from eoracc.runtime.batch import Graph
 from eoracc.runtime.continuation import Continuation, Listener, complete
-from eoracc.runtime.errors import ArtifactError, RequestError
+from eoracc.runtime.errors import RequestError
 from eoracc.runtime.manifest import Manifest, verify_manifest
 from eoracc.runtime.request import (
     AdapterChoice,
@@ -89,7 +90,7 @@ class Model:
             inference, context_length=self.context_length, in_place=decoder.shares_cache
         )
         metadata = inference.get_modelmeta().custom_metadata_map
-        self.bank = _open_bank(folder, metadata, adapters)
+        self.bank = _open_bank(folder, manifest, metadata, adapters)
 
     # --- text -------------------------------------------------------------------------------------
 
@@ -436,23 +437,21 @@ def _processors() -> int:
 
 
 def _open_bank(
-    folder: Path, metadata: Mapping[str, str], wanted: Sequence[str] | None
+    folder: Path,
+    manifest: Manifest,
+    metadata: Mapping[str, str],
+    wanted: Sequence[str] | None,
 ) -> AdapterBank:
     """The adapters of ``folder``, whose model says in ``metadata`` what slots it has."""
-    from eoracc.runtime import adapters as files  # noqa: PLC0415 - until it is there
-
     slots = AdapterSlots.from_json(metadata[SLOTS_KEY]) if SLOTS_KEY in metadata else None
-    names = files.adapter_names(folder)
-    for name in wanted or ():
-        if name not in names:
-            raise ArtifactError(
-                f"{folder}: has no adapter '{name}' but {', '.join(names) or 'none'}"
-            )
+    names = adapters_in(manifest) if wanted is None else wanted
+    for name in names:
+        check_known(folder, manifest, name)
 
     def load_sum(weights: Weights) -> Mapping[str, LowRank]:
-        adapters = [(files.read_adapter(folder, name), weight) for name, weight in weights]
+        adapters = [(read_adapter(folder, name), weight) for name, weight in weights]
         if len(adapters) == 1 and adapters[0][1] == 1:
             return adapters[0][0].factors
-        return files.combine(adapters, "sum").factors
+        return combine(adapters, "sum").factors
 
-    return AdapterBank(slots, names if wanted is None else wanted, load_sum)
+    return AdapterBank(slots, names, load_sum)

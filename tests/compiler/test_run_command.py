@@ -91,7 +91,7 @@ def test_log_probabilities(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--adapter", "poems"), "has no adapter 'poems' but math, prose"),
+        (("--adapter", "poems"), "has no adapter 'poems': it has math, prose"),
         (("--adapter", "math=much"), "--adapter math=much: its weight is no number"),
         (("--adapter", "math=nan"), "adapter 'math': its weight must be finite, not nan"),
         (("--adapter", "math", "--adapter", "math=2"), "--adapter math: is given twice"),

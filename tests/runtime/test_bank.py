@@ -199,10 +199,10 @@ def test_unknown_adapters_are_one_sentence(files: Files) -> None:
     bank = make(files)
     with pytest.raises(
         RequestError,
-        match="adapter 'poems': the artifact has no such adapter but math, prose, code",
+        match="adapter 'poems': the artifact has no such adapter: it has math, prose, code",
     ):
         bank.acquire({"math": 1, "poems": 1})
-    with pytest.raises(RequestError, match="has no such adapter but none at all"):
+    with pytest.raises(RequestError, match="has no such adapter: it has none"):
         AdapterBank(SLOTS, [], files).acquire("math")
     with pytest.raises(
         RequestError, match=r"takes no adapters: build it with 'onnxruntime\.adapter"

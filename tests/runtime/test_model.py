@@ -195,7 +195,7 @@ def test_stream_that_nobody_reads_to_its_end(model: Model) -> None:
 
 
 def test_artifact_has_no_adapter_of_that_name(tiny_artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match="has no adapter 'math' but none"):
+    with pytest.raises(ArtifactError, match="has no adapter 'math': it has none"):
         load(tiny_artifact, adapters=["math"])
 
 
