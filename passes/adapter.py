@@ -84,7 +84,7 @@ class AdapterSolver(Overridable):
         """
         check_rank(linear, self.rank)
         weight = linear.weight()
-        delta = weight - backbone
+        delta: NDArray[np.float32] = weight - backbone
         weighted: NDArray[np.float32] = delta @ gram.root
         solver = Eora()
         b, a = solver.factors(delta, gram, self.rank, weighted=weighted)
