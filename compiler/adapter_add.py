@@ -44,7 +44,7 @@ from eoracc.runtime.memory import release_memory
 if TYPE_CHECKING:
     from eoracc.plugins.adapters import AdapterSlots
 
-__all__ = ["AddedAdapter", "check_request", "solve_for_artifact"]
+__all__ = ["AddedAdapter", "solve_for_artifact"]
 
 _SETTINGS = Settings(samples="--samples", windows="--windows", offset="--held-out-offset")
 
@@ -83,7 +83,7 @@ class _Request:
     slots: AdapterSlots
 
 
-def check_request(folder: Path, name: str, config: AdapterConfig, *, force: bool) -> _Request:
+def _check_request(folder: Path, name: str, config: AdapterConfig, *, force: bool) -> _Request:
     """See that an adapter may be added, before any work is done for it.
 
     Args:
@@ -146,8 +146,9 @@ def solve_for_artifact(
       GateError: the artifact computes the adapter wrongly; it is not stored.
     """
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
-    request = check_request(folder, name, config, force=force)
-    work = folder.absolute().with_name(f".{folder.absolute().name}.adapters.work")
+    request = _check_request(folder, name, config, force=force)
+    # Of this adapter alone: others may be solved at the same time.
+    work = folder.absolute().with_name(f".{folder.absolute().name}.{name}.work")
     try:
         solved, report = _solve(
             folder, name, config, request, work, data_dir, progress, model, parity=parity
@@ -196,7 +197,9 @@ def _solve(
     calibrate = next(
         (item for item in request.config.passes if isinstance(item, Calibrate)), Calibrate()
     )
-    solved = solve_adapter(backbone, task, work=work / name, progress=progress, calibrate=calibrate)
+    solved = solve_adapter(
+        backbone, task, work=work / "sweep", progress=progress, calibrate=calibrate
+    )
     report = score_adapters(original, backbone, [solved], progress=progress)
     if parity:
         report = _check(folder, request, loaded, backbone, solved, report, progress)

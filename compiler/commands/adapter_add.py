@@ -89,16 +89,23 @@ def add(
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
 
     progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
-    added = solve_for_artifact(
-        artifact,
-        name,
-        config,
-        data_dir=Path(),
-        progress=progress,
-        model=model,
-        force=force,
-        parity=not no_parity,
-    )
+    try:
+        added = solve_for_artifact(
+            artifact,
+            name,
+            config,
+            data_dir=Path(),
+            progress=progress,
+            model=model,
+            force=force,
+            parity=not no_parity,
+        )
+    except KeyboardInterrupt:
+        click.echo(
+            f"{artifact} is as it was: the same command goes on after the last finished block",
+            err=True,
+        )
+        raise
     if as_json:
         print_json(_describe(artifact, added))
     else:

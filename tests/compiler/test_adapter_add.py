@@ -93,7 +93,7 @@ def state(workspace: Path) -> dict[str, bytes]:
 def test_build_and_add_give_equal_adapters(tmp_path: Path, passes: Sequence[Any]) -> None:
     built, added = (tiny_workspace(tmp_path / name) for name in ("built", "added"))
     result = build(built, passes, adapters={"math": MATH, "code": CODE})
-    assert build(added, passes).manifest.digest != result.manifest.digest or True
+    assert build(added, passes).manifest.digest == result.manifest.digest
     for name, config in (("math", MATH), ("code", CODE)):
         add(added, name, config)
     assert adapter_names(added / "out") == adapter_names(built / "out") == ["code", "math"]
