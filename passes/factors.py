@@ -106,7 +106,7 @@ def svd_factors(delta: NDArray[np.floating], rank: int) -> tuple[Float, Float]:
     """The truncated SVD of ``delta``: the best factors where every input direction counts alike.
 
     With ``delta = U Sigma V^T`` they are ``B = U_r sqrt(Sigma_r)`` and ``A = sqrt(Sigma_r) V_r^T``,
-    which is how Yao et al., ZeroQuant-V2, arXiv:2303.08302, sec. 5, share the singular values out.
+    which is how Yao et al., ZeroQuant-V2, arXiv:2303.08302, share the singular values out.
 
     Args:
       delta: ``W - W_hat``, ``[out, in]``.
@@ -143,7 +143,7 @@ def scaled_factors(
       ValueError: ``rank`` is out of range.
 
     Source: with ``delta S = U Sigma V^T``, published as ``B A = U_r Sigma_r V_r^T S^-1`` (ASVD,
-    arXiv:2312.05821, eq. 4-6; LQER, arXiv:2402.02446, sec. 3.2). ``U_r Sigma_r V_r^T`` is
+    arXiv:2312.05821; LQER, arXiv:2402.02446). ``U_r Sigma_r V_r^T`` is
     ``U_r U_r^T delta S``, so that the inverse cancels: ``B = U_r``, ``A = U_r^T delta``. A column
     whose scale is zero needs no floor then, which the published code gives it.
 
@@ -162,7 +162,7 @@ def activation_scale(magnitudes: NDArray[np.floating], alpha: float) -> Float:
       magnitudes: ``mean |x_i|`` over calibration tokens, ``[in]``.
       alpha: 0 weighs all columns alike, 1 by their activations; 0.5 in the paper.
 
-    Source: Yuan et al., ASVD, arXiv:2312.05821, eq. 8. The published code adds 1e-6 to each mean.
+    Source: Yuan et al., ASVD, arXiv:2312.05821. The published code adds 1e-6 to each mean.
 
     >>> activation_scale(np.array([4.0, 9.0]), 0.5).tolist()
     [2.0, 3.0]
@@ -176,7 +176,7 @@ def lqer_scale(magnitudes: NDArray[np.floating]) -> Float:
     Args:
       magnitudes: ``a_i = mean |x_i|`` over calibration tokens, ``[in]``.
 
-    Source: Zhang et al., LQER, arXiv:2402.02446, sec. 3.2. What all columns share cancels from the
+    Source: Zhang et al., LQER, arXiv:2402.02446. What all columns share cancels from the
     product ``B A``. Two things differ from the published code, which takes the largest of the means
     over single samples, so that its scale depends on how the text was cut, and raises it to 1e-4:
     here the mean is over all tokens, and the least magnitude is that of the columns that are not

@@ -7,7 +7,7 @@ of thousands. Two ways lead there, each where it is the faster (``benchmarks/sol
   all eigenvectors, and a fifth of an SVD's; its cost grows with the cube of that side.
 - **block Krylov**: the best vectors within ``span(Z, M Z, M^2 Z, ...)``, ``M = X X^T``, grown block
   by block from a seeded start until what is left of the error has settled. Source: Musco and Musco,
-  "Randomized Block Krylov Methods", arXiv:1504.05477, alg. 2, with a test of convergence in
+  "Randomized Block Krylov Methods", arXiv:1504.05477, with a test of convergence in
   place of a fixed number of blocks.
 
 Quantization errors have flat spectra: their singular *vectors* are ill-conditioned and converge
