@@ -30,7 +30,7 @@ class ActivationScaled(Compensation):
     """Compensate compressed linears with the SVD of their error, its columns scaled as in ASVD.
 
     Column ``i`` counts for ``(mean |x_i|)^alpha`` (arXiv:2312.05821). 'eora' knows how inputs go
-    together, not just how large each one is, and does better at the same rank.
+    together, not just how large each one is, and leaves less of each linear's output error.
 
     Options:
       rank: columns of each correction; 0 turns it off.
