@@ -39,7 +39,7 @@ CODE: dict[str, Any] = {
     "sequence_length": 32,
     "rank": 3,
     "factor_type": "int4",
-    "overrides": {"*.q_proj": {"rank": 8, "factor_type": "int8"}},
+    "overrides": {"*.q*_proj": {"rank": 8, "factor_type": "int8"}},
     "verify": {"text": "text.txt", "offset_tokens": 500, **HELD_OUT},
 }
 
