@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eoracc.passes.factor_types import fit_scales, round_to_nearest
 from eoracc.passes.factors import weighted_norm
-from eoracc.passes.gptq import feedback, gptq
+from eoracc.passes.gptq import feedback, gptq, round_rows
 from eoracc.passes.grid import find_grid, quantize, to_nbits
 from eoracc.plugins.operands import BITS, NBitsWeight
 from tests.passes.groups import correlated
@@ -198,3 +199,25 @@ def test_a_gram_of_zeros_rounds_to_nearest() -> None:
     solved = gptq(weight, np.zeros((72, 72)), bits=4, group_size=16, damping=0.0)
     nearest = rounded_to_nearest((weight, np.eye(72)), bits=4, group_size=16)
     np.testing.assert_array_equal(solved.codes(), nearest.codes())
+
+
+def test_rows_are_rounded_with_feedback() -> None:
+    """Loses half of what rounding to nearest does; the same where columns are independent."""
+    rng = np.random.default_rng(0)
+    inputs = correlated(rng, 400, 150).astype(np.float64)
+    gram = inputs.T @ inputs
+    weight = rng.standard_normal((20, 150)).astype(np.float32)
+    weight[3] = 0
+    scale = fit_scales(weight.astype(np.float64), bits=4)
+    nearest = round_to_nearest(weight.astype(np.float64), scale, bits=4)
+    codes = round_rows(weight, feedback(gram), scale, largest=7)
+    assert codes.dtype == np.int8
+    assert np.abs(codes).max() <= 7
+    assert not codes[3].any()
+
+    def lost(rounded: NDArray[np.int8]) -> float:
+        return weighted_norm(weight - rounded * scale[:, None], gram)
+
+    assert lost(codes) < 0.5 * lost(nearest)
+    alone = round_rows(weight, feedback(np.diag(np.arange(1.0, 151))), scale, largest=7)
+    np.testing.assert_array_equal(alone, nearest)

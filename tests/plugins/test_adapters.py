@@ -17,7 +17,7 @@ from eoracc.plugins.adapters import (
     stack_adapters,
     unpack_adapter,
 )
-from eoracc.plugins.operands import LowRank, PluginError
+from eoracc.plugins.operands import LowRank, PluginError, untile_integers
 from tests.plugins.banks import SLOT, random_adapter, random_typed_factors, slots_of
 
 PARTS = (32, 16, 48)
@@ -117,6 +117,21 @@ def test_stacked_adapters_can_be_told_apart(
         one = {name: array[place : place + 1] for name, array in bank.items()}
         wanted = expected if narrow else {n: replace(f, bits=8) for n, f in expected.items()}
         assert_same(unpack_adapter(slots, one), wanted)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_padding_of_a_bank_has_the_value_0(kind: str) -> None:
+    rng = np.random.default_rng(9)
+    slots = slots_of("int8", PARTS, COLUMNS)
+    adapters = [random_adapter(rng, slots, ranks=(rank,) * 3, factor_type=kind) for rank in (4, 40)]
+    bank = stack_adapters(slots, [pack_adapter(slots, one) for one in adapters])
+    bits = 8 if kind == "int8" else 4
+    a, b = (
+        untile_integers(bank[f"{SLOT}.{operand}"][0], bits=bits, rows=rows, columns=columns)  # type: ignore[arg-type]
+        for operand, rows, columns in (("adapter_a", 3 * 48, COLUMNS), ("adapter_b", 96, 48))
+    )
+    assert not a.reshape(3, 48, COLUMNS)[:, 4:].any()
+    assert not b[:, 4:].any()
 
 
 def test_a_bank_of_banks() -> None:
