@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from typing_extensions import override
 
 from eoracc.compiler import adapter_add, driver
 from eoracc.compiler.adapter_add import solve_for_artifact
+from eoracc.compiler.adapter_gates import check_adapters, refuse_adapters
 from eoracc.compiler.cli import main
 from eoracc.compiler.config import AdapterConfig
 from eoracc.compiler.errors import GateError
@@ -157,13 +159,12 @@ def test_an_adapter_that_is_computed_wrongly_is_not_stored(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(workspace / "out")
-    pack = adapter_add.check_adapters
 
     def swapped(folder: Path, slots: Any, factors: Any, cases: Any, **rest: Any) -> Any:  # noqa: ANN401
         own = factors["math"]
         names = [name for name in own if name.endswith("q_proj")]
         other = {**own, names[0]: own[names[1]], names[1]: own[names[0]]}
-        return pack(folder, slots, {"math": other}, cases, **rest)
+        return check_adapters(folder, slots, {"math": other}, cases, **rest)
 
     monkeypatch.setattr(adapter_add, "check_adapters", swapped)
     with pytest.raises(GateError, match=r"adapter 'math': its logits are off by .*: it was not"):
@@ -172,7 +173,8 @@ def test_an_adapter_that_is_computed_wrongly_is_not_stored(
 
 
 class _Stop(SilentProgress):
-    def phase(self, name: str, total: int) -> Any:  # noqa: ANN401
+    @override
+    def phase(self, name: str, total: int) -> Any:
         if name.startswith("score"):
             raise KeyboardInterrupt
         return super().phase(name, total)
@@ -218,17 +220,16 @@ def test_a_full_disk_leaves_the_artifact_as_it_was(
 
 def test_refusals(workspace: Path, tmp_path: Path) -> None:
     before = state(workspace / "out")
-    add_ = lambda *rest, **options: add(workspace, *rest, **options)  # noqa: E731
     with pytest.raises(ArtifactError, match=r"takes adapters of int8 or int4 factors, not float16"):
-        add_("math", {**MATH, "factor_type": "float16"})
+        add(workspace, "math", {**MATH, "factor_type": "float16"})
     with pytest.raises(ArtifactError, match=r"adapter 'none': cannot be its name"):
-        add_("none")
+        add(workspace, "none")
     other = tiny_model("smollm", tmp_path / "other", vocab_size=260, seed=1)
     shutil.copy(workspace / "model" / "tokenizer.json", other)
     with pytest.raises(ArtifactError, match=r"other: has digest .*, the artifact was built from"):
-        add_("math", MATH, model=str(other))
+        add(workspace, "math", MATH, model=str(other))
     with pytest.raises(ArtifactError, match=r"was built from 'model', which is not to be found"):
-        add_("math", MATH, model=None)
+        add(workspace, "math", MATH, model=None)
     assert state(workspace / "out") == before
     add(workspace)
     with pytest.raises(ArtifactError, match=r"has an adapter 'math': choose another name"):
@@ -247,7 +248,15 @@ def test_an_artifact_without_slots_is_refused(tmp_path: Path) -> None:
 
 def test_command(workspace: Path) -> None:
     out, model = workspace / "out", workspace / "model"
-    base = [out, "--data", workspace / "text.txt", "--model", model, "--sequence-length", "32"]
+    base: list[str | Path] = [
+        out,
+        "--data",
+        workspace / "text.txt",
+        "--model",
+        model,
+        "--sequence-length",
+        "32",
+    ]
     base += ["--samples", "4", "--windows", "2", "--no-parity"]
     shown = run(*base, "--name", "a", "--rank", "2")
     assert shown.exit_code == 0, shown.output
@@ -283,7 +292,7 @@ def test_mistakes_are_one_sentence(workspace: Path, options: list[str], problem:
     out = workspace / "out"
     if "a" in options:
         add(workspace, "a")
-    base = [out, "--data", workspace / "text.txt", "--model", workspace / "model"]
+    base: list[str | Path] = [out, "--data", workspace / "text.txt", "--model", workspace / "model"]
     base += ["--sequence-length", "32", "--no-parity", "--json"]
     samples = [] if "--samples" in options else ["--samples", "2"]
     result = run(*base, *samples, *options)
@@ -293,8 +302,6 @@ def test_mistakes_are_one_sentence(workspace: Path, options: list[str], problem:
 
 def test_a_failed_gate_names_the_adapter() -> None:
     case = {"passed": False, "max_error": 3.0, "tolerance": 2.0}
-    from eoracc.compiler.adapter_gates import refuse_adapters
-
     good = AdapterParity(cases=[{**case, "passed": True}], adapter_effect=1.0)
     bad = AdapterParity(cases=[{**case, "passed": True}, case], adapter_effect=1.0)
     (sentence,) = refuse_adapters({"good": good, "bad": bad})

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from typing_extensions import override
 
 from eoracc.compiler import frontend
 from eoracc.compiler.adapter_scores import perplexities
@@ -163,7 +163,8 @@ class Interrupted(SilentProgress):
         super().__init__()
         self.step = step
 
-    def _show(self, name: str, total: int) -> Any:  # noqa: ANN401
+    @override
+    def _show(self, name: str, total: int) -> Any:
         outer = super()._show(name, total)
         progress = self
 
@@ -185,9 +186,8 @@ class Interrupted(SilentProgress):
 
 
 @pytest.fixture
-def save_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
-    return None
 
 
 @pytest.mark.usefixtures("save_at_once")
@@ -224,13 +224,12 @@ def test_key_covers_what_the_factors_depend_on(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: list[str] = []
-    monkeypatch.setattr(
-        AdapterCheckpoint, "__post_init__", lambda self: keys.append(self.key) or _stop()
-    )
 
-    def _stop() -> None:
+    def stop(self: AdapterCheckpoint) -> None:
+        keys.append(self.key)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(AdapterCheckpoint, "__post_init__", stop)
     text = windows(1, highest=30)
     heavy = Windows(text.input_ids, text.attention_mask, np.full(6, 2, np.float32))
     for what, weight_of in (

@@ -9,6 +9,7 @@ import pytest
 from eoracc.compiler import driver, frontend
 from eoracc.compiler.backbone import Backbone, restore_backbone
 from eoracc.compiler.config import BuildConfig
+from eoracc.compiler.gates import fidelity_report
 from eoracc.compiler.linears import FUSED_DOMAIN
 from eoracc.compiler.progress import SilentProgress
 from eoracc.passes.base import ModelPass
@@ -77,11 +78,10 @@ def test_an_artifact_gives_back_every_operand_of_its_build(
 ) -> None:
     workspace = tiny_workspace(tmp_path, family)
     built: list[Backbone] = []
-    score = driver.fidelity_report
 
     def watch(original: Any, compressed: Any, *rest: Any, **options: Any) -> Any:  # noqa: ANN401
         built.append(Backbone.of(compressed._model))
-        return score(original, compressed, *rest, **options)
+        return fidelity_report(original, compressed, *rest, **options)
 
     monkeypatch.setattr(driver, "fidelity_report", watch)
     config = tiny_config(passes, verify=QUICK)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from eoracc.compiler.config import BuildConfig, TextConfig
+from eoracc.compiler.config import BuildConfig, CalibrationConfig, TextConfig
 from eoracc.compiler.errors import DataError
 from eoracc.compiler.executor import make_batches
 from eoracc.compiler.text import (
@@ -339,11 +339,16 @@ def config(folder: Path, calibration: dict[str, Any], verify: dict[str, Any]) ->
     )
 
 
+def calibrated(built: BuildConfig) -> CalibrationConfig:
+    assert built.calibration is not None
+    return built.calibration
+
+
 def test_held_out_windows_follow_those_of_calibration(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     built = config(tmp_path, {}, {})
-    used = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    used = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
     held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
     text = (tmp_path / "text.txt").read_text()
     assert "".join(read(tokenizer, used)) == text[:30]
@@ -354,7 +359,7 @@ def test_held_out_windows_follow_the_documents_of_calibration(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     built = config(tmp_path, {"layout": "padding"}, {})
-    used = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    used = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
     assert read(tokenizer, used) == ["p00", "p01", "p02"]
     held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
     assert "".join(read(tokenizer, held)) == "p03\n\np04\n\np05\n\np06\n\n"
@@ -364,12 +369,12 @@ def test_random_windows_keep_out_of_the_held_out_part(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     built = config(tmp_path, {"seed": 3}, {"offset_tokens": 40})
-    used = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    used = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
     text = (tmp_path / "text.txt").read_text()
     assert all(window in text[:40] for window in read(tokenizer, used))
     short = config(tmp_path, {"seed": 3}, {"offset_tokens": 20})
     with pytest.raises(DataError, match="may give calibration, before the held-out part, 20"):
-        calibration_windows(short.calibration, short.verify, tokenizer, config_dir=tmp_path)
+        calibration_windows(calibrated(short), short.verify, tokenizer, config_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -395,15 +400,13 @@ def test_a_mixture_is_all_texts_with_weights_of_mean_one(
     (tmp_path / "b.txt").write_text("stuvwxyz" * 9)
     mixture = [{"text": "a.txt", "weight": 3}, {"text": "b.txt", "samples": 1}]
     built = config(tmp_path, {"text": None, "mixture": mixture}, {"text": "a.txt"})
-    assert built.calibration is not None
-    found = calibration_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    found = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
     rows = read(tokenizer, found)
     assert [row[0] in "abcdefgh" for row in rows] == [True, True, True, False]
     assert found.weights is not None
     np.testing.assert_allclose(found.weights, np.array([3, 3, 3, 1]) / 2.5, rtol=1e-6)
     single = config(tmp_path, {}, {})
-    assert single.calibration is not None
-    plain = calibration_windows(single.calibration, single.verify, tokenizer, config_dir=tmp_path)
+    plain = calibration_windows(calibrated(single), single.verify, tokenizer, config_dir=tmp_path)
     assert plain.weights is None
 
 
