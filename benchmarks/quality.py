@@ -8,8 +8,10 @@ Text is ``wiki.utf8`` with its document tags removed: the first 64 windows of 51
 is scored the same way as text of another kind. All linears of the decoder blocks are compressed,
 embeddings and head are not; bits count scales, zero points and factors.
 
-A setting is ``<bits>g<group>`` or ``<bits>row``, then ``-<compensation><rank>`` where there is one:
-``3g64``, ``4row-eora32``. Each is a build of its own, with a sweep of its own, through the driver.
+A setting is ``<bits>g<group>`` or ``<bits>row``, then ``-<compensation><rank>`` where there is one,
+with the type of its factors where it is not float16, then ``-outputs`` where outputs are matched:
+``3g64``, ``4row-eora32``, ``3g64-eora16-int4-outputs``. Each is a build of its own, with a sweep of
+its own, through the driver.
 """
 
 from __future__ import annotations
@@ -81,37 +83,53 @@ _NAMES = {"gptq": "GPTQ", "eora": "EoRA", "svd": "SVD"}
 
 @dataclass(frozen=True)
 class Setting:
-    """How to compress: ``<bits>g<group>|row[-<compensation><rank>]``."""
+    """How to compress: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs]``."""
 
     bits: int
     group_size: int
     compensation: str | None = None
     rank: int = 0
+    factor_type: str = "float16"
+    match: str = "weights"
 
     @classmethod
     def parse(cls, text: str) -> Setting:
         """The setting called ``text``; ValueError where there is none of that name."""
-        match = re.fullmatch(r"([2348])(?:g(\d+)|row)(?:-(svd|eora)(\d+))?", text)
+        match = re.fullmatch(
+            r"([2348])(?:g(\d+)|row)(?:-(svd|eora)(\d+)(?:-(int[48]))?)?(?:-(outputs))?", text
+        )
         if match is None:
             raise ValueError(f"{text!r} is no setting: give one like 3g64 or 4row-eora32")
-        bits, group, compensation, rank = match.groups()
-        return cls(int(bits), int(group or -1), compensation, int(rank or 0))
+        bits, group, compensation, rank, factor_type, target = match.groups()
+        return cls(
+            int(bits),
+            int(group or -1),
+            compensation,
+            int(rank or 0),
+            factor_type or "float16",
+            target or "weights",
+        )
 
     @property
     def label(self) -> str:
         """For the table."""
         group = "whole row" if self.group_size == -1 else f"group {self.group_size}"
         added = f" + {_NAMES[self.compensation]} rank {self.rank}" if self.compensation else ""
+        if self.factor_type != "float16":
+            added += f" {self.factor_type}"
+        if self.match == "outputs":
+            added += ", outputs matched"
         return f"eoracc {self.bits}-bit {group}, GPTQ{added}"
 
     def passes(self) -> list[Any]:
         """For model.yaml."""
         found: list[Any] = [
-            "calibrate",
+            {"calibrate": {"match": self.match}},
             {"quantize_gptq": {"bits": self.bits, "group_size": self.group_size}},
         ]
         if self.compensation is not None:
-            found.append({self.compensation: {"rank": self.rank}})
+            options = {"rank": self.rank, "factor_type": self.factor_type}
+            found.append({self.compensation: options})
         return found
 
 

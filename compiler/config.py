@@ -35,6 +35,7 @@ from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.yaml_document import Document, KeyPath, dotted, suggest
 from eoracc.passes import load_passes
 from eoracc.passes.base import Pass, pass_names, pass_type
+from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Rank, RankOverride
 from eoracc.passes.factor_types import FactorType
 from eoracc.plugins.adapters import AdapterSlots
@@ -387,6 +388,12 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
         yield from ((where, problem) for problem in _misplaced(name, names[:index]))
         if name == "calibrate" and config.calibration is None:
             yield where, "needs a text: give 'calibration: {text: …}'"
+        item = config.passes[index]
+        if isinstance(item, Calibrate) and (item.through, item.match) == ("original", "outputs"):
+            yield (
+                (*where, "match"),
+                "contradicts 'through: original': keep one of the two",
+            )
     if config.calibration is not None:
         yield from _text_problems(("calibration",), config.calibration)
     yield from _held_out_problems(("calibration",), config.calibration, ("verify",), config.verify)

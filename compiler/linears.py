@@ -73,8 +73,9 @@ class Linear:
       transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
       compressed: the weight after quantization.
       factors: its low-rank compensation.
-      output_norm: ``||W X||_F`` over the calibration tokens, once a pass has taken it.
-      errors: relative output errors by stage, ``||(W - W_hat) X||_F / ||W X||_F``, for the report.
+      output_norm: ``||T X||_F`` over the calibration tokens, with what compression is to come near
+        as ``T`` (the weight ``W``, or its target), once a pass has taken it.
+      errors: relative output errors by stage, ``||(T - W_hat) X||_F / ||T X||_F``, for the report.
       notes: what the report should say of this linear (a fallback, say).
     """
 
@@ -216,11 +217,13 @@ class LinearGroup:
     Attributes:
       linears: in graph order.
       activations: the shared input over the calibration text, taken through the prefix.
+      originals: the same tokens' input in the original model; None where no pass asks for it.
       gram: set by ``calibrate``; None before.
     """
 
     linears: tuple[Linear, ...]
     activations: Activations | None = None
+    originals: Activations | None = None
     gram: Gram | None = None
 
     @property

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Precision", "add_outer_products", "attention", "bfloat16_is_fast", "linear_products"]
+__all__ = [
+    "Precision",
+    "add_cross_products",
+    "add_outer_products",
+    "attention",
+    "bfloat16_is_fast",
+    "linear_products",
+]
 
 Float = NDArray[np.float32]
 Precision = Literal["float32", "bfloat16"]
@@ -121,6 +128,19 @@ def add_outer_products(rows: Float, total: Float) -> None:
             stop = min(start + width, x.shape[1])
             strip = out[start:stop, :stop]
             torch.addmm(strip, x[:, start:stop].T, x[:, :stop], out=strip)
+
+
+def add_cross_products(left: Float, right: Float, total: Float) -> None:
+    """Add ``left.T @ right``, operands rounded to bfloat16, to ``total``.
+
+    Args:
+      left: ``float32 [tokens, M]``.
+      right: ``float32 [tokens, K]``.
+      total: ``float32 [M, K]``.
+    """
+    out = torch.from_numpy(total)
+    with _bfloat16_operands():
+        torch.addmm(out, torch.from_numpy(left).T, torch.from_numpy(right), out=out)
 
 
 def _dtype(precision: Precision) -> torch.dtype:

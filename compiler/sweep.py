@@ -2,13 +2,15 @@
 
 At every group of linears the passes run in order (calibrate, quantize, compensate), then the
 forward pass goes on through the weights they left. One pass over the calibration text therefore
-gives every layer statistics through the prefix as it really will be.
+gives every layer statistics through the prefix as it really will be. Where outputs are to be
+matched, the original model's forward pass goes beside it, level by level.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,38 +60,73 @@ def run_sweep(
       The comparators' factors.
     """
     calibrate = next((p for p in passes if isinstance(p, Calibrate)), None)
+    forward = None if calibrate is None else _Forward(executor, calibrate, batches)
+    live = [] if forward is None else forward.live
     comparisons: Comparisons = {name: {} for name in comparators}
-    begin = checkpoint.resume(executor.linears, batches, comparisons)
+    begin = checkpoint.resume(executor.linears, live, comparisons)
     with progress.phase("compress", len(executor.levels)) as phase:
         for level, groups in enumerate(executor.levels):
             if level < begin:
                 phase.advance()
                 continue
-            if level == 0 and calibrate is not None:
-                executor.start(batches)
-            originals: dict[Linear, NDArray[np.float32]] = {}
+            if level == 0 and forward is not None:
+                forward.start()
             for group in groups:
-                if calibrate is not None:
-                    group.activations = activations_of(executor, group, batches)
-                    if calibrate.through == "original":
-                        originals |= {linear: linear.weight() for linear in group.linears}
+                if forward is not None:
+                    forward.show(group)
                 for layer_pass in passes:
                     layer_pass.requires(group)
                     with one_thread(layer_pass):
                         layer_pass.call(group)
                 with one_thread():
                     _compare(group, comparators, comparisons)
-                group.activations = group.gram = None
+                group.activations = group.originals = group.gram = None
             if level < executor.head_level:
-                if calibrate is not None:
-                    weight_of = originals.__getitem__ if originals else Linear.effective_weight
-                    executor.step(level, batches, weight_of)
+                if forward is not None:
+                    forward.step(level)
                 if _block(executor, level + 1) != _block(executor, level):
                     release_weights()
                     if checkpoint.is_due:
-                        checkpoint.save(level + 1, executor.linears, batches, comparisons)
+                        checkpoint.save(level + 1, executor.linears, live, comparisons)
             phase.advance(f"block {_block(executor, level)}")
     return comparisons
+
+
+class _Forward:
+    """The forward pass over the calibration windows, and the original model's where one is needed.
+
+    Attributes:
+      live: batches whose values make up the point that was reached.
+    """
+
+    def __init__(self, executor: Executor, calibrate: Calibrate, batches: list[Batch]) -> None:
+        self._executor = executor
+        self._weight_of = (
+            Linear.weight if calibrate.through == "original" else Linear.effective_weight
+        )
+        self._batches = batches
+        self._originals = (
+            [replace(batch, values=dict(batch.values)) for batch in batches]
+            if calibrate.match == "outputs"
+            else []
+        )
+        self.live = [*self._batches, *self._originals]
+
+    def start(self) -> None:
+        """Compute what stands before the first linears."""
+        self._executor.start(self.live)
+
+    def show(self, group: LinearGroup) -> None:
+        """Let ``group`` see its input."""
+        group.activations = activations_of(self._executor, group, self._batches)
+        if self._originals:
+            group.originals = activations_of(self._executor, group, self._originals)
+
+    def step(self, level: int) -> None:
+        """Compute the linears of ``level``, as they are now and as they were."""
+        self._executor.step(level, self._batches, self._weight_of)
+        if self._originals:
+            self._executor.step(level, self._originals, Linear.weight)
 
 
 def one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[object]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.compiler.errors import PassError
 from eoracc.passes.base import LayerPass, register
-from eoracc.passes.gram import accumulate_gram
+from eoracc.passes.gram import accumulate_cross, accumulate_gram, output_matching
+from eoracc.passes.statistics import MIN_TOKENS, saw_too_few_tokens
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from eoracc.compiler.linears import LinearGroup
     from eoracc.compiler.products import Precision
+    from eoracc.passes.gram import Gram
 
 __all__ = ["Calibrate"]
 
@@ -30,6 +34,12 @@ class Calibrate(LayerPass):
       through: ``compressed`` takes each input through the prefix as it has been compressed so far,
         so that a layer makes up for what the ones before it lost; ``original`` takes it through
         the original weights.
+      match: what a compressed weight is to come near. ``weights``: the original weight ``W``.
+        ``outputs``: ``T = W + W (X - X~) X~^T (X~ X~^T + 0.01 mean diagonal I)^-1``, which brings
+        ``T X~`` nearest to ``W X``, where ``X`` is the linear's input in the original model and
+        ``X~`` its input through the compressed prefix: what earlier layers lost is made good too.
+        Takes a second forward pass over the text. A linear that fewer than 32 tokens reached is
+        matched by its weight.
       precision: of the products of that forward pass and of the Gram's own. ``bfloat16`` rounds
         their operands to eight bits of mantissa and sums in float32; ``auto`` takes it where the
         processor has units for it (AMX), and ``float32`` elsewhere.
@@ -37,6 +47,7 @@ class Calibrate(LayerPass):
 
     name: ClassVar[str] = "calibrate"
     through: Literal["compressed", "original"] = "compressed"
+    match: Literal["weights", "outputs"] = "weights"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
@@ -59,15 +70,55 @@ class Calibrate(LayerPass):
             group.linears[0].in_features,
             add=_products().add_outer_products if self.resolved_precision == "bfloat16" else None,
         )
-        group.gram = replace(gram, activations=group.activations)
         # One bad value anywhere reaches the diagonal: no need to scan every activation.
-        if not np.isfinite(np.diag(group.gram.matrix)).all():
+        if not np.isfinite(np.diag(gram.matrix)).all():
             raise PassError(
                 group.name,
                 "its input over the calibration text holds NaN or Inf: "
                 "the checkpoint or the text is damaged",
             )
+        group.gram = replace(
+            gram, activations=group.activations, matching=self._matching(group, gram)
+        )
         return True
+
+    def _matching(self, group: LinearGroup, gram: Gram) -> NDArray[np.float32] | None:
+        """What takes the group's weights to their targets; None where they are the weights."""
+        if self.match == "weights" or group.originals is None:
+            return None
+        if saw_too_few_tokens(gram):
+            for linear in group.linears:
+                if linear.block is not None:
+                    linear.notes.append(
+                        f"{self.name}: matched by its weight, for only {gram.tokens:.0f} "
+                        f"calibration tokens reached it (matching outputs asks for {MIN_TOKENS})."
+                    )
+            return None
+        cross = accumulate_cross(
+            _differences(group),
+            len(gram.matrix),
+            add=_products().add_cross_products if self.resolved_precision == "bfloat16" else None,
+        )
+        if not np.isfinite(cross).all():
+            raise PassError(
+                group.name,
+                "its input in the original model holds NaN or Inf over the calibration text: "
+                "the checkpoint or the text is damaged",
+            )
+        return output_matching(gram.matrix, cross)
+
+
+def _differences(
+    group: LinearGroup,
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
+    """Per batch ``X - X~``, ``X~`` and the token weights."""
+    assert group.activations is not None  # noqa: S101 - Calibrate.requires() has checked
+    assert group.originals is not None  # noqa: S101 - its caller has
+    for (inputs, weights), (originals, _) in zip(
+        group.activations(), group.originals(), strict=True
+    ):
+        # Taken before products round: where the two agree, it is exactly zero.
+        yield originals - inputs, inputs, weights
 
 
 def _products() -> ModuleType:

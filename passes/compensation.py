@@ -71,7 +71,7 @@ class Compensation(Overridable, LayerPass):
         """Solve for the factors of one error.
 
         Args:
-          delta: the error, ``[N, K]``.
+          delta: the error, ``[N, K]``: what the target has lost (:meth:`.Gram.target`).
           gram: of the input, where statistics were taken.
           rank: of the factors, the largest that they may have.
           weighted: ``delta @ gram.root``, where there is a Gram.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 from eoracc.passes.factors import gram_root
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from eoracc.compiler.linears import Activations
     from eoracc.plugins.operands import NBitsWeight
 
-__all__ = ["AddOuterProducts", "Gram", "Residual", "accumulate_gram"]
+__all__ = [
+    "AddCrossProducts",
+    "AddOuterProducts",
+    "Gram",
+    "Residual",
+    "accumulate_cross",
+    "accumulate_gram",
+    "output_matching",
+]
 
 _BLOCK_TOKENS = 2048
 """Tokens per product."""
@@ -28,13 +37,16 @@ _SUM_TOKENS = 8192
 AddOuterProducts = Callable[[NDArray[np.float32], NDArray[np.float32]], None]
 """``add(rows, total)`` adds ``rows.T @ rows`` to ``total [K, K]``, its lower triangle at least."""
 
+AddCrossProducts = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]], None]
+"""``add(left, right, total)`` adds ``left.T @ right`` to ``total [K, K]``."""
+
 
 @dataclass(frozen=True, eq=False)
 class Residual:
     """What quantization took of one linear.
 
     Attributes:
-      delta: ``W - W_hat``, ``float32 [N, K]``.
+      delta: ``T - W_hat``, ``float32 [N, K]``, with the target ``T`` (:meth:`Gram.target`).
       weighted: ``delta L`` with the root ``L`` of the input's Gram, ``float32 [N, K]``: its norm is
         the output error over the calibration tokens.
     """
@@ -52,12 +64,15 @@ class Gram:
       tokens: ``sum_t w_t``, the number of tokens that were not padding.
       residuals: what quantization took of the linears that share this input, by quantized weight;
         kept for the passes to come (:func:`eoracc.passes.statistics.residual_of`).
+      matching: ``M``, ``float32 [K, K]``, which takes a weight ``W`` to the target ``W + W M``
+        (:func:`output_matching`); None where the target is the weight itself.
       activations: what the sum is over, for statistics that few passes ask for; None where they are
         gone.
     """
 
     matrix: NDArray[np.float64]
     tokens: float
+    matching: NDArray[np.float32] | None = field(default=None, repr=False)
     activations: Activations | None = field(default=None, repr=False)
     residuals: WeakKeyDictionary[NBitsWeight, Residual] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
@@ -71,6 +86,10 @@ class Gram:
         itself, nothing cancels.
         """
         return gram_root(self.matrix).astype(np.float32)
+
+    def target(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What compression of ``weight [N, K]`` is to come near, ``float32 [N, K]``."""
+        return weight if self.matching is None else weight + weight @ self.matching
 
     @cached_property
     def magnitudes(self) -> NDArray[np.float64]:
@@ -109,40 +128,121 @@ def accumulate_gram(
       in_features: ``K``.
       add: how products are made; None makes them in float32.
     """
-    add = add or _add_outer_products
-    matrix = np.zeros((in_features, in_features))
-    partial = np.zeros((in_features, in_features), np.float32)
-    total, pending = 0.0, 0
-    for inputs, weights in batches:
-        for block in _weighted_blocks(inputs, weights):
-            if pending + len(block) > _SUM_TOKENS:
-                matrix += partial
-                partial[:] = 0
-                pending = 0
-            # Values that are not finite are for the caller to find, in the result.
-            with np.errstate(over="ignore", invalid="ignore"):
-                add(block, partial)
-            pending += len(block)
-        total += float(weights.sum(dtype=np.float64))
-    matrix += partial
+    total = 0.0
+
+    def blocks() -> Iterator[tuple[NDArray[np.float32], ...]]:
+        nonlocal total
+        for inputs, weights in batches:
+            yield from _weighted_blocks(weights, inputs)
+            total += float(weights.sum(dtype=np.float64))
+
+    matrix = _summed(blocks(), in_features, add or _add_outer_products)
     return Gram(_mirrored(matrix), total)
 
 
+def accumulate_cross(
+    pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]],
+    in_features: int,
+    *,
+    add: AddCrossProducts | None = None,
+) -> NDArray[np.float64]:
+    """Sum ``w_t d_t x_t^T`` over all tokens, in the way of :func:`accumulate_gram`.
+
+    Args:
+      pairs: ``d`` and ``x``, ``float32 [tokens, K]`` each, with token weights ``float32
+        [tokens]``; weight 0 masks padding.
+      in_features: ``K``.
+      add: how products are made; None makes them in float32.
+
+    Returns:
+      ``float64 [K, K]``, not symmetric.
+    """
+    blocks = (
+        block for left, right, weights in pairs for block in _weighted_blocks(weights, left, right)
+    )
+    return _summed(blocks, in_features, add or _add_cross_products)
+
+
+def output_matching(
+    gram: NDArray[np.float64], cross: NDArray[np.float64], *, damping: float = 0.01
+) -> NDArray[np.float32] | None:
+    """What takes a weight to the one that matches the original's outputs.
+
+    A linear with the weight ``W`` saw ``X`` in the original model and sees ``X~`` behind a
+    compressed prefix. Of all weights ``W + W M`` the ridge solution
+
+        ``M = (X - X~) X~^T (X~ X~^T + damping * mean diagonal * I)^-1``
+
+    brings ``(W + W M) X~`` nearest to ``W X``; the ridge holds it to ``W`` in directions that few
+    tokens take.
+
+    Args:
+      gram: ``X~ X~^T``, ``float64 [K, K]``, symmetric positive semidefinite, may be singular.
+      cross: ``(X - X~) X~^T``, ``float64 [K, K]``.
+      damping: fraction of the mean diagonal added to the diagonal, above 0.
+
+    Returns:
+      ``M``, ``float32 [K, K]``; None where it is zero.
+
+    >>> x = np.array([[1.0, 0.0], [0.0, 2.0]])  # the prefix has halved what the second holds
+    >>> seen = x / np.array([[1.0], [2.0]])
+    >>> output_matching(seen @ seen.T, (x - seen) @ seen.T, damping=1e-9).round(3).tolist()
+    [[0.0, 0.0], [0.0, 1.0]]
+    """
+    if not cross.any():
+        return None
+    damped = gram + damping * np.trace(gram) / len(gram) * np.eye(len(gram))
+    # M (gram + ridge) = cross, and what stands at its right is symmetric.
+    solved = scipy.linalg.solve(damped, cross.T, assume_a="pos", overwrite_a=True)
+    return np.ascontiguousarray(solved.T, dtype=np.float32)
+
+
+def _summed(
+    blocks: Iterable[tuple[NDArray[np.float32], ...]], in_features: int, add: Callable[..., None]
+) -> NDArray[np.float64]:
+    """The sum of what ``add`` makes of each block."""
+    matrix = np.zeros((in_features, in_features))
+    partial = np.zeros((in_features, in_features), np.float32)
+    pending = 0
+    for block in blocks:
+        if pending + len(block[0]) > _SUM_TOKENS:
+            matrix += partial
+            partial[:] = 0
+            pending = 0
+        # Values that are not finite are for the caller to find, in the result.
+        with np.errstate(over="ignore", invalid="ignore"):
+            add(*block, partial)
+        pending += len(block[0])
+    matrix += partial
+    return matrix
+
+
 def _weighted_blocks(
-    inputs: NDArray[np.float32], weights: NDArray[np.float32]
-) -> Iterator[NDArray[np.float32]]:
-    """The rows that count, each times the root of its weight."""
+    weights: NDArray[np.float32], *arrays: NDArray[np.float32]
+) -> Iterator[tuple[NDArray[np.float32], ...]]:
+    """The rows that count of each array, each times the root of its weight."""
     kept = weights > 0
-    rows, roots = (inputs, weights) if kept.all() else (inputs[kept], weights[kept])
-    uniform = bool((roots == 1).all())
-    for start in range(0, len(rows), _BLOCK_TOKENS):
-        block = rows[start : start + _BLOCK_TOKENS]
-        yield block if uniform else block * np.sqrt(roots[start : start + _BLOCK_TOKENS, None])
+    if not kept.all():
+        arrays, weights = tuple(array[kept] for array in arrays), weights[kept]
+    uniform = bool((weights == 1).all())
+    for start in range(0, len(weights), _BLOCK_TOKENS):
+        rows = slice(start, start + _BLOCK_TOKENS)
+        blocks = tuple(array[rows] for array in arrays)
+        if not uniform:
+            roots = np.sqrt(weights[rows, None])
+            blocks = tuple(block * roots for block in blocks)
+        yield blocks
 
 
 def _add_outer_products(rows: NDArray[np.float32], total: NDArray[np.float32]) -> None:
     # x.T @ x of one array is a symmetric rank-k update in BLAS: half the arithmetic.
     total += rows.T @ rows
+
+
+def _add_cross_products(
+    left: NDArray[np.float32], right: NDArray[np.float32], total: NDArray[np.float32]
+) -> None:
+    total += left.T @ right
 
 
 def _mirrored(lower: NDArray[np.float64]) -> NDArray[np.float64]:

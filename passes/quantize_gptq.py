@@ -70,7 +70,7 @@ class QuantizeGptq(Overridable, LayerPass):
         if parts and not saw_too_few_tokens(gram):
             factored = feedback(gram.matrix, damping=self.damping, act_order=self.act_order)
         for options, linears in parts:
-            weights = [linear.weight() for linear in linears]
+            weights = [gram.target(linear.weight()) for linear in linears]
             solved = options.solve(np.concatenate(weights), factored)
             start = 0
             for linear, weight in zip(linears, weights, strict=True):

@@ -45,11 +45,12 @@ class QuantizeRtn(Overridable, LayerPass):
 
     @override
     def call(self, group: LinearGroup) -> bool:
-        importance = None if group.gram is None else np.diagonal(group.gram.matrix)
+        gram = group.gram
+        importance = None if gram is None else np.diagonal(gram.matrix)
         parts = self.partition(group)
         for options, linears in parts:
             for linear in linears:
-                weight = linear.weight()
+                weight = linear.weight() if gram is None else gram.target(linear.weight())
                 rounded = round_to_nearest(
                     weight,
                     bits=options.bits,
@@ -59,7 +60,7 @@ class QuantizeRtn(Overridable, LayerPass):
                     clip_search=options.clip_search,
                 )
                 linear.quantize(rounded)
-                if group.gram is not None:
-                    record_error(self.name, linear, group.gram)
+                if gram is not None:
+                    record_error(self.name, linear, gram)
         record_left_out(self.name, group)
         return bool(parts)

@@ -50,7 +50,7 @@ def saw_too_few_tokens(gram: Gram) -> bool:
 
 
 def residual_of(linear: Linear, gram: Gram) -> Residual:
-    """What quantization took of ``linear``, low-rank factors left aside.
+    """What quantization took of the target of ``linear``, low-rank factors left aside.
 
     It is made once: the quantizing pass puts its norm on record, compensating ones solve for it.
 
@@ -62,7 +62,7 @@ def residual_of(linear: Linear, gram: Gram) -> Residual:
     assert weight is not None  # noqa: S101 - callers have checked, or quantized it themselves
     found = gram.residuals.get(weight)
     if found is None:
-        delta: NDArray[np.float32] = linear.weight() - weight.dequantize()
+        delta: NDArray[np.float32] = gram.target(linear.weight()) - weight.dequantize()
         found = gram.residuals[weight] = Residual(delta, delta @ gram.root)
     return found
 
@@ -70,8 +70,10 @@ def residual_of(linear: Linear, gram: Gram) -> Residual:
 def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
     """Put on record what ``linear`` as it is now loses of its output.
 
-    The figure is ``||(W - W_hat) X||_F / ||W X||_F`` over the calibration tokens, for the weight
-    and factors as they are stored; 0 where the output is zero to begin with.
+    The figure is ``||(T - W_hat) X||_F / ||T X||_F`` over the calibration tokens, for the weight
+    and factors as they are stored; 0 where the output is zero to begin with. ``T`` is the weight
+    ``W``, or with ``calibrate: {match: outputs}`` its target: what even the target cannot make good
+    of the prefix's errors is then no part of it.
 
     Args:
       pass_name: the stage that the error is recorded under.
@@ -79,7 +81,7 @@ def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
       gram: of its input.
     """
     if linear.output_norm is None:
-        linear.output_norm = float(np.linalg.norm(linear.weight() @ gram.root))
+        linear.output_norm = float(np.linalg.norm(gram.target(linear.weight()) @ gram.root))
     lost = residual_of(linear, gram).weighted
     if linear.factors is not None:
         lost = lost - linear.factors.up() @ (linear.factors.down() @ gram.root)

@@ -239,11 +239,15 @@ def test_every_mistake_is_told_in_the_order_of_the_file(tmp_path: Path) -> None:
             ["calibrate", "quantize_gptq", "quantize_rtn"],
             "passes.2.quantize_rtn: the weights are quantized already: keep one quantize pass",
         ),
+        (
+            [{"calibrate": {"through": "original", "match": "outputs"}}],
+            "passes.0.calibrate.match: contradicts 'through: original': keep one of the two",
+        ),
         (["calibrate", "calibrate"], "passes.1.calibrate: stands twice: keep one"),
         ([], "passes: must not be empty"),
     ],
 )
-def test_order_of_passes(tmp_path: Path, passes: list[str], expected: str) -> None:
+def test_order_of_passes(tmp_path: Path, passes: list[object], expected: str) -> None:
     text = f"model: m\ncalibration: {{text: t}}\npasses: {json.dumps(passes)}\noutput: o\n"
     assert error(tmp_path, text) == f"model.yaml:3: {expected}"
 

@@ -114,10 +114,20 @@ def test_head_and_embedding_by_override(
             {2},
         ),
         ([{"calibrate": {"through": "original"}}, *EORA[1:]], None, {4}),
+        ([{"calibrate": {"match": "outputs"}}, *EORA[1:]], None, {4}),
         ([{"quantize_rtn": {"bits": 2, "symmetric": True}}], ["original", "quantized"], {0}),
         ([{"quantize_rtn": {"bits": 4}}, {"svd": {"rank": 2}}], None, {2}),
     ],
-    ids=["packed", "rank 0", "svd", "whole rows", "through original", "rtn", "rtn and svd"],
+    ids=[
+        "packed",
+        "rank 0",
+        "svd",
+        "whole rows",
+        "through original",
+        "outputs",
+        "rtn",
+        "rtn and svd",
+    ],
 )
 def test_combinations_of_passes(
     template: Path, tmp_path: Path, passes: list[Any], names: list[str] | None, ranks: set[int]
@@ -141,13 +151,14 @@ def test_same_inputs_give_the_same_digest(template: Path, tmp_path: Path) -> Non
     assert build(template, config).manifest.digest == first.manifest.digest
 
 
+@pytest.mark.parametrize("match", ["weights", "outputs"])
 def test_interrupted_build_goes_on_and_ends_the_same(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
     skip = {"model.layers.0.mlp.up_proj": {"skip": True}}
     quantize = {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": skip}}
-    config = tiny_config(["calibrate", quantize, EORA[2]])
+    config = tiny_config([{"calibrate": {"match": match}}, quantize, EORA[2]])
     whole = build(workspace, config)
     shutil.rmtree(whole.output)
     call, seen = Eora.call, []

@@ -5,7 +5,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from eoracc.compiler.products import Precision, add_outer_products, attention, linear_products
+from eoracc.compiler.products import (
+    Precision,
+    add_cross_products,
+    add_outer_products,
+    attention,
+    linear_products,
+)
 
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 
@@ -41,6 +47,21 @@ def test_outer_products_are_exact_but_for_their_operands_rounding(rows: int, wid
     magnitude = np.abs(inputs.T).astype(np.float64) @ np.abs(inputs) + 1
     limit = (2.1 * UNIT["bfloat16"] + (rows + 1) * UNIT["float32"]) * magnitude
     assert np.all(np.abs(np.tril(total - exact)) <= limit)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("rows", [1, 64, 300])
+@pytest.mark.parametrize("width", [1, 2, 64, 100])
+def test_cross_products_are_exact_but_for_their_operands_rounding(rows: int, width: int) -> None:
+    left, right = rng().standard_normal((2, rows, width), np.float32)
+    total = np.ones((width, width), np.float32)
+    add_cross_products(left, right, total)
+    exact = left.T.astype(np.float64) @ right + 1
+    magnitude = np.abs(left.T).astype(np.float64) @ np.abs(right) + 1
+    limit = (2.1 * UNIT["bfloat16"] + (rows + 1) * UNIT["float32"]) * magnitude
+    assert np.all(np.abs(total - exact) <= limit)
+    # An output that is rounded to bfloat16, or a left and right that are swapped, is seen.
+    assert width == 1 or np.abs(exact - exact.T).max() > 10 * limit.max()
     assert torch.get_float32_matmul_precision() == "highest"
 
 

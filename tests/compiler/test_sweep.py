@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -43,6 +43,7 @@ class Watch(LayerPass):
 
     name: ClassVar[str] = "watch"
     seen: list[tuple[str, NDArray[np.float64] | None]]
+    inputs: list[tuple[NDArray[np.float32], ...]] = field(default_factory=list)
     stop_at: str = "nowhere"
 
     @override
@@ -50,7 +51,16 @@ class Watch(LayerPass):
         if self.stop_at in group.name:
             raise KeyboardInterrupt
         self.seen.append((group.name, None if group.gram is None else group.gram.matrix))
+        if group.activations is not None and group.originals is not None:
+            both = (group.activations, group.originals)
+            self.inputs.append(tuple(_kept_rows(each()) for each in both))
         return False
+
+
+def _kept_rows(
+    batches: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]],
+) -> NDArray[np.float32]:
+    return np.concatenate([rows[weights > 0] for rows, weights in batches])
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +100,21 @@ def eager_grams(
     source: Path, names: list[str], weights: Callable[[], Mapping[str, NDArray[np.float32]]]
 ) -> dict[str, NDArray[np.float64]]:
     """Grams of the modules' inputs in the eager model with ``weights``, in float64."""
+    return {name: x.T @ x for name, x in eager_inputs(source, names, weights()).items()}
+
+
+def eager_inputs(
+    source: Path, names: list[str], weights: Mapping[str, NDArray[np.float32]]
+) -> dict[str, NDArray[np.float64]]:
+    """The modules' inputs in the eager model with ``weights``, padding left out."""
     ids, mask = windows()
-    model = load_eager(source, weights())
-    grams: dict[str, NDArray[np.float64]] = {}
+    model = load_eager(source, weights)
+    found: dict[str, NDArray[np.float64]] = {}
     keep = mask.astype(bool)
 
     def hook(name: str) -> Callable[..., None]:
         def record(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            rows = inputs[0].double().numpy()[keep]
-            grams[name] = rows.T @ rows
+            found[name] = inputs[0].double().numpy()[keep]
 
         return record
 
@@ -107,7 +123,7 @@ def eager_grams(
         modules[name].register_forward_pre_hook(hook(name))
     with torch.inference_mode():
         model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
-    return grams
+    return found
 
 
 @pytest.mark.parametrize("through", ["compressed", "original"])
@@ -150,6 +166,36 @@ def test_bfloat16_statistics_are_those_of_float32_but_for_rounding(
         # Eight roundings stand between the embedding and a Gram at most; they add like noise.
         error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
         assert 0 < error < 8 * 2.0**-9
+
+
+def test_matching_outputs_shows_what_the_original_and_the_compressed_model_hand_a_linear(
+    source: Path, tmp_path: Path
+) -> None:
+    calibrate = Calibrate(match="outputs", precision="float32")
+    watch = Watch(seen=[])
+    executor, _ = sweep(source, tmp_path, calibrate, GPTQ, Eora(rank=2), watch)
+    firsts = [name.split(", ")[0] for name, _ in watch.seen]
+    assert len(watch.inputs) == len(firsts) == 9
+    weights = {
+        one.name: one.effective_weight() for one in executor.linears if one.compressed is not None
+    }
+    compressed = eager_inputs(source, firsts, weights)
+    original = eager_inputs(source, firsts, {})
+    for position, (name, (through, beside)) in enumerate(zip(firsts, watch.inputs, strict=True)):
+        # Activations are off by about 8 sqrt(n) u relative to their largest.
+        tolerance = 8 * 4000**0.5 * 2.0**-24 * float(np.abs(original[name]).max())
+        np.testing.assert_allclose(through, compressed[name], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(beside, original[name], rtol=0, atol=tolerance)
+        if position == 0:
+            np.testing.assert_array_equal(beside, through)
+        else:
+            assert np.abs(beside - through).max() > 10 * tolerance
+
+
+def test_the_original_is_not_run_where_weights_are_matched(source: Path, tmp_path: Path) -> None:
+    watch = Watch(seen=[])
+    sweep(source, tmp_path, Calibrate(), GPTQ, watch)
+    assert (len(watch.seen), watch.inputs) == (9, [])
 
 
 def test_passes_run_in_order_on_every_group(source: Path, tmp_path: Path) -> None:
@@ -205,12 +251,15 @@ def test_comparators_get_the_rank_of_each_linear_and_change_nothing(
         np.testing.assert_array_equal(found["svd"][linear.name].product(), expected.product())
 
 
-@pytest.mark.parametrize("through", ["compressed", "original"])
+@pytest.mark.parametrize(
+    "calibrate",
+    [Calibrate(), Calibrate(through="original"), Calibrate(match="outputs")],
+    ids=["compressed", "original", "outputs"],
+)
 def test_resumed_sweep_ends_bit_for_bit_the_same(
-    source: Path, tmp_path: Path, through: str, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, calibrate: Calibrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
-    calibrate = Calibrate(through="compressed" if through == "compressed" else "original")
     passes = (calibrate, GPTQ, Eora(rank=4))
     solver = {"svd": compensation_solver("svd")}
     whole, compared = sweep(source, tmp_path / "whole", *passes, comparators=solver)
@@ -240,7 +289,8 @@ def test_checkpoint_of_other_inputs_is_not_resumed(
 
 
 def test_statistics_go_when_their_group_is_done(source: Path, tmp_path: Path) -> None:
-    executor, _ = sweep(source, tmp_path, Calibrate(), GPTQ)
+    executor, _ = sweep(source, tmp_path, Calibrate(match="outputs"), GPTQ)
     groups = [group for level in executor.levels for group in level]
     assert [group.gram for group in groups] == [None] * len(groups)
     assert [group.activations for group in groups] == [None] * len(groups)
+    assert [group.originals for group in groups] == [None] * len(groups)

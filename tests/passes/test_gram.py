@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from eoracc.passes.gram import accumulate_gram
+from eoracc.passes.gram import accumulate_cross, accumulate_gram
 from tests.passes.groups import ones
 
 WIDTH = 20
@@ -67,6 +67,22 @@ def test_padding_counts_for_nothing_whatever_it_holds(tokens: Tokens) -> None:
         WIDTH,
     )
     np.testing.assert_array_equal(padded.matrix, accumulate_gram([(inputs, weights)], WIDTH).matrix)
+
+
+def test_cross_products_are_sums_over_tokens_too(tokens: Tokens) -> None:
+    inputs, weights = tokens
+    other = np.random.default_rng(3).standard_normal(inputs.shape).astype(np.float32)
+    other[weights == 0] = np.nan
+    cuts = [0, 1, 700, 2999, 3001]
+    pieces = [(other[a:b], inputs[a:b], weights[a:b]) for a, b in pairwise(cuts)]
+    kept = weights > 0
+    roots = np.sqrt(weights[kept].astype(np.float64))[:, None]
+    left, right = roots * other[kept], roots * inputs[kept]
+    expected = left.T @ right
+    limit = 2052 * 2.0**-24 * (np.abs(left).T @ np.abs(right))
+    assert limit.max() < 0.05 * np.abs(expected - expected.T).max()
+    for batches in (pieces, [(other, inputs, weights)]):
+        assert np.all(np.abs(accumulate_cross(batches, WIDTH) - expected) <= limit)
 
 
 def test_no_tokens_give_a_gram_of_zeros() -> None:

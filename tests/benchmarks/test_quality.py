@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.quality import Setting
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("3g64", "eoracc 3-bit group 64, GPTQ"),
+        ("4row-eora32", "eoracc 4-bit whole row, GPTQ + EoRA rank 32"),
+        ("3g64-outputs", "eoracc 3-bit group 64, GPTQ, outputs matched"),
+        (
+            "4g128-eora16-int4-outputs",
+            "eoracc 4-bit group 128, GPTQ + EoRA rank 16 int4, outputs matched",
+        ),
+    ],
+)
+def test_settings_are_labelled_by_what_they_do(text: str, label: str) -> None:
+    assert Setting.parse(text).label == label
+
+
+def test_settings_become_passes() -> None:
+    assert Setting.parse("3g64-svd8-int8-outputs").passes() == [
+        {"calibrate": {"match": "outputs"}},
+        {"quantize_gptq": {"bits": 3, "group_size": 64}},
+        {"svd": {"rank": 8, "factor_type": "int8"}},
+    ]
+    assert Setting.parse("4row").passes() == [
+        {"calibrate": {"match": "weights"}},
+        {"quantize_gptq": {"bits": 4, "group_size": -1}},
+    ]
+
+
+@pytest.mark.parametrize("text", ["5g64", "3g64-int4", "3g64-eora", "3g64-outputs-eora4", "x"])
+def test_other_texts_are_no_settings(text: str) -> None:
+    with pytest.raises(ValueError, match="is no setting: give one like 3g64"):
+        Setting.parse(text)
