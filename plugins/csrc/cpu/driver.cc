@@ -215,6 +215,20 @@ void multiply_users(const Product& p, const Term& term, int64_t adapter, const W
   }
 }
 
+// Multiplies the rows that use the adapter with a tile of lora_a, one by one: sums are in the order
+// of a row alone, so that rounding the result to int8 is the same whatever else is in the batch.
+void project_rows(const Product& p, const Term& term, int64_t adapter, const Tiles& factor,
+                  int64_t tile, float* sums) {
+  for (int64_t i = 0; i < term.run_count; ++i) {
+    const Run& run = term.runs[i];
+    if (run.adapter != adapter) continue;
+    for (int64_t row = run.first; row < run.first + run.rows; ++row) {
+      p.kernels->int8_factor_tile(p.x.view(row, 1, 0, p.m.in_features), factor, tile,
+                                  sums + row * kTile);
+    }
+  }
+}
+
 // Keeps the sums [rows, 16] of a tile of lora_a for the rows that use the adapter.
 void keep_down(const Term& term, int64_t adapter, int64_t tile, const float* scales,
                const float* sums) {
@@ -254,8 +268,8 @@ void project_down(Product& p, int64_t item) {
     if (p.rows == 1) fetch_tile(factor, tile);
     memset(sums, 0, sizeof(float) * (size_t)(p.rows * kTile));
     wait_for_rows(p);
-    if (p.at_once && !factor.is_dense()) {
-      p.kernels->int8_factor_tile(p.x.view(0, 1, 0, p.m.in_features), factor.tiles, tile, sums);
+    if (p.int8 && !factor.is_dense() && p.kernels->int8_factor_tile != nullptr) {
+      project_rows(p, term, adapter, factor.tiles, tile, sums);
     } else {
       multiply_users(p, term, adapter, factor, p.x, 0, p.m.in_features, tile, sums);
     }

@@ -14,6 +14,7 @@ namespace eoracc {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 8;
+constexpr int64_t kDenseRowsAtOnce = 4;
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kVector = 64;        // bytes
 constexpr int64_t kAhead = 1024;       // bytes of codes that are fetched before they are needed
@@ -375,10 +376,11 @@ void float_rows(const Activations& x, int64_t first, const Tiles& w, int64_t til
   for (int64_t row = 0; row < rows; ++row) _mm512_storeu_ps(sums + row * kTile, totals[row]);
 }
 
+// As many chains for any number of rows: a row's sums do not depend on what else is in the batch.
 template <int64_t rows>
 void dense_rows(const Activations& x, int64_t first, const DenseTiles& w, int64_t tile,
                 float* sums) {
-  constexpr int64_t kChains = rows > 2 ? 1 : 4;
+  constexpr int64_t kChains = 4;
   const float* values = x.values + first * x.stride;
   __m512 partial[rows][kChains];
   for (int64_t row = 0; row < rows; ++row) {
@@ -428,9 +430,8 @@ constexpr TileRows kFloatRows[kRowsAtOnce] = {
     float_rows<bits, 1>, float_rows<bits, 2>, float_rows<bits, 3>, float_rows<bits, 4>,
     float_rows<bits, 5>, float_rows<bits, 6>, float_rows<bits, 7>, float_rows<bits, 8>};
 
-constexpr DenseRows kDenseRows[kRowsAtOnce] = {dense_rows<1>, dense_rows<2>, dense_rows<3>,
-                                               dense_rows<4>, dense_rows<5>, dense_rows<6>,
-                                               dense_rows<7>, dense_rows<8>};
+constexpr DenseRows kDenseRows[kDenseRowsAtOnce] = {dense_rows<1>, dense_rows<2>, dense_rows<3>,
+                                                    dense_rows<4>};
 
 template <int bits>
 const TileRows* int8_rows_of(int64_t block) {
@@ -489,8 +490,8 @@ void float_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums)
 }
 
 void dense_tile(const Activations& x, const DenseTiles& w, int64_t tile, float* sums) {
-  for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
-    kDenseRows[smaller(kRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);
+  for (int64_t row = 0; row < x.rows; row += kDenseRowsAtOnce) {
+    kDenseRows[smaller(kDenseRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);
   }
 }
 
