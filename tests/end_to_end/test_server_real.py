@@ -42,7 +42,6 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "model": str(smollm2_folder),
             "passes": [{"quantize_rtn": {"bits": 4, "group_size": 64}}],
             "verify": {"text": str(TEXT), "windows": 1, "compare": [], "parity": False},
-            # With int8 activations, one row and several round differently.
             "onnxruntime": {"accuracy_level": 4, "adapter_type": "int8"},
             "output": "out",
         }
