@@ -127,7 +127,7 @@ def test_padding_of_a_bank_has_the_value_0(kind: str) -> None:
     bank = stack_adapters(slots, [pack_adapter(slots, one) for one in adapters])
     bits = 8 if kind == "int8" else 4
     a, b = (
-        untile_integers(bank[f"{SLOT}.{operand}"][0], bits=bits, rows=rows, columns=columns)  # type: ignore[arg-type]
+        untile_integers(bank[f"{SLOT}.{operand}"][0], bits=bits, rows=rows, columns=columns)
         for operand, rows, columns in (("adapter_a", 3 * 48, COLUMNS), ("adapter_b", 96, 48))
     )
     assert not a.reshape(3, 48, COLUMNS)[:, 4:].any()

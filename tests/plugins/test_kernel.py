@@ -339,7 +339,7 @@ def test_nothing_is_read_past_an_operand(isa: str, level: int, bits: int, in_fea
             accuracy_level=level,
         )
         for rows in (1, 13):
-            part = replace(case, x=case.x[:rows], residual=_rows(case.residual, rows))
+            part = replace(case, x=case.x[:rows], residual=_rows(case.residual, 0, rows))
             actual = native.multiply(part, instruction_set=isa, place=native.before_a_guard_page)
             if actual is None:
                 pytest.skip(f"this processor has no {isa}")
