@@ -459,7 +459,7 @@ def _initializer(tensor: ir.TensorProtocol) -> ir.Value:
     return ir.Value(
         name=tensor.name,
         const_value=tensor,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
     )
 

@@ -278,9 +278,7 @@ def test_factors_alone_are_bound_by_their_version() -> None:
     found = decode_adapter(None, content, INT8, backbone="ab" * 32, place="a")
     assert (found.name, found.backbone, found.details) == ("", "ab" * 32, {})
     assert_same_factors(found.factors, adapter.factors)
-    with pytest.raises(
-        ArtifactError, match="a: is for the backbone abababa, this one is cdcdcdcd"
-    ):
+    with pytest.raises(ArtifactError, match="a: is for the backbone abababa, this one is cdcdcdcd"):
         decode_adapter(None, content, INT8, backbone="cd" * 32, place="a")
 
 
