@@ -79,7 +79,6 @@ class Model:
         decoder = read_decoder(folder)
         self.context_length = decoder.context_length
         self.tokenizer = Tokenizer(folder)
-        self.threads = threads or _processors()
         # Left to itself, ONNX Runtime may take one of a virtual machine's two processors for the
         # sibling of the other, and leave it idle.
         self.threads = threads or _processors()

@@ -329,7 +329,12 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
         constant = value.const_value
         if constant is None:
             raise ArtifactError(f"node {node.name}: its operand {value.name} is no initializer")
-        array = constant.numpy()
+        try:
+            array = constant.numpy()
+        except (OSError, ValueError) as error:  # no such file, or one that is linked from elsewhere
+            raise ArtifactError(
+                f"{value.name}: cannot be read: {error}: copy or build the artifact again"
+            ) from error
         operands.append(
             onnx_ir.Value(name=value.name, const_value=onnx_ir.tensor(array, name=value.name))
         )

@@ -8,7 +8,11 @@ may import another one upwards::
     │   └── PluginError            the native library or one of its operands
     ├── runtime.errors
     │   ├── ArtifactError          an artifact that is missing, damaged, foreign, or in the way
-    │   └── BackendError           ONNX Runtime is not installed, or refuses the model
+    │   ├── BackendError           ONNX Runtime is not installed, or refuses the model
+    │   ├── RequestError           a request that cannot be served as it is
+    │   └── BusyError              more requests than may wait
+    ├── runtime.server.errors
+    │   └── ApiError               what an HTTP request is answered with
     └── compiler.errors
         ├── ConfigError            model.yaml and the command line
         ├── ModelError             a checkpoint that cannot be read or is not supported
