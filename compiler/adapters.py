@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +24,10 @@ from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.checkpoint import AdapterCheckpoint
 from eoracc.compiler.config import AdapterConfig
 from eoracc.compiler.errors import ConfigError
-from eoracc.compiler.executor import Batch, Executor, WeightOf, make_batches
+from eoracc.compiler.executor import Executor, WeightOf, make_batches
 from eoracc.compiler.linears import Linear, LinearGroup
 from eoracc.compiler.progress import Progress, cpu_seconds
-from eoracc.compiler.sweep import activations_of, one_thread
+from eoracc.compiler.sweep import ForwardPass, one_thread
 from eoracc.compiler.text import Settings, Windows, calibration_windows, evaluation_windows
 from eoracc.passes.adapter import AdapterSolver
 from eoracc.passes.calibrate import Calibrate
@@ -154,6 +154,7 @@ def solve_adapter(
       work: where finished blocks are kept; an interrupted solve goes on from there.
       progress: shown one step per level of linears.
       calibrate: how the forward pass and the Gram are computed; ``through`` has no say here.
+        With ``match: outputs`` an adapter gives back what the backbone lacks of the target.
       weight_of: what the adapter stands on: the backbone, unless the factors are to be compared
         with those of another one.
       label: of the phase that ``progress`` is shown.
@@ -174,17 +175,18 @@ def solve_adapter(
     executor = Executor(backbone.model, backbone.linears, precision=calibrate.resolved_precision)
     found = _Found(weight_of)
     checkpoint = AdapterCheckpoint(work, _key(backbone, task, calibrate, weight_of))
-    begin = checkpoint.resume(found.factors, found.errors, batches)
+    forward = ForwardPass(executor, batches, found.weight, match=calibrate.match)
+    begin = checkpoint.resume(found.factors, found.errors, forward.live)
     with progress.phase(f"{label} {task.name}", executor.head_level) as phase:
         for level in range(executor.head_level):
             if level < begin:
                 phase.advance()
                 continue
             if level == 0:
-                executor.start(batches)
+                forward.start()
             for group in executor.levels[level]:
-                _solve_group(executor, group, batches, task.solver, calibrate, found)
-            executor.step(level, batches, found.weight)
+                _solve_group(forward, group, task.solver, calibrate, found)
+            forward.step(level)
             block = executor.levels[level][0].linears[0].block
             finished = level + 1
             ends = finished == executor.head_level
@@ -192,7 +194,8 @@ def solve_adapter(
                 release_weights()
                 if ends or checkpoint.is_due:
                     # What lies before the head serves nobody once all factors are there.
-                    checkpoint.save(finished, found.factors, found.errors, [] if ends else batches)
+                    live = [] if ends else forward.live
+                    checkpoint.save(finished, found.factors, found.errors, live)
             phase.advance(f"block {block}")
     return SolvedAdapter(
         task, found.factors, found.errors, _notes(task, found), cpu_seconds() - begun
@@ -221,9 +224,8 @@ class _Found:
 
 
 def _solve_group(
-    executor: Executor,
+    forward: ForwardPass,
     group: LinearGroup,
-    batches: Sequence[Batch],
     solver: AdapterSolver,
     calibrate: Calibrate,
     found: _Found,
@@ -235,7 +237,7 @@ def _solve_group(
     ]
     if not wanted:
         return
-    group.activations = activations_of(executor, group, batches)
+    forward.show(group)
     calibrate.call(group)
     gram = require_gram("adapters", group)
     with one_thread():
@@ -246,7 +248,7 @@ def _solve_group(
                 "without": solved.error_without,
                 "with": solved.error_with,
             }
-    group.activations = group.gram = None
+    group.activations = group.originals = group.gram = None
 
 
 def _notes(task: Task, found: _Found) -> tuple[str, ...]:
@@ -278,7 +280,7 @@ def _key(backbone: Backbone, task: Task, calibrate: Calibrate, weight_of: Weight
     """Digest of everything that an adapter's factors depend on."""
     solver = TypeAdapter(AdapterSolver).dump_python(task.solver, mode="json")
     digest = hashlib.sha256(
-        json.dumps([__version__, solver, calibrate.resolved_precision]).encode()
+        json.dumps([__version__, solver, calibrate.resolved_precision, calibrate.match]).encode()
     )
     windows = task.calibration
     for array in (windows.input_ids, windows.attention_mask, windows.weights):

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from eoracc.compiler.checkpoint import SweepCheckpoint
-from eoracc.compiler.executor import Batch, Executor
+from eoracc.compiler.executor import Batch, Executor, WeightOf
 from eoracc.compiler.linears import Activations, Linear, LinearGroup
 from eoracc.compiler.progress import Progress
 from eoracc.passes.base import LayerPass
@@ -26,7 +27,7 @@ from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_weights
 
-__all__ = ["Comparator", "Comparisons", "activations_of", "one_thread", "run_sweep"]
+__all__ = ["Comparator", "Comparisons", "ForwardPass", "one_thread", "run_sweep"]
 
 _BLAS = ThreadpoolController()
 
@@ -60,7 +61,7 @@ def run_sweep(
       The comparators' factors.
     """
     calibrate = next((p for p in passes if isinstance(p, Calibrate)), None)
-    forward = None if calibrate is None else _Forward(executor, calibrate, batches)
+    forward = None if calibrate is None else _forward(executor, calibrate, batches)
     live = [] if forward is None else forward.live
     comparisons: Comparisons = {name: {} for name in comparators}
     begin = checkpoint.resume(executor.linears, live, comparisons)
@@ -92,22 +93,35 @@ def run_sweep(
     return comparisons
 
 
-class _Forward:
-    """The forward pass over the calibration windows, and the original model's where one is needed.
+class ForwardPass:
+    """The forward pass over a text's windows, and the original model's where one is needed.
 
     Attributes:
       live: batches whose values make up the point that was reached.
     """
 
-    def __init__(self, executor: Executor, calibrate: Calibrate, batches: list[Batch]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        batches: Sequence[Batch],
+        weight_of: WeightOf,
+        *,
+        match: Literal["weights", "outputs"],
+    ) -> None:
+        """Set out from graph inputs.
+
+        Args:
+          executor: runs both.
+          batches: the windows, graph inputs set.
+          weight_of: what each linear multiplies with, asked once all of its group are solved.
+          match: ``outputs`` has the original model run beside it.
+        """
         self._executor = executor
-        self._weight_of = (
-            Linear.weight if calibrate.through == "original" else Linear.effective_weight
-        )
-        self._batches = batches
+        self._weight_of = weight_of
+        self._batches = list(batches)
         self._originals = (
             [replace(batch, values=dict(batch.values)) for batch in batches]
-            if calibrate.match == "outputs"
+            if match == "outputs"
             else []
         )
         self.live = [*self._batches, *self._originals]
@@ -118,15 +132,22 @@ class _Forward:
 
     def show(self, group: LinearGroup) -> None:
         """Let ``group`` see its input."""
-        group.activations = activations_of(self._executor, group, self._batches)
+        group.activations = self._activations(group, self._batches)
         if self._originals:
-            group.originals = activations_of(self._executor, group, self._originals)
+            group.originals = self._activations(group, self._originals)
 
     def step(self, level: int) -> None:
         """Compute the linears of ``level``, as they are now and as they were."""
         self._executor.step(level, self._batches, self._weight_of)
         if self._originals:
             self._executor.step(level, self._originals, Linear.weight)
+
+    def _activations(self, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
+        def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+            for batch in batches:
+                yield self._executor.inputs_of(group, batch), batch.token_weights
+
+        return activations
 
 
 def one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[object]:
@@ -141,14 +162,9 @@ def one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[ob
     return limit
 
 
-def activations_of(executor: Executor, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
-    """What ``calibrate`` takes the Gram of ``group`` over, at the level that was reached."""
-
-    def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        for batch in batches:
-            yield executor.inputs_of(group, batch), batch.token_weights
-
-    return activations
+def _forward(executor: Executor, calibrate: Calibrate, batches: Sequence[Batch]) -> ForwardPass:
+    weight_of = Linear.weight if calibrate.through == "original" else Linear.effective_weight
+    return ForwardPass(executor, batches, weight_of, match=calibrate.match)
 
 
 def _compare(

@@ -3,7 +3,8 @@
 The backbone has lost ``W - W_hat`` to quantization and been given back ``B A`` by its compensation.
 What is left, ``W - W_hat - B A``, is another weight error, and the factors that minimise the output
 error it makes on the task's own tokens are those of :func:`~eoracc.passes.factors.eora_factors`
-under the Gram of those tokens.
+under the Gram of those tokens. Where outputs are matched, the target that those tokens give
+(:func:`~eoracc.passes.gram.output_matching`) stands in place of ``W``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class SolvedFactors:
 
     Attributes:
       factors: as they are stored.
-      error_without: ``||(W - W_hat - B A) X||_F / ||W X||_F`` over the task's tokens.
+      error_without: ``||(T - W_hat - B A) X||_F / ||T X||_F`` over the task's tokens, with the
+        target ``T`` of the weight (``W`` itself where weights are matched).
       error_with: the same with the adapter's factors taken off as well.
     """
 
@@ -83,7 +85,7 @@ class AdapterSolver(Overridable):
           PassError: the rank exceeds the weight's smaller side.
         """
         check_rank(linear, self.rank)
-        weight = linear.weight()
+        weight = gram.target(linear.weight())
         delta: NDArray[np.float32] = weight - backbone
         weighted: NDArray[np.float32] = delta @ gram.root
         solver = Eora()

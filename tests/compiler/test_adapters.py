@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FLOAT32 = Calibrate(precision="float32")
+OUTPUTS = Calibrate(precision="float32", match="outputs")
 
 
 def windows(seed: int, count: int = 6, *, lowest: int = 3, highest: int = VOCABULARY) -> Windows:
@@ -76,13 +77,14 @@ def solve(
     progress: SilentProgress | None = None,
     *,
     weight_of: WeightOf = Linear.effective_weight,
+    calibrate: Calibrate = FLOAT32,
 ) -> SolvedAdapter:
     return solve_adapter(
         backbone,
         what,
         work=work,
         progress=progress or SilentProgress(),
-        calibrate=FLOAT32,
+        calibrate=calibrate,
         weight_of=weight_of,
     )
 
@@ -135,6 +137,38 @@ def test_each_layer_is_solved_for_the_prefix_with_the_adapter(
         assert errors["with"] == pytest.approx(expected.error_with, rel=1e-3)
         assert errors["without"] == pytest.approx(expected.error_without, rel=1e-3)
     assert solved.mean_error("with") < 0.8 * solved.mean_error("without")
+
+
+def test_with_outputs_matched_an_adapter_stands_in_for_the_target(
+    source: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    what = task(factor_type="float16")
+    solved = solve(backbone, what, tmp_path, calibrate=OUTPUTS)
+    seen = inputs_of(source, backbone, solved, what.calibration)
+    model = load_eager(source, {})
+    originals: dict[str, NDArray[np.float32]] = {}
+    for name in seen:
+
+        def hook(_: Any, given: Any, name: str = name) -> None:  # noqa: ANN401
+            originals[name] = given[0].flatten(0, 1).numpy()
+
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.inference_mode():
+        reference_logits(model, what.calibration.input_ids, what.calibration.attention_mask)
+    plain = solve(backbone, what, tmp_path / "plain")
+    moved = []
+    for linear in backbone.linears:
+        if linear.name not in solved.factors:
+            continue
+        x, original = (held[linear.name].astype(np.float64) for held in (seen, originals))
+        gram = x.T @ x + 0.01 * (x**2).sum() / x.shape[1] * np.eye(x.shape[1])
+        weight = linear.weight().astype(np.float64)
+        target = weight + weight @ np.linalg.solve(gram, x.T @ (original - x)).T
+        left = (target - linear.effective_weight() - solved.factors[linear.name].product()) @ x.T
+        error = np.linalg.norm(left) / np.linalg.norm(target @ x.T)
+        assert solved.errors[linear.name]["with"] == pytest.approx(error, rel=1e-3)
+        moved.append(abs(error - plain.errors[linear.name]["with"]) / error)
+    assert max(moved) > 0.05, "else the target might as well be the weight"
 
 
 def test_the_prefix_matters(source: Path, backbone: Backbone, tmp_path: Path) -> None:
@@ -243,6 +277,8 @@ def test_key_covers_what_the_factors_depend_on(
     ):
         with pytest.raises(KeyboardInterrupt):
             solve(backbone, what, tmp_path, weight_of=weight_of)
+    with pytest.raises(KeyboardInterrupt):
+        solve(backbone, task(), tmp_path, calibrate=OUTPUTS)
     assert keys[0] == keys[1]
     assert len(set(keys)) == len(keys) - 1
 
