@@ -65,12 +65,10 @@ class _Checkpoint:
                 yield meta, arrays
 
     def _read_activations(self, state: Mapping[str, Any], batches: Sequence[Batch]) -> None:
-        activations = load_file(self.folder / state["activations"])
-        for batch in batches:
+        # None were kept of a sweep that has reached its end.
+        for batch, name in zip(batches, state["activations"], strict=False):
             batch.values.clear()
-        for key, array in activations.items():
-            index, _, name = key.partition("/")
-            batches[int(index)].values[name] = array
+            batch.values.update(load_file(self.folder / name))
 
     def _write(
         self,
@@ -81,25 +79,24 @@ class _Checkpoint:
     ) -> None:
         """Add linears, which have been finished since the last time, to what is kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = self._state() or {"key": self.key, "operands": [], "activations": None}
+        state = self._state() or {"key": self.key, "operands": [], "activations": []}
         name = f"operands-{position:05d}.safetensors"
         save_file(arrays, self.folder / name)
-        stale, live = state["activations"], f"activations-{position:05d}.safetensors"
-        save_file(
-            {
-                f"{i}/{key}": np.ascontiguousarray(value)
-                for i, batch in enumerate(batches)
-                for key, value in batch.values.items()
-            },
-            self.folder / live,
-        )
+        stale: list[str] = state["activations"]
+        live: list[str] = []
+        # A file each: what is written is copied on its way, and all at once would be the most
+        # memory that a build takes.
+        for i, batch in enumerate(batches):
+            live.append(f"activations-{position:05d}-{i:04d}.safetensors")
+            values = {key: np.ascontiguousarray(value) for key, value in batch.values.items()}
+            save_file(values, self.folder / live[-1])
         state["operands"].append({"name": name, "linears": metas})
         state.update(activations=live, position=position)
         partial = self.folder / f"{_STATE}.partial"
         partial.write_text(json.dumps(state))
         partial.replace(self.folder / _STATE)
-        if stale is not None and stale != live:
-            (self.folder / stale).unlink(missing_ok=True)
+        for old in set(stale) - set(live):
+            (self.folder / old).unlink(missing_ok=True)
         self._saved_s = time.monotonic()
 
     def _kept(self) -> set[str]:

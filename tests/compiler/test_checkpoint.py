@@ -74,7 +74,7 @@ def test_later_saves_add_linears_and_replace_activations(tmp_path: Path) -> None
     checkpoint.save(2, [first, second], batches({"c": np.ones((2, 2), np.float32)}), comparisons)
     names = sorted(path.name for path in checkpoint.folder.iterdir())
     assert names == [
-        "activations-00002.safetensors",
+        "activations-00002-0000.safetensors",
         "operands-00001.safetensors",
         "operands-00002.safetensors",
         "state.json",
