@@ -1,4 +1,4 @@
-"""Three adapters on a 3-bit SmolLM2, from the example's configuration on less text."""
+"""Three adapters on a 3-bit SmolLM2, from the example's configuration."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([sys.executable, "-m", "examples.smollm2.tasks"], cwd=ROOT, check=False)
     assert done.returncode == 0
     folder = tmp_path_factory.mktemp("adapters") / "artifact"
-    smaller = [f"adapters.{name}.samples=16" for name in TASKS]
-    smaller += ["calibration.samples=12", "verify.windows=1", "verify.compare_adapters=false"]
-    options = [part for one in (*smaller, f"output={folder}") for part in ("--set", one)]
+    # As much text as the example's: with less, tasks are told apart less well.
+    smaller = ("verify.windows=1", "verify.compare_adapters=false", f"output={folder}")
+    options = [part for one in smaller for part in ("--set", one)]
     eoracc("build", EXAMPLE / "adapters.yaml", *options)
     return folder
 
@@ -63,7 +63,7 @@ def test_an_adapter_that_is_added_equals_the_one_of_the_build(artifact: Path) ->
     held_out = EXAMPLE / "data" / "code-held-out.txt"
     eoracc(
         *("adapter", "add", artifact, "--name", "again", "--data", EXAMPLE / "data" / "code.txt"),
-        *("--held-out", held_out, "--windows", "1", "--samples", "16", "--seed", "0"),
+        *("--held-out", held_out, "--windows", "1", "--samples", "32", "--seed", "0"),
         *("--rank", str(config["rank"]), "--no-parity"),
         *("--model", EXAMPLE / manifest.source["model"]),
     )
