@@ -25,7 +25,7 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.memory import release_weights
+from eoracc.runtime.memory import release_memory
 
 __all__ = ["Comparator", "Comparisons", "ForwardPass", "one_thread", "run_sweep"]
 
@@ -86,7 +86,8 @@ def run_sweep(
                 if forward is not None:
                     forward.step(level)
                 if _block(executor, level + 1) != _block(executor, level):
-                    release_weights()
+                    # Trimmed too: between activations that come and go, the heap fills with holes.
+                    release_memory()
                     if checkpoint.is_due:
                         checkpoint.save(level + 1, executor.linears, live, comparisons)
             phase.advance(f"block {_block(executor, level)}")
@@ -128,7 +129,10 @@ class ForwardPass:
 
     def start(self) -> None:
         """Compute what stands before the first linears."""
-        self._executor.start(self.live)
+        self._executor.start(self._batches)
+        # Nothing is compressed yet: the original holds the same, masks for the whole way included.
+        for original, batch in zip(self._originals, self._batches, strict=False):
+            original.values = dict(batch.values)
 
     def show(self, group: LinearGroup) -> None:
         """Let ``group`` see its input."""
