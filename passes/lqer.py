@@ -5,27 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
 from eoracc.passes.base import register
-from eoracc.passes.compensation import Compensation
-from eoracc.passes.factors import lqer_scale, scaled_factors
-from eoracc.passes.gram import Gram
-from eoracc.passes.statistics import require_gram
+from eoracc.passes.factors import lqer_scale
+from eoracc.passes.scaled import ScaledCompensation
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
-
-    from eoracc.compiler.linears import LinearGroup
 
 __all__ = ["Lqer"]
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Lqer(Compensation):
+class Lqer(ScaledCompensation):
     """Compensate compressed linears with the SVD of their error, its columns scaled as in LQER.
 
     Column ``i`` counts for ``mean |x_i|`` (L2QER, arXiv:2402.02446): what 'activation_scaled' comes
@@ -42,24 +37,5 @@ class Lqer(Compensation):
     name: ClassVar[str] = "lqer"
 
     @override
-    def requires(self, group: LinearGroup) -> None:
-        require_gram(self.name, group)
-
-    @override
-    def metric(self, gram: Gram | None) -> Gram | None:
-        if gram is None:
-            return None
-        return Gram(np.diag(lqer_scale(gram.magnitudes) ** 2), gram.tokens)
-
-    @override
-    def factors(
-        self,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        *,
-        weighted: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        if gram is None:
-            raise PassError(self.name, "has no activations to go by: put 'calibrate' before it")
-        return scaled_factors(delta, lqer_scale(gram.magnitudes), rank)
+    def scale(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:
+        return lqer_scale(magnitudes)
