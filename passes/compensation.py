@@ -121,6 +121,9 @@ class Compensation(Overridable, LayerPass):
             residual = residual_of(linear, gram)
             delta, weighted = residual.delta, residual.weighted
         b, a = self.factors(delta, gram, rank, weighted=weighted)
+        if factor_type != "int4":
+            return store_factors(b, a, factor_type)
+        # Rounding to four bits weighs errors once more, in a metric that may take an eigh to make.
         metric = self.metric(gram)
         lost: NDArray[np.floating] | None = weighted
         if metric is None:
