@@ -34,6 +34,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 _PLAIN = frozenset(
@@ -132,11 +133,17 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
             + ": save the adapter as safetensors"
         )
     modules: dict[str, dict[str, NDArray[np.float32]]] = {}
+    foreign: list[str] = []
     for key, array in _read_tensors(path).items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ArtifactError(f"{path}: holds '{key}', {_reason(key)}")
-        modules.setdefault(match["module"], {})[match["factor"]] = array
+            foreign.append(key)
+        else:
+            modules.setdefault(match["module"], {})[match["factor"]] = array
+    if foreign:
+        # The file keeps no order. A weight goes along with the factors that tell why it is there.
+        key = min(foreign, key=lambda key: (_BASE_LAYER in key, key))
+        raise ArtifactError(f"{path}: holds '{key}', {_reason(key)}")
     return {
         module: _factors(f"{path}: module '{module}'", module, parts, scaling)
         for module, parts in modules.items()
@@ -146,7 +153,7 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
 def _reason(key: str) -> str:
     if "magnitude" in key:
         return "which scales the weights themselves (DoRA): train it without use_dora"
-    if ".base_layer." in key:
+    if _BASE_LAYER in key:
         return "a weight itself, which belongs to the backbone: leave it out of the targets"
     if "embedding" in key:
         return "factors of an embedding, which belongs to the backbone: leave it out of the targets"
