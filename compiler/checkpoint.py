@@ -147,7 +147,8 @@ class SweepCheckpoint(_Checkpoint):
         fresh = [
             linear
             for linear in linears
-            if linear.name not in kept and (linear.compressed is not None or linear.errors)
+            if linear.name not in kept
+            and (linear.compressed is not None or linear.factorized is not None or linear.errors)
         ]
         arrays: dict[str, Array] = {}
         metas = [_keep(linear, arrays, comparisons) for linear in fresh]
@@ -205,6 +206,9 @@ def _keep(
     linear: Linear, arrays: dict[str, Array], comparisons: Mapping[str, Mapping[str, LowRank]]
 ) -> dict[str, Any]:
     meta = {"name": linear.name, "errors": linear.errors, "notes": linear.notes}
+    if linear.factorized is not None:
+        arrays[f"{linear.name}/u"] = linear.factorized.u
+        arrays[f"{linear.name}/v"] = linear.factorized.v
     weight = linear.compressed
     if weight is None:
         return meta
@@ -233,6 +237,8 @@ def _restore(
 ) -> None:
     linear.errors.update(meta["errors"])
     linear.notes.extend(meta["notes"])
+    if f"{linear.name}/u" in arrays:
+        linear.factorize(arrays[f"{linear.name}/u"], arrays[f"{linear.name}/v"])  # type: ignore[arg-type]
     if "bits" not in meta:
         return
     linear.quantize(

@@ -9,19 +9,17 @@ beside the output until the build succeeds: a build that was interrupted goes on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eoracc import EoraccError, __version__
+from eoracc import EoraccError
 from eoracc.compiler import spec
 from eoracc.compiler.adapter_gates import (
     adapter_details,
@@ -34,16 +32,15 @@ from eoracc.compiler.adapter_gates import (
 from eoracc.compiler.adapters import SolvedAdapter, Task, load_task, solve_adapter
 from eoracc.compiler.artifact import ArtifactWriter, check_output, refuse_full_disk
 from eoracc.compiler.backbone import Backbone
-from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.embeddings import find_embeddings
-from eoracc.compiler.errors import ConfigError, GateError
-from eoracc.compiler.executor import Executor, make_batches
+from eoracc.compiler.errors import GateError
+from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import LoadedModel, load
 from eoracc.compiler.gates import fidelity_report
-from eoracc.compiler.linears import Linear, find_linears
+from eoracc.compiler.linears import Linear
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
 from eoracc.compiler.lowering.onnxruntime import lower
+from eoracc.compiler.pipeline import Compressed, compress
 from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
 from eoracc.compiler.report import (
     AdaptersReport,
@@ -54,16 +51,11 @@ from eoracc.compiler.report import (
     linear_report,
     parity_line,
 )
-from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.compiler.text import Windows, calibration_windows, evaluation_windows
 from eoracc.compiler.verify import PARITY_STEPS, AdapterCases, record_parity
-from eoracc.passes.base import LayerPass, ModelPass, Pass
+from eoracc.passes.base import SurveyPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensation import Compensation, compensation_solver
-from eoracc.passes.embedding_tables import quantize_embedding_tables
-from eoracc.passes.overrides import Overridable
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize_rtn import QuantizeRtn
+from eoracc.passes.compensation import Compensation
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.library import library_path
 from eoracc.runtime.errors import ArtifactError
@@ -72,9 +64,6 @@ from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
 from eoracc.runtime.parity import PARITY_FILE, ParityReport
 
 __all__ = ["BuildResult", "build"]
-
-_BATCH = 4
-"""Calibration windows per batch: enough to fill the cores, few enough to stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +79,6 @@ class BuildResult:
     output: Path
     manifest: Manifest
     report: Report
-
-
-@dataclass(eq=False)
-class _Compressed(Backbone):
-    """The graph after its passes.
-
-    Attributes:
-      comparisons: factors that are scored and not shipped.
-    """
-
-    comparisons: Comparisons = field(default_factory=dict)
 
 
 def build(
@@ -148,6 +126,7 @@ def _build(
             fidelity=made.fidelity,
             parity={} if parity is None else parity.as_dict(),
             linears=made.linears,
+            surveys=made.surveys,
             build=BuildReport(
                 wall_s=time.perf_counter() - begun_s,
                 cpu_s=cpu_seconds() - begun_cpu_s,
@@ -175,6 +154,7 @@ class _Made:
       digest: of the checkpoint.
       fidelity: what was measured on held-out text.
       linears: what became of each.
+      surveys: what each found.
       adapters: what was solved on top of it.
       scores: of the adapters.
       slots: where the model takes adapters; None where it takes none.
@@ -184,6 +164,7 @@ class _Made:
     digest: str
     fidelity: FidelityReport
     linears: list[LinearReport]
+    surveys: list[dict[str, Any]]
     adapters: list[SolvedAdapter]
     scores: AdaptersReport
     slots: AdapterSlots | None
@@ -208,7 +189,7 @@ def _make(
     calibration = (
         calibration_windows(config.calibration, config.verify, tokenizer, config_dir=config_dir)
         if config.calibration is not None
-        and any(isinstance(item, Calibrate) for item in config.passes)
+        and any(isinstance(item, Calibrate | SurveyPass) for item in config.passes)
         else None
     )
     tasks = [
@@ -217,7 +198,7 @@ def _make(
     ]
     release_memory()
     original = Executor(loaded.model.clone())
-    compressed = _compress(config, loaded, calibration, work / "sweep", progress)
+    compressed = compress(config, loaded, calibration, work / "sweep", progress)
     shipped = next((item.name for item in config.passes if isinstance(item, Compensation)), None)
     release_memory()
     solved = _solve(config, compressed, tasks, work / "adapters", progress)
@@ -264,107 +245,12 @@ def _make(
         digest=loaded.digest,
         fidelity=fidelity,
         linears=reports,
+        surveys=compressed.surveys,
         adapters=solved,
         scores=scores,
         slots=None if slots is None else AdapterSlots.from_json(slots),
         cases=cases,
     )
-
-
-# --- passes ---------------------------------------------------------------------------------------
-
-
-def _compress(
-    config: BuildConfig,
-    loaded: LoadedModel,
-    calibration: Windows | None,
-    folder: Path,
-    progress: Progress,
-) -> _Compressed:
-    model = loaded.model
-    compressed = _Compressed(model, find_linears(model), find_embeddings(model))
-    stages = groupby(config.passes, key=lambda item: isinstance(item, LayerPass))
-    for position, (is_layer, members) in enumerate(stages):
-        passes = list(members)
-        if is_layer:
-            key = _sweep_key(config, loaded, passes, calibration)
-            checkpoint = SweepCheckpoint(folder / str(position), key)
-            _sweep(config, compressed, passes, calibration, checkpoint, progress)
-        else:
-            for model_pass in passes:
-                assert isinstance(model_pass, ModelPass)  # noqa: S101 - the only other kind
-                model_pass.call(model)
-                spec.check(model, spec.Stage.FRONTEND, after=model_pass.name)
-            compressed.linears = find_linears(model)
-    return compressed
-
-
-def _sweep(
-    config: BuildConfig,
-    compressed: _Compressed,
-    passes: Sequence[LayerPass],
-    calibration: Windows | None,
-    checkpoint: SweepCheckpoint,
-    progress: Progress,
-) -> None:
-    names = [table.name for table in compressed.embeddings]
-    names += [linear.name for linear in compressed.linears]
-    for item in passes:
-        if isinstance(item, Overridable) and (unmatched := item.unmatched_overrides(names)):
-            raise ConfigError(
-                f"passes.{item.name}.overrides: no linear's name matches {unmatched[0]!r}: "
-                f"names are like {compressed.linears[0].name!r}"
-            )
-    batches = (
-        []
-        if calibration is None
-        else make_batches(
-            calibration.input_ids,
-            calibration.attention_mask,
-            size=_BATCH,
-            weights=calibration.weights,
-        )
-    )
-    calibrate = next((item for item in passes if isinstance(item, Calibrate)), None)
-    compressed.comparisons |= run_sweep(
-        Executor(
-            compressed.model,
-            compressed.linears,
-            precision="float32" if calibrate is None else calibrate.resolved_precision,
-        ),
-        passes,
-        batches,
-        comparators={name: compensation_solver(name) for name in config.verify.compare},
-        checkpoint=checkpoint,
-        progress=progress,
-    )
-    for item in passes:
-        if isinstance(item, QuantizeGptq | QuantizeRtn):
-            quantize_embedding_tables(item, compressed.embeddings, compressed.linears)
-    spec.check(compressed.model, spec.Stage.COMPRESSED, after=passes[-1].name)
-
-
-def _sweep_key(
-    config: BuildConfig, loaded: LoadedModel, passes: Sequence[Pass], calibration: Windows | None
-) -> str:
-    """Digest of everything that a sweep's result depends on."""
-    digest = hashlib.sha256(
-        json.dumps(
-            {
-                "version": __version__,
-                "model": loaded.digest,
-                "passes": config.resolved()["passes"],
-                "sweep": [item.name for item in passes],
-                "compare": config.verify.compare,
-            }
-        ).encode()
-    )
-    if calibration is not None:
-        digest.update(calibration.input_ids.tobytes())
-        digest.update(calibration.attention_mask.tobytes())
-        if calibration.weights is not None:
-            digest.update(calibration.weights.tobytes())
-    return digest.hexdigest()
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -435,7 +321,7 @@ def _write_adapters(writer: ArtifactWriter, made: _Made, progress: Progress) -> 
 
 
 def _record_parity(
-    compressed: _Compressed,
+    compressed: Compressed,
     original: Executor,
     windows: Windows,
     loaded: LoadedModel,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,8 @@ from eoracc.compiler.graph import register_tensor
 from eoracc.compiler.linears import FUSED_DOMAIN, Linear
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from eoracc.plugins.operands import NBitsWeight
@@ -31,7 +34,10 @@ class Embedding:
       node: the ``Gather`` that computes it now.
       source: the original table, ``[rows, width]``; read lazily.
       compressed: the table after quantization.
+      plan: of no survey: they steer linears.
     """
+
+    plan: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     name: str
     node: ir.Node

@@ -27,6 +27,7 @@ __all__ = [
     "FUSED_DOMAIN",
     "FUSED_OP",
     "Activations",
+    "Factorized",
     "Linear",
     "LinearGroup",
     "block_of",
@@ -59,6 +60,28 @@ def block_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+@dataclass(frozen=True, eq=False)
+class Factorized:
+    """A weight as a product of two, ``W ~ u v``.
+
+    Attributes:
+      u: ``float32 [N, r]``.
+      v: ``float32 [r, K]``.
+    """
+
+    u: NDArray[np.float32]
+    v: NDArray[np.float32]
+
+    @property
+    def rank(self) -> int:
+        """``r``."""
+        return len(self.v)
+
+    def product(self) -> NDArray[np.float32]:
+        """``u v``, ``float32 [N, K]``."""
+        return self.u @ self.v
+
+
 @dataclass(eq=False)
 class Linear:
     """One weight matmul of the graph.
@@ -73,6 +96,10 @@ class Linear:
       transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
       compressed: the weight after quantization.
       factors: its low-rank compensation.
+      factorized: the weight after factorisation. The graph holds two matmuls by now, which the
+        next view of it shows as linears of their own, ``<name>.v`` and ``<name>.u``.
+      plan: options that a survey has decided for this linear, by the option's name.
+      output_gram: loads ``G``, ``float32 [N, N]``, by which a survey weighs errors of the output.
       output_norm: ``||T X||_F`` over the calibration tokens, with what compression is to come near
         as ``T`` (the weight ``W``, or its target), once a pass has taken it.
       errors: relative output errors by stage, ``||(T - W_hat) X||_F / ||T X||_F``, for the report.
@@ -87,6 +114,9 @@ class Linear:
     transposed: bool
     compressed: NBitsWeight | None = None
     factors: LowRank | None = None
+    factorized: Factorized | None = None
+    plan: dict[str, Any] = field(default_factory=dict)
+    output_gram: Callable[[], NDArray[np.float32]] | None = None
     output_norm: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -126,6 +156,8 @@ class Linear:
 
     def backbone_weight(self) -> NDArray[np.float32]:
         """What the linear multiplies with, its low-rank part left out, ``float32 [N, K]``."""
+        if self.factorized is not None:
+            return self.factorized.product()
         return self.weight() if self.compressed is None else self.compressed.dequantize()
 
     def effective_weight(self) -> NDArray[np.float32]:
@@ -141,8 +173,51 @@ class Linear:
                 f"a [{weight.out_features}, {weight.in_features}] weight cannot replace "
                 f"[{self.out_features}, {self.in_features}]",
             )
+        if self.factorized is not None:
+            raise PassError(
+                self.name,
+                "has been factorised in this sweep: put another 'calibrate' before the pass that "
+                "quantizes, which then finds the two factors as linears",
+            )
         self.compressed = weight
         self._rewrite()
+
+    def factorize(self, u: NDArray[np.float32], v: NDArray[np.float32]) -> None:
+        """Put two matmuls, ``v`` and then ``u``, in place of the current node.
+
+        Args:
+          u: ``float32 [N, r]``.
+          v: ``float32 [r, K]``.
+        """
+        if (len(u), v.shape[1], u.shape[1]) != (self.out_features, self.in_features, len(v)):
+            raise PassError(
+                self.name,
+                f"factors {list(u.shape)} and {list(v.shape)} cannot replace "
+                f"[{self.out_features}, {self.in_features}]",
+            )
+        if self.compressed is not None or self.factorized is not None:
+            raise PassError(
+                self.name, "is compressed already: factorise it before anything else is done to it"
+            )
+        self.factorized = Factorized(u, v)
+        replaced, stale = self.node, tuple(self.node.inputs[1:])
+        first = ir.node(
+            "MatMul", [self.input, self._initializer("v.weight", v.T)], name=f"{self.name}.v"
+        )
+        (inner,) = first.outputs
+        inner.name = f"{self.name}.v.output"
+        inner.type = self.input.type
+        if self.input.shape is not None:
+            inner.shape = ir.Shape([*self.input.shape[:-1], len(v)])
+        second = ir.node(
+            "MatMul", [inner, self._initializer("u.weight", u.T)], name=f"{self.name}.u"
+        )
+        graph = self._graph
+        ir.convenience.replace_nodes_and_values(
+            graph, replaced, [replaced], [first, second], replaced.outputs, second.outputs
+        )
+        self.node = second
+        _drop_unused_initializers(graph, stale)
 
     def compensate(self, factors: LowRank | None) -> None:
         """Give the linear low-rank factors, or take them away with None."""
@@ -202,7 +277,7 @@ class Linear:
             return None
         value = ir.Value(
             name=name,
-            const_value=ir.tensor(array, name=name),
+            const_value=ir.tensor(np.ascontiguousarray(array), name=name),
             shape=ir.Shape(array.shape),
             type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
         )

@@ -227,6 +227,7 @@ class Report:
       linears: all linears in execution order.
       build: what the build took.
       adapters: those that the artifact has, or had when they were scored.
+      surveys: what each survey found, ``{"pass": name, ...}``, in order.
     """
 
     fidelity: FidelityReport
@@ -234,6 +235,7 @@ class Report:
     linears: Sequence[LinearReport]
     build: BuildReport
     adapters: AdaptersReport = field(default_factory=AdaptersReport)
+    surveys: Sequence[Mapping[str, Any]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -257,10 +259,11 @@ class Report:
                 for linear in content["linears"]
             ],
             build=BuildReport(**content["build"]),
-            # Reports of before there were adapters have no such part.
+            # Older reports have no such parts.
             adapters=AdaptersReport.from_dict(content["adapters"])
             if "adapters" in content
             else AdaptersReport(),
+            surveys=content.get("surveys", ()),
         )
 
 

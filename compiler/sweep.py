@@ -91,6 +91,9 @@ def run_sweep(
                     if checkpoint.is_due:
                         checkpoint.save(level + 1, executor.linears, live, comparisons)
             phase.advance(f"block {_block(executor, level)}")
+    if begin < len(executor.levels):
+        # Without activations: nothing goes on from the end but what comes after the sweep.
+        checkpoint.save(len(executor.levels), executor.linears, [], comparisons)
     return comparisons
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from eoracc.compiler.linears import LinearGroup
+    from eoracc.compiler.survey import SurveyContext
 
-__all__ = ["LayerPass", "ModelPass", "Pass", "pass_names", "pass_type", "register"]
+__all__ = ["LayerPass", "ModelPass", "Pass", "SurveyPass", "pass_names", "pass_type", "register"]
 
 _REGISTRY: dict[str, type[Pass]] = {}
 _P = TypeVar("_P", bound="type[Pass]")
@@ -35,11 +36,28 @@ class ModelPass(Pass):
         """Change ``model`` in place; return whether anything changed."""
 
 
+class SurveyPass(Pass):
+    """A pass that looks at the whole model and the calibration text, and changes no weight.
+
+    What it finds steers the passes after it: options of single linears through
+    :attr:`~eoracc.compiler.linears.Linear.plan`, or what errors of outputs count for.
+    """
+
+    @abstractmethod
+    def survey(self, context: SurveyContext) -> dict[str, Any]:
+        """Look, and put the findings on the linears.
+
+        Returns:
+          What report.json shows of it, JSON-able.
+        """
+
+
 class LayerPass(Pass):
     """A pass that sees one group of linears that share an input, in execution order.
 
     Consecutive layer passes run as one sweep: when a group is reached, its activations come from
-    the prefix that the same passes have already compressed (see :mod:`eoracc.compiler.sweep`).
+    the prefix that the same passes have already compressed (see :mod:`eoracc.compiler.sweep`). A
+    second ``calibrate`` among them begins a sweep of its own.
     """
 
     def requires(self, group: LinearGroup) -> None:

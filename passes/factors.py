@@ -18,6 +18,7 @@ from eoracc.passes.singular import top_left_vectors
 
 __all__ = [
     "activation_scale",
+    "balanced",
     "energy_rank",
     "eora_factors",
     "gram_root",
@@ -242,7 +243,7 @@ def to_float16(factor: Float) -> NDArray[np.float16]:
     return np.clip(factor, -limit, limit).astype(np.float16)
 
 
-def _balanced(b: NDArray[Any], a: NDArray[Any]) -> tuple[Float, Float]:
+def balanced(b: NDArray[Any], a: NDArray[Any]) -> tuple[Float, Float]:
     """The same product with equal norms on both sides, so that float16 fits both alike."""
     left = np.linalg.norm(b, axis=0)
     right = np.linalg.norm(a, axis=1)
@@ -267,4 +268,4 @@ def _projected(
     vectors are the best in this one (Eckart and Young).
     """
     basis = top_left_vectors(weighted, rank)
-    return _balanced(basis, basis.T @ delta)
+    return balanced(basis, basis.T @ delta)

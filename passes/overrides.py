@@ -10,7 +10,8 @@
           lm_head: {bits: 8, group_size: 32}
 
 The last pattern that matches a linear wins. Linears outside the decoder blocks (``lm_head``) are
-left alone unless a pattern names them, which a bare ``*`` does not.
+left alone unless a pattern names them, which a bare ``*`` does not. What no pattern settles, a
+survey may have planned (:attr:`eoracc.compiler.linears.Linear.plan`).
 """
 
 from __future__ import annotations
@@ -83,16 +84,17 @@ class Overridable:
         matching = [pattern for pattern in self.overrides if fnmatchcase(linear.name, pattern)]
         if linear.block is None and not any(pattern.strip("*") for pattern in matching):
             return None
-        if not matching:
-            return replace(self, overrides={})
-        chosen = self.overrides[matching[-1]]
-        if chosen.skip:
-            return None
-        changes = {
-            option.name: value
-            for option in fields(chosen)
-            if option.name != "skip" and (value := getattr(chosen, option.name)) is not None
-        }
+        known = {option.name for option in fields(self)}
+        changes = {name: value for name, value in linear.plan.items() if name in known}
+        if matching:
+            chosen = self.overrides[matching[-1]]
+            if chosen.skip:
+                return None
+            changes |= {
+                option.name: value
+                for option in fields(chosen)
+                if option.name != "skip" and (value := getattr(chosen, option.name)) is not None
+            }
         return replace(self, overrides={}, **changes)
 
     def partition(self, group: LinearGroup) -> list[tuple[Self, list[Linear]]]:

@@ -71,9 +71,9 @@ def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
     """Put on record what ``linear`` as it is now loses of its output.
 
     The figure is ``||(T - W_hat) X||_F / ||T X||_F`` over the calibration tokens, for the weight
-    and factors as they are stored; 0 where the output is zero to begin with. ``T`` is the weight
-    ``W``, or with ``calibrate: {match: outputs}`` its target: what even the target cannot make good
-    of the prefix's errors is then no part of it.
+    and factors as they are stored, or for the product that took the weight's place; 0 where the
+    output is zero to begin with. ``T`` is the weight ``W``, or with ``calibrate: {match: outputs}``
+    its target: what even the target cannot make good of the prefix's errors is then no part of it.
 
     Args:
       pass_name: the stage that the error is recorded under.
@@ -82,7 +82,11 @@ def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
     """
     if linear.output_norm is None:
         linear.output_norm = float(np.linalg.norm(gram.target(linear.weight()) @ gram.root))
-    lost = residual_of(linear, gram).weighted
+    if linear.factorized is not None:
+        delta: NDArray[np.float32] = gram.target(linear.weight()) - linear.factorized.product()
+        lost: NDArray[np.float32] = delta @ gram.root
+    else:
+        lost = residual_of(linear, gram).weighted
     if linear.factors is not None:
         lost = lost - linear.factors.up() @ (linear.factors.down() @ gram.root)
     error = float(np.linalg.norm(lost))

@@ -1,0 +1,79 @@
+"""What a survey sees: the whole model, the calibration text, and the passes that it steers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from eoracc.compiler.executor import Batch, Executor, make_batches
+from eoracc.compiler.linears import Linear
+from eoracc.compiler.progress import Progress
+from eoracc.compiler.text import Windows
+from eoracc.passes.base import LayerPass
+
+__all__ = ["SurveyContext", "calibration_batches"]
+
+_BATCH = 4
+"""Calibration windows per batch: enough to fill the cores, few enough to stay in cache."""
+
+
+def calibration_batches(windows: Windows) -> list[Batch]:
+    """The windows of a calibration text in batches, graph inputs set."""
+    return make_batches(
+        windows.input_ids, windows.attention_mask, size=_BATCH, weights=windows.weights
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SurveyContext:
+    """One survey's view of a build.
+
+    Attributes:
+      model: the graph; a survey leaves it as it is.
+      linears: of the graph, in execution order.
+      windows: the calibration text; None where model.yaml gives none.
+      following: the layer passes of the next sweep, in order.
+      checkpoint: the original model as a Hugging Face folder.
+      trust_remote_code: let transformers run code that the checkpoint brings.
+      folder: where the survey may keep what took long; it lasts until the build succeeds.
+      key: digest of all that the findings depend on.
+      progress: shown a phase of the survey's own.
+    """
+
+    model: ir.Model
+    linears: Sequence[Linear]
+    windows: Windows | None
+    following: Sequence[LayerPass]
+    checkpoint: Path
+    trust_remote_code: bool
+    folder: Path
+    key: str
+    progress: Progress
+
+    def batches(self) -> list[Batch]:
+        """The calibration windows with graph inputs set, fresh on every call; empty for no text."""
+        return [] if self.windows is None else calibration_batches(self.windows)
+
+    def executor(self) -> Executor:
+        """A way to run a copy of the graph, whose linears may be compressed on trial."""
+        return Executor(self.model.clone())
+
+    def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``make`` finds, JSON-able; of an earlier run where that was interrupted later on."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == self.key:
+                found: dict[str, Any] = kept["found"]
+                return found
+        found = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"key": self.key, "found": found}), encoding="utf-8")
+        partial.replace(path)
+        return found
