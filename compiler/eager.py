@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_eager", "positions", "reference_logits", "replace_weights"]
+__all__ = ["load_eager", "module_rows", "positions", "reference_logits", "replace_weights"]
 
 
 def load_eager(
@@ -79,7 +79,7 @@ def replace_weights(model: PreTrainedModel, weights: Mapping[str, NDArray[np.flo
     _untie(model, modules, weights)
     for name in weights:
         weight = np.asarray(weights[name], np.float32)
-        targets = _targets(modules, model.config, name)
+        targets = [module.weight[rows] for module, rows in module_rows(modules, model.config, name)]
         width, rows = targets[0].shape[1], [target.shape[0] for target in targets]
         if weight.shape != (sum(rows), width):
             raise ModelError(
@@ -107,19 +107,35 @@ def _untie(
         head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
 
 
-def _targets(modules: Mapping[str, Any], config: PretrainedConfig, name: str) -> list[torch.Tensor]:
-    """Tensors ``[rows, in]`` that, one below the other, are the weight called ``name``."""
+def module_rows(
+    modules: Mapping[str, Any], config: PretrainedConfig, name: str
+) -> list[tuple[Any, slice]]:
+    """Where the weight called ``name`` lies in a model.
+
+    Args:
+      modules: of the model, by name.
+      config: of the model.
+      name: of a module, or of a part or a whole as in :func:`load_eager`.
+
+    Returns:
+      Modules and the rows of their weights that, one below the other, are that weight.
+
+    Raises:
+      ModelError: the model has no such module.
+    """
     if name in modules:
-        return [modules[name].weight]
+        return [(modules[name], slice(None))]
     parent, _, role = name.rpartition(".")
     parts = [modules.get(f"{parent}.{part}") for part in PARTS.get(role, ())]
     if parts and None not in parts:
-        return [part.weight for part in parts if part is not None]
+        return [(part, slice(None)) for part in parts]
     for whole, roles in PARTS.items():
         module = modules.get(f"{parent}.{whole}")
         if module is not None and role in roles:
             sizes = _part_sizes(config, whole, module.weight.shape[0])
-            return [module.weight.split(sizes)[roles.index(role)]]
+            place = roles.index(role)
+            first = sum(sizes[:place])
+            return [(module, slice(first, first + sizes[place]))]
     raise ModelError(f"the eager model has no module {name!r}: the graph names it differently")
 
 

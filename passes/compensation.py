@@ -120,7 +120,7 @@ class Compensation(Overridable, LayerPass):
         else:
             residual = residual_of(linear, gram)
             delta, weighted = residual.delta, residual.weighted
-        b, a = self.factors(delta, gram, rank, weighted=weighted)
+        b, a = self.factors_for(linear, delta, gram, rank, weighted=weighted)
         if factor_type != "int4":
             return store_factors(b, a, factor_type)
         # Rounding to four bits weighs errors once more, in a metric that may take an eigh to make.
@@ -131,6 +131,19 @@ class Compensation(Overridable, LayerPass):
         elif metric is not gram:
             lost = delta @ metric.root
         return store_factors(b, a, factor_type, gram=metric, weighted=lost)
+
+    def factors_for(
+        self,
+        linear: Linear,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """:meth:`factors`, for a pass that knows more of ``linear`` than its error."""
+        del linear
+        return self.factors(delta, gram, rank, weighted=weighted)
 
     def metric(self, gram: Gram | None) -> Gram | None:
         """The Gram that the pass weighs errors by; None weighs all inputs alike."""

@@ -12,14 +12,21 @@ from typing_extensions import override
 from eoracc.compiler.errors import PassError
 from eoracc.passes.base import register
 from eoracc.passes.compensation import Compensation
-from eoracc.passes.factors import energy_rank, eora_factors, svd_factors, top_of_gram
+from eoracc.passes.factors import (
+    energy_rank,
+    eora_factors,
+    gram_root,
+    output_weighted_factors,
+    svd_factors,
+    top_of_gram,
+)
 from eoracc.passes.gram import Gram
 from eoracc.passes.statistics import MIN_TOKENS, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import LinearGroup
+    from eoracc.compiler.linears import Linear, LinearGroup
 
 __all__ = ["Eora"]
 
@@ -38,6 +45,8 @@ class Eora(Compensation):
         that leaves no more, and ``rank`` at most; null gives all of them ``rank``.
       directions: weigh errors by the top so many eigenvectors of the input's Gram alone, and leave
         what tokens do outside of them out of account; null takes all.
+      weigh_outputs: whether outputs count for what ``calibrate_outputs`` has found, where it stands
+        before the sweep. Recorded errors are of the plain output either way.
       factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
         as float16, ``int4`` a quarter.
       overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
@@ -47,6 +56,7 @@ class Eora(Compensation):
     name: ClassVar[str] = "eora"
     energy: Annotated[float, Field(ge=0, le=1)] | None = None
     directions: Annotated[int, Field(ge=1)] | None = None
+    weigh_outputs: bool = True
 
     @override
     def requires(self, group: LinearGroup) -> None:
@@ -74,6 +84,28 @@ class Eora(Compensation):
         return Gram(top_of_gram(gram.matrix, self.directions), gram.tokens)
 
     @override
+    def factors_for(
+        self,
+        linear: Linear,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        metric = self.metric(gram)
+        if metric is None or linear.output_gram is None or not self.weigh_outputs:
+            return self.factors(delta, gram, rank, weighted=weighted)
+        if weighted is None or metric is not gram:
+            weighted = delta @ metric.root
+        outputs = linear.output_gram()
+        b, a = output_weighted_factors(delta, metric.matrix, outputs, rank, weighted=weighted)
+        if self.energy is None:
+            return b, a
+        root = gram_root(outputs.astype(np.float64)).T
+        return self._truncated(b, a, root @ b, a @ metric.root, root @ weighted)
+
+    @override
     def factors(
         self,
         delta: NDArray[np.float32],
@@ -87,22 +119,23 @@ class Eora(Compensation):
         metric = self.metric(gram)
         if metric is None:
             b, a = svd_factors(delta, rank)
-            return self._truncated(b, a, a, delta)
+            return self._truncated(b, a, b, a, delta)
         if weighted is None or metric is not gram:
             weighted = delta @ metric.root
         b, a = eora_factors(delta, metric.matrix, rank, weighted=weighted)
-        return self._truncated(b, a, a @ metric.root, weighted)
+        return self._truncated(b, a, b, a @ metric.root, weighted)
 
     def _truncated(
         self,
         b: NDArray[np.float64],
         a: NDArray[np.float64],
+        weighted_b: NDArray[np.floating],
         weighted_a: NDArray[np.floating],
         weighted: NDArray[np.floating],
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The first ranks of ``b`` and ``a``, as many as ``energy`` asks for."""
         if self.energy is None:
             return b, a
-        singular = np.linalg.norm(b, axis=0) * np.linalg.norm(weighted_a, axis=1)
+        singular = np.linalg.norm(weighted_b, axis=0) * np.linalg.norm(weighted_a, axis=1)
         rank = energy_rank(singular**2, float(np.linalg.norm(weighted)) ** 2, self.energy)
         return b[:, :rank], a[:rank]

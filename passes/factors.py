@@ -23,6 +23,7 @@ __all__ = [
     "eora_factors",
     "gram_root",
     "lqer_scale",
+    "output_weighted_factors",
     "scaled_factors",
     "svd_factors",
     "to_float16",
@@ -101,6 +102,61 @@ def eora_factors(
     if weighted is None:
         weighted = delta @ gram_root(gram).astype(delta.dtype, copy=False)
     return _projected(delta, weighted, rank)
+
+
+def output_weighted_factors(
+    delta: NDArray[np.floating],
+    gram: Float,
+    output_gram: NDArray[np.floating],
+    rank: int,
+    *,
+    weighted: NDArray[np.floating] | None = None,
+) -> tuple[Float, Float]:
+    """Low-rank factors that minimise an output error whose directions do not count alike.
+
+    With ``H = S S^T``, ``G = L L^T`` and ``E = delta - B A`` they minimise
+
+        ``tr(G E H E^T) = ||L^T E S||_F^2``.
+
+    Args:
+      delta: ``W - W_hat``, ``[out, in]``.
+      gram: ``H``, of the input: ``float64 [in, in]``, symmetric positive semidefinite, may be
+        singular.
+      output_gram: ``G``, what errors of the output count for: ``[out, out]``, likewise.
+      rank: columns of ``B``, in ``0..min(out, in)``.
+      weighted: ``delta @ gram_root(gram)``, for callers that have it already.
+
+    Returns:
+      ``B [out, rank]`` and ``A [rank, in]``, balanced. The error left is the tail
+      ``sum_{i > rank} sigma_i^2`` of the singular values of ``L^T delta S``. A pair whose singular
+      value is zero is zero.
+
+    Raises:
+      ValueError: ``rank`` is out of range.
+
+    Neither root is inverted. With ``U`` the top left singular vectors of ``M = L^T delta S``,
+
+        ``A = U^T L^T delta``    and    ``B = delta S (A S)^+``,
+
+    hence ``L^T B A S = M V V^T``, the best of that rank (Eckart and Young). For this ``A``, ``B``
+    is the least-squares solution without any ``G``: **outputs' weights choose what of the input is
+    corrected, not how**. Where ``G`` is singular, what the error does in its null space is free; of
+    all minimisers this one leaves the least there too, for the rows of ``A`` that it has. Where
+    ``G`` is a multiple of the identity the product is EoRA's.
+
+    >>> delta, alike = np.diag([3.0, 2.0]), np.eye(2)
+    >>> b, a = output_weighted_factors(delta, alike, np.diag([1.0, 4.0]), 1)
+    >>> np.round(b @ a, 12).tolist()
+    [[0.0, 0.0], [0.0, 2.0]]
+    """
+    _check_rank(rank, delta)
+    if weighted is None:
+        weighted = delta @ gram_root(gram).astype(delta.dtype, copy=False)
+    left = gram_root(np.asarray(output_gram, np.float64)).T.astype(delta.dtype, copy=False)
+    seen = left @ weighted
+    basis = top_left_vectors(seen, rank)
+    a = (basis.T @ left) @ delta
+    return balanced(_solved_for(weighted, basis.T @ seen), a)
 
 
 def svd_factors(delta: NDArray[np.floating], rank: int) -> tuple[Float, Float]:
@@ -251,6 +307,18 @@ def balanced(b: NDArray[Any], a: NDArray[Any]) -> tuple[Float, Float]:
     scale = np.sqrt(np.divide(right, left, out=np.zeros_like(left), where=used))
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=used)
     return b * scale, a * inverse[:, None]
+
+
+def _solved_for(target: NDArray[np.floating], rows: NDArray[np.floating]) -> Float:
+    """``B`` that minimises ``||target - B rows||_F``, of least norm; ``rows`` are near orthogonal.
+
+    By the normal equations, in float64: their condition is the square of the ratio of the rows'
+    norms, which are singular values that were worth keeping.
+    """
+    rows = np.asarray(rows, np.float64)
+    inner = np.linalg.pinv(rows @ rows.T, rcond=1e-13, hermitian=True)
+    solved: Float = (target @ rows.T) @ inner
+    return solved
 
 
 def _check_rank(rank: int, delta: NDArray[np.floating]) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "AddCrossProducts",
     "AddOuterProducts",
     "Gram",
+    "GramSum",
     "Residual",
     "accumulate_cross",
     "accumulate_gram",
@@ -111,6 +112,30 @@ class Gram:
         return feedback(self.matrix)
 
 
+class GramSum:
+    """The sum that :func:`accumulate_gram` makes, for callers that are handed rows one by one."""
+
+    def __init__(self, width: int, *, add: AddOuterProducts | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+          width: ``K``, of a row.
+          add: how products are made; None makes them in float32.
+        """
+        self._sum = _Sum(width, add or _add_outer_products)
+        self._tokens = 0.0
+
+    def add(self, rows: NDArray[np.float32], weights: NDArray[np.float32]) -> None:
+        """Add rows ``float32 [tokens, K]`` that count as ``weights``, ``float32 [tokens]``, say."""
+        for block in _weighted_blocks(weights, rows):
+            self._sum.add(*block)
+        self._tokens += float(weights.sum(dtype=np.float64))
+
+    def gram(self) -> Gram:
+        """The sum of all that has been added."""
+        return Gram(_mirrored(self._sum.total()), self._tokens)
+
+
 def accumulate_gram(
     batches: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]],
     in_features: int,
@@ -128,16 +153,10 @@ def accumulate_gram(
       in_features: ``K``.
       add: how products are made; None makes them in float32.
     """
-    total = 0.0
-
-    def blocks() -> Iterator[tuple[NDArray[np.float32], ...]]:
-        nonlocal total
-        for inputs, weights in batches:
-            yield from _weighted_blocks(weights, inputs)
-            total += float(weights.sum(dtype=np.float64))
-
-    matrix = _summed(blocks(), in_features, add or _add_outer_products)
-    return Gram(_mirrored(matrix), total)
+    total = GramSum(in_features, add=add)
+    for inputs, weights in batches:
+        total.add(inputs, weights)
+    return total.gram()
 
 
 def accumulate_cross(
@@ -157,10 +176,11 @@ def accumulate_cross(
     Returns:
       ``float64 [K, K]``, not symmetric.
     """
-    blocks = (
-        block for left, right, weights in pairs for block in _weighted_blocks(weights, left, right)
-    )
-    return _summed(blocks, in_features, add or _add_cross_products)
+    total = _Sum(in_features, add or _add_cross_products)
+    for left, right, weights in pairs:
+        for block in _weighted_blocks(weights, left, right):
+            total.add(*block)
+    return total.total()
 
 
 def output_matching(
@@ -197,24 +217,32 @@ def output_matching(
     return np.ascontiguousarray(solved.T, dtype=np.float32)
 
 
-def _summed(
-    blocks: Iterable[tuple[NDArray[np.float32], ...]], in_features: int, add: Callable[..., None]
-) -> NDArray[np.float64]:
-    """The sum of what ``add`` makes of each block."""
-    matrix = np.zeros((in_features, in_features))
-    partial = np.zeros((in_features, in_features), np.float32)
-    pending = 0
-    for block in blocks:
-        if pending + len(block[0]) > _SUM_TOKENS:
-            matrix += partial
-            partial[:] = 0
-            pending = 0
+class _Sum:
+    """A sum of products, in float32 over some thousand tokens, in float64 beyond."""
+
+    def __init__(self, width: int, add: Callable[..., None]) -> None:
+        self._matrix = np.zeros((width, width))
+        self._partial = np.zeros((width, width), np.float32)
+        self._pending = 0
+        self._add = add
+
+    def add(self, *block: NDArray[np.float32]) -> None:
+        """Add what ``add`` makes of a block."""
+        if self._pending + len(block[0]) > _SUM_TOKENS:
+            self._flush()
         # Values that are not finite are for the caller to find, in the result.
         with np.errstate(over="ignore", invalid="ignore"):
-            add(*block, partial)
-        pending += len(block[0])
-    matrix += partial
-    return matrix
+            self._add(*block, self._partial)
+        self._pending += len(block[0])
+
+    def total(self) -> NDArray[np.float64]:
+        self._flush()
+        return self._matrix
+
+    def _flush(self) -> None:
+        self._matrix += self._partial
+        self._partial[:] = 0
+        self._pending = 0
 
 
 def _weighted_blocks(

@@ -1,0 +1,168 @@
+"""Learn what errors of each linear's output count for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from typing_extensions import override
+
+from eoracc.compiler.errors import PassError
+from eoracc.passes.base import SurveyPass, register
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.gram import accumulate_gram
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from eoracc.compiler.linears import Linear
+    from eoracc.compiler.products import Precision
+    from eoracc.compiler.survey import SurveyContext
+    from eoracc.compiler.text import Windows
+
+__all__ = ["CalibrateOutputs"]
+
+_FOLDER = "output_grams"
+_TENSOR = "output_gram"
+
+OutputGram = Callable[[], NDArray[np.float32]]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOutputs(SurveyPass):
+    """Take a Gram of every linear's output, which says what errors there count for.
+
+    The passes of the next sweep that can (``eora``) then minimise ``tr(G E H E^T)`` in place of
+    ``tr(E H E^T)``, with the error ``E`` of the weight and the Gram ``H`` of the input. Both kinds
+    are those of the original model.
+
+    Options:
+      by: ``logits``: ``G = E[g g^T]`` of the gradients ``g`` of the model's predictions at the
+        output, the Fisher information, which the divergence of the predictions grows with
+        (arXiv:1503.05671). Takes a forward and a backward pass over the calibration text.
+        ``covariance``: ``G = E[y y^T]`` of the outputs ``y`` themselves, bias left out: directions
+        count for what they carry. ``inverse_covariance``: ``G = E[y y^T]^-1``: all directions
+        count alike in units of what they carry.
+      labels: for ``logits``, whose next token a gradient is of: ``model`` draws it from the model's
+        predictions, as the Fisher information wants it; ``text`` takes the text's own.
+      samples: labels drawn for each token, each with a backward pass of its own.
+      seed: of the draws.
+      damping: what is added to the diagonal of ``G``, as a fraction of its mean: the larger, the
+        more alike outputs count. ``inverse_covariance`` adds it before inverting.
+      precision: of the passes over the text, as in ``calibrate``.
+    """
+
+    name: ClassVar[str] = "calibrate_outputs"
+    by: Literal["logits", "covariance", "inverse_covariance"] = "logits"
+    labels: Literal["model", "text"] = "model"
+    samples: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @override
+    def survey(self, context: SurveyContext) -> dict[str, Any]:
+        windows = context.windows
+        if windows is None:
+            raise PassError(self.name, "has no text: give 'calibration' in model.yaml")
+        linears = {one.name: one for one in context.linears if one.block is not None}
+        if not linears:
+            raise PassError(self.name, "the model has no linear in a decoder block")
+        take = self._of_gradients if self.by == "logits" else self._of_outputs
+        found = context.remember("output_grams", lambda: take(context, windows, linears))
+        for linear in linears.values():
+            linear.output_gram = self._gram_of(linear, linears, context.folder)
+        return {"by": self.by, "linears": len(linears), "tokens": windows.tokens, **found}
+
+    def _of_gradients(
+        self, context: SurveyContext, windows: Windows, linears: Mapping[str, Linear]
+    ) -> dict[str, Any]:
+        # Load torch: a list of the passes, say, has no need of it.
+        from eoracc.compiler.eager import load_eager  # noqa: PLC0415
+        from eoracc.compiler.output_gradients import output_gradient_grams  # noqa: PLC0415
+
+        output_gradient_grams(
+            load_eager(context.checkpoint, {}, trust_remote_code=context.trust_remote_code),
+            list(dict.fromkeys(_unfactorized(name, linears) for name in linears)),
+            windows,
+            folder=context.folder / _FOLDER,
+            key=context.key,
+            labels=self.labels,
+            draws=self.samples,
+            seed=self.seed,
+            precision=self._resolved_precision,
+            progress=context.progress,
+        )
+        return {"labels": self.labels, "samples": self.samples, "seed": self.seed}
+
+    def _of_outputs(
+        self, context: SurveyContext, windows: Windows, linears: Mapping[str, Linear]
+    ) -> dict[str, Any]:
+        from eoracc.compiler import products  # noqa: PLC0415
+        from eoracc.compiler.executor import Executor  # noqa: PLC0415
+        from eoracc.compiler.linears import Linear  # noqa: PLC0415
+
+        del windows, linears
+        precision = self._resolved_precision
+        add = products.add_outer_products if precision == "bfloat16" else None
+        executor, batches = Executor(context.model.clone(), precision=precision), context.batches()
+        (context.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+        with context.progress.phase("outputs", executor.head_level) as phase:
+            executor.start(batches)
+            for level in range(executor.head_level):
+                for group in executor.levels[level]:
+                    inputs = (
+                        (executor.inputs_of(group, one), one.token_weights) for one in batches
+                    )
+                    gram = accumulate_gram(inputs, group.linears[0].in_features, add=add)
+                    for linear in group.linears:
+                        weight = linear.weight().astype(np.float64)
+                        mean = weight @ gram.matrix @ weight.T / max(gram.tokens, 1.0)
+                        path = _file(context.folder, linear.name)
+                        save_file({_TENSOR: mean.astype(np.float32)}, path)
+                executor.step(level, batches, Linear.weight)
+                phase.advance(f"block {executor.levels[level][0].linears[0].block}")
+        return {}
+
+    def _gram_of(self, linear: Linear, linears: Mapping[str, Linear], folder: Path) -> OutputGram:
+        """What loads the Gram of one linear's output."""
+        whole = _unfactorized(linear.name, linears) if self.by == "logits" else linear.name
+
+        def load() -> NDArray[np.float32]:
+            with safe_open(_file(folder, whole), framework="numpy") as file:
+                gram: NDArray[np.float64] = file.get_tensor(_TENSOR).astype(np.float64)
+            if linear.name == f"{whole}.v":
+                # Its output is what `u` takes.
+                after = linears[f"{whole}.u"].weight().astype(np.float64)
+                gram = after.T @ gram @ after
+            return self._damped(gram).astype(np.float32)
+
+        return load
+
+    def _damped(self, gram: NDArray[np.float64]) -> NDArray[np.float64]:
+        level = float(np.trace(gram)) / len(gram)
+        if level == 0:  # nothing depends on the output, or it is always zero
+            return np.eye(len(gram))
+        gram = gram + self.damping * level * np.eye(len(gram))
+        return np.linalg.pinv(gram, hermitian=True) if self.by == "inverse_covariance" else gram
+
+    @property
+    def _resolved_precision(self) -> Precision:
+        return Calibrate(precision=self.precision).resolved_precision
+
+
+def _unfactorized(name: str, linears: Mapping[str, Linear]) -> str:
+    """The linear of the original model that ``name`` is, or is a factor of."""
+    whole, _, role = name.rpartition(".")
+    return whole if role in ("u", "v") and {f"{whole}.u", f"{whole}.v"} <= set(linears) else name
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / _FOLDER / f"{name}.safetensors"
