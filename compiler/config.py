@@ -58,15 +58,27 @@ __all__ = [
 _QUANTIZE = ("quantize_gptq", "quantize_rtn")
 _BY_WEIGHT = ("svd", "zeroquant_v2")
 _BY_ACTIVATION = ("activation_scaled", "eora", "lqer")
+_FACTORIZE_BY_ACTIVATION = (
+    "erc_svd",
+    "factorize_activation_scaled",
+    "nsvd",
+    "saes_svd",
+    "svd_llm",
+    "svd_llm_v2",
+)
+_FACTORIZE = ("factorize_svd", *_FACTORIZE_BY_ACTIVATION)
 _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "quantize_gptq": (("calibrate",),),
     **dict.fromkeys(_BY_WEIGHT, (_QUANTIZE,)),
     **dict.fromkeys(_BY_ACTIVATION, (("calibrate",), _QUANTIZE)),
     "quantize_factors": (_BY_WEIGHT + _BY_ACTIVATION,),
+    **dict.fromkeys(_FACTORIZE_BY_ACTIVATION, (("calibrate",),)),
 }
 """What must stand somewhere before a pass: one name out of every group."""
 
-_BEFORE: Mapping[str, tuple[str, ...]] = {"pack_projections": ("calibrate", *_QUANTIZE)}
+_BEFORE: Mapping[str, tuple[str, ...]] = {
+    "pack_projections": ("calibrate", *_QUANTIZE, *_FACTORIZE)
+}
 """What a pass must stand before, where both are there."""
 
 
@@ -410,7 +422,8 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
 
 def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
     """Why the pass ``name`` cannot stand after ``before``."""
-    if name in before:
+    # A second 'calibrate' begins another sweep, but not where the first has nothing to show.
+    if name in before and not (name == "calibrate" and before[-1] != name):
         yield "stands twice: keep one"
     for group in _NEEDS.get(name, ()):
         if not set(group) & set(before):

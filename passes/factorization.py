@@ -67,7 +67,7 @@ class Factorization(Overridable, LayerPass):
         """Factorise one weight.
 
         Args:
-          weight: what the product is to come near, ``[N, K]`` (:meth:`.Gram.target`).
+          weight: what the product is to come near, ``[N, K]`` (:meth:`target`).
           gram: of the input, where statistics were taken.
           rank: of the product, in ``1..min(N, K)``.
 
@@ -78,6 +78,10 @@ class Factorization(Overridable, LayerPass):
           PassError: the pass needs a Gram, and there is none.
         """
 
+    def target(self, weight: NDArray[np.float32], gram: Gram | None) -> NDArray[np.float32]:
+        """What the product is to come near, ``[N, K]``."""
+        return weight if gram is None else gram.target(weight)
+
     @override
     def call(self, group: LinearGroup) -> bool:
         changed = False
@@ -85,9 +89,7 @@ class Factorization(Overridable, LayerPass):
             if options.ratio == 0:
                 continue
             for linear in linears:
-                weight = linear.weight()
-                if group.gram is not None:
-                    weight = group.gram.target(weight)
+                weight = options.target(linear.weight(), group.gram)
                 rank = factorized_rank(linear.out_features, linear.in_features, options.ratio)
                 u, v = options.solve(weight, group.gram, rank)
                 linear.factorize(u.astype(np.float32), v.astype(np.float32))

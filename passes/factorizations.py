@@ -13,7 +13,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from eoracc.passes.factors import activation_scale, balanced, gram_root
+from eoracc.passes.factors import activation_scale
 from eoracc.passes.singular import top_left_vectors
 from eoracc.passes.staged import Stage, staged_factors
 
@@ -100,8 +100,9 @@ def spectral_root(gram: Float) -> Float:
     Cholesky factor because it exists for singular Grams too. Eigenvalues that rounding made
     negative count as zero.
 
-    >>> spectral_root(np.diag([4.0, 0.0])).round(6).tolist()
-    [[0.0, 2.0], [0.0, 0.0]]
+    >>> root = spectral_root(np.diag([4.0, 0.0]))
+    >>> (root @ root.T).round(6).tolist()
+    [[4.0, 0.0], [0.0, 0.0]]
     """
     values, vectors = scipy.linalg.eigh(gram)
     return np.asarray(vectors * np.sqrt(values.clip(min=0)), np.float64)
@@ -129,11 +130,12 @@ def truncation_loss(weight: NDArray[np.floating], root: Float, rank: int) -> flo
 def nested_factors(
     weight: NDArray[np.floating], root: Float, rank: int, *, share: float = NESTED_SHARE
 ) -> tuple[Float, Float]:
-    """NSVD: ``k1 = share * rank`` directions by activations, the rest by the plain SVD of what is left.
+    """NSVD: ``k1 = share * rank`` directions by activations, the rest by the plain SVD of the rest.
 
     Args:
       weight: ``[N, K]``.
-      root: ``S``, ``float64 [K, K]``, ``S S^T = H``: Cholesky is the paper's NSVD-I, spectral NSVD-II.
+      root: ``S``, ``float64 [K, K]``, ``S S^T = H``; by Cholesky the paper's NSVD-I, spectral its
+        NSVD-II.
       rank: in ``0..min(N, K)``.
       share: ``k1 / k`` in 0..1; 1 is SVD-LLM, 0 the plain SVD.
 
@@ -194,8 +196,8 @@ def alignment_weight(signal: Float, drift: Float, rank: int) -> float:
         ``rho(beta) = ||P_L (S + beta D) P_R||^2 / ||S + beta D||^2``,
         ``P_L = I - U_r U_r^T``, ``P_R = I - V_r V_r^T``,
 
-    whose stationary points solve ``(cB - bC) beta^2 + (cA - aC) beta + (bA - aB) = 0``; the least of
-    those within 0..1 and of both ends is taken.
+    whose stationary points solve ``(cB - bC) beta^2 + (cA - aC) beta + (bA - aB) = 0``; of those
+    within 0..1 and of both ends the one with the least share is taken.
 
     Args:
       signal: ``S = W H^1/2``, ``[N, K]``.

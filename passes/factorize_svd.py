@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from eoracc.passes.base import register
 from eoracc.passes.factorization import Factorization
-from eoracc.passes.factors import svd_factors
+from eoracc.passes.factorizations import plain_factors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,4 +36,4 @@ class FactorizeSvd(Factorization):
     def solve(
         self, weight: NDArray[np.float32], gram: Gram | None, rank: int
     ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-        return svd_factors(weight, rank)
+        return plain_factors(weight, rank)

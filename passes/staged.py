@@ -1,9 +1,10 @@
 """Low-rank weights by projection: the core that all factorisations share.
 
-A factorisation replaces ``W`` by ``u v``. Where ``u`` is orthonormal, ``v = u^T W`` is the best there
-is in *every* metric of the inputs, for ``W - u v = (I - u u^T) W`` has nothing left in the span of
-``u``. So plain, activation-scaled, whitened, nested and residual-compensated SVDs are all projections
-``W_hat = P W``, ``P = u u^T``, and differ in the span they choose. No metric is ever inverted.
+A factorisation replaces ``W`` by ``u v``. Where ``u`` is orthonormal, ``v = u^T W`` is the best
+there is in *every* metric of the inputs, for ``W - u v = (I - u u^T) W`` has nothing left in the
+span of ``u``. So plain, activation-scaled, whitened, nested and residual-compensated SVDs are all
+projections ``W_hat = P W``, ``P = u u^T``, and differ in the span they choose. No metric is ever
+inverted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from eoracc.passes.factors import balanced
 from eoracc.passes.singular import top_left_vectors
 
-__all__ = ["Stage", "factorized_parameters", "rank_for_ratio", "staged_factors"]
+__all__ = ["Stage", "staged_factors"]
 
 Float = NDArray[np.float64]
 
@@ -46,9 +47,9 @@ def staged_factors(weight: NDArray[np.floating], stages: Sequence[Stage]) -> tup
     """The factors that a sequence of truncated SVDs, each of the residual before it, adds up to.
 
     Stage ``t`` takes the top left singular vectors ``U_t`` of ``R_t S_t``, where ``R_1 = W`` and
-    ``R_{t+1} = R_t - U_t U_t^T R_t``. Each stage is orthogonal to the ones before, so that the whole
-    is ``u = [U_1 U_2 ...]``, ``v = u^T W``. Stages in the *same* metric equal one SVD of their ranks'
-    sum.
+    ``R_{t+1} = R_t - U_t U_t^T R_t``. Each stage is orthogonal to the ones before, so that the
+    whole is ``u = [U_1 U_2 ...]``, ``v = u^T W``. Stages in the *same* metric equal one SVD of
+    their ranks' sum.
 
     A metric that does not tell so many directions apart (a singular Gram) gives those it does;
     the rest of that stage's rank goes to the plain SVD of what is left.
@@ -82,30 +83,6 @@ def staged_factors(weight: NDArray[np.floating], stages: Sequence[Stage]) -> tup
     if not bases:
         return np.zeros((len(left), 0)), np.zeros((0, left.shape[1]))
     return balanced(np.concatenate(bases, axis=1), np.concatenate(rows))
-
-
-def rank_for_ratio(ratio: float, out_features: int, in_features: int) -> int:
-    """The rank that removes the share ``ratio`` of a weight's parameters, 1 at least.
-
-    ``r = floor((1 - R_l) m n / (m + n))``, so that ``r (m + n) <= (1 - R_l) m n``.
-
-    Source: Bai et al., ERC-SVD, arXiv:2505.20112; so does all of the family count.
-
-    >>> rank_for_ratio(0.2, 576, 576), rank_for_ratio(0.99, 4, 4)
-    (230, 1)
-    """
-    whole = out_features * in_features / (out_features + in_features)
-    # One ulp: 0.8 of a multiple of five must not lose a rank to the representation of 0.2.
-    return max(1, int((1 - ratio) * whole * (1 + 1e-12)))
-
-
-def factorized_parameters(rank: int, out_features: int, in_features: int) -> int:
-    """Parameters of two factors, ``r (m + n)``.
-
-    >>> factorized_parameters(230, 576, 576)
-    264960
-    """
-    return rank * (out_features + in_features)
 
 
 def _directions(left: Float, stage: Stage) -> list[Float]:
