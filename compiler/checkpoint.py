@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler.executor import Batch
-from eoracc.compiler.linears import Linear
+from eoracc.compiler.linears import Factorized, Linear
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
 __all__ = ["AdapterCheckpoint", "SweepCheckpoint"]
@@ -58,9 +59,15 @@ class _Checkpoint:
     def _finished(
         self, state: Mapping[str, Any]
     ) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
-        """What is known of each finished linear, with the arrays of the file that holds it."""
+        """What is known of each finished linear, with the arrays of the file that holds it.
+
+        The factors of weights are mapped and stay where they are.
+        """
         for file in state["operands"]:
-            arrays = load_file(self.folder / file["name"])
+            path = self.folder / file["name"]
+            arrays = _map_factors(path)
+            with safe_open(path, framework="numpy") as stored:
+                arrays |= {name: stored.get_tensor(name) for name in {*stored.keys()} - {*arrays}}
             for meta in file["linears"]:
                 yield meta, arrays
 
@@ -76,8 +83,12 @@ class _Checkpoint:
         metas: Sequence[Mapping[str, Any]],
         arrays: dict[str, Array],
         batches: Sequence[Batch],
-    ) -> None:
-        """Add linears, which have been finished since the last time, to what is kept."""
+    ) -> str:
+        """Add linears, which have been finished since the last time, to what is kept.
+
+        Returns:
+          The name of the file that holds their arrays.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self._state() or {"key": self.key, "operands": [], "activations": []}
         name = f"operands-{position:05d}.safetensors"
@@ -98,6 +109,7 @@ class _Checkpoint:
         for old in set(stale) - set(live):
             (self.folder / old).unlink(missing_ok=True)
         self._saved_s = time.monotonic()
+        return name
 
     def _kept(self) -> set[str]:
         """Names of the linears that are on disk."""
@@ -141,7 +153,15 @@ class SweepCheckpoint(_Checkpoint):
         batches: Sequence[Batch],
         comparisons: Mapping[str, Mapping[str, LowRank]],
     ) -> None:
-        """Keep what has been finished since the last save; ``position`` levels are."""
+        """Keep what has been finished since the last save; ``position`` levels are.
+
+        Args:
+          position: levels that are finished.
+          linears: of those levels. The factors of those that have been factorised are mapped from
+            what is kept, and no longer held in memory.
+          batches: the activations at the point reached.
+          comparisons: the comparators' factors.
+        """
         kept = self._kept()
         # What a quantizing pass leaves out has an error of zero on record, and no weight to keep.
         fresh = [
@@ -152,7 +172,11 @@ class SweepCheckpoint(_Checkpoint):
         ]
         arrays: dict[str, Array] = {}
         metas = [_keep(linear, arrays, comparisons) for linear in fresh]
-        self._write(position, metas, arrays, batches)
+        name = self._write(position, metas, arrays, batches)
+        mapped = _map_factors(self.folder / name)
+        for linear in fresh:
+            if linear.factorized is not None:
+                linear.hold_factors(_factorized(linear.name, mapped))
 
 
 class AdapterCheckpoint(_Checkpoint):
@@ -207,8 +231,9 @@ def _keep(
 ) -> dict[str, Any]:
     meta = {"name": linear.name, "errors": linear.errors, "notes": linear.notes}
     if linear.factorized is not None:
-        arrays[f"{linear.name}/u"] = linear.factorized.u
-        arrays[f"{linear.name}/v"] = linear.factorized.v
+        # As the graph holds them, so that it can map them from the file.
+        arrays[f"{linear.name}/u"] = linear.factorized.u.T
+        arrays[f"{linear.name}/v"] = linear.factorized.v.T
     weight = linear.compressed
     if weight is None:
         return meta
@@ -235,10 +260,12 @@ def _restore(
     arrays: Mapping[str, Array],
     comparisons: Mapping[str, dict[str, LowRank]],
 ) -> None:
-    linear.errors.update(meta["errors"])
-    linear.notes.extend(meta["notes"])
+    # Whole: what an earlier sweep has put there is part of what was kept.
+    linear.errors = dict(meta["errors"])
+    linear.notes[:] = meta["notes"]
     if f"{linear.name}/u" in arrays:
-        linear.factorize(arrays[f"{linear.name}/u"], arrays[f"{linear.name}/v"])  # type: ignore[arg-type]
+        factors = _factorized(linear.name, arrays)
+        linear.factorize(factors.u, factors.v)
     if "bits" not in meta:
         return
     linear.quantize(
@@ -257,6 +284,24 @@ def _restore(
             comparisons[name][linear.name] = factors
         else:
             linear.compensate(factors)
+
+
+def _factorized(linear: str, arrays: Mapping[str, Array]) -> Factorized:
+    """The factors of ``linear`` among ``arrays``, as views of those."""
+    return Factorized(arrays[f"{linear}/u"].T, arrays[f"{linear}/v"].T)  # type: ignore[arg-type]
+
+
+def _map_factors(path: Path) -> dict[str, Array]:
+    """The factors of weights in a safetensors file, mapped: what is used of them is read then."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    content = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
+    return {
+        name: content[slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"])
+        for name, entry in header.items()
+        if name.endswith(("/u", "/v"))
+    }
 
 
 def _keep_factors(linear: str, name: str, factors: LowRank, arrays: dict[str, Array]) -> int:

@@ -49,6 +49,11 @@ class Embedding:
         """Embeddings lie outside of the decoder blocks; see :attr:`Linear.block`."""
         return None
 
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """Names that a pattern may go by; see :attr:`Linear.known_as`."""
+        return (self.name,)
+
     def weight(self) -> NDArray[np.float32]:
         """The original table, ``float32 [rows, width]``."""
         return np.asarray(self.source.numpy(), np.float32)

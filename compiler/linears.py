@@ -2,8 +2,8 @@
 
 A linear is a ``MatMul`` whose right operand is an initializer (possibly through a ``Transpose``),
 or the ``eoracc::MatMulNBitsLowRank`` that compression put in its place. The view writes through:
-:meth:`Linear.quantize` and :meth:`Linear.compensate` change the graph at once, so that the graph
-alone says what has been compressed.
+:meth:`Linear.quantize`, :meth:`Linear.compensate` and :meth:`Linear.factorize` change the graph at
+once, so that the graph alone says what has been compressed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "Linear",
     "LinearGroup",
     "block_of",
+    "find_again",
     "find_linears",
     "stored_factors",
 ]
@@ -63,6 +64,8 @@ def block_of(name: str) -> int | None:
 @dataclass(frozen=True, eq=False)
 class Factorized:
     """A weight as a product of two, ``W ~ u v``.
+
+    The arrays are views of what the graph holds, which is their transposes.
 
     Attributes:
       u: ``float32 [N, r]``.
@@ -97,7 +100,9 @@ class Linear:
       compressed: the weight after quantization.
       factors: its low-rank compensation.
       factorized: the weight after factorisation. The graph holds two matmuls by now, which the
-        next view of it shows as linears of their own, ``<name>.v`` and ``<name>.u``.
+        next view of it (:func:`find_again`) shows as linears of their own, ``<name>.v`` and
+        ``<name>.u``.
+      whole: the linear that this one is a factor of; None for one of the checkpoint.
       plan: options that a survey has decided for this linear, by the option's name.
       output_gram: loads ``G``, ``float32 [N, N]``, by which a survey weighs errors of the output.
       output_norm: ``||T X||_F`` over the calibration tokens, with what compression is to come near
@@ -115,6 +120,7 @@ class Linear:
     compressed: NBitsWeight | None = None
     factors: LowRank | None = None
     factorized: Factorized | None = None
+    whole: Linear | None = None
     plan: dict[str, Any] = field(default_factory=dict)
     output_gram: Callable[[], NDArray[np.float32]] | None = None
     output_norm: float | None = None
@@ -128,8 +134,14 @@ class Linear:
 
     @property
     def role(self) -> str:
-        """Last part of the name: ``q_proj``."""
-        return self.name.rpartition(".")[2]
+        """Last part of the name: ``q_proj``; of a factor ``q_proj.v`` or ``q_proj.u``."""
+        role = self.name.rpartition(".")[2]
+        return role if self.whole is None else f"{self.whole.role}.{role}"
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """Names that a pattern may go by: its own, and that of the weight it is a factor of."""
+        return (self.name,) if self.whole is None else (self.name, self.whole.name)
 
     @property
     def input(self) -> ir.Value:
@@ -188,6 +200,10 @@ class Linear:
         Args:
           u: ``float32 [N, r]``.
           v: ``float32 [r, K]``.
+
+        Raises:
+          PassError: the factors do not fit or are not finite, the linear is compressed already or
+            stands outside the decoder blocks.
         """
         if (len(u), v.shape[1], u.shape[1]) != (self.out_features, self.in_features, len(v)):
             raise PassError(
@@ -195,14 +211,27 @@ class Linear:
                 f"factors {list(u.shape)} and {list(v.shape)} cannot replace "
                 f"[{self.out_features}, {self.in_features}]",
             )
+        if not (np.isfinite(u).all() and np.isfinite(v).all()):
+            raise PassError(
+                self.name, "its factors hold NaN or Inf: its weight or its gram is out of scale"
+            )
+        if self.block is None:
+            raise PassError(
+                self.name,
+                "stands outside the decoder blocks, where nothing is factorised: "
+                "take the pattern that names it out of 'overrides'",
+            )
+        if self.whole is not None:
+            raise PassError(self.name, "is a factor already: keep one factorising pass")
         if self.compressed is not None or self.factorized is not None:
             raise PassError(
                 self.name, "is compressed already: factorise it before anything else is done to it"
             )
-        self.factorized = Factorized(u, v)
+        stored_u, stored_v = (np.ascontiguousarray(factor.T) for factor in (u, v))
+        self.factorized = Factorized(stored_u.T, stored_v.T)
         replaced, stale = self.node, tuple(self.node.inputs[1:])
         first = ir.node(
-            "MatMul", [self.input, self._initializer("v.weight", v.T)], name=f"{self.name}.v"
+            "MatMul", [self.input, self._initializer("v.weight", stored_v)], name=f"{self.name}.v"
         )
         (inner,) = first.outputs
         inner.name = f"{self.name}.v.output"
@@ -210,7 +239,7 @@ class Linear:
         if self.input.shape is not None:
             inner.shape = ir.Shape([*self.input.shape[:-1], len(v)])
         second = ir.node(
-            "MatMul", [inner, self._initializer("u.weight", u.T)], name=f"{self.name}.u"
+            "MatMul", [inner, self._initializer("u.weight", stored_u)], name=f"{self.name}.u"
         )
         graph = self._graph
         ir.convenience.replace_nodes_and_values(
@@ -218,6 +247,26 @@ class Linear:
         )
         self.node = second
         _drop_unused_initializers(graph, stale)
+
+    def hold_factors(self, factorized: Factorized) -> None:
+        """Hold ``factorized``, equal to what :attr:`factorized` is, in its place.
+
+        Of a large model the factors take as much memory as most of its weights: once they are on
+        disk, arrays that are mapped from there stand for them.
+        """
+        assert self.factorized is not None  # noqa: S101 - only of what has been factorised
+        self.factorized = factorized
+        first, second = self._factor_nodes()
+        for node, factor in ((first, factorized.v), (second, factorized.u)):
+            value = node.inputs[1]
+            assert value is not None  # noqa: S101 - a MatMul always has two inputs
+            value.const_value = ir.tensor(factor.T, name=value.name)
+
+    def _factor_nodes(self) -> tuple[ir.Node, ir.Node]:
+        """The matmuls with ``v`` and with ``u`` of a linear that has been factorised."""
+        first = self.input.producer()
+        assert first is not None  # noqa: S101 - factorize() has put it there
+        return first, self.node
 
     def compensate(self, factors: LowRank | None) -> None:
         """Give the linear low-rank factors, or take them away with None."""
@@ -318,6 +367,27 @@ def find_linears(model: ir.Model) -> list[Linear]:
             if linear is not None:
                 linears.append(linear)
     return linears
+
+
+def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
+    """All linears of ``model``, those that passes have factorised as two each.
+
+    Args:
+      model: the graph.
+      before: its linears until now. Those that are still one matmul are returned as they are; of
+        the others the factors know them as their :attr:`Linear.whole`.
+    """
+    wholes: dict[ir.Node, Linear] = {}
+    known: dict[ir.Node, Linear] = {}
+    for linear in before:
+        if linear.factorized is None:
+            known[linear.node] = linear
+        else:
+            wholes |= dict.fromkeys(linear._factor_nodes(), linear)  # noqa: SLF001 - its own module
+    found = find_linears(model)
+    for linear in found:
+        linear.whole = wholes.get(linear.node)
+    return [known.get(linear.node, linear) for linear in found]
 
 
 def _from_matmul(node: ir.Node) -> Linear | None:

@@ -23,7 +23,7 @@ from eoracc.compiler.embeddings import find_embeddings
 from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.linears import Linear, find_linears
+from eoracc.compiler.linears import find_again, find_linears
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.survey import SurveyContext, calibration_batches
 from eoracc.compiler.sweep import Comparisons, run_sweep
@@ -138,7 +138,7 @@ def _sweep(
     progress: Progress,
 ) -> None:
     names = [table.name for table in compressed.embeddings]
-    names += [linear.name for linear in compressed.linears]
+    names += [name for linear in compressed.linears for name in linear.known_as]
     for item in passes:
         if isinstance(item, Overridable) and (unmatched := item.unmatched_overrides(names)):
             raise ConfigError(
@@ -164,13 +164,7 @@ def _sweep(
             quantize_embedding_tables(item, compressed.embeddings, compressed.linears)
     spec.check(compressed.model, spec.Stage.COMPRESSED, after=passes[-1].name)
     if any(linear.factorized is not None for linear in compressed.linears):
-        compressed.linears = _found_anew(compressed)
-
-
-def _found_anew(compressed: Compressed) -> list[Linear]:
-    """The linears of the graph: those that a sweep has factorised as two each."""
-    known = {linear.node: linear for linear in compressed.linears if linear.factorized is None}
-    return [known.get(linear.node, linear) for linear in find_linears(compressed.model)]
+        compressed.linears = find_again(compressed.model, compressed.linears)
 
 
 def _key(

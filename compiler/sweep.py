@@ -75,6 +75,8 @@ def run_sweep(
             for group in groups:
                 if forward is not None:
                     forward.show(group)
+                for linear in group.linears:
+                    linear.output_norm = None  # of an earlier sweep's statistics
                 for layer_pass in passes:
                     layer_pass.requires(group)
                     with one_thread(layer_pass):
@@ -89,12 +91,29 @@ def run_sweep(
                     # Trimmed too: between activations that come and go, the heap fills with holes.
                     release_memory()
                     if checkpoint.is_due:
-                        checkpoint.save(level + 1, executor.linears, live, comparisons)
+                        _save(checkpoint, level + 1, executor, live, comparisons)
             phase.advance(f"block {_block(executor, level)}")
     if begin < len(executor.levels):
         # Without activations: nothing goes on from the end but what comes after the sweep.
-        checkpoint.save(len(executor.levels), executor.linears, [], comparisons)
+        _save(checkpoint, len(executor.levels), executor, [], comparisons)
     return comparisons
+
+
+def _save(
+    checkpoint: SweepCheckpoint,
+    position: int,
+    executor: Executor,
+    live: Sequence[Batch],
+    comparisons: Comparisons,
+) -> None:
+    # What lies ahead may be compressed too, by an earlier sweep: this one has not been there yet.
+    finished = [
+        linear
+        for groups in executor.levels[:position]
+        for group in groups
+        for linear in group.linears
+    ]
+    checkpoint.save(position, finished, live, comparisons)
 
 
 class ForwardPass:

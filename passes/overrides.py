@@ -9,7 +9,8 @@
           "model.layers.0.*": {skip: true}
           lm_head: {bits: 8, group_size: 32}
 
-The last pattern that matches a linear wins. Linears outside the decoder blocks (``lm_head``) are
+The last pattern that matches a linear wins; one that matches a weight which has been factorised
+holds for both of its factors, ``<name>.v`` and ``<name>.u``. Linears outside the decoder blocks (``lm_head``) are
 left alone unless a pattern names them, which a bare ``*`` does not. What no pattern settles, a
 survey may have planned (:attr:`eoracc.compiler.linears.Linear.plan`).
 """
@@ -68,6 +69,9 @@ class QuantizeOverride(Override):
 class Overridable:
     """Mixin for passes with an ``overrides`` option; subclasses give it its type."""
 
+    not_planned: ClassVar[frozenset[str]] = frozenset()
+    """Options that no survey steers, though a planned option of another pass has their name."""
+
     overrides: Mapping[str, Override]
 
     def unmatched_overrides(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -81,10 +85,14 @@ class Overridable:
 
     def options_for(self, linear: Linear | Embedding) -> Self | None:
         """The pass with the options that hold for ``linear``, or None where it is left out."""
-        matching = [pattern for pattern in self.overrides if fnmatchcase(linear.name, pattern)]
+        matching = [
+            pattern
+            for pattern in self.overrides
+            if any(fnmatchcase(name, pattern) for name in linear.known_as)
+        ]
         if linear.block is None and not any(pattern.strip("*") for pattern in matching):
             return None
-        known = {option.name for option in fields(self)}
+        known = {option.name for option in fields(self)} - self.not_planned
         changes = {name: value for name, value in linear.plan.items() if name in known}
         if matching:
             chosen = self.overrides[matching[-1]]
