@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from typing_extensions import override
 
 from eoracc.compiler.errors import ModelError
 from eoracc.compiler.names import PARTS
@@ -40,6 +42,7 @@ def load_eager(
       folder: a Hugging Face folder in safetensors form.
       weights: by module name, ``float32 [out, in]``. A name may be a part of a module that the
         family stores fused (``q_proj`` of ``qkv_proj``) or a packed module that it stores in parts.
+        ``NAME.v [r, in]`` and ``NAME.u [out, r]`` make two modules of the one called ``NAME``.
         Values are read one at a time, so a lazy mapping keeps memory at one model.
       trust_remote_code: let transformers run code that the checkpoint brings.
 
@@ -75,6 +78,10 @@ def replace_weights(model: PreTrainedModel, weights: Mapping[str, NDArray[np.flo
     Raises:
       ModelError: a name that the model does not have, or a weight of another shape.
     """
+    for name in weights:
+        whole, _, factor = name.rpartition(".")
+        if factor == "v" and f"{whole}.u" in weights:
+            _factorize(model, whole, rank=len(weights[name]))
     modules: dict[str, Any] = dict(model.named_modules())
     _untie(model, modules, weights)
     for name in weights:
@@ -115,7 +122,7 @@ def module_rows(
     Args:
       modules: of the model, by name.
       config: of the model.
-      name: of a module, or of a part or a whole as in :func:`load_eager`.
+      name: of a module, or of a part, a whole or a factor as in :func:`load_eager`.
 
     Returns:
       Modules and the rows of their weights that, one below the other, are that weight.
@@ -126,12 +133,16 @@ def module_rows(
     if name in modules:
         return [(modules[name], slice(None))]
     parent, _, role = name.rpartition(".")
+    if role in _FACTORS:
+        return _factor_rows(modules, config, parent, role)
     parts = [modules.get(f"{parent}.{part}") for part in PARTS.get(role, ())]
     if parts and None not in parts:
         return [(part, slice(None)) for part in parts]
     for whole, roles in PARTS.items():
         module = modules.get(f"{parent}.{whole}")
         if module is not None and role in roles:
+            if isinstance(module, _Parts):
+                return [(module.get_submodule(role), slice(None))]
             sizes = _part_sizes(config, whole, module.weight.shape[0])
             place = roles.index(role)
             first = sum(sizes[:place])
@@ -145,6 +156,80 @@ def _part_sizes(config: PretrainedConfig, whole: str, rows: int) -> list[int]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = config.num_key_value_heads * head_dim
     return [rows - 2 * keys, keys, keys]
+
+
+# --- factorised modules ---------------------------------------------------------------------------
+
+_FACTORS = ("v", "u")
+"""Names of the modules that a factorised one is made of, in the order in which they compute."""
+
+
+class _Parts(torch.nn.Module):
+    """A fused module as its parts, whose outputs stand side by side."""
+
+    def __init__(self, parts: Mapping[str, torch.nn.Module]) -> None:
+        super().__init__()
+        for role, part in parts.items():
+            self.add_module(role, part)
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+
+def _factorize(model: PreTrainedModel, name: str, *, rank: int) -> None:
+    """Make two modules, ``v`` and ``u``, of the one called ``name``, whose bias goes with ``u``.
+
+    A part of a fused module becomes a module of its own; the parts of a packed one share ``v``.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    modules: dict[str, Any] = {path: module for module, path in paths.items()}
+    if f"{name}.v" in modules:
+        return
+    found = module_rows(modules, model.config, name)
+    if found[0][1] != slice(None):
+        fused, _ = found[0]
+        parts = _split(fused, paths[fused].rpartition(".")[2], model.config)
+        model.set_submodule(paths[fused], parts)
+        paths |= {part: f"{paths[fused]}.{role}" for role, part in parts.named_children()}
+        found = [(parts.get_submodule(name.rpartition(".")[2]), slice(None))]
+    first = _empty_linear(found[0][0].in_features, rank)
+    for module, _ in found:
+        second = _empty_linear(rank, module.out_features)
+        second.bias = module.bias
+        model.set_submodule(
+            paths[module], torch.nn.Sequential(OrderedDict(v=first, u=second)).eval()
+        )
+
+
+def _split(fused: torch.nn.Linear, whole: str, config: PretrainedConfig) -> _Parts:
+    sizes = _part_sizes(config, whole, fused.out_features)
+    weights = fused.weight.split(sizes)
+    biases = [None] * len(sizes) if fused.bias is None else fused.bias.split(sizes)
+    parts = {}
+    for role, weight, bias in zip(PARTS[whole], weights, biases, strict=True):
+        part = parts[role] = _empty_linear(fused.in_features, len(weight))
+        part.weight.copy_(weight)
+        if bias is not None:
+            part.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+    return _Parts(parts)
+
+
+def _empty_linear(in_features: int, out_features: int) -> torch.nn.Linear:
+    made = torch.nn.utils.skip_init(torch.nn.Linear, in_features, out_features, bias=False)
+    return made.requires_grad_(requires_grad=False)
+
+
+def _factor_rows(
+    modules: Mapping[str, Any], config: PretrainedConfig, whole: str, factor: str
+) -> list[tuple[Any, slice]]:
+    """As :func:`module_rows`, of a factor of ``whole``."""
+    halves = [module for module, _ in module_rows(modules, config, whole)]
+    if not all(isinstance(module, torch.nn.Sequential) for module in halves):
+        raise ModelError(f"the eager model has {whole!r} in one piece: it has no {factor!r} of it")
+    # The parts of a packed module share what they read.
+    found = dict.fromkeys(module.get_submodule(factor) for module in halves)
+    return [(module, slice(None)) for module in found]
 
 
 def positions(attention_mask: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eoracc.compiler.names import PARTS
+from eoracc.compiler.eager import module_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -69,32 +69,21 @@ def _steps(x: torch.Tensor, block: int) -> torch.Tensor:
 def rounded_activations(model: PreTrainedModel, linears: Iterable[Linear]) -> Iterator[None]:
     """Run the eager ``model`` with the inputs of its compressed ``linears`` rounded to int8."""
     modules: dict[str, Any] = dict(model.named_modules())
-    blocks: dict[str, int] = {}
+    blocks: dict[torch.nn.Module, int] = {}
     for linear in linears:
         if linear.compressed is not None:
-            for name in _module_names(modules, linear.name):
-                blocks[name] = math.gcd(linear.compressed.group_size, _BLOCK)
+            for module, _ in module_rows(modules, model.config, linear.name):
+                blocks[module] = math.gcd(linear.compressed.group_size, _BLOCK)
 
     def hook(block: int) -> Any:  # noqa: ANN401 - a hook of PyTorch's
         return lambda _, inputs: (round_activations(inputs[0], block), *inputs[1:])
 
-    handles = [
-        modules[name].register_forward_pre_hook(hook(block)) for name, block in blocks.items()
-    ]
+    handles = [module.register_forward_pre_hook(hook(block)) for module, block in blocks.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _module_names(modules: Mapping[str, Any], name: str) -> list[str]:
-    """The eager modules that read the input of the linear ``name``, packed or in parts."""
-    if name in modules:
-        return [name]
-    parent, _, role = name.rpartition(".")
-    roles = [*PARTS.get(role, ()), *(whole for whole, parts in PARTS.items() if role in parts)]
-    return [found for other in roles if (found := f"{parent}.{other}") in modules]
 
 
 def linear_tolerance(linear: Linear, inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,7 +8,8 @@ Tolerances are derived, never chosen. A float32 sum of ``n`` products, in any or
 most ``n u sum |x_i w_i|`` (Higham, *Accuracy and Stability*, section 3.1), ``u = 2^-24``; that is
 the bound of a linear, element by element. Through the network errors add along the residual
 stream, with random signs: a linear of depth K adds ``sqrt(K) u`` relative to its output, and
-the logits may be off by the sum of those times their largest magnitude. Where activations are
+the logits may be off by the sum of those times their largest magnitude. The two factors of a weight
+are two linears, of depths K and r. Where activations are
 rounded to int8, what that may change is added (:mod:`eoracc.compiler.int8_activations`).
 """
 
@@ -249,7 +250,7 @@ def _weight_with(linear: Linear, adapter: LowRank | None) -> NDArray[np.float32]
 
 
 class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
-    """Compressed weights by module name, made when they are asked for."""
+    """What passes have put in place of weights, by module name, made when it is asked for."""
 
     def __init__(
         self,
@@ -260,7 +261,7 @@ class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
         self._made: dict[str, Callable[[], NDArray[np.float32]]] = {
             linear.name: partial(_weight_with, linear, adapter.get(linear.name))
             for linear in linears
-            if linear.compressed is not None
+            if linear.compressed is not None or linear.whole is not None
         }
         self._made |= {
             embedding.name: embedding.compressed.dequantize
