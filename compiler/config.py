@@ -77,6 +77,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 """What must stand somewhere before a pass: one name out of every group."""
 
 _BEFORE: Mapping[str, tuple[str, ...]] = {
+    "allocate": _QUANTIZE,
     "pack_projections": ("calibrate", *_QUANTIZE, *_FACTORIZE)
 }
 """What a pass must stand before, where both are there."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from eoracc.compiler.executor import Batch, Executor, make_batches
-from eoracc.compiler.linears import Linear
+from eoracc.compiler.linears import Linear, LinearGroup
 from eoracc.compiler.progress import Progress
+from eoracc.compiler.sweep import ForwardPass, one_thread
 from eoracc.compiler.text import Windows
 from eoracc.passes.base import LayerPass
+from eoracc.passes.calibrate import Calibrate
 
 __all__ = ["SurveyContext", "calibration_batches"]
 
@@ -62,6 +64,32 @@ class SurveyContext:
     def executor(self) -> Executor:
         """A way to run a copy of the graph, whose linears may be compressed on trial."""
         return Executor(self.model.clone())
+
+    def walk(self, name: str, calibrate: Calibrate) -> Iterator[LinearGroup]:
+        """Every group of linears of a copy of the graph, in execution order, with its Gram.
+
+        Both are those of the original model: what the caller makes of a group's linears on trial is
+        not what the forward pass goes on with.
+
+        Args:
+          name: of the phase that is shown.
+          calibrate: takes the Grams, with its precision.
+        """
+        calibrate = replace(calibrate, through="original", match="weights")
+        executor = Executor(self.model.clone(), precision=calibrate.resolved_precision)
+        forward = ForwardPass(executor, self.batches(), Linear.weight, match="weights")
+        forward.start()
+        with self.progress.phase(name, len(executor.levels)) as phase:
+            for level, groups in enumerate(executor.levels):
+                for group in groups:
+                    forward.show(group)
+                    calibrate.call(group)
+                    with one_thread():
+                        yield group
+                    group.activations = group.gram = None
+                if level < executor.head_level:
+                    forward.step(level)
+                phase.advance(groups[0].name)
 
     def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``make`` finds, JSON-able; of an earlier run where that was interrupted later on."""

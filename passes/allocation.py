@@ -3,8 +3,9 @@
 Every linear has candidates (a width, a rank, …), each with the bytes that it takes and the
 distortion that it leaves. Choosing one a linear so that the sum of distortions is least within a
 budget of bytes is a multiple-choice knapsack problem. Its relaxation is solved exactly by greed:
-Shoham and Gersho, "Efficient Bit Allocation for an Arbitrary Set of Quantizers" (IEEE ASSP 36,
-1988), and Sinha and Zoltners, "The Multiple-Choice Knapsack Problem" (Operations Research 27, 1979).
+Shoham and Gersho, "Efficient Bit Allocation for an Arbitrary Set of Quantizers", IEEE ASSP 36
+(1988), and Sinha and Zoltners, "The Multiple-Choice Knapsack Problem", Operations Research 27
+(1979).
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ class Compensation(Overridable, LayerPass):
             for linear in linears:
                 if linear.compressed is None and linear.errors:
                     continue  # a quantizing pass left it as it is, by an override
-                linear.compensate(self.solve(linear, group.gram, options.rank, options.factor_type))
+                factors = self.solve(linear, group.gram, options.rank, options.factor_type)
+                # None of rank 0: integer ones would have the scales of their rows still.
+                linear.compensate(factors if factors.rank else None)
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
                 changed = True

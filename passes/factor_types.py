@@ -14,7 +14,7 @@ from eoracc.plugins.operands import LARGEST, LowRank
 if TYPE_CHECKING:
     from eoracc.passes.gram import Gram
 
-__all__ = ["FactorType", "fit_scales", "round_to_nearest", "store_factors"]
+__all__ = ["FactorType", "factor_bytes", "fit_scales", "round_to_nearest", "store_factors"]
 
 FactorType = Literal["float16", "int8", "int4"]
 """Of both factors; integer ones have a float32 scale a row."""
@@ -72,6 +72,19 @@ def store_factors(
         lora_b_scale=b_scale.astype(np.float32),
         bits=bits,
     )
+
+
+def factor_bytes(out_features: int, in_features: int, rank: int, factor_type: FactorType) -> int:
+    """Bytes that factors will take, :attr:`.LowRank.nbytes`; none of rank 0, which are not stored.
+
+    >>> factor_bytes(10, 20, 4, "int4"), factor_bytes(10, 20, 0, "int4")
+    (116, 0)
+    """
+    if not rank:
+        return 0
+    bits = {"float16": 16, "int8": 8, "int4": 4}[factor_type]
+    values = sum(-(-side * rank * bits // 8) for side in (out_features, in_features))
+    return values if factor_type == "float16" else values + 4 * (out_features + rank)
 
 
 def fit_scales(
