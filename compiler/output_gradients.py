@@ -260,7 +260,7 @@ class _Run:
             predicted = predicted[:-1] & predicted[1:]
         uniform = np.random.default_rng([self.seed, window]).random((self.draws, len(ids)))
         with self._passing_on(hidden):
-            for chunk in predicted.nonzero().flatten().split(_CHUNK):
+            for chunk in torch.split(predicted.nonzero().flatten(), _CHUNK):
                 logits = self.model(**inputs, logits_to_keep=chunk).logits[0]
                 drawn, slope = draw_labels(logits.detach().float(), uniform[:, chunk.numpy()])
                 chosen = ids[chunk + 1].expand(self.draws, -1) if self.labels == "text" else drawn
@@ -369,12 +369,12 @@ class _Done(Exception):  # noqa: N818 - no error: it ends a forward pass
 def _layers(model: PreTrainedModel, names: Sequence[str]) -> list[torch.nn.Module]:
     """The decoder blocks of the model that hold the linears ``names``."""
     path, _, _ = names[0].partition(f".{block_of(names[0])}.")
-    try:
-        return list(model.get_submodule(path))  # type: ignore[arg-type]
-    except (AttributeError, TypeError):
+    blocks = dict(model.named_modules()).get(path)
+    if not isinstance(blocks, torch.nn.ModuleList):
         raise ModelError(
             f"the eager model has no list of blocks {path!r}, where {names[0]!r} should be"
-        ) from None
+        )
+    return list(blocks)
 
 
 def _use_fast_attention(model: PreTrainedModel) -> None:
@@ -416,7 +416,7 @@ def _recorded(modules: Iterator[Any]) -> Iterator[dict[Any, torch.Tensor]]:
         def note(gradient: torch.Tensor) -> None:
             seen[module] = gradient
 
-        output.register_hook(note)
+        output.register_hook(note)  # type: ignore[no-untyped-call]
 
     handles = [module.register_forward_hook(hook) for module in set(modules)]
     try:

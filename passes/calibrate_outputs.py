@@ -150,8 +150,10 @@ class CalibrateOutputs(SurveyPass):
         level = float(np.trace(gram)) / len(gram)
         if level == 0:  # nothing depends on the output, or it is always zero
             return np.eye(len(gram))
-        gram = gram + self.damping * level * np.eye(len(gram))
-        return np.linalg.pinv(gram, hermitian=True) if self.by == "inverse_covariance" else gram
+        damped: NDArray[np.float64] = gram + self.damping * level * np.eye(len(gram))
+        if self.by == "inverse_covariance":
+            return np.asarray(np.linalg.pinv(damped, hermitian=True), np.float64)
+        return damped
 
     @property
     def _resolved_precision(self) -> Precision:
