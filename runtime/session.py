@@ -48,6 +48,8 @@ LOGITS_TO_KEEP = "logits_to_keep"
 
 _FUSED_INPUTS = 9
 """Inputs of the fused op that belong to its linears; a norm and a residual follow."""
+_BIAS = 4
+"""Of those, what the linear of the graph has not: another node adds it there."""
 _FUSED_ATTRIBUTES = ("activation", "norm_epsilon")
 PAST = "past_key_values."
 PRESENT = "present."
@@ -274,7 +276,7 @@ def open_linears(
 
     Yields:
       For each name a function from inputs by width, ``{K: [rows, K]}``, to the linear's outputs,
-      ``float32 [rows, N]``, without the norm, the activation and the residual fused with it.
+      ``float32 [rows, N]``, without what is fused with it: norm, bias, activation, residual.
 
     Raises:
       ArtifactError: there is no such linear.
@@ -322,8 +324,8 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
     dtype = (source.dtype if source is not None else None) or onnx_ir.DataType.FLOAT
     x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(["rows", None]))
     operands: list[ir.Value | None] = [x]
-    for value in node.inputs[1:_FUSED_INPUTS]:
-        if value is None:
+    for position, value in enumerate(node.inputs[1:_FUSED_INPUTS], start=1):
+        if value is None or position == _BIAS:
             operands.append(None)
             continue
         constant = value.const_value
@@ -343,7 +345,9 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
     attributes = [a for a in node.attributes.values() if a.name not in _FUSED_ATTRIBUTES]
     single = onnx_ir.Node(node.domain, node.op_type, operands, attributes, name=node.name)
     # The artifact has the body for its own combination of fusions; without any it is another one.
-    alike = len(node.inputs) <= _FUSED_INPUTS and len(attributes) == len(node.attributes)
+    alike = len(attributes) == len(node.attributes) and [value is None for value in operands] == [
+        value is None for value in node.inputs
+    ]
     function = model.functions[node.op_identifier()] if alike else local_function(single)
     single.overload = function.overload
     y = single.outputs[0]
