@@ -16,20 +16,18 @@ from typing_extensions import override
 from eoracc.compiler.errors import PassError
 from eoracc.passes.base import SurveyPass, register
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.gram import accumulate_gram
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from eoracc.compiler.linears import Linear
-    from eoracc.compiler.products import Precision
     from eoracc.compiler.survey import SurveyContext
     from eoracc.compiler.text import Windows
 
 __all__ = ["CalibrateOutputs"]
 
 _FOLDER = "output_grams"
-_TENSOR = "output_gram"
+_GRAM = "output_gram"
 
 OutputGram = Callable[[], NDArray[np.float32]]
 
@@ -97,7 +95,7 @@ class CalibrateOutputs(SurveyPass):
             labels=self.labels,
             draws=self.samples,
             seed=self.seed,
-            precision=self._resolved_precision,
+            precision=Calibrate(precision=self.precision).resolved_precision,
             progress=context.progress,
         )
         return {"labels": self.labels, "samples": self.samples, "seed": self.seed}
@@ -105,30 +103,16 @@ class CalibrateOutputs(SurveyPass):
     def _of_outputs(
         self, context: SurveyContext, windows: Windows, linears: Mapping[str, Linear]
     ) -> dict[str, Any]:
-        from eoracc.compiler import products  # noqa: PLC0415
-        from eoracc.compiler.executor import Executor  # noqa: PLC0415
-        from eoracc.compiler.linears import Linear  # noqa: PLC0415
-
         del windows, linears
-        precision = self._resolved_precision
-        add = products.add_outer_products if precision == "bfloat16" else None
-        executor, batches = Executor(context.model.clone(), precision=precision), context.batches()
-        (context.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
-        with context.progress.phase("outputs", executor.head_level) as phase:
-            executor.start(batches)
-            for level in range(executor.head_level):
-                for group in executor.levels[level]:
-                    inputs = (
-                        (executor.inputs_of(group, one), one.token_weights) for one in batches
-                    )
-                    gram = accumulate_gram(inputs, group.linears[0].in_features, add=add)
-                    for linear in group.linears:
-                        weight = linear.weight().astype(np.float64)
-                        mean = weight @ gram.matrix @ weight.T / max(gram.tokens, 1.0)
-                        path = _file(context.folder, linear.name)
-                        save_file({_TENSOR: mean.astype(np.float32)}, path)
-                executor.step(level, batches, Linear.weight)
-                phase.advance(f"block {executor.levels[level][0].linears[0].block}")
+        folder = context.folder / _FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        for group in context.walk(self.name, Calibrate(precision=self.precision)):
+            assert group.gram is not None  # noqa: S101 - walk() has taken it
+            for linear in group.linears:
+                if linear.block is not None:
+                    weight = linear.weight().astype(np.float64)
+                    mean = weight @ group.gram.matrix @ weight.T / max(group.gram.tokens, 1.0)
+                    save_file({_GRAM: mean.astype(np.float32)}, _file(context.folder, linear.name))
         return {}
 
     def _gram_of(self, linear: Linear, linears: Mapping[str, Linear], folder: Path) -> OutputGram:
@@ -137,7 +121,7 @@ class CalibrateOutputs(SurveyPass):
 
         def load() -> NDArray[np.float32]:
             with safe_open(_file(folder, whole), framework="numpy") as file:
-                gram: NDArray[np.float64] = file.get_tensor(_TENSOR).astype(np.float64)
+                gram: NDArray[np.float64] = file.get_tensor(_GRAM).astype(np.float64)
             if linear.name == f"{whole}.v":
                 # Its output is what `u` takes.
                 after = linears[f"{whole}.u"].weight().astype(np.float64)
@@ -154,10 +138,6 @@ class CalibrateOutputs(SurveyPass):
         if self.by == "inverse_covariance":
             return np.asarray(np.linalg.pinv(damped, hermitian=True), np.float64)
         return damped
-
-    @property
-    def _resolved_precision(self) -> Precision:
-        return Calibrate(precision=self.precision).resolved_precision
 
 
 def _unfactorized(name: str, linears: Mapping[str, Linear]) -> str:
