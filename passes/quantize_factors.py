@@ -50,6 +50,7 @@ class QuantizeFactors(Overridable, LayerPass):
     """
 
     name: ClassVar[str] = "quantize_factors"
+    not_planned: ClassVar[frozenset[str]] = frozenset({"bits"})
     bits: FactorBits = 8
     overrides: Mapping[str, FactorBitsOverride] = field(default_factory=dict)
 

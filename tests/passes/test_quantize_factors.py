@@ -82,3 +82,11 @@ def test_linears_without_factors_are_left_alone() -> None:
     Eora(rank=0).call(group)
     assert not QuantizeFactors().call(group)
     assert group.linears[0].factors is None
+
+
+def test_bits_that_a_survey_plans_for_codes_are_not_the_factors() -> None:
+    group = compensated()
+    for linear in group.linears:
+        linear.plan["bits"] = 2
+    assert QuantizeFactors(bits=4).call(group)
+    assert all(one.factors is not None and one.factors.bits == 4 for one in group.linears)

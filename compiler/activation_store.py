@@ -1,0 +1,77 @@
+"""Keep activations for later: in memory while they are few, on disk beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+__all__ = ["ActivationStore"]
+
+_IN_MEMORY = 1 << 30
+
+Values = Mapping[str, NDArray[np.generic]]
+"""Activations of one batch, by name."""
+
+
+@dataclass(eq=False)
+class ActivationStore:
+    """Activations by key, a mapping of arrays for each batch.
+
+    Attributes:
+      folder: where they go that do not fit; made when the first of them does.
+      limit: bytes kept in memory at most. An array that is kept under several keys counts once.
+    """
+
+    folder: Path
+    limit: int = _IN_MEMORY
+    _kept: dict[str, Sequence[Values] | list[Path]] = field(default_factory=dict, init=False)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept
+
+    def put(self, key: str, batches: Sequence[Values]) -> None:
+        """Keep ``batches``, whose arrays nobody may write to from now on."""
+        self.drop(key)
+        if self._bytes_with(batches) <= self.limit:
+            self._kept[key] = [dict(values) for values in batches]
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for position, values in enumerate(batches):
+            paths.append(self.folder / f"{key}-{position:04d}.safetensors")
+            # Not ascontiguousarray, which makes a scalar a vector.
+            save_file({k: np.require(v, requirements="C") for k, v in values.items()}, paths[-1])
+        self._kept[key] = paths
+
+    def batches(self, key: str) -> Iterator[dict[str, NDArray[np.generic]]]:
+        """What was kept, read batch by batch; KeyError where nothing was."""
+        for kept in self._kept[key]:
+            yield load_file(kept) if isinstance(kept, Path) else dict(kept)
+
+    def drop(self, key: str) -> None:
+        """Forget what was kept under ``key``, if anything was."""
+        for kept in self._kept.pop(key, ()):
+            if isinstance(kept, Path):
+                kept.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget everything, and delete what was written."""
+        for key in list(self._kept):
+            self.drop(key)
+        if self.folder.exists():
+            self.folder.rmdir()
+
+    def _bytes_with(self, batches: Sequence[Values]) -> int:
+        held = [values for kept in self._kept.values() for values in kept]
+        arrays = {
+            id(array): array.nbytes
+            for values in (*held, *batches)
+            if not isinstance(values, Path)
+            for array in values.values()
+        }
+        return sum(arrays.values())
