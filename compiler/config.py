@@ -57,7 +57,7 @@ __all__ = [
 
 _QUANTIZE = ("quantize_gptq", "quantize_rtn")
 _BY_WEIGHT = ("svd", "zeroquant_v2")
-_BY_ACTIVATION = ("activation_scaled", "eora", "lqer")
+_BY_ACTIVATION = ("activation_scaled", "caldera", "eora", "lqer")
 _FACTORIZE_BY_ACTIVATION = (
     "erc_svd",
     "factorize_activation_scaled",

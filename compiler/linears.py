@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +30,7 @@ __all__ = [
     "Factorized",
     "Linear",
     "LinearGroup",
+    "Quantizer",
     "block_of",
     "find_again",
     "find_linears",
@@ -85,6 +86,13 @@ class Factorized:
         return self.u @ self.v
 
 
+class Quantizer(Protocol):
+    """A quantizing pass, for whoever would have another weight quantized as it did one."""
+
+    def requantize(self, weight: NDArray[np.float32], gram: Gram) -> NBitsWeight:
+        """Quantize ``weight [N, K]``, whose input has the Gram ``gram``."""
+
+
 @dataclass(eq=False)
 class Linear:
     """One weight matmul of the graph.
@@ -98,6 +106,7 @@ class Linear:
         form.
       transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
       compressed: the weight after quantization.
+      quantizer: the pass that quantized it in this sweep, with the options that held for it.
       factors: its low-rank compensation.
       factorized: the weight after factorisation. The graph holds two matmuls by now, which the
         next view of it (:func:`find_again`) shows as linears of their own, ``<name>.v`` and
@@ -118,6 +127,7 @@ class Linear:
     source: ir.TensorProtocol | None
     transposed: bool
     compressed: NBitsWeight | None = None
+    quantizer: Quantizer | None = None
     factors: LowRank | None = None
     factorized: Factorized | None = None
     whole: Linear | None = None
@@ -383,7 +393,7 @@ def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
         if linear.factorized is None:
             known[linear.node] = linear
         else:
-            wholes |= dict.fromkeys(linear._factor_nodes(), linear)  # noqa: SLF001 - its own module
+            wholes |= dict.fromkeys(linear._factor_nodes(), linear)
     found = find_linears(model)
     for linear in found:
         linear.whole = wholes.get(linear.node)

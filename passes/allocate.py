@@ -166,6 +166,9 @@ class Allocate(SurveyPass):
                 f"chooses ranks, {list(self.ranks)}, for a compensating pass: put one after it, "
                 "or set 'ranks: [0]'",
             )
+        if len(compensations) > 1:
+            names = " and ".join(repr(item.name) for item in compensations)
+            raise PassError(self.name, f"chooses ranks for one compensating pass, not {names}")
         return quantizers[0], compensations[0] if compensations else None
 
     def _chosen(self, items: Sequence[_Item]) -> dict[str, Any]:

@@ -53,7 +53,11 @@ class RankOverride(Override):
 
 @dataclass(frozen=True, kw_only=True)
 class Compensation(Overridable, LayerPass):
-    """Base of the passes that add low-rank factors to compressed linears."""
+    """Base of the passes that add low-rank factors to compressed linears.
+
+    Where a linear has factors already, of a compensating pass before this one, the new ones are of
+    what those leave, and follow them.
+    """
 
     rank: Rank = 64
     factor_type: FactorType = "float16"
@@ -90,9 +94,16 @@ class Compensation(Overridable, LayerPass):
             for linear in linears:
                 if linear.compressed is None and linear.errors:
                     continue  # a quantizing pass left it as it is, by an override
-                factors = self.solve(linear, group.gram, options.rank, options.factor_type)
-                # None of rank 0: integer ones would have the scales of their rows still.
-                linear.compensate(factors if factors.rank else None)
+                if options.rank or linear.factors is None:
+                    factors = self.solve(
+                        linear,
+                        group.gram,
+                        options.rank,
+                        options.factor_type,
+                        before=linear.factors,
+                    )
+                    # None of rank 0: integer ones would have the scales of their rows still.
+                    linear.compensate(factors if factors.rank else None)
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
                 changed = True
@@ -104,13 +115,22 @@ class Compensation(Overridable, LayerPass):
         gram: Gram | None,
         rank: int,
         factor_type: FactorType = "float16",
+        *,
+        before: LowRank | None = None,
     ) -> LowRank:
         """Factors of the error of ``linear``'s backbone, as they are stored.
 
+        Args:
+          linear: compressed.
+          gram: of its input, where statistics were taken.
+          rank: of the factors.
+          factor_type: what all of them are stored in.
+          before: those of an earlier stage: the new ones are of what these leave, and follow them.
+
         Raises:
-          PassError: the linear is not compressed, or ``rank`` exceeds its smaller side.
+          PassError: the linear is not compressed, or the rank exceeds its smaller side.
         """
-        check_rank(linear, rank)
+        check_rank(linear, rank + (0 if before is None else before.rank))
         if linear.compressed is None:
             raise PassError(
                 linear.name,
@@ -122,7 +142,39 @@ class Compensation(Overridable, LayerPass):
         else:
             residual = residual_of(linear, gram)
             delta, weighted = residual.delta, residual.weighted
-        b, a = self.factors_for(linear, delta, gram, rank, weighted=weighted)
+        return self.solve_error(
+            linear, delta, gram, rank, factor_type, weighted=weighted, before=before
+        )
+
+    def solve_error(
+        self,
+        linear: Linear,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        factor_type: FactorType,
+        *,
+        weighted: NDArray[np.float32] | None,
+        before: LowRank | None = None,
+    ) -> LowRank:
+        """As :meth:`solve`, of an error ``delta [N, K]`` of any backbone.
+
+        ``weighted`` is ``delta @ gram.root``, where there is a Gram.
+        """
+        if before is None:
+            b, a = self.factors_for(linear, delta, gram, rank, weighted=weighted)
+        else:
+            up, down = before.up(), before.down()
+            b, a = self.factors_for(
+                linear,
+                delta - up @ down,
+                gram,
+                rank,
+                weighted=None
+                if weighted is None or gram is None
+                else weighted - up @ (down @ gram.root),
+            )
+            b, a = np.hstack([up, b]), np.vstack([down, a])
         if factor_type != "int4":
             return store_factors(b, a, factor_type)
         # Rounding to four bits weighs errors once more, in a metric that may take an eigh to make.

@@ -15,7 +15,11 @@ from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverri
 from eoracc.passes.statistics import record_error, record_left_out
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from eoracc.compiler.linears import LinearGroup
+    from eoracc.passes.gram import Gram
+    from eoracc.plugins.operands import NBitsWeight
 
 __all__ = ["QuantizeRtn"]
 
@@ -46,21 +50,24 @@ class QuantizeRtn(Overridable, LayerPass):
     @override
     def call(self, group: LinearGroup) -> bool:
         gram = group.gram
-        importance = None if gram is None else np.diagonal(gram.matrix)
         parts = self.partition(group)
         for options, linears in parts:
             for linear in linears:
                 weight = linear.weight() if gram is None else gram.target(linear.weight())
-                rounded = round_to_nearest(
-                    weight,
-                    bits=options.bits,
-                    group_size=options.group_size,
-                    symmetric=options.symmetric,
-                    importance=importance,
-                    clip_search=options.clip_search,
-                )
-                linear.quantize(rounded)
+                linear.quantize(options.requantize(weight, gram))
+                linear.quantizer = options
                 if gram is not None:
                     record_error(self.name, linear, gram)
         record_left_out(self.name, group)
         return bool(parts)
+
+    def requantize(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
+        """Round a weight ``[N, K]``, its columns weighed by ``gram`` where there is one."""
+        return round_to_nearest(
+            weight,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            importance=None if gram is None else np.diagonal(gram.matrix),
+            clip_search=self.clip_search,
+        )

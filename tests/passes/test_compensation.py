@@ -12,6 +12,7 @@ from eoracc.passes import load_passes
 from eoracc.passes.activation_scaled import ActivationScaled
 from eoracc.passes.compensation import Compensation, RankOverride, compensation_solver
 from eoracc.passes.eora import Eora
+from eoracc.passes.factor_types import FactorType
 from eoracc.passes.factors import eora_factors, weighted_norm
 from eoracc.passes.lqer import Lqer
 from eoracc.passes.overrides import QuantizeOverride
@@ -80,6 +81,8 @@ def test_a_rank_beyond_the_matrix_names_linear_rank_and_limit(
 ) -> None:
     with pytest.raises(PassError, match=r"k_proj: rank 25 exceeds .*\[24, 72\].*give 24 at most"):
         method(rank=25).call(group)
+    group = qkv()
+    QuantizeRtn(bits=2).call(group)
     overridden = method(rank=25, overrides={"*.k_proj": RankOverride(rank=24)})
     assert overridden.call(group)
 
@@ -185,6 +188,58 @@ def test_the_more_a_method_knows_of_the_input_the_more_output_it_restores() -> N
     assert left == sorted(left)
     assert left[1] > 1.005 * left[0]
     assert left[3] > 1.1 * left[1]
+
+
+def test_two_stages_in_one_metric_are_one(group: LinearGroup) -> None:
+    once = qkv()
+    QuantizeRtn(bits=2).call(once)
+    Svd(rank=7).call(once)
+    Svd(rank=4).call(group)
+    first = [linear.factors for linear in group.linears]
+    assert ZeroQuantV2(rank=3).call(group)
+    for linear, other, before in zip(group.linears, once.linears, first, strict=True):
+        assert linear.factors is not None
+        assert other.factors is not None
+        assert before is not None
+        assert linear.factors.rank == 7
+        np.testing.assert_array_equal(linear.factors.lora_a[:4], before.lora_a)
+        # Each of 7 products is off by two roundings of float16.
+        apart = np.abs(linear.factors.product() - other.factors.product()).max()
+        tolerance = 7 * 2 * 2.0**-11 * np.abs(other.factors.product()).max()
+        assert apart < tolerance
+        lost = np.abs(linear.weight() - linear.backbone_weight() - before.product()).max()
+        assert tolerance < 0.1 * lost
+
+
+@pytest.mark.parametrize("factor_type", ["float16", "int8", "int4"])
+def test_a_stage_in_another_metric_takes_up_what_the_first_has_left(
+    factor_type: FactorType, group: LinearGroup
+) -> None:
+    Svd(rank=4, factor_type=factor_type).call(group)
+    Eora(rank=4, factor_type=factor_type).call(group)
+    alone = qkv()
+    QuantizeRtn(bits=2).call(alone)
+    Eora(rank=8, factor_type=factor_type).call(alone)
+    for linear, other in zip(group.linears, alone.linears, strict=True):
+        assert linear.factors is not None
+        assert (linear.factors.rank, linear.factors.factor_type) == (8, factor_type)
+        assert linear.errors["eora"] < 0.97 * linear.errors["svd"]
+        # No split beats one solution in the metric that the error is measured in.
+        assert other.errors["eora"] < linear.errors["eora"] * (1 + 1e-3)
+
+
+def test_a_second_stage_of_rank_zero_leaves_the_first_alone(group: LinearGroup) -> None:
+    Svd(rank=4, factor_type="int8").call(group)
+    first = [linear.factors for linear in group.linears]
+    Eora(rank=0).call(group)
+    assert [linear.factors for linear in group.linears] == first
+    assert all(linear.errors["eora"] == linear.errors["svd"] for linear in group.linears)
+
+
+def test_the_ranks_of_all_stages_count(group: LinearGroup) -> None:
+    Svd(rank=20).call(group)
+    with pytest.raises(PassError, match=r"k_proj: rank 25 exceeds .*\[24, 72\]"):
+        Eora(rank=5).call(group)
 
 
 @pytest.mark.parametrize("method", METHODS)
