@@ -29,7 +29,7 @@ class Stage:
 
     Attributes:
       rank: directions that it adds.
-      root: ``S`` with the metric ``S S^T``, ``float64 [K, K]``, or its diagonal ``[K]``; None
+      root: ``S`` with the metric ``S S^T``, ``float64 [K, any]``, or its diagonal ``[K]``; None
         weighs all inputs alike.
     """
 
@@ -90,7 +90,7 @@ def _directions(left: Float, stage: Stage) -> list[Float]:
     if stage.rank == 0:
         return []
     weighted = stage.weigh(left)
-    basis = top_left_vectors(weighted, stage.rank)
+    basis = top_left_vectors(weighted, min(stage.rank, *weighted.shape))
     if stage.root is None:
         return [basis]
     singular = np.linalg.norm(basis.T @ weighted, axis=1)
