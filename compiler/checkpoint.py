@@ -264,8 +264,8 @@ def _restore(
     linear.errors = dict(meta["errors"])
     linear.notes[:] = meta["notes"]
     if f"{linear.name}/u" in arrays:
-        factors = _factorized(linear.name, arrays)
-        linear.factorize(factors.u, factors.v)
+        product = _factorized(linear.name, arrays)
+        linear.factorize(product.u, product.v)
     if "bits" not in meta:
         return
     linear.quantize(

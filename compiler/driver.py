@@ -45,9 +45,11 @@ from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
 from eoracc.compiler.report import (
     AdaptersReport,
     BuildReport,
+    FactorizedReport,
     FidelityReport,
     LinearReport,
     Report,
+    factorized_reports,
     linear_report,
     parity_line,
 )
@@ -56,6 +58,7 @@ from eoracc.compiler.verify import PARITY_STEPS, AdapterCases, record_parity
 from eoracc.passes.base import SurveyPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Compensation
+from eoracc.passes.factorization import Factorization
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.library import library_path
 from eoracc.runtime.errors import ArtifactError
@@ -126,6 +129,7 @@ def _build(
             fidelity=made.fidelity,
             parity={} if parity is None else parity.as_dict(),
             linears=made.linears,
+            factorized=made.factorized,
             surveys=made.surveys,
             build=BuildReport(
                 wall_s=time.perf_counter() - begun_s,
@@ -154,6 +158,7 @@ class _Made:
       digest: of the checkpoint.
       fidelity: what was measured on held-out text.
       linears: what became of each.
+      factorized: which weights became products of two of them.
       surveys: what each found.
       adapters: what was solved on top of it.
       scores: of the adapters.
@@ -164,6 +169,7 @@ class _Made:
     digest: str
     fidelity: FidelityReport
     linears: list[LinearReport]
+    factorized: list[FactorizedReport]
     surveys: list[dict[str, Any]]
     adapters: list[SolvedAdapter]
     scores: AdaptersReport
@@ -199,7 +205,9 @@ def _make(
     release_memory()
     original = Executor(loaded.model.clone())
     compressed = compress(config, loaded, calibration, work / "sweep", progress)
-    shipped = next((item.name for item in config.passes if isinstance(item, Compensation)), None)
+    compensations = [item.name for item in config.passes if isinstance(item, Compensation)]
+    shipped = " + ".join(compensations) or None
+    factorized = next((one.name for one in config.passes if isinstance(one, Factorization)), None)
     release_memory()
     solved = _solve(config, compressed, tasks, work / "adapters", progress)
     fidelity = fidelity_report(
@@ -207,6 +215,7 @@ def _make(
         Executor(compressed.model, compressed.linears),
         held_out,
         shipped=shipped,
+        factorized=factorized,
         comparisons=compressed.comparisons,
         limits=config.verify.limits,
         progress=progress,
@@ -230,6 +239,7 @@ def _make(
     if config.verify.parity:
         _record_parity(compressed, original, held_out, loaded, writer.folder, level, progress)
     reports = [linear_report(linear) for linear in compressed.linears]
+    products = factorized_reports(compressed.linears)
     cases: Mapping[str, AdapterCases] = {}
     if config.verify.parity and solved:
         cases = record_adapters(
@@ -245,6 +255,7 @@ def _make(
         digest=loaded.digest,
         fidelity=fidelity,
         linears=reports,
+        factorized=products,
         surveys=compressed.surveys,
         adapters=solved,
         scores=scores,

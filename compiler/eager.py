@@ -204,20 +204,22 @@ def _factorize(model: PreTrainedModel, name: str, *, rank: int) -> None:
 
 def _split(fused: torch.nn.Linear, whole: str, config: PretrainedConfig) -> _Parts:
     sizes = _part_sizes(config, whole, fused.out_features)
-    weights = fused.weight.split(sizes)
-    biases = [None] * len(sizes) if fused.bias is None else fused.bias.split(sizes)
+    weights = torch.split(fused.weight, sizes)
+    bias: torch.nn.Parameter | None = fused.bias
+    biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
     parts = {}
-    for role, weight, bias in zip(PARTS[whole], weights, biases, strict=True):
+    for role, weight, own in zip(PARTS[whole], weights, biases, strict=True):
         part = parts[role] = _empty_linear(fused.in_features, len(weight))
         part.weight.copy_(weight)
-        if bias is not None:
-            part.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+        if own is not None:
+            part.bias = torch.nn.Parameter(own.clone(), requires_grad=False)
     return _Parts(parts)
 
 
 def _empty_linear(in_features: int, out_features: int) -> torch.nn.Linear:
-    made = torch.nn.utils.skip_init(torch.nn.Linear, in_features, out_features, bias=False)
-    return made.requires_grad_(requires_grad=False)
+    # Made without numbers first: PyTorch's own are random.
+    made = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+    return made.to_empty(device="cpu").requires_grad_(requires_grad=False)
 
 
 def _factor_rows(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,9 @@ def fidelity_report(
     comparisons: Comparisons,
     limits: Limits,
     progress: Progress,
+    factorized: str | None = None,
 ) -> FidelityReport:
-    """Score the original, the backbone alone, the comparators, and last what is shipped.
+    """Score the original, what was factorised, the backbone, the comparators, last what is shipped.
 
     Args:
       original: the graph before any pass.
@@ -45,27 +47,24 @@ def fidelity_report(
       comparisons: factors that are scored next to it.
       limits: what the last row must keep to.
       progress: shown one step per variant.
+      factorized: name of the pass that factorised linears; None for none.
     """
-    factors: dict[str, Factors] = {"quantized": {}}
-    factors |= {name: found for name, found in comparisons.items() if name != shipped}
-    if shipped is not None:
-        factors[shipped] = {
-            linear.name: linear.factors
-            for linear in compressed.linears
-            if linear.factors is not None
+    linears = compressed.linears
+    made: dict[str, _Made] = {}
+    if factorized is not None:
+        made[factorized] = _Made(Linear.weight, _plain_bytes)
+    if factorized is None or any(linear.compressed is not None for linear in linears):
+        made["quantized"] = _Made.compensated({})
+        found: dict[str, Factors] = {
+            name: factors for name, factors in comparisons.items() if name != shipped
         }
-    variants = {name: Variant(compressed, _weight_with(found)) for name, found in factors.items()}
+        if shipped is not None:
+            found[shipped] = {one.name: one.factors for one in linears if one.factors is not None}
+        made |= {name: _Made.compensated(factors) for name, factors in found.items()}
+    variants = {name: Variant(compressed, one.weight_of) for name, one in made.items()}
     scores = score_variants(original, variants, windows, progress=progress)
-    rows = [
-        _row(
-            name,
-            score,
-            original if name == "original" else compressed,
-            {linear.name for linear in compressed.linears if linear.compressed is not None},
-            factors.get(name, {}),
-        )
-        for name, score in scores.items()
-    ]
+    rows = [_original_row(scores["original"], original)]
+    rows += [_row(name, scores[name], compressed, one) for name, one in made.items()]
     given = limits.model_dump(exclude_none=True)
     return FidelityReport(
         rows=rows,
@@ -76,41 +75,72 @@ def fidelity_report(
     )
 
 
-def _weight_with(factors: Factors) -> WeightOf:
-    def weight_of(linear: Linear) -> NDArray[np.float32]:
-        weight = linear.backbone_weight()
-        found = factors.get(linear.name)
-        return weight if found is None else weight + found.product()
+@dataclass(frozen=True)
+class _Made:
+    """What passes have made of the linears, all of them or the first.
 
-    return weight_of
-
-
-def _row(
-    name: str, scores: Scores, executor: Executor, compressed: Collection[str], factors: Factors
-) -> FidelityRow:
-    """The row of the variant that ``executor`` runs with ``factors``.
-
-    ``compressed`` names the linears that the build compresses: bits are counted over those.
+    Attributes:
+      weight_of: what a linear multiplies with.
+      bytes_of: what that takes as it is stored.
     """
-    linears = [linear for linear in executor.linears if linear.name in compressed]
-    weights = sum(linear.in_features * linear.out_features for linear in linears)
-    in_linears = sum(
-        _BYTES_PLAIN * linear.in_features * linear.out_features
-        if linear.compressed is None
-        else linear.compressed.nbytes
-        for linear in linears
+
+    weight_of: WeightOf
+    bytes_of: Callable[[Linear], int]
+
+    @classmethod
+    def compensated(cls, factors: Factors) -> _Made:
+        """The backbone with ``factors`` by linear."""
+
+        def weight_of(linear: Linear) -> NDArray[np.float32]:
+            weight = linear.backbone_weight()
+            found = factors.get(linear.name)
+            return weight if found is None else weight + found.product()
+
+        def bytes_of(linear: Linear) -> int:
+            found = factors.get(linear.name)
+            return _backbone_bytes(linear) + (0 if found is None else found.nbytes)
+
+        return cls(weight_of, bytes_of)
+
+
+def _plain_bytes(linear: Linear) -> int:
+    return _BYTES_PLAIN * linear.in_features * linear.out_features
+
+
+def _backbone_bytes(linear: Linear) -> int:
+    return _plain_bytes(linear) if linear.compressed is None else linear.compressed.nbytes
+
+
+def _shipped_bytes(linear: Linear) -> int:
+    """What the graph has in store for ``linear``."""
+    return _backbone_bytes(linear) + (0 if linear.factors is None else linear.factors.nbytes)
+
+
+def _original_row(scores: Scores, original: Executor) -> FidelityRow:
+    return FidelityRow(
+        name="original",
+        **asdict(scores),
+        bytes=original.parameter_bytes,
+        bits_per_weight=8.0 * _BYTES_PLAIN,
     )
-    added = sum(found.nbytes for found in factors.values())
-    # The graph carries the factors that are shipped: this variant's are counted instead.
-    carried = sum(linear.factors.nbytes for linear in linears if linear.factors is not None)
+
+
+def _row(name: str, scores: Scores, executor: Executor, made: _Made) -> FidelityRow:
+    """The row of the variant that ``executor`` runs as ``made`` says.
+
+    Bits are counted over the linears that the build compresses, per weight that the original has
+    there: the two factors of one count against its weights.
+    """
+    touched = [one for one in executor.linears if one.compressed is not None or one.whole]
+    wholes = {one.whole or one for one in touched}
+    weights = sum(one.in_features * one.out_features for one in wholes)
+    stored = sum(map(made.bytes_of, touched))
     return FidelityRow(
         name=name,
-        perplexity=scores.perplexity,
-        kl=scores.kl,
-        top1_agreement=scores.top1_agreement,
-        last_layer_error=scores.last_layer_error,
-        bytes=executor.parameter_bytes - carried + added,
-        bits_per_weight=8 * (in_linears + added) / weights if weights else 8.0 * _BYTES_PLAIN,
+        **asdict(scores),
+        # The graph carries what is shipped: this variant's is counted instead.
+        bytes=executor.parameter_bytes - sum(map(_shipped_bytes, touched)) + stored,
+        bits_per_weight=8 * stored / weights if weights else 8.0 * _BYTES_PLAIN,
     )
 
 

@@ -100,16 +100,22 @@ class ArtifactSummary:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all compressed linears, scales, zero points and factors included."""
-        weights = sum(math.prod(linear.shape) for linear in self._compressed)
-        return 8 * self.linear_bytes / max(weights, 1)
+        """Per weight that the original has in them; scales, zero points and factors included."""
+        whole = {one.name: one.shape for one in self.report.factorized}
+        shapes = {
+            linear.factor_of or linear.name: whole.get(str(linear.factor_of), linear.shape)
+            for linear in self._compressed
+        }
+        return 8 * self.linear_bytes / max(sum(map(math.prod, shapes.values())), 1)
 
     @property
     def _compressed(self) -> list[LinearReport]:
-        return [linear for linear in self.report.linears if linear.bits is not None]
+        """Linears that are quantized, or a factor of a weight, or both."""
+        return [one for one in self.report.linears if one.bits is not None or one.factor_of]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
+        content = self.report.as_dict()
         return {
             "kind": "artifact",
             "path": str(self.path),
@@ -119,7 +125,8 @@ class ArtifactSummary:
             "linear_bytes": self.linear_bytes,
             "bits_per_weight": self.bits_per_weight,
             "files": {name: entry.size for name, entry in self.manifest.files.items()},
-            "linears": self.report.as_dict()["linears"],
+            "linears": content["linears"],
+            "factorized": content["factorized"],
         }
 
 

@@ -114,6 +114,8 @@ class Linear:
       whole: the linear that this one is a factor of; None for one of the checkpoint.
       plan: options that a survey has decided for this linear, by the option's name.
       output_gram: loads ``G``, ``float32 [N, N]``, by which a survey weighs errors of the output.
+      token_weights: loads what a survey counts each token of the calibration text for, padding
+        included, ``float32 [tokens]``, 1 in the mean.
       output_norm: ``||T X||_F`` over the calibration tokens, with what compression is to come near
         as ``T`` (the weight ``W``, or its target), once a pass has taken it.
       errors: relative output errors by stage, ``||(T - W_hat) X||_F / ||T X||_F``, for the report.
@@ -133,6 +135,7 @@ class Linear:
     whole: Linear | None = None
     plan: dict[str, Any] = field(default_factory=dict)
     output_gram: Callable[[], NDArray[np.float32]] | None = None
+    token_weights: Callable[[], NDArray[np.float32]] | None = None
     output_norm: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

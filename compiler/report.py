@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import RenderableType
     from rich.table import Table
@@ -19,12 +19,14 @@ __all__ = [
     "AdaptersReport",
     "BuildReport",
     "CompensationReport",
+    "FactorizedReport",
     "FidelityReport",
     "FidelityRow",
     "LinearReport",
     "Report",
     "adapter_lines",
     "adapter_tables",
+    "factorized_reports",
     "fidelity_table",
     "format_bytes",
     "linear_report",
@@ -39,14 +41,15 @@ class FidelityRow:
     """One variant of the model on held-out text.
 
     Attributes:
-      name: ``original``, ``quantized``, or the compensation: ``svd``, ``eora``.
+      name: ``original``, the factorising pass (``erc_svd``), ``quantized``, or the compensation:
+        ``svd``, ``eora``.
       perplexity: exp(negative log-likelihood per predicted token).
       kl: mean KL(original || variant) per token, in nats; 0 for the original.
       top1_agreement: share of tokens with the original's most likely next token.
       last_layer_error: relative error of what enters the head.
       bytes: of all parameters as they are stored, embeddings and head included.
-      bits_per_weight: per weight of the linears that the build compresses; their codes, scales,
-        zero points and factors all count.
+      bits_per_weight: per weight that the original has in the linears that the build compresses;
+        their codes, scales, zero points and factors all count.
     """
 
     name: str
@@ -84,7 +87,7 @@ class LinearReport:
     Attributes:
       name: as in the checkpoint.
       block: decoder block; None outside of one.
-      role: last part of the name.
+      role: last part of the name; ``q_proj.v`` and ``q_proj.u`` of the factors of a weight.
       shape: ``(N, K)``.
       bits: per code; None where it is not compressed.
       group_size: columns that share a scale; None where it is not compressed.
@@ -92,6 +95,7 @@ class LinearReport:
       bytes: as stored.
       errors: relative output error after each pass, by the pass's name.
       notes: what else there is to say, a fallback for example.
+      factor_of: the weight that it is a factor of, by the name of its linear; None of none.
     """
 
     name: str
@@ -102,6 +106,32 @@ class LinearReport:
     group_size: int | None
     rank: int
     bytes: int
+    errors: Mapping[str, float]
+    notes: Sequence[str]
+    factor_of: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizedReport:
+    """One weight that became a product of two, each a linear of the artifact.
+
+    Attributes:
+      name: of its linear, as in the checkpoint.
+      block: decoder block.
+      role: last part of the name.
+      shape: ``(N, K)``, of the weight.
+      rank: of the product.
+      removed: share of the weight's parameters that the factors do without.
+      errors: relative output error by the name of the factorising pass.
+      notes: what else there is to say.
+    """
+
+    name: str
+    block: int | None
+    role: str
+    shape: tuple[int, int]
+    rank: int
+    removed: float
     errors: Mapping[str, float]
     notes: Sequence[str]
 
@@ -228,6 +258,7 @@ class Report:
       build: what the build took.
       adapters: those that the artifact has, or had when they were scored.
       surveys: what each survey found, ``{"pass": name, ...}``, in order.
+      factorized: the weights that became products of two, in execution order.
     """
 
     fidelity: FidelityReport
@@ -236,6 +267,7 @@ class Report:
     build: BuildReport
     adapters: AdaptersReport = field(default_factory=AdaptersReport)
     surveys: Sequence[Mapping[str, Any]] = ()
+    factorized: Sequence[FactorizedReport] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -264,6 +296,10 @@ class Report:
             if "adapters" in content
             else AdaptersReport(),
             surveys=content.get("surveys", ()),
+            factorized=[
+                FactorizedReport(**{**one, "shape": tuple(one["shape"])})
+                for one in content.get("factorized", ())
+            ],
         )
 
 
@@ -291,6 +327,28 @@ def linear_report(linear: Linear, *, stored_bytes: int | None = None) -> LinearR
         bytes=size + (0 if factors is None else factors.nbytes),
         errors=dict(linear.errors),
         notes=list(linear.notes),
+        factor_of=None if linear.whole is None else linear.whole.name,
+    )
+
+
+def factorized_reports(linears: Iterable[Linear]) -> list[FactorizedReport]:
+    """Describe the weights that ``linears`` hold factors of, once each, in their order."""
+    wholes = dict.fromkeys(linear.whole for linear in linears if linear.whole is not None)
+    return [_factorized_report(whole) for whole in wholes]
+
+
+def _factorized_report(whole: Linear) -> FactorizedReport:
+    assert whole.factorized is not None  # noqa: S101 - it has factors
+    rows, columns, rank = whole.out_features, whole.in_features, whole.factorized.rank
+    return FactorizedReport(
+        name=whole.name,
+        block=whole.block,
+        role=whole.role,
+        shape=(rows, columns),
+        rank=rank,
+        removed=1 - rank * (rows + columns) / (rows * columns),
+        errors=dict(whole.errors),
+        notes=list(whole.notes),
     )
 
 
@@ -389,12 +447,13 @@ def _figure(value: float | None) -> str:
 def report_lines(report: Report) -> list[str]:
     """What stands under the table: parity, the worst linears, notes, limits, cost."""
     lines = [parity_line(report.parity)]
-    compressed = [linear for linear in report.linears if linear.errors]
+    described: list[LinearReport | FactorizedReport] = [*report.factorized, *report.linears]
+    compressed = [one for one in described if one.errors]
     worst = sorted(compressed, key=_last_error, reverse=True)[:_WORST]
     if worst:
         named = ", ".join(f"{linear.name} {_last_error(linear):.3f}" for linear in worst)
         lines.append(f"largest output errors: {named}")
-    lines += [f"note: {linear.name}: {note}" for linear in report.linears for note in linear.notes]
+    lines += [f"note: {one.name}: {note}" for one in described for note in one.notes]
     lines += adapter_lines(report.adapters)
     lines += [f"limit: {sentence}" for sentence in report.fidelity.exceeded]
     build = report.build
@@ -440,5 +499,5 @@ def parity_line(parity: Mapping[str, Any]) -> str:
     )
 
 
-def _last_error(linear: LinearReport) -> float:
+def _last_error(linear: LinearReport | FactorizedReport) -> float:
     return list(linear.errors.values())[-1]

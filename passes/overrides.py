@@ -10,9 +10,9 @@
           lm_head: {bits: 8, group_size: 32}
 
 The last pattern that matches a linear wins; one that matches a weight which has been factorised
-holds for both of its factors, ``<name>.v`` and ``<name>.u``. Linears outside the decoder blocks (``lm_head``) are
-left alone unless a pattern names them, which a bare ``*`` does not. What no pattern settles, a
-survey may have planned (:attr:`eoracc.compiler.linears.Linear.plan`).
+holds for both of its factors, ``<name>.v`` and ``<name>.u``. Linears outside the decoder blocks
+(``lm_head``) are left alone unless a pattern names them, which a bare ``*`` does not. What no
+pattern settles, a survey may have planned (:attr:`eoracc.compiler.linears.Linear.plan`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,12 @@ import click
 from eoracc.compiler.commands.common import PATH, json_option, make_console, make_table, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
     from eoracc.compiler.inspection import ArtifactSummary, CheckpointSummary
+    from eoracc.compiler.report import FactorizedReport, LinearReport
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -41,27 +46,10 @@ def _show_artifact(summary: ArtifactSummary) -> None:
         report_lines,
     )
 
-    stages = list(dict.fromkeys(stage for one in summary.report.linears for stage in one.errors))
-    table = make_table(f"{summary.path}: linears, and their output errors after each pass")
-    table.add_column("block", justify="right")
-    table.add_column("linear", no_wrap=True)
-    for heading in ("shape", "bits", "group", "rank", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for stage in stages:
-        table.add_column(stage.replace("_", " "), justify="right")
-    for one in summary.report.linears:
-        table.add_row(
-            "" if one.block is None else str(one.block),
-            one.role,
-            "x".join(map(str, one.shape)),
-            "" if one.bits is None else str(one.bits),
-            "" if one.group_size is None else str(one.group_size),
-            str(one.rank) if one.rank else "",
-            format_bytes(one.bytes),
-            *(f"{one.errors[stage]:.4f}" if stage in one.errors else "" for stage in stages),
-        )
     console = make_console()
-    console.print(table)
+    if summary.report.factorized:
+        console.print(_factorized_table(summary.report.factorized))
+    console.print(_linears_table(summary))
     console.print(fidelity_table(summary.report.fidelity.rows))
     for adapters in adapter_tables(summary.report.adapters):
         console.print(adapters)
@@ -75,6 +63,59 @@ def _show_artifact(summary: ArtifactSummary) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _linears_table(summary: ArtifactSummary) -> Table:
+    from eoracc.compiler.report import format_bytes
+
+    linears = summary.report.linears
+    stages = _stages(linears)
+    table = make_table(f"{summary.path}: linears, and their output errors after each pass")
+    table.add_column("block", justify="right")
+    table.add_column("linear", no_wrap=True)
+    for heading in ("shape", "bits", "group", "rank", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage in stages:
+        table.add_column(stage.replace("_", " "), justify="right")
+    for one in linears:
+        table.add_row(
+            "" if one.block is None else str(one.block),
+            one.role,
+            "x".join(map(str, one.shape)),
+            "" if one.bits is None else str(one.bits),
+            "" if one.group_size is None else str(one.group_size),
+            str(one.rank) if one.rank else "",
+            format_bytes(one.bytes),
+            *_errors(one, stages),
+        )
+    return table
+
+
+def _factorized_table(factorized: Sequence[FactorizedReport]) -> Table:
+    stages = _stages(factorized)
+    table = make_table("weights as products u v, whose factors are linears below")
+    table.add_column("block", justify="right")
+    table.add_column("weight", no_wrap=True)
+    for heading in ("shape", "rank", "removed", *(stage.replace("_", " ") for stage in stages)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in factorized:
+        table.add_row(
+            "" if one.block is None else str(one.block),
+            one.role,
+            "x".join(map(str, one.shape)),
+            str(one.rank),
+            f"{one.removed:.1%}",
+            *_errors(one, stages),
+        )
+    return table
+
+
+def _stages(reports: Sequence[LinearReport | FactorizedReport]) -> list[str]:
+    return list(dict.fromkeys(stage for one in reports for stage in one.errors))
+
+
+def _errors(one: LinearReport | FactorizedReport, stages: Sequence[str]) -> list[str]:
+    return [f"{one.errors[stage]:.4f}" if stage in one.errors else "" for stage in stages]
 
 
 def _show_checkpoint(summary: CheckpointSummary) -> None:
