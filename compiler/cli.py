@@ -1,8 +1,9 @@
-"""The command line: ``eoracc build | run | verify | inspect | passes | schema``.
+"""The command line: ``eoracc build | compare | run | verify | inspect | passes | schema``.
 
 Exit codes: 0 all is well, 1 a gate failed, 2 bad input, 130 interrupted. With ``--json`` standard
-output holds one JSON value and nothing else, errors included. A command is a module of
-``commands``, and imports what it needs when it runs: ``eoracc --help`` answers at once.
+output holds one JSON value and nothing else, errors included (``compare`` writes it to a file). A
+command is a module of ``commands``, and imports what it needs when it runs: ``eoracc --help``
+answers at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from eoracc import EoraccError, __version__
 from eoracc.compiler.commands.adapter import adapter
 from eoracc.compiler.commands.bench import bench
 from eoracc.compiler.commands.build import build
+from eoracc.compiler.commands.compare import compare
 from eoracc.compiler.commands.inspect import inspect
 from eoracc.compiler.commands.passes import passes
 from eoracc.compiler.commands.run import run
@@ -30,7 +32,8 @@ __all__ = ["main"]
 
 _JSON = "eoracc.json"
 _INTERRUPTED = 130
-_RESUMABLE = ("build",)
+_RESUMABLE = ("build", "compare")
+_JSON_TO_FILE = ("compare",)
 _BROKEN_PIPE = 141
 
 
@@ -43,7 +46,7 @@ class _Main(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         # Known before options are parsed: a mistake in them is an error like any other.
         options = args[: args.index("--")] if "--" in args else args
-        ctx.meta[_JSON] = "--json" in options
+        ctx.meta[_JSON] = "--json" in options and args[0] not in _JSON_TO_FILE
         return super().resolve_command(ctx, args)
 
     @override
@@ -84,7 +87,7 @@ def main() -> None:
     """Compress language models and give back what compression took."""
 
 
-for _command in (build, run, verify, inspect, passes, schema, bench, serve, adapter):
+for _command in (build, compare, run, verify, inspect, passes, schema, bench, serve, adapter):
     main.add_command(_command)
 
 

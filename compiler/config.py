@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -36,8 +37,9 @@ from eoracc.compiler.yaml_document import Document, KeyPath, dotted, suggest
 from eoracc.passes import load_passes
 from eoracc.passes.base import Pass, pass_names, pass_type
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensation import Rank, RankOverride
+from eoracc.passes.compensation import Compensation, Rank, RankOverride
 from eoracc.passes.factor_types import FactorType
+from eoracc.passes.factorization import Factorization
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.adapters import check_adapter_name
 
@@ -45,6 +47,7 @@ __all__ = [
     "AdapterConfig",
     "BuildConfig",
     "CalibrationConfig",
+    "CompareConfig",
     "HeldOutConfig",
     "Limits",
     "OnnxRuntimeConfig",
@@ -52,7 +55,11 @@ __all__ = [
     "VerifyConfig",
     "WeightedText",
     "adapter_config",
+    "budget_bits",
     "load_config",
+    "method_names",
+    "parse_budget",
+    "pass_problems",
 ]
 
 _QUANTIZE = ("quantize_gptq", "quantize_rtn")
@@ -78,7 +85,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 _BEFORE: Mapping[str, tuple[str, ...]] = {
     "allocate": _QUANTIZE,
-    "pack_projections": ("calibrate", *_QUANTIZE, *_FACTORIZE)
+    "pack_projections": ("calibrate", "calibrate_outputs", *_QUANTIZE, *_FACTORIZE),
 }
 """What a pass must stand before, where both are there."""
 
@@ -297,6 +304,90 @@ _PassItem = Annotated[
 ]
 
 
+def parse_budget(value: object) -> str:
+    """A budget of ``eoracc compare`` in its shortest form.
+
+    Args:
+      value: bits per weight, as a number or a text, or the share of 16-bit bytes that is removed,
+        as a text that ends with ``%``.
+
+    Raises:
+      ConfigError: it is neither.
+
+    >>> parse_budget(3.50), parse_budget("30.0%")
+    ('3.5', '30%')
+    """
+    text = str(value).strip()
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number < (100 if share else math.inf):
+        raise ConfigError(
+            f"{value!r} is no budget: give bits per weight, 3.5, or the share of 16-bit bytes that "
+            "is removed, 30%"
+        )
+    return f"{number:g}%" if share else f"{number:g}"
+
+
+def budget_bits(budget: str) -> float:
+    """Bits per weight of a budget that :func:`parse_budget` has given.
+
+    >>> budget_bits("3.5"), budget_bits("25%")
+    (3.5, 12.0)
+    """
+    share = budget.endswith("%")
+    return 16 * (1 - float(budget[:-1]) / 100) if share else float(budget)
+
+
+def method_names() -> tuple[str, ...]:
+    """Methods that ``eoracc compare`` knows by name, what can be built from ``passes`` of any kind.
+
+    ``none`` quantizes alone; the others are compensating and factorising passes.
+    """
+    load_passes()
+    kinds = (Compensation, Factorization)
+    return ("none", *(name for name in pass_names() if issubclass(pass_type(name), kinds)))
+
+
+def _config_budget(value: object) -> str:
+    try:
+        return parse_budget(value)
+    except ConfigError as error:
+        raise PydanticCustomError("pass_budget", "{text}", {"text": str(error)}) from None
+
+
+def _by_name(methods: object) -> object:
+    """A list of names as the mapping that it is short for."""
+    if isinstance(methods, list) and all(isinstance(name, str) for name in methods):
+        return dict.fromkeys(methods)
+    return methods
+
+
+_Budget = Annotated[str, BeforeValidator(_config_budget)]
+
+_Methods = Annotated[
+    Mapping[_Name, Annotated[tuple[_PassItem, ...], Field(min_length=1)] | None],
+    BeforeValidator(_by_name),
+    WithJsonSchema({}),  # likewise
+]
+
+
+class CompareConfig(_Section):
+    """What ``eoracc compare`` tries; its options ``--methods`` and ``--budgets`` win over it."""
+
+    methods: _Methods = {}
+    """Names of compensating and factorising passes, which take their places in ``passes``, and
+    ``none`` for quantization alone; or a mapping of names of your own to lists of passes, which
+    stand instead of ``passes``."""
+    budgets: tuple[_Budget, ...] = ()
+    """Bits per weight of the compressed linears, everything counted, ``3.5``; or the share of their
+    bytes at 16 bits that is removed, ``30%``."""
+    ood: HeldOutConfig | None = None
+    """Text of another kind, to score perplexity and KL on as well."""
+
+
 class BuildConfig(_Section):
     """What ``eoracc build`` does: one model, its passes, its targets, its gates."""
 
@@ -317,6 +408,8 @@ class BuildConfig(_Section):
     which they share and which none of them changes."""
     verify: VerifyConfig = VerifyConfig()
     """The gates."""
+    compare: CompareConfig | None = None
+    """What ``eoracc compare`` tries."""
     output: _Name
     """The artifact's folder, relative to this file; it must not exist yet."""
 
@@ -396,17 +489,8 @@ def _option(path: KeyPath) -> str:
 def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     """What is wrong although every field is right on its own."""
     names = [item.name for item in config.passes]
-    for index, name in enumerate(names):
-        where: KeyPath = ("passes", index, name)
-        yield from ((where, problem) for problem in _misplaced(name, names[:index]))
-        if name == "calibrate" and config.calibration is None:
-            yield where, "needs a text: give 'calibration: {text: …}'"
-        item = config.passes[index]
-        if isinstance(item, Calibrate) and (item.through, item.match) == ("original", "outputs"):
-            yield (
-                (*where, "match"),
-                "contradicts 'through: original': keep one of the two",
-            )
+    for where, problem in pass_problems(config, config.passes):
+        yield ("passes", *where), problem
     if config.calibration is not None:
         yield from _text_problems(("calibration",), config.calibration)
     yield from _held_out_problems(("calibration",), config.calibration, ("verify",), config.verify)
@@ -419,6 +503,41 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
         yield from _held_out_problems(where, adapter, (*where, "verify"), adapter.verify)
     if config.verify.compare_adapters and not config.adapters:
         yield ("verify", "compare_adapters"), "compares adapters: give 'adapters: {NAME: …}'"
+    if config.compare is not None:
+        yield from _compare_problems(config, config.compare)
+
+
+def pass_problems(config: BuildConfig, passes: Sequence[Pass]) -> Iterator[tuple[KeyPath, str]]:
+    """What is wrong with ``passes``, those of ``config`` or others in their place.
+
+    Yields:
+      Where among them, and what.
+    """
+    names = [item.name for item in passes]
+    for index, (name, item) in enumerate(zip(names, passes, strict=True)):
+        where: KeyPath = (index, name)
+        yield from ((where, problem) for problem in _misplaced(name, names[:index]))
+        if name == "calibrate" and config.calibration is None:
+            yield where, "needs a text: give 'calibration: {text: …}'"
+        if isinstance(item, Calibrate) and (item.through, item.match) == ("original", "outputs"):
+            yield (
+                (*where, "match"),
+                "contradicts 'through: original': keep one of the two",
+            )
+
+
+def _compare_problems(config: BuildConfig, compare: CompareConfig) -> Iterator[tuple[KeyPath, str]]:
+    """What is wrong with methods and text of a comparison."""
+    for name, passes in compare.methods.items():
+        where: KeyPath = ("compare", "methods", name)
+        if passes is None and name not in method_names():
+            yield where, f"there is no such method: {suggest(name, method_names())}"
+        for place, problem in pass_problems(config, passes or ()):
+            yield (*where, *place), problem
+    if compare.ood is not None:
+        yield from _one_form(("compare", "ood"), compare.ood)
+        if compare.ood.text is None:
+            yield ("compare", "ood"), "needs a text of its own: give 'text: …'"
 
 
 def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
@@ -579,6 +698,8 @@ def _known_keys(kind: object, path: KeyPath) -> list[str]:
         return _known_keys(typing.get_args(kind)[0], path)
     if typing.get_origin(kind) in {types.UnionType, typing.Union}:
         return [key for option in typing.get_args(kind) for key in _known_keys(option, path)]
+    if kind is BuildConfig and path[:2] == ("compare", "methods"):
+        path = ("passes", *path[3:])  # each is a list like that one
     if kind is BuildConfig and path[:1] == ("passes",) and len(path) > 2:
         return _known_keys(pass_type(str(path[2])), path[3:])
     keys = _fields(kind)

@@ -13,7 +13,7 @@ from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.text import Windows
 
-__all__ = ["Scores", "Variant", "score_variants"]
+__all__ = ["Scorer", "Scores", "Variant", "score_variants"]
 
 _BATCH = 4
 _HEAD_TOKENS = 256
@@ -62,8 +62,41 @@ def score_variants(
         for name, variant in everyone.items():
             hidden[name] = _hidden(variant, windows)
             phase.advance(name)
-        sums = _head_sums(everyone, hidden, windows)
+        scores = _scores(everyone, hidden, windows)
         phase.advance("logits")
+    return scores
+
+
+class Scorer:
+    """Scores one variant after another on one text; the original's forward pass is taken once."""
+
+    def __init__(self, original: Executor, windows: Windows) -> None:
+        """Take it.
+
+        Args:
+          original: the uncompressed graph.
+          windows: held-out text; each window is scored on its own.
+        """
+        self._original = Variant(original, Linear.weight)
+        self._windows = windows
+        self._hidden = _hidden(self._original, windows)
+
+    def original(self) -> Scores:
+        """The original itself."""
+        everyone = {"original": self._original}
+        return _scores(everyone, {"original": self._hidden}, self._windows)["original"]
+
+    def score(self, variant: Variant) -> Scores:
+        """One variant, as :func:`score_variants` scores it."""
+        everyone = {"original": self._original, "variant": variant}
+        hidden = {"original": self._hidden, "variant": _hidden(variant, self._windows)}
+        return _scores(everyone, hidden, self._windows)["variant"]
+
+
+def _scores(
+    everyone: Mapping[str, Variant], hidden: Mapping[str, NDArray[np.float32]], windows: Windows
+) -> dict[str, Scores]:
+    """Figures of each variant, ``original`` first, from what enters its head."""
     kept = windows.attention_mask.astype(bool)
     return {
         name: Scores(
@@ -72,7 +105,7 @@ def score_variants(
             top1_agreement=total.agreed / total.tokens,
             last_layer_error=_relative_error(hidden[name][kept], hidden["original"][kept]),
         )
-        for name, total in sums.items()
+        for name, total in _head_sums(everyone, hidden, windows).items()
     }
 
 

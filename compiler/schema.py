@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from eoracc.compiler.config import BuildConfig
+from eoracc.compiler.config import BuildConfig, method_names
 from eoracc.passes import load_passes
 from eoracc.passes.base import pass_names, pass_type
 
@@ -63,6 +63,20 @@ def json_schema() -> Schema:
         )
     definitions["Pass"] = {"anyOf": choices}
     schema["properties"]["passes"]["items"] = {"$ref": "#/$defs/Pass"}
+    definitions["CompareConfig"]["properties"]["methods"] |= {
+        "anyOf": [
+            {"type": "array", "items": {"enum": list(method_names())}},
+            {
+                "type": "object",
+                "additionalProperties": {
+                    "anyOf": [
+                        {"type": "array", "items": {"$ref": "#/$defs/Pass"}, "minItems": 1},
+                        {"type": "null"},
+                    ]
+                },
+            },
+        ]
+    }
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "eoracc model.yaml"
     _unwrap_descriptions(schema)
@@ -103,6 +117,7 @@ def model_yaml_page() -> str:
         ("adapters.NAME.verify", "HeldOutConfig"),
         ("verify", "VerifyConfig"),
         ("verify.limits", "Limits"),
+        ("compare", "CompareConfig"),
     ):
         parts += [f"## `{key}`", definitions[name]["description"], _table(definitions[name])]
     parts.append("## `passes`")

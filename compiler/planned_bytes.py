@@ -1,0 +1,145 @@
+"""What linears will take once passes have run, from shapes alone; and what they do take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from eoracc.compiler.linears import Linear
+from eoracc.passes.base import Pass
+from eoracc.passes.compensation import Compensation
+from eoracc.passes.factor_types import FactorType, factor_bytes
+from eoracc.passes.factorization import Factorization, factorized_rank
+from eoracc.passes.grid import group_width
+from eoracc.passes.quantize_factors import QuantizeFactors
+from eoracc.passes.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize_rtn import QuantizeRtn
+
+__all__ = ["PLAIN_BYTES", "compressed_names", "planned_bytes", "rank_limit", "stored_bytes"]
+
+PLAIN_BYTES = 2
+"""Of a value that no pass has quantized, as budgets and published tables count: 16 bits. (The
+graph holds float32.)"""
+
+_SCALE_BYTES = 2
+"""Of a group of codes: float16."""
+
+Quantizer = QuantizeGptq | QuantizeRtn
+
+
+@dataclass
+class _Part:
+    """A linear, or one of the two that a factorisation makes of it.
+
+    Attributes:
+      linear: as a pass will find it.
+      weight_bytes: of its codes, scales and zero points; None while it is not quantized.
+      rank: of its compensation.
+      factor_type: of that.
+    """
+
+    linear: Linear
+    weight_bytes: int | None = None
+    rank: int = 0
+    factor_type: FactorType = "float16"
+
+    @property
+    def nbytes(self) -> int:
+        shape = self.linear.out_features, self.linear.in_features
+        weight = PLAIN_BYTES * shape[0] * shape[1] if self.weight_bytes is None else 0
+        return weight + (self.weight_bytes or 0) + factor_bytes(*shape, self.rank, self.factor_type)
+
+
+def planned_bytes(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
+    """Bytes of ``linears`` after ``passes``, what surveys may decide left aside.
+
+    Codes, scales, zero points, low-rank factors and padding count as they are stored, values that
+    are not quantized as 16 bits.
+
+    Args:
+      passes: in the order of model.yaml.
+      linears: of the graph, not compressed yet.
+    """
+    return sum(part.nbytes for part in _parts(passes, linears))
+
+
+def rank_limit(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
+    """The largest rank that the compensating pass may give all linears alike; 0 for none.
+
+    Linears whose rank an override has settled set no limit.
+    """
+    linears = list(linears)
+    # A rank that no linear can have: whoever is given it has none of its own.
+    asked = 1 + max((max(one.out_features, one.in_features) for one in linears), default=0)
+    probe = [replace(p, rank=asked) if isinstance(p, Compensation) else p for p in passes]
+    return min(
+        (
+            min(part.linear.out_features, part.linear.in_features)
+            for part in _parts(probe, linears)
+            if part.rank == asked
+        ),
+        default=0,
+    )
+
+
+def compressed_names(passes: Sequence[Pass], linears: Iterable[Linear]) -> set[str]:
+    """Names of those ``linears`` that a quantizing or factorising pass will change."""
+    changing = [item for item in passes if isinstance(item, Quantizer | Factorization)]
+    return {
+        linear.name
+        for linear in linears
+        if any(item.options_for(linear) is not None for item in changing)
+    }
+
+
+def stored_bytes(linears: Iterable[Linear]) -> int:
+    """Bytes of ``linears`` as they are, counted like :func:`planned_bytes`."""
+    total = 0
+    for linear in linears:
+        weight, factors = linear.compressed, linear.factors
+        plain = PLAIN_BYTES * linear.out_features * linear.in_features
+        total += plain if weight is None else weight.nbytes
+        total += 0 if factors is None else factors.nbytes
+    return total
+
+
+def _parts(passes: Sequence[Pass], linears: Iterable[Linear]) -> list[_Part]:
+    parts = [_Part(linear) for linear in linears]
+    for item in passes:
+        if isinstance(item, Factorization):
+            parts = [one for part in parts for one in _factorized(item, part)]
+        elif isinstance(item, Quantizer):
+            for part in parts:
+                part.weight_bytes = _quantized(item, part)
+        elif isinstance(item, Compensation):
+            for part in parts:
+                options = item.options_for(part.linear)
+                if options is not None and part.weight_bytes is not None:
+                    part.rank, part.factor_type = options.rank, options.factor_type
+        elif isinstance(item, QuantizeFactors):
+            for part in parts:
+                width = item.options_for(part.linear)
+                if width is not None:
+                    part.factor_type = "int8" if width.bits == 8 else "int4"
+    return parts
+
+
+def _factorized(item: Factorization, part: _Part) -> list[_Part]:
+    linear, options = part.linear, item.options_for(part.linear)
+    if options is None or options.ratio == 0:
+        return [part]
+    rank = factorized_rank(linear.out_features, linear.in_features, options.ratio)
+    # As the graph's next view will show them; nothing is put there.
+    first = replace(linear, name=f"{linear.name}.v", out_features=rank, whole=linear, plan={})
+    second = replace(linear, name=f"{linear.name}.u", in_features=rank, whole=linear, plan={})
+    return [_Part(first), _Part(second)]
+
+
+def _quantized(item: Quantizer, part: _Part) -> int | None:
+    options = item.options_for(part.linear)
+    if options is None:
+        return part.weight_bytes
+    width = group_width(options.group_size, part.linear.in_features)
+    groups = -(-part.linear.in_features // width)
+    per_group = width * options.bits // 8 + _SCALE_BYTES + (0 if options.symmetric else 1)
+    return part.linear.out_features * groups * per_group
