@@ -8,10 +8,11 @@ Text is ``wiki.utf8`` with its document tags removed: the first 64 windows of 51
 is scored the same way as text of another kind. All linears of the decoder blocks are compressed,
 embeddings and head are not; bits count scales, zero points and factors.
 
-A setting is ``<bits>g<group>`` or ``<bits>row``, then ``-<compensation><rank>`` where there is one,
-with the type of its factors where it is not float16, then ``-outputs`` where outputs are matched:
-``3g64``, ``4row-eora32``, ``3g64-eora16-int4-outputs``. Each is a build of its own, with a sweep of
-its own, through the driver.
+A setting is ``<bits>g<group>`` or ``<bits>row``, then ``-<compensation><rank>`` where there is
+one, with the type of its factors where it is not float16, then ``-outputs`` where outputs are
+matched and ``-unit`` where tokens count alike whatever their size: ``3g64``, ``4row-eora32``,
+``3g64-eora16-int4-outputs-unit``. A recipe (:data:`RECIPES`) has a name of its own:
+``mixed-3.6``. Each is a build of its own, with a sweep of its own, through the driver.
 """
 
 from __future__ import annotations
@@ -78,12 +79,17 @@ C4_OFFSET_CHARACTERS = 100_000
 
 _DOCUMENT_TAG = re.compile(r"</?doc[^>]*>\n?")
 
-_NAMES = {"gptq": "GPTQ", "eora": "EoRA", "svd": "SVD"}
+_NAMES = {
+    "activation_scaled": "activation-scaled SVD",
+    "eora": "EoRA",
+    "lqer": "L2QER",
+    "svd": "SVD",
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How to compress: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs]``."""
+    """How to compress: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs][-unit]``."""
 
     bits: int
     group_size: int
@@ -91,16 +97,18 @@ class Setting:
     rank: int = 0
     factor_type: str = "float16"
     match: str = "weights"
+    tokens: str = "equal"
 
     @classmethod
     def parse(cls, text: str) -> Setting:
         """The setting called ``text``; ValueError where there is none of that name."""
         match = re.fullmatch(
-            r"([2348])(?:g(\d+)|row)(?:-(svd|eora)(\d+)(?:-(int[48]))?)?(?:-(outputs))?", text
+            r"([2348])(?:g(\d+)|row)(?:-([a-z_]+)(\d+)(?:-(int[48]))?)?(?:-(outputs))?(?:-(unit))?",
+            text,
         )
-        if match is None:
+        if match is None or match[3] not in (None, *_NAMES):
             raise ValueError(f"{text!r} is no setting: give one like 3g64 or 4row-eora32")
-        bits, group, compensation, rank, factor_type, target = match.groups()
+        bits, group, compensation, rank, factor_type, target, tokens = match.groups()
         return cls(
             int(bits),
             int(group or -1),
@@ -108,6 +116,7 @@ class Setting:
             int(rank or 0),
             factor_type or "float16",
             target or "weights",
+            tokens or "equal",
         )
 
     @property
@@ -119,12 +128,14 @@ class Setting:
             added += f" {self.factor_type}"
         if self.match == "outputs":
             added += ", outputs matched"
+        if self.tokens == "unit":
+            added += ", tokens alike"
         return f"eoracc {self.bits}-bit {group}, GPTQ{added}"
 
     def passes(self) -> list[Any]:
         """For model.yaml."""
         found: list[Any] = [
-            {"calibrate": {"match": self.match}},
+            {"calibrate": {"match": self.match, "tokens": self.tokens}},
             {"quantize_gptq": {"bits": self.bits, "group_size": self.group_size}},
         ]
         if self.compensation is not None:
@@ -132,6 +143,86 @@ class Setting:
             found.append({self.compensation: options})
         return found
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes written out, for what a setting's name cannot say."""
+
+    label: str
+    passes_: tuple[dict[str, Any], ...]
+    compensation: str | None = None
+    rank: int = 0
+
+    def passes(self) -> list[Any]:
+        """For model.yaml."""
+        return list(self.passes_)
+
+
+_ENDS = (0, 1, 2, 3, 4, 5, 24, 25, 26, 27, 28, 29)
+"""Blocks of SmolLM2-135M whose error reaches the logits most."""
+
+_CALIBRATE = {"calibrate": {"match": "outputs", "tokens": "unit"}}
+
+RECIPES: dict[str, Recipe] = {
+    "mixed-3.6": Recipe(
+        "eoracc 3-bit group 64, v 8-bit, k 4-bit",
+        (
+            _CALIBRATE,
+            {
+                "quantize_gptq": {
+                    "bits": 3,
+                    "group_size": 64,
+                    "overrides": {"*.v_proj": {"bits": 8}, "*.k_proj": {"bits": 4}},
+                }
+            },
+        ),
+    ),
+    "mixed-4.25": Recipe(
+        "eoracc 4-bit group 192, v 8-bit",
+        (
+            _CALIBRATE,
+            {
+                "quantize_gptq": {
+                    "bits": 4,
+                    "group_size": 192,
+                    "overrides": {"*.v_proj": {"bits": 8}},
+                }
+            },
+        ),
+    ),
+    "mixed-5.5": Recipe(
+        "eoracc 4-bit group 192, k, v and 12 blocks' down 8-bit + EoRA rank 72 int4",
+        (
+            _CALIBRATE,
+            {
+                "quantize_gptq": {
+                    "bits": 4,
+                    "group_size": 192,
+                    "overrides": {
+                        "*.[kv]_proj": {"bits": 8},
+                        **{f"*.layers.{block}.*.down_proj": {"bits": 8} for block in _ENDS},
+                    },
+                }
+            },
+            {
+                "eora": {
+                    "rank": 72,
+                    "factor_type": "int4",
+                    "overrides": {
+                        "*.[kv]_proj": {"skip": True},
+                        **{f"*.layers.{block}.*.down_proj": {"skip": True} for block in _ENDS},
+                    },
+                }
+            },
+        ),
+        "eora",
+        72,
+    ),
+}
+"""Mixtures of widths for a size: 8 bits where little of the model is and much of the error."""
+
+_COMPARED = ("svd", "lqer", "activation_scaled")
+"""Solved on EoRA's backbone, at its rank, and scored beside it."""
 
 DEFAULT = ("3g64", "3g64-eora64")
 
@@ -209,13 +300,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
     try:
-        settings = [Setting.parse(text) for text in options.only]
+        settings = [RECIPES.get(text) or Setting.parse(text) for text in options.only]
     except ValueError as error:
         parser.error(str(error))
     folder = CACHE / options.model
     folder.mkdir(parents=True, exist_ok=True)
-    _write_texts(folder)
-    loaded = _load(options.model, folder)
+    write_texts(folder)
+    loaded = load_model(options.model, folder)
     c4 = load_windows(
         TextConfig(text="c4.txt"),
         loaded.tokenizer(),
@@ -250,17 +341,17 @@ def main() -> None:
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_texts(folder: Path) -> None:
+def write_texts(folder: Path) -> None:
     """Fetch the texts and write them as the protocol reads them."""
     wiki, c4 = (path.read_text(encoding="utf-8") for path in assemble([WIKI, C4], CACHE))
     (folder / "wiki.txt").write_text(_DOCUMENT_TAG.sub("", wiki), encoding="utf-8")
     (folder / "c4.txt").write_text(c4[C4_OFFSET_CHARACTERS:], encoding="utf-8")
 
 
-def _load(name: str, folder: Path) -> LoadedModel:
+def load_model(name: str, folder: Path) -> LoadedModel:
+    """The model called ``name``, converted into ``folder`` once for all builds."""
     source, data = MODELS[name]
     (path,) = assemble([source], data)
-    # Converted once for all builds, which are given the folder.
     return load(str(path), work=folder / "model")
 
 
@@ -270,8 +361,11 @@ class _Built:
     rows: list[Row]
 
 
-def _measure(setting: Setting, model: Path, folder: Path, c4: Windows, *, samples: int) -> _Built:
+def _measure(
+    setting: Setting | Recipe, model: Path, folder: Path, c4: Windows, *, samples: int
+) -> _Built:
     """Build with ``setting`` and score what came of it."""
+    compares = isinstance(setting, Setting) and setting.compensation == "eora"
     path = folder / "model.yaml"
     content = {
         "model": str(model),
@@ -286,7 +380,7 @@ def _measure(setting: Setting, model: Path, folder: Path, c4: Windows, *, sample
             "offset_tokens": OFFSET_TOKENS,
             "windows": len(c4.input_ids),
             "window_length": WINDOW_LENGTH,
-            "compare": ["svd"] if setting.compensation == "eora" else [],
+            "compare": list(_COMPARED) if compares else [],
             "parity": False,  # the examples prove it; here only quality is asked for
         },
         "output": "artifact",
@@ -310,10 +404,13 @@ def _measure(setting: Setting, model: Path, folder: Path, c4: Windows, *, sample
             cpu_s=report.build.cpu_s,
         )
     ]
-    if setting.compensation == "eora":
+    if compares:
         rows += [
             _row("· the same backbone without factors", found["quantized"]),
-            _row(f"· the same backbone + SVD rank {setting.rank}", found["svd"]),
+            *(
+                _row(f"· the same backbone + {_NAMES[name]} rank {setting.rank}", found[name])
+                for name in _COMPARED
+            ),
         ]
     return _Built(found["original"], rows)
 

@@ -18,7 +18,7 @@ from eoracc.passes.statistics import MIN_TOKENS, saw_too_few_tokens
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from eoracc.compiler.linears import LinearGroup
+    from eoracc.compiler.linears import Activations, LinearGroup
     from eoracc.compiler.products import Precision
     from eoracc.passes.gram import Gram
 
@@ -40,6 +40,9 @@ class Calibrate(LayerPass):
         ``X~`` its input through the compressed prefix: what earlier layers lost is made good too.
         Takes a second forward pass over the text. A linear that fewer than 32 tokens reached is
         matched by its weight.
+      tokens: how tokens enter these sums. ``equal``: as they are. ``unit``: every ``x~`` as
+        ``x~ / ||x~||``, and its ``x`` as ``x / ||x~||``. What is lost of a token is then seen
+        relative to its size, and the few of the largest do not decide for all others.
       precision: of the products of that forward pass and of the Gram's own. ``bfloat16`` rounds
         their operands to eight bits of mantissa and sums in float32; ``auto`` takes it where the
         processor has units for it (AMX), and ``float32`` elsewhere.
@@ -48,6 +51,7 @@ class Calibrate(LayerPass):
     name: ClassVar[str] = "calibrate"
     through: Literal["compressed", "original"] = "compressed"
     match: Literal["weights", "outputs"] = "weights"
+    tokens: Literal["equal", "unit", "gradients"] = "equal"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
@@ -61,12 +65,24 @@ class Calibrate(LayerPass):
     def requires(self, group: LinearGroup) -> None:
         if group.activations is None:
             raise PassError(group.name, "has no activations: give 'calibration' in model.yaml")
+        if self.tokens == "gradients" and any(
+            linear.block is not None and linear.token_weights is None for linear in group.linears
+        ):
+            raise PassError(
+                group.name,
+                "has no gradients to count tokens by: put 'calibrate_outputs' right before this "
+                "sweep, or leave 'tokens: gradients' out",
+            )
 
     @override
     def call(self, group: LinearGroup) -> bool:
         assert group.activations is not None  # noqa: S101 - requires() has checked
+        if self.tokens == "gradients":
+            # For all that look at them in this sweep.
+            group.activations = _counted_by_gradients(group, group.activations)
+        seen = group.activations()
         gram = accumulate_gram(
-            group.activations(),
+            map(_unit, seen) if self.tokens == "unit" else seen,
             group.linears[0].in_features,
             add=_products().add_outer_products if self.resolved_precision == "bfloat16" else None,
         )
@@ -95,7 +111,7 @@ class Calibrate(LayerPass):
                     )
             return None
         cross = accumulate_cross(
-            _differences(group),
+            _differences(group, unit=self.tokens == "unit"),
             len(gram.matrix),
             add=_products().add_cross_products if self.resolved_precision == "bfloat16" else None,
         )
@@ -109,16 +125,55 @@ class Calibrate(LayerPass):
 
 
 def _differences(
-    group: LinearGroup,
+    group: LinearGroup, *, unit: bool
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
-    """Per batch ``X - X~``, ``X~`` and the token weights."""
+    """Per batch ``X - X~``, ``X~`` and the token weights; ``unit`` divides both by ``||x~||``."""
     assert group.activations is not None  # noqa: S101 - Calibrate.requires() has checked
     assert group.originals is not None  # noqa: S101 - its caller has
     for (inputs, weights), (originals, _) in zip(
         group.activations(), group.originals(), strict=True
     ):
         # Taken before products round: where the two agree, it is exactly zero.
-        yield originals - inputs, inputs, weights
+        difference = originals - inputs
+        if unit:
+            scale = _unit_scale(inputs)
+            with np.errstate(invalid="ignore"):  # bad values are found in the sums
+                yield difference * scale, inputs * scale, weights
+        else:
+            yield difference, inputs, weights
+
+
+def _counted_by_gradients(group: LinearGroup, activations: Activations) -> Activations:
+    """The group's activations, each token times the mean of what its linears count it for."""
+    loaded = [one.token_weights() for one in group.linears if one.token_weights is not None]
+    if not loaded:
+        return activations
+    counts = np.mean(loaded, axis=0, dtype=np.float64).astype(np.float32)
+
+    def counted() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        start = 0
+        for inputs, weights in activations():
+            yield inputs, weights * counts[start : start + len(weights)]
+            start += len(weights)
+
+    return counted
+
+
+def _unit(
+    batch: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Inputs ``[tokens, K]`` scaled to norm 1, those that are zero left so, and their weights."""
+    inputs, weights = batch
+    with np.errstate(invalid="ignore"):  # bad values are found in the sums
+        return inputs * _unit_scale(inputs), weights
+
+
+def _unit_scale(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``1 / ||x||`` of each token, ``[tokens, 1]``; 0 for one that is zero."""
+    with np.errstate(invalid="ignore"):
+        norms = np.sqrt(np.einsum("tk,tk->t", inputs, inputs, dtype=np.float64))
+        scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
+    return scale[:, None].astype(np.float32)
 
 
 def _products() -> ModuleType:

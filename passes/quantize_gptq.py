@@ -11,6 +11,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from eoracc.passes.base import LayerPass, register
+from eoracc.passes.descent import descend
 from eoracc.passes.gptq import Feedback, feedback, gptq
 from eoracc.passes.grid import round_to_nearest
 from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eoracc.compiler.linears import LinearGroup
+    from eoracc.passes.gram import Gram
     from eoracc.plugins.operands import NBitsWeight
 
 __all__ = ["QuantizeGptq"]
@@ -46,6 +48,8 @@ class QuantizeGptq(Overridable, LayerPass):
       act_order: round the columns with the largest activations first.
       damping: fraction of the Gram's mean diagonal that is added to its diagonal.
       clip_search: look for the range of each group that costs least, not just its extremes.
+      descent: how often every scale and every code is looked at again once GPTQ is done, each time
+        taking the value that leaves the least output error given all others.
       overrides: other options, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
@@ -56,6 +60,7 @@ class QuantizeGptq(Overridable, LayerPass):
     act_order: bool = True
     damping: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip_search: bool = True
+    descent: Annotated[int, Field(ge=0, le=100)] = 2
     overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
 
     @override
@@ -71,18 +76,28 @@ class QuantizeGptq(Overridable, LayerPass):
             factored = feedback(gram.matrix, damping=self.damping, act_order=self.act_order)
         for options, linears in parts:
             weights = [gram.target(linear.weight()) for linear in linears]
-            solved = options.solve(np.concatenate(weights), factored)
+            solved = options.solve(np.concatenate(weights), gram, factored)
             start = 0
             for linear, weight in zip(linears, weights, strict=True):
                 linear.quantize(_rows(solved, start, start + len(weight)))
                 start += len(weight)
+                linear.quantizer = options
                 self._note(linear.notes, gram.tokens, factored)
                 record_error(self.name, linear, gram)
         record_left_out(self.name, group)
         return bool(parts)
 
-    def solve(self, weight: NDArray[np.float32], factored: Feedback | None) -> NBitsWeight:
-        """Quantize ``weight [N, K]``, to nearest where there is no Gram to go by."""
+    def requantize(self, weight: NDArray[np.float32], gram: Gram) -> NBitsWeight:
+        """Quantize another weight ``[N, K]`` on the input of ``gram``."""
+        factored = None
+        if not saw_too_few_tokens(gram):
+            factored = feedback(gram.matrix, damping=self.damping, act_order=self.act_order)
+        return self.solve(weight, gram, factored)
+
+    def solve(
+        self, weight: NDArray[np.float32], gram: Gram, factored: Feedback | None
+    ) -> NBitsWeight:
+        """Quantize ``weight [N, K]``, to nearest where ``gram`` is not to be gone by."""
         if factored is None:
             return round_to_nearest(
                 weight,
@@ -91,7 +106,7 @@ class QuantizeGptq(Overridable, LayerPass):
                 symmetric=self.symmetric,
                 clip_search=self.clip_search,
             )
-        return gptq(
+        solved = gptq(
             weight,
             factored,
             bits=self.bits,
@@ -99,6 +114,7 @@ class QuantizeGptq(Overridable, LayerPass):
             symmetric=self.symmetric,
             clip_search=self.clip_search,
         )
+        return descend(weight, solved, gram.matrix, sweeps=self.descent, damping=factored.damping)
 
     def _note(self, notes: list[str], tokens: float, factored: Feedback | None) -> None:
         if factored is None:

@@ -129,6 +129,63 @@ def test_tokens_count_by_their_weight_and_padding_for_nothing() -> None:
         assert np.linalg.norm(target(group) - expected) <= limit
 
 
+def test_unit_tokens_count_alike_whatever_their_size() -> None:
+    original, seen = inputs()
+    # As attention sinks do, a few are larger by orders of magnitude, and drift another way.
+    seen[:4] *= 300
+    original[:4] = 2 * seen[:4]
+    sizes = np.linalg.norm(seen.astype(np.float64), axis=1, keepdims=True)
+    unit = (original / sizes).astype(np.float32), (seen / sizes).astype(np.float32)
+    group = shown(original, seen)
+    Calibrate(match="outputs", tokens="unit", precision="float32").call(group)
+    assert group.gram is not None
+    assert group.gram.tokens == 200
+    # Each of n products is off by the rounding of its factors, their sum by n roundings.
+    gram = unit[1].T.astype(np.float64) @ unit[1]
+    bound = (200 + 8) * 2.0**-24 * np.abs(unit[1]).T @ np.abs(unit[1])
+    assert (np.abs(group.gram.matrix - gram) <= bound).all()
+    np.testing.assert_allclose(np.trace(group.gram.matrix), 200, rtol=1e-5)
+    weight = group.linears[0].weight()
+    expected = oracle(weight, *unit, ones(200))
+    limit = 2 * tolerance(weight, *unit, ones(200))  # factors are rounded once more
+    plain = shown(original, seen)
+    OUTPUTS.call(plain)
+    assert limit < 0.02 * np.linalg.norm(expected - weight)
+    assert limit < 0.02 * np.linalg.norm(target(plain) - expected)
+    assert np.linalg.norm(target(group) - expected) <= limit
+
+
+def test_unit_tokens_may_be_zero_padding_or_beyond_the_range_of_squares() -> None:
+    _, seen = inputs()
+    counts = np.repeat(np.array([0, 1], np.float32), 100)
+    expected = shown(None, seen[100:])
+    unit = Calibrate(tokens="unit", precision="float32")
+    unit.call(expected)
+    assert expected.gram is not None
+    for held in (np.nan, np.inf, 0.0):
+        padded = seen * np.float32(2.0**70)
+        padded[:100] = held
+        group = shown(None, padded, counts)
+        unit.call(group)
+        assert group.gram is not None
+        assert group.gram.tokens == 100
+        # The same products in batches cut elsewhere.
+        limit = 200 * 2.0**-24 * np.trace(expected.gram.matrix)
+        assert np.linalg.norm(group.gram.matrix - expected.gram.matrix) < limit
+    group = shown(None, np.zeros_like(seen))
+    unit.call(group)
+    assert group.gram is not None
+    assert not group.gram.matrix.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_unit_tokens_that_are_damaged_are_refused(bad: float) -> None:
+    _, seen = inputs()
+    seen[50, 3] = bad
+    with pytest.raises(PassError, match="holds NaN or Inf"):
+        Calibrate(tokens="unit").call(shown(None, seen))
+
+
 def test_singular_grams_are_damped() -> None:
     original, seen = inputs(33)
     original[:, 5] = seen[:, 5] = 0

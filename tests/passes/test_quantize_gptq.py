@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from eoracc.compiler.errors import PassError
+from eoracc.passes.descent import descend
 from eoracc.passes.gptq import gptq
 from eoracc.passes.gram import Gram
 from eoracc.passes.overrides import QuantizeOverride
@@ -12,12 +13,16 @@ from eoracc.passes.quantize_rtn import QuantizeRtn
 from tests.passes.groups import qkv
 
 
-def test_solves_the_group_as_one_stack() -> None:
+@pytest.mark.parametrize("descent", [0, 2])
+def test_solves_the_group_as_one_stack(descent: int) -> None:
     group = qkv()
     assert group.gram is not None
     stack = np.concatenate([linear.weight() for linear in group.linears])
-    expected = gptq(stack, group.gram.matrix, bits=3, group_size=24).dequantize()
-    quantize = QuantizeGptq(bits=3, group_size=24)
+    solved_at_once = gptq(stack, group.gram.matrix, bits=3, group_size=24)
+    if descent:
+        solved_at_once = descend(stack, solved_at_once, group.gram.matrix, sweeps=descent)
+    expected = solved_at_once.dequantize()
+    quantize = QuantizeGptq(bits=3, group_size=24, descent=descent)
     quantize.requires(group)
     assert quantize.call(group)
     solved = np.concatenate([linear.effective_weight() for linear in group.linears])
