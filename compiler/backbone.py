@@ -7,6 +7,7 @@ same places, so whatever is solved on top of a backbone comes out the same eithe
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from eoracc.compiler.linears import (
     ZERO_POINTS,
     B,
     Linear,
+    find_again,
     find_linears,
 )
 from eoracc.plugins.operands import (
@@ -75,7 +77,8 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
         changed in place.
 
     Raises:
-      ArtifactError: the artifact's model cannot be read, or is of another graph.
+      ArtifactError: the artifact's model cannot be read, is of another graph, or has quantized
+        factors of a weight: what these were before is in neither of the two.
     """
     path = read_decoder(folder).model
     try:
@@ -83,6 +86,7 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
     except Exception as error:
         raise ArtifactError(f"{path}: cannot be read: {error}") from error
     backbone = Backbone.of(model)
+    _restore_products(stored, backbone)
     linears = {linear.name: linear for linear in backbone.linears}
     tables = {table.name: table for table in backbone.embeddings}
     for node in stored.graph:
@@ -93,7 +97,7 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
         if node.op_type == FUSED_OP:
             for name, weight, factors in _linears_of(node):
                 if name not in linears:
-                    raise ArtifactError(f"{path}: has a linear {name!r}, which the model has not")
+                    raise ArtifactError(f"{path}: {_unknown(name, linears)}")
                 linears[name].quantize(weight)
                 linears[name].compensate(factors)
         elif node.op_type == GATHER_OP and str(node.name) in tables:
@@ -101,6 +105,28 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
             rows = int(table.source.shape.numpy()[0])
             table.quantize(_weight(node, slice(0, rows), out_features=rows))
     return backbone
+
+
+def _restore_products(stored: ir.Model, backbone: Backbone) -> None:
+    """Factorise the weights whose two factors ``stored`` holds as they are."""
+    initializers = stored.graph.initializers
+    for linear in backbone.linears:
+        u, v = (initializers.get(f"{linear.name}.{factor}.weight") for factor in ("u", "v"))
+        if u is not None and v is not None:
+            assert u.const_value is not None and v.const_value is not None  # noqa: PT018, S101 - they are initializers
+            linear.factorize(u.const_value.numpy().T, v.const_value.numpy().T)
+    backbone.linears = find_again(backbone.model, backbone.linears)
+
+
+def _unknown(name: str, linears: Collection[str]) -> str:
+    """What is to be said of a linear that the model has not."""
+    whole, _, factor = name.rpartition(".")
+    if factor in ("v", "u") and whole in linears:
+        return (
+            f"has quantized factors of {whole!r}, and not what they were before: adapters of "
+            "factorised models are solved with the build, under 'adapters' in model.yaml"
+        )
+    return f"has a linear {name!r}, which the model has not"
 
 
 def _linears_of(node: ir.Node) -> list[tuple[str, NBitsWeight, LowRank | None]]:

@@ -33,6 +33,8 @@ _PARTS = MappingProxyType(
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
 )
+_FACTORS = ("v", "u")
+"""Roles of the two linears that a factorised weight is."""
 _STORED_WHOLE = ("phi3",)
 """Families whose modules are the wholes."""
 
@@ -81,11 +83,20 @@ def read_layout(folder: Path) -> ModuleLayout:
 
 
 def linears_to_modules(factors: Mapping[str, LowRank], layout: ModuleLayout) -> dict[str, LowRank]:
-    """Factors by linear of an artifact as those by module of transformers."""
+    """Factors by linear of an artifact as those by module of transformers.
+
+    Raises:
+      ArtifactError: a linear is itself a factor of a module's weight.
+    """
     found: dict[str, LowRank] = {}
     joined: dict[str, dict[str, LowRank]] = defaultdict(dict)
     for name, one in factors.items():
         parent, role = _split_name(name)
+        if role in _FACTORS:
+            raise ArtifactError(
+                f"'{name}' is a factor of the weight of '{parent}', which transformers has in one "
+                "piece: such an adapter can be written as .onnx_adapter only"
+            )
         if layout.stores_whole and (whole := _whole_of(role)):
             joined[f"{parent}.{whole}"][role] = one
         elif not layout.stores_whole and role in _PARTS:
@@ -138,6 +149,11 @@ def modules_to_linears(
             rows_of = dict(zip(_PARTS[whole_role], layout.rows(whole_role, total), strict=True))
             _check_shape(place, name, one, (rows_of[role], columns))
             joined[whole][role] = one
+        elif {f"{name}.v", f"{name}.u"} & set(linears):
+            raise ArtifactError(
+                f"{place}: has factors of '{name}', which is a product of two matrices here, and "
+                "an adapter of it would be of neither: leave it out of the targets"
+            )
         else:
             raise ArtifactError(
                 f"{place}: has factors of '{name}', which takes no adapter here: only compressed "
