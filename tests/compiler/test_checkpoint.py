@@ -122,3 +122,53 @@ def test_saves_are_some_seconds_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     checkpoint.save(1, [], batches({}), {})
     due.append(checkpoint.is_due)
     assert due == [False, True, False]
+
+
+def factorized() -> Linear:
+    """A linear of 40 x 72 as a product of rank 5, with an error on record."""
+    (first, _) = qkv().linears
+    rng = np.random.default_rng(2)
+    first.factorize(
+        rng.standard_normal((40, 5), np.float32), rng.standard_normal((5, 72), np.float32)
+    )
+    first.errors["factorize_svd"] = 0.5
+    return first
+
+
+def is_mapped(array: NDArray[np.generic]) -> bool:
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return False
+
+
+def test_factors_of_weights_are_kept_and_mapped_from_there(tmp_path: Path) -> None:
+    first = factorized()
+    product = first.effective_weight()
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    checkpoint.save(1, [first], batches({}), {})
+    again = qkv().linears[0]
+    assert checkpoint.resume([again], batches({}), {}) == 1
+    assert again.errors == {"factorize_svd": 0.5}
+    for linear in (first, again):
+        np.testing.assert_array_equal(linear.effective_weight(), product)
+        assert linear.factorized is not None
+        assert is_mapped(linear.factorized.u)
+        assert is_mapped(linear.factorized.v)
+        stored = linear.node.inputs[1]
+        assert stored is not None
+        assert stored.const_value is not None
+        assert is_mapped(stored.const_value.numpy()), "the graph holds no copy"
+
+
+def test_what_an_earlier_sweep_has_put_on_record_is_not_there_twice(tmp_path: Path) -> None:
+    first, second, comparisons = compressed(symmetric=True)
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    checkpoint.save(1, [first, second], batches({}), comparisons)
+    again = list(qkv().linears)
+    again[0].notes.append("a note")
+    again[0].errors["of another run"] = 1.0
+    checkpoint.resume(again, batches({}), {"svd": {}})
+    assert (again[0].errors, again[0].notes) == (first.errors, ["a note"])

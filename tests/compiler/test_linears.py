@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler import frontend, spec
 from eoracc.compiler.errors import ModelError, PassError
-from eoracc.compiler.linears import FUSED_OP, Linear, find_linears
+from eoracc.compiler.linears import FUSED_OP, Factorized, Linear, find_again, find_linears
 from eoracc.passes.grid import find_grid, quantize, to_nbits
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from tests.plugins.banks import random_typed_factors
@@ -179,3 +179,86 @@ def test_misuse_is_named(tmp_path: Path) -> None:
     first.source = None
     with pytest.raises(PassError, match="was loaded compressed: its weight is gone"):
         first.weight()
+
+
+# --- products of two ------------------------------------------------------------------------------
+
+
+def product(linear: Linear, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    rng = np.random.default_rng(rank)
+    return (
+        rng.standard_normal((linear.out_features, rank), np.float32),
+        rng.standard_normal((rank, linear.in_features), np.float32),
+    )
+
+
+def test_factors_are_found_again_as_linears_that_know_their_weight(tmp_path: Path) -> None:
+    model = load(tmp_path, "qwen2")
+    before = find_linears(model)
+    whole = before[3]
+    u, v = product(whole, 7)
+    output, read = whole.node.outputs[0].name, whole.input.name
+    whole.factorize(u, v)
+    spec.check(model, spec.Stage.COMPRESSED, after="a test")
+    np.testing.assert_array_equal(whole.effective_weight(), u @ v)
+    assert f"{whole.name}.weight" not in model.graph.initializers
+    after = find_again(model, before)
+    names = [linear.name for linear in before]
+    names[3:4] = [f"{whole.name}.v", f"{whole.name}.u"]
+    assert [linear.name for linear in after] == names
+    assert all(any(linear is old for old in before) for linear in after if linear.whole is None)
+    first, second = after[3:5]
+    assert first.whole is second.whole is whole
+    assert (first.role, second.role) == ("o_proj.v", "o_proj.u")
+    assert first.known_as == (first.name, whole.name)
+    assert whole.known_as == (whole.name,)
+    np.testing.assert_array_equal(first.weight(), v)
+    np.testing.assert_array_equal(second.weight(), u)
+    assert (first.input.name, second.node.outputs[0].name) == (read, output)
+    assert second.input.producer() is first.node
+    assert (first.out_features, second.in_features) == (7, 7)
+    assert find_again(model, after) == after
+
+
+def test_a_tied_head_stands_where_nothing_is_factorised(tmp_path: Path) -> None:
+    head = find_linears(load(tmp_path, "smollm"))[-1]
+    with pytest.raises(PassError, match=r"lm_head: stands outside the decoder blocks"):
+        head.factorize(*product(head, 2))
+
+
+def test_factors_that_cannot_take_a_weights_place(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    linears = find_linears(model)
+    one, other, third = linears[:3]
+    u, v = product(one, 3)
+    with pytest.raises(PassError, match=r"factors \[96, 3\] and \[4, 48\] cannot replace"):
+        one.factorize(u, np.vstack([v, v[:1]]))
+    with pytest.raises(PassError, match="its factors hold NaN or Inf"):
+        one.factorize(u * np.float32(np.nan), v)
+    assert one.factorized is None
+    one.factorize(u, v)
+    with pytest.raises(PassError, match="is compressed already"):
+        one.factorize(u, v)
+    with pytest.raises(PassError, match="put another 'calibrate' before the pass that quantizes"):
+        one.quantize(rounded(one.effective_weight()))
+    other.quantize(rounded(other.weight()))
+    with pytest.raises(PassError, match="is compressed already"):
+        other.factorize(*product(other, 3))
+    first = find_again(model, linears)[0]
+    with pytest.raises(PassError, match=r"q_proj\.v: is a factor already"):
+        first.factorize(*product(first, 2))
+    assert third.factorized is None
+
+
+def test_factors_can_be_held_elsewhere(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    linears = find_linears(model)
+    u, v = product(linears[0], 3)
+    linears[0].factorize(u, v)
+    linears[0].hold_factors(Factorized(u.copy(order="F"), v.copy(order="F")))
+    first, second = find_again(model, linears)[:2]
+    np.testing.assert_array_equal(second.weight() @ first.weight(), u @ v)
+    assert linears[0].factorized is not None
+    assert np.shares_memory(
+        operands(second)[f"{linears[0].name}.u.weight"], linears[0].factorized.u
+    ), "held once"

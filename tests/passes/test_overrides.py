@@ -86,3 +86,29 @@ def test_group_sizes_that_cannot_be_are_refused(size: int) -> None:
 def test_values_out_of_range_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(option))):
         gptq(**option)
+
+
+def test_what_a_survey_has_planned_holds_unless_a_pattern_says_otherwise(
+    group: LinearGroup,
+) -> None:
+    for linear in group.linears:
+        # Options of other passes are none of this one's business.
+        linear.plan = {"bits": 2, "group_size": 32, "ratio": 0.5}
+    quantize = gptq(bits=3, overrides={"*.k_proj": {"bits": 4}, "*.down": {"skip": True}})
+    q, k, down, head = map(quantize.options_for, group.linears)
+    assert q is not None
+    assert k is not None
+    assert (q.bits, q.group_size) == (2, 32)
+    assert (k.bits, k.group_size) == (4, 32)
+    assert down is head is None
+
+
+def test_a_pattern_that_names_a_factorised_weight_holds_for_both_factors() -> None:
+    whole = make_group({Q: np.ones((16, 16), np.float32)})
+    factors = make_group({f"{Q}.{part}": np.ones((16, 16), np.float32) for part in ("v", "u")})
+    for linear in factors.linears:
+        linear.whole = whole.linears[0]
+    names = [name for linear in factors.linears for name in linear.known_as]
+    quantize = gptq(bits=3, overrides={"*.q_proj": {"bits": 4}, "*.u": {"bits": 8}})
+    assert chosen(quantize, factors) == {f"{Q}.v": 4, f"{Q}.u": 8}
+    assert quantize.unmatched_overrides(names) == ()
