@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +61,10 @@ class ActivationStore:
                 kept.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget everything, and delete what was written."""
-        for key in list(self._kept):
-            self.drop(key)
+        """Forget everything, and delete the folder, with what a run that was killed left there."""
+        self._kept.clear()
         if self.folder.exists():
-            self.folder.rmdir()
+            shutil.rmtree(self.folder)
 
     def _bytes_with(self, batches: Sequence[Values]) -> int:
         held = [values for kept in self._kept.values() for values in kept]
