@@ -1,0 +1,281 @@
+"""Factorisations next to each other: perplexity at equal parameters.
+
+    python -m benchmarks.factorization
+    python -m benchmarks.factorization --model gemma3 --samples 16 --windows 8
+    python -m benchmarks.factorization --only "erc_svd{beta: adaptive}" --ratios 0.3 --json FILE
+
+Every variant removes the same share of the parameters of the decoder blocks' linears, from the same
+calibration windows, and is scored in float32 on held-out Wikipedia (the calibration's kind of text)
+and on C4, in the protocol of ``benchmarks.quality``. No artifact is written. What has been measured
+is kept in the JSON file, and is not measured again.
+
+A variant is ``[last_k+][allocated+|energy+][outputs+][unit+]PASS[{OPTIONS}]``:
+
+- ``last_k+`` compresses the last blocks alone, as many as 'select_last_k' chooses;
+- ``allocated+`` lets 'allocate_ratios' give each weight a ratio of its own, by SVD-LLM V2's rule,
+  ``energy+`` by the least sum of relative errors;
+- ``outputs+`` matches the original's outputs (``calibrate: {match: outputs}``);
+- ``unit+`` lets every token count alike (``calibrate: {tokens: unit}``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.quality import CACHE, MODELS, OFFSET_TOKENS, WINDOW_LENGTH, load_model, write_texts
+from eoracc.compiler.config import BuildConfig, TextConfig
+from eoracc.compiler.executor import Executor
+from eoracc.compiler.fidelity import score_variants
+from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.pipeline import compress
+from eoracc.compiler.progress import ConsoleProgress, Progress, cpu_seconds
+from eoracc.compiler.text import Windows, load_windows
+
+METHODS = (
+    "factorize_svd",
+    "factorize_activation_scaled",
+    "svd_llm",
+    "allocated+svd_llm_v2",
+    "nsvd",
+    "outputs+saes_svd",
+    "erc_svd",
+    "last_k+svd_llm",
+    "last_k+erc_svd",
+)
+RATIOS = (0.2, 0.3, 0.4)
+SAMPLES = 32
+WINDOWS = 16
+
+_VARIANT = re.compile(
+    r"(?P<flags>(?:(?:last_k|allocated|energy|outputs|unit)\+)*)(?P<name>\w+)(?P<options>\{.*\})?"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A pass with its options, and what stands before it."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """The variant written as ``text``.
+
+        Raises:
+          ValueError: it is none.
+
+        >>> Variant.parse("last_k+erc_svd{beta: 0.1}")
+        Variant(name='erc_svd', options={'beta': 0.1}, flags=('last_k',))
+        """
+        found = _VARIANT.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no variant: give one like last_k+erc_svd{{beta: 0.1}}")
+        flags = tuple(flag for flag in found["flags"].split("+") if flag)
+        return cls(found["name"], yaml.safe_load(found["options"] or "{}"), flags)
+
+    def passes(self, ratio: float) -> list[Any]:
+        """For model.yaml, removing the share ``ratio`` of all parameters."""
+        found: list[Any] = []
+        if "last_k" in self.flags:
+            found.append({"select_last_k": {"ratio": ratio}})
+        if "allocated" in self.flags:
+            found.append({"allocate_ratios": {"by": "loss"}})
+        if "energy" in self.flags:
+            found.append({"allocate_ratios": {"by": "energy"}})
+        calibrate = {
+            "match": "outputs" if "outputs" in self.flags else "weights",
+            "tokens": "unit" if "unit" in self.flags else "equal",
+        }
+        return [*found, {"calibrate": calibrate}, {self.name: {"ratio": ratio, **self.options}}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      variant: what was measured.
+      ratio: share of the parameters that was to be removed; 0 for the original.
+      removed: share that was.
+      wiki: perplexity on Wikipedia.
+      c4: perplexity on C4.
+      cpu_s: seconds of processor time that the compression took.
+      surveys: what surveys found.
+    """
+
+    variant: str
+    ratio: float
+    removed: float
+    wiki: float
+    c4: float
+    cpu_s: float
+    surveys: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A model and the texts that it is calibrated and scored on."""
+
+    loaded: LoadedModel
+    calibration: Windows
+    wiki: Windows
+    c4: Windows
+    progress: Progress
+
+    def original(self) -> Row:
+        """The uncompressed model."""
+        return self._row("original", 0.0, Executor(self.loaded.model), 0.0, [])
+
+    def measure(self, variant: str, ratio: float) -> Row:
+        """Compress a copy of the model and score it."""
+        config = BuildConfig.model_validate(
+            {
+                "model": str(self.loaded.folder),
+                "calibration": {"text": "wiki.txt"},  # whose windows are given
+                "passes": Variant.parse(variant).passes(ratio),
+                "output": "artifact",
+            }
+        )
+        loaded = replace(self.loaded, model=self.loaded.model.clone())
+        begun = cpu_seconds()
+        with tempfile.TemporaryDirectory() as work:
+            compressed = compress(config, loaded, self.calibration, Path(work), self.progress)
+            cpu_s = cpu_seconds() - begun
+            # Two matmuls each: to this view of the graph factors are weights like any other.
+            executor = Executor(compressed.model)
+            return self._row(variant, ratio, executor, cpu_s, compressed.surveys)
+
+    def _row(
+        self,
+        variant: str,
+        ratio: float,
+        executor: Executor,
+        cpu_s: float,
+        surveys: list[dict[str, Any]],
+    ) -> Row:
+        before, after = (_parameters(one) for one in (Executor(self.loaded.model), executor))
+        return Row(
+            variant=variant,
+            ratio=ratio,
+            removed=1 - after / before,
+            wiki=self._perplexity(executor, self.wiki),
+            c4=self._perplexity(executor, self.c4),
+            cpu_s=cpu_s,
+            surveys=surveys,
+        )
+
+    def _perplexity(self, executor: Executor, windows: Windows) -> float:
+        return score_variants(executor, {}, windows, progress=self.progress)["original"].perplexity
+
+
+def main() -> None:
+    """Compress, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="smollm2")
+    parser.add_argument("--checkpoint", type=Path, help="its folder, where it is at hand already")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", default=METHODS)
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="evaluation windows per text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows there")
+    options = parser.parse_args()
+    try:
+        for variant in options.only:
+            Variant.parse(variant)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = _read(options.json)
+    known = {(row.variant, row.ratio) for row in rows}
+    wanted = [(v, r) for r in options.ratios for v in options.only if (v, r) not in known]
+    if ("original", 0.0) not in known:
+        wanted.insert(0, ("original", 0.0))
+    if wanted:
+        bench = _bench(options.model, options.checkpoint, options.samples, options.windows)
+    for variant, ratio in wanted:
+        sys.stderr.write(f"{variant} {ratio:.0%}\n")
+        rows.append(bench.original() if ratio == 0 else bench.measure(variant, ratio))
+        if options.json is not None:
+            content = {"rows": [asdict(row) for row in rows]}
+            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _print(rows)
+
+
+def _bench(name: str, checkpoint: Path | None, samples: int, windows: int) -> Bench:
+    folder = CACHE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_texts(folder)
+    if checkpoint is None:
+        loaded = load_model(name, folder)
+    else:
+        loaded = load(str(checkpoint), work=folder / "model")
+    tokenizer = loaded.tokenizer()
+
+    def text(file: str, count: int, offset: int = 0) -> Windows:
+        return load_windows(
+            TextConfig(text=file),
+            tokenizer,
+            config_dir=folder,
+            samples=count,
+            sequence_length=WINDOW_LENGTH,
+            offset_tokens=offset,
+        )
+
+    return Bench(
+        loaded,
+        text("wiki.txt", samples),
+        text("wiki.txt", windows, OFFSET_TOKENS),
+        text("c4.txt", windows),
+        ConsoleProgress(Console(stderr=True)),
+    )
+
+
+def _parameters(executor: Executor) -> int:
+    """Parameters of the linears in decoder blocks."""
+    return sum(
+        linear.in_features * linear.out_features
+        for linear in executor.linears
+        if linear.block is not None
+    )
+
+
+def _read(path: Path | None) -> list[Row]:
+    if path is None or not path.exists():
+        return []
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+
+
+def _print(rows: Sequence[Row]) -> None:
+    """One line a variant, one pair of columns a ratio."""
+    ratios = sorted({row.ratio for row in rows} - {0.0})
+    found = {(row.variant, row.ratio): row for row in rows}
+    table = Table(box=box.MARKDOWN)
+    table.add_column("variant", no_wrap=True)
+    for ratio in ratios:
+        table.add_column(f"wiki {ratio:.0%}", justify="right")
+        table.add_column(f"C4 {ratio:.0%}", justify="right")
+    for variant in dict.fromkeys(row.variant for row in rows):
+        cells = []
+        for ratio in ratios:
+            row = found.get((variant, 0.0 if variant == "original" else ratio))
+            cells += ["", ""] if row is None else [f"{row.wiki:.2f}", f"{row.c4:.2f}"]
+        table.add_row(variant, *cells)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+if __name__ == "__main__":
+    main()
