@@ -276,6 +276,15 @@ class _Trial:
                 key = (weight.bits, weight.group_size)
                 if key not in known:  # an override has settled it otherwise
                     known[key] = self._options(linear, group)
+        if self.by == "outputs":
+            for name, known in found.items():
+                if name not in self.outputs and sum(map(len, known.values())) > 1:
+                    raise PassError(
+                        name,
+                        "has no Gram of its outputs to compare it with others by: settle its bits, "
+                        f"group size and rank by overrides, or give {self.settings.name!r} another "
+                        "'distortion'",
+                    )
         shapes = {linear.name: linear.in_features * linear.out_features for linear in group.linears}
         return [
             _Item(name, shapes[name], [option for options in known.values() for option in options])

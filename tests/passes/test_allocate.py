@@ -221,6 +221,27 @@ def test_output_grams_say_what_errors_count_for(
     assert spent(quiet) < spent(identity)
 
 
+def test_a_linear_without_an_output_gram_cannot_be_compared(
+    loaded: LoadedModel, windows: Windows, tmp_path: Path
+) -> None:
+    def survey(overrides: dict[str, Any]) -> dict[str, Any]:
+        gptq = {"quantize_gptq": {"group_size": 16, "overrides": overrides}}
+        eora = {"eora": {"overrides": {"*.o_proj": {"skip": True}}}}
+        seen = context(loaded, windows, tmp_path / str(len(overrides)), [CALIBRATE, gptq, eora])
+        for linear in seen.linears:
+            if linear.role != "o_proj":
+                identity = np.eye(linear.out_features, dtype=np.float32)
+                linear.output_gram = lambda gram=identity: gram
+        return Allocate(bits_per_weight=6.4).survey(seen)
+
+    with pytest.raises(PassError, match=r"o_proj: has no Gram of its outputs.*by overrides"):
+        survey({})
+    found = survey({"*.o_proj": {"bits": 8}})
+    assert {
+        choice["plan"]["bits"] for name, choice in found["linears"].items() if "o_p" in name
+    } == {8}
+
+
 def test_goes_on_from_what_it_has_kept(
     loaded: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
