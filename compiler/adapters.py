@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,6 +165,9 @@ def solve_adapter(
     """
     begun = cpu_seconds()
     _check_overrides(task, backbone)
+    if calibrate.tokens == "gradients":
+        # Known of the backbone's text alone.
+        calibrate = replace(calibrate, tokens="equal")
     calibration = task.calibration
     batches = make_batches(
         calibration.input_ids,

@@ -114,8 +114,8 @@ class Linear:
       whole: the linear that this one is a factor of; None for one of the checkpoint.
       plan: options that a survey has decided for this linear, by the option's name.
       output_gram: loads ``G``, ``float32 [N, N]``, by which a survey weighs errors of the output.
-      token_weights: loads what a survey counts each token of the calibration text for, padding
-        included, ``float32 [tokens]``, 1 in the mean.
+      token_weights: loads ``||g||^2`` of the gradient at the output for each token of the
+        calibration text, padding included, as a survey has found it: ``float32 [tokens]``.
       output_norm: ``||T X||_F`` over the calibration tokens, with what compression is to come near
         as ``T`` (the weight ``W``, or its target), once a pass has taken it.
       errors: relative output errors by stage, ``||(T - W_hat) X||_F / ||T X||_F``, for the report.
@@ -388,7 +388,8 @@ def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
     Args:
       model: the graph.
       before: its linears until now. Those that are still one matmul are returned as they are; of
-        the others the factors know them as their :attr:`Linear.whole`.
+        the others the factors know them as their :attr:`Linear.whole`, and take over what a survey
+        has found of their outputs, though not what it has planned.
     """
     wholes: dict[ir.Node, Linear] = {}
     known: dict[ir.Node, Linear] = {}
@@ -399,8 +400,21 @@ def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
             wholes |= dict.fromkeys(linear._factor_nodes(), linear)
     found = find_linears(model)
     for linear in found:
-        linear.whole = wholes.get(linear.node)
+        whole = wholes.get(linear.node)
+        if whole is not None:
+            linear.whole = whole
+            # Of the tokens at z = v x nothing is known but what they count for past u.
+            linear.token_weights = whole.token_weights
+            linear.output_gram = _factors_output_gram(linear, whole)
     return [known.get(linear.node, linear) for linear in found]
+
+
+def _factors_output_gram(linear: Linear, whole: Linear) -> Callable[[], NDArray[np.float32]] | None:
+    """What weighs errors of a factor's output: ``G`` past ``u``, ``u^T G u`` between the two."""
+    load, product = whole.output_gram, whole.factorized
+    if load is None or product is None or linear.node is whole.node:
+        return load
+    return lambda: product.u.T @ load() @ product.u
 
 
 def _from_matmul(node: ir.Node) -> Linear | None:

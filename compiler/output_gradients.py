@@ -75,7 +75,8 @@ def output_gradient_grams(
 ) -> None:
     """Write ``G = mean_t g_t g_t^T`` of every linear to a file of its own.
 
-    It is the tensor ``output_gram``, ``float32 [N, N]``, of ``<folder>/<name>.safetensors``.
+    It is the tensor ``output_gram``, ``float32 [N, N]``, of ``<folder>/<name>.safetensors``, where
+    ``token_weights``, ``float32 [tokens]``, padding included, holds ``||g_t||^2``.
     ``g_t`` is the gradient, in nats, of ``sum_s log p(y_s | earlier tokens)`` at the linear's
     output of token ``t``; the mean counts tokens as the windows do, padding for nothing.
 
@@ -311,7 +312,7 @@ class _Run:
         places: Mapping[str, Sequence[tuple[Any, slice]]],
         add: Callable[..., None] | None,
     ) -> None:
-        sums: dict[str, GramSum] = {}
+        sums: dict[str, _Statistics] = {}
         for start in self._starts:
             rows = slice(start, start + _BATCH)
             mask = self.windows.attention_mask[rows]
@@ -322,25 +323,17 @@ class _Run:
             arriving: list[torch.Tensor] = []
             with _recorded(module for place in places.values() for module, _ in place) as seen:
                 output = self._run(block, hidden, self._inputs(rows))
-                for gradient in self._kept("gradient", block + 1, start):
+                for draw, gradient in enumerate(self._kept("gradient", block + 1, start)):
                     (before,) = torch.autograd.grad(output, hidden, gradient, retain_graph=True)
                     arriving.append(before)
                     for name, place in places.items():
                         found = torch.cat([seen[module][..., part] for module, part in place], -1)
                         array = found.reshape(-1, found.shape[-1]).float().numpy()
-                        total = sums.setdefault(name, GramSum(array.shape[1], add=add))
-                        total.add(array, weights.reshape(-1))
+                        total = sums.setdefault(name, _Statistics(array.shape[1], self.draws, add))
+                        total.add(array, weights.reshape(-1), first=draw == 0)
             self._keep("gradient", block, start, torch.stack(arriving))
         for name, total in sums.items():
-            gram = total.gram()
-            if not np.isfinite(np.diag(gram.matrix)).all():
-                raise ModelError(
-                    f"{name}: the gradient at its output over the calibration text holds NaN or "
-                    "Inf: the checkpoint or the text is damaged"
-                )
-            mean = gram.matrix / max(gram.tokens, 1.0)
-            file = self.folder / f"{name}.safetensors"
-            save_file({"output_gram": mean.astype(np.float32)}, file)
+            save_file(total.tensors(name), self.folder / f"{name}.safetensors")
 
     def _run(self, block: int, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """One block's output for ``hidden``, with all that its model hands to it besides."""
@@ -360,6 +353,40 @@ class _Run:
         with _replaced(self.layers, forward_of), suppress(_Done):
             self.model.base_model(**inputs)
         return outputs[0]
+
+
+class _Statistics:
+    """What is kept of the gradients at one linear's output."""
+
+    def __init__(self, width: int, draws: int, add: Callable[..., None] | None) -> None:
+        self._sum = GramSum(width, add=add)
+        self._draws = draws
+        self._squares: list[NDArray[np.float64]] = []
+
+    def add(
+        self, gradients: NDArray[np.float32], weights: NDArray[np.float32], *, first: bool
+    ) -> None:
+        """Add ``[tokens, N]``, of the first draw for these tokens or of another."""
+        self._sum.add(gradients, weights)
+        squares = np.einsum("tn,tn->t", gradients, gradients, dtype=np.float64)
+        if first:
+            self._squares.append(squares)
+        else:
+            self._squares[-1] += squares
+
+    def tensors(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """The means, as they are written."""
+        gram = self._sum.gram()
+        if not np.isfinite(np.diag(gram.matrix)).all():
+            raise ModelError(
+                f"{name}: the gradient at its output over the calibration text holds NaN or Inf: "
+                "the checkpoint or the text is damaged"
+            )
+        squares = np.concatenate(self._squares) / self._draws
+        return {
+            "output_gram": (gram.matrix / max(gram.tokens, 1.0)).astype(np.float32),
+            "token_weights": squares.astype(np.float32),
+        }
 
 
 class _Done(Exception):  # noqa: N818 - no error: it ends a forward pass

@@ -43,6 +43,9 @@ class Calibrate(LayerPass):
       tokens: how tokens enter these sums. ``equal``: as they are. ``unit``: every ``x~`` as
         ``x~ / ||x~||``, and its ``x`` as ``x / ||x~||``. What is lost of a token is then seen
         relative to its size, and the few of the largest do not decide for all others.
+        ``gradients``: ``||g||`` times, with the gradient ``g`` of the model's predictions at the
+        output, which a ``calibrate_outputs`` right before the sweep has taken: what predictions do
+        not depend on counts for little, however large.
       precision: of the products of that forward pass and of the Gram's own. ``bfloat16`` rounds
         their operands to eight bits of mantissa and sums in float32; ``auto`` takes it where the
         processor has units for it (AMX), and ``float32`` elsewhere.
@@ -144,11 +147,13 @@ def _differences(
 
 
 def _counted_by_gradients(group: LinearGroup, activations: Activations) -> Activations:
-    """The group's activations, each token times the mean of what its linears count it for."""
+    """The group's activations, each token counted by the gradients at its linears' outputs."""
     loaded = [one.token_weights() for one in group.linears if one.token_weights is not None]
     if not loaded:
         return activations
-    counts = np.mean(loaded, axis=0, dtype=np.float64).astype(np.float32)
+    counts = np.sqrt(np.sum(loaded, axis=0, dtype=np.float64))
+    # 1 in the mean, padding and what no prediction depends on left out.
+    counts = (counts / counts[counts > 0].mean() if counts.any() else counts + 1).astype(np.float32)
 
     def counted() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         start = 0
@@ -173,7 +178,8 @@ def _unit_scale(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     with np.errstate(invalid="ignore"):
         norms = np.sqrt(np.einsum("tk,tk->t", inputs, inputs, dtype=np.float64))
         scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
-    return scale[:, None].astype(np.float32)
+    shaped: NDArray[np.float32] = scale[:, None].astype(np.float32)
+    return shaped
 
 
 def _products() -> ModuleType:

@@ -37,14 +37,15 @@ OutputGram = Callable[[], NDArray[np.float32]]
 class CalibrateOutputs(SurveyPass):
     """Take a Gram of every linear's output, which says what errors there count for.
 
-    The passes of the next sweep that can (``eora``) then minimise ``tr(G E H E^T)`` in place of
-    ``tr(E H E^T)``, with the error ``E`` of the weight and the Gram ``H`` of the input. Both kinds
-    are those of the original model.
+    Passes of the next sweep that can (``eora``, ``caldera``) then minimise ``tr(G E H E^T)`` in
+    place of ``tr(E H E^T)``, with the error ``E`` of the weight and the Gram ``H`` of the input.
+    ``G`` is that of the original model.
 
     Options:
       by: ``logits``: ``G = E[g g^T]`` of the gradients ``g`` of the model's predictions at the
         output, the Fisher information, which the divergence of the predictions grows with
-        (arXiv:1503.05671). Takes a forward and a backward pass over the calibration text.
+        (arXiv:1503.05671). Takes a forward and a backward pass over the calibration text, which
+        also find what ``calibrate: {tokens: gradients}`` counts each token for.
         ``covariance``: ``G = E[y y^T]`` of the outputs ``y`` themselves, bias left out: directions
         count for what they carry. ``inverse_covariance``: ``G = E[y y^T]^-1``: all directions
         count alike in units of what they carry.
@@ -77,6 +78,8 @@ class CalibrateOutputs(SurveyPass):
         found = context.remember("output_grams", lambda: take(context, windows, linears))
         for linear in linears.values():
             linear.output_gram = self._gram_of(linear, linears, context.folder)
+            if self.by == "logits":
+                linear.token_weights = _token_weights_of(linear, context.folder)
         return {"by": self.by, "linears": len(linears), "tokens": windows.tokens, **found}
 
     def _of_gradients(
@@ -88,7 +91,7 @@ class CalibrateOutputs(SurveyPass):
 
         output_gradient_grams(
             load_eager(context.checkpoint, {}, trust_remote_code=context.trust_remote_code),
-            list(dict.fromkeys(_unfactorized(name, linears) for name in linears)),
+            list(dict.fromkeys(_whole(linear) for linear in linears.values())),
             windows,
             folder=context.folder / _FOLDER,
             key=context.key,
@@ -117,11 +120,10 @@ class CalibrateOutputs(SurveyPass):
 
     def _gram_of(self, linear: Linear, linears: Mapping[str, Linear], folder: Path) -> OutputGram:
         """What loads the Gram of one linear's output."""
-        whole = _unfactorized(linear.name, linears) if self.by == "logits" else linear.name
+        whole = _whole(linear) if self.by == "logits" else linear.name
 
         def load() -> NDArray[np.float32]:
-            with safe_open(_file(folder, whole), framework="numpy") as file:
-                gram: NDArray[np.float64] = file.get_tensor(_GRAM).astype(np.float64)
+            gram = _read(folder, whole, _GRAM).astype(np.float64)
             if linear.name == f"{whole}.v":
                 # Its output is what `u` takes.
                 after = linears[f"{whole}.u"].weight().astype(np.float64)
@@ -140,10 +142,19 @@ class CalibrateOutputs(SurveyPass):
         return damped
 
 
-def _unfactorized(name: str, linears: Mapping[str, Linear]) -> str:
-    """The linear of the original model that ``name`` is, or is a factor of."""
-    whole, _, role = name.rpartition(".")
-    return whole if role in ("u", "v") and {f"{whole}.u", f"{whole}.v"} <= set(linears) else name
+def _token_weights_of(linear: Linear, folder: Path) -> Callable[[], NDArray[np.float32]]:
+    return lambda: _read(folder, _whole(linear), "token_weights")
+
+
+def _whole(linear: Linear) -> str:
+    """The linear of the original model that this one is, or is a factor of."""
+    return linear.name if linear.whole is None else linear.whole.name
+
+
+def _read(folder: Path, name: str, tensor: str) -> NDArray[np.float32]:
+    with safe_open(_file(folder, name), framework="numpy") as file:
+        found: NDArray[np.float32] = file.get_tensor(tensor)
+    return found
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -111,6 +111,10 @@ def all_at_once(folder: Path, text: Windows, labels: NDArray[np.int64]) -> dict[
     return found
 
 
+def squares(folder: Path, name: str) -> NDArray[np.float32]:
+    return load_file(folder / f"{name}.safetensors")["token_weights"]
+
+
 def labels_of_text(text: Windows) -> NDArray[np.int64]:
     labels = np.full_like(text.input_ids, -1)
     labels[:, :-1] = np.where(text.attention_mask[:, 1:] == 1, text.input_ids[:, 1:], -1)
@@ -133,6 +137,14 @@ def test_equals_one_backward_pass_through_the_whole_model(family: str, tmp_path:
     for name in NAMES:
         # Two blocks of products 88 wide at most, and the head's.
         assert_equal(found[name], expected[name], sums=3 * VOCABULARY)
+        # The squares of the same gradients: their mean is the trace.
+        tokens = squares(tmp_path / "grams", name)
+        assert text.weights is not None
+        counts = (text.attention_mask * text.weights[:, None]).reshape(-1).astype(np.float64)
+        mean = tokens @ counts / counts.sum()
+        assert mean == pytest.approx(np.trace(expected[name]), rel=1e-4)
+        assert tokens.std() > 0.1 * tokens.mean()
+        assert not tokens.reshape(6, 12)[0, 9:].any()
     kept = {path.name for path in (tmp_path / "grams").iterdir()}
     assert kept == {"state.json", *(f"{name}.safetensors" for name in NAMES)}
 
@@ -159,10 +171,15 @@ def test_labels_drawn_from_the_model_and_the_mean_over_draws(llama: Path, tmp_pa
     text = windows()
     found = measure(load_eager(llama, {}), text, tmp_path, labels="model", draws=2, seed=9)
     drawn = drawn_labels(llama, text, draws=2, seed=9)
+    assert text.weights is not None
+    counts = (text.attention_mask * text.weights[:, None]).reshape(-1).astype(np.float64)
     assert (drawn[0] != drawn[1]).mean() > 0.5
     first, second = (all_at_once(llama, text, labels) for labels in drawn)
     for name in NAMES:
-        assert_equal(found[name], (first[name] + second[name]) / 2, sums=3 * VOCABULARY)
+        mean = (first[name] + second[name]) / 2
+        assert_equal(found[name], mean, sums=3 * VOCABULARY)
+        trace = squares(tmp_path, name) @ counts / counts.sum()
+        assert trace == pytest.approx(np.trace(mean), rel=1e-4)
 
 
 def test_drawn_labels_give_the_fisher_information(llama: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from eoracc.compiler.linears import find_again, find_linears
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
+from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.eora import Eora
 from eoracc.passes.factors import gram_root, output_weighted_factors
@@ -286,3 +287,39 @@ def test_few_tokens_leave_outputs_out() -> None:
     compensate(group, Eora(rank=4))
     for linear, weight in zip(group.linears, plain, strict=True):
         np.testing.assert_array_equal(linear.effective_weight(), weight)
+
+
+# --- tokens by gradients --------------------------------------------------------------------------
+
+
+def test_calibrate_counts_tokens_by_their_gradients() -> None:
+    group = qkv(tokens=64)
+    assert group.gram is not None
+    group.activations = group.gram.activations
+    rng = np.random.default_rng(9)
+    counts = [rng.exponential(size=64).astype(np.float32) for _ in group.linears]
+    counts[0][:3] = counts[1][:3] = 0
+    for linear, own in zip(group.linears, counts, strict=True):
+        linear.token_weights = lambda own=own: own
+    calibrate = Calibrate(tokens="gradients", precision="float32")
+    calibrate.requires(group)
+    assert group.activations is not None
+    ((rows, _),) = group.activations()
+    calibrate.call(group)
+    total = np.sqrt(np.sum(counts, axis=0))
+    total /= total[3:].mean()
+    expected = (rows.astype(np.float64) * total[:, None]).T @ rows
+    np.testing.assert_allclose(
+        group.gram.matrix, expected, rtol=0, atol=64 * EPS * np.abs(expected).max()
+    )
+    assert group.gram.tokens == pytest.approx(61, rel=1e-5)
+    # Statistics that other passes take in this sweep count them alike.
+    mean = total @ np.abs(rows) / 61
+    np.testing.assert_allclose(group.gram.magnitudes, mean, rtol=1e-4)
+
+
+def test_tokens_without_gradients_are_refused(group: LinearGroup) -> None:
+    assert group.gram is not None
+    group.activations = group.gram.activations
+    with pytest.raises(PassError, match="put 'calibrate_outputs' right before this sweep"):
+        Calibrate(tokens="gradients").requires(group)

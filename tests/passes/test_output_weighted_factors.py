@@ -32,7 +32,7 @@ def root_of(gram: Float) -> Float:
     return root
 
 
-def error(delta: Float, gram: Float, output_gram: Float) -> float:
+def error(delta: NDArray[np.floating], gram: Float, output_gram: Float) -> float:
     return float(np.trace(output_gram @ delta @ gram @ delta.T))
 
 
@@ -97,11 +97,11 @@ def test_no_search_finds_less() -> None:
             assert error(delta - turned, gram, output_gram) > least
     # Alternating least squares: for fixed A the best B asks for no G, for fixed B the best A for no
     # H.
-    found = rng.standard_normal((rank, 18))
+    found: Float = rng.standard_normal((rank, 18))
     for _ in range(400):
         other = delta @ gram @ found.T @ np.linalg.inv(found @ gram @ found.T)
         inner = other.T @ output_gram
-        found = np.linalg.solve(inner @ other, inner @ delta)
+        found = np.asarray(np.linalg.solve(inner @ other, inner @ delta), np.float64)
     searched = error(delta - other @ found, gram, output_gram)
     assert least <= searched * (1 + 1e-9)
     assert searched == pytest.approx(least, rel=1e-3)
