@@ -296,11 +296,13 @@ def _map_factors(path: Path) -> dict[str, Array]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+    places = {name: entry for name, entry in header.items() if name.endswith(("/u", "/v"))}
+    if not places:
+        return {}
     content = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
     return {
         name: content[slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"])
-        for name, entry in header.items()
-        if name.endswith(("/u", "/v"))
+        for name, entry in places.items()
     }
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 from eoracc.compiler.executor import Batch, Executor, make_batches
-from eoracc.compiler.linears import Linear, LinearGroup
+from eoracc.compiler.linears import Linear, LinearGroup, find_linears
+from eoracc.compiler.products import Precision
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep import ForwardPass, one_thread
 from eoracc.compiler.text import Windows
@@ -61,9 +62,23 @@ class SurveyContext:
         """The calibration windows with graph inputs set, fresh on every call; empty for no text."""
         return [] if self.windows is None else calibration_batches(self.windows)
 
-    def executor(self) -> Executor:
-        """A way to run a copy of the graph, whose linears may be compressed on trial."""
-        return Executor(self.model.clone())
+    def executor(self, *, precision: Precision = "float32") -> Executor:
+        """A way to run a copy of the graph, whose linears may be compressed on trial.
+
+        They know what those of the graph know: the weights that they are factors of, and what
+        earlier surveys have found.
+
+        Args:
+          precision: of the forward pass.
+        """
+        copy = self.model.clone()
+        known = {linear.name: linear for linear in self.linears}
+        linears = find_linears(copy)
+        for linear in linears:
+            own = known[linear.name]
+            linear.whole, linear.plan = own.whole, dict(own.plan)
+            linear.output_gram, linear.token_weights = own.output_gram, own.token_weights
+        return Executor(copy, linears, precision=precision)
 
     def walk(self, name: str, calibrate: Calibrate) -> Iterator[LinearGroup]:
         """Every group of linears of a copy of the graph, in execution order, with its Gram.
@@ -76,7 +91,7 @@ class SurveyContext:
           calibrate: takes the Grams, with its precision.
         """
         calibrate = replace(calibrate, through="original", match="weights")
-        executor = Executor(self.model.clone(), precision=calibrate.resolved_precision)
+        executor = self.executor(precision=calibrate.resolved_precision)
         forward = ForwardPass(executor, self.batches(), Linear.weight, match="weights")
         forward.start()
         with self.progress.phase(name, len(executor.levels)) as phase:

@@ -27,7 +27,14 @@ from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_memory
 
-__all__ = ["Comparator", "Comparisons", "ForwardPass", "one_thread", "run_sweep"]
+__all__ = [
+    "Comparator",
+    "Comparisons",
+    "ForwardPass",
+    "one_thread",
+    "original_weight",
+    "run_sweep",
+]
 
 _BLAS = ThreadpoolController()
 
@@ -166,14 +173,34 @@ class ForwardPass:
         """Compute the linears of ``level``, as they are now and as they were."""
         self._executor.step(level, self._batches, self._weight_of)
         if self._originals:
-            self._executor.step(level, self._originals, Linear.weight)
+            self._executor.step(level, self._originals, original_weight)
 
     def _activations(self, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
+        width = group.linears[0].in_features
+
         def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
             for batch in batches:
-                yield self._executor.inputs_of(group, batch), batch.token_weights
+                # Beyond lies what the original model computes past a factor.
+                yield self._executor.inputs_of(group, batch)[:, :width], batch.token_weights
 
         return activations
+
+
+def original_weight(linear: Linear) -> NDArray[np.float32]:
+    """What the original model multiplies with where ``linear`` stands.
+
+    It has ``W`` where an earlier sweep has put ``u v``: so that it goes on as it was, ``v`` hands
+    ``W x`` on beside its own ``v x``, and ``u`` lets it pass.
+    """
+    whole = linear.whole
+    if whole is None:
+        return linear.weight()
+    if linear.name == f"{whole.name}.v":
+        return np.vstack([linear.weight(), whole.weight()])
+    rows = linear.out_features
+    return np.hstack(
+        [np.zeros((rows, linear.in_features), np.float32), np.eye(rows, dtype=np.float32)]
+    )
 
 
 def one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[object]:
