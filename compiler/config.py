@@ -542,8 +542,9 @@ def _compare_problems(config: BuildConfig, compare: CompareConfig) -> Iterator[t
 
 def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
     """Why the pass ``name`` cannot stand after ``before``."""
-    # A second 'calibrate' begins another sweep, but not where the first has nothing to show.
-    if name in before and not (name == "calibrate" and before[-1] != name):
+    # A second 'calibrate' begins another sweep, but not where the first has nothing to show; a
+    # survey may steer each of the two.
+    if name in before and not (name in ("calibrate", "select_last_k") and before[-1] != name):
         yield "stands twice: keep one"
     for group in _NEEDS.get(name, ()):
         if not set(group) & set(before):

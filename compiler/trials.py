@@ -23,7 +23,7 @@ from eoracc.compiler.errors import PassError
 from eoracc.compiler.executor import Batch, Executor
 from eoracc.compiler.linears import Activations, Linear, LinearGroup
 from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.sweep import one_thread
+from eoracc.compiler.sweep import one_thread, original_weight
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorization import Factorization
 from eoracc.runtime.memory import release_memory
@@ -37,7 +37,6 @@ Errors = dict[int, float]
 """Relative error of the output, by decoder block: ``||Y - Y~||_F / ||Y||_F`` over the tokens."""
 
 _Linears = Mapping[str, Linear]
-_Visit = Callable[[int, Sequence[Batch]], None]
 
 
 @dataclass(eq=False)
@@ -51,6 +50,9 @@ class _Point:
 
     batches: list[Batch]
     originals: list[Batch]
+
+
+_Visit = Callable[[int, _Point], None]
 
 
 @dataclass(eq=False)
@@ -71,8 +73,9 @@ class _Gone:
 class Trials:
     """Tries courses on the calibration text.
 
-    The output of a block is what the next block's first linears multiply, and that of the last
-    block what the head does: both are taken after the norm that stands there.
+    Errors are those of the original model's outputs. The output of a block is what the next block's
+    first linears multiply, and that of the last block what the head does: both are taken after the
+    norm that stands there.
 
     Memory: the activations of one sweep (two where ``calibrate`` asks for the original model's),
     the original outputs of the probed blocks, and what is kept at the blocks of ``resume``, of
@@ -108,6 +111,10 @@ class Trials:
         self._probes = frozenset(probes)
         self._resume = {self.blocks[0], *resume}
         self._store = ActivationStore(context.folder / "activations")
+        # Of an earlier sweep's: the model that the survey finds is not the original one.
+        self._is_compressed = any(
+            one.whole is not None or one.compressed is not None for one in context.linears
+        )
         self._gone: _Gone | None = None
 
     def errors(self, course: Course, *, along: Course, frozen: bool = False) -> Errors:
@@ -159,20 +166,27 @@ class Trials:
         return before
 
     def _go_original(self) -> _Gone:
-        """Go through the model as it is; keep its outputs at the probes."""
+        """Go through the model as it is found; keep the original one's outputs at the probes."""
         batches = self._context.batches()
         self._executor.start(batches)
-        self._keep(self.blocks[0], _Point(batches, batches))
+        originals = _copied(batches) if self._is_compressed else batches
+        self._keep(self.blocks[0], _Point(batches, originals))
+        found: Errors = {}
+        measure = self._measure(found)
 
-        def collect(block: int, batches: Sequence[Batch]) -> None:
+        def visit(block: int, point: _Point) -> None:
             if block in self._probes:
-                kept = [{"output": self._output(block, batch)} for batch in batches]
+                kept = [{"output": self._output(block, batch)} for batch in point.originals]
                 self._store.put(_key("output", block), kept)
+            measure(block, point)
 
-        self._walk(
-            self.blocks[0], {}, {block: {} for block in self.blocks}, collect, keep=self._resume
-        )
-        return _Gone(None, errors=dict.fromkeys(self._probes, 0.0))
+        fixed: Mapping[int, _Linears] = {block: {} for block in self.blocks}
+        self._walk(self.blocks[0], {}, fixed, visit, keep=self._resume, beside=self._is_compressed)
+        if not self._matches_outputs:
+            # Nobody asks for what the original model computes but the probes.
+            for block in self._resume:
+                self._store.drop(_key("originals", block))
+        return _Gone(None, errors=found)
 
     def _walk(
         self,
@@ -182,6 +196,7 @@ class Trials:
         visit: _Visit,
         *,
         keep: Collection[int] = (),
+        beside: bool = False,
     ) -> dict[int, _Linears]:
         """Go from the last point kept before the block ``departs`` to the last block.
 
@@ -189,8 +204,9 @@ class Trials:
           departs: activations were kept along the same course up to there.
           course: the option by block.
           fixed: blocks that no pass runs on, with those of their linears that are not the model's.
-          visit: called at the end of every block with its number and the compressed batches.
+          visit: called at the end of every block with its number and what has come there.
           keep: blocks before which activations are to be kept.
+          beside: go through the original model too, though no pass asks for it.
 
         Returns:
           The linears of each block that passes have run on.
@@ -203,20 +219,20 @@ class Trials:
         for block in ahead:
             if block in keep:
                 self._keep(block, point)
-            if not (self._needs_originals and (keep or block <= last)):
+            if not beside and not (self._needs_originals and (keep or block <= last)):
                 point.originals = point.batches
             elif point.originals is point.batches and not self._is_original(block, course, fixed):
                 point.originals = _copied(point.batches)
             if self._is_original(block, course, fixed):
-                self._step(block, point, {})
+                self._step(block, point, {}, beside)
             elif block in fixed:
-                self._step(block, point, fixed[block])
+                self._step(block, point, fixed[block], beside)
             else:
                 solved[block] = {
                     one.name: self._copy(one, course.get(block)) for one in self._in(block)
                 }
-                self._step(block, point, solved[block], solve=True)
-            visit(block, point.batches)
+                self._step(block, point, solved[block], beside, solve=True)
+            visit(block, point)
         release_memory()
         return solved
 
@@ -224,10 +240,14 @@ class Trials:
         """Whether ``block`` computes what it does in the model as it is."""
         return not fixed[block] if block in fixed else self._is_left_alone(block, course)
 
-    def _step(self, block: int, point: _Point, linears: _Linears, *, solve: bool = False) -> None:
+    def _step(
+        self, block: int, point: _Point, linears: _Linears, beside: bool, *, solve: bool = False
+    ) -> None:
         """Go through ``block`` with ``linears`` in place of the model's of their names."""
+        # What a sweep with 'through: original' takes for it is what an earlier sweep has left.
+        original = original_weight if beside or self._matches_outputs else Linear.weight
         seen = point.originals if self._calibrate.through == "original" else point.batches
-        matched = point.originals if self._calibrate.match == "outputs" else None
+        matched = point.originals if self._matches_outputs else None
 
         def weight_of(linear: Linear) -> NDArray[np.float32]:
             return linears.get(linear.name, linear).effective_weight()
@@ -237,7 +257,7 @@ class Trials:
                 self._solve(group, linears, seen, matched)
             self._executor.step(level, point.batches, weight_of)
             if point.originals is not point.batches:
-                self._executor.step(level, point.originals, Linear.effective_weight)
+                self._executor.step(level, point.originals, original)
 
     def _solve(
         self,
@@ -257,25 +277,32 @@ class Trials:
                 layer_pass.call(on_trial)
 
     def _activations(self, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
+        width = group.linears[0].in_features
+
         def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
             for batch in batches:
-                yield self._executor.inputs_of(group, batch), batch.token_weights
+                # Beyond lies what the original model computes past a factor.
+                yield self._executor.inputs_of(group, batch)[:, :width], batch.token_weights
 
         return activations
 
     @property
     def _needs_originals(self) -> bool:
-        return self._calibrate.through == "original" or self._calibrate.match == "outputs"
+        return self._calibrate.through == "original" or self._matches_outputs
+
+    @property
+    def _matches_outputs(self) -> bool:
+        return self._calibrate.match == "outputs"
 
     def _measure(self, found: Errors) -> _Visit:
         """What puts the errors at the probes into ``found``."""
 
-        def visit(block: int, batches: Sequence[Batch]) -> None:
+        def visit(block: int, point: _Point) -> None:
             if block not in self._probes:
                 return
             lost = whole = 0.0
             originals = self._store.batches(_key("output", block))
-            for batch, kept in zip(batches, originals, strict=True):
+            for batch, kept in zip(point.batches, originals, strict=True):
                 weights = batch.token_weights.astype(np.float64)
                 original = kept["output"].astype(np.float64)
                 delta = self._output(block, batch) - original

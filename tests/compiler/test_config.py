@@ -244,6 +244,14 @@ def test_every_mistake_is_told_in_the_order_of_the_file(tmp_path: Path) -> None:
             "passes.0.calibrate.match: contradicts 'through: original': keep one of the two",
         ),
         (["calibrate", "calibrate"], "passes.1.calibrate: stands twice: keep one"),
+        (
+            [{"select_last_k": {"ratio": 0.2}}] * 2,
+            "passes.1.select_last_k: stands twice: keep one",
+        ),
+        (
+            ["select_last_k"],
+            "passes.0.select_last_k: needs one target: give either 'ratio' or 'average_bits'",
+        ),
         ([], "passes: must not be empty"),
     ],
 )

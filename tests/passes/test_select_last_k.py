@@ -214,6 +214,38 @@ def test_blocks_of_lower_bits_are_those_of_models_built_one_by_one(
     assert found["chosen"]["error"] == min(one["error"] for one in curve)
 
 
+@pytest.mark.parametrize("calibrate", [{}, {"match": "outputs"}, {"through": "original"}])
+def test_factors_take_lower_bits_too(
+    calibrate: Mapping[str, Any], source: LoadedModel, windows: Windows, tmp_path: Path
+) -> None:
+    """A second survey and sweep, after one that has factorised: errors are the original model's."""
+    factorize = [
+        {"select_last_k": {"ratio": 0.2, "step": 2}},
+        {"calibrate": {"precision": "float32"}},
+        "svd_llm",
+    ]
+    survey = {"select_last_k": {"average_bits": 3.5, "blocks": "free", "probes": {0: 1, 4: 1}}}
+    quantize: list[Any] = [
+        {"calibrate": {"precision": "float32", **calibrate}},
+        {"quantize_gptq": {"bits": 4, "group_size": 16}},
+    ]
+    compressed = built(source, windows, tmp_path, [*factorize, survey, *quantize])
+    found = compressed.surveys[1]
+    for one in [*found["curve"], *found["free"]]:
+        low = {f"model.layers.{block}.*": {"bits": 2} for block in one["blocks"]}
+        quantize[1]["quantize_gptq"]["overrides"] = low
+        scratch = built(source, windows, tmp_path, [*factorize, *quantize])
+        expected = error_of(scratch, source, windows)
+        for block in (0, 4):
+            assert one["errors"][str(block)] == pytest.approx(expected[block], rel=ROUNDING)
+        if one["blocks"] == found["chosen"]["blocks"]:
+            assert {
+                linear.block
+                for linear in compressed.linears
+                if linear.compressed is not None and linear.compressed.bits == 2
+            } == set(one["blocks"])
+
+
 def test_a_free_set_is_grown_by_what_each_block_costs(
     source: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
