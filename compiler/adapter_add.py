@@ -195,7 +195,8 @@ def _solve(
         backbone = restore_backbone(folder, loaded.model)
         phase.advance()
     calibrate = next(
-        (item for item in request.config.passes if isinstance(item, Calibrate)), Calibrate()
+        (item for item in reversed(request.config.passes) if isinstance(item, Calibrate)),
+        Calibrate(),
     )
     solved = solve_adapter(
         backbone, task, work=work / "sweep", progress=progress, calibrate=calibrate

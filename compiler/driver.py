@@ -275,7 +275,9 @@ def _solve(
     progress: Progress,
     **options: Any,  # noqa: ANN401 - of solve_adapter
 ) -> list[SolvedAdapter]:
-    calibrate = next((item for item in config.passes if isinstance(item, Calibrate)), Calibrate())
+    calibrate = next(
+        (item for item in reversed(config.passes) if isinstance(item, Calibrate)), Calibrate()
+    )
     return [
         solve_adapter(
             backbone,

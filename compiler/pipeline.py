@@ -36,7 +36,7 @@ from eoracc.passes.overrides import Overridable
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 
-__all__ = ["Compressed", "compress", "stages"]
+__all__ = ["Compressed", "compress", "stage_key", "stages"]
 
 
 @dataclass(eq=False)
@@ -95,7 +95,7 @@ def compress(
     compressed = Compressed(model, find_linears(model), find_embeddings(model))
     all_stages = stages(config.passes)
     for position, members in enumerate(all_stages):
-        key = _key(config, loaded, members, position, calibration)
+        key = stage_key(config, loaded, members, position, calibration)
         kept = folder / str(position)
         first = members[0]
         if isinstance(first, SurveyPass):
@@ -167,7 +167,7 @@ def _sweep(
         compressed.linears = find_again(compressed.model, compressed.linears)
 
 
-def _key(
+def stage_key(
     config: BuildConfig,
     loaded: LoadedModel,
     members: Sequence[Pass],

@@ -138,3 +138,12 @@ def test_layout_is_read_from_the_artifact(tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="does not describe a decoder"):
         read_layout(tmp_path)
+
+
+def test_factors_of_a_weight_are_no_modules() -> None:
+    one = draw(DOWN)[DOWN]
+    with pytest.raises(ArtifactError, match=r"is a factor of the weight of 'model\.layers"):
+        linears_to_modules({f"{DOWN}.v": one}, PARTS)
+    linears = {f"{DOWN}.v": (3, 8), f"{DOWN}.u": (8, 3)}
+    with pytest.raises(ArtifactError, match="which is a product of two matrices here"):
+        modules_to_linears({DOWN: one}, linears, PARTS, place="a")
