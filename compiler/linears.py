@@ -414,7 +414,12 @@ def _factors_output_gram(linear: Linear, whole: Linear) -> Callable[[], NDArray[
     load, product = whole.output_gram, whole.factorized
     if load is None or product is None or linear.node is whole.node:
         return load
-    return lambda: product.u.T @ load() @ product.u
+
+    def between() -> NDArray[np.float32]:
+        weighed: NDArray[np.float32] = product.u.T @ load() @ product.u
+        return weighed
+
+    return between
 
 
 def _from_matmul(node: ir.Node) -> Linear | None:

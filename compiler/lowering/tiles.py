@@ -1,9 +1,9 @@
 """Store compressed linears and tables in the kernels' own order, one node for those of one input.
 
 Plain operands (``layout`` 0) become tiles (``layout`` 1, :mod:`eoracc.plugins.operands`). Linears
-that read one value and belong together (q/k/v, gate/up) become one node of several parts, whose
-rows lie one after the other: activations are then normalised and quantized once, and one pass over
-the threads serves all of them.
+that read one value and belong together (q/k/v, gate/up, or the first factors of such weights)
+become one node of several parts, whose rows lie one after the other: activations are then
+normalised and quantized once, and one pass over the threads serves all of them.
 
 Tiles are made when the model is written, one operand at a time.
 """
@@ -93,10 +93,10 @@ def _is_plain(node: ir.Node, op_type: str) -> bool:
 def _groups(graph: ir.Graph) -> list[tuple[ir.Node, ...]]:
     """Every linear once, alone or with those that it is merged with, parts in their order."""
     nodes = [node for node in graph if _is_plain(node, FUSED_OP)]
-    modules: dict[str, dict[str, ir.Node]] = defaultdict(dict)
+    modules: dict[tuple[str, str], dict[str, ir.Node]] = defaultdict(dict)
     for node in nodes:
-        parent, _, role = str(node.name).rpartition(".")
-        modules[parent][role] = node
+        parent, role, factor = _place(node)
+        modules[parent, factor][role] = node
     groups: list[tuple[ir.Node, ...]] = []
     for members in modules.values():
         for roles in PARTS.values():
@@ -105,6 +105,18 @@ def _groups(graph: ir.Graph) -> list[tuple[ir.Node, ...]]:
                 groups.append(parts)
     merged = {node for group in groups for node in group}
     return groups + [(node,) for node in nodes if node not in merged]
+
+
+def _place(node: ir.Node) -> tuple[str, str, str]:
+    """Module and role of a linear's weight, and ``.v`` for its first factor, else nothing.
+
+    The second factors of several weights read a value each: nothing is merged of those.
+    """
+    whole, _, role = str(node.name).rpartition(".")
+    if role != "v":
+        return whole, role, ""
+    parent, _, role = whole.rpartition(".")
+    return parent, role, ".v"
 
 
 def _fit_together(nodes: Sequence[ir.Node]) -> bool:
@@ -182,10 +194,11 @@ def _replace(graph: ir.Graph, store: _Store, nodes: Sequence[ir.Node], accuracy_
 
 
 def _merged_name(nodes: Sequence[ir.Node]) -> str:
-    names = [str(node.name).rpartition(".") for node in nodes]
-    roles = tuple(role for _, _, role in names)
+    places = [_place(node) for node in nodes]
+    roles = tuple(role for _, role, _ in places)
     whole = next(whole for whole, parts in PARTS.items() if parts == roles)
-    return f"{names[0][0]}.{whole}"
+    parent, _, factor = places[0]
+    return f"{parent}.{whole}{factor}"
 
 
 def _tile_table(store: _Store, node: ir.Node) -> None:

@@ -13,13 +13,14 @@ from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.embeddings import find_embeddings
 from eoracc.compiler.frontend import LoadedModel, load
 from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import Linear, LinearGroup, find_linears
+from eoracc.compiler.linears import Linear, LinearGroup, find_again, find_linears
 from eoracc.compiler.lowering.onnxruntime import lower
 from eoracc.compiler.spec import Stage, check
 from eoracc.passes.embedding_tables import quantize_embedding_tables
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.passes.quantize_rtn import QuantizeRtn
+from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.runtime.session import LINEARS_KEY
 from tests.graph_session import GraphSession, assert_close, padded_mask
@@ -251,3 +252,35 @@ def test_what_broadcasts_is_no_residual(tmp_path: Path) -> None:
     check(lowered, Stage.ONNXRUNTIME, after="lower")
     assert len(nodes(lowered)["model.layers.0.self_attn.o_proj"].inputs) < 10
     assert len(nodes(lowered)["model.layers.1.self_attn.o_proj"].inputs) == 11
+
+
+@pytest.mark.parametrize("rank", [16, 12])
+def test_first_factors_are_merged_where_they_are_whole_tiles(tmp_path: Path, rank: int) -> None:
+    source = load(
+        str(tiny_model("smollm", tmp_path / "model", vocab_size=VOCABULARY)), work=tmp_path
+    )
+    before = find_linears(source.model)
+    rng = np.random.default_rng(8)
+    for linear in before[:-1]:
+        shapes = ((linear.out_features, rank), (rank, linear.in_features))
+        u, v = (rng.standard_normal(shape, np.float32) / shape[1] ** 0.5 for shape in shapes)
+        linear.factorize(u, v)
+    linears = find_again(source.model, before)
+    for linear in linears[:-1]:
+        QuantizeRtn(bits=4, group_size=16).call(LinearGroup((linear,)))
+        linear.compensate(factors(rng, linear, 5))
+    lowered = lower(source.model, adapter_type="int8")
+    found = {name: node for name, node in nodes(lowered).items() if ".0.self_attn." in name}
+    attention = "model.layers.0.self_attn"
+    firsts = {f"{attention}.{role}_proj.v" for role in "qkv"}
+    merged = f"{attention}.qkv_proj.v"
+    others = {f"{attention}.{role}_proj.u" for role in "qkvo"} | {f"{attention}.o_proj.v"}
+    assert found.keys() == others | ({merged} if rank == 16 else firsts)
+    if rank == 16:
+        assert found[merged].metadata_props[LINEARS_KEY].split(",") == sorted(
+            firsts, key=lambda name: "qkv".index(name.split(".")[-2][0])
+        )
+        assert found[merged].inputs[9] is not None, "the norm before it is fused"
+    slots = AdapterSlots.from_json(lowered.metadata_props[SLOTS_KEY])
+    assert firsts | others <= {name for slot in slots.slots for name in slot.linears}
+    check_parity(source, linears, lower(source.model), tmp_path)
