@@ -32,6 +32,7 @@ from eoracc.compiler.compare_plan import (
     find_methods,
     fit,
 )
+from eoracc.compiler.compare_shared import Sharing, seconds_spent, sweep_together
 from eoracc.compiler.config import BuildConfig
 from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.executor import Executor
@@ -273,6 +274,7 @@ class _Comparing:
                 f"{first.problem}"
             )
         fits = [one.fit for one in contenders if one.fit is not None]
+        shared_s = self._sweep_together(fits)
         scorers: dict[str, Scorer] = {}
         original = self._original(linears, scorers)
         rows = [self._row(one, linears, scorers) for one in contenders]
@@ -284,10 +286,29 @@ class _Comparing:
             calibration_tokens=0 if self._calibration is None else self._calibration.tokens,
             windows=len(held_out.input_ids),
             window_length=held_out.input_ids.shape[1],
-            shared_s=0.0,
+            shared_s=shared_s,
             original=original,
             rows=rows,
         )
+
+    def _sweep_together(self, fits: Sequence[Fit]) -> float:
+        """Do what rows that are not kept can share; seconds of processor time that it took."""
+        pending = {}
+        for one in fits:
+            variant = self._variant(one)
+            key = self._key(variant)
+            if not self._kept(key).exists():
+                pending[key] = Sharing(variant, self._sweeps(key))
+        shared = self._work / "shared"
+        return sweep_together(
+            list(pending.values()), self._loaded, self._calibration, shared, self._progress
+        )
+
+    def _kept(self, key: str) -> Path:
+        return self._work / "rows" / f"{key}.json"
+
+    def _sweeps(self, key: str) -> Path:
+        return self._work / "sweeps" / key
 
     def _row(self, contender: Contender, linears: _Linears, scorers: dict[str, Scorer]) -> Row:
         """The row of ``contender``, taken from an earlier run where that has made it."""
@@ -305,7 +326,7 @@ class _Comparing:
             row, rank=chosen.rank, ratio=chosen.ratio, passes=variant.resolved()["passes"]
         )
         key = self._key(variant)
-        kept = self._work / "rows" / f"{key}.json"
+        kept = self._kept(key)
         if kept.exists():
             figures = Figures(**json.loads(kept.read_text(encoding="utf-8")))
             return replace(row, figures=figures)
@@ -316,7 +337,7 @@ class _Comparing:
             # One method that cannot do it here is no reason to lose the others' work.
             return replace(row, skipped=str(error))
         _write_json(kept, asdict(figures))
-        shutil.rmtree(self._work / "sweep" / key, ignore_errors=True)
+        shutil.rmtree(self._sweeps(key), ignore_errors=True)
         return replace(row, figures=figures)
 
     def _variant(self, chosen: Fit) -> BuildConfig:
@@ -337,7 +358,7 @@ class _Comparing:
             variant,
             replace(self._loaded, model=self._loaded.model.clone()),
             self._calibration if _looks_at_text(variant.passes) else None,
-            self._work / "sweep" / key,
+            self._sweeps(key),
             progress,
         )
         wall_s, seconds = time.perf_counter() - begun_s, cpu_seconds() - begun_cpu_s
@@ -360,13 +381,13 @@ class _Comparing:
             bytes=executor.parameter_bytes,
             linear_bytes=nbytes,
             bits_per_weight=8 * nbytes / linears.weights,
-            seconds=seconds,
+            seconds=seconds + seconds_spent(self._sweeps(key)),
             wall_s=wall_s,
         )
 
     def _original(self, linears: _Linears, scorers: dict[str, Scorer]) -> Original:
         """Figures of the original model, taken from an earlier run where that has them."""
-        kept = self._work / "rows" / f"{self._key(None)}.json"
+        kept = self._kept(self._key(None))
         if kept.exists():
             return Original(
                 **json.loads(kept.read_text(encoding="utf-8")), linear_bytes=linears.plain_bytes

@@ -29,6 +29,7 @@ from eoracc.passes.factorization import Factorization, RatioOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.saes_svd import SaesSvd
+from eoracc.passes.select_last_k import SelectLastK
 
 __all__ = ["BudgetProblem", "Contender", "Family", "Fit", "Method", "find_methods", "fit"]
 
@@ -65,6 +66,8 @@ class Method:
     @property
     def takes_budget(self) -> bool:
         """Whether there is a figure that a budget can decide."""
+        if any(isinstance(item, SelectLastK) and item.ratio is None for item in self.passes):
+            return False  # bits on average: how many that comes to, no shape tells
         return any(isinstance(p, Allocate | Compensation | Factorization) for p in self.passes)
 
 
@@ -238,14 +241,15 @@ def _fit_ratio(
     """The least share to remove that fits."""
 
     def at(ratio: float) -> tuple[Pass, ...]:
-        return _with(passes, Factorization, ratio=ratio)
+        return _with(_with(passes, Factorization, ratio=ratio), SelectLastK, ratio=ratio)
 
     def needed(ratio: float) -> int:
         return planned_bytes(at(ratio), linears)
 
-    if needed(0) <= nbytes:
+    plain = sum(PLAIN_BYTES * one.out_features * one.in_features for one in linears)
+    if plain <= nbytes:
         raise BudgetProblem(
-            f"leaves nothing to remove: weights take {8 * needed(0) / weights:.2f} bits as they are"
+            f"it leaves nothing to remove: weights take {8 * plain / weights:g} bits as they are"
         )
     if any(isinstance(item, QuantizeGptq | QuantizeRtn) for item in passes):
         steps = range(1, _RATIO_STEPS)
