@@ -218,6 +218,40 @@ RECIPES: dict[str, Recipe] = {
         "eora",
         72,
     ),
+    "allocated-3.6": Recipe(
+        "eoracc bits, groups and ranks allocated",
+        (
+            {"calibrate_outputs": {}},
+            {
+                "allocate": {
+                    "bits_per_weight": 3.6,
+                    "widths": [2, 3, 4, 8],
+                    "group_sizes": [64, 192],
+                    "ranks": [0, 8, 16, 32],
+                }
+            },
+            _CALIBRATE,
+            {"quantize_gptq": {}},
+            {"eora": {"factor_type": "int4"}},
+        ),
+        "eora",
+    ),
+    "allocated-5.5": Recipe(
+        "eoracc bits and groups allocated",
+        (
+            {"calibrate_outputs": {}},
+            {
+                "allocate": {
+                    "bits_per_weight": 5.5,
+                    "widths": [4, 8],
+                    "group_sizes": [64, 192],
+                    "ranks": [0],
+                }
+            },
+            _CALIBRATE,
+            {"quantize_gptq": {}},
+        ),
+    ),
 }
 """Mixtures of widths for a size: 8 bits where little of the model is and much of the error."""
 

@@ -21,7 +21,8 @@ def problem(
 
 
 def damped(gram: NDArray[np.float64], damping: float = 0.01) -> NDArray[np.float64]:
-    return gram + damping * np.trace(gram) / len(gram) * np.eye(len(gram))
+    metric: NDArray[np.float64] = gram + damping * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return metric
 
 
 def costs(
@@ -91,7 +92,8 @@ def test_one_sweep_is_the_closed_form_step_by_step() -> None:
 
             def error() -> NDArray[np.float64]:
                 places = np.arange(20) // 8
-                return target[row] - (codes[row] - zeros[row, places]) * scales[row, places]  # noqa: B023
+                held = (codes[row] - zeros[row, places]) * scales[row, places]  # noqa: B023
+                return np.asarray(target[row] - held, np.float64)  # noqa: B023
 
             offsets = codes[row, slab] - zeros[row, group]
             slope = offsets @ (metric @ error())[slab]
