@@ -184,9 +184,9 @@ def _factorize(model: PreTrainedModel, name: str, *, rank: int) -> None:
     """
     paths = {module: path for path, module in model.named_modules()}
     modules: dict[str, Any] = {path: module for module, path in paths.items()}
-    if f"{name}.v" in modules:
-        return
     found = module_rows(modules, model.config, name)
+    if all(isinstance(module, torch.nn.Sequential) for module, _ in found):
+        return  # it has them already
     if found[0][1] != slice(None):
         fused, _ = found[0]
         parts = _split(fused, paths[fused].rpartition(".")[2], model.config)

@@ -262,3 +262,26 @@ def test_factors_can_be_held_elsewhere(tmp_path: Path) -> None:
     assert np.shares_memory(
         operands(second)[f"{linears[0].name}.u.weight"], linears[0].factorized.u
     ), "held once"
+
+
+def test_errors_between_the_factors_count_for_what_u_makes_of_them(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    linears = find_linears(model)
+    whole, other = linears[:2]
+    rng = np.random.default_rng(4)
+    root = rng.standard_normal((96, 96), np.float32)
+    whole.output_gram = lambda: root @ root.T
+    whole.token_weights = lambda: np.ones(3, np.float32)
+    whole.plan["bits"] = 2
+    for linear in (whole, other):
+        linear.factorize(*product(linear, 3))
+    first, second, *others = find_again(model, linears)[:4]
+    error = rng.standard_normal(3, np.float32)
+    assert first.output_gram is not None
+    assert second.output_gram is whole.output_gram
+    assert first.token_weights is second.token_weights is whole.token_weights
+    lost = root.T @ second.weight() @ error
+    weighed = error @ first.output_gram() @ error
+    assert weighed == pytest.approx(lost @ lost, rel=96 * 2.0**-20)
+    assert [one.output_gram for one in others] == [None, None]
+    assert first.plan == second.plan == {}

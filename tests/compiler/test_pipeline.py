@@ -133,6 +133,29 @@ def test_trials_leave_the_model_as_it_is(workspace: Path, monkeypatch: pytest.Mo
     assert plain.manifest.files["model.onnx.data"] == tried.manifest.files["model.onnx.data"]
 
 
+def test_trials_know_what_the_graphs_linears_know(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Linear] = []
+    survey = Peek.survey
+
+    def trial(self: Peek, context: SurveyContext) -> dict[str, Any]:
+        context.linears[0].output_gram = lambda: np.eye(1, dtype=np.float32)
+        context.linears[0].plan["bits"] = 8
+        found[:] = context.executor().linears[:2]
+        found[0].plan["rank"] = 1
+        assert "rank" not in context.linears[0].plan
+        return survey(self, context)
+
+    monkeypatch.setattr(Peek, "survey", trial)
+    build(workspace, ["calibrate", FACTORIZE, Peek(), "calibrate", QUANTIZE])
+    first, second = found
+    assert [one.role for one in found] == ["q_proj.v", "q_proj.u"]
+    assert first.whole is second.whole is not None
+    assert first.output_gram is not None
+    assert (first.plan, second.plan) == ({"bits": 8, "rank": 1}, {})
+
+
 class _Stop:
     """Interrupts a pass, as Ctrl-C does, at its n-th group; counts the groups of both passes."""
 
@@ -190,6 +213,25 @@ def test_a_second_sweep_compensates_what_the_first_has_quantized(workspace: Path
     report = build(workspace, passes).report
     for linear in report.linears[:-1]:
         assert 0 < linear.errors["eora"] < linear.errors["quantize_gptq"]
+
+
+def test_a_sweep_keeps_nothing_of_what_it_has_not_reached(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of linears that an earlier sweep has compressed, too."""
+    monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
+    passes = ["calibrate", QUANTIZE, "calibrate", {"eora": {"rank": 4}}]
+    whole = build(workspace, passes)
+    shutil.rmtree(whole.output)
+    watch = _Stop(monkeypatch)
+    watch.at = ("eora", 6)
+    with pytest.raises(KeyboardInterrupt):
+        build(workspace, passes)
+    watch.at, watch.calls = None, []
+    resumed = build(workspace, passes)
+    assert len(watch.calls) == 5, "the second block and the head"
+    assert resumed.manifest.digest == whole.manifest.digest
+    assert resumed.report.linears == whole.report.linears
 
 
 def test_a_calibration_with_nothing_between_is_refused(workspace: Path) -> None:

@@ -14,12 +14,14 @@ from eoracc.compiler import frontend
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.eager import load_eager
 from eoracc.compiler.executor import Executor, make_batches
+from eoracc.compiler.linears import find_again
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import compensation_solver
 from eoracc.passes.eora import Eora
+from eoracc.passes.factorize_svd import FactorizeSvd
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd
@@ -189,6 +191,40 @@ def test_matching_outputs_shows_what_the_original_and_the_compressed_model_hand_
         if position == 0:
             np.testing.assert_array_equal(beside, through)
         else:
+            assert np.abs(beside - through).max() > 10 * tolerance
+
+
+def test_the_original_goes_beside_the_factors_of_an_earlier_sweep(
+    source: Path, tmp_path: Path
+) -> None:
+    first, _ = sweep(source, tmp_path, FactorizeSvd(ratio=0.4))
+    linears = find_again(first._model, first.linears)
+    watch = Watch(seen=[])
+    run_sweep(
+        Executor(first._model, linears),
+        [Calibrate(match="outputs", precision="float32"), watch],
+        make_batches(*windows(), size=2),
+        comparators={},
+        checkpoint=SweepCheckpoint(tmp_path / "second", "key"),
+        progress=SilentProgress(),
+    )
+    by_name = {linear.name: linear for linear in linears}
+    weights = {name: one.weight() for name, one in by_name.items() if one.whole is not None}
+    firsts = [name.split(", ")[0] for name, _ in watch.seen]
+    # A block's inputs, what its seven weights hand from v to u, and the head's.
+    assert len(firsts) == len(watch.inputs) == 2 * (4 + 7) + 1
+    factorized = eager_inputs(source, firsts, weights)
+    wholes = {name: (by_name[name].whole or by_name[name]).name for name in firsts}
+    original = eager_inputs(source, sorted(set(wholes.values())), {})
+    for name, (through, beside) in zip(firsts, watch.inputs, strict=True):
+        expected = original[wholes[name]]
+        if name.endswith(".u"):
+            expected = expected @ weights[f"{wholes[name]}.v"].astype(np.float64).T
+        tolerance = 8 * 4000**0.5 * 2.0**-24 * float(np.abs(expected).max())
+        np.testing.assert_allclose(through, factorized[name], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(beside, expected, rtol=0, atol=tolerance)
+        is_first = name.startswith("model.layers.0.self_attn") and "o_proj" not in name
+        if not is_first:  # before anything is lost
             assert np.abs(beside - through).max() > 10 * tolerance
 
 
