@@ -214,7 +214,8 @@ def alignment_weight(signal: Float, drift: Float, rank: int) -> float:
 
     def outside(matrix: Float) -> Float:
         matrix = matrix - basis @ (basis.T @ matrix)
-        return matrix - (matrix @ right) @ right.T
+        both: Float = matrix - (matrix @ right) @ right.T
+        return both
 
     left_signal, left_drift = outside(signal), outside(drift)
     lost = np.array(

@@ -73,7 +73,8 @@ def staged_factors(weight: NDArray[np.floating], stages: Sequence[Stage]) -> tup
     """
     left = np.asarray(weight, np.float64)
     _check(stages, left)
-    bases, rows = [], []
+    bases: list[Float] = []
+    rows: list[Float] = []
     for stage in stages:
         for basis in _directions(left, stage):
             projected = basis.T @ left
@@ -90,7 +91,7 @@ def _directions(left: Float, stage: Stage) -> list[Float]:
     if stage.rank == 0:
         return []
     weighted = stage.weigh(left)
-    basis = top_left_vectors(weighted, min(stage.rank, *weighted.shape))
+    basis = _top(weighted, min(stage.rank, *weighted.shape))
     if stage.root is None:
         return [basis]
     singular = np.linalg.norm(basis.T @ weighted, axis=1)
@@ -101,7 +102,11 @@ def _directions(left: Float, stage: Stage) -> list[Float]:
         return [basis]
     basis = basis[:, :known]
     rest = left - basis @ (basis.T @ left)
-    return [basis, top_left_vectors(rest, stage.rank - known)]
+    return [basis, _top(rest, stage.rank - known)]
+
+
+def _top(matrix: Float, rank: int) -> Float:
+    return top_left_vectors(matrix, rank).astype(np.float64, copy=False)
 
 
 def _check(stages: Sequence[Stage], weight: Float) -> None:

@@ -64,7 +64,7 @@ def test_gives_each_type_the_published_ratios_and_the_sweep_takes_them(
     assert found["by"] == "loss"
     assert found["removed"] == pytest.approx(0.3)
     assert found["linears"].keys() == shapes.keys()
-    ratios = {}
+    ratios: dict[str, float] = {}
     for role in {name.rpartition(".")[2] for name in shapes}:
         members = [name for name in shapes if name.endswith(role)]
         losses = [found["linears"][name]["loss"] for name in members]

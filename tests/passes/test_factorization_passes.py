@@ -35,8 +35,8 @@ CALIBRATED: list[type[Factorization]] = [
     SaesSvd,
     ErcSvd,
 ]
-METHODS = [FactorizeSvd, *CALIBRATED]
-WHITENED = [SvdLlm, SvdLlmV2, SaesSvd]
+METHODS: list[type[Factorization]] = [FactorizeSvd, *CALIBRATED]
+WHITENED: list[type[Factorization]] = [SvdLlm, SvdLlmV2, SaesSvd]
 
 
 def products(group: LinearGroup) -> list[NDArray[np.float32]]:
