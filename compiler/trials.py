@@ -83,6 +83,7 @@ class Trials:
 
     Attributes:
       blocks: decoder blocks in order.
+      compressed: by name, the linears that passes ran on the last time that anything was tried.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Trials:
             one.whole is not None or one.compressed is not None for one in context.linears
         )
         self._gone: _Gone | None = None
+        self.compressed: _Linears = {}
 
     def errors(self, course: Course, *, along: Course, frozen: bool = False) -> Errors:
         """What ``course`` costs at every probe.
@@ -234,6 +236,9 @@ class Trials:
                 self._step(block, point, solved[block], beside, solve=True)
             visit(block, point)
         release_memory()
+        self.compressed = {
+            name: one for linears in solved.values() for name, one in linears.items()
+        }
         return solved
 
     def _is_original(self, block: int, course: Course, fixed: Mapping[int, _Linears]) -> bool:

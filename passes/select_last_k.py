@@ -72,7 +72,9 @@ class SelectLastK(SurveyPass):
           ConfigError: there is none, or there are two.
         """
         if (self.ratio is None) == (self.average_bits is None):
-            raise ConfigError("needs one target: give either 'ratio' or 'average_bits'")
+            raise ConfigError(
+                f"{self.name!r} needs one target: give either 'ratio' or 'average_bits'"
+            )
 
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def test_every_mistake_is_told_in_the_order_of_the_file(tmp_path: Path) -> None:
         ),
         (
             ["select_last_k"],
-            "passes.0.select_last_k: needs one target: give either 'ratio' or 'average_bits'",
+            "passes.0: 'select_last_k' needs one target: give either 'ratio' or 'average_bits'",
         ),
         ([], "passes: must not be empty"),
     ],

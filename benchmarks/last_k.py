@@ -1,0 +1,174 @@
+"""How many of the last blocks to factorise: error of the last layer and perplexity for every k.
+
+    python -m benchmarks.last_k --ratio 0.2 --step 5
+    python -m benchmarks.last_k --average-bits 2.5
+
+The first prints the curve that 'select_last_k' chooses from, with the perplexities that it does not
+see. The second quantizes to 3 bits, with 2 bits in as many blocks as bring the average down: the
+last ones, a free set, the first ones, or none, with the gate and up projections of all blocks
+instead (half of the weights of each). Texts as in ``benchmarks.quality``; the forward
+passes run in bfloat16 where the processor has units for it. No artifact is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from benchmarks.quality import CACHE, OFFSET_TOKENS, WINDOW_LENGTH, load_model, write_texts
+from eoracc.compiler.config import TextConfig
+from eoracc.compiler.executor import Executor
+from eoracc.compiler.fidelity import Variant, score_variants
+from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.linears import Linear, find_linears
+from eoracc.compiler.progress import ConsoleProgress
+from eoracc.compiler.survey import SurveyContext
+from eoracc.compiler.text import Windows, load_windows
+from eoracc.compiler.trials import Course, Trials
+from eoracc.passes.base import LayerPass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.erc_svd import ErcSvd
+from eoracc.passes.overrides import QuantizeOverride
+from eoracc.passes.quantize_gptq import QuantizeGptq
+from eoracc.passes.select_last_k import SelectLastK
+
+HALF = ("*.gate_proj", "*.up_proj")
+"""They have half of the weights of a block of SmolLM2."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A model and the texts that it is calibrated and scored on."""
+
+    loaded: LoadedModel
+    calibration: Windows
+    held_out: Mapping[str, Windows]
+    progress: ConsoleProgress
+
+    def context(self, following: Sequence[LayerPass], folder: Path) -> SurveyContext:
+        """For a survey before ``following``."""
+        return SurveyContext(
+            model=self.loaded.model,
+            linears=find_linears(self.loaded.model),
+            windows=self.calibration,
+            following=following,
+            checkpoint=self.loaded.folder,
+            trust_remote_code=False,
+            folder=folder,
+            key="benchmark",
+            progress=self.progress,
+        )
+
+    def measure(self, context: SurveyContext, option: str, course: Course) -> dict[str, float]:
+        """Error of the last layer and perplexities, the option by block as ``course`` says."""
+        last = max(one.block for one in context.linears if one.block is not None)
+        with Trials(context, option, probes=[last], resume=()) as trials:
+            error = trials.errors(course, along=course)[last]
+            compressed = trials.compressed
+        executor = Executor(
+            context.model, context.linears, precision=Calibrate().resolved_precision
+        )
+
+        def weight_of(linear: Linear) -> NDArray[np.float32]:
+            return compressed.get(linear.name, linear).effective_weight()
+
+        scored = {
+            name: score_variants(
+                executor, {"tried": Variant(executor, weight_of)}, text, progress=self.progress
+            )["tried"].perplexity
+            for name, text in self.held_out.items()
+        }
+        return {"error": error, **scored}
+
+
+def curve(bench: Bench, ratio: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for every ``k`` of erc_svd's curve."""
+    context = bench.context([Calibrate(), ErcSvd()], folder)
+    found = SelectLastK(ratio=ratio, step=step).survey(context)
+    blocks = sorted({one.block for one in context.linears if one.block is not None})
+    for one in found["curve"][1:]:
+        course = {block: one["ratio"] if block in one["blocks"] else 0.0 for block in blocks}
+        row = bench.measure(context, "ratio", course)
+        chosen = one["k"] == found["chosen"]["k"]
+        yield {"ratio": ratio, "k": one["k"], "R_l": one["ratio"], **row, "chosen": chosen}
+
+
+def lower_bits(bench: Bench, average: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each way of taking 2 bits in place of 3."""
+    context = bench.context([Calibrate(), QuantizeGptq(bits=3)], folder)
+    survey = SelectLastK(average_bits=average, blocks="free", step=step)
+    found = survey.survey(context)
+    # What was planned would be what every trial starts from.
+    context = bench.context(context.following, folder)
+    last, free = found["curve"][1]["blocks"], found["free"][-1]["blocks"]
+    for name, blocks in (("last", last), ("free", free), ("first", range(len(last)))):
+        row = bench.measure(context, "bits", dict.fromkeys(blocks, 2))
+        yield {"set": name, "blocks": list(blocks), **row}
+    overrides = {pattern: QuantizeOverride(bits=2) for pattern in HALF}
+    context = bench.context([Calibrate(), QuantizeGptq(bits=3, overrides=overrides)], folder)
+    yield {"set": "gate and up of all", **bench.measure(context, "bits", {})}
+
+
+def main() -> None:
+    """Try, score, print a JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ratio", type=float, help="share of the parameters to remove")
+    what.add_argument("--average-bits", type=float, help="of codes")
+    parser.add_argument("--step", type=int, default=5)
+    parser.add_argument("--checkpoint", type=Path, help="its folder, where it is at hand already")
+    parser.add_argument("--samples", type=int, default=8, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows per text")
+    options = parser.parse_args()
+    bench = _bench(options.checkpoint, options.samples, options.windows)
+    with tempfile.TemporaryDirectory() as work:
+        if options.ratio is not None:
+            rows = curve(bench, options.ratio, options.step, Path(work))
+        else:
+            rows = lower_bits(bench, options.average_bits, options.step, Path(work))
+        for row in rows:
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+
+
+def _bench(checkpoint: Path | None, samples: int, windows: int) -> Bench:
+    folder = CACHE / "smollm2"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_texts(folder)
+    loaded = (
+        load_model("smollm2", folder)
+        if checkpoint is None
+        else load(str(checkpoint), work=folder / "model")
+    )
+    tokenizer = loaded.tokenizer()
+
+    def text(file: str, count: int, offset: int = 0) -> Windows:
+        return load_windows(
+            TextConfig(text=file),
+            tokenizer,
+            config_dir=folder,
+            samples=count,
+            sequence_length=WINDOW_LENGTH,
+            offset_tokens=offset,
+        )
+
+    return Bench(
+        loaded,
+        text("wiki.txt", samples),
+        {"wiki": text("wiki.txt", windows, OFFSET_TOKENS), "c4": text("c4.txt", windows)},
+        ConsoleProgress(Console(stderr=True)),
+    )
+
+
+if __name__ == "__main__":
+    main()
