@@ -92,10 +92,10 @@ class Allocate(SurveyPass):
       factor_type: of the factors; null takes that of the compensating pass.
       scope: ``global`` spends one budget on all linears, ``per_layer`` the same bits per weight on
         each of them.
-      distortion: what an error counts for. ``relative``: its share of the linear's output,
-        ``tr(dE H dE^T) / tr(W H W^T)``; ``absolute``: without the denominator; ``outputs``:
-        ``tr(G dE H dE^T)`` with the ``G`` of ``calibrate_outputs``. ``auto`` takes ``outputs``
-        where that pass stands before it and ``relative`` elsewhere.
+      distortion: what an error counts for. ``outputs``: ``tr(G dE H dE^T)``, with the Gram ``G`` of
+        ``calibrate_outputs``, which must stand before it. ``relative``: its share of the linear's
+        output, ``tr(dE H dE^T) / tr(W H W^T)``; ``absolute``: without the denominator. The latter
+        two know nothing of what comes after the linear.
     """
 
     name: ClassVar[str] = "allocate"
@@ -106,7 +106,7 @@ class Allocate(SurveyPass):
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (0, 8, 16, 32, 64)
     factor_type: FactorType | None = None
     scope: Literal["global", "per_layer"] = "global"
-    distortion: Literal["auto", "relative", "absolute", "outputs"] = "auto"
+    distortion: Literal["outputs", "relative", "absolute"] = "outputs"
 
     def __post_init__(self) -> None:
         """Check that there is one budget.
@@ -138,10 +138,8 @@ class Allocate(SurveyPass):
                 "has nothing to weigh outputs by: put 'calibrate_outputs' before it, "
                 "or take another 'distortion'",
             )
-        by = self.distortion
-        if by == "auto":
-            by = "outputs" if outputs else "relative"
-        trial = _Trial(self, quantizer, compensation, outputs if by == "outputs" else {}, by)
+        by_outputs = outputs if self.distortion == "outputs" else {}
+        trial = _Trial(self, quantizer, compensation, by_outputs)
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         calibrate = next((item for item in context.following if isinstance(item, Calibrate)), None)
@@ -152,7 +150,7 @@ class Allocate(SurveyPass):
             raise PassError(
                 self.name, f"has nothing to choose: {quantizer.name!r} leaves all linears out"
             )
-        return {"weighed_by": by, **self._chosen(items)}
+        return {"weighed_by": self.distortion, **self._chosen(items)}
 
     def _steered(self, context: SurveyContext) -> tuple[Quantizer, Compensation | None]:
         """The passes of the next sweep that the plan is for."""
@@ -253,7 +251,6 @@ class _Trial:
     quantizer: Quantizer
     compensation: Compensation | None
     outputs: Mapping[str, OutputGram]
-    by: str
 
     def items(self, group: LinearGroup) -> list[_Item]:
         """What the linears of ``group`` may become; those that are left as they are do not count.
@@ -276,7 +273,7 @@ class _Trial:
                 key = (weight.bits, weight.group_size)
                 if key not in known:  # an override has settled it otherwise
                     known[key] = self._options(linear, group)
-        if self.by == "outputs":
+        if self.settings.distortion == "outputs":
             for name, known in found.items():
                 if name not in self.outputs and sum(map(len, known.values())) > 1:
                     raise PassError(
@@ -304,7 +301,7 @@ class _Trial:
         basis = top_left_vectors(error, max(ranks))
         energies = np.square(basis.T @ error).sum(axis=1)
         scale = 1.0
-        if self.by == "relative":
+        if self.settings.distortion == "relative":
             scale = 0.0 if not linear.output_norm else linear.output_norm**-2
         tails = tail_energies(energies, total, list(ranks)) * scale
         shape = linear.out_features, linear.in_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ GPTQ = {"quantize_gptq": {"group_size": 16}}
 EORA = {"eora": {"rank": 4, "factor_type": "int8"}}
 SWEEP: Sequence[Any] = (CALIBRATE, GPTQ, EORA)
 RANKS = [0, 2, 4, 8]
+RELATIVE = {"distortion": "relative"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def quantized(linears: Sequence[Linear]) -> list[Linear]:
 def test_what_is_stored_takes_the_bytes_that_were_planned(
     scope: str, symmetric: bool, loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
-    allocate = {"bits_per_weight": 6.4, "ranks": RANKS, "scope": scope}
+    allocate = {"bits_per_weight": 6.4, "ranks": RANKS, "scope": scope} | RELATIVE
     gptq = {"quantize_gptq": {"group_size": 16, "symmetric": symmetric}}
     compressed, found = run(
         loaded, windows, tmp_path, [{"allocate": allocate}, CALIBRATE, gptq, EORA]
@@ -89,7 +91,7 @@ def test_what_is_stored_takes_the_bytes_that_were_planned(
 def test_predicts_the_errors_that_an_ordinary_sweep_puts_on_record(
     loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
-    allocate = {"bits_per_weight": 9.0, "ranks": RANKS, "widths": [2, 3]}
+    allocate = {"bits_per_weight": 9.0, "ranks": RANKS, "widths": [2, 3]} | RELATIVE
     eora = {"eora": {"factor_type": "float16"}}
     compressed, found = run(
         loaded, windows, tmp_path, [{"allocate": allocate}, CALIBRATE, GPTQ, eora]
@@ -109,7 +111,7 @@ def test_one_budget_leaves_no_more_than_equal_shares_or_one_kind_of_choice(
     loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
     def found(**options: Any) -> dict[str, Any]:  # noqa: ANN401
-        allocate = {"bits_per_weight": 7.0, "ranks": RANKS, **options}
+        allocate = {"bits_per_weight": 7.0, "ranks": RANKS, **RELATIVE, **options}
         return run(
             load(loaded.folder.as_posix(), work=tmp_path / "again"),
             windows,
@@ -145,7 +147,9 @@ def test_overrides_constrain_the_plan(
         }
     }
     eora = {"eora": {"overrides": {"*.q_proj": {"rank": 3}, "*.k_proj": {"skip": True}}}}
-    allocate = {"allocate": {"bits_per_weight": 9.0, "ranks": RANKS, "factor_type": "int4"}}
+    allocate = {
+        "allocate": {"bits_per_weight": 9.0, "ranks": RANKS, "factor_type": "int4"} | RELATIVE
+    }
     compressed, found = run(loaded, windows, tmp_path, [allocate, CALIBRATE, gptq, eora])
     assert {linear.name for linear in quantized(compressed.linears)} == set(found["linears"])
     for linear in compressed.linears:
@@ -168,7 +172,9 @@ def test_overrides_constrain_the_plan(
 def test_group_sizes_can_be_chosen_too(
     loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
-    allocate = {"allocate": {"bits_per_weight": 5.0, "ranks": [0], "group_sizes": [16, -1]}}
+    allocate = {
+        "allocate": {"bits_per_weight": 5.0, "ranks": [0], "group_sizes": [16, -1]} | RELATIVE
+    }
     compressed, found = run(loaded, windows, tmp_path, [allocate, CALIBRATE, GPTQ])
     linears = quantized(compressed.linears)
     assert sum(linear_report(linear).bytes for linear in linears) == found["bytes"]
@@ -200,7 +206,7 @@ def test_output_grams_say_what_errors_count_for(
 ) -> None:
     """With G = I what remains is the absolute error; a linear with a small G gets fewer bytes."""
 
-    def found(name: str, grams: dict[str, float], distortion: str = "auto") -> dict[str, Any]:
+    def found(name: str, grams: dict[str, float], distortion: str = "outputs") -> dict[str, Any]:
         seen = context(loaded, windows, tmp_path / name)
         for linear in seen.linears:
             if grams:
@@ -245,7 +251,7 @@ def test_a_linear_without_an_output_gram_cannot_be_compared(
 def test_goes_on_from_what_it_has_kept(
     loaded: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    survey = Allocate(bits_per_weight=6.4)
+    survey = Allocate(bits_per_weight=6.4, distortion="relative")
     first = context(loaded, windows, tmp_path)
     found = survey.survey(first)
     monkeypatch.setattr(SurveyContext, "walk", None)
@@ -257,7 +263,7 @@ def test_goes_on_from_what_it_has_kept(
 def test_what_cannot_be_done_says_why_and_what_to_do(
     loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
-    survey = Allocate(bits_per_weight=6.4)
+    survey = Allocate(bits_per_weight=6.4, distortion="relative")
 
     def refusal(survey: Allocate, seen: SurveyContext) -> str:
         with pytest.raises(PassError) as caught:
@@ -270,14 +276,14 @@ def test_what_cannot_be_done_says_why_and_what_to_do(
     assert "set 'ranks: [0]'" in refusal(survey, context(loaded, windows, tmp_path, SWEEP[:2]))
     assert "give 'calibration'" in refusal(survey, context(loaded, None, tmp_path))
     assert "put 'calibrate_outputs' before it" in refusal(
-        Allocate(bits_per_weight=6.4, distortion="outputs"), context(loaded, windows, tmp_path)
+        Allocate(bits_per_weight=6.4), context(loaded, windows, tmp_path)
     )
     skipping = [CALIBRATE, {"quantize_gptq": {"overrides": {"*": {"skip": True}}}}, EORA]
     assert "'quantize_gptq' leaves all linears out" in refusal(
         survey, context(loaded, windows, tmp_path, skipping)
     )
     for scope, name in (("global", "allocate"), ("per_layer", "q_proj")):
-        small = Allocate(bits_per_weight=2.0, scope=scope)  # type: ignore[arg-type]
+        small = replace(survey, bits_per_weight=2.0, scope=scope)
         text = refusal(small, context(loaded, windows, tmp_path))
         assert name in text
         assert "not enough for what takes least" in text
