@@ -218,24 +218,6 @@ RECIPES: dict[str, Recipe] = {
         "eora",
         72,
     ),
-    "allocated-3.6": Recipe(
-        "eoracc bits, groups and ranks allocated",
-        (
-            {"calibrate_outputs": {}},
-            {
-                "allocate": {
-                    "bits_per_weight": 3.6,
-                    "widths": [2, 3, 4, 8],
-                    "group_sizes": [64, 192],
-                    "ranks": [0, 8, 16, 32],
-                }
-            },
-            _CALIBRATE,
-            {"quantize_gptq": {}},
-            {"eora": {"factor_type": "int4"}},
-        ),
-        "eora",
-    ),
     "allocated-5.5": Recipe(
         "eoracc bits and groups allocated",
         (
@@ -244,7 +226,7 @@ RECIPES: dict[str, Recipe] = {
                 "allocate": {
                     "bits_per_weight": 5.5,
                     "widths": [4, 8],
-                    "group_sizes": [64, 192],
+                    "group_sizes": [64],
                     "ranks": [0],
                 }
             },
