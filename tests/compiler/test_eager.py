@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
-from eoracc.compiler.eager import load_eager, reference_logits
+from eoracc.compiler.eager import load_eager, reference_logits, replace_weights
 from eoracc.compiler.errors import ModelError
 from tests.graph_session import assert_close, padded_mask
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -26,6 +26,12 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 def draw(*shape: int) -> Array:
     return RNG.standard_normal(shape, np.float32)
+
+
+def scaled(rows: int, columns: int) -> Array:
+    """A weight that keeps the variance of its input."""
+    weight: Array = draw(rows, columns) * np.float32(columns**-0.5)
+    return weight
 
 
 def input_ids(rows: int = 3, length: int = 12) -> NDArray[np.int64]:
@@ -162,3 +168,50 @@ def test_chunks_that_do_not_add_up(tmp_path: Path) -> None:
     model = load_eager(tiny_model("llama", tmp_path), {})
     with pytest.raises(ValueError, match=r"chunks \(5, 5\) do not add up to the 12 tokens"):
         reference_logits(model, input_ids(), chunks=(5, 5))
+
+
+def test_factors_take_the_place_of_a_module_and_leave_its_bias(tmp_path: Path) -> None:
+    folder = tiny_model("llama_bias", tmp_path)
+    u, v = draw(48, 5), draw(5, 88)
+    name = "model.layers.1.mlp.down_proj"
+    model: Any = load_eager(folder, {f"{name}.v": v, f"{name}.u": u})
+    bias = load_file(folder / "model.safetensors")[f"{name}.bias"]
+    x = draw(3, 88)
+    expected = x.astype(np.float64) @ v.T.astype(np.float64) @ u.T.astype(np.float64) + bias
+    actual = model.get_submodule(name)(torch.from_numpy(x)).numpy()
+    bound = (88 + 5 + 1) * 2.0**-24 * (np.abs(x) @ np.abs(v.T) @ np.abs(u.T) + np.abs(bias))
+    assert (np.abs(actual - expected) <= bound).all()
+    assert bound.max() < 1e-3 * np.abs(expected).max()
+    assert np.abs(expected - bias).max() > 1
+
+
+def test_factors_of_a_part_of_a_fused_module(tmp_path: Path) -> None:
+    folder = tiny_model("phi3", tmp_path)
+    name = "model.layers.0.self_attn"
+    u, v, key = scaled(96, 5), scaled(5, 96), scaled(32, 96)
+    weights = {f"{name}.q_proj.v": v, f"{name}.q_proj.u": u, f"{name}.k_proj": key}
+    model: Any = load_eager(folder, weights)
+    whole = load_file(folder / "model.safetensors")[f"{name}.qkv_proj.weight"]
+    joined: Array = np.concatenate([u @ v, key, whole[-32:]])
+    expected = reference_logits(load_eager(folder, {f"{name}.qkv_proj": joined}), input_ids())
+    assert_close(reference_logits(model, input_ids()), expected, model.config)
+    # Once more: the factors have modules by now.
+    replace_weights(model, {f"{name}.q_proj.v": 2 * v, f"{name}.q_proj.u": u / 2})
+    assert_close(reference_logits(model, input_ids()), expected, model.config)
+
+
+def test_factors_of_a_packed_weight_share_what_they_read(tmp_path: Path) -> None:
+    folder = tiny_model("qwen2", tmp_path)
+    name = "model.layers.0.self_attn"
+    u, v = scaled(96 + 32 + 32, 5), scaled(5, 48)
+    model: Any = load_eager(folder, {f"{name}.qkv_proj.v": v, f"{name}.qkv_proj.u": u})
+    attention = model.get_submodule(name)
+    assert attention.q_proj.v is attention.k_proj.v is attention.v_proj.v
+    expected = reference_logits(load_eager(folder, {f"{name}.qkv_proj": np.matmul(u, v)}), input_ids())
+    assert_close(reference_logits(model, input_ids()), expected, model.config)
+
+
+def test_a_factor_of_a_module_in_one_piece(tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    with pytest.raises(ModelError, match=r"has 'model\.layers\.0\.mlp\.up_proj' in one piece"):
+        load_eager(folder, {"model.layers.0.mlp.up_proj.u": draw(88, 3)})
