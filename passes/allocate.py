@@ -144,7 +144,8 @@ class Allocate(SurveyPass):
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         calibrate = next((item for item in context.following if isinstance(item, Calibrate)), None)
         items: list[_Item] = []
-        for group in context.walk(self.name, calibrate or Calibrate()):
+        # Errors of different linears compare where every token counts by its own size alone.
+        for group in context.walk(self.name, replace(calibrate or Calibrate(), tokens="equal")):
             items += trial.items(group)
         if not items:
             raise PassError(
