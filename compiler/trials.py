@@ -77,13 +77,13 @@ class Trials:
     first linears multiply, and that of the last block what the head does: both are taken after the
     norm that stands there.
 
-    Memory: the activations of one sweep (two where ``calibrate`` asks for the original model's),
-    the original outputs of the probed blocks, and what is kept at the blocks of ``resume``, of
-    which one gigabyte stays in memory and the rest goes to the survey's folder.
+    Memory: the activations of one sweep (two where ``calibrate`` asks for the original model's) and
+    the compressed weights of the course that is kept. The original outputs of the probed blocks and
+    the activations kept at the blocks of ``resume`` are in memory up to one gigabyte, and beyond in
+    the survey's folder.
 
     Attributes:
       blocks: decoder blocks in order.
-      compressed: by name, the linears that passes ran on the last time that anything was tried.
     """
 
     def __init__(
@@ -117,7 +117,6 @@ class Trials:
             one.whole is not None or one.compressed is not None for one in context.linears
         )
         self._gone: _Gone | None = None
-        self.compressed: _Linears = {}
 
     def errors(self, course: Course, *, along: Course, frozen: bool = False) -> Errors:
         """What ``course`` costs at every probe.
@@ -142,6 +141,12 @@ class Trials:
         }
         self._walk(departs, course, fixed, self._measure(found))
         return found
+
+    @property
+    def compressed(self) -> _Linears:
+        """By name, what became of linears along the course that was given last as ``along``."""
+        solved = {} if self._gone is None else self._gone.solved
+        return {name: one for linears in solved.values() for name, one in linears.items()}
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -211,7 +216,7 @@ class Trials:
           beside: go through the original model too, though no pass asks for it.
 
         Returns:
-          The linears of each block that passes have run on.
+          The linears of each block that passes have run on, where activations were kept.
         """
         start = max(block for block in self._resume if block <= departs)
         point = self._take_up(start)
@@ -230,15 +235,12 @@ class Trials:
             elif block in fixed:
                 self._step(block, point, fixed[block], beside)
             else:
-                solved[block] = {
-                    one.name: self._copy(one, course.get(block)) for one in self._in(block)
-                }
-                self._step(block, point, solved[block], beside, solve=True)
+                copies = {one.name: self._copy(one, course.get(block)) for one in self._in(block)}
+                self._step(block, point, copies, beside, solve=True)
+                if keep:
+                    solved[block] = copies
             visit(block, point)
         release_memory()
-        self.compressed = {
-            name: one for linears in solved.values() for name, one in linears.items()
-        }
         return solved
 
     def _is_original(self, block: int, course: Course, fixed: Mapping[int, _Linears]) -> bool:
