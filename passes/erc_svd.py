@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
 from eoracc.compiler.errors import PassError
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
     from eoracc.passes.gram import Gram
 
 __all__ = ["ErcSvd"]
+
+
+def _one_sentence(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """What ``check`` makes of ``value``, with one message for both kinds that it may be."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "pass_beta",
+            "must be a number in 0..1 or 'adaptive', not {value}",
+            {"value": str(value)},
+        ) from None
+
+
+Beta = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"], WrapValidator(_one_sentence)
+]
 
 
 @register
@@ -49,7 +67,7 @@ class ErcSvd(ActivationAwareFactorization):
     """
 
     name: ClassVar[str] = "erc_svd"
-    beta: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"] = 0.05
+    beta: Beta = 0.05
     residual_metric: Metric = "weight"
     stages: Annotated[int, Field(ge=1)] = 2
 

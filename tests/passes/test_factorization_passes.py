@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from eoracc.compiler.errors import PassError
 from eoracc.compiler.linears import LinearGroup
@@ -217,6 +218,14 @@ class TestErcSvd:
         group = group_of()
         ErcSvd(ratio=0.4, beta="adaptive").call(group)
         assert [p.factorized.rank for p in group.linears if p.factorized is not None] == [15, 10]
+
+    @pytest.mark.parametrize("beta", ["adaptiv", 2, -0.1])
+    def test_a_beta_that_is_none_is_refused_in_one_sentence(self, beta: object) -> None:
+        with pytest.raises(ValidationError) as caught:
+            TypeAdapter(ErcSvd).validate_python({"beta": beta})
+        (error,) = caught.value.errors()
+        assert error["loc"] == ("beta",)
+        assert error["msg"] == f"must be a number in 0..1 or 'adaptive', not {beta}"
 
     @pytest.mark.parametrize("options", [{"stages": 3}, {"residual_metric": "activation"}])
     def test_adaptive_stands_alone(self, options: dict[str, Any]) -> None:
