@@ -261,7 +261,7 @@ class _Search:
         """The free set that is grown at the value of ``last``, or ``last`` if that costs less.
 
         Returns:
-          The better one, and what every round added and came to.
+          The better one, and what every round found each block to cost, added, and came to.
         """
         kept = Choice((), last.choice.value)
         rounds: list[dict[str, Any]] = []
@@ -278,7 +278,8 @@ class _Search:
             whole = self.budget.is_met(grown)
             kept = self.budget.settled(grown) if whole else grown
             tried = self._try(f"free-{number}", kept, along=kept)
-            rounds.append({"added": added, **tried.shown()})
+            shown_costs = {str(block): costs[block] for block in sorted(costs)}
+            rounds.append({"added": added, "costs": shown_costs, **tried.shown()})
             if whole:
                 break
         return (tried if tried.error < last.error else last), rounds

@@ -272,6 +272,9 @@ def test_a_free_set_is_grown_by_what_each_block_costs(
     shown = context(source, windows, tmp_path, [FLOAT32, QuantizeGptq(group_size=16)])
     found = survey.survey(shown)
     first, last = found["free"]
+    assert first["costs"] == {
+        str(block): pytest.approx(cost, rel=ROUNDING) for block, cost in costs.items()
+    }
     assert first["added"] == least
     assert last["blocks"] == sorted(first["added"] + last["added"])
     assert (len(last["added"]), last["k"], last["average_bits"]) == (1, 3, pytest.approx(2.8))
