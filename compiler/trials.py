@@ -101,7 +101,7 @@ class Trials:
           PassError: the decoder blocks do not follow one another up to a head.
         """
         calibrate = next((one for one in context.following if isinstance(one, Calibrate)), None)
-        self._calibrate = calibrate or Calibrate()
+        self._calibrate = calibrate or Calibrate(precision="float32")  # as a sweep does without
         self._context = context
         self._option = option
         self._executor = Executor(
