@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt src/eoracc/__init__.py $(NATIVE)
 	@.ci/system-packages "$(PYTHON)"
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[cpu,dev,lm-eval,serve]'
+	  --constraint constraints.txt --editable '.[cpu,dev,lm-eval,plot,serve]'
 	@touch $@
 
 .PHONY: demo

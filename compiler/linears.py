@@ -416,8 +416,8 @@ def _factors_output_gram(linear: Linear, whole: Linear) -> Callable[[], NDArray[
         return load
 
     def between() -> NDArray[np.float32]:
-        weighed: NDArray[np.float32] = product.u.T @ load() @ product.u
-        return weighed
+        weighed = product.u.T @ load() @ product.u
+        return weighed.astype(np.float32)
 
     return between
 

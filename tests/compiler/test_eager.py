@@ -189,14 +189,18 @@ def test_factors_of_a_part_of_a_fused_module(tmp_path: Path) -> None:
     folder = tiny_model("phi3", tmp_path)
     name = "model.layers.0.self_attn"
     u, v, key = scaled(96, 5), scaled(5, 96), scaled(32, 96)
-    weights = {f"{name}.q_proj.v": v, f"{name}.q_proj.u": u, f"{name}.k_proj": key}
+    weights: dict[str, Array] = {
+        f"{name}.q_proj.v": v,
+        f"{name}.q_proj.u": u,
+        f"{name}.k_proj": key,
+    }
     model: Any = load_eager(folder, weights)
     whole = load_file(folder / "model.safetensors")[f"{name}.qkv_proj.weight"]
     joined: Array = np.concatenate([u @ v, key, whole[-32:]])
     expected = reference_logits(load_eager(folder, {f"{name}.qkv_proj": joined}), input_ids())
     assert_close(reference_logits(model, input_ids()), expected, model.config)
     # Once more: the factors have modules by now.
-    replace_weights(model, {f"{name}.q_proj.v": 2 * v, f"{name}.q_proj.u": u / 2})
+    replace_weights(model, {f"{name}.q_proj.v": 2 * v, f"{name}.q_proj.u": np.divide(u, 2)})
     assert_close(reference_logits(model, input_ids()), expected, model.config)
 
 
@@ -207,7 +211,8 @@ def test_factors_of_a_packed_weight_share_what_they_read(tmp_path: Path) -> None
     model: Any = load_eager(folder, {f"{name}.qkv_proj.v": v, f"{name}.qkv_proj.u": u})
     attention = model.get_submodule(name)
     assert attention.q_proj.v is attention.k_proj.v is attention.v_proj.v
-    expected = reference_logits(load_eager(folder, {f"{name}.qkv_proj": np.matmul(u, v)}), input_ids())
+    product: Array = np.matmul(u, v)
+    expected = reference_logits(load_eager(folder, {f"{name}.qkv_proj": product}), input_ids())
     assert_close(reference_logits(model, input_ids()), expected, model.config)
 
 

@@ -69,7 +69,7 @@ def measure(
         names,
         text,
         folder=folder,
-        **{"key": "key", **settings, **options},  # type: ignore[arg-type]
+        **{"key": "key", **settings, **options},
         progress=progress or SilentProgress(),
     )
     return {name: load_file(folder / f"{name}.safetensors")["output_gram"] for name in names}

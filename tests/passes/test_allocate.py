@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -282,7 +282,11 @@ def test_what_cannot_be_done_says_why_and_what_to_do(
     assert "'quantize_gptq' leaves all linears out" in refusal(
         survey, context(loaded, windows, tmp_path, skipping)
     )
-    for scope, name in (("global", "allocate"), ("per_layer", "q_proj")):
+    scopes: dict[Literal["global", "per_layer"], str] = {
+        "global": "allocate",
+        "per_layer": "q_proj",
+    }
+    for scope, name in scopes.items():
         small = replace(survey, bits_per_weight=2.0, scope=scope)
         text = refusal(small, context(loaded, windows, tmp_path))
         assert name in text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +14,10 @@ import torch
 from safetensors.numpy import load_file
 
 from eoracc.compiler import output_gradients
+from eoracc.compiler.config import load_config
+from eoracc.compiler.driver import build
 from eoracc.compiler.eager import load_eager
-from eoracc.compiler.errors import PassError
+from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.frontend import load
 from eoracc.compiler.linears import find_again, find_linears
 from eoracc.compiler.progress import SilentProgress
@@ -24,11 +29,11 @@ from eoracc.passes.eora import Eora
 from eoracc.passes.factors import gram_root, output_weighted_factors
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from tests.passes.groups import qkv
+from tests.tiny_build import tiny_config, tiny_workspace
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from eoracc.compiler.config import BuildConfig
     from eoracc.compiler.frontend import LoadedModel
     from eoracc.compiler.linears import LinearGroup
     from eoracc.passes.factor_types import FactorType
@@ -323,3 +328,49 @@ def test_tokens_without_gradients_are_refused(group: LinearGroup) -> None:
     group.activations = group.gram.activations
     with pytest.raises(PassError, match="put 'calibrate_outputs' right before this sweep"):
         Calibrate(tokens="gradients").requires(group)
+
+
+# --- in a build -----------------------------------------------------------------------------------
+
+
+def test_a_build_goes_by_it(tmp_path: Path) -> None:
+    workspace = tiny_workspace(tmp_path)
+    errors = []
+    for weigh in (True, False):
+        config = tiny_config(
+            [
+                "pack_projections",
+                "calibrate_outputs",
+                {"calibrate": {"tokens": "gradients"}},
+                {"quantize_gptq": {"bits": 3, "group_size": 16}},
+                {"eora": {"rank": 4, "weigh_outputs": weigh}},
+            ],
+            verify={"windows": 1, "window_length": 16, "parity": False},
+            output=f"out-{weigh}",
+        )
+        report = build(config, config_dir=workspace, progress=SilentProgress()).report
+        (survey,) = report.surveys
+        assert (survey["pass"], survey["by"]) == ("calibrate_outputs", "logits")
+        assert survey["linears"] == 8
+        errors.append([linear.errors["eora"] for linear in report.linears if linear.rank])
+    # The first group sees the same either way, and its plain output error is eora's own.
+    assert errors[0][0] > errors[1][0]
+    assert {path.name for path in workspace.iterdir()} == {
+        "model",
+        "text.txt",
+        "out-True",
+        "out-False",
+    }
+
+
+def test_what_packs_must_come_first() -> None:
+    with pytest.raises(ConfigError, match="pack_projections"):
+        load_config_of(["calibrate_outputs", "pack_projections", "calibrate", "quantize_rtn"])
+
+
+def load_config_of(passes: list[object]) -> BuildConfig:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.yaml"
+        content = {"model": "m", "calibration": {"text": "t"}, "passes": passes, "output": "o"}
+        path.write_text(json.dumps(content))
+        return load_config(path)
