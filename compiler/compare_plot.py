@@ -130,7 +130,8 @@ def _panel(
             label=method,
         )
     everything = [one for figures in series.values() for one in figures]
-    _scale(axes, "x", [one.linear_bytes for one in everything])
+    sizes = [one.linear_bytes for one in everything]
+    _scale(axes, "x", sizes)
     _scale(axes, "y", [getattr(one, name) for one in everything])
     axes.set_xlabel("MB of the compressed linears")
     axes.set_ylabel(label)
@@ -144,19 +145,21 @@ def _panel(
     bits = axes.secondary_xaxis("top", functions=(to_bits, to_megabytes))
     bits.set_xlabel("bits per weight")
     if axes.get_xscale() == "log":
-        _few_ticks(bits.xaxis)
+        _few_ticks(bits.xaxis, sizes)
 
 
 def _scale(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
     """A logarithmic axis where ``values`` differ by more than a factor of three."""
     if min(values) > 0 and max(values) > 3 * min(values):
         axes.set(**{f"{which}scale": "log"})
-        _few_ticks(axes.xaxis if which == "x" else axes.yaxis)
+        _few_ticks(axes.xaxis if which == "x" else axes.yaxis, values)
 
 
-def _few_ticks(axis: Axis) -> None:
+def _few_ticks(axis: Axis, values: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+    # Over many decades powers of ten alone have room.
+    subs = (1, 1.5, 2, 3, 5, 7) if max(values) < 100 * min(values) else (1,)
+    axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())

@@ -143,7 +143,7 @@ def _table(comparison: Comparison) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
 
     def ood(value: float | None) -> list[str]:
-        return [] if not has_ood else ["" if value is None else f"{value:.2f}"]
+        return [] if not has_ood else ["" if value is None else _perplexity(value)]
 
     table.add_row(
         "original",
@@ -151,14 +151,14 @@ def _table(comparison: Comparison) -> Table:
         "",
         "16.00",
         format_bytes(original.linear_bytes),
-        f"{original.perplexity:.2f}",
+        _perplexity(original.perplexity),
         "0.0000",
         *ood(original.perplexity_ood),
         "",
     )
     for row in comparison.rows:
         spent = "" if row.rank is None else f"rank {row.rank}"
-        spent = spent if row.ratio is None else f"ratio {row.ratio:g}"
+        spent = spent if row.ratio is None else f"ratio {row.ratio:.3g}"
         found = row.figures
         if found is None:
             table.add_row(row.method, row.budget, "", "[dim]skipped[/dim]")
@@ -169,12 +169,21 @@ def _table(comparison: Comparison) -> Table:
             spent,
             f"{found.bits_per_weight:.2f}",
             format_bytes(found.linear_bytes),
-            f"{found.perplexity:.2f}",
+            _perplexity(found.perplexity),
             f"{found.kl:.4f}",
             *ood(found.perplexity_ood),
             f"{found.seconds:.1f}",
         )
     return table
+
+
+def _perplexity(value: float) -> str:
+    """With two decimals; of what has lost all sense, its magnitude.
+
+    >>> _perplexity(24.304), _perplexity(3.6e8)
+    ('24.30', '3.6e+08')
+    """
+    return f"{value:.2f}" if value < 10_000 else f"{value:.1e}"
 
 
 def _lines(comparison: Comparison) -> list[str]:
