@@ -35,14 +35,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import CACHE, MODELS, OFFSET_TOKENS, WINDOW_LENGTH, load_model, write_texts
-from eoracc.compiler.config import BuildConfig, TextConfig
+from benchmarks.protocol import MODELS, load_protocol
+from eoracc.compiler.config import BuildConfig
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import score_variants
-from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.frontend import LoadedModel
 from eoracc.compiler.pipeline import compress
 from eoracc.compiler.progress import ConsoleProgress, Progress, cpu_seconds
-from eoracc.compiler.text import Windows, load_windows
+from eoracc.compiler.text import Windows
 
 METHODS = (
     "factorize_svd",
@@ -216,30 +216,12 @@ def main() -> None:
 
 
 def _bench(name: str, checkpoint: Path | None, samples: int, windows: int) -> Bench:
-    folder = CACHE / name
-    folder.mkdir(parents=True, exist_ok=True)
-    write_texts(folder)
-    if checkpoint is None:
-        loaded = load_model(name, folder)
-    else:
-        loaded = load(str(checkpoint), work=folder / "model")
-    tokenizer = loaded.tokenizer()
-
-    def text(file: str, count: int, offset: int = 0) -> Windows:
-        return load_windows(
-            TextConfig(text=file),
-            tokenizer,
-            config_dir=folder,
-            samples=count,
-            sequence_length=WINDOW_LENGTH,
-            offset_tokens=offset,
-        )
-
+    protocol = load_protocol(name, checkpoint=checkpoint, samples=samples, windows=windows)
     return Bench(
-        loaded,
-        text("wiki.txt", samples),
-        text("wiki.txt", windows, OFFSET_TOKENS),
-        text("c4.txt", windows),
+        protocol.loaded,
+        protocol.calibration,
+        protocol.wiki,
+        protocol.c4,
         ConsoleProgress(Console(stderr=True)),
     )
 

@@ -25,15 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.quality import CACHE, OFFSET_TOKENS, WINDOW_LENGTH, load_model, write_texts
-from eoracc.compiler.config import TextConfig
+from benchmarks.protocol import load_protocol
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Variant, score_variants
-from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.frontend import LoadedModel
 from eoracc.compiler.linears import Linear, find_linears
 from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.text import Windows, load_windows
+from eoracc.compiler.text import Windows
 from eoracc.compiler.trials import Course, Trials
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
@@ -142,30 +141,11 @@ def main() -> None:
 
 
 def _bench(checkpoint: Path | None, samples: int, windows: int) -> Bench:
-    folder = CACHE / "smollm2"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_texts(folder)
-    loaded = (
-        load_model("smollm2", folder)
-        if checkpoint is None
-        else load(str(checkpoint), work=folder / "model")
-    )
-    tokenizer = loaded.tokenizer()
-
-    def text(file: str, count: int, offset: int = 0) -> Windows:
-        return load_windows(
-            TextConfig(text=file),
-            tokenizer,
-            config_dir=folder,
-            samples=count,
-            sequence_length=WINDOW_LENGTH,
-            offset_tokens=offset,
-        )
-
+    protocol = load_protocol("smollm2", checkpoint=checkpoint, samples=samples, windows=windows)
     return Bench(
-        loaded,
-        text("wiki.txt", samples),
-        {"wiki": text("wiki.txt", windows, OFFSET_TOKENS), "c4": text("c4.txt", windows)},
+        protocol.loaded,
+        protocol.calibration,
+        {"wiki": protocol.wiki, "c4": protocol.c4},
         ConsoleProgress(Console(stderr=True)),
     )
 

@@ -31,18 +31,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality import CACHE, MODELS, OFFSET_TOKENS, WINDOW_LENGTH, load_model, write_texts
+from benchmarks.protocol import MODELS, load_protocol
 from eoracc.compiler.checkpoint import SweepCheckpoint
-from eoracc.compiler.config import TextConfig
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Scorer, Variant
-from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.frontend import LoadedModel
 from eoracc.compiler.linears import Linear, find_linears
 from eoracc.compiler.progress import ConsoleProgress, Progress
 from eoracc.compiler.report import linear_report
 from eoracc.compiler.survey import SurveyContext, calibration_batches
 from eoracc.compiler.sweep import run_sweep
-from eoracc.compiler.text import Windows, load_windows
+from eoracc.compiler.text import Windows
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.calibrate_outputs import CalibrateOutputs
@@ -235,30 +234,17 @@ def main() -> None:
 
 
 def _bench(options: argparse.Namespace, surveys: Path) -> Bench:
-    folder = CACHE / options.model
-    folder.mkdir(parents=True, exist_ok=True)
-    write_texts(folder)
-    if options.checkpoint is None:
-        loaded = load_model(options.model, folder)
-    else:
-        loaded = load(str(options.checkpoint), work=folder / "model")
-    tokenizer = loaded.tokenizer()
-
-    def text(file: str, count: int, offset: int = 0) -> Windows:
-        return load_windows(
-            TextConfig(text=file),
-            tokenizer,
-            config_dir=folder,
-            samples=count,
-            sequence_length=WINDOW_LENGTH,
-            offset_tokens=offset,
-        )
-
-    held_out = text("wiki.txt", options.windows, OFFSET_TOKENS), text("c4.txt", options.windows)
+    protocol = load_protocol(
+        options.model,
+        checkpoint=options.checkpoint,
+        samples=options.samples,
+        windows=options.windows,
+    )
+    loaded = protocol.loaded
     return Bench(
         loaded,
-        text("wiki.txt", options.samples),
-        [Scorer(Executor(loaded.model), one) for one in held_out],
+        protocol.calibration,
+        [Scorer(Executor(loaded.model), one) for one in (protocol.wiki, protocol.c4)],
         options.bits,
         options.group_size,
         options.descent,

@@ -36,48 +36,24 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.protocol import (
+    MODELS,
+    OFFSET_TOKENS,
+    SAMPLES,
+    WINDOW_LENGTH,
+    WINDOWS,
+    Protocol,
+    load_protocol,
+)
 from eoracc import __version__
-from eoracc.compiler.config import TextConfig, load_config
+from eoracc.compiler.config import load_config
 from eoracc.compiler.driver import build
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import score_variants
-from eoracc.compiler.frontend import LoadedModel, load
 from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report import FidelityRow
-from eoracc.compiler.text import Windows, load_windows
+from eoracc.compiler.text import Windows
 from eoracc.runtime.session import open_session
-from examples.gemma3 import fetch as gemma3
-from examples.packages import Source, assemble
-from examples.smollm2 import fetch as smollm2
-
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "quality"
-
-MODELS = {
-    "smollm2": (smollm2.MODEL, smollm2.DATA),
-    "gemma3": (gemma3.MODEL, gemma3.DATA),
-}
-
-_TEXTS = "exllamav3/conversion/standard_cal_data"
-WIKI = Source(
-    "wiki.utf8",
-    ("exllamav3==1.6.5",),
-    lambda path: path == f"{_TEXTS}/wiki.utf8",
-    "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
-)
-C4 = Source(
-    "c4.utf8",
-    ("exllamav3==1.6.5",),
-    lambda path: path == f"{_TEXTS}/c4.utf8",
-    "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
-)
-
-SAMPLES = 64
-WINDOWS = 16
-WINDOW_LENGTH = 512
-OFFSET_TOKENS = 200_000
-C4_OFFSET_CHARACTERS = 100_000
-
-_DOCUMENT_TAG = re.compile(r"</?doc[^>]*>\n?")
 
 _NAMES = {
     "activation_scaled": "activation-scaled SVD",
@@ -319,23 +295,16 @@ def main() -> None:
         settings = [RECIPES.get(text) or Setting.parse(text) for text in options.only]
     except ValueError as error:
         parser.error(str(error))
-    folder = CACHE / options.model
-    folder.mkdir(parents=True, exist_ok=True)
-    write_texts(folder)
-    loaded = load_model(options.model, folder)
-    c4 = load_windows(
-        TextConfig(text="c4.txt"),
-        loaded.tokenizer(),
-        config_dir=folder,
-        samples=options.windows,
-        sequence_length=WINDOW_LENGTH,
-    )
+    protocol = load_protocol(options.model, samples=options.samples, windows=options.windows)
     original_c4 = score_variants(
-        Executor(loaded.model), {}, c4, progress=ConsoleProgress(Console(stderr=True))
+        Executor(protocol.loaded.model),
+        {},
+        protocol.c4,
+        progress=ConsoleProgress(Console(stderr=True)),
     )["original"].perplexity
     rows: list[Row] = []
     for setting in settings:
-        built = _measure(setting, loaded.folder, folder, c4, samples=options.samples)
+        built = _measure(setting, protocol, samples=options.samples)
         if not rows:
             rows.append(_row("original, float32", built.original, c4=original_c4))
         rows += built.rows
@@ -357,34 +326,19 @@ def main() -> None:
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_texts(folder: Path) -> None:
-    """Fetch the texts and write them as the protocol reads them."""
-    wiki, c4 = (path.read_text(encoding="utf-8") for path in assemble([WIKI, C4], CACHE))
-    (folder / "wiki.txt").write_text(_DOCUMENT_TAG.sub("", wiki), encoding="utf-8")
-    (folder / "c4.txt").write_text(c4[C4_OFFSET_CHARACTERS:], encoding="utf-8")
-
-
-def load_model(name: str, folder: Path) -> LoadedModel:
-    """The model called ``name``, converted into ``folder`` once for all builds."""
-    source, data = MODELS[name]
-    (path,) = assemble([source], data)
-    return load(str(path), work=folder / "model")
-
-
 @dataclass(frozen=True)
 class _Built:
     original: FidelityRow
     rows: list[Row]
 
 
-def _measure(
-    setting: Setting | Recipe, model: Path, folder: Path, c4: Windows, *, samples: int
-) -> _Built:
+def _measure(setting: Setting | Recipe, protocol: Protocol, *, samples: int) -> _Built:
     """Build with ``setting`` and score what came of it."""
+    folder, c4 = protocol.folder, protocol.c4
     compares = isinstance(setting, Setting) and setting.compensation == "eora"
     path = folder / "model.yaml"
     content = {
-        "model": str(model),
+        "model": str(protocol.loaded.folder),
         "calibration": {
             "text": "wiki.txt",
             "samples": samples,

@@ -31,6 +31,7 @@ __all__ = [
     "Comparator",
     "Comparisons",
     "ForwardPass",
+    "inputs_over",
     "one_thread",
     "original_weight",
     "run_sweep",
@@ -165,9 +166,9 @@ class ForwardPass:
 
     def show(self, group: LinearGroup) -> None:
         """Let ``group`` see its input."""
-        group.activations = self._activations(group, self._batches)
+        group.activations = inputs_over(self._executor, group, self._batches)
         if self._originals:
-            group.originals = self._activations(group, self._originals)
+            group.originals = inputs_over(self._executor, group, self._originals)
 
     def step(self, level: int) -> None:
         """Compute the linears of ``level``, as they are now and as they were."""
@@ -175,15 +176,17 @@ class ForwardPass:
         if self._originals:
             self._executor.step(level, self._originals, original_weight)
 
-    def _activations(self, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
-        width = group.linears[0].in_features
 
-        def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-            for batch in batches:
-                # Beyond lies what the original model computes past a factor.
-                yield self._executor.inputs_of(group, batch)[:, :width], batch.token_weights
+def inputs_over(executor: Executor, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
+    """The input of ``group`` over ``batches``, batch by batch, at the level that they are at."""
+    width = group.linears[0].in_features
 
-        return activations
+    def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        for batch in batches:
+            # Beyond lies what the original model computes past a factor.
+            yield executor.inputs_of(group, batch)[:, :width], batch.token_weights
+
+    return activations
 
 
 def original_weight(linear: Linear) -> NDArray[np.float32]:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from eoracc.compiler.activation_store import ActivationStore
 from eoracc.compiler.errors import PassError
 from eoracc.compiler.executor import Batch, Executor
-from eoracc.compiler.linears import Activations, Linear, LinearGroup
+from eoracc.compiler.linears import Linear, LinearGroup
 from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.sweep import one_thread, original_weight
+from eoracc.compiler.sweep import inputs_over, one_thread, original_weight
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorization import Factorization
 from eoracc.runtime.memory import release_memory
@@ -275,23 +275,13 @@ class Trials:
     ) -> None:
         """Run the passes on the copies of a group's linears."""
         on_trial = LinearGroup(tuple(linears[one.name] for one in group.linears))
-        on_trial.activations = self._activations(group, seen)
+        on_trial.activations = inputs_over(self._executor, group, seen)
         if matched is not None:
-            on_trial.originals = self._activations(group, matched)
+            on_trial.originals = inputs_over(self._executor, group, matched)
         for layer_pass in self._context.following:
             layer_pass.requires(on_trial)
             with one_thread(layer_pass):
                 layer_pass.call(on_trial)
-
-    def _activations(self, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
-        width = group.linears[0].in_features
-
-        def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-            for batch in batches:
-                # Beyond lies what the original model computes past a factor.
-                yield self._executor.inputs_of(group, batch)[:, :width], batch.token_weights
-
-        return activations
 
     @property
     def _needs_originals(self) -> bool:
