@@ -167,8 +167,9 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "mixed-5.5": Recipe(
-        "eoracc 4-bit group 192, k, v and 12 blocks' down 8-bit + EoRA rank 72 int4",
+        "eoracc 4-bit group 192, k, v and 12 blocks' down 8-bit + CALDERA rank 72 int4",
         (
+            {"calibrate_outputs": {}},
             _CALIBRATE,
             {
                 "quantize_gptq": {
@@ -181,7 +182,7 @@ RECIPES: dict[str, Recipe] = {
                 }
             },
             {
-                "eora": {
+                "caldera": {
                     "rank": 72,
                     "factor_type": "int4",
                     "overrides": {
@@ -191,7 +192,7 @@ RECIPES: dict[str, Recipe] = {
                 }
             },
         ),
-        "eora",
+        "caldera",
         72,
     ),
     "allocated-5.5": Recipe(
