@@ -179,22 +179,30 @@ def test_int4_with_a_singular_gram() -> None:
 
 
 @pytest.mark.parametrize(("kind", "lost"), [("int8", 0.02), ("int4", 0.2)])
-@pytest.mark.parametrize("rank", [0, 6])
-def test_pass_option_and_override(rank: int, kind: FactorType, lost: float) -> None:
+def test_pass_option_and_override(kind: FactorType, lost: float) -> None:
     group, peer = qkv(), qkv()
     for one in (group, peer):
         QuantizeRtn(bits=2).call(one)
     Eora(
-        rank=rank, factor_type=kind, overrides={"*.k_proj": RankOverride(factor_type="float16")}
+        rank=6, factor_type=kind, overrides={"*.k_proj": RankOverride(factor_type="float16")}
     ).call(group)
-    Eora(rank=rank).call(peer)
+    Eora(rank=6).call(peer)
     query, key = group.linears
     assert query.factors is not None
     assert key.factors is not None
     assert query.factors.factor_type == kind
     assert key.factors.lora_a.dtype == np.float16
     assert query.factors.lora_a_scale is not None
-    assert query.factors.rank == rank
+    assert query.factors.rank == 6
     # What rounding loses of the correction is little against what the correction gives back.
     gained = query.errors["quantize_rtn"] - peer.linears[0].errors["eora"]
     assert query.errors["eora"] - peer.linears[0].errors["eora"] <= lost * gained
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8", "int4"])
+def test_rank_zero_stores_nothing(kind: FactorType) -> None:
+    group = qkv()
+    QuantizeRtn(bits=2).call(group)
+    Eora(rank=0, factor_type=kind).call(group)
+    assert [linear.factors for linear in group.linears] == [None, None]
+    assert all(one.errors["eora"] == one.errors["quantize_rtn"] for one in group.linears)
