@@ -57,7 +57,8 @@ def test_json_has_every_figure(with_adapters: Path) -> None:
     assert start["peak_memory_bytes"] >= start["loaded_memory_bytes"] > size
     for one in found["adapters"]:
         speed, time = one["prefill_tokens_per_s"]["median"], one["first_token_ms"]["median"]
-        assert speed * time == pytest.approx(20 * 1e3, rel=0.5)
+        # Units, not speed: on a busy machine the two medians may be far apart.
+        assert 1 / 30 < speed * time / (20 * 1e3) < 30
     del found["switch"]["adapter_switch_ms"]  # the only difference: noise may turn it round
     assert min(numbers(found)) > 0
 
