@@ -10,6 +10,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ARTIFACT = HERE / "build" / "smollm2-3bit"
 PROMPT = "Explain in two sentences why the sky is blue."
+# Taking the likeliest token each time, so small a model falls into loops.
+SAMPLING = ("--temperature", "0.6", "--top-p", "0.9", "--seed", "0")
 
 
 def run(*command: str | Path) -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     """Fetch, build, run."""
     run("-m", "examples.smollm2.fetch")
     eoracc("build", HERE / "model.yaml", "--force")
-    eoracc("run", ARTIFACT, PROMPT, "--max-new-tokens", "80")
+    eoracc("run", ARTIFACT, PROMPT, "--max-new-tokens", "80", *SAMPLING)
 
 
 if __name__ == "__main__":
