@@ -11,7 +11,7 @@ from typing_extensions import override
 from eoracc.compiler.errors import PassError
 from eoracc.passes.factorization import Factorization
 from eoracc.passes.factorizations import plain_factors
-from eoracc.passes.statistics import MIN_TOKENS, require_gram, saw_too_few_tokens
+from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,9 +44,8 @@ class ActivationAwareFactorization(Factorization):
         if saw_too_few_tokens(gram):
             for linear in group.linears:
                 if linear.factorized is not None:
-                    linear.notes.append(
-                        f"{self.name}: plain SVD of the weight, for only {gram.tokens:.0f} "
-                        f"calibration tokens reached it ({self.name} asks for {MIN_TOKENS})."
+                    note_too_few_tokens(
+                        self.name, linear, gram, instead="plain SVD of the weight", asks=self.name
                     )
         return changed
 

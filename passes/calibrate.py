@@ -13,7 +13,7 @@ from typing_extensions import override
 from eoracc.compiler.errors import PassError
 from eoracc.passes.base import LayerPass, register
 from eoracc.passes.gram import accumulate_cross, accumulate_gram, output_matching
-from eoracc.passes.statistics import MIN_TOKENS, saw_too_few_tokens
+from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -108,9 +108,12 @@ class Calibrate(LayerPass):
         if saw_too_few_tokens(gram):
             for linear in group.linears:
                 if linear.block is not None:
-                    linear.notes.append(
-                        f"{self.name}: matched by its weight, for only {gram.tokens:.0f} "
-                        f"calibration tokens reached it (matching outputs asks for {MIN_TOKENS})."
+                    note_too_few_tokens(
+                        self.name,
+                        linear,
+                        gram,
+                        instead="matched by its weight",
+                        asks="matching outputs",
                     )
             return None
         cross = accumulate_cross(

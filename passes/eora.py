@@ -21,7 +21,7 @@ from eoracc.passes.factors import (
     top_of_gram,
 )
 from eoracc.passes.gram import Gram
-from eoracc.passes.statistics import MIN_TOKENS, require_gram, saw_too_few_tokens
+from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,9 +69,8 @@ class Eora(Compensation):
         if saw_too_few_tokens(gram):
             for linear in group.linears:
                 if linear.factors is not None:
-                    linear.notes.append(
-                        f"{self.name}: plain SVD of the error, for only {gram.tokens:.0f} "
-                        f"calibration tokens reached it (EoRA asks for {MIN_TOKENS})."
+                    note_too_few_tokens(
+                        self.name, linear, gram, instead="plain SVD of the error", asks="EoRA"
                     )
         return changed
 

@@ -154,7 +154,7 @@ def _round_a(a: Float, gram: Gram | None) -> tuple[NDArray[np.int8], Float]:
         scale = fit_scales(a, bits=4, search=True)
         return round_to_nearest(a, scale, bits=4), scale
     scale = fit_scales(a, bits=4, search=True, importance=np.diagonal(gram.matrix))
-    codes = round_rows(a.astype(np.float32), gram.feedback, scale, largest=LARGEST[4])
+    codes = round_rows(a.astype(np.float32), gram.feedback(), scale, largest=LARGEST[4])
     return codes, scale
 
 

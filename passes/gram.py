@@ -78,6 +78,9 @@ class Gram:
     residuals: WeakKeyDictionary[NBitsWeight, Residual] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
+    _feedback: dict[tuple[float, bool], Feedback] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @cached_property
     def root(self) -> NDArray[np.float32]:
@@ -106,10 +109,16 @@ class Gram:
             total += weights @ np.abs(inputs)
         return total / self.tokens if self.tokens > 0 else total
 
-    @cached_property
-    def feedback(self) -> Feedback:
-        """What rounding in the metric of this Gram needs, for all who round to few bits by it."""
-        return feedback(self.matrix)
+    def feedback(self, *, damping: float = 0.01, act_order: bool = True) -> Feedback:
+        """What rounding in the metric of this Gram needs, for all who round to few bits by it.
+
+        It is factored once for each way of asking; see :func:`eoracc.passes.gptq.feedback`.
+        """
+        found = self._feedback.get((damping, act_order))
+        if found is None:
+            found = feedback(self.matrix, damping=damping, act_order=act_order)
+            self._feedback[damping, act_order] = found
+        return found
 
 
 class GramSum:

@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from eoracc.passes.base import LayerPass, register
 from eoracc.passes.descent import descend
-from eoracc.passes.gptq import Feedback, feedback, gptq
+from eoracc.passes.gptq import Feedback, gptq
 from eoracc.passes.grid import round_to_nearest
 from eoracc.passes.overrides import Bits, GroupSize, Overridable, QuantizeOverride
 from eoracc.passes.statistics import (
-    MIN_TOKENS,
+    note_too_few_tokens,
     record_error,
     record_left_out,
     require_gram,
@@ -26,7 +26,7 @@ from eoracc.passes.statistics import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import LinearGroup
+    from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
     from eoracc.plugins.operands import NBitsWeight
 
@@ -71,9 +71,7 @@ class QuantizeGptq(Overridable, LayerPass):
     def call(self, group: LinearGroup) -> bool:
         gram = require_gram(self.name, group)
         parts = self.partition(group)
-        factored = None
-        if parts and not saw_too_few_tokens(gram):
-            factored = feedback(gram.matrix, damping=self.damping, act_order=self.act_order)
+        factored = self._feedback(gram) if parts else None
         for options, linears in parts:
             weights = [gram.target(linear.weight()) for linear in linears]
             solved = options.solve(np.concatenate(weights), gram, factored)
@@ -82,17 +80,14 @@ class QuantizeGptq(Overridable, LayerPass):
                 linear.quantize(_rows(solved, start, start + len(weight)))
                 start += len(weight)
                 linear.quantizer = options
-                self._note(linear.notes, gram.tokens, factored)
+                self._note(linear, gram, factored)
                 record_error(self.name, linear, gram)
         record_left_out(self.name, group)
         return bool(parts)
 
     def requantize(self, weight: NDArray[np.float32], gram: Gram) -> NBitsWeight:
         """Quantize another weight ``[N, K]`` on the input of ``gram``."""
-        factored = None
-        if not saw_too_few_tokens(gram):
-            factored = feedback(gram.matrix, damping=self.damping, act_order=self.act_order)
-        return self.solve(weight, gram, factored)
+        return self.solve(weight, gram, self._feedback(gram))
 
     def solve(
         self, weight: NDArray[np.float32], gram: Gram, factored: Feedback | None
@@ -116,14 +111,17 @@ class QuantizeGptq(Overridable, LayerPass):
         )
         return descend(weight, solved, gram.matrix, sweeps=self.descent, damping=factored.damping)
 
-    def _note(self, notes: list[str], tokens: float, factored: Feedback | None) -> None:
+    def _feedback(self, gram: Gram) -> Feedback | None:
+        """What GPTQ needs of ``gram``; None where it saw too few tokens to go by."""
+        if saw_too_few_tokens(gram):
+            return None
+        return gram.feedback(damping=self.damping, act_order=self.act_order)
+
+    def _note(self, linear: Linear, gram: Gram, factored: Feedback | None) -> None:
         if factored is None:
-            notes.append(
-                f"{self.name}: rounded to nearest, for only {tokens:.0f} calibration tokens "
-                f"reached it (GPTQ asks for {MIN_TOKENS})."
-            )
+            note_too_few_tokens(self.name, linear, gram, instead="rounded to nearest", asks="GPTQ")
         elif factored.damping > self.damping:
-            notes.append(
+            linear.notes.append(
                 f"{self.name}: damping raised from {self.damping:g} to {factored.damping:g}, "
                 "for its gram is singular."
             )

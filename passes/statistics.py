@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MIN_TOKENS",
+    "note_too_few_tokens",
     "record_error",
     "record_left_out",
     "require_gram",
@@ -47,6 +48,24 @@ def require_gram(pass_name: str, group: LinearGroup) -> Gram:
 def saw_too_few_tokens(gram: Gram) -> bool:
     """Whether solvers should do without ``gram``."""
     return gram.tokens < MIN_TOKENS
+
+
+def note_too_few_tokens(
+    pass_name: str, linear: Linear, gram: Gram, *, instead: str, asks: str
+) -> None:
+    """Note what a pass did to ``linear`` in place of going by ``gram``.
+
+    Args:
+      pass_name: the pass.
+      linear: that it concerns.
+      gram: of its input (:func:`saw_too_few_tokens`).
+      instead: what was done, ``rounded to nearest``.
+      asks: what it is that asks for more tokens.
+    """
+    linear.notes.append(
+        f"{pass_name}: {instead}, for only {gram.tokens:.0f} calibration tokens "
+        f"reached it ({asks} asks for {MIN_TOKENS})."
+    )
 
 
 def residual_of(linear: Linear, gram: Gram) -> Residual:
