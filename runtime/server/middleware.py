@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
 from time import monotonic
@@ -35,6 +36,7 @@ _ROUTES = HEALTH_ROUTES | {
 _MODEL_ROUTE = "/v1/models/"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLIENT_GONE = 499
+_DISCARD_S = 1.0
 
 _log = logging.getLogger("eoracc.server")
 _access = logging.getLogger(ACCESS_LOGGER)
@@ -126,12 +128,17 @@ class Gate:
             if scope["path"] not in HEALTH_ROUTES:
                 self._check_key(headers)
             if scope["method"] == "POST" and scope["path"] in _ROUTES:
-                self._service.check_open()
-                _check_type(headers)
-                replay = await self._read(headers, receive)
-                if replay is None:
+                body = _Body(receive)
+                try:
+                    self._service.check_open()
+                    _check_type(headers)
+                    whole = await self._read(headers, body)
+                except ApiError:
+                    await body.discard()
+                    raise
+                if whole is None:
                     return
-                receive = replay
+                receive = _replay(whole, receive)
         await self._app(scope, receive, send)
 
     def _check_key(self, headers: Headers) -> None:
@@ -149,24 +156,22 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _read(self, headers: Headers, receive: Receive) -> Receive | None:
-        """Read the body, and return a ``receive`` that begins with it; None if the client goes."""
+    async def _read(self, headers: Headers, body: _Body) -> bytes | None:
+        """Read the whole body; None if the client goes."""
         limit = self._service.options.max_body_bytes
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
-        body = bytearray()
+        whole = bytearray()
         try:
             async with asyncio.timeout(self._service.options.request_timeout_s):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
+                while body.more:
+                    part = await body.read()
+                    if part is None:
                         return None
-                    body += message.get("body", b"")
-                    if len(body) > limit:
+                    whole += part
+                    if len(whole) > limit:
                         raise _too_large(limit)
-                    more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(
                 "the request's body did not arrive in time: send it faster",
@@ -174,12 +179,46 @@ class Gate:
                 code="timeout",
                 headers={"Connection": "close"},
             ) from None
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        return bytes(whole)
 
-        async def replay() -> Message:
-            return whole.pop() if whole else await receive()
 
-        return replay
+class _Body:
+    """A request's body as it arrives.
+
+    Attributes:
+      more: whether there is more to come.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.more = True
+
+    async def read(self) -> bytes | None:
+        """The next part; None if the client has gone."""
+        message = await self._receive()
+        self.more = message.get("more_body", False)
+        return None if message["type"] == "http.disconnect" else message.get("body", b"")
+
+    async def discard(self) -> None:
+        """Read what is left, for a while.
+
+        A connection that is closed with bytes unread is reset, and the reset overtakes the answer:
+        the client would see a broken connection instead of why it was refused.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_S):
+                while self.more:
+                    await self.read()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that begins with ``body``."""
+    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return whole.pop() if whole else await receive()
+
+    return replay
 
 
 async def send_error(error: ApiError, send: Send) -> None:

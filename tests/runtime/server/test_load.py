@@ -191,10 +191,10 @@ async def stop_amid(
         tasks = [asyncio.create_task(one()) for _ in range(count)]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         server.signal(number)
-        health = late = 0
+        health = 0
         while health != 503:
             health = (await client.get("/health")).status_code
-            late = (await client.post("/v1/completions", json=LONG)).status_code
+        late = (await client.post("/v1/completions", json=LONG)).status_code
         return await asyncio.gather(*tasks), health, late
 
 
@@ -224,6 +224,21 @@ def test_what_does_not_finish_within_the_grace_is_told_so(adapted_artifact: Path
         assert server.wait() == 0
     assert len(server.log) >= 60
     assert not [line for line in server.lines if "Traceback" in line]
+
+
+def test_a_refusal_reaches_a_client_that_is_still_sending(server: ServerProcess) -> None:
+    """A connection that is closed with bytes unread is reset, which overtakes the answer."""
+    body = b" " * 2**23
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: eoracc\r\nContent-Type: text/plain\r\n"
+        f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=30) as client:
+        client.sendall(head.encode() + body)
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 415 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "unsupported_media_type"
 
 
 @pytest.mark.parametrize(
