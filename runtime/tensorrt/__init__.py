@@ -1,0 +1,1 @@
+"""Run a TensorRT target of an artifact: its engines, and what they ask for."""

@@ -1,0 +1,257 @@
+"""engines.json: the engines of a TensorRT target, and all that running one asks for.
+
+It stands beside the engines, in the target's folder of the artifact::
+
+    {"format": "eoracc engines", "schema": 1, "package": "tensorrt_rtx", "version": "1.7.1.116",
+     "graph": "model.onnx", "dtype": "float16", "context_length": 2048,
+     "cache": {"layout": "concat", "layers": 30},
+     "adapter_type": "float16", "max_rank": 64,
+     "profiles": [{"name": "decode", "dims": {"batch": [1, 1, 8], "sequence": [1, 1, 1], ...}}, ...],
+     "bindings": [{"name": "input_ids", "mode": "input", "dtype": "int64",
+                   "shape": ["batch", "sequence"]}, ...],
+     "engines": [{"compute_capability": "8.0", "file": "sm80.engine", "sha256": "...", "size": 1}]}
+
+The shape of a binding is a list of numbers and of names of dimensions. ``sequence`` are the tokens
+of a call, ``past`` those in the cache before it and ``total`` both; ``rank`` is that of an adapter,
+and ``capacity`` the tokens that a cache in place has room for. A profile says for each name the
+smallest, the usual and the largest value that its engine was built for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from eoracc.runtime.errors import ArtifactError
+
+__all__ = [
+    "ENGINES_FILE",
+    "Binding",
+    "EngineFile",
+    "EngineSet",
+    "Profile",
+    "read_engine_set",
+]
+
+ENGINES_FILE = "engines.json"
+
+_FORMAT = "eoracc engines"
+_SCHEMA = 1
+_MODES = ("input", "output")
+_LAYOUTS = ("concat", "in_place")
+_ADAPTER_TYPES = ("none", "float16", "bfloat16")
+
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One input or output of the engines.
+
+    Attributes:
+      name: of the tensor.
+      mode: ``input`` or ``output``.
+      dtype: ``int32``, ``int64``, ``bool``, ``float16``, ``bfloat16`` or ``float32``.
+      shape: sizes, and names of dimensions that a call decides.
+    """
+
+    name: str
+    mode: Literal["input", "output"]
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where each dimension has the size that ``dims`` gives it.
+
+        >>> Binding("input_ids", "input", "int64", ("batch", "sequence", 4)).resolve(
+        ...     {"batch": 2, "sequence": 3}
+        ... )
+        (2, 3, 4)
+        """
+        return tuple(dims[size] if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An optimization profile: which calls it takes, and which it is tuned for.
+
+    Attributes:
+      name: ``decode`` or ``prefill``.
+      dims: smallest, usual and largest size by name of dimension.
+    """
+
+    name: str
+    dims: Mapping[str, Range]
+
+    def takes(self, dims: Mapping[str, int]) -> bool:
+        """Whether a call of these sizes is within the profile.
+
+        >>> decode = Profile("decode", {"batch": (1, 1, 8), "sequence": (1, 1, 1)})
+        >>> decode.takes({"batch": 8, "sequence": 1}), decode.takes({"batch": 1, "sequence": 2})
+        (True, False)
+        """
+        return all(low <= dims[name] <= high for name, (low, _, high) in self.dims.items())
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine of one compute capability.
+
+    Attributes:
+      compute_capability: of the GPUs that it runs on, ``8.6``.
+      file: its name, beside engines.json.
+      sha256: of its content, hexadecimal.
+      size: in bytes.
+    """
+
+    compute_capability: str
+    file: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines of one target, which differ by compute capability alone.
+
+    Attributes:
+      package: what built them and runs them, ``tensorrt_rtx`` or ``tensorrt``.
+      version: of that package; an engine wants the very one.
+      graph: the ONNX file that they were built from, beside engines.json.
+      dtype: of activations, cache and adapter factors, ``float16`` or ``bfloat16``.
+      context_length: most tokens of a row, cache included.
+      cache_layout: ``concat``: each call reads ``past_key_values.<i>.key|value`` and writes all of
+        ``present.<i>.key|value``; ``in_place``: it writes its own tokens into the buffers it reads.
+      cache_layers: how many decoder layers have a cache.
+      adapter_type: ``float16`` or ``bfloat16`` where adapters are inputs, else ``none``.
+      max_rank: the largest rank that an adapter may have; 0 without adapters.
+      profiles: in the order of their indices in the engine.
+      bindings: all inputs and outputs, in the graph's order.
+      engines: by compute capability, lowest first.
+    """
+
+    package: str
+    version: str
+    graph: str
+    dtype: str
+    context_length: int
+    cache_layout: Literal["concat", "in_place"]
+    cache_layers: int
+    adapter_type: str
+    max_rank: int
+    profiles: tuple[Profile, ...]
+    bindings: tuple[Binding, ...]
+    engines: tuple[EngineFile, ...]
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """Those that there is an engine for."""
+        return tuple(engine.compute_capability for engine in self.engines)
+
+    def binding(self, name: str) -> Binding:
+        """The input or output called ``name``.
+
+        Raises:
+          KeyError: there is none.
+        """
+        found = next((one for one in self.bindings if one.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def to_json(self) -> str:
+        """The text of engines.json: equal sets give equal texts."""
+        content = asdict(self)
+        cache = {"layout": content.pop("cache_layout"), "layers": content.pop("cache_layers")}
+        content = {"format": _FORMAT, "schema": _SCHEMA, **content, "cache": cache}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_engine_set(folder: Path) -> EngineSet:
+    """Read engines.json; the engines themselves are not looked at.
+
+    Args:
+      folder: of the target, ``<artifact>/tensorrt_rtx``. The manifest is the caller's to verify.
+
+    Raises:
+      ArtifactError: it is missing, damaged or newer than this eoracc, or names a file elsewhere.
+    """
+    path = folder / ENGINES_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
+    except (OSError, ValueError):
+        raise ArtifactError(f"{path}: cannot be read as JSON: build the artifact again") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ArtifactError(f"{path}: does not describe the engines of an artifact")
+    if content.get("schema") != _SCHEMA:
+        raise ArtifactError(
+            f"{path}: has schema {content.get('schema')}, this eoracc reads {_SCHEMA}: "
+            "use the eoracc that built it, or build again"
+        )
+    try:
+        engines = _parse(content)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
+    for name in (engines.graph, *(engine.file for engine in engines.engines)):
+        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
+            raise ArtifactError(
+                f"{path}: names '{name}', which is not beside it: do not trust this artifact"
+            )
+    return engines
+
+
+def _parse(content: Mapping[str, Any]) -> EngineSet:
+    cache = content["cache"]
+    return EngineSet(
+        package=_one_of(content["package"], ("tensorrt_rtx", "tensorrt")),
+        version=str(content["version"]),
+        graph=str(content["graph"]),
+        dtype=_one_of(content["dtype"], ("float16", "bfloat16")),
+        context_length=int(content["context_length"]),
+        cache_layout=_one_of(cache["layout"], _LAYOUTS),
+        cache_layers=int(cache["layers"]),
+        adapter_type=_one_of(content["adapter_type"], _ADAPTER_TYPES),
+        max_rank=int(content["max_rank"]),
+        profiles=tuple(
+            Profile(
+                str(one["name"]), {str(name): _range(size) for name, size in one["dims"].items()}
+            )
+            for one in content["profiles"]
+        ),
+        bindings=tuple(
+            Binding(
+                str(one["name"]),
+                _one_of(one["mode"], _MODES),
+                str(one["dtype"]),
+                tuple(size if isinstance(size, str) else int(size) for size in one["shape"]),
+            )
+            for one in content["bindings"]
+        ),
+        engines=tuple(
+            EngineFile(
+                str(one["compute_capability"]),
+                str(one["file"]),
+                str(one["sha256"]),
+                int(one["size"]),
+            )
+            for one in content["engines"]
+        ),
+    )
+
+
+def _range(sizes: Sequence[int]) -> Range:
+    low, usual, high = (int(size) for size in sizes)
+    if not 0 <= low <= usual <= high:
+        raise ValueError(sizes)
+    return low, usual, high
+
+
+def _one_of(value: object, known: Sequence[str]) -> Any:  # noqa: ANN401 - one of the literals
+    if value not in known:
+        raise ValueError(value)
+    return value
