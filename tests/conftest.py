@@ -21,3 +21,8 @@ def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
     from eoracc.compiler.frontend import load
 
     return load(str(smollm2_gguf), work=tmp_path_factory.mktemp("smollm2")).folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes minutes: where tests run side by side, none of it is left for last."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
