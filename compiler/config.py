@@ -32,6 +32,17 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from eoracc import EoraccError
+from eoracc.compiler.config_fields import (
+    Count,
+    Length,
+    Name,
+    Offset,
+    Positive,
+    Section,
+    Share,
+    no_bool,
+)
+from eoracc.compiler.config_tensorrt import TensorRtConfig, TensorRtRtxConfig
 from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.yaml_document import Document, KeyPath, dotted, suggest
 from eoracc.passes import load_passes
@@ -51,6 +62,9 @@ __all__ = [
     "HeldOutConfig",
     "Limits",
     "OnnxRuntimeConfig",
+    "TargetName",
+    "TensorRtConfig",
+    "TensorRtRtxConfig",
     "TextConfig",
     "VerifyConfig",
     "WeightedText",
@@ -90,28 +104,6 @@ _BEFORE: Mapping[str, tuple[str, ...]] = {
 """What a pass must stand before, where both are there."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-def _no_bool(value: object) -> object:
-    # YAML's `yes` and `on` are booleans, and Python counts those as the numbers 1 and 0.
-    if isinstance(value, bool):
-        raise PydanticCustomError(
-            "number_type", "must be a number, not {value}", {"value": str(value).lower()}
-        )
-    return value
-
-
-_Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-_Length = Annotated[int, BeforeValidator(_no_bool), Field(ge=2)]
-_Offset = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-_Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-_Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-_Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
-_Name = Annotated[str, Field(min_length=1)]
-
-
 def _adapter_name(name: str) -> str:
     try:
         check_adapter_name(name)
@@ -123,10 +115,10 @@ def _adapter_name(name: str) -> str:
 _AdapterName = Annotated[str, AfterValidator(_adapter_name)]
 
 
-class TextConfig(_Section):
+class TextConfig(Section):
     """Where text comes from."""
 
-    text: _Name
+    text: Name
     """A text file, a .jsonl file, a data set folder, or a data set id of the hub."""
     field: str | None = None
     """The field of each record that holds the text (.jsonl and data sets)."""
@@ -140,16 +132,16 @@ class TextConfig(_Section):
 class WeightedText(TextConfig):
     """One text of a mixture."""
 
-    weight: _Positive = 1.0
+    weight: Positive = 1.0
     """What a token of this text counts for, next to those of the others."""
-    samples: _Count | None = None
+    samples: Count | None = None
     """Windows of this text; null: as many as ``samples`` of the section says."""
 
 
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """The text that statistics are taken over, or several with weights."""
 
-    text: _Name | None = None
+    text: Name | None = None
     """A text file, a .jsonl file, a data set folder, or a data set id of the hub."""
     field: str | None = None
     """The field of each record that holds the text (.jsonl and data sets)."""
@@ -160,11 +152,11 @@ class CalibrationConfig(_Section):
     """The split of a data set, ``train`` unless given."""
     mixture: Annotated[tuple[WeightedText, ...], Field(min_length=1)] | None = None
     """Several texts instead of one: statistics are their weighted sum, ``sum_t a_t X_t X_t^T``."""
-    samples: _Count = 64
+    samples: Count = 64
     """Windows of text; of each text in a mixture."""
-    sequence_length: _Length = 512
+    sequence_length: Length = 512
     """Tokens per window."""
-    seed: _Seed | None = None
+    seed: Offset | None = None
     """null: the first windows in order; a number: random windows, each from a stretch of the text
     of its own where the text is long enough."""
     layout: Literal["packing", "padding"] = "packing"
@@ -182,10 +174,10 @@ class CalibrationConfig(_Section):
         )
 
 
-class HeldOutConfig(_Section):
+class HeldOutConfig(Section):
     """Held-out text."""
 
-    text: _Name | None = None
+    text: Name | None = None
     """Held-out text; the calibration text unless given."""
     field: str | None = None
     """As in ``calibration``."""
@@ -193,11 +185,11 @@ class HeldOutConfig(_Section):
     """As in ``calibration``."""
     split: str | None = None
     """As in ``calibration``."""
-    offset_tokens: _Offset | None = None
+    offset_tokens: Offset | None = None
     """Tokens to skip; null: none, or in the calibration text what calibration has used."""
-    windows: _Count = 8
+    windows: Count = 8
     """Windows of held-out text."""
-    window_length: _Length = 512
+    window_length: Length = 512
     """Tokens per window."""
 
     def held_out_text(self, calibration: CalibrationConfig | None) -> TextConfig:
@@ -223,16 +215,16 @@ class AdapterConfig(CalibrationConfig):
     """Held-out text of the task, which every adapter is scored on."""
 
 
-class Limits(_Section):
+class Limits(Section):
     """Fidelity limits; a build that exceeds one fails its gate (exit code 1)."""
 
-    perplexity: _Positive | None = None
+    perplexity: Positive | None = None
     """Largest perplexity on the held-out text."""
-    perplexity_ratio: _Positive | None = None
+    perplexity_ratio: Positive | None = None
     """Largest perplexity as a multiple of the original model's."""
-    kl: _Positive | None = None
+    kl: Positive | None = None
     """Largest mean KL(original || compressed) per token, in nats."""
-    top1_agreement: _Share | None = None
+    top1_agreement: Share | None = None
     """Smallest share of tokens on which both models would say the same next."""
 
 
@@ -250,10 +242,13 @@ class VerifyConfig(HeldOutConfig):
     """Whether to compare the artifact with the compressed model in eager PyTorch."""
 
 
-class OnnxRuntimeConfig(_Section):
+TargetName = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+
+
+class OnnxRuntimeConfig(Section):
     """Options of the target ``onnxruntime``."""
 
-    accuracy_level: Annotated[Literal[0, 4], BeforeValidator(_no_bool)] = 0
+    accuracy_level: Annotated[Literal[0, 4], BeforeValidator(no_bool)] = 0
     """0: float32 sums of float activations, parity to float32 rounding. 4: activations may be
     rounded to int8, in blocks of 32 columns, which is faster; parity to that rounding."""
     adapter_type: Literal["int8", "float16", "none"] = "int8"
@@ -368,16 +363,16 @@ def _by_name(methods: object) -> object:
 _Budget = Annotated[str, BeforeValidator(_config_budget)]
 
 _Methods = Annotated[
-    Mapping[_Name, Annotated[tuple[_PassItem, ...], Field(min_length=1)] | None],
+    Mapping[Name, Annotated[tuple[_PassItem, ...], Field(min_length=1)] | None],
     BeforeValidator(_by_name),
     WithJsonSchema({}),  # likewise
 ]
 
 
-class CompareConfig(_Section):
+class CompareConfig(Section):
     """What ``eoracc compare`` tries; its options ``--methods`` and ``--budgets`` win over it."""
 
-    methods: _Methods = {}
+    methods: _Methods = Field(default={})
     """Names of compensating and factorising passes, which take their places in ``passes``, and
     ``none`` for quantization alone; or a mapping of names of your own to lists of passes, which
     stand instead of ``passes``."""
@@ -388,10 +383,10 @@ class CompareConfig(_Section):
     """Text of another kind, to score perplexity and KL on as well."""
 
 
-class BuildConfig(_Section):
+class BuildConfig(Section):
     """What ``eoracc build`` does: one model, its passes, its targets, its gates."""
 
-    model: _Name
+    model: Name
     """A hub id, a local folder or a GGUF file; a relative path is relative to this file."""
     trust_remote_code: bool = False
     """Whether the model's own Python code may run while it is loaded."""
@@ -399,10 +394,14 @@ class BuildConfig(_Section):
     """The text that statistics are taken over; needed by the pass ``calibrate``."""
     passes: tuple[_PassItem, ...] = Field(min_length=1)
     """What is done to the model, in order: names, or names with options."""
-    targets: tuple[Literal["onnxruntime"], ...] = Field(("onnxruntime",), min_length=1)
-    """What the artifact runs on."""
+    targets: tuple[TargetName, ...] = Field(("onnxruntime",), min_length=1)
+    """What the artifact runs on, one or several."""
     onnxruntime: OnnxRuntimeConfig = OnnxRuntimeConfig()
     """How that target computes."""
+    tensorrt_rtx: TensorRtRtxConfig = TensorRtRtxConfig()
+    """What engines that target builds."""
+    tensorrt: TensorRtConfig = TensorRtConfig()
+    """What engines that target describes, for ``eoracc engine`` to build."""
     adapters: Mapping[_AdapterName, AdapterConfig] = {}
     """Tasks by name: low-rank factors of each, solved from its text on top of the finished model,
     which they share and which none of them changes."""
@@ -410,7 +409,7 @@ class BuildConfig(_Section):
     """The gates."""
     compare: CompareConfig | None = None
     """What ``eoracc compare`` tries."""
-    output: _Name
+    output: Name
     """The artifact's folder, relative to this file; it must not exist yet."""
 
     def resolved(self) -> dict[str, Any]:

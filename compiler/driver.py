@@ -1,7 +1,7 @@
 """The flow of a build, top to bottom.
 
-    model.yaml -> load -> passes -> adapters -> fidelity gate -> lower -> write -> parity gate
-               -> artifact
+    model.yaml -> load -> passes -> adapters -> fidelity gate -> each target: lower, write
+               -> parity gate -> artifact
 
 What takes long (a converted GGUF, the blocks that a sweep has finished) is kept in a work folder
 beside the output until the build succeeds: a build that was interrupted goes on from there.
@@ -35,12 +35,10 @@ from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.config import BuildConfig
 from eoracc.compiler.errors import GateError
 from eoracc.compiler.executor import Executor
-from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.frontend import load
 from eoracc.compiler.gates import fidelity_report
 from eoracc.compiler.linears import Linear
-from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
-from eoracc.compiler.lowering.onnxruntime import lower
-from eoracc.compiler.pipeline import Compressed, compress
+from eoracc.compiler.pipeline import compress
 from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
 from eoracc.compiler.report import (
     AdaptersReport,
@@ -53,18 +51,18 @@ from eoracc.compiler.report import (
     linear_report,
     parity_line,
 )
-from eoracc.compiler.text import Windows, calibration_windows, evaluation_windows
-from eoracc.compiler.verify import PARITY_STEPS, AdapterCases, record_parity
+from eoracc.compiler.targets import TARGETS, Job
+from eoracc.compiler.text import calibration_windows, evaluation_windows
+from eoracc.compiler.verify import AdapterCases
 from eoracc.passes.base import SurveyPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Compensation
 from eoracc.passes.factorization import Factorization
-from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
-from eoracc.plugins.library import library_path
+from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import Manifest
 from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
-from eoracc.runtime.parity import PARITY_FILE, ParityReport
+from eoracc.runtime.parity import ParityReport
 
 __all__ = ["BuildResult", "build"]
 
@@ -138,6 +136,7 @@ def _build(
                 phases=[asdict(phase_time) for phase_time in progress.times],
             ),
             adapters=adapters,
+            targets=made.targets,
         )
         _check_gates(report, work)
         writer.write_report(report)
@@ -164,6 +163,7 @@ class _Made:
       scores: of the adapters.
       slots: where the model takes adapters; None where it takes none.
       cases: what it must compute with each; empty where parity is turned off.
+      targets: what each built, for the report.
     """
 
     digest: str
@@ -175,13 +175,15 @@ class _Made:
     scores: AdaptersReport
     slots: AdapterSlots | None
     cases: Mapping[str, AdapterCases]
+    targets: Mapping[str, Mapping[str, Any]]
 
 
 def _make(
     config: BuildConfig, config_dir: Path, work: Path, writer: ArtifactWriter, progress: Progress
 ) -> _Made:
     """Load, compress, score and write; record what parity will be checked against."""
-    native = library_path()
+    for name in config.targets:
+        TARGETS[name].require()
     with progress.phase("load", 1) as phase:
         loaded = load(
             config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
@@ -221,36 +223,30 @@ def _make(
         progress=progress,
     )
     scores = _score_adapters(config, original, compressed, solved, work / "alone", progress)
-    level = config.onnxruntime.accuracy_level
-    lowered = lower(
-        compressed.model, accuracy_level=level, adapter_type=config.onnxruntime.adapter_type
-    )
-    spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
-    writer.write_model(lowered)
     writer.copy(loaded.tokenizer_files())
-    writer.write_genai_config(
-        genai_config(
-            loaded.config,
-            lowered,
-            generation=read_generation_config(loaded.folder),
-            custom_ops_library=writer.write_library(native),
-        )
+    job = Job(
+        config=config,
+        loaded=loaded,
+        compressed=compressed,
+        original=original,
+        held_out=held_out,
+        writer=writer,
+        work=work,
+        progress=progress,
     )
-    if config.verify.parity:
-        _record_parity(compressed, original, held_out, loaded, writer.folder, level, progress)
+    emitted = {name: TARGETS[name].emit(job) for name in config.targets}
     reports = [linear_report(linear) for linear in compressed.linears]
     products = factorized_reports(compressed.linears)
     cases: Mapping[str, AdapterCases] = {}
-    if config.verify.parity and solved:
+    if config.verify.parity and solved and "onnxruntime" in emitted:
         cases = record_adapters(
             compressed,
             solved,
             folder=loaded.folder,
-            accuracy_level=level,
+            accuracy_level=config.onnxruntime.accuracy_level,
             trust_remote_code=loaded.trust_remote_code,
             progress=progress,
         )
-    slots = lowered.metadata_props.get(SLOTS_KEY)
     return _Made(
         digest=loaded.digest,
         fidelity=fidelity,
@@ -259,8 +255,9 @@ def _make(
         surveys=compressed.surveys,
         adapters=solved,
         scores=scores,
-        slots=None if slots is None else AdapterSlots.from_json(slots),
+        slots=next((one.slots for one in emitted.values()), None),
         cases=cases,
+        targets={name: one.report for name, one in emitted.items() if one.report},
     )
 
 
@@ -331,29 +328,6 @@ def _write_adapters(writer: ArtifactWriter, made: _Made, progress: Progress) -> 
 
 
 # --- gates ----------------------------------------------------------------------------------------
-
-
-def _record_parity(
-    compressed: Compressed,
-    original: Executor,
-    windows: Windows,
-    loaded: LoadedModel,
-    artifact: Path,
-    accuracy_level: int,
-    progress: Progress,
-) -> None:
-    with progress.phase("record", PARITY_STEPS) as phase:
-        record = record_parity(
-            compressed.linears,
-            compressed.embeddings,
-            original,
-            windows,
-            folder=loaded.folder,
-            phase=phase,
-            accuracy_level=accuracy_level,
-            trust_remote_code=loaded.trust_remote_code,
-        )
-    record.save(artifact / PARITY_FILE)
 
 
 def _check_parity(artifact: Path, progress: Progress) -> tuple[ParityReport, int]:

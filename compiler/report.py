@@ -259,6 +259,7 @@ class Report:
       adapters: those that the artifact has, or had when they were scored.
       surveys: what each survey found, ``{"pass": name, ...}``, in order.
       factorized: the weights that became products of two, in execution order.
+      targets: what each target built and how long that took, for those that build.
     """
 
     fidelity: FidelityReport
@@ -268,6 +269,7 @@ class Report:
     adapters: AdaptersReport = field(default_factory=AdaptersReport)
     surveys: Sequence[Mapping[str, Any]] = ()
     factorized: Sequence[FactorizedReport] = ()
+    targets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -300,6 +302,7 @@ class Report:
                 FactorizedReport(**{**one, "shape": tuple(one["shape"])})
                 for one in content.get("factorized", ())
             ],
+            targets=content.get("targets", {}),
         )
 
 

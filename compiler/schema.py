@@ -113,6 +113,8 @@ def model_yaml_page() -> str:
         ("calibration", "CalibrationConfig"),
         ("calibration.mixture", "WeightedText"),
         ("onnxruntime", "OnnxRuntimeConfig"),
+        ("tensorrt_rtx", "TensorRtRtxConfig"),
+        ("tensorrt", "TensorRtConfig"),
         ("adapters.NAME", "AdapterConfig"),
         ("adapters.NAME.verify", "HeldOutConfig"),
         ("verify", "VerifyConfig"),
@@ -179,6 +181,8 @@ def _type_name(schema: Schema) -> str:
         return str(schema["$ref"]).rpartition("/")[2]
     if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
         return f"mapping of {_type_name(schema['additionalProperties'])}"
+    if schema.get("type") == "array" and "prefixItems" in schema:
+        return f"[{', '.join(map(_type_name, schema['prefixItems']))}]"
     if schema.get("type") == "array" and "items" in schema:
         return f"list of {_type_name(schema['items'])}"
     return str(schema.get("type", "any"))

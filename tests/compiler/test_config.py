@@ -182,7 +182,8 @@ def test_held_out_text(tmp_path: Path) -> None:
             "output: build/tiny",
             "output: build/tiny\ntargets: [onnxrt]",
             (
-                "model.yaml:12: targets.0: must be 'onnxruntime', not 'onnxrt': "
+                "model.yaml:12: targets.0: must be 'onnxruntime', 'tensorrt_rtx' or 'tensorrt', "
+                "not 'onnxrt': "
                 "did you mean 'onnxruntime'?"
             ),
         ),

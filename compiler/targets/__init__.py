@@ -1,0 +1,25 @@
+"""Targets: from the compressed graph to what an artifact runs on.
+
+One module a target, with a function ``require`` that says before anything is loaded what this
+machine lacks, and a function ``emit`` that lowers the graph and writes it. ``onnxruntime`` writes
+at the artifact's root, every other target into a folder of its own name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eoracc.compiler.targets import onnxruntime
+from eoracc.compiler.targets.job import Emitted, Job, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from eoracc.compiler.config import TargetName
+
+__all__ = ["TARGETS", "Emitted", "Job", "Target"]
+
+TARGETS: Mapping[TargetName, Target] = {
+    "onnxruntime": Target(onnxruntime.require, onnxruntime.emit),
+}
+"""By the name that model.yaml has for it."""

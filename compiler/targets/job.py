@@ -1,0 +1,79 @@
+"""What the writer of a target is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eoracc.compiler.artifact import ArtifactWriter
+from eoracc.compiler.config import BuildConfig
+from eoracc.compiler.executor import Executor
+from eoracc.compiler.frontend import LoadedModel
+from eoracc.compiler.pipeline import Compressed
+from eoracc.compiler.progress import Progress
+from eoracc.compiler.text import Windows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from eoracc.plugins.adapters import AdapterSlots
+
+__all__ = ["Emitted", "Job", "Target"]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A compressed model that is to be written for a target.
+
+    Attributes:
+      config: the whole model.yaml.
+      loaded: the checkpoint.
+      compressed: the graph after all passes. A target lowers a graph of its own that shares its
+        tensors, and leaves this one as it is.
+      original: the graph before any pass, for the parity record to show what compression changed.
+      held_out: text for the parity record to take its prompts from.
+      writer: collects the artifact's files.
+      work: a folder for what takes long; it stays until the build has succeeded.
+      progress: shown the phases.
+    """
+
+    config: BuildConfig
+    loaded: LoadedModel
+    compressed: Compressed
+    original: Executor
+    held_out: Windows
+    writer: ArtifactWriter
+    work: Path
+    progress: Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Emitted:
+    """What a target wrote.
+
+    Attributes:
+      slots: where its graph takes adapters; None where it takes none.
+      report: of what was built, for report.json, in JSON's terms; empty where there is nothing to
+        say beyond the files.
+    """
+
+    slots: AdapterSlots | None
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a target is written.
+
+    Attributes:
+      require: raises an EoraccError, one sentence with the way out, where this machine lacks what
+        the target is built with. It is called before anything is loaded.
+      emit: lowers and writes; with ``verify.parity``, the parity record too. Raises an EoraccError
+        where the target cannot take this model.
+    """
+
+    require: Callable[[], None]
+    emit: Callable[[Job], Emitted]
