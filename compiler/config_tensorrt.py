@@ -55,8 +55,8 @@ class _EngineConfig(Section):
     rank: RankRange = (0, 16, 64)
     """Ranks of adapters: lowest, usual, highest; where ``adapter_type`` is not ``none``."""
     adapter_type: Literal["float16", "none"] = "none"
-    """float16: the network takes adapters, as inputs of 16 bits (those of ``dtype``); none leaves the
-    places for them out."""
+    """float16: the network takes adapters, as inputs of 16 bits (those of ``dtype``); none leaves
+    the places for them out."""
 
 
 class TensorRtRtxConfig(_EngineConfig):
