@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,8 @@ from eoracc.runtime.adapter_store import add_adapter
 from eoracc.runtime.adapters import Adapter, read_adapter, read_slots
 from eoracc.runtime.manifest import read_manifest, verify_manifest
 from eoracc.runtime.session import open_session
+from eoracc.runtime.text import Tokenizer
+from tests.end_to_end.ways_of_running import eoracc, genai_tokens
 
 if TYPE_CHECKING:
     from eoracc.compiler.linears import Linear
@@ -37,16 +37,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RANK = 8
 NEW_TOKENS = 48
 PROMPT = "My fellow citizens, the state of our union"
-
-
-def eoracc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "eoracc.compiler.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -120,27 +110,14 @@ def test_peft_on_the_dequantized_model_gives_the_same_logits(
 
 
 def test_genai_with_an_adapter_says_what_our_session_says(adapted: Path) -> None:
-    import onnxruntime_genai
-
-    genai: Any = onnxruntime_genai
-    model = genai.Model(str(adapted))
-    adapters = genai.Adapters(model)
-    adapters.load(str(adapted / "adapters" / "error.onnx_adapter"), "error")
-    tokens = [int(token) for token in genai.Tokenizer(model).encode(PROMPT)]
+    tokens = Tokenizer(adapted).encode(PROMPT)
     session, slots = open_session(adapted), read_slots(adapted)
     seen = []
     choices: tuple[str | None, ...] = (None, "error")
     for name in choices:
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(do_sample=False, max_length=len(tokens) + NEW_TOKENS)
-        generator = genai.Generator(model, parameters)
         if name is not None:
-            generator.set_active_adapter(adapters, name)
             session.operands = pack_adapter(slots, read_adapter(adapted, name).factors)
-        generator.append_tokens(tokens)
-        while not generator.is_done():
-            generator.generate_next_token()
-        theirs = [int(token) for token in generator.get_sequence(0)][len(tokens) :]
+        theirs = genai_tokens(adapted, tokens, NEW_TOKENS, adapter=name)
         ours: list[int] = []
         step, past = list(tokens), None
         while len(ours) < len(theirs):

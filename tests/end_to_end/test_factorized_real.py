@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from eoracc.compiler.report import Report
 from eoracc.runtime import load
-from tests.end_to_end.test_smollm2 import STOCK, eoracc, python, until
+from tests.end_to_end.ways_of_running import eoracc, genai_tokens, stock_tokens, until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 pytestmark = pytest.mark.real
 
@@ -65,25 +65,10 @@ def test_the_report_shows_every_stage(artifact: Path) -> None:
 
 
 def test_three_ways_of_running_agree_token_by_token(artifact: Path) -> None:
-    import onnxruntime_genai
-
     model = load(artifact)
     tokens = model.encode("Once upon a time there was a king who")
     ours = list(model.generate(tokens, NEW_TOKENS).tokens)
-
-    genai: Any = onnxruntime_genai
-    parameters = genai.GeneratorParams(genai_model := genai.Model(str(artifact)))
-    parameters.set_search_options(do_sample=False, max_length=len(tokens) + NEW_TOKENS)
-    generator = genai.Generator(genai_model, parameters)
-    generator.append_tokens(tokens)
-    found: list[int] = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
-
-    done = python("-c", STOCK, artifact, json.dumps(tokens), str(NEW_TOKENS))
-    assert done.returncode == 0, done.stderr
-    stock: Sequence[int] = json.loads(done.stdout)
-    ends = set(genai.Tokenizer(genai_model).eos_token_ids)
-    assert ours == until(found, ends) == until(stock, ends)
+    ends = model.tokenizer.ends
+    assert ours == until(genai_tokens(artifact, tokens, NEW_TOKENS), ends)
+    assert ours == until(stock_tokens(artifact, tokens, NEW_TOKENS), ends)
     assert len(ours) > 8, "choose a prompt whose continuation is long enough"

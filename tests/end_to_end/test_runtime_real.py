@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from eoracc.runtime import Engine, Model, Request, load
 from eoracc.runtime.adapter_store import add_adapter
 from eoracc.runtime.adapters import Adapter
 from eoracc.runtime.manifest import read_manifest
+from tests.end_to_end.ways_of_running import genai_tokens
 from tests.tiny_artifact import tiny_factors, tiny_slots
 
 if TYPE_CHECKING:
@@ -58,27 +58,6 @@ def model(artifact: Path) -> Model:
     return load(artifact)
 
 
-def genai_tokens(artifact: Path, prompt: list[int], adapter: str | None) -> list[int]:
-    """Greedy tokens of onnxruntime-genai, the adapter set through its own API."""
-    import onnxruntime_genai as genai
-
-    config = genai.Config(str(artifact))
-    options = {"model": {"decoder": {"session_options": {"log_severity_level": 3}}}}
-    config.overlay(json.dumps(options))
-    model = genai.Model(config)
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=len(prompt) + TOKENS)
-    generator = genai.Generator(model, parameters)
-    adapters = genai.Adapters(model)
-    if adapter is not None:
-        adapters.load(str(artifact / "adapters" / f"{adapter}.onnx_adapter"), adapter)
-        generator.set_active_adapter(adapters, adapter)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
-
-
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
 def test_greedy_tokens_are_those_of_genai(
     model: Model, artifact: Path, adapter: str | None
@@ -86,7 +65,7 @@ def test_greedy_tokens_are_those_of_genai(
     for prompt in PROMPTS:
         tokens = model.encode(prompt)
         made = model.generate(tokens, TOKENS, adapter=adapter)
-        expected = genai_tokens(artifact, tokens, adapter)
+        expected = genai_tokens(artifact, tokens, TOKENS, adapter=adapter)
         assert list(made.tokens) == expected[: len(made.tokens)]
         assert len(made.tokens) == TOKENS or expected[len(made.tokens)] in model.tokenizer.ends
 

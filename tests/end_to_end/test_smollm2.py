@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from eoracc.compiler.report import Report
 from eoracc.runtime import load
+from tests.end_to_end.ways_of_running import (
+    eoracc,
+    genai_tokens,
+    python,
+    stock_tokens,
+    until,
+)
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 pytestmark = pytest.mark.real
 
@@ -29,38 +32,6 @@ PROMPTS = (
 )
 NEW_TOKENS = 64
 
-STOCK = """
-import json, sys
-import numpy, onnxruntime
-folder, tokens, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 3
-session = onnxruntime.InferenceSession(
-    folder + "/model.onnx", options, providers=["CPUExecutionProvider"]
-)
-cache = {
-    value.name: numpy.zeros((1, value.shape[1], 0, value.shape[3]), numpy.float32)
-    for value in session.get_inputs() if value.name.startswith("past_key_values.")
-}
-names = [value.name for value in session.get_outputs()]
-takes = {value.name for value in session.get_inputs()}
-made, step, seen = [], tokens, 0
-for _ in range(count):
-    seen += len(step)
-    feeds = {
-        "input_ids": numpy.array([step]),
-        "attention_mask": numpy.ones((1, seen), numpy.int64),
-        "position_ids": numpy.arange(seen - len(step), seen)[None],
-    }
-    feeds = {name: array for name, array in feeds.items() if name in takes} | cache
-    results = dict(zip(names, session.run(None, feeds)))
-    cache = {name: results[name.replace("past_key_values.", "present.")] for name in cache}
-    step = [int(results["logits"][0, -1].argmax())]
-    made += step
-print(json.dumps(made))
-"""
-"""Greedy tokens in unmodified ONNX Runtime: no library is registered, nothing of ours imported."""
-
 LOADED = """
 import sys
 from eoracc.runtime import load
@@ -68,20 +39,6 @@ print(load(sys.argv[1]).generate("The sky is", 4).text)
 print([name for name in ("torch", "transformers", "onnx_ir", "eoracc.compiler", "eoracc.passes")
        if name in sys.modules])
 """
-
-
-def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1200,
-    )
-
-
-def eoracc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return python("-m", "eoracc.compiler.cli", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +97,6 @@ def test_memory_of_the_build_is_bounded(artifact: Path, report: Report) -> None:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_three_ways_of_running_agree_token_by_token(artifact: Path, prompt: str) -> None:
-    import onnxruntime_genai
-
     model = load(artifact)
     tokens = model.encode(prompt)
     ours = list(model.generate(tokens, NEW_TOKENS).tokens)
@@ -150,29 +105,10 @@ def test_three_ways_of_running_agree_token_by_token(artifact: Path, prompt: str)
     config = json.loads((artifact / "genai_config.json").read_text())
     options = config["model"]["decoder"]["session_options"]
     assert (artifact / options["custom_ops_library"]).is_file()
-    genai: Any = onnxruntime_genai
-    parameters = genai.GeneratorParams(genai_model := genai.Model(str(artifact)))
-    parameters.set_search_options(do_sample=False, max_length=len(tokens) + NEW_TOKENS)
-    generator = genai.Generator(genai_model, parameters)
-    generator.append_tokens(tokens)
-    stock_genai: list[int] = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        stock_genai.append(int(generator.get_next_tokens()[0]))
-
-    done = python("-c", STOCK, artifact, json.dumps(tokens), str(NEW_TOKENS))
-    assert done.returncode == 0, done.stderr
-    stock = json.loads(done.stdout)
-    ends = set(genai.Tokenizer(genai_model).eos_token_ids)
-    assert ours == until(stock_genai, ends)
-    assert ours == until(stock, ends)
+    ends = model.tokenizer.ends
+    assert ours == until(genai_tokens(artifact, tokens, NEW_TOKENS), ends)
+    assert ours == until(stock_tokens(artifact, tokens, NEW_TOKENS), ends)
     assert len(ours) == NEW_TOKENS, "choose a prompt whose continuation is long enough"
-
-
-def until(tokens: Sequence[int], ends: set[int]) -> list[int]:
-    """``tokens`` up to the first of ``ends``."""
-    found: NDArray[np.int64] = np.flatnonzero(np.isin(tokens, list(ends)))
-    return list(tokens[: found[0]]) if len(found) else list(tokens)
 
 
 def test_running_loads_no_torch_and_no_compiler(artifact: Path) -> None:
