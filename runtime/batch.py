@@ -1,4 +1,4 @@
-"""Rows of text that are decoded together: a key/value cache, and runs of the model on it.
+"""Rows of text that ONNX Runtime decodes together: a key/value cache, and runs of the model on it.
 
 The fused attention updates its cache in place: one buffer ``[rows, heads, capacity, head]`` a layer
 is bound as its past and as its present. Rows are padded on the right and may differ in length,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from eoracc.runtime.bank import AdapterBank
 
-__all__ = ["Batch", "Graph"]
+__all__ = ["Batch", "Graph", "GraphDecoder"]
 
 _SMALLEST = 128
 """Tokens that a new cache has room for; the room doubles when it is used up."""
@@ -125,10 +125,30 @@ def _address(array: NDArray[np.generic]) -> int:
     return address
 
 
-class Batch:
-    """A key/value cache of several rows, and the runs that fill it. For one thread at a time.
+class GraphDecoder:
+    """A graph and the adapters that it runs with, as generating and scoring want it.
 
-    Rows are numbered from 0; whose text is in which is the caller's business.
+    Attributes:
+      bank: the adapters.
+      context_length: tokens of a row at most.
+      vocabulary: width of the logits.
+    """
+
+    def __init__(self, graph: Graph, bank: AdapterBank) -> None:
+        self._graph = graph
+        self.bank = bank
+        self.context_length = graph.context_length
+        self.vocabulary = graph.vocabulary
+
+    def new_rows(self) -> Batch:
+        """A cache of its own, without a row yet."""
+        return Batch(self._graph, self.bank)
+
+
+class Batch:
+    """A key/value cache of several rows, and the runs that fill it.
+
+    :class:`eoracc.runtime.decoder.Rows` says what its methods do.
     """
 
     def __init__(self, graph: Graph, bank: AdapterBank) -> None:

@@ -12,7 +12,7 @@ class ArtifactError(EoraccError):
 
 
 class BackendError(EoraccError):
-    """ONNX Runtime is not installed, or refuses the model."""
+    """This machine lacks what runs a model, a package or a driver, or that refuses or fails."""
 
 
 class RequestError(EoraccError):

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
-from eoracc.runtime.adapters import adapters_in, check_known, combine, read_adapter
-from eoracc.runtime.backend import read_decoder
-from eoracc.runtime.bank import AdapterBank, Weights
-from eoracc.runtime.batch import Graph
+from eoracc.runtime.backends import Backend, BackendChoice, open_backend
 from eoracc.runtime.continuation import Continuation, Listener, complete
 from eoracc.runtime.errors import RequestError
 from eoracc.runtime.manifest import Manifest, verify_manifest
@@ -27,14 +23,11 @@ from eoracc.runtime.request import (
 )
 from eoracc.runtime.scheduler import PREFILL_CHUNK, Scheduler
 from eoracc.runtime.scoring import Targets, score_targets
-from eoracc.runtime.session import open_inference
 from eoracc.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from eoracc.plugins.operands import LowRank
 
 __all__ = ["Model", "load"]
 
@@ -49,9 +42,12 @@ class Model:
       manifest: what it says of itself, verified.
       tokenizer: between text and tokens.
       bank: its adapters.
-      threads: of one operator.
       context_length: tokens that it takes at most, prompt and answer together.
-      threads: of one operator.
+      threads: of one operator on the CPU.
+      backend: what runs it.
+      device: what it runs on, in words.
+      instead_of_engines: why the artifact's engines do not run it, where it has any and the choice
+        was left to :func:`load`; else None.
     """
 
     def __init__(
@@ -61,6 +57,7 @@ class Model:
         *,
         threads: int | None = None,
         adapters: Sequence[str] | None = None,
+        backend: BackendChoice = "auto",
     ) -> None:
         """Open a verified artifact; :func:`load` is the way in.
 
@@ -69,27 +66,26 @@ class Model:
           manifest: what it says of itself.
           threads: of one operator; None for one a processor that this process may use.
           adapters: which of its adapters to load; None for all.
+          backend: see :func:`load`.
 
         Raises:
-          BackendError: ONNX Runtime or onnxruntime-genai is missing or refuses the artifact.
-          ArtifactError: an adapter is damaged, or there is none of that name.
+          BackendError: the machine lacks what runs the artifact, or that refuses it.
+          ArtifactError: an adapter is damaged, there is none of that name, or the artifact has not
+            been built for the backend.
         """
         self.folder = folder
         self.manifest = manifest
-        decoder = read_decoder(folder)
-        self.context_length = decoder.context_length
-        self.tokenizer = Tokenizer(folder)
         # Left to itself, ONNX Runtime may take one of a virtual machine's two processors for the
         # sibling of the other, and leave it idle.
         self.threads = threads or _processors()
-        inference = open_inference(
-            str(decoder.model), decoder.library, self.threads, str(decoder.model)
-        )
-        self._graph = Graph(
-            inference, context_length=self.context_length, in_place=decoder.shares_cache
-        )
-        metadata = inference.get_modelmeta().custom_metadata_map
-        self.bank = _open_bank(folder, manifest, metadata, adapters)
+        opened = open_backend(folder, manifest, backend, threads=self.threads, adapters=adapters)
+        self.backend: Backend = opened.backend
+        self.device = opened.device
+        self.instead_of_engines = opened.instead
+        self._decoder = opened.decoder
+        self.bank = opened.decoder.bank
+        self.context_length = opened.decoder.context_length
+        self.tokenizer = Tokenizer(folder)
 
     # --- text -------------------------------------------------------------------------------------
 
@@ -187,7 +183,7 @@ class Model:
 
         Raises:
           RequestError: a value is out of range, there is no such adapter, or no room.
-          BackendError: ONNX Runtime fails.
+          BackendError: a run fails.
         """
         request = Request(
             prompt=prompt,
@@ -217,7 +213,7 @@ class Model:
 
         Raises:
           RequestError: a request cannot be served; none is.
-          BackendError: ONNX Runtime fails.
+          BackendError: a run fails.
         """
         scheduler = self.scheduler(max_rows=max_rows)
         events: list[list[Piece | Exception]] = [[] for _ in requests]
@@ -240,7 +236,7 @@ class Model:
 
         Raises:
           RequestError: the request cannot be served; at once, not at the first piece.
-          BackendError: ONNX Runtime fails.
+          BackendError: a run fails.
         """
         scheduler = self.scheduler(max_rows=1)
         heard: list[Piece | Exception] = []
@@ -295,7 +291,7 @@ class Model:
 
     def scheduler(self, *, max_rows: int, chunk: int = PREFILL_CHUNK) -> Scheduler:
         """Serves requests ``max_rows`` at a time; see :class:`eoracc.runtime.engine.Engine`."""
-        return Scheduler(self._graph, self.bank, max_rows=max_rows, chunk=chunk)
+        return Scheduler(self._decoder, max_rows=max_rows, chunk=chunk)
 
     # --- scores -----------------------------------------------------------------------------------
 
@@ -308,7 +304,7 @@ class Model:
 
         Raises:
           RequestError: the text is empty or too long, or there is no such adapter.
-          BackendError: ONNX Runtime fails.
+          BackendError: a run fails.
         """
         tokens = self.encode(text) if isinstance(text, str) else list(text)
         self._check_tokens(tokens)
@@ -336,7 +332,7 @@ class Model:
 
         Raises:
           RequestError: a continuation is empty, a pair too long, or there is no such adapter.
-          BackendError: ONNX Runtime fails.
+          BackendError: a run fails.
         """
         jobs = []
         for index, pair in enumerate(pairs):
@@ -383,8 +379,7 @@ class Model:
         place = self.bank.acquire(adapter)
         try:
             return score_targets(
-                self._graph,
-                self.bank,
+                self._decoder,
                 [Targets(tuple(inputs), tuple(targets), place) for inputs, targets in jobs],
             )
         finally:
@@ -397,28 +392,35 @@ class Model:
                 f"the text has {len(tokens)} tokens, the model takes {self.context_length}: "
                 "score it in windows"
             )
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self._graph.vocabulary:
-            raise RequestError(
-                f"a token is not in 0..{self._graph.vocabulary - 1}, the model's vocabulary"
-            )
+        vocabulary = self._decoder.vocabulary
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise RequestError(f"a token is not in 0..{vocabulary - 1}, the model's vocabulary")
 
 
 def load(
-    path: Path | str, *, threads: int | None = None, adapters: Sequence[str] | None = None
+    path: Path | str,
+    *,
+    threads: int | None = None,
+    adapters: Sequence[str] | None = None,
+    backend: BackendChoice = "auto",
 ) -> Model:
     """Verify the artifact in ``path`` byte by byte, then open it.
 
     Args:
       path: the artifact's folder.
-      threads: of one operator; None for one a processor that this process may use.
+      threads: of one operator on the CPU; None for one a processor that this process may use.
       adapters: which of its adapters to load; None for all.
+      backend: what to run it with. ``auto`` takes the artifact's engines where this machine can run
+        them, else ONNX Runtime; :attr:`Model.backend` says what was taken.
 
     Raises:
-      ArtifactError: it is damaged or no artifact, or has no such adapter.
-      BackendError: ONNX Runtime or onnxruntime-genai is missing or refuses it.
+      ArtifactError: it is damaged or no artifact, has no such adapter, or has not been built for
+        the backend or for this GPU.
+      BackendError: the machine lacks a package, a driver or a GPU, or the backend refuses it.
     """
     folder = Path(path)
-    return Model(folder, verify_manifest(folder), threads=threads, adapters=adapters)
+    manifest = verify_manifest(folder)
+    return Model(folder, manifest, threads=threads, adapters=adapters, backend=backend)
 
 
 def _pieces(events: Sequence[Piece | Exception]) -> Iterator[Piece]:
@@ -433,24 +435,3 @@ def _processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _open_bank(
-    folder: Path,
-    manifest: Manifest,
-    metadata: Mapping[str, str],
-    wanted: Sequence[str] | None,
-) -> AdapterBank:
-    """The adapters of ``folder``, whose model says in ``metadata`` what slots it has."""
-    slots = AdapterSlots.from_json(metadata[SLOTS_KEY]) if SLOTS_KEY in metadata else None
-    names = adapters_in(manifest) if wanted is None else wanted
-    for name in names:
-        check_known(folder, manifest, name)
-
-    def load_sum(weights: Weights) -> Mapping[str, LowRank]:
-        adapters = [(read_adapter(folder, name), weight) for name, weight in weights]
-        if len(adapters) == 1 and adapters[0][1] == 1:
-            return adapters[0][0].factors
-        return combine(adapters, "sum").factors
-
-    return AdapterBank(slots, names, load_sum)

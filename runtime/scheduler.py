@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.batch import Batch, Graph
 from eoracc.runtime.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from eoracc.runtime.bank import AdapterBank
     from eoracc.runtime.continuation import Continuation
+    from eoracc.runtime.decoder import Decoder
     from eoracc.runtime.request import Piece
 
 __all__ = ["PREFILL_CHUNK", "Scheduler"]
@@ -30,9 +29,7 @@ PREFILL_CHUNK = 256
 class Scheduler:
     """Serves any number of requests, so many at a time. For one thread at a time."""
 
-    def __init__(
-        self, graph: Graph, bank: AdapterBank, *, max_rows: int, chunk: int = PREFILL_CHUNK
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, max_rows: int, chunk: int = PREFILL_CHUNK) -> None:
         """``max_rows`` texts are made at a time, prompts processed ``chunk`` tokens at a time.
 
         Raises:
@@ -41,8 +38,8 @@ class Scheduler:
         for name, value in (("max_rows", max_rows), ("prefill_chunk", chunk)):
             if value < 1:
                 raise RequestError(f"{name}: must be 1 or more, not {value}")
-        self._batch = Batch(graph, bank)
-        self._bank = bank
+        self._batch = decoder.new_rows()
+        self._bank = decoder.bank
         self._max_rows = max_rows
         self._chunk = chunk
         self._waiting: deque[Continuation] = deque()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eoracc.runtime.batch import Batch, Graph
 from eoracc.runtime.sampling import target_logprobs
 from eoracc.runtime.scheduler import PREFILL_CHUNK
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.runtime.bank import AdapterBank
+    from eoracc.runtime.decoder import Decoder, Rows
 
 __all__ = ["Targets", "score_targets"]
 
@@ -44,7 +43,7 @@ class Targets:
 
 
 def score_targets(
-    graph: Graph, bank: AdapterBank, jobs: Sequence[Targets]
+    decoder: Decoder, jobs: Sequence[Targets]
 ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
     """How likely the targets of each job are.
 
@@ -55,16 +54,16 @@ def score_targets(
       decoding takes the target, ``bool [targets]``.
 
     Raises:
-      BackendError: ONNX Runtime fails.
+      BackendError: a run fails.
     """
     alike: dict[tuple[tuple[int, ...], int], list[_Answer]] = defaultdict(list)
     answers = [_Answer(job) for job in jobs]
     for job, answer in zip(jobs, answers, strict=True):
         alike[job.inputs, job.place].append(answer)
     texts = [_Text(inputs, place, wanted) for (inputs, place), wanted in alike.items()]
-    batch = Batch(graph, bank)
+    batch = decoder.new_rows()
     # No more tokens in a run than have room for their logits.
-    chunk = max(1, min(PREFILL_CHUNK, _LOGITS_BYTES // (4 * graph.vocabulary)))
+    chunk = max(1, min(PREFILL_CHUNK, _LOGITS_BYTES // (4 * decoder.vocabulary)))
     for group in _groups(texts, chunk):
         if len(group) > 1 or len(group[0].inputs) <= chunk:
             _score_group(batch, group)
@@ -124,7 +123,7 @@ def _groups(texts: Sequence[_Text], chunk: int) -> Iterator[list[_Text]]:
         yield group
 
 
-def _score_group(batch: Batch, group: Sequence[_Text]) -> None:
+def _score_group(batch: Rows, group: Sequence[_Text]) -> None:
     keep = max(len(text.inputs) - text.first for text in group)
     logits = batch.process(
         [text.inputs for text in group], adapters=[text.place for text in group], keep=keep
@@ -135,7 +134,7 @@ def _score_group(batch: Batch, group: Sequence[_Text]) -> None:
             answer.take(text.first, logits[row, keep - own :])
 
 
-def _score_long(batch: Batch, text: _Text, chunk: int) -> None:
+def _score_long(batch: Rows, text: _Text, chunk: int) -> None:
     batch.clear(0)
     for start in range(0, len(text.inputs), chunk):
         tokens = text.inputs[start : start + chunk]

@@ -8,7 +8,7 @@ may import another one upwards::
     │   └── PluginError            the native library or one of its operands
     ├── runtime.errors
     │   ├── ArtifactError          an artifact that is missing, damaged, foreign, or in the way
-    │   ├── BackendError           ONNX Runtime is not installed, or refuses the model
+    │   ├── BackendError           a package, driver or GPU is missing, or refuses the model
     │   ├── RequestError           a request that cannot be served as it is
     │   └── BusyError              more requests than may wait
     ├── runtime.server.errors

@@ -1,0 +1,150 @@
+"""What an artifact can be run with, and which of that is taken.
+
+``onnxruntime`` runs what lies at the artifact's root, on the CPU. ``tensorrt_rtx`` and ``tensorrt``
+run engines, from the folders of these names, on an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from eoracc import EoraccError
+from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
+from eoracc.runtime.adapters import adapters_in, check_known, combine, read_adapter
+from eoracc.runtime.backend import read_decoder
+from eoracc.runtime.bank import AdapterBank, FactorsOf, Weights
+from eoracc.runtime.batch import Graph, GraphDecoder
+from eoracc.runtime.errors import ArtifactError, BackendError
+from eoracc.runtime.session import open_inference
+from eoracc.runtime.tensorrt.decoder import EngineDecoder
+from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from eoracc.plugins.operands import LowRank
+    from eoracc.runtime.decoder import Decoder
+    from eoracc.runtime.manifest import Manifest
+
+__all__ = ["Backend", "BackendChoice", "Opened", "backends_of", "open_backend"]
+
+Backend: TypeAlias = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
+"""What runs a model."""
+
+BackendChoice: TypeAlias = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
+"""A backend, or the one that this machine is best used with."""
+
+_ENGINES: tuple[Backend, ...] = ("tensorrt_rtx", "tensorrt")
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model that is ready to run.
+
+    Attributes:
+      backend: what runs it.
+      device: what it runs on, in words.
+      decoder: itself.
+      instead: why it is not run with the artifact's engines, where there are any and the choice was
+        left to :func:`open_backend`; else None.
+    """
+
+    backend: Backend
+    device: str
+    decoder: Decoder
+    instead: str | None = None
+
+
+def backends_of(manifest: Manifest) -> tuple[Backend, ...]:
+    """What an artifact has been built for, engines first.
+
+    A target ``tensorrt`` counts once ``eoracc engine`` has made engines of it.
+    """
+    engines = tuple(name for name in _ENGINES if f"{name}/{ENGINES_FILE}" in manifest.files)
+    return (*engines, "onnxruntime") if "model.onnx" in manifest.files else engines
+
+
+def open_backend(
+    folder: Path,
+    manifest: Manifest,
+    choice: BackendChoice,
+    *,
+    threads: int,
+    adapters: Sequence[str] | None,
+) -> Opened:
+    """Make a verified artifact ready to run.
+
+    Args:
+      folder: the artifact.
+      manifest: what it says of itself, verified.
+      choice: the backend. ``auto`` takes engines where this machine can run those that there are,
+        else ONNX Runtime.
+      threads: of one operator on the CPU.
+      adapters: which to load; None for all.
+
+    Raises:
+      ArtifactError: it has not been built for the backend, or for this GPU, is damaged, or has no
+        adapter of that name.
+      BackendError: this machine cannot run it.
+    """
+    if choice not in get_args(BackendChoice):
+        known = ", ".join(get_args(BackendChoice))
+        raise BackendError(f"backend '{choice}': there is none of this name: take {known}")
+    names = adapters_in(manifest) if adapters is None else list(adapters)
+    for name in names:
+        check_known(folder, manifest, name)
+    built = backends_of(manifest)
+    if choice != "auto":
+        if choice not in built:
+            raise ArtifactError(_not_built(folder, manifest, choice, built))
+        return _open(folder, choice, threads=threads, adapters=names)
+    refusal: EoraccError = ArtifactError(_not_built(folder, manifest, "tensorrt", built))
+    for tried, backend in enumerate(built):
+        if backend == "onnxruntime":
+            opened = _open(folder, backend, threads=threads, adapters=names)
+            return replace(opened, instead=str(refusal)) if tried else opened
+        try:
+            return _open(folder, backend, threads=threads, adapters=names)
+        except EoraccError as error:
+            refusal = refusal if tried else error
+    raise refusal
+
+
+def _not_built(folder: Path, manifest: Manifest, wanted: Backend, built: Sequence[Backend]) -> str:
+    if wanted == "tensorrt" and any(name.startswith("tensorrt/") for name in manifest.files):
+        return (
+            f"{folder}: its target tensorrt has no engine yet: run 'eoracc engine {folder}' on a "
+            "machine with TensorRT and an NVIDIA GPU"
+        )
+    return (
+        f"{folder}: has not been built for the backend {wanted}: it has "
+        f"{', '.join(built) or 'none that runs'}; add '{wanted}' to 'targets' and build it again"
+    )
+
+
+def _open(folder: Path, backend: Backend, *, threads: int, adapters: Sequence[str]) -> Opened:
+    load = _factors_in(folder)
+    if backend != "onnxruntime":
+        decoder = EngineDecoder.open(folder / backend, adapters, load)
+        return Opened(backend, decoder.device_name, decoder)
+    files = read_decoder(folder)
+    inference = open_inference(str(files.model), files.library, threads, str(files.model))
+    metadata = inference.get_modelmeta().custom_metadata_map
+    slots = AdapterSlots.from_json(metadata[SLOTS_KEY]) if SLOTS_KEY in metadata else None
+    graph = Graph(inference, context_length=files.context_length, in_place=files.shares_cache)
+    bank = AdapterBank(slots, adapters, load)
+    return Opened(backend, f"CPU, {threads} threads", GraphDecoder(graph, bank))
+
+
+def _factors_in(folder: Path) -> FactorsOf:
+    """Reads weighted sums of the adapters of ``folder``."""
+
+    def load(weights: Weights) -> Mapping[str, LowRank]:
+        adapters = [(read_adapter(folder, name), weight) for name, weight in weights]
+        if len(adapters) == 1 and adapters[0][1] == 1:
+            return adapters[0][0].factors
+        return combine(adapters, "sum").factors
+
+    return load

@@ -1,0 +1,159 @@
+"""Execution contexts of an engine, one a profile, and calls through them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from eoracc.runtime.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    from eoracc.runtime.tensorrt.cuda import Device
+    from eoracc.runtime.tensorrt.engine_set import Binding, EngineSet, Profile
+    from eoracc.runtime.tensorrt.library import Library
+
+__all__ = ["Contexts"]
+
+
+class Contexts:
+    """Calls of one engine, in a stream's order. Threads may share it.
+
+    Calls are enqueued one at a time: a context remembers shapes and addresses from one to the next,
+    and a GPU has no time to spare while another call runs on it.
+    """
+
+    def __init__(self, library: Library, engine: Any, engines: EngineSet, device: Device) -> None:  # noqa: ANN401 - TensorRT has no types
+        """Make a context for every profile; each takes the memory that its profile needs.
+
+        Args:
+          library: what the engine was deserialized with.
+          engine: itself.
+          engines: what engines.json says of it.
+          device: that it runs on.
+
+        Raises:
+          ArtifactError: engines.json describes another engine.
+          BackendError: TensorRT fails.
+        """
+        self._library = library
+        self._device = device
+        self._engine = engine  # contexts need it alive
+        self._engines = engines
+        self._lock = threading.Lock()
+        _check_bindings(engine, engines)
+        self._contexts = [
+            _Context(library, self._make_context(index), engines.bindings)
+            for index in range(len(engines.profiles))
+        ]
+
+    def _make_context(self, index: int) -> Any:  # noqa: ANN401 - TensorRT has no types
+        trt, engine = self._library.module, self._engine
+        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is None:
+            context = engine.create_execution_context(strategy=strategy)
+        else:
+            # TensorRT for RTX compiles kernels for each new shape, in the background: where the
+            # cache grows by a token a step, no kernel would ever be used twice.
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            if self._engines.cache_layout == "concat":
+                config.dynamic_shapes_kernel_specialization_strategy = specialization.NONE
+            context = engine.create_execution_context(runtime_config=config)
+        if context is None or not context.set_optimization_profile_async(
+            index, self._device.stream
+        ):
+            raise BackendError(
+                f"{trt.__name__} makes no context for the profile "
+                f"'{self._engines.profiles[index].name}': {self._library.complaint}"
+            )
+        return context
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """What calls the engine takes."""
+        return self._engines.profiles
+
+    def enqueue(self, dims: Mapping[str, int], addresses: Mapping[str, int]) -> None:
+        """Begin a call; it has ended when the device's stream has.
+
+        Args:
+          dims: size of every dimension that a call decides.
+          addresses: on the device, of every input and output.
+
+        Raises:
+          BackendError: no profile takes such a call, or TensorRT refuses it.
+        """
+        # Of several that take it, the one that is tuned for the fewest tokens.
+        fitting = [
+            (profile.dims["sequence"][2], index)
+            for index, profile in enumerate(self.profiles)
+            if profile.takes(dims)
+        ]
+        if not fitting:
+            raise BackendError(_outside(dims, self.profiles))
+        with self._lock:
+            self._contexts[min(fitting)[1]].enqueue(dims, addresses, self._device.stream)
+
+
+class _Context:
+    """One context, told what has changed since its last call and no more."""
+
+    def __init__(self, library: Library, context: Any, bindings: tuple[Binding, ...]) -> None:  # noqa: ANN401 - no types
+        self._library = library
+        self._context = context
+        self._inputs = [one for one in bindings if one.mode == "input"]
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def enqueue(self, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None:
+        try:
+            for one in self._inputs:
+                shape = one.resolve(dims)
+                if self._shapes.get(one.name) != shape:
+                    self._shapes.pop(one.name, None)
+                    self._check(self._context.set_input_shape(one.name, shape), one.name)
+                    self._shapes[one.name] = shape
+            for name, address in addresses.items():
+                if self._addresses.get(name) != address:
+                    self._addresses.pop(name, None)
+                    self._check(self._context.set_tensor_address(name, address), name)
+                    self._addresses[name] = address
+            self._check(self._context.execute_async_v3(stream), "the call")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise self._failure(str(error)) from error
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise self._failure(f"it refuses {what}")
+
+    def _failure(self, reason: str) -> BackendError:
+        return BackendError(
+            f"{self._library.module.__name__} fails: {reason}: {self._library.complaint}"
+        )
+
+
+def _check_bindings(engine: Any, engines: EngineSet) -> None:  # noqa: ANN401 - TensorRT has no types
+    """The engine has the inputs, outputs and profiles that are listed."""
+    held = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    listed = {one.name for one in engines.bindings}
+    if held != listed or engine.num_optimization_profiles != len(engines.profiles):
+        odd = ", ".join(sorted(held ^ listed)[:3]) or "their profiles differ"
+        raise ArtifactError(
+            f"engines.json does not describe the engine beside it ({odd}): build it again"
+        )
+
+
+def _outside(dims: Mapping[str, int], profiles: tuple[Profile, ...]) -> str:
+    """Why no profile takes a call: what the one that comes nearest was built for."""
+
+    def misfits(profile: Profile) -> list[str]:
+        return [
+            f"{name} {dims[name]} (built for {low} to {high})"
+            for name, (low, _, high) in profile.dims.items()
+            if not low <= dims[name] <= high
+        ]
+
+    nearest = min(map(misfits, profiles), key=len, default=["anything: it has no profile"])
+    return f"the engine does not take a call of {', '.join(nearest)}"

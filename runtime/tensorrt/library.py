@@ -1,0 +1,130 @@
+"""TensorRT and TensorRT for RTX, which share an interface, and the engines that they load."""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from eoracc.runtime.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from eoracc.runtime.tensorrt.cuda import Device
+    from eoracc.runtime.tensorrt.engine_set import EngineFile, EngineSet
+
+__all__ = ["Library", "find_engine", "import_tensorrt"]
+
+_EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+"""Package to the extra of eoracc that installs it."""
+
+_KEPT_MESSAGES = 4
+
+
+def import_tensorrt(package: str) -> Any:  # noqa: ANN401 - TensorRT has no types
+    """Import ``tensorrt_rtx`` or ``tensorrt``.
+
+    Raises:
+      BackendError: it is not installed; the text says how to install it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        problem = "is not installed" if error.name == package else f"cannot be loaded ({error})"
+        raise BackendError(
+            f"{package.replace('_', '-')} {problem}: pip install 'eoracc[{_EXTRAS[package]}]'"
+        ) from None
+
+
+def find_engine(folder: Path, engines: EngineSet, device: Device) -> EngineFile:
+    """The engine for a GPU.
+
+    Args:
+      folder: of the target, for the error.
+      engines: those that it has.
+      device: the GPU.
+
+    Raises:
+      ArtifactError: there is none for its compute capability.
+    """
+    for engine in engines.engines:
+        if engine.compute_capability == device.compute_capability:
+            return engine
+    known = ", ".join(engines.compute_capabilities) or "none"
+    raise ArtifactError(
+        f"{folder}: has no engine for the compute capability {device.compute_capability} of "
+        f"{device.name}: it has engines for {known}; build it for this one, too"
+    )
+
+
+class Library:
+    """An imported package, and what it has complained of lately.
+
+    Attributes:
+      module: the package.
+    """
+
+    def __init__(self, package: str) -> None:
+        """Import ``package``.
+
+        Raises:
+          BackendError: it is not installed.
+        """
+        self.module = import_tensorrt(package)
+        self._complaints: deque[str] = deque(maxlen=_KEPT_MESSAGES)
+        self._logger = _make_logger(self.module, self._complaints)
+        self._runtime: Any = None
+
+    @property
+    def complaint(self) -> str:
+        """The last errors that it logged, in one line; what to say where it gives no reason."""
+        text = "; ".join(dict.fromkeys(self._complaints)) or "it gives no reason"
+        self._complaints.clear()
+        return " ".join(text.split())
+
+    def check_version(self, folder: Path, engines: EngineSet) -> None:
+        """See that this is the version that built ``engines``: engines want the very one.
+
+        Raises:
+          BackendError: it is another one.
+        """
+        own = str(self.module.__version__)
+        if own != engines.version:
+            package = engines.package.replace("_", "-")
+            raise BackendError(
+                f"{folder}: its engines were built with {package} {engines.version} and {own} is "
+                f"installed: pip install '{package}=={engines.version}', or build it again"
+            )
+
+    def load_engine(self, path: Path) -> Any:  # noqa: ANN401 - TensorRT has no types
+        """Deserialize an engine, on the GPU whose context is current.
+
+        Raises:
+          ArtifactError: it cannot be read.
+          BackendError: it is refused; the text says why.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+        if self._runtime is None:
+            self._runtime = self.module.Runtime(self._logger)
+        engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise BackendError(f"{path}: {self.module.__name__} refuses it: {self.complaint}")
+        return engine
+
+
+def _make_logger(module: Any, complaints: deque[str]) -> Any:  # noqa: ANN401 - no types
+    class Logger(module.ILogger):  # type: ignore[misc]
+        """Keeps errors for the exception that follows, and says nothing by itself."""
+
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:  # noqa: ANN401 - no types
+            if severity <= module.ILogger.Severity.ERROR:
+                complaints.append(msg)
+
+    return Logger()
