@@ -35,6 +35,7 @@ __all__ = [
     "find_again",
     "find_linears",
     "stored_factors",
+    "stored_weight",
 ]
 
 FUSED_DOMAIN = "eoracc"
@@ -449,9 +450,6 @@ def _from_fused(node: ir.Node) -> Linear:
     if node.attributes.get_int("layout", 0):
         raise ModelError(f"node {node.name}: is stored in tiles, as only a lowered graph is")
 
-    packed, scales, zero_points = (_array(node, place) for place in (B, SCALES, ZERO_POINTS))
-    if packed is None or scales is None:
-        raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
     in_features, out_features = (node.attributes[key].as_int() for key in ("K", "N"))
     return Linear(
         name=str(node.name),
@@ -460,15 +458,27 @@ def _from_fused(node: ir.Node) -> Linear:
         out_features=out_features,
         source=None,
         transposed=False,
-        compressed=NBitsWeight(
-            packed=packed,  # type: ignore[arg-type]
-            scales=scales,  # type: ignore[arg-type]
-            zero_points=zero_points,  # type: ignore[arg-type]
-            bits=node.attributes["bits"].as_int(),
-            group_size=node.attributes["block_size"].as_int(),
-            in_features=in_features,
-        ),
+        compressed=stored_weight(node),
         factors=stored_factors(node),
+    )
+
+
+def stored_weight(node: ir.Node) -> NBitsWeight:
+    """The weight that is operands of an eoracc op of plain layout, a linear or a table.
+
+    Raises:
+      ModelError: it is computed by the graph.
+    """
+    packed, scales, zero_points = (_array(node, place) for place in (B, SCALES, ZERO_POINTS))
+    if packed is None or scales is None:
+        raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
+    return NBitsWeight(
+        packed=packed,  # type: ignore[arg-type]
+        scales=scales,  # type: ignore[arg-type]
+        zero_points=zero_points,  # type: ignore[arg-type]
+        bits=node.attributes["bits"].as_int(),
+        group_size=node.attributes["block_size"].as_int(),
+        in_features=node.attributes["K"].as_int(),
     )
 
 

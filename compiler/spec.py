@@ -31,6 +31,7 @@ class Stage(StrEnum):
     FRONTEND = "frontend"
     COMPRESSED = "compressed"
     ONNXRUNTIME = "onnxruntime"
+    TENSORRT_RTX = "tensorrt_rtx"
 
 
 _ARITHMETIC = ("Add", "Cast", "Div", "Mul", "Neg", "Sub")
@@ -78,6 +79,9 @@ OPS: Mapping[Stage, frozenset[Op]] = {
         ("com.microsoft", "GroupQueryAttention"),
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     },
+    # No plugins there: standard operators, of those that its parser takes.
+    Stage.TENSORRT_RTX: _STANDARD
+    | {("", "DequantizeLinear"), ("", "GatherND"), ("", "TensorScatter")},
 }
 """Stage to the operators, by domain and name, that may stand in its graph."""
 

@@ -14,7 +14,7 @@ from eoracc.compiler.graph import register_tensor
 from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
 from eoracc.compiler.names import LOGITS_TO_KEEP
 
-__all__ = ["keep_last_logits"]
+__all__ = ["head_chain", "keep_last_logits"]
 
 _ELEMENTWISE = {"Add", "Cast", "Div", "Mul", "Tanh"}
 _LINEAR = (FUSED_DOMAIN, FUSED_OP)
@@ -30,7 +30,7 @@ def keep_last_logits(graph: ir.Graph, last: ir.Value) -> None:
       graph: of a decoder with ``input_ids [B, S]``, ``attention_mask [B, P + S]`` and ``logits``.
       last: index of each row's last valid token in its mask, ``int64 [B]``.
     """
-    chain = _from_norm_to_logits(graph)
+    chain = head_chain(graph)
     if not chain:
         return
     norm = chain[0]
@@ -69,8 +69,11 @@ def keep_last_logits(graph: ir.Graph, last: ir.Value) -> None:
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
 
 
-def _from_norm_to_logits(graph: ir.Graph) -> list[ir.Node]:
-    """The nodes from the final norm to the logits; empty where they are not as expected."""
+def head_chain(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes from the final norm to the logits.
+
+    Empty where the logits are no linear, element-wise steps aside, of what a norm gives.
+    """
     value = next((output for output in graph.outputs if output.name == "logits"), None)
     chain: list[ir.Node] = []
     while value is not None and (node := value.producer()) is not None:
