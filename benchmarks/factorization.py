@@ -9,9 +9,10 @@ calibration windows, and is scored in float32 on held-out Wikipedia (the calibra
 and on C4, in the protocol of ``benchmarks.quality``. No artifact is written. What has been measured
 is kept in the JSON file, and is not measured again.
 
-A variant is ``[last_k+][allocated+|energy+][outputs+][unit+]PASS[{OPTIONS}]``:
+A variant is ``[last_k+|lastN+][allocated+|energy+][outputs+][unit+]PASS[{OPTIONS}]``:
 
-- ``last_k+`` compresses the last blocks alone, as many as 'select_last_k' chooses;
+- ``last_k+`` compresses the last blocks alone, as many as 'select_last_k' chooses out of every
+  sixth of them; ``last20+`` compresses the last 20;
 - ``allocated+`` lets 'allocate_ratios' give each weight a ratio of its own, by SVD-LLM V2's rule,
   ``energy+`` by the least sum of relative errors;
 - ``outputs+`` matches the original's outputs (``calibrate: {match: outputs}``);
@@ -21,12 +22,11 @@ A variant is ``[last_k+][allocated+|energy+][outputs+][unit+]PASS[{OPTIONS}]``:
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kept_rows import KeptRows
 from benchmarks.protocol import MODELS, load_protocol
 from eoracc.compiler.config import BuildConfig
 from eoracc.compiler.executor import Executor
@@ -55,12 +56,14 @@ METHODS = (
     "last_k+svd_llm",
     "last_k+erc_svd",
 )
+CANDIDATES = 6
+"""How many k 'select_last_k' tries, all blocks the last of them."""
 RATIOS = (0.2, 0.3, 0.4)
 SAMPLES = 32
 WINDOWS = 16
 
 _VARIANT = re.compile(
-    r"(?P<flags>(?:(?:last_k|allocated|energy|outputs|unit)\+)*)(?P<name>\w+)(?P<options>\{.*\})?"
+    r"(?P<flags>(?:(?:last_k|last\d+|allocated|energy|outputs|unit)\+)*)(?P<name>\w+)(?P<options>\{.*\})?"
 )
 
 
@@ -88,11 +91,23 @@ class Variant:
         flags = tuple(flag for flag in found["flags"].split("+") if flag)
         return cls(found["name"], yaml.safe_load(found["options"] or "{}"), flags)
 
-    def passes(self, ratio: float) -> list[Any]:
-        """For model.yaml, removing the share ``ratio`` of all parameters."""
+    def passes(self, ratio: float, *, blocks: int) -> list[Any]:
+        """For model.yaml.
+
+        Args:
+          ratio: share of all parameters that is to be removed.
+          blocks: decoder blocks of the model, of one size where ``lastN`` is asked for.
+        """
         found: list[Any] = []
+        options = {"ratio": ratio, **self.options}
         if "last_k" in self.flags:
-            found.append({"select_last_k": {"ratio": ratio}})
+            step = max(1, blocks // CANDIDATES)
+            found.append({"select_last_k": {"ratio": ratio, "step": step}})
+        for last in (int(flag[4:]) for flag in self.flags if flag[4:].isdecimal()):
+            options["ratio"] = blocks * ratio / last
+            options["overrides"] = {
+                f"*.layers.{block}.*": {"skip": True} for block in range(blocks - last)
+            }
         if "allocated" in self.flags:
             found.append({"allocate_ratios": {"by": "loss"}})
         if "energy" in self.flags:
@@ -101,7 +116,7 @@ class Variant:
             "match": "outputs" if "outputs" in self.flags else "weights",
             "tokens": "unit" if "unit" in self.flags else "equal",
         }
-        return [*found, {"calibrate": calibrate}, {self.name: {"ratio": ratio, **self.options}}]
+        return [*found, {"calibrate": calibrate}, {self.name: options}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +162,7 @@ class Bench:
             {
                 "model": str(self.loaded.folder),
                 "calibration": {"text": "wiki.txt"},  # whose windows are given
-                "passes": Variant.parse(variant).passes(ratio),
+                "passes": Variant.parse(variant).passes(ratio, blocks=self._blocks()),
                 "output": "artifact",
             }
         )
@@ -159,6 +174,10 @@ class Bench:
             # Two matmuls each: to this view of the graph factors are weights like any other.
             executor = Executor(compressed.model)
             return self._row(variant, ratio, executor, cpu_s, compressed.surveys)
+
+    def _blocks(self) -> int:
+        linears = Executor(self.loaded.model).linears
+        return len({linear.block for linear in linears if linear.block is not None})
 
     def _row(
         self,
@@ -199,7 +218,7 @@ def main() -> None:
             Variant.parse(variant)
     except ValueError as error:
         parser.error(str(error))
-    rows = _read(options.json)
+    rows = KeptRows(options.json, Row)
     known = {(row.variant, row.ratio) for row in rows}
     wanted = [(v, r) for r in options.ratios for v in options.only if (v, r) not in known]
     if ("original", 0.0) not in known:
@@ -208,11 +227,8 @@ def main() -> None:
         bench = _bench(options.model, options.checkpoint, options.samples, options.windows)
     for variant, ratio in wanted:
         sys.stderr.write(f"{variant} {ratio:.0%}\n")
-        rows.append(bench.original() if ratio == 0 else bench.measure(variant, ratio))
-        if options.json is not None:
-            content = {"rows": [asdict(row) for row in rows]}
-            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _print(rows)
+        rows.add(bench.original() if ratio == 0 else bench.measure(variant, ratio))
+    _print(list(rows))
 
 
 def _bench(name: str, checkpoint: Path | None, samples: int, windows: int) -> Bench:
@@ -233,12 +249,6 @@ def _parameters(executor: Executor) -> int:
         for linear in executor.linears
         if linear.block is not None
     )
-
-
-def _read(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
 def _print(rows: Sequence[Row]) -> None:

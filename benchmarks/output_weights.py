@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +30,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kept_rows import KeptRows
 from benchmarks.protocol import MODELS, load_protocol
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.executor import Executor
@@ -217,7 +217,7 @@ def main() -> None:
             Choice.parse(name)
     except ValueError as error:
         parser.error(str(error))
-    rows = _read(options.json)
+    rows = KeptRows(options.json, Row)
     with TemporaryDirectory() as folder:
         bench = _bench(options, Path(folder))
         known = {row.variant for row in rows if row.setting == bench.setting}
@@ -225,10 +225,7 @@ def main() -> None:
             if name in known:
                 continue
             sys.stderr.write(f"{name}\n")
-            rows.append(bench.measure(name))
-            if options.json is not None:
-                content = {"rows": [asdict(row) for row in rows]}
-                options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            rows.add(bench.measure(name))
         original = [scorer.original().perplexity for scorer in bench.scorers]
     _print([row for row in rows if row.setting == bench.setting], original)
 
@@ -253,12 +250,6 @@ def _bench(options: argparse.Namespace, surveys: Path) -> Bench:
         surveys,
         ConsoleProgress(Console(stderr=True)),
     )
-
-
-def _read(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
 def _print(rows: Sequence[Row], original: Sequence[float]) -> None:

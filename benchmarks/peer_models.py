@@ -1,7 +1,7 @@
 """Makes a peer's model out of a checkpoint, as the peer's own tools do it.
 
     python benchmarks/peer_models.py genai HUGGING_FACE_FOLDER FOLDER BLOCK_SIZE
-    python benchmarks/peer_models.py gguf SOURCE.gguf TARGET.gguf TYPE
+    python benchmarks/peer_models.py gguf SOURCE.gguf TARGET.gguf TYPE [IMPORTANCE.safetensors]
 
 This file imports nothing of the project, so that it runs under any interpreter that has the peer.
 """
@@ -37,12 +37,25 @@ def make_genai(source: Path, target: Path, block_size: int) -> None:
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 
 
-def make_gguf(source: Path, target: Path, kind: str) -> None:
-    """Let llama.cpp quantize a GGUF file to ``kind``, such as ``Q4_0``."""
+def make_gguf(source: Path, target: Path, kind: str, importance: Path | None = None) -> None:
+    """Let llama.cpp quantize a GGUF file to ``kind``, such as ``Q4_0``.
+
+    ``importance`` holds the mean square of each weight's inputs, ``float32 [K]`` by tensor.
+    """
     llama_cpp = import_module("llama_cpp")
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     options.allow_requantize = True
+    if importance is not None:
+        matrix = import_module("safetensors.numpy").load_file(importance)
+        entry = llama_cpp.llama_model_imatrix_data
+        pointer = ctypes.POINTER(ctypes.c_float)
+        entries = [
+            entry(name.encode(), array.ctypes.data_as(pointer), array.size)
+            for name, array in matrix.items()
+        ]
+        # An entry without a name ends the list.
+        options.imatrix = (entry * (len(entries) + 1))(*entries)
     names = str(source).encode(), str(target).encode()
     if code := llama_cpp.llama_model_quantize(*names, ctypes.byref(options)):
         raise SystemExit(f"{source}: llama.cpp cannot quantize it to {kind}, code {code}")
@@ -50,11 +63,11 @@ def make_gguf(source: Path, target: Path, kind: str) -> None:
 
 def main() -> None:
     """Make one model."""
-    tool, source, target, setting = sys.argv[1:]
+    tool, source, target, setting, *more = sys.argv[1:]
     if tool == "genai":
         make_genai(Path(source), Path(target), int(setting))
     else:
-        make_gguf(Path(source), Path(target), setting)
+        make_gguf(Path(source), Path(target), setting, *map(Path, more))
 
 
 if __name__ == "__main__":

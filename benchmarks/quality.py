@@ -137,6 +137,9 @@ class Recipe:
 _ENDS = (0, 1, 2, 3, 4, 5, 24, 25, 26, 27, 28, 29)
 """Blocks of SmolLM2-135M whose error reaches the logits most."""
 
+_GEMMA_ENDS = (0, 1, 2, 15, 16, 17)
+"""Likewise of Gemma-3-270M, by analogy."""
+
 _CALIBRATE = {"calibrate": {"match": "outputs", "tokens": "unit"}}
 
 RECIPES: dict[str, Recipe] = {
@@ -194,6 +197,49 @@ RECIPES: dict[str, Recipe] = {
         ),
         "caldera",
         72,
+    ),
+    "gemma3-4.27": Recipe(
+        "eoracc 4-bit group 128, v 8-bit",
+        (
+            _CALIBRATE,
+            {
+                "quantize_gptq": {
+                    "bits": 4,
+                    "group_size": 128,
+                    "overrides": {"*.v_proj": {"bits": 8}},
+                }
+            },
+        ),
+    ),
+    "gemma3-5.5": Recipe(
+        "eoracc 4-bit group 128, k, v and 6 blocks' down 8-bit + EoRA rank 96 int4",
+        (
+            _CALIBRATE,
+            {
+                "quantize_gptq": {
+                    "bits": 4,
+                    "group_size": 128,
+                    "overrides": {
+                        "*.[kv]_proj": {"bits": 8},
+                        **{f"*.layers.{block}.*.down_proj": {"bits": 8} for block in _GEMMA_ENDS},
+                    },
+                }
+            },
+            {
+                "eora": {
+                    "rank": 96,
+                    "factor_type": "int4",
+                    "overrides": {
+                        "*.[kv]_proj": {"skip": True},
+                        **{
+                            f"*.layers.{block}.*.down_proj": {"skip": True} for block in _GEMMA_ENDS
+                        },
+                    },
+                }
+            },
+        ),
+        "eora",
+        96,
     ),
     "allocated-5.5": Recipe(
         "eoracc bits and groups allocated",
@@ -290,6 +336,11 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="evaluation windows per text")
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="leave out what is scored on EoRA's backbone beside it, to save time",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
     try:
@@ -303,12 +354,6 @@ def main() -> None:
         protocol.c4,
         progress=ConsoleProgress(Console(stderr=True)),
     )["original"].perplexity
-    rows: list[Row] = []
-    for setting in settings:
-        built = _measure(setting, protocol, samples=options.samples)
-        if not rows:
-            rows.append(_row("original, float32", built.original, c4=original_c4))
-        rows += built.rows
     peers = PEERS.get(options.model, ())
     context = {
         "model": options.model,
@@ -321,10 +366,16 @@ def main() -> None:
             **{name: version(name) for name in ("numpy", "onnxruntime", "torch", "transformers")},
         },
     }
+    rows: list[Row] = []
+    for setting in settings:
+        built = _measure(setting, protocol, samples=options.samples, alone=options.alone)
+        if not rows:
+            rows.append(_row("original, float32", built.original, c4=original_c4))
+        rows += built.rows
+        if options.json is not None:
+            content = {**context, "rows": [*map(asdict, rows)], "peers": [*map(asdict, peers)]}
+            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _print(rows, peers, context)
-    if options.json is not None:
-        content = {**context, "rows": [*map(asdict, rows)], "peers": [*map(asdict, peers)]}
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -333,10 +384,10 @@ class _Built:
     rows: list[Row]
 
 
-def _measure(setting: Setting | Recipe, protocol: Protocol, *, samples: int) -> _Built:
+def _measure(setting: Setting | Recipe, protocol: Protocol, *, samples: int, alone: bool) -> _Built:
     """Build with ``setting`` and score what came of it."""
     folder, c4 = protocol.folder, protocol.c4
-    compares = isinstance(setting, Setting) and setting.compensation == "eora"
+    compares = isinstance(setting, Setting) and setting.compensation == "eora" and not alone
     path = folder / "model.yaml"
     content = {
         "model": str(protocol.loaded.folder),

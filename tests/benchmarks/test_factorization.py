@@ -32,14 +32,15 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.mark.parametrize("text", METHODS)
 def test_every_variant_is_a_valid_pipeline(text: str) -> None:
-    passes = Variant.parse(text).passes(0.3)
+    passes = Variant.parse(text).passes(0.3, blocks=30)
     content = {"model": "m", "calibration": {"text": "t"}, "passes": passes, "output": "o"}
     config = BuildConfig.model_validate(content)
     assert config.passes[-1].ratio == 0.3
 
 
 def test_flags_and_options_are_read() -> None:
-    passes = Variant.parse("allocated+unit+outputs+erc_svd{beta: adaptive}").passes(0.2)
+    text = "allocated+unit+outputs+erc_svd{beta: adaptive}"
+    passes = Variant.parse(text).passes(0.2, blocks=30)
     assert passes == [
         {"allocate_ratios": {"by": "loss"}},
         {"calibrate": {"match": "outputs", "tokens": "unit"}},
@@ -47,6 +48,23 @@ def test_flags_and_options_are_read() -> None:
     ]
     with pytest.raises(ValueError, match="is no variant"):
         Variant.parse("last_k erc_svd")
+
+
+def test_last_blocks_take_what_all_were_to_lose() -> None:
+    chosen = Variant.parse("last_k+svd_llm").passes(0.2, blocks=30)
+    # All blocks are a candidate.
+    assert chosen[0] == {"select_last_k": {"ratio": 0.2, "step": 5}}
+    (options,) = Variant.parse("last20+svd_llm").passes(0.2, blocks=30)[-1].values()
+    assert options["ratio"] == pytest.approx(0.3)
+    assert options["overrides"] == {f"*.layers.{block}.*": {"skip": True} for block in range(10)}
+
+
+def test_blocks_that_are_left_alone_count_as_removed_from_the_others(bench: Bench) -> None:
+    everywhere, last = (bench.measure(text, 0.4) for text in ("svd_llm", "last1+svd_llm"))
+    # Two blocks of one size; ranks are whole numbers, rounded down.
+    assert 0.4 <= everywhere.removed < 0.55
+    assert 0.4 <= last.removed < 0.55
+    assert last.wiki != everywhere.wiki
 
 
 def test_a_row_is_what_was_removed_and_what_that_did(bench: Bench) -> None:
