@@ -41,6 +41,9 @@ from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.select_last_k import SelectLastK
 
+CALIBRATE = Calibrate(tokens="equal")
+"""Statistics as ERC-SVD takes them."""
+
 HALF = ("*.gate_proj", "*.up_proj")
 """They have half of the weights of a block of SmolLM2."""
 
@@ -74,9 +77,7 @@ class Bench:
         with Trials(context, option, probes=[last], resume=()) as trials:
             error = trials.errors(course, along=course)[last]
             compressed = trials.compressed
-        executor = Executor(
-            context.model, context.linears, precision=Calibrate().resolved_precision
-        )
+        executor = Executor(context.model, context.linears, precision=CALIBRATE.resolved_precision)
 
         def weight_of(linear: Linear) -> NDArray[np.float32]:
             return compressed.get(linear.name, linear).effective_weight()
@@ -92,7 +93,7 @@ class Bench:
 
 def curve(bench: Bench, ratio: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for every ``k`` of erc_svd's curve."""
-    context = bench.context([Calibrate(), ErcSvd()], folder)
+    context = bench.context([CALIBRATE, ErcSvd()], folder)
     found = SelectLastK(ratio=ratio, step=step).survey(context)
     blocks = sorted({one.block for one in context.linears if one.block is not None})
     for one in found["curve"][1:]:
@@ -104,7 +105,7 @@ def curve(bench: Bench, ratio: float, step: int, folder: Path) -> Iterator[dict[
 
 def lower_bits(bench: Bench, average: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for each way of taking 2 bits in place of 3."""
-    context = bench.context([Calibrate(), QuantizeGptq(bits=3)], folder)
+    context = bench.context([CALIBRATE, QuantizeGptq(bits=3)], folder)
     survey = SelectLastK(average_bits=average, blocks="free", step=step)
     found = survey.survey(context)
     # What was planned would be what every trial starts from.
@@ -114,7 +115,7 @@ def lower_bits(bench: Bench, average: float, step: int, folder: Path) -> Iterato
         row = bench.measure(context, "bits", dict.fromkeys(blocks, 2))
         yield {"set": name, "blocks": list(blocks), **row}
     overrides = {pattern: QuantizeOverride(bits=2) for pattern in HALF}
-    context = bench.context([Calibrate(), QuantizeGptq(bits=3, overrides=overrides)], folder)
+    context = bench.context([CALIBRATE, QuantizeGptq(bits=3, overrides=overrides)], folder)
     yield {"set": "gate and up of all", **bench.measure(context, "bits", {})}
 
 

@@ -40,12 +40,13 @@ class Calibrate(LayerPass):
         ``X~`` its input through the compressed prefix: what earlier layers lost is made good too.
         Takes a second forward pass over the text. A linear that fewer than 32 tokens reached is
         matched by its weight.
-      tokens: how tokens enter these sums. ``equal``: as they are. ``unit``: every ``x~`` as
-        ``x~ / ||x~||``, and its ``x`` as ``x / ||x~||``. What is lost of a token is then seen
-        relative to its size, and the few of the largest do not decide for all others.
-        ``gradients``: ``||g||`` times, with the gradient ``g`` of the model's predictions at the
-        output, which a ``calibrate_outputs`` right before the sweep has taken: what predictions do
-        not depend on counts for little, however large.
+      tokens: how tokens enter these sums, and with them the errors on record. ``unit``: every
+        ``x~`` as ``x~ / ||x~||``, and its ``x`` as ``x / ||x~||``. What is lost of a token is then
+        seen relative to its size, and the few of the largest do not decide for all others.
+        ``equal``: as they are, which is what published methods do. ``gradients``: ``||g||`` times,
+        with the gradient ``g`` of the model's predictions at the output, which a
+        ``calibrate_outputs`` right before the sweep has taken: what predictions do not depend on
+        counts for little, however large.
       precision: of the products of that forward pass and of the Gram's own. ``bfloat16`` rounds
         their operands to eight bits of mantissa and sums in float32; ``auto`` takes it where the
         processor has units for it (AMX), and ``float32`` elsewhere.
@@ -54,7 +55,7 @@ class Calibrate(LayerPass):
     name: ClassVar[str] = "calibrate"
     through: Literal["compressed", "original"] = "compressed"
     match: Literal["weights", "outputs"] = "weights"
-    tokens: Literal["equal", "unit", "gradients"] = "equal"
+    tokens: Literal["unit", "equal", "gradients"] = "unit"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property

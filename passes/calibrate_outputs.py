@@ -109,7 +109,8 @@ class CalibrateOutputs(SurveyPass):
         del windows, linears
         folder = context.folder / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        for group in context.walk(self.name, Calibrate(precision=self.precision)):
+        calibrate = Calibrate(tokens="equal", precision=self.precision)
+        for group in context.walk(self.name, calibrate):
             assert group.gram is not None  # noqa: S101 - walk() has taken it
             for linear in group.linears:
                 if linear.block is not None:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FLOAT32 = Calibrate(precision="float32")
-OUTPUTS = Calibrate(precision="float32", match="outputs")
+FLOAT32 = Calibrate(tokens="equal", precision="float32")
+OUTPUTS = Calibrate(match="outputs", tokens="equal", precision="float32")
 
 
 def windows(seed: int, count: int = 6, *, lowest: int = 3, highest: int = VOCABULARY) -> Windows:

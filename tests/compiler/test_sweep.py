@@ -134,7 +134,9 @@ def test_statistics_are_taken_through_the_prefix_that_was_asked_for(
 ) -> None:
     seen: list[tuple[str, NDArray[np.float64] | None]] = []
     calibrate = Calibrate(
-        through="compressed" if through == "compressed" else "original", precision="float32"
+        through="compressed" if through == "compressed" else "original",
+        tokens="equal",
+        precision="float32",
     )
     executor, _ = sweep(source, tmp_path, calibrate, GPTQ, Watch(seen=seen))
     firsts = [name.split(", ")[0] for name, _ in seen]
@@ -161,7 +163,7 @@ def test_bfloat16_statistics_are_those_of_float32_but_for_rounding(
     grams: dict[str, list[NDArray[np.float64]]] = {}
     for precision in ("float32", "bfloat16"):
         seen: list[tuple[str, NDArray[np.float64] | None]] = []
-        calibrate = Calibrate(through="original", precision=precision)
+        calibrate = Calibrate(through="original", tokens="equal", precision=precision)
         sweep(source, tmp_path / precision, calibrate, QuantizeRtn(bits=8), Watch(seen=seen))
         grams[precision] = [gram for _, gram in seen if gram is not None]
     for exact, rounded in zip(grams["float32"], grams["bfloat16"], strict=True):

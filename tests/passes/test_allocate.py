@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-CALIBRATE = {"calibrate": {"through": "original", "precision": "float32"}}
+CALIBRATE = {"calibrate": {"through": "original", "tokens": "equal", "precision": "float32"}}
 GPTQ = {"quantize_gptq": {"group_size": 16}}
 EORA = {"eora": {"rank": 4, "factor_type": "int8"}}
 SWEEP: Sequence[Any] = (CALIBRATE, GPTQ, EORA)

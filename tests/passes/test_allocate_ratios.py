@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-CALIBRATE = {"calibrate": {"precision": "float32"}}
+CALIBRATE = {"calibrate": {"tokens": "equal", "precision": "float32"}}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WIDTH = 24
 HEIGHT = 40
 NAME = "model.layers.0.self_attn.q_proj"
-OUTPUTS = Calibrate(match="outputs", precision="float32")
+OUTPUTS = Calibrate(match="outputs", tokens="equal", precision="float32")
 
 Float = NDArray[np.float32]
 Double = NDArray[np.float64]
