@@ -169,8 +169,15 @@ class ArtifactWriter:
         if error is not None:
             refuse_full_disk(self.output, error)
 
-    def write_model(self, model: ir.Model) -> None:
+    def write_model(self, model: ir.Model, place: str = "") -> Path:
         """Write model.onnx and its weights, in graph order, as one file that can be mapped.
+
+        Args:
+          model: the lowered graph.
+          place: the folder of the artifact that it goes into; its root unless given.
+
+        Returns:
+          Where model.onnx is, until the artifact is committed.
 
         Raises:
           ArtifactError: the disk has less room than the weights need.
@@ -189,14 +196,17 @@ class ArtifactWriter:
                 f"{self.output}: {needed:,} bytes are needed and {free:,} are left on the disk: "
                 "free some space or choose another 'output'"
             )
+        path = self.folder / place / MODEL_FILE
+        path.parent.mkdir(exist_ok=True)
         onnx_ir.save(
             model,
-            self.folder / MODEL_FILE,
+            path,
             external_data=DATA_FILE,
             size_threshold_bytes=_INLINE_BELOW,
             alignment=_ALIGNMENT,
             align_threshold=_ALIGN_ABOVE,
         )
+        return path
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copy files into the artifact under their own names, times and owners left out."""

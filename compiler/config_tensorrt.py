@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from eoracc.compiler.config_fields import Count, Offset, Section
 
-__all__ = ["TensorRtConfig", "TensorRtRtxConfig"]
+__all__ = ["EngineConfig", "TensorRtConfig", "TensorRtRtxConfig"]
 
 
 def _capability(value: object) -> object:
@@ -41,7 +41,7 @@ RankRange = Annotated[tuple[Offset, Offset, Offset], AfterValidator(_ascending)]
 """Smallest, usual and largest rank, from 0."""
 
 
-class _EngineConfig(Section):
+class EngineConfig(Section):
     """What engines of both TensorRT targets are built for."""
 
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -52,6 +52,8 @@ class _EngineConfig(Section):
     """Tokens of a prefill call: fewest, usual, most. Decoding has a profile of its own, for 1."""
     context_length: Annotated[Count, Field(ge=2)] = 2048
     """Most tokens of a row, the cache's included."""
+    logits: CountRange = (1, 1, 32)
+    """Tokens of a prefill call that logits are computed for: fewest, usual, most."""
     rank: RankRange = (0, 16, 64)
     """Ranks of adapters: lowest, usual, highest; where ``adapter_type`` is not ``none``."""
     adapter_type: Literal["float16", "none"] = "none"
@@ -59,7 +61,7 @@ class _EngineConfig(Section):
     the places for them out."""
 
 
-class TensorRtRtxConfig(_EngineConfig):
+class TensorRtRtxConfig(EngineConfig):
     """Options of the target ``tensorrt_rtx``: one engine for each compute capability."""
 
     compute_capabilities: Annotated[
@@ -78,7 +80,7 @@ class TensorRtRtxConfig(_EngineConfig):
     into the cache that it reads."""
 
 
-class TensorRtConfig(_EngineConfig):
+class TensorRtConfig(EngineConfig):
     """Options of the target ``tensorrt``: a bundle that ``eoracc engine`` builds engines from."""
 
     compute_capabilities: Annotated[

@@ -6,7 +6,15 @@ from typing import ClassVar
 
 from eoracc import EoraccError
 
-__all__ = ["ConfigError", "DataError", "EoraccError", "GateError", "ModelError", "PassError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EoraccError",
+    "GateError",
+    "ModelError",
+    "PassError",
+    "TargetError",
+]
 
 
 class ConfigError(EoraccError):
@@ -27,6 +35,10 @@ class PassError(EoraccError):
     def __init__(self, node: str, problem: str) -> None:
         super().__init__(f"{node}: {problem}")
         self.node = node
+
+
+class TargetError(EoraccError):
+    """A target that this machine cannot build, or that does not take the model."""
 
 
 class GateError(EoraccError):

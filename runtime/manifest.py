@@ -2,9 +2,10 @@
 
 Every file of the artifact is listed with its sha256 and size, and nothing is loaded, the native
 library least of all, before every byte has been compared. The same inputs give the same bytes in
-every file but two: report.json tells what the build took, and manifest.json holds report.json's
-hash. :attr:`Manifest.digest` covers neither the report nor adapters, which come and go: it names
-the backbone that was built, and is what adapters are bound to.
+every file but what tells of the build itself, and manifest.json, which holds their hashes: what it
+took (report.json), what TensorRT's builder said (builder.log). :attr:`Manifest.digest` covers
+neither those nor adapters, which come and go: it names the backbone that was built, and is what
+adapters are bound to.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTERS_FOLDER",
+    "BUILDER_LOG",
     "MANIFEST_FILE",
     "REPORT_FILE",
     "SCHEMA_VERSION",
@@ -31,6 +33,7 @@ __all__ = [
     "Manifest",
     "backbone_digest",
     "describe_bytes",
+    "describe_file",
     "describe_folder",
     "read_listed",
     "read_manifest",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 ADAPTERS_FOLDER = "adapters"
+BUILDER_LOG = "builder.log"
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 SCHEMA_VERSION = 1
@@ -114,10 +118,12 @@ def describe_bytes(content: bytes) -> FileEntry:
 
 
 def backbone_digest(files: Mapping[str, FileEntry]) -> str:
-    """sha256 over the paths and hashes of ``files``, the report and adapters left out."""
+    """sha256 over paths and hashes of ``files``; report, builder's logs and adapters left out."""
     digest = hashlib.sha256()
     for name, entry in sorted(files.items()):
-        if name != REPORT_FILE and not _ADAPTER_FILE.fullmatch(name):
+        if PurePosixPath(name).name == BUILDER_LOG or name == REPORT_FILE:
+            continue
+        if not _ADAPTER_FILE.fullmatch(name):
             digest.update(f"{entry.sha256}  {name}\n".encode())
     return digest.hexdigest()
 
@@ -128,7 +134,9 @@ def describe_folder(folder: Path) -> dict[str, FileEntry]:
     Raises:
       ArtifactError: there is something else than plain files and folders.
     """
-    return {name: _describe(folder / name) for name in _listing(folder) if name != MANIFEST_FILE}
+    return {
+        name: describe_file(folder / name) for name in _listing(folder) if name != MANIFEST_FILE
+    }
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -202,7 +210,7 @@ def verify_manifest(folder: Path) -> Manifest:
                     f"{path}: has {size} bytes where {MANIFEST_FILE} says {entry.size}: "
                     "copy or build the artifact again"
                 )
-            _compare(path, _describe(path), entry)
+            _compare(path, describe_file(path), entry)
     return manifest
 
 
@@ -268,7 +276,12 @@ def _listing(folder: Path) -> list[str]:
     return names
 
 
-def _describe(path: Path) -> FileEntry:
+def describe_file(path: Path) -> FileEntry:
+    """The entry of a file.
+
+    Raises:
+      ArtifactError: it cannot be read.
+    """
     digest, size = hashlib.sha256(), 0
     try:
         with path.open("rb") as file:

@@ -1,0 +1,51 @@
+"""What the process that builds an engine is told, and what it answers, one line of JSON each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["PARTIAL", "EngineTask", "ShapeRange", "parse_task"]
+
+PARTIAL = ".partial"
+"""Suffix, in place of the engine's own, of an engine that is being written."""
+
+ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, usual and largest shape of an input."""
+
+
+@dataclass(frozen=True)
+class EngineTask:
+    """An engine to build.
+
+    Attributes:
+      package: the module that builds it, ``tensorrt_rtx`` or ``tensorrt``.
+      graph: the ONNX file, its weights beside it.
+      engine: where the engine goes; it must not exist.
+      log: where the builder's log goes.
+      compute_capability: of the GPU, ``8.6``; empty for the one at hand.
+      profiles: the ranges of every input whose shape is not fixed, per optimization profile.
+      plugins: Python files that register the plugins of the graph when they are run.
+    """
+
+    package: str
+    graph: Path
+    engine: Path
+    log: Path
+    compute_capability: str
+    profiles: tuple[Mapping[str, ShapeRange], ...]
+    plugins: tuple[Path, ...] = ()
+
+    def to_json(self) -> str:
+        """One line that :func:`parse_task` reads."""
+        return json.dumps(asdict(self), default=str)
+
+
+def parse_task(line: str) -> EngineTask:
+    """Inverse of :meth:`EngineTask.to_json`."""
+    content = json.loads(line)
+    paths = {name: Path(content[name]) for name in ("graph", "engine", "log")}
+    plugins = tuple(Path(path) for path in content["plugins"])
+    return EngineTask(**{**content, **paths, "plugins": plugins})
