@@ -31,6 +31,7 @@ __all__ = [
     "format_bytes",
     "linear_report",
     "report_lines",
+    "survey_lines",
 ]
 
 _WORST = 5
@@ -449,7 +450,7 @@ def _figure(value: float | None) -> str:
 
 def report_lines(report: Report) -> list[str]:
     """What stands under the table: parity, the worst linears, notes, limits, cost."""
-    lines = [parity_line(report.parity)]
+    lines = [parity_line(report.parity), *survey_lines(report.surveys)]
     described: list[LinearReport | FactorizedReport] = [*report.factorized, *report.linears]
     compressed = [one for one in described if one.errors]
     worst = sorted(compressed, key=_last_error, reverse=True)[:_WORST]
@@ -464,6 +465,23 @@ def report_lines(report: Report) -> list[str]:
         f"took {build.wall_s:.0f} s, {build.cpu_s:.0f} s of processor time, "
         f"{format_bytes(build.peak_memory_bytes)} of memory at most"
     )
+    return lines
+
+
+def survey_lines(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each survey found, in one line."""
+    # Loads the passes: what reads a report without surveys, say, has no need of them.
+    from eoracc.passes import load_passes  # noqa: PLC0415
+    from eoracc.passes.base import SurveyPass, pass_type  # noqa: PLC0415
+
+    if surveys:
+        load_passes()
+    lines = []
+    for found in surveys:
+        survey = pass_type(found["pass"])
+        assert issubclass(survey, SurveyPass)  # noqa: S101 - nothing else finds anything
+        if summary := survey.summary(found):
+            lines.append(f"{survey.name}: {summary}")
     return lines
 
 

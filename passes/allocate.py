@@ -125,6 +125,18 @@ class Allocate(SurveyPass):
             linears[name].plan.update(choice["plan"])
         return found
 
+    @classmethod
+    @override
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        text = (
+            f"{found['bits_per_weight']:.3f} bits per weight leave a distortion of "
+            f"{found['distortion']:.4g}, {found['least_possible']:.4g} at least"
+        )
+        others = ", ".join(
+            f"{one['distortion']:.4g} with {name}" for name, one in found["alternatives"].items()
+        )
+        return f"{text}; {others}" if others else text
+
     def _found(self, context: SurveyContext) -> dict[str, Any]:
         quantizer, compensation = self._steered(context)
         outputs = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -80,6 +80,15 @@ class AllocateRatios(SurveyPass):
         for name, one in found["linears"].items():
             linears[name].plan["ratio"] = one["ratio"]
         return found
+
+    @classmethod
+    @override
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        ratios = [one["ratio"] for one in found["linears"].values()]
+        return (
+            f"by {found['by']}, ratios from {min(ratios):.3g} to {max(ratios):.3g}, "
+            f"{found['removed']:.1%} of the parameters in all"
+        )
 
     def _found(self, context: SurveyContext) -> dict[str, Any]:
         if context.windows is None:

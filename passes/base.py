@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
     from eoracc.compiler.linears import LinearGroup
@@ -50,6 +52,12 @@ class SurveyPass(Pass):
         Returns:
           What report.json shows of it, JSON-able.
         """
+
+    @classmethod
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        """What :meth:`survey` has found, for the console: a clause or two; empty for nothing."""
+        del found
+        return ""
 
 
 class LayerPass(Pass):

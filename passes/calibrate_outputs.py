@@ -82,6 +82,11 @@ class CalibrateOutputs(SurveyPass):
                 linear.token_weights = _token_weights_of(linear, context.folder)
         return {"by": self.by, "linears": len(linears), "tokens": windows.tokens, **found}
 
+    @classmethod
+    @override
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        return f"by {found['by']}, {found['linears']} linears over {found['tokens']:,} tokens"
+
     def _of_gradients(
         self, context: SurveyContext, windows: Windows, linears: Mapping[str, Linear]
     ) -> dict[str, Any]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SelectLastK"]
 
+_BARE = str.maketrans("", "", "[]")
+
 Steered = Factorization | QuantizeGptq | QuantizeRtn
 
 
@@ -110,6 +112,19 @@ class SelectLastK(SurveyPass):
             if linear.block in course:
                 linear.plan[budget.option] = course[linear.block]
         return {"chosen": best.shown(), **found}
+
+    @classmethod
+    @override
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        chosen, tried = found["chosen"], found["curve"][1:]
+        blocks = chosen["blocks"]
+        last = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        which = (
+            f"blocks {blocks[0]} to {blocks[-1]}" if last else f"blocks {blocks}".translate(_BARE)
+        )
+        value = f"ratio {chosen['ratio']:.3g}" if "ratio" in chosen else f"{chosen['bits']} bits"
+        others = ", ".join(f"{one['error']:.4f} for k = {one['k']}" for one in tried)
+        return f"{which} at {value}, output error {chosen['error']:.4f}; {others}"
 
     def _steered(self, context: SurveyContext) -> Steered:
         """The pass of the next sweep that takes what is planned."""

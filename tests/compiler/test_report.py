@@ -26,6 +26,7 @@ from eoracc.compiler.report import (
     linear_report,
     parity_line,
     report_lines,
+    survey_lines,
 )
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
@@ -119,6 +120,44 @@ def test_lines_under_the_table(report: Report) -> None:
         "note: a.k_proj: saw 3 tokens: rounded",
         "limit: kl is 0.25, more than 0.1",
         "took 12 s, 20 s of processor time, 1.5 GB of memory at most",
+    ]
+
+
+def test_every_survey_says_what_it_found() -> None:
+    tried = [
+        {"k": k, "blocks": list(range(4 - k, 4)), "ratio": 0.8 / k, "error": error}
+        for k, error in ((2, 0.5), (3, 0.4), (4, 0.45))
+    ]
+    curve = [{"k": 0, "blocks": [], "error": 0.0}, *tried]
+    free = {"k": 2, "blocks": [0, 3], "bits": 2, "average_bits": 2.5, "error": 0.3}
+    found = {"bits_per_weight": 3.6, "distortion": 15.0, "least_possible": 14.9}
+    assert survey_lines(
+        [
+            {"pass": "select_last_k", "chosen": tried[1], "curve": curve},
+            {"pass": "select_last_k", "chosen": free, "curve": [curve[0], tried[0]]},
+            {"pass": "allocate", **found, "alternatives": {"bits alone": {"distortion": 20.0}}},
+            {"pass": "allocate", **found, "alternatives": {}},
+            {
+                "pass": "allocate_ratios",
+                "by": "loss",
+                "removed": 0.2,
+                "linears": {"a": {"ratio": 0.1}, "b": {"ratio": 0.25}},
+            },
+            {"pass": "calibrate_outputs", "by": "logits", "linears": 8, "tokens": 2048},
+        ]
+    ) == [
+        (
+            "select_last_k: blocks 1 to 3 at ratio 0.267, output error 0.4000; 0.5000 for k = 2, "
+            "0.4000 for k = 3, 0.4500 for k = 4"
+        ),
+        "select_last_k: blocks 0, 3 at 2 bits, output error 0.3000; 0.5000 for k = 2",
+        (
+            "allocate: 3.600 bits per weight leave a distortion of 15, 14.9 at least; "
+            "20 with bits alone"
+        ),
+        "allocate: 3.600 bits per weight leave a distortion of 15, 14.9 at least",
+        "allocate_ratios: by loss, ratios from 0.1 to 0.25, 20.0% of the parameters in all",
+        "calibrate_outputs: by logits, 8 linears over 2,048 tokens",
     ]
 
 
