@@ -1,7 +1,8 @@
-"""Run artifacts: ``load(path).generate(prompt)``. Needs ONNX Runtime and no PyTorch."""
+"""Run artifacts: ``load(path).generate(prompt)``. Needs no PyTorch."""
 
 from __future__ import annotations
 
+from eoracc.runtime.backends import Backend, BackendChoice
 from eoracc.runtime.engine import Engine, EngineLoad, Generation
 from eoracc.runtime.errors import ArtifactError, BackendError, BusyError, RequestError
 from eoracc.runtime.model import Model, load
@@ -19,6 +20,8 @@ from eoracc.runtime.request import (
 __all__ = [
     "AdapterChoice",
     "ArtifactError",
+    "Backend",
+    "BackendChoice",
     "BackendError",
     "BusyError",
     "Completion",

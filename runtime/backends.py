@@ -6,7 +6,7 @@ run engines, from the folders of these names, on an NVIDIA GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
@@ -49,12 +49,14 @@ class Opened:
       decoder: itself.
       instead: why it is not run with the artifact's engines, where there are any and the choice was
         left to :func:`open_backend`; else None.
+      device_bytes: says how much of the GPU's memory is held; None without a GPU.
     """
 
     backend: Backend
     device: str
     decoder: Decoder
     instead: str | None = None
+    device_bytes: Callable[[], int | None] = lambda: None
 
 
 def backends_of(manifest: Manifest) -> tuple[Backend, ...]:
@@ -128,7 +130,8 @@ def _open(folder: Path, backend: Backend, *, threads: int, adapters: Sequence[st
     load = _factors_in(folder)
     if backend != "onnxruntime":
         decoder = EngineDecoder.open(folder / backend, adapters, load)
-        return Opened(backend, decoder.device_name, decoder)
+        device_name = decoder.device_name
+        return Opened(backend, device_name, decoder, device_bytes=decoder.device_bytes)
     files = read_decoder(folder)
     inference = open_inference(str(files.model), files.library, threads, str(files.model))
     metadata = inference.get_modelmeta().custom_metadata_map

@@ -83,6 +83,7 @@ class Model:
         self.device = opened.device
         self.instead_of_engines = opened.instead
         self._decoder = opened.decoder
+        self._device_bytes = opened.device_bytes
         self.bank = opened.decoder.bank
         self.context_length = opened.decoder.context_length
         self.tokenizer = Tokenizer(folder)
@@ -98,6 +99,13 @@ class Model:
     def has_chat_template(self) -> bool:
         """Whether the artifact knows how its model wants to be talked to."""
         return self.tokenizer.has_chat_template
+
+    def device_bytes(self) -> int | None:
+        """Bytes of the GPU's memory that are held more than before loading; None without a GPU.
+
+        By all processes, but for what CUDA takes for itself.
+        """
+        return self._device_bytes()
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
         """Tokens of a prompt, see :meth:`Tokenizer.encode_prompt`."""

@@ -9,6 +9,7 @@ import click
 
 from eoracc.compiler.commands.common import (
     PATH,
+    backend_option,
     json_option,
     make_console,
     make_table,
@@ -16,6 +17,7 @@ from eoracc.compiler.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from eoracc.runtime import BackendChoice
     from eoracc.runtime.bench import BenchReport
     from eoracc.runtime.bench.series import Measurement
 
@@ -39,6 +41,7 @@ __all__ = ["bench"]
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@backend_option
 @json_option
 def bench(
     artifact: Path,
@@ -48,6 +51,7 @@ def bench(
     prompt_tokens: int,
     new_tokens: int,
     repeats: int,
+    backend: BackendChoice,
     as_json: bool,
 ) -> None:
     """Measure the speed of ARTIFACT, what its start takes, and what its adapters cost."""
@@ -61,6 +65,7 @@ def bench(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
+            backend=backend,
         ),
     )
     if as_json:
@@ -74,7 +79,8 @@ def _show(report: BenchReport) -> None:
 
     console = make_console()
     console.print(
-        f"{report.artifact}, threads: {report.threads}; median of {report.repeats} (quartiles)",
+        f"{report.artifact}, {report.backend} on {report.device}; "
+        f"median of {report.repeats} (quartiles)",
         markup=False,
         soft_wrap=True,
     )
@@ -106,6 +112,8 @@ def _show(report: BenchReport) -> None:
     start, switch = report.start, report.switch
     held, most = format_bytes(start.loaded_memory_bytes), format_bytes(start.peak_memory_bytes)
     lines = [f"load in a new process: {start.load_s:.2f} s, {held} held then, {most} at most"]
+    if start.device_memory_bytes is not None:
+        lines.append(f"memory of the GPU after that: {format_bytes(start.device_memory_bytes)}")
     if switch is not None:
         lines.append(
             f"adapter switch: {_text(switch.adapter_switch_ms, '.3f')} ms in a request of "

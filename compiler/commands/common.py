@@ -13,9 +13,19 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from eoracc.runtime import Model
+
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
-__all__ = ["PATH", "json_option", "make_console", "make_table", "print_json"]
+__all__ = [
+    "PATH",
+    "backend_option",
+    "json_option",
+    "make_console",
+    "make_table",
+    "print_json",
+    "tell_backend",
+]
 
 PATH = click.Path(path_type=Path)
 
@@ -25,6 +35,25 @@ json_option = click.option(
     is_flag=True,
     help="Print one JSON value and nothing else.",
 )
+
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What to run it with. auto takes the artifact's engines where this machine can run them, "
+    "else ONNX Runtime.",
+)
+
+
+def tell_backend(model: Model) -> None:
+    """Say on standard error what runs an artifact that has engines."""
+    if model.backend == "onnxruntime" and model.instead_of_engines is None:
+        return
+    click.echo(f"running with {model.backend} on {model.device}", err=True)
+    if model.instead_of_engines is not None:
+        click.echo(f"not with its engines: {model.instead_of_engines}", err=True)
 
 
 def print_json(content: object) -> None:

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eoracc.compiler.commands.common import PATH, json_option, print_json
+from eoracc.compiler.commands.common import (
+    PATH,
+    backend_option,
+    json_option,
+    print_json,
+    tell_backend,
+)
 
 if TYPE_CHECKING:
-    from eoracc.runtime import Completion, Model
+    from eoracc.runtime import BackendChoice, Completion, Model
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -74,6 +80,7 @@ __all__ = ["run"]
     metavar="N",
     help="With --json: add each token's log probability, and the N most likely tokens.",
 )
+@backend_option
 @json_option
 def run(
     artifact: Path,
@@ -89,6 +96,7 @@ def run(
     seed: int | None,
     stops: tuple[str, ...],
     logprobs: int | None,
+    backend: BackendChoice,
     as_json: bool,
 ) -> None:
     """Let ARTIFACT continue PROMPT, or standard input where PROMPT is - or left out."""
@@ -100,7 +108,8 @@ def run(
     if prompt == "-":
         prompt = _read_prompt()
     # Others need not be read, let alone be held in memory.
-    model = load(artifact, adapters=list(weights))
+    model = load(artifact, adapters=list(weights), backend=backend)
+    tell_backend(model)
     in_chat = model.has_chat_template if chat is None else chat
     request = Request(
         prompt=prompt,
@@ -118,6 +127,7 @@ def run(
     if as_json:
         (completion,) = model.generate_batch([request])
         content = {"prompt": prompt, "chat": in_chat, "adapter": weights, "text": completion.text}
+        content |= {"backend": model.backend, "device": model.device}
         print_json(content | _details(model, completion))
         return
     for piece in model.stream(request):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from eoracc.compiler.commands.common import PATH
+from eoracc.compiler.commands.common import PATH, backend_option, tell_backend
 from eoracc.runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from eoracc.runtime import BackendChoice
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -84,6 +88,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     help="Seconds that running requests get after SIGTERM.",
 )
 @click.option("--access-log/--no-access-log", default=True, show_default=True)
+@backend_option
 def serve(
     artifact: Path,
     *,
@@ -103,6 +108,7 @@ def serve(
     request_timeout: float,
     grace: float,
     access_log: bool,
+    backend: BackendChoice,
 ) -> None:
     """Serve ARTIFACT and its adapters through an OpenAI-compatible API."""
     try:
@@ -126,7 +132,14 @@ def serve(
     )
     # Before the model is loaded: an address that cannot be had needs no waiting for.
     with listen(host, port) as listener:
-        served = open_artifact(artifact, rows=rows, context_length=context_length, threads=threads)
+        served = open_artifact(
+            artifact,
+            rows=rows,
+            context_length=context_length,
+            threads=threads,
+            backend=backend,
+            on_load=tell_backend,
+        )
         service = Service(served, options, model_name=model_name or artifact.resolve().name)
         address, bound = listener.getsockname()[:2]
         if api_key is None and not ipaddress.ip_address(address).is_loopback:

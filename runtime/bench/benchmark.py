@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eoracc.runtime.backends import BackendChoice
 from eoracc.runtime.bench import workloads
 from eoracc.runtime.bench.report import AdapterFigures, BatchFigures, BenchReport, SwitchFigures
 from eoracc.runtime.bench.series import Measurement, interleave, ratios
@@ -34,6 +35,7 @@ class BenchOptions:
       prompt_tokens: of the long prompt.
       new_tokens: to decode.
       repeats: of everything.
+      backend: what to run it with, see :func:`eoracc.runtime.load`.
     """
 
     adapters: Sequence[str] | None = None
@@ -41,6 +43,7 @@ class BenchOptions:
     prompt_tokens: int = 512
     new_tokens: int = 128
     repeats: int = 5
+    backend: BackendChoice = "auto"
 
 
 def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
@@ -49,9 +52,9 @@ def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
     Raises:
       ArtifactError: it is damaged or no artifact.
       RequestError: it has no such adapter, or no room for so many tokens.
-      BackendError: ONNX Runtime is missing or refuses it.
+      BackendError: the machine lacks what runs it, or that refuses it.
     """
-    model = load(folder, threads=options.threads)
+    model = load(folder, threads=options.threads, backend=options.backend)
     adapters = _adapters(model, options.adapters)
     _check_room(model, options)
     start = measure_start(
@@ -59,10 +62,13 @@ def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
         threads=model.threads,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
+        backend=model.backend,
     )
     return BenchReport(
         artifact=str(folder),
         digest=model.manifest.digest,
+        backend=model.backend,
+        device=model.device,
         threads=model.threads,
         prompt_tokens=options.prompt_tokens,
         decode_prompt_tokens=workloads.DECODE_PROMPT_TOKENS,

@@ -70,7 +70,9 @@ class BenchReport:
     Attributes:
       artifact: its folder.
       digest: of its backbone.
-      threads: of one operator.
+      backend: what ran it.
+      device: what that ran on, in words.
+      threads: of one operator on the CPU.
       prompt_tokens: of the prompt that ``first_token_ms`` and ``prefill_tokens_per_s`` are for.
       decode_prompt_tokens: of the prompt before decoding and of those in a batch.
       new_tokens: that are decoded.
@@ -83,6 +85,8 @@ class BenchReport:
 
     artifact: str
     digest: str
+    backend: str
+    device: str
     threads: int
     prompt_tokens: int
     decode_prompt_tokens: int

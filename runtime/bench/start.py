@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from eoracc.runtime.backends import Backend
 from eoracc.runtime.errors import BackendError
 
 __all__ = ["Start", "measure_start"]
@@ -27,14 +28,19 @@ class Start:
       load_s: from the call of ``load`` until it returned; the manifest was verified meanwhile.
       loaded_memory_bytes: held after loading.
       peak_memory_bytes: the most it held, a prompt and some decoding included.
+      device_memory_bytes: of the GPU that all processes together held more after that than before,
+        CUDA's own share left out; None without a GPU.
     """
 
     load_s: float
     loaded_memory_bytes: int
     peak_memory_bytes: int
+    device_memory_bytes: int | None
 
 
-def measure_start(folder: Path, *, threads: int, prompt_tokens: int, new_tokens: int) -> Start:
+def measure_start(
+    folder: Path, *, threads: int, prompt_tokens: int, new_tokens: int, backend: Backend
+) -> Start:
     """Load the artifact in a new process, and run a prompt and some decoding there.
 
     Raises:
@@ -42,7 +48,7 @@ def measure_start(folder: Path, *, threads: int, prompt_tokens: int, new_tokens:
     """
     numbers = (threads, prompt_tokens, new_tokens)
     done = subprocess.run(  # noqa: S603 - a module of this package
-        [sys.executable, "-m", _PROCESS, str(folder), *map(str, numbers)],
+        [sys.executable, "-m", _PROCESS, str(folder), backend, *map(str, numbers)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,6 @@
 """The new process of :mod:`eoracc.runtime.bench.start`.
 
-    python -m eoracc.runtime.bench.start_process ARTIFACT THREADS PROMPT_TOKENS NEW_TOKENS
+    python -m eoracc.runtime.bench.start_process ARTIFACT BACKEND THREADS PROMPT_TOKENS NEW_TOKENS
 
 Prints one JSON object, or a sentence on standard error.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from eoracc import EoraccError
 from eoracc.runtime.bench import workloads
@@ -19,27 +20,34 @@ from eoracc.runtime.bench.start import Start
 from eoracc.runtime.memory import peak_bytes, resident_bytes
 from eoracc.runtime.model import load
 
+if TYPE_CHECKING:
+    from eoracc.runtime.backends import BackendChoice
+
 __all__ = ["start"]
 
 
-def start(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) -> Start:
+def start(
+    folder: Path, backend: BackendChoice, threads: int, prompt_tokens: int, new_tokens: int
+) -> Start:
     """Load the artifact, run a prompt and some decoding, and say what that took.
 
     Raises:
       EoraccError: it cannot be loaded or run.
     """
     began = time.perf_counter()
-    model = load(folder, threads=threads)  # imports ONNX Runtime, too
+    model = load(folder, threads=threads, backend=backend)  # imports what runs it, too
     load_s = time.perf_counter() - began
     held = resident_bytes()
     prompt = workloads.prompt_tokens(model, prompt_tokens)
     workloads.decode_tokens_per_s(model, prompt, new_tokens, None)
-    return Start(load_s, held, peak_bytes())
+    return Start(load_s, held, peak_bytes(), model.device_bytes())
 
 
 if __name__ == "__main__":
     try:
-        sys.stdout.write(json.dumps(asdict(start(Path(sys.argv[1]), *map(int, sys.argv[2:])))))
+        chosen = cast("BackendChoice", sys.argv[2])
+        begun = start(Path(sys.argv[1]), chosen, *map(int, sys.argv[3:]))
+        sys.stdout.write(json.dumps(asdict(begun)))
     except EoraccError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

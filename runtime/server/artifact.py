@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from eoracc.runtime.backends import BackendChoice
 from eoracc.runtime.engine import Engine
-from eoracc.runtime.model import load
+from eoracc.runtime.model import Model, load
 from eoracc.runtime.server.service import Served
 from eoracc.runtime.server.token_bytes import read_token_bytes
 
@@ -15,7 +17,13 @@ _FINGERPRINT_LENGTH = 12
 
 
 def open_artifact(
-    folder: Path, *, rows: int, context_length: int | None = None, threads: int | None = None
+    folder: Path,
+    *,
+    rows: int,
+    context_length: int | None = None,
+    threads: int | None = None,
+    backend: BackendChoice = "auto",
+    on_load: Callable[[Model], None] = lambda _: None,
 ) -> Served:
     """Verify the artifact in ``folder``, load it and start its engine.
 
@@ -25,12 +33,15 @@ def open_artifact(
       context_length: tokens of a prompt and its answer; None for what the model takes. Bounds the
         memory of the key/value cache.
       threads: of one operator; None for one a processor that this process may use.
+      backend: what to run it with, see :func:`eoracc.runtime.load`.
+      on_load: is given the model once it is loaded.
 
     Raises:
       ArtifactError: it is damaged or no artifact.
-      BackendError: ONNX Runtime is missing or refuses it.
+      BackendError: the machine lacks what runs it, or that refuses it.
     """
-    model = load(folder, threads=threads)
+    model = load(folder, threads=threads, backend=backend)
+    on_load(model)
     engine = Engine(model, max_rows=rows, max_tokens=context_length)
     return Served(
         engine=engine,

@@ -177,6 +177,7 @@ class Device:
         context = c_void_p()
         driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle.value)
         self._context = context
+        self._before = self._used_bytes()
         stream = c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), 0)
         self.stream = stream.value or 0
@@ -212,8 +213,11 @@ class Device:
         """Give back what :meth:`reserve` gave."""
         self._call("cuMemFree_v2", address)
 
-    def used_bytes(self) -> int:
-        """Of the GPU's memory, by whatever process."""
+    def taken_bytes(self) -> int:
+        """Of the GPU's memory, held more than when this was opened, by whatever process."""
+        return self._used_bytes() - self._before
+
+    def _used_bytes(self) -> int:
         free, total = c_size_t(), c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return total.value - free.value

@@ -74,6 +74,10 @@ class EngineDecoder:
         """A cache of its own, without a row yet."""
         return EngineRows(self._network)
 
+    def device_bytes(self) -> int:
+        """Of the GPU's memory, held more than before this was opened, by whatever process."""
+        return self._network.device.taken_bytes()
+
 
 def _check_inputs(folder: Path, engines: EngineSet) -> None:
     for one in engines.bindings:

@@ -83,7 +83,10 @@ class Network:
         in_place = engines.cache_layout == "in_place"
         self.capacity = int(pasts[0].shape[2]) if in_place else None
         ranges = [profile.dims for profile in engines.profiles]
-        self._sequences = [(dims["sequence"][0], dims["sequence"][2]) for dims in ranges]
+        # Fewest and most tokens of a call, and how many of them may get logits.
+        self._sequences = [
+            (dims["sequence"][0], dims["sequence"][2], dims[self._kept][2]) for dims in ranges
+        ]
         single = [dims["batch"][2] for dims in ranges if dims["sequence"][0] == 1]
         self.max_batch = max(single, default=1)
 
@@ -115,18 +118,28 @@ class Network:
             for start in range(0, len(indices), self.max_batch):
                 yield indices[start : start + self.max_batch]
 
-    def chunks(self, count: int) -> Iterator[int]:
-        """How many tokens to give each call, of ``count`` in all.
+    def chunks(self, count: int, keep: int) -> Iterator[tuple[int, int]]:
+        """How to feed ``count`` tokens of which the last ``keep`` want logits.
+
+        Yields:
+          The tokens of each call, and how many of the last of them want logits.
 
         Raises:
           BackendError: the engine was built for no such numbers of tokens.
         """
-        while count:
-            fitting = [min(count, high) for low, high in self._sequences if low <= count]
-            if not fitting:
+        done, first = 0, count - keep
+        while done < count:
+            before = max(first - done, 0)
+            sizes = [
+                min(count - done, high, before + logits)
+                for low, high, logits in self._sequences
+                if low <= min(count - done, before + logits)
+            ]
+            if not sizes:
                 raise BackendError(
-                    f"the engine was built for no call of {count} tokens: build it with 'sequence' "
-                    "from 1"
+                    f"the engine was built for no call of {count - done} tokens: build it with "
+                    "'sequence' from 1"
                 )
-            yield max(fitting)
-            count -= max(fitting)
+            size = max(sizes)
+            done += size
+            yield size, max(0, size - before)

@@ -87,13 +87,12 @@ class EngineRows:
         """Append ``ids [n, S]`` to ``n`` texts; the last logits, ``[n, keep, V]``."""
         before = [text.length for text in texts]
         logits = []
-        done, count = 0, ids.shape[1]
+        done = 0
         try:
-            for size in self._network.chunks(count):
+            for size, wanted in self._network.chunks(ids.shape[1], keep):
                 call = _Call(self._network, texts)
                 part = np.ascontiguousarray(ids[:, done : done + size])
                 done += size
-                wanted = min(size, max(0, done - (count - keep)))
                 # An engine gives the logits of one token at least.
                 found = call.run(part, adapter, max(wanted, 1), self._scratch)
                 logits.append(found[:, found.shape[1] - wanted :])
