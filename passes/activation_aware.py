@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from eoracc.compiler.errors import PassError
 from eoracc.passes.factorization import Factorization
-from eoracc.passes.factorizations import plain_factors
+from eoracc.passes.factorization_solvers import plain_factors
 from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:

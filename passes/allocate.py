@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import override
 
@@ -18,12 +18,11 @@ from eoracc.passes.base import SurveyPass, register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Compensation, Rank
 from eoracc.passes.factor_types import FactorType, factor_bytes
-from eoracc.passes.factors import gram_root
 from eoracc.passes.overrides import Bits, GroupSize
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.singular import top_left_vectors
-from eoracc.passes.statistics import require_gram, residual_of
+from eoracc.passes.statistics import output_root, require_gram, residual_of
 
 if TYPE_CHECKING:
     from eoracc.compiler.linears import Linear, LinearGroup
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Allocate"]
 
 Quantizer = QuantizeGptq | QuantizeRtn
-OutputGram = Callable[[], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -139,19 +137,15 @@ class Allocate(SurveyPass):
 
     def _found(self, context: SurveyContext) -> dict[str, Any]:
         quantizer, compensation = self._steered(context)
-        outputs = {
-            linear.name: linear.output_gram
-            for linear in context.linears
-            if linear.output_gram is not None
-        }
+        outputs = {one.name for one in context.linears if one.output_gram is not None}
         if self.distortion == "outputs" and not outputs:
             raise PassError(
                 self.name,
                 "has nothing to weigh outputs by: put 'calibrate_outputs' before it, "
                 "or take another 'distortion'",
             )
-        by_outputs = outputs if self.distortion == "outputs" else {}
-        trial = _Trial(self, quantizer, compensation, by_outputs)
+        weighed = outputs if self.distortion == "outputs" else set()
+        trial = _Trial(self, quantizer, compensation, weighed)
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         calibrate = next((item for item in context.following if isinstance(item, Calibrate)), None)
@@ -263,7 +257,7 @@ class _Trial:
     settings: Allocate
     quantizer: Quantizer
     compensation: Compensation | None
-    outputs: Mapping[str, OutputGram]
+    outputs: AbstractSet[str]
 
     def items(self, group: LinearGroup) -> list[_Item]:
         """What the linears of ``group`` may become; those that are left as they are do not count.
@@ -305,10 +299,11 @@ class _Trial:
         """What the linear, as it has been quantized, may become by its rank."""
         weight = linear.compressed
         assert weight is not None  # noqa: S101 - the caller has checked
-        error = residual_of(linear, require_gram(self.settings.name, group)).weighted
-        output_gram = self.outputs.get(linear.name)
-        if output_gram is not None:
-            error = gram_root(output_gram().astype(np.float64)).T.astype(np.float32) @ error
+        gram = require_gram(self.settings.name, group)
+        error = residual_of(linear, gram).weighted
+        root = output_root(linear, gram) if linear.name in self.outputs else None
+        if root is not None:
+            error = root @ error
         ranks = self._ranks(linear)
         total = float(np.vdot(error, error))
         basis = top_left_vectors(error, max(ranks))

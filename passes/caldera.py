@@ -13,8 +13,12 @@ from eoracc.compiler.errors import PassError
 from eoracc.passes.alternation import alternate
 from eoracc.passes.base import register
 from eoracc.passes.eora import Eora
-from eoracc.passes.factors import gram_root
-from eoracc.passes.statistics import record_error, require_gram, saw_too_few_tokens
+from eoracc.passes.statistics import (
+    output_root,
+    record_error,
+    require_gram,
+    saw_too_few_tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +108,7 @@ class Caldera(Eora):
         """What an error of the whole costs, in the metric that the factors are solved in."""
         metric = self.metric(gram)
         assert metric is not None  # noqa: S101 - call() has left out what saw too few tokens
-        if linear.output_gram is None or not self.weigh_outputs:
+        outputs = output_root(linear, gram) if self.weigh_outputs else None
+        if outputs is None:
             return lambda delta: float(np.linalg.norm(delta @ metric.root))
-        outputs = gram_root(linear.output_gram().astype(np.float64)).T.astype(np.float32)
         return lambda delta: float(np.linalg.norm(outputs @ (delta @ metric.root)))

@@ -15,18 +15,21 @@ from eoracc.passes.compensation import Compensation
 from eoracc.passes.factors import (
     energy_rank,
     eora_factors,
-    gram_root,
     output_weighted_factors,
     svd_factors,
-    top_of_gram,
 )
-from eoracc.passes.gram import Gram
-from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
+from eoracc.passes.statistics import (
+    note_too_few_tokens,
+    output_root,
+    require_gram,
+    saw_too_few_tokens,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eoracc.compiler.linears import Linear, LinearGroup
+    from eoracc.passes.gram import Gram
 
 __all__ = ["Eora"]
 
@@ -78,9 +81,7 @@ class Eora(Compensation):
     def metric(self, gram: Gram | None) -> Gram | None:
         if gram is None or saw_too_few_tokens(gram):
             return None
-        if self.directions is None or self.directions >= len(gram.matrix):
-            return gram
-        return Gram(top_of_gram(gram.matrix, self.directions), gram.tokens)
+        return gram if self.directions is None else gram.top(self.directions)
 
     @override
     def factors_for(
@@ -93,15 +94,16 @@ class Eora(Compensation):
         weighted: NDArray[np.float32] | None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         metric = self.metric(gram)
-        if metric is None or linear.output_gram is None or not self.weigh_outputs:
+        root = None
+        if metric is not None and gram is not None and self.weigh_outputs:
+            root = output_root(linear, gram)
+        if metric is None or root is None:
             return self.factors(delta, gram, rank, weighted=weighted)
         if weighted is None or metric is not gram:
             weighted = delta @ metric.root
-        outputs = linear.output_gram()
-        b, a = output_weighted_factors(delta, metric.matrix, outputs, rank, weighted=weighted)
+        b, a = output_weighted_factors(delta, metric.matrix, root, rank, weighted=weighted)
         if self.energy is None:
             return b, a
-        root = gram_root(outputs.astype(np.float64)).T
         return self._truncated(b, a, root @ b, a @ metric.root, root @ weighted)
 
     @override

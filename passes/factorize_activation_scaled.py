@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from eoracc.passes.activation_aware import ActivationAwareFactorization
 from eoracc.passes.base import register
-from eoracc.passes.factorizations import activation_scaled_factors
+from eoracc.passes.factorization_solvers import activation_scaled_factors
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from eoracc.passes.base import register
 from eoracc.passes.factorization import Factorization
-from eoracc.passes.factorizations import plain_factors
+from eoracc.passes.factorization_solvers import plain_factors
 
 if TYPE_CHECKING:
     import numpy as np

@@ -107,7 +107,7 @@ def eora_factors(
 def output_weighted_factors(
     delta: NDArray[np.floating],
     gram: Float,
-    output_gram: NDArray[np.floating],
+    output_root: NDArray[np.floating],
     rank: int,
     *,
     weighted: NDArray[np.floating] | None = None,
@@ -122,7 +122,8 @@ def output_weighted_factors(
       delta: ``W - W_hat``, ``[out, in]``.
       gram: ``H``, of the input: ``float64 [in, in]``, symmetric positive semidefinite, may be
         singular.
-      output_gram: ``G``, what errors of the output count for: ``[out, out]``, likewise.
+      output_root: ``L^T``, ``[out, out]``, of what errors of the output count for: any ``L`` with
+        ``G = L L^T``, such as :func:`gram_root` gives.
       rank: columns of ``B``, in ``0..min(out, in)``.
       weighted: ``delta @ gram_root(gram)``, for callers that have it already.
 
@@ -145,14 +146,14 @@ def output_weighted_factors(
     ``G`` is a multiple of the identity the product is EoRA's.
 
     >>> delta, alike = np.diag([3.0, 2.0]), np.eye(2)
-    >>> b, a = output_weighted_factors(delta, alike, np.diag([1.0, 4.0]), 1)
+    >>> b, a = output_weighted_factors(delta, alike, np.diag([1.0, 2.0]), 1)
     >>> np.round(b @ a, 12).tolist()
     [[0.0, 0.0], [0.0, 2.0]]
     """
     _check_rank(rank, delta)
     if weighted is None:
         weighted = delta @ gram_root(gram).astype(delta.dtype, copy=False)
-    left = gram_root(np.asarray(output_gram, np.float64)).T.astype(delta.dtype, copy=False)
+    left = output_root.astype(delta.dtype, copy=False)
     seen = left @ weighted
     basis = top_left_vectors(seen, rank)
     a = (basis.T @ left) @ delta

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from eoracc.passes.factors import gram_root
+from eoracc.passes.factors import gram_root, top_of_gram
 from eoracc.passes.gptq import Feedback, feedback
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Gram:
       tokens: ``sum_t w_t``, the number of tokens that were not padding.
       residuals: what quantization took of the linears that share this input, by quantized weight;
         kept for the passes to come (:func:`eoracc.passes.statistics.residual_of`).
+      output_roots: of the Grams of those linears' outputs, by name, likewise
+        (:func:`eoracc.passes.statistics.output_root`).
       matching: ``M``, ``float32 [K, K]``, which takes a weight ``W`` to the target ``W + W M``
         (:func:`output_matching`); None where the target is the weight itself.
       activations: what the sum is over, for statistics that few passes ask for; None where they are
@@ -78,6 +80,10 @@ class Gram:
     residuals: WeakKeyDictionary[NBitsWeight, Residual] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
+    output_roots: dict[str, NDArray[np.float32]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _tops: dict[int, Gram] = field(default_factory=dict, init=False, repr=False)
     _feedback: dict[tuple[float, bool], Feedback] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -90,6 +96,17 @@ class Gram:
         itself, nothing cancels.
         """
         return gram_root(self.matrix).astype(np.float32)
+
+    def top(self, directions: int) -> Gram:
+        """The part of this Gram on its top eigenspace (:func:`~.factors.top_of_gram`), made once.
+
+        It has neither activations nor a target of its own.
+        """
+        if directions >= len(self.matrix):
+            return self
+        if directions not in self._tops:
+            self._tops[directions] = Gram(top_of_gram(self.matrix, directions), self.tokens)
+        return self._tops[directions]
 
     def target(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
         """What compression of ``weight [N, K]`` is to come near, ``float32 [N, K]``."""

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from eoracc.passes.activation_aware import ActivationAwareFactorization
 from eoracc.passes.base import register
-from eoracc.passes.factorizations import NESTED_SHARE, nested_factors
+from eoracc.passes.factorization_solvers import NESTED_SHARE, nested_factors
 from eoracc.passes.factors import gram_root
 
 if TYPE_CHECKING:

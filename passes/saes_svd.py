@@ -12,7 +12,7 @@ from typing_extensions import override
 from eoracc.compiler.errors import PassError
 from eoracc.passes.activation_aware import ActivationAwareFactorization
 from eoracc.passes.base import register
-from eoracc.passes.factorizations import saes_factors
+from eoracc.passes.factorization_solvers import saes_factors
 from eoracc.passes.factors import gram_root
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from eoracc.compiler.errors import PassError
+from eoracc.passes.factors import gram_root
 from eoracc.passes.gram import Residual
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MIN_TOKENS",
     "note_too_few_tokens",
+    "output_root",
     "record_error",
     "record_left_out",
     "require_gram",
@@ -84,6 +86,26 @@ def residual_of(linear: Linear, gram: Gram) -> Residual:
         delta: NDArray[np.float32] = gram.target(linear.weight()) - weight.dequantize()
         found = gram.residuals[weight] = Residual(delta, delta @ gram.root)
     return found
+
+
+def output_root(linear: Linear, gram: Gram) -> NDArray[np.float32] | None:
+    """``L^T`` with ``G = L L^T`` of what errors of the output of ``linear`` count for.
+
+    It is read and factored once for all passes of a group.
+
+    Args:
+      linear: that a survey may have found ``G`` of.
+      gram: of its input.
+
+    Returns:
+      ``float32 [N, N]``; None where outputs count alike.
+    """
+    if linear.output_gram is None:
+        return None
+    if linear.name not in gram.output_roots:
+        root = gram_root(linear.output_gram().astype(np.float64))
+        gram.output_roots[linear.name] = root.T.astype(np.float32)
+    return gram.output_roots[linear.name]
 
 
 def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:

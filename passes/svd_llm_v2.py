@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from eoracc.passes.activation_aware import ActivationAwareFactorization
 from eoracc.passes.base import register
-from eoracc.passes.factorizations import spectral_root, whitened_factors
+from eoracc.passes.factorization_solvers import spectral_root, whitened_factors
 
 if TYPE_CHECKING:
     import numpy as np

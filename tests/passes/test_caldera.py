@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from eoracc.compiler.errors import PassError
-from eoracc.compiler.linears import LinearGroup
+from eoracc.compiler.linears import Linear, LinearGroup
 from eoracc.passes.caldera import Caldera
 from eoracc.passes.compensation import RankOverride
 from eoracc.passes.eora import Eora
 from eoracc.passes.factor_types import FactorType
-from eoracc.passes.factors import weighted_norm
+from eoracc.passes.factors import top_of_gram, weighted_norm
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
@@ -101,6 +102,28 @@ def test_outputs_that_count_for_more_are_what_is_alternated_for() -> None:
             for one in (after, before)
         )
         assert left < 0.99 * most
+
+
+def test_metrics_are_made_once_for_all_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = quantized(QuantizeGptq(bits=2))
+    reads: list[str] = []
+    for linear in group.linears:
+
+        def read(linear: Linear = linear) -> NDArray[np.float32]:
+            reads.append(linear.name)
+            return np.eye(linear.out_features, dtype=np.float32)
+
+        linear.output_gram = read
+    tops: list[int] = []
+
+    def counted(matrix: NDArray[np.float64], directions: int) -> NDArray[np.float64]:
+        tops.append(directions)
+        return top_of_gram(matrix, directions)
+
+    monkeypatch.setattr("eoracc.passes.gram.top_of_gram", counted)
+    Caldera(rank=RANK, directions=5, factor_type="int4", iterations=3).call(group)
+    assert reads == [linear.name for linear in group.linears]
+    assert tops == [5]
 
 
 def test_few_tokens_are_left_to_eora() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eoracc.passes.factorizations import (
+from eoracc.passes.factorization_solvers import (
     activation_scaled_factors,
     alignment_weight,
     nested_factors,
