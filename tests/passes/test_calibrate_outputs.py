@@ -21,6 +21,7 @@ from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.frontend import load
 from eoracc.compiler.linears import find_again, find_linears
 from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.report import report_lines
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
 from eoracc.passes.calibrate import Calibrate
@@ -333,13 +334,21 @@ def test_tokens_without_gradients_are_refused(group: LinearGroup) -> None:
 # --- in a build -----------------------------------------------------------------------------------
 
 
-def test_a_build_goes_by_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "linears"),
+    [
+        (["pack_projections"], 8),
+        # Each weight is two linears, of which the survey finds the Gram of the whole.
+        (["calibrate", {"svd_llm": {"ratio": 0.3}}], 28),
+    ],
+)
+def test_a_build_goes_by_it(before: list[object], linears: int, tmp_path: Path) -> None:
     workspace = tiny_workspace(tmp_path)
     errors = []
     for weigh in (True, False):
         config = tiny_config(
             [
-                "pack_projections",
+                *before,
                 "calibrate_outputs",
                 {"calibrate": {"tokens": "gradients"}},
                 {"quantize_gptq": {"bits": 3, "group_size": 16}},
@@ -351,7 +360,11 @@ def test_a_build_goes_by_it(tmp_path: Path) -> None:
         report = build(config, config_dir=workspace, progress=SilentProgress()).report
         (survey,) = report.surveys
         assert (survey["pass"], survey["by"]) == ("calibrate_outputs", "logits")
-        assert survey["linears"] == 8
+        assert survey["linears"] == linears
+        tokens = survey["tokens"]
+        assert report_lines(report)[1] == (
+            f"calibrate_outputs: by logits, {linears} linears over {tokens:,} tokens"
+        )
         errors.append([linear.errors["eora"] for linear in report.linears if linear.rank])
     # The first group sees the same either way, and its plain output error is eora's own.
     assert errors[0][0] > errors[1][0]
