@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from typing_extensions import override
@@ -36,9 +37,12 @@ from eoracc.compiler.int8_activations import (
     rounding_tolerance,
 )
 from eoracc.compiler.linears import Linear
+from eoracc.compiler.lowering.dequantize import rounded_product
+from eoracc.compiler.lowering.half_precision import round_to
 from eoracc.compiler.progress import Phase
 from eoracc.compiler.text import Windows
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.runtime.graph_session import GraphSession
 from eoracc.runtime.memory import release_memory
 from eoracc.runtime.parity import ParityCase, ParityLinear, ParityRecord
 
@@ -50,6 +54,7 @@ __all__ = [
     "AdapterCases",
     "adapter_cases",
     "logits_tolerance",
+    "record_graph_parity",
     "record_parity",
 ]
 
@@ -122,7 +127,7 @@ def record_parity(
     }
     records = [_linear(one, inputs[one.in_features], accuracy_level) for one in compressed]
     release_memory()
-    weights = _CompressedWeights(linears, embeddings)
+    weights = _compressed_weights(linears, embeddings)
     model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
     cases = []
     for call in _CALLS:
@@ -135,6 +140,62 @@ def record_parity(
     return ParityRecord(
         inputs=inputs, linears=records, cases=cases, compression_effect=float(effect)
     )
+
+
+WeightOf = Callable[[str, NBitsWeight, LowRank | None, ir.DataType], NDArray[np.float32]]
+"""From a name, a stored weight, its factors and the narrow type of a graph to what the graph
+multiplies with, ``float32 [N, K]``."""
+
+
+def record_graph_parity(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    original: Executor,
+    windows: Windows,
+    *,
+    graph: Path,
+    dtype: ir.DataType,
+    folder: Path,
+    phase: Phase,
+    weight_of: WeightOf = rounded_product,
+    trust_remote_code: bool = False,
+) -> ParityRecord:
+    """As :func:`record_parity`, for a graph that is made for a GPU, in a narrow type.
+
+    The eager model has the weights, tables and biases that the graph has, rounded to its type, and
+    computes in float32: so does the graph's twin (:mod:`eoracc.runtime.float32_twin`) that it is
+    compared with. How much more a GPU may be off, which rounds activations too, is measured on the
+    twin with rounding, as :mod:`eoracc.compiler.int8_activations` does it for integers.
+
+    Args:
+      linears: of the compressed graph.
+      embeddings: its tables, compressed or not.
+      original: the uncompressed graph, to show how far tolerances are below the effect of
+        compression.
+      windows: real text, to be cut into prompts.
+      graph: the lowered graph's file, its weights beside it.
+      dtype: its narrow type.
+      folder: the original checkpoint as a Hugging Face folder.
+      phase: advanced once per way of calling the model.
+      weight_of: what the graph multiplies with for a compressed weight.
+      trust_remote_code: let transformers run code that the checkpoint brings.
+    """
+    weights = _rounded_weights(linears, embeddings, dtype, weight_of)
+    model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
+    with torch.no_grad():
+        _round_biases(model, dtype)
+    exact = [_case(model, call, linears, windows, 0) for call in _CALLS]
+    del model
+    release_memory()
+    session = GraphSession.open(graph, rounded=True)
+    cases = []
+    for case in exact:
+        logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
+        rounding = rounding_tolerance(case.logits, logits[case.rows, case.columns])
+        cases.append(replace(case, rounding=rounding))
+        phase.advance(case.name)
+    effect = np.abs(cases[0].logits - _original_logits(original, cases[0])).max()
+    return ParityRecord(inputs={}, linears=[], cases=cases, compression_effect=float(effect))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +239,12 @@ def adapter_cases(
       By adapter, what the artifact with that adapter must reproduce.
     """
     model = load_eager(
-        folder, _CompressedWeights(linears, embeddings), trust_remote_code=trust_remote_code
+        folder, _compressed_weights(linears, embeddings), trust_remote_code=trust_remote_code
     )
     found: dict[str, AdapterCases] = {}
     for name, (factors, windows) in adapters.items():
         adapted = [linear for linear in linears if linear.name in factors]
-        replace_weights(model, _CompressedWeights(adapted, (), factors))
+        replace_weights(model, _compressed_weights(adapted, (), factors))
         library = [
             _case(model, call, linears, windows, accuracy_level, factors)
             for call in _CALLS[:_ADAPTER_CALLS]
@@ -191,7 +252,7 @@ def adapter_cases(
         function = replace(
             library[0], tolerance=logits_tolerance(linears, library[0].logits, factors)
         )
-        replace_weights(model, _CompressedWeights(adapted, ()))
+        replace_weights(model, _compressed_weights(adapted, ()))
         without = _case(model, _CALLS[0], linears, windows, 0)
         effect = float(np.abs(function.logits - without.logits).max())
         found[name] = AdapterCases(library, function, effect)
@@ -249,25 +310,11 @@ def _weight_with(linear: Linear, adapter: LowRank | None) -> NDArray[np.float32]
     return weight if adapter is None else weight + adapter.product()
 
 
-class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
-    """What passes have put in place of weights, by module name, made when it is asked for."""
+class _LazyWeights(Mapping[str, NDArray[np.float32]]):
+    """Weights by module name, each made when it is asked for."""
 
-    def __init__(
-        self,
-        linears: Sequence[Linear],
-        embeddings: Sequence[Embedding],
-        adapter: Mapping[str, LowRank] = _NO_ADAPTER,
-    ) -> None:
-        self._made: dict[str, Callable[[], NDArray[np.float32]]] = {
-            linear.name: partial(_weight_with, linear, adapter.get(linear.name))
-            for linear in linears
-            if linear.compressed is not None or linear.whole is not None
-        }
-        self._made |= {
-            embedding.name: embedding.compressed.dequantize
-            for embedding in embeddings
-            if embedding.compressed is not None
-        }
+    def __init__(self, made: Mapping[str, Callable[[], NDArray[np.float32]]]) -> None:
+        self._made = made
 
     @override
     def __getitem__(self, name: str) -> NDArray[np.float32]:
@@ -280,6 +327,56 @@ class _CompressedWeights(Mapping[str, NDArray[np.float32]]):
     @override
     def __len__(self) -> int:
         return len(self._made)
+
+
+def _compressed_weights(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    adapter: Mapping[str, LowRank] = _NO_ADAPTER,
+) -> _LazyWeights:
+    """What passes have put in place of weights."""
+    changed = {
+        linear.name: partial(_weight_with, linear, adapter.get(linear.name))
+        for linear in linears
+        if linear.compressed is not None or linear.whole is not None
+    }
+    tables = {
+        embedding.name: embedding.compressed.dequantize
+        for embedding in embeddings
+        if embedding.compressed is not None
+    }
+    return _LazyWeights(changed | tables)
+
+
+def _rounded_weights(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    dtype: ir.DataType,
+    weight_of: WeightOf,
+) -> _LazyWeights:
+    """All weights and tables, as a graph of the narrow ``dtype`` has them."""
+
+    def linear(one: Linear) -> NDArray[np.float32]:
+        if one.compressed is None:
+            return round_to(one.weight(), dtype, one.name).astype(np.float32)
+        return weight_of(one.name, one.compressed, one.factors, dtype)
+
+    def table(one: Embedding) -> NDArray[np.float32]:
+        if one.compressed is None:
+            return round_to(one.weight(), dtype, one.name).astype(np.float32)
+        return weight_of(one.name, one.compressed, None, dtype)
+
+    return _LazyWeights(
+        {one.name: partial(table, one) for one in embeddings}
+        | {one.name: partial(linear, one) for one in linears}
+    )
+
+
+def _round_biases(model: PreTrainedModel, dtype: ir.DataType) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            rounded = round_to(module.bias.numpy(), dtype, f"{name}.bias").astype(np.float32)
+            module.bias.copy_(torch.from_numpy(rounded))
 
 
 def _case(

@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 
 from eoracc import EoraccError
 from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.graph_session import GraphSession
 from eoracc.runtime.memory import peak_bytes, release_memory
-from eoracc.runtime.session import open_linears, open_session
+from eoracc.runtime.session import Session, open_linears, open_session
 
 __all__ = [
     "PARITY_FILE",
@@ -38,6 +39,10 @@ __all__ = [
 ]
 
 PARITY_FILE = "parity.safetensors"
+"""The record: at the artifact's root, and in the folder of a target that engines are built for."""
+
+_GRAPHS = ("tensorrt_rtx", "tensorrt")
+_GRAPH_FILE = "model.onnx"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +73,8 @@ class ParityCase:
       columns: position of each kept token, ``int64 [P]``.
       logits: ``float32 [P, V]``.
       tolerance: largest allowed deviation of a logit.
+      rounding: what may come on top where every value is rounded to the graph's narrow type, as a
+        GPU does; 0 of a graph that computes in float32.
     """
 
     name: str
@@ -78,6 +85,7 @@ class ParityCase:
     columns: NDArray[np.int64]
     logits: NDArray[np.float32]
     tolerance: float
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +117,12 @@ class ParityRecord:
         index = {
             "linears": [linear.name for linear in self.linears],
             "cases": [
-                {"name": c.name, "chunks": list(c.chunks), "tolerance": c.tolerance}
+                {
+                    "name": c.name,
+                    "chunks": list(c.chunks),
+                    "tolerance": c.tolerance,
+                    "rounding": c.rounding,
+                }
                 for c in self.cases
             ],
             "compression_effect": self.compression_effect,
@@ -143,6 +156,7 @@ class ParityRecord:
                         name=case["name"],
                         chunks=tuple(case["chunks"]),
                         tolerance=case["tolerance"],
+                        rounding=case.get("rounding", 0.0),  # not in artifacts of old
                         **{
                             part: file.get_tensor(f"case/{i}/{part}")
                             for part in ("input_ids", "attention_mask", "rows", "columns", "logits")
@@ -177,7 +191,7 @@ class CaseParity:
     """One way of calling the model.
 
     Attributes:
-      through: ``library`` or ``function``.
+      through: ``library`` or ``function``, or the target whose graph it is.
       name: of the case.
       max_error: largest deviation of a logit.
       tolerance: largest allowed one.
@@ -222,24 +236,38 @@ class ParityReport:
 
 
 def check_parity(folder: Path) -> ParityReport:
-    """Compare the artifact in ``folder`` with its record, with and without the native library.
+    """Compare the artifact in ``folder`` with its records, one of each target.
+
+    What ONNX Runtime runs is checked with and without the native library. The graph that engines
+    are built of is checked as its float32 twin; no engine is run.
 
     The manifest is the caller's to verify first.
 
     Raises:
-      ArtifactError: the record or the model cannot be read.
+      ArtifactError: there is no record, or a record or a model cannot be read.
     """
-    record = ParityRecord.load(folder / PARITY_FILE)
+    graphs = [name for name in _GRAPHS if (folder / name / PARITY_FILE).is_file()]
     linears: list[LinearParity] = []
     logits: list[CaseParity] = []
-    for through in ("library", "function"):
-        library = through == "library"
-        linears.append(_check_linears(folder, record, library=library))
-        release_memory()
-        logits.extend(check_cases(folder, record.cases, library=library))
+    effects: list[float] = []
+    if (folder / PARITY_FILE).is_file() or not graphs:
+        record = ParityRecord.load(folder / PARITY_FILE)
+        effects.append(record.compression_effect)
+        for through in ("library", "function"):
+            library = through == "library"
+            linears.append(_check_linears(folder, record, library=library))
+            release_memory()
+            logits.extend(check_cases(folder, record.cases, library=library))
+            release_memory()
+    for name in graphs:
+        record = ParityRecord.load(folder / name / PARITY_FILE)
+        effects.append(record.compression_effect)
+        session = GraphSession.open(folder / name / _GRAPH_FILE)
+        logits.extend(_compare(session, case, through=name) for case in record.cases)
+        del session
         release_memory()
     passed = all(f.passed for f in linears) and all(f.passed for f in logits)
-    return ParityReport(passed, tuple(linears), tuple(logits), record.compression_effect)
+    return ParityReport(passed, tuple(linears), tuple(logits), min(effects))
 
 
 def _check_linears(folder: Path, record: ParityRecord, *, library: bool) -> LinearParity:
@@ -276,15 +304,19 @@ def check_cases(
     # Lean: the gate must not need the memory of the uncompressed model.
     session = open_session(folder, library=library, lean=True)
     for case, session.operands in zip(cases, operands, strict=False):
-        logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
-        error = np.abs(logits[case.rows, case.columns] - case.logits).max()
-        yield CaseParity(
-            through="library" if library else "function",
-            name=case.name,
-            max_error=float(error),
-            tolerance=case.tolerance,
-            passed=bool(error <= case.tolerance),
-        )
+        yield _compare(session, case, through="library" if library else "function")
+
+
+def _compare(session: Session | GraphSession, case: ParityCase, *, through: str) -> CaseParity:
+    logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
+    error = np.abs(logits[case.rows, case.columns] - case.logits).max()
+    return CaseParity(
+        through=through,
+        name=case.name,
+        max_error=float(error),
+        tolerance=case.tolerance,
+        passed=bool(error <= case.tolerance),
+    )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ PAST = "past_key_values."
 PRESENT = "present."
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 _ERRORS_ONLY = 3
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Session:
@@ -226,7 +227,13 @@ def open_session(
 
 
 def open_inference(
-    model: str | bytes, library: Path | None, threads: int | None, name: str, *, lean: bool = False
+    model: str | bytes,
+    library: Path | None,
+    threads: int | None,
+    name: str,
+    *,
+    lean: bool = False,
+    weights: Path | None = None,
 ) -> Any:  # noqa: ANN401 - onnxruntime has no types
     """An ``onnxruntime.InferenceSession``.
 
@@ -236,6 +243,7 @@ def open_inference(
       threads: of one operator; None leaves the choice to ONNX Runtime.
       name: what to call the model in an error.
       lean: see :func:`open_session`.
+      weights: the folder of the files that ``model``, given as bytes, has its weights in.
 
     Raises:
       BackendError: ONNX Runtime is missing or refuses the model.
@@ -248,6 +256,10 @@ def open_inference(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
+        # DequantizeLinear and MatMul would become a product that rounds activations to int8.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if weights is not None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights))
         if lean:
             # An arena would keep the largest of everything, and idle threads would spin.
             options.enable_cpu_mem_arena = False

@@ -14,9 +14,9 @@ an odd number of 4-bit codes    widened to 8 bits, since TensorRT packs two a by
 ==============================  =================================================================
 
 Halves of blocks, since TensorRT takes no blocks of one. Integers stay what they are. Scales, and
-factors of floats, take the type of the graph; what that rounds, :func:`rounded_weight` and
-:func:`rounded_factors` round in the model that the graph is compared with. Artifacts store both as
-float16 unless told otherwise, so that a float16 graph changes nothing.
+factors of floats, take the type of the graph; what that rounds is rounded in the model that the
+graph is compared with, too (:func:`rounded_product`). Artifacts store both as float16 unless told
+otherwise, so that a float16 graph changes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-__all__ = ["SignedFactor", "SignedWeight", "rounded_factors", "rounded_weight", "signed_factors"]
+__all__ = ["SignedFactor", "SignedWeight", "rounded_product", "signed_factors"]
 
 _RANGE = {4: (-8, 7), 8: (-128, 127)}
 """Smallest and largest code by its bits."""
@@ -156,6 +156,11 @@ class SignedFactor:
     scales: NDArray[Any] | None
     bits: int
 
+    def product(self) -> NDArray[np.float32]:
+        """What the graph multiplies with, ``float32 [rows, columns]``."""
+        values = self.values.astype(np.float32)
+        return values if self.scales is None else values * self.scales.astype(np.float32)[:, None]
+
 
 def signed_factors(
     factors: LowRank, dtype: ir.DataType, name: str
@@ -187,16 +192,23 @@ def _fill_bytes(rows: int, columns: int) -> bool:
     return rows * columns % 2 == 0
 
 
-def rounded_weight(weight: NBitsWeight, dtype: ir.DataType, name: str) -> NBitsWeight:
-    """``weight`` with the scales that a graph of ``dtype`` has for it, as float32."""
-    return replace(weight, scales=round_to(weight.scales, dtype, name).astype(np.float32))
+def rounded_product(
+    name: str, weight: NBitsWeight, factors: LowRank | None, dtype: ir.DataType
+) -> NDArray[np.float32]:
+    """What a graph of ``dtype`` multiplies with for a stored weight, ``float32 [N, K]``.
 
+    Args:
+      name: of the linear or table, for messages.
+      weight: as compression stored it; only its scales are rounded.
+      factors: of its low-rank compensation; None for none.
+      dtype: of the graph.
 
-def rounded_factors(factors: LowRank, dtype: ir.DataType, name: str) -> LowRank:
-    """``factors`` with the values that a graph of ``dtype`` has for them, as float32."""
-    arrays = []
-    for part in signed_factors(factors, dtype, name):
-        values = part.values.astype(np.float32)
-        scales = None if part.scales is None else part.scales.astype(np.float32)
-        arrays.append(values if scales is None else values * scales[:, None])
-    return LowRank(lora_a=arrays[0], lora_b=arrays[1])
+    Raises:
+      ModelError: a value is beyond ``dtype``.
+    """
+    scales = round_to(weight.scales, dtype, f"{name}: a scale").astype(np.float32)
+    product = replace(weight, scales=scales).dequantize()
+    if factors is not None:
+        a, b = signed_factors(factors, dtype, name)
+        product += b.product() @ a.product()
+    return product

@@ -107,6 +107,8 @@ class _Conversion:
         source = value.const_value
         assert source is not None  # noqa: S101 - the caller has looked
         self.stale[value] = None
+        if wanted == ir.DataType.FLOAT16:  # bfloat16 reaches as far as float32
+            round_to(source.numpy(), wanted, str(value.name))
         name = f"{value.name}.{wanted.name.lower()}"
         lazy = ir.LazyTensor(
             lambda: ir.tensor(round_to(source.numpy(), wanted, str(value.name)), name=name),

@@ -169,8 +169,9 @@ class DequantizeWriter:
         name = f"{weight.name}.scales"
         scales = self._graph.initializers.get(f"{name}.{_suffix(self._dtype)}")
         if scales is None:
+            array = weight.scales()  # now, so that one that is too large is refused now
             shape = (weight.shape[0], weight.blocks)
-            scales = self._lazy(name, weight.scales, shape, self._dtype, transposed=transposed)
+            scales = self._lazy(name, lambda: array, shape, self._dtype, transposed=transposed)
         attributes = {"axis": 0 if transposed else 1, "block_size": block}
         return tape.op(
             "DequantizeLinear", [codes, scales], attributes, name=f"{codes.name}/DequantizeLinear"
