@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eoracc.compiler.commands.common import PATH, json_option, print_json
+
+if TYPE_CHECKING:
+    from eoracc.runtime import BackendChoice
+    from eoracc.runtime.tensorrt.parity import EngineParity
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -15,9 +20,17 @@ __all__ = ["verify"]
 
 @click.command()
 @click.argument("artifact", type=PATH)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What to check: auto all that this machine can run; onnxruntime the graphs, on the CPU; "
+    "the others as well their engines, which must run on this machine.",
+)
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, artifact: Path, as_json: bool) -> None:
+def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: bool) -> None:
     """Check every byte of ARTIFACT, then that it still computes what it was built to compute."""
     from eoracc.compiler.report import parity_line
     from eoracc.runtime.manifest import verify_manifest
@@ -25,19 +38,36 @@ def verify(ctx: click.Context, artifact: Path, as_json: bool) -> None:
     manifest = verify_manifest(artifact)
 
     from eoracc.runtime.parity import check_parity
+    from eoracc.runtime.tensorrt.parity import check_engines
 
+    engines = check_engines(artifact, manifest, backend)
     parity = check_parity(artifact)
+    passed = parity.passed and all(one.passed for one in engines)
     if as_json:
         print_json(
             {
-                "passed": parity.passed,
+                "passed": passed,
                 "digest": manifest.digest,
                 "files": len(manifest.files),
                 "parity": parity.as_dict(),
+                "engines": [one.as_dict() for one in engines],
             }
         )
     else:
         click.echo(f"files: {len(manifest.files)} are what {artifact / 'manifest.json'} says")
         click.echo(parity_line(parity.as_dict()))
-    if not parity.passed:
+        for one in engines:
+            click.echo(_engine_line(one))
+    if not passed:
         ctx.exit(1)
+
+
+def _engine_line(one: EngineParity) -> str:
+    if one.not_run is not None:
+        return f"engines of {one.backend}: not run: {one.not_run}"
+    outcome = "passed" if one.passed else "FAILED"
+    share = max(case.max_error / case.tolerance for case in one.logits)
+    return (
+        f"engines of {one.backend} on {one.device}: {outcome}, largest deviation {share:.0%} of "
+        f"its tolerance on logits ({len(one.logits)} cases)"
+    )

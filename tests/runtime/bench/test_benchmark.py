@@ -124,7 +124,9 @@ def test_what_fails_in_the_child_is_told(tiny_artifact: Path) -> None:
     from eoracc.runtime.bench.start import measure_start
 
     with pytest.raises(BackendError, match="cannot be started on its own: the prompt has 200"):
-        measure_start(tiny_artifact, threads=1, prompt_tokens=200, new_tokens=1, backend="auto")
+        measure_start(
+            tiny_artifact, threads=1, prompt_tokens=200, new_tokens=1, backend="onnxruntime"
+        )
 
 
 def test_bench_needs_neither_torch_nor_transformers(tiny_artifact: Path) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 
 from eoracc.runtime.adapter_store import add_adapter
 from eoracc.runtime.adapters import Adapter
 from eoracc.runtime.float32_twin import float32_twin
 from eoracc.runtime.manifest import MANIFEST_FILE, Manifest, describe_folder, read_manifest
-from tests.runtime.tensorrt.stand_in import write_engines
+from tests.runtime.tensorrt.stand_in import open_graph, write_engines
 from tests.tiny_artifact import tiny_factors, tiny_slots, write_tiny_artifact
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class Oracle:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tensorrt_rtx" / "model.onnx"
-        self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self._session = open_graph(str(path))
         self._inputs = {one.name: one.shape for one in self._session.get_inputs()}
 
     def logits(

@@ -37,7 +37,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["VERSION", "IExecutionContext", "RefusedError", "make_tensorrt", "write_engines"]
+__all__ = [
+    "VERSION",
+    "IExecutionContext",
+    "RefusedError",
+    "make_tensorrt",
+    "open_graph",
+    "write_engines",
+]
 
 VERSION = "1.7.1.116"
 _ALIGNMENT = 256
@@ -102,7 +109,7 @@ class ICudaEngine:
             one["name"]: Binding(one["name"], one["mode"], one["dtype"], tuple(one["shape"]))
             for one in content["bindings"]
         }
-        self.session = _open(content["graph"])
+        self.session = open_graph(content["graph"])
         self.contexts: list[IExecutionContext] = []
 
     @property
@@ -241,10 +248,13 @@ def _uncast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     return to_engine(array.astype(np.float32), dtype)
 
 
-def _open(graph: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def open_graph(graph: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """An ``onnxruntime.InferenceSession`` that computes what the graph says."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    # Left to itself, it multiplies dequantized weights with activations rounded to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
