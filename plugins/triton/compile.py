@@ -201,7 +201,15 @@ def _assemble(ptxas: str, ptx: str, architecture: str, folder: Path) -> tuple[by
     """Machine code of ``ptx``, and what the assembler says of its resources."""
     source, target = folder / "kernel.ptx", folder / "kernel.cubin"
     source.write_text(ptx, encoding="utf-8")
-    command = [ptxas, "-v", f"--gpu-name={architecture}", str(source), "-o", str(target)]
+    command = [
+        ptxas,
+        "-v",
+        "--regAllocOptLevel=2",
+        f"--gpu-name={architecture}",
+        str(source),
+        "-o",
+        str(target),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if result.returncode:
         raise PluginError(f"ptxas does not take the kernel's PTX: {result.stderr.strip()}")
