@@ -156,4 +156,4 @@ def _outside(dims: Mapping[str, int], profiles: tuple[Profile, ...]) -> str:
         ]
 
     nearest = min(map(misfits, profiles), key=len, default=["anything: it has no profile"])
-    return f"the engine does not take a call of {', '.join(nearest)}"
+    return f"the engine does not take a call of {', '.join(nearest)}: build it for wider ranges"

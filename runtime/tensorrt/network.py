@@ -6,7 +6,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.errors import BackendError
 from eoracc.runtime.session import PAST, PRESENT
 from eoracc.runtime.tensorrt.dtypes import storage_type
 
@@ -123,9 +122,6 @@ class Network:
 
         Yields:
           The tokens of each call, and how many of the last of them want logits.
-
-        Raises:
-          BackendError: the engine was built for no such numbers of tokens.
         """
         done, first = 0, count - keep
         while done < count:
@@ -135,11 +131,7 @@ class Network:
                 for low, high, logits in self._sequences
                 if low <= min(count - done, before + logits)
             ]
-            if not sizes:
-                raise BackendError(
-                    f"the engine was built for no call of {count - done} tokens: build it with "
-                    "'sequence' from 1"
-                )
-            size = max(sizes)
+            # What fits nothing is tried all the same: the refusal says what would.
+            size = max(sizes, default=1)
             done += size
             yield size, max(0, size - before)
