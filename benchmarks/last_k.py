@@ -30,7 +30,7 @@ from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Variant, score_variants
 from eoracc.compiler.frontend import LoadedModel
 from eoracc.compiler.linears import Linear, find_linears
-from eoracc.compiler.progress import ConsoleProgress
+from eoracc.compiler.progress import ConsoleProgress, Progress
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
 from eoracc.compiler.trials import Course, Trials
@@ -55,7 +55,7 @@ class Bench:
     loaded: LoadedModel
     calibration: Windows
     held_out: Mapping[str, Windows]
-    progress: ConsoleProgress
+    progress: Progress
 
     def context(self, following: Sequence[LayerPass], folder: Path) -> SurveyContext:
         """For a survey before ``following``."""

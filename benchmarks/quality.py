@@ -198,7 +198,7 @@ RECIPES: dict[str, Recipe] = {
         "caldera",
         72,
     ),
-    "gemma3-4.27": Recipe(
+    "gemma3-4.3": Recipe(
         "eoracc 4-bit group 128, v 8-bit",
         (
             _CALIBRATE,
