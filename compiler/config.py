@@ -42,7 +42,7 @@ from eoracc.compiler.config_fields import (
     Share,
     no_bool,
 )
-from eoracc.compiler.config_tensorrt import TensorRtConfig, TensorRtRtxConfig
+from eoracc.compiler.config_tensorrt import EngineConfig, TensorRtConfig, TensorRtRtxConfig
 from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.yaml_document import Document, KeyPath, dotted, suggest
 from eoracc.passes import load_passes
@@ -497,13 +497,40 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
         yield ("adapters",), "needs a quantize pass: there is nothing for adapters to give back"
     for name, adapter in config.adapters.items():
         where = ("adapters", name)
-        yield from _factor_type_problems(where, adapter, config.onnxruntime.adapter_type)
+        yield from _slot_problems(where, adapter, config)
         yield from _text_problems(where, adapter)
         yield from _held_out_problems(where, adapter, (*where, "verify"), adapter.verify)
     if config.verify.compare_adapters and not config.adapters:
         yield ("verify", "compare_adapters"), "compares adapters: give 'adapters: {NAME: …}'"
     if config.compare is not None:
         yield from _compare_problems(config, config.compare)
+    for index, target in enumerate(config.targets):
+        if target in config.targets[:index]:
+            yield ("targets", index), f"'{target}' stands twice: keep one"
+    for target, options in _engine_sections(config).items():
+        yield from _engine_problems((target,), options)
+
+
+def _engine_sections(config: BuildConfig) -> dict[str, EngineConfig]:
+    """Sections of those targets that engines are built for."""
+    sections = {"tensorrt_rtx": config.tensorrt_rtx, "tensorrt": config.tensorrt}
+    return {name: options for name, options in sections.items() if name in config.targets}
+
+
+def _engine_problems(where: KeyPath, options: EngineConfig) -> Iterator[tuple[KeyPath, str]]:
+    """Which calls an engine cannot be built for."""
+    if options.sequence[2] > options.context_length:
+        yield (
+            (*where, "sequence"),
+            f"goes to {options.sequence[2]} tokens, beyond context_length, "
+            f"{options.context_length}: change one of the two",
+        )
+    if options.logits[2] > options.sequence[2]:
+        yield (
+            (*where, "logits"),
+            f"goes to {options.logits[2]} tokens, and a call has {options.sequence[2]} at most: "
+            "lower it to that",
+        )
 
 
 def pass_problems(config: BuildConfig, passes: Sequence[Pass]) -> Iterator[tuple[KeyPath, str]]:
@@ -556,12 +583,41 @@ def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
         yield "the weights are quantized already: keep one quantize pass"
 
 
-def _factor_type_problems(
-    where: KeyPath, adapter: AdapterConfig, slots: str
+def _slot_problems(
+    where: KeyPath, adapter: AdapterConfig, config: BuildConfig
 ) -> Iterator[tuple[KeyPath, str]]:
-    """Why the model's slots do not take the factors of an adapter."""
+    """Why what is built has no place for an adapter, or not for its factors.
+
+    The artifact keeps adapters as ONNX Runtime takes them; where it has no part for ONNX Runtime,
+    as engines do.
+    """
+    engines = {
+        name: options
+        for name, options in _engine_sections(config).items()
+        if options.adapter_type != "none"
+    }
+    for name, options in engines.items():
+        if (rank := options.rank[2]) < adapter.rank:
+            yield (
+                (*where, "rank"),
+                f"is {adapter.rank}, and {name}.rank ends at {rank}: change one of the two",
+            )
+    if "onnxruntime" in config.targets:
+        yield from _factor_type_problems(
+            where, adapter, "onnxruntime", config.onnxruntime.adapter_type
+        )
+    else:
+        first = next(iter(engines), config.targets[0])
+        yield from _factor_type_problems(where, adapter, first, "float16" if engines else "none")
+
+
+def _factor_type_problems(
+    where: KeyPath, adapter: AdapterConfig, section: str, slots: str
+) -> Iterator[tuple[KeyPath, str]]:
+    """Why the slots of a target do not take the factors of an adapter."""
     if slots == "none":
-        yield where, "the model takes no adapters: set onnxruntime.adapter_type to int8 or float16"
+        choices = "int8 or float16" if section == "onnxruntime" else "float16"
+        yield where, f"the model takes no adapters: set {section}.adapter_type to {choices}"
         return
     taken = AdapterSlots(slots, ()).factor_types
     asked = {(*where, "factor_type"): adapter.factor_type} | {
@@ -573,7 +629,7 @@ def _factor_type_problems(
             yield (
                 at,
                 (
-                    f"is {factor_type}, while onnxruntime.adapter_type is {slots}, which takes "
+                    f"is {factor_type}, while {section}.adapter_type is {slots}, which takes "
                     f"{' and '.join(taken)}: change one of the two"
                 ),
             )

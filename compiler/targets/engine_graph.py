@@ -10,8 +10,12 @@ import onnx_ir as ir
 
 from eoracc.compiler.artifact import MODEL_FILE
 from eoracc.compiler.engines.bindings import bindings_of, profiles_for
+from eoracc.compiler.lowering.dequantize import rounded_product
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
+from eoracc.compiler.lowering.half_precision import HALF
+from eoracc.compiler.verify import PARITY_STEPS, WeightOf, record_graph_parity
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
+from eoracc.runtime.parity import PARITY_FILE
 from eoracc.runtime.tensorrt.engine_set import Binding, EngineFile, EngineSet, Profile
 
 if TYPE_CHECKING:
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
     from eoracc.compiler.config_tensorrt import EngineConfig
     from eoracc.compiler.targets.job import Job
 
-__all__ = ["EngineGraph", "write_engine_graph"]
+__all__ = ["EngineGraph", "record_engine_graph", "write_engine_graph"]
 
 _LORA_A, _LORA_B = ".lora_a", ".lora_b"
 
@@ -114,6 +118,34 @@ def write_engine_graph(
         slots=slots,
         weight_bytes=sum(one.nbytes for one in weights if one is not None),
     )
+
+
+def record_engine_graph(
+    job: Job, graph: EngineGraph, *, weight_of: WeightOf = rounded_product
+) -> None:
+    """Record what the graph must compute, beside it, where model.yaml asks for parity.
+
+    Args:
+      job: what is written.
+      graph: in its place.
+      weight_of: what it multiplies with for a compressed weight.
+    """
+    if not job.config.verify.parity:
+        return
+    with job.progress.phase(f"record {graph.path.parent.name}", PARITY_STEPS) as phase:
+        record = record_graph_parity(
+            job.compressed.linears,
+            job.compressed.embeddings,
+            job.original,
+            job.held_out,
+            graph=graph.path,
+            dtype=HALF[graph.options.dtype],
+            folder=job.loaded.folder,
+            phase=phase,
+            weight_of=weight_of,
+            trust_remote_code=job.loaded.trust_remote_code,
+        )
+    record.save(graph.path.with_name(PARITY_FILE))
 
 
 def _slots(bindings: Sequence[Binding]) -> AdapterSlots | None:

@@ -10,7 +10,11 @@ from eoracc.compiler import spec
 from eoracc.compiler.engines.bindings import profile_shapes
 from eoracc.compiler.engines.build import BuiltEngine, build_engines, require_package
 from eoracc.compiler.lowering.tensorrt_rtx import lower
-from eoracc.compiler.targets.engine_graph import EngineGraph, write_engine_graph
+from eoracc.compiler.targets.engine_graph import (
+    EngineGraph,
+    record_engine_graph,
+    write_engine_graph,
+)
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.runtime.manifest import BUILDER_LOG, describe_file
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE, EngineFile
@@ -49,6 +53,7 @@ def emit(job: Job) -> Emitted:
     )
     spec.check(lowered, spec.Stage.TENSORRT_RTX, after="the lowering")
     graph = write_engine_graph(job, lowered, target=_TARGET, options=options)
+    record_engine_graph(job, graph)
     built = build_engines(
         graph.path,
         package=_TARGET,

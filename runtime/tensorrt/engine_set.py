@@ -167,7 +167,9 @@ class EngineSet:
         content = asdict(self)
         cache = {"layout": content.pop("cache_layout"), "layers": content.pop("cache_layers")}
         content = {"format": _FORMAT, "schema": _SCHEMA, **content, "cache": cache}
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        # One line for each binding, profile and engine: there are hundreds of them.
+        parts = ",\n".join(f"  {json.dumps(key)}: {_lines(part)}" for key, part in content.items())
+        return f"{{\n{parts}\n}}\n"
 
 
 def read_engine_set(folder: Path) -> EngineSet:
@@ -203,6 +205,13 @@ def read_engine_set(folder: Path) -> EngineSet:
                 f"{path}: names '{name}', which is not beside it: do not trust this artifact"
             )
     return engines
+
+
+def _lines(part: object) -> str:
+    if not isinstance(part, list | tuple):
+        return json.dumps(part, ensure_ascii=False)
+    items = ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in part)
+    return f"[\n{items}\n  ]" if part else "[]"
 
 
 def _parse(content: Mapping[str, Any]) -> EngineSet:
