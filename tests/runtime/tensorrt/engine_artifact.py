@@ -9,7 +9,6 @@ import numpy as np
 
 from eoracc.runtime.adapter_store import add_adapter
 from eoracc.runtime.adapters import Adapter
-from eoracc.runtime.float32_twin import float32_twin
 from eoracc.runtime.manifest import MANIFEST_FILE, Manifest, describe_folder, read_manifest
 from tests.runtime.tensorrt.stand_in import open_graph, write_engines
 from tests.tiny_artifact import tiny_factors, tiny_slots, write_tiny_artifact
@@ -36,6 +35,7 @@ def write_engine_artifact(
     adapter_type: Any = "float16",  # noqa: ANN401 - a literal of the lowering
     dtype: Any = "float16",  # noqa: ANN401 - likewise
     narrow: bool = False,
+    adapters: bool = True,
     **ranges: Any,  # noqa: ANN401 - of write_engines
 ) -> Path:
     """The artifact of :func:`write_tiny_artifact` with a folder ``tensorrt_rtx``, and adapters.
@@ -49,6 +49,7 @@ def write_engine_artifact(
       narrow: keep cache and factors in ``dtype``. Otherwise they are in float32 as all that is
         computed, so that nothing but the order of sums tells one way of calling the model from
         another.
+      adapters: add them.
       **ranges: of the profiles, see :func:`write_engines`.
     """
     from eoracc.compiler import frontend
@@ -65,7 +66,6 @@ def write_engine_artifact(
         cache=cache,
         capacity=CONTEXT if cache == "in_place" else None,
     )
-    graph = float32_twin(lowered)
     usual: dict[str, Any] = {
         "batch": (1, 1, 4),
         "sequence": (1, 8, 16),
@@ -74,9 +74,9 @@ def write_engine_artifact(
         "rank": (0, 8, 16),
     }
     target = folder / "tensorrt_rtx"
-    write_engines(target, graph, libcuda, dtype=dtype, narrow=narrow, **(usual | ranges))
+    write_engines(target, lowered, libcuda, dtype=dtype, narrow=narrow, **(usual | ranges))
     reseal(folder)
-    for name in RANKS:
+    for name in RANKS if adapters else ():
         factors = tiny_adapter(folder, name)
         add_adapter(folder, Adapter(name, factors, read_manifest(folder).digest))
     return folder
@@ -99,11 +99,10 @@ def reseal(folder: Path) -> None:
 
 
 class Oracle:
-    """The very graph of the engines, run on whole texts: no cache, no padding, no batch."""
+    """What the engines compute, run on whole texts: no cache, no padding, no batch."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "tensorrt_rtx" / "model.onnx"
-        self._session = open_graph(str(path))
+        self._session = open_graph(str(folder.parent / "twin.onnx"))
         self._inputs = {one.name: one.shape for one in self._session.get_inputs()}
 
     def logits(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +23,7 @@ import onnxruntime
 
 from eoracc.compiler.config_tensorrt import TensorRtRtxConfig
 from eoracc.compiler.engines.bindings import bindings_of, profiles_for
+from eoracc.runtime.float32_twin import float32_twin
 from eoracc.runtime.tensorrt.dtypes import from_engine, storage_type, to_engine
 from eoracc.runtime.tensorrt.engine_set import (
     ENGINES_FILE,
@@ -289,27 +289,24 @@ def write_engines(
     """A target's folder as the build writes it, with engines of the stand-in.
 
     Args:
-      folder: created; the graph becomes ``model.onnx`` in it.
-      model: what the engines compute, in float32.
+      folder: created; the graph becomes ``model.onnx`` in it. Its float32 twin, which is what the
+        engines compute, becomes ``twin.onnx`` beside the artifact.
+      model: as it was lowered.
       libcuda: the stand-in of the driver.
       dtype: of the engines.
-      narrow: let inputs and outputs be of ``dtype``, but for logits; otherwise they are as in
-        ``model``.
+      narrow: let cache and factors be of ``dtype``; otherwise they are float32, as in the twin.
       capabilities: to write an engine for.
       **ranges: of the profiles.
     """
     folder.mkdir(parents=True)
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
-    bindings = tuple(
-        replace(one, dtype=dtype)
-        if narrow and one.dtype == "float32" and one.name != "logits"
-        else one
-        for one in bindings_of(model.graph)
-    )
+    twin, computed = float32_twin(model), folder.parents[1] / "twin.onnx"
+    ir.save(twin, computed, external_data="twin.onnx.data")
+    bindings = bindings_of(model.graph if narrow else twin.graph)
     config = TensorRtRtxConfig(dtype=dtype, **ranges)
     profiles = profiles_for(config, bindings)
     content = {
-        "graph": str(folder / "model.onnx"),
+        "graph": str(computed),
         "libcuda": str(libcuda),
         "profiles": [profile.dims for profile in profiles],
         "bindings": [vars(one) for one in bindings],
