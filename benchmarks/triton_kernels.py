@@ -126,14 +126,23 @@ def _show(title: str, header: str, lines: Iterator[str]) -> None:
 
 
 def _show_resources(found: list[Row]) -> None:
-    header = "capability | bits | M | form | tiles | registers | spills | shared | occupancy"
-    lines = (
-        f"{row['capability'] / 10:.1f} | {row['bits'] or ''} | {row['rows']} | "
-        f"{row['form'].replace('_', ' ')} | `{row['tactic']}` | {row['registers']} | "
-        f"{row['spill_bytes']} | {row['shared_bytes'] / 1024:.1f} KiB | {row['occupancy']:.0%}"
-        for row in found
+    by_kernel: dict[tuple[str, int, int], list[Row]] = {}
+    for row in found:
+        by_kernel.setdefault((row["form"], row["bits"], row["rows"]), []).append(row)
+
+    def line(form: str, bits: int, rows: int, each: list[Row]) -> str:
+        cells = (
+            f"{row['registers']}, {row['shared_bytes'] / 1024:.0f}, {row['occupancy']:.0%}"
+            for row in each
+        )
+        return f"{form.replace('_', ' ')} | {bits or ''} | {rows} | {' | '.join(cells)}"
+
+    header = "kernel | bits | M | " + " | ".join(f"{one / 10:.1f}" for one in CAPABILITIES)
+    title = (
+        f"Registers of a thread, KiB of shared memory, occupancy, by capability; rank {RANK}. "
+        f"Bytes spilled by all {len(found)} kernels: {sum(row['spill_bytes'] for row in found)}"
     )
-    _show("Resources of a program", header, lines)
+    _show(title, header, (line(*kernel, each) for kernel, each in sorted(by_kernel.items())))
 
 
 def _show_rooflines(found: list[Row]) -> None:

@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eoracc.plugins.operands import PluginError
 from eoracc.plugins.triton.tactics import DownTactic, Dtype, Tactic, Variant, down_arguments
+
+if TYPE_CHECKING:
+    from triton.compiler import ASTSource
 
 __all__ = ["Compiled", "compile_down", "compile_kernel"]
 
@@ -126,9 +129,6 @@ def _compile(
     capability: int,
 ) -> Compiled:
     try:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
         from triton.compiler import ASTSource
 
         from eoracc.plugins.triton import kernel
@@ -151,6 +151,25 @@ def _compile(
         if type_name.startswith("*") or name in divisible
     }
     source = ASTSource(function, signature, constants, attributes)
+    # ptxas uses fewer registers than it may, for occupancy, and at times spills a few bytes for it,
+    # which it does not where a limit is stated.
+    for limit in (None, 128, 255):
+        compiled = _compile_once(source, arguments, {**options, "maxnreg": limit}, capability)
+        if compiled.spill_bytes == 0:
+            break
+    return compiled
+
+
+def _compile_once(
+    source: ASTSource,
+    arguments: tuple[tuple[str, str], ...],
+    options: Mapping[str, int | None],
+    capability: int,
+) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
     with tempfile.TemporaryDirectory() as folder, triton.knobs.compilation.scope():
         # Nothing of this machine's paths in the PTX: the same source gives the same bytes.
         triton.knobs.compilation.disable_line_info = True
@@ -162,8 +181,8 @@ def _compile(
                 )
             except Exception as error:
                 raise PluginError(
-                    f"Triton cannot compile {kernel_name} for capability {capability} with "
-                    f"{dict(meta)}: {error}"
+                    f"Triton cannot compile {source.name} for capability {capability} with "
+                    f"{list(source.constants.values())}: {error}"
                 ) from error
         ptx = _without_scratch(compiled.asm["ptx"], len(arguments))
         architecture = sm_arch_from_capability(capability)

@@ -228,8 +228,8 @@ def _tilings(rows: int, capability: int) -> list[Tactic]:
     if rows <= 64:
         block_m = 32 if rows <= 32 else 64
         return [
-            _tactic(block_m, 64, 64, num_warps=4, num_stages=3),
-            _tactic(block_m, 128, 64, num_warps=8, num_stages=3),
+            _tactic(block_m, 64, 64, num_warps=block_m // 8, num_stages=3),
+            _tactic(block_m, 128, 32 if block_m == 64 else 64, num_warps=8, num_stages=3),
         ]
     if capability in _WARP_GROUP_PRODUCTS:
         return [
@@ -237,8 +237,8 @@ def _tilings(rows: int, capability: int) -> list[Tactic]:
             _tactic(64, 128, 64, num_warps=8, num_stages=3),
         ]
     return [
-        _tactic(64, 128, 64, num_warps=8, num_stages=3),
-        _tactic(128, 64, 64, num_warps=8, num_stages=3),
+        _tactic(64, 128, 32, num_warps=8, num_stages=4),
+        _tactic(128, 64, 32, num_warps=8, num_stages=3),
     ]
 
 

@@ -29,8 +29,17 @@ def tactic(block_m: int = 8, block_n: int = 16, block_k: int = 64, block_r: int 
     )
 
 
-def launch(given: Problem, tiles: Tactic, *, rank: int | None = None) -> torch.Tensor:
-    """In two launches where ``tiles`` has a down tactic. ``rank`` is the R that is passed."""
+def launch(
+    given: Problem,
+    tiles: Tactic,
+    *,
+    rank: int | None = None,
+    down: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In two launches where ``tiles`` has a down tactic, or in the second with ``down``.
+
+    ``rank`` is the R that is passed.
+    """
     rows, in_features = given.x.shape
     out_features = len(given.scales)
     rank = given.rank if rank is None else rank
@@ -38,8 +47,10 @@ def launch(given: Problem, tiles: Tactic, *, rank: int | None = None) -> torch.T
     variant = Variant(bits=given.weight.bits, group_size=given.weight.group_size)
     if variant.code_dtype == "uint32":
         codes = codes.view(torch.uint32)
-    lora_a, down, splits = given.lora_a, None, 0
-    if tiles.down is not None and lora_a is not None:
+    lora_a, splits = given.lora_a, 0
+    if down is not None:
+        lora_a, splits = None, len(down)
+    elif tiles.down is not None and lora_a is not None:
         splits = tiles.down.splits(in_features)
         down = torch.full((splits, rows, rank), float("nan"))
         kernel.low_rank_down[tiles.down.grid(rows, rank, in_features)](
@@ -142,6 +153,14 @@ def test_every_rank_with_the_tactics_that_are_proposed(rank: int) -> None:
     assert {tiles.down is None for tiles in proposed} == {True, False}
     for tiles in (proposed[0], proposed[-1]):
         check(given, tiles)
+
+
+def test_down_projection_of_somebody_else_in_16_bits() -> None:
+    given = problem(bits=4, group_size=64, shape=(5, 33, 96), rank=48)
+    assert given.lora_a is not None
+    down = torch.from_numpy(wide(given.x) @ wide(given.lora_a).T).to(torch.float16)
+    y = launch(given, tactic(), down=down[None])
+    assert (np.abs(wide(y) - given.expected()) <= given.tolerance(rounds_weight=False)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 8, 17, 70])
