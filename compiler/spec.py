@@ -16,6 +16,8 @@ from eoracc.compiler.errors import PassError
 from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
 from eoracc.plugins.functions import INPUTS
 from eoracc.plugins.operands import BITS, CHUNK, TILE
+from eoracc.plugins.tensorrt.plugin import FIELDS as PLUGIN_FIELDS
+from eoracc.plugins.tensorrt.plugin import INPUTS as PLUGIN_INPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +34,7 @@ class Stage(StrEnum):
     COMPRESSED = "compressed"
     ONNXRUNTIME = "onnxruntime"
     TENSORRT_RTX = "tensorrt_rtx"
+    TENSORRT = "tensorrt"
 
 
 _ARITHMETIC = ("Add", "Cast", "Div", "Mul", "Neg", "Sub")
@@ -68,6 +71,9 @@ _STANDARD: frozenset[Op] = frozenset(
 )
 _FUSED: frozenset[Op] = frozenset({(FUSED_DOMAIN, FUSED_OP), (FUSED_DOMAIN, GATHER_OP)})
 
+# Standard operators, of those that TensorRT's parser takes.
+_TENSORRT = _STANDARD | {("", "DequantizeLinear"), ("", "GatherND"), ("", "TensorScatter")}
+
 OPS: Mapping[Stage, frozenset[Op]] = {
     Stage.FRONTEND: _STANDARD,
     Stage.COMPRESSED: _STANDARD | _FUSED,
@@ -79,9 +85,8 @@ OPS: Mapping[Stage, frozenset[Op]] = {
         ("com.microsoft", "GroupQueryAttention"),
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     },
-    # No plugins there: standard operators, of those that its parser takes.
-    Stage.TENSORRT_RTX: _STANDARD
-    | {("", "DequantizeLinear"), ("", "GatherND"), ("", "TensorScatter")},
+    Stage.TENSORRT_RTX: _TENSORRT,
+    Stage.TENSORRT: _TENSORRT | {(FUSED_DOMAIN, FUSED_OP)},
 }
 """Stage to the operators, by domain and name, that may stand in its graph."""
 
@@ -120,12 +125,10 @@ def check(model: ir.Model, stage: Stage, *, after: str) -> None:
                 raise PassError(where, f"reads {value.name!r}, which nothing before it defines")
         defined.update(node.outputs)
         if node.domain == FUSED_DOMAIN:
-            _check_weight(node, where)
-            if node.op_type == FUSED_OP:
-                _check_linear(node, where)
+            (_check_plugin if stage is Stage.TENSORRT else _check_fused)(node, where)
         elif node.op_type == "MatMul":
             _check_matmul(node, where)
-        if stage is Stage.ONNXRUNTIME and node.domain == FUSED_DOMAIN:
+        if stage in (Stage.ONNXRUNTIME, Stage.TENSORRT) and node.domain == FUSED_DOMAIN:
             identifier = (node.domain, node.op_type, node.overload)
             if identifier not in model.functions:
                 raise PassError(where, "has no function body, so a stock runtime cannot run it")
@@ -148,6 +151,40 @@ def _check_initializers(graph: ir.Graph, after: str) -> None:
             raise PassError(
                 where, f"is declared as {value.shape} and holds {value.const_value.shape}"
             )
+
+
+def _check_fused(node: ir.Node, where: str) -> None:
+    _check_weight(node, where)
+    if node.op_type == FUSED_OP:
+        _check_linear(node, where)
+
+
+def _check_plugin(node: ir.Node, where: str) -> None:
+    """The operands of TensorRT's plugin, all of them: what a linear does without is a scalar."""
+    columns, rows, bits, group = (node.attributes.get_int(name, 0) for name in PLUGIN_FIELDS)
+    if bits not in BITS or group < 8 or group % 8:
+        raise PassError(where, f"bits={bits} with block_size={group} is not a stored form")
+    operands = dict(zip(PLUGIN_INPUTS, node.inputs, strict=False))
+    if missing := [name for name in PLUGIN_INPUTS if operands.get(name) is None]:
+        raise PassError(where, f"its input {missing[0]} is missing")
+    shapes = {name: value.shape for name, value in operands.items() if value is not None}
+    x, lora_b = operands["X"], shapes["lora_b"]
+    half = () if x is None or x.dtype is None else (x.dtype,)
+    rank = lora_b[1] if lora_b else 0
+    groups = -(-columns // group)
+    expected: Mapping[str, tuple[int | ir.SymbolicDim, ...]] = {
+        "B": (rows, groups, group * bits // 8),
+        "scales": (rows, groups),
+        "zero_points": (rows, groups),
+        "bias": (rows,),
+        "lora_a": (rank, columns),
+        "lora_b": (rows, rank),
+    }
+    for position, name in enumerate(PLUGIN_INPUTS):
+        if name in expected and (shapes[name] or name in ("B", "scales")):
+            is_bytes = name in ("B", "zero_points")
+            dtypes = (ir.DataType.INT8,) if is_bytes else half
+            _expect(node, position, expected[name], dtypes, where)
 
 
 def _check_weight(node: ir.Node, where: str) -> None:

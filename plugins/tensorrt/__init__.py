@@ -1,0 +1,1 @@
+"""The fused op as a TensorRT plugin whose kernels are compiled ahead of time."""
