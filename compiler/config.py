@@ -522,14 +522,18 @@ def _engine_problems(where: KeyPath, options: EngineConfig) -> Iterator[tuple[Ke
     if options.sequence[2] > options.context_length:
         yield (
             (*where, "sequence"),
-            f"goes to {options.sequence[2]} tokens, beyond context_length, "
-            f"{options.context_length}: change one of the two",
+            (
+                f"goes to {options.sequence[2]} tokens, beyond context_length, "
+                f"{options.context_length}: change one of the two"
+            ),
         )
     if options.logits[2] > options.sequence[2]:
         yield (
             (*where, "logits"),
-            f"goes to {options.logits[2]} tokens, and a call has {options.sequence[2]} at most: "
-            "lower it to that",
+            (
+                f"goes to {options.logits[2]} tokens, and a call has {options.sequence[2]} at "
+                "most: lower it to that"
+            ),
         )
 
 

@@ -6,7 +6,7 @@ It stands beside the engines, in the target's folder of the artifact::
      "graph": "model.onnx", "dtype": "float16", "context_length": 2048,
      "cache": {"layout": "concat", "layers": 30},
      "adapter_type": "float16", "max_rank": 64,
-     "profiles": [{"name": "decode", "dims": {"batch": [1, 1, 8], "sequence": [1, 1, 1], ...}}, ...],
+     "profiles": [{"name": "decode", "dims": {"batch": [1, 1, 8], "past": [1, 512, 2047]}}, ...],
      "bindings": [{"name": "input_ids", "mode": "input", "dtype": "int64",
                    "shape": ["batch", "sequence"]}, ...],
      "engines": [{"compute_capability": "8.0", "file": "sm80.engine", "sha256": "...", "size": 1}]}
