@@ -303,10 +303,12 @@ def _down_tactic(rows: int, rank: int) -> DownTactic:
 
 
 def _block_k(group_size: int, wanted: int) -> int:
-    """The step along K next to ``wanted`` that holds whole groups or is part of one."""
-    if group_size % wanted == 0 or wanted % group_size == 0:
-        return wanted
-    return min(wanted, group_size & -group_size)
+    """A step along K of up to ``wanted`` columns, part of one group or else several whole ones.
+
+    Within a group nothing is rounded; where that makes for steps below 64, speed goes first.
+    """
+    within = min(wanted, group_size & -group_size)
+    return wanted if within < 64 and wanted % group_size == 0 else within
 
 
 def _ceil2(value: int) -> int:

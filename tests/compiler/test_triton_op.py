@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from typing_extensions import override
 
 from eoracc.compiler.triton_op import matmul_nbits_low_rank
 from eoracc.plugins.operands import PluginError
@@ -44,6 +45,7 @@ def test_fake_kernel_says_shape_type_and_device() -> None:
 
 def test_export_keeps_the_operator_for_any_number_of_rows() -> None:
     class Linear(torch.nn.Module):
+        @override
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y: torch.Tensor = matmul_nbits_low_rank(**operands(x=x))
             return y

@@ -21,7 +21,8 @@ def widened(handle: TensorHandle) -> Array:
     if handle.dtype.scalar != tl.bfloat16:
         data: Array = handle.data
         return data
-    return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    bits: Array = handle.data.astype(np.uint32) << 16
+    return bits.view(np.float32)
 
 
 def rounded(values: Array) -> Array:

@@ -118,13 +118,37 @@ def test_every_width_in_both_forms_is_what_the_oracle_says(
         shape=(11, 37, 200),
         rank=48,
         dtype=dtype,
-        zero_points=bits % 2 == 0,
+        zero_points=(bits % 2 == 0) != (dtype is torch.bfloat16),
         bias=bits != 8,
     )
     tiles = tactic(block_r=64)
     if launches == 2:
         tiles = Tactic(**{**vars(tiles), "block_r": 32, "down": DOWN})
     check(given, tiles)
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_enter_the_product_exactly(
+    bits: int, dtype: torch.dtype, *, zero_points: bool
+) -> None:
+    # At scale 1 the unit vectors pick integers out that either type holds.
+    for group_size in (16, 64):
+        given = problem(
+            bits=bits,
+            group_size=group_size,
+            shape=(72, 20, 72),
+            dtype=dtype,
+            zero_points=zero_points,
+        )
+        given.x.copy_(torch.eye(72))
+        given.scales.fill_(1)
+        zeros = np.full(given.scales.shape, 2 ** (bits - 1))
+        if given.zero_points is not None:
+            zeros = given.zero_points.numpy()
+        integers = given.weight.codes() - np.repeat(zeros.astype(int), group_size, axis=1)[:, :72]
+        assert np.array_equal(wide(launch(given, tactic(block_m=64))), integers.T)
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 128, 256])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +44,15 @@ class Problem:
 
     def expected(self) -> Float64:
         """In float64, of the operands as they are rounded."""
-        return self._product(wide)
+        factors = None
+        if self.lora_a is not None and self.lora_b is not None:
+            # 16-bit values lose nothing in float32.
+            factors = LowRank(
+                lora_a=self.lora_a.to(torch.float32).numpy(),
+                lora_b=self.lora_b.to(torch.float32).numpy(),
+            )
+        bias = None if self.bias is None else wide(self.bias)
+        return fused_matmul(wide(self.x), self.weight, factors, bias)
 
     def tolerance(self, *, rounds_weight: bool) -> Float64:
         """How far each output may be off.
@@ -54,35 +61,22 @@ class Problem:
         at most. Rounded to the type of X are the output, the down-projection and, where a step
         along K holds several groups, the weight. 2 is for products of those.
         """
-        magnitudes = self._product(lambda tensor: np.abs(wide(tensor)), magnitude=True)
         unit = ROUNDOFF[self.x.dtype]
         terms = self.x.shape[-1] + self.rank + self.weight.scales.shape[1]
-        bound = terms * ROUNDOFF[torch.float32] * magnitudes + unit * np.abs(self.expected())
-        if rounds_weight:
-            bound += unit * np.abs(wide(self.x)) @ np.abs(self._dequantized()).T
-        if self.lora_a is not None and self.lora_b is not None:
-            down = wide(self.x) @ wide(self.lora_a).T
-            bound += unit * np.abs(down) @ np.abs(wide(self.lora_b)).T
-        tolerance: Float64 = 2 * bound
-        return tolerance
-
-    def _dequantized(self) -> Float64:
         identity = np.eye(self.x.shape[-1])
-        return fused_matmul(identity, self.weight, None).T
-
-    def _product(
-        self, of: Callable[[torch.Tensor], Float64], *, magnitude: bool = False
-    ) -> Float64:
-        factors = None
+        of_weight = np.abs(wide(self.x)) @ np.abs(fused_matmul(identity, self.weight, None))
+        magnitudes = of_weight
+        bound = unit * np.abs(self.expected())
+        if rounds_weight:
+            bound += unit * of_weight
         if self.lora_a is not None and self.lora_b is not None:
-            factors = LowRank(lora_a=of(self.lora_a), lora_b=of(self.lora_b))
-        bias = None if self.bias is None else of(self.bias)
-        if not magnitude:
-            return fused_matmul(of(self.x), self.weight, factors, bias)
-        total: Float64 = of(self.x) @ np.abs(self._dequantized()).T
-        if factors is not None:
-            total = total + of(self.x) @ factors.lora_a.T @ factors.lora_b.T
-        return total if bias is None else total + bias
+            lora_a, lora_b = wide(self.lora_a), np.abs(wide(self.lora_b))
+            bound += unit * np.abs(wide(self.x) @ lora_a.T) @ lora_b.T
+            magnitudes = magnitudes + np.abs(wide(self.x)) @ np.abs(lora_a).T @ lora_b.T
+        if self.bias is not None:
+            magnitudes = magnitudes + np.abs(wide(self.bias))
+        tolerance: Float64 = 2 * (bound + terms * ROUNDOFF[torch.float32] * magnitudes)
+        return tolerance
 
 
 def wide(tensor: torch.Tensor) -> Float64:

@@ -53,6 +53,13 @@ def test_one_launch_comes_first_for_few_rows_of_small_rank_only() -> None:
     assert not first(512, 16)
 
 
+@pytest.mark.parametrize(
+    ("group_size", "block_k"), [(16, 128), (32, 128), (64, 64), (96, 32), (128, 128), (576, 64)]
+)
+def test_steps_stay_within_groups_of_64_and_more(group_size: int, block_k: int) -> None:
+    assert tactics(4, group_size, 1, 80)[0].block_k == block_k
+
+
 def test_grids_cover_every_output_once() -> None:
     tiles = Tactic(block_m=8, block_n=32, block_k=64, block_r=16, num_warps=4, num_stages=2)
     assert tiles.grid(1, 4096) == (1, 128, 1)
