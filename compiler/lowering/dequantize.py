@@ -82,7 +82,7 @@ class SignedWeight:
         """That an offset is stored in, 4 or 8; 0 where there are none.
 
         Raises:
-          PassError: blocks with offsets cannot be halved.
+          PassError: blocks with offsets cannot be halved, or an offset takes more than 8 bits.
         """
         if self._is_direct:
             return 0
@@ -92,9 +92,15 @@ class SignedWeight:
                 f"has {self.shape[1]} input features, so that its blocks cannot be halved for "
                 "TensorRT: quantize it with 'symmetric: true'",
             )
-        low, high = _RANGE[4]
         offsets = self._zero_points() - self._base
-        return 4 if low <= offsets.min() and offsets.max() <= high else 8
+        for bits, (low, high) in _RANGE.items():
+            if low <= offsets.min() and offsets.max() <= high:
+                return bits
+        raise PassError(
+            self.name,
+            f"has a zero point of {self._zero_points().max()} at {self.stored.bits} bits, which no "
+            "pass makes and TensorRT cannot store: quantize it again",
+        )
 
     def codes(self) -> NDArray[np.int8]:
         """``[N, K]``."""
