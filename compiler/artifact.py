@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from eoracc import __version__
 from eoracc.runtime.adapters import Adapter, check_adapter_name, encode_adapter, parse_slots
-from eoracc.runtime.backend import CONFIG_FILE
+from eoracc.runtime.backend import CONFIG_FILE, read_decoder
 from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.folder_change import changing
 from eoracc.runtime.manifest import (
@@ -293,7 +293,7 @@ class ArtifactWriter:
         written: dict[str, FileEntry] = {}
         if not self._adapters:
             return written
-        path = self.folder / MODEL_FILE
+        path = read_decoder(self.folder).model
         slots = parse_slots(path.read_bytes(), path)
         if slots is None:
             raise ArtifactError(f"{self.output}: the model takes no adapters")

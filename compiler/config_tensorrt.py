@@ -50,8 +50,8 @@ class EngineConfig(Section):
     """Rows of a call: fewest, usual, most."""
     sequence: CountRange = (1, 128, 512)
     """Tokens of a prefill call: fewest, usual, most. Decoding has a profile of its own, for 1."""
-    context_length: Annotated[Count, Field(ge=2)] = 2048
-    """Most tokens of a row, the cache's included."""
+    context_length: Annotated[Count, Field(ge=64)] = 2048
+    """Most tokens of a row, the cache's included. The parity gate takes 64."""
     logits: CountRange = (1, 1, 32)
     """Tokens of a prefill call that logits are computed for: fewest, usual, most."""
     rank: RankRange = (0, 16, 64)

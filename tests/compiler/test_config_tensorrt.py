@@ -46,7 +46,7 @@ def test_ranges_and_capabilities(tmp_path: Path) -> None:
 def test_options_of_a_target_that_is_not_asked_for_contradict_nothing(tmp_path: Path) -> None:
     text = ENGINES.replace("targets: [tensorrt_rtx]", "targets: [onnxruntime]")
     text = text.replace("factor_type: float16", "factor_type: int8")
-    assert load(tmp_path, text.replace("context_length: 512", "context_length: 8"))
+    assert load(tmp_path, text.replace("context_length: 512", "context_length: 64"))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,7 @@ def test_options_of_a_target_that_is_not_asked_for_contradict_nothing(tmp_path: 
             "context_length: 100",
             "tensorrt_rtx.sequence: goes to 128 tokens, beyond context_length, 100",
         ),
+        ("context_length: 512", "context_length: 63", "must be greater than or equal to 64"),
         (
             "[1, 64, 128]",
             "[1, 8, 16]",
