@@ -459,6 +459,10 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"largest output errors: {named}")
     lines += [f"note: {one.name}: {note}" for one in described for note in one.notes]
     lines += adapter_lines(report.adapters)
+    for target, built in report.targets.items():
+        engines = built.get("engines", {}).items()
+        if sizes := ", ".join(f"{name} {format_bytes(one['size'])}" for name, one in engines):
+            lines.append(f"{target}: engines by compute capability: {sizes}")
     lines += [f"limit: {sentence}" for sentence in report.fidelity.exceeded]
     build = report.build
     lines.append(
