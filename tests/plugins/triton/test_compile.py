@@ -78,6 +78,13 @@ def test_largest_rank_in_one_launch_fits() -> None:
         check(compile_kernel(variant, one[0], 86))
 
 
+def test_what_is_spilled_for_occupancy_is_kept_by_a_limit_of_registers() -> None:
+    # ptxas 13.3 stores and loads 8 bytes of this one, at 128 registers, unless that is the limit.
+    tactic = tactics(4, 128, 512, 120, rank=64)[1]
+    variant = Variant(bits=4, group_size=128, zero_points=True, bias=True, low_rank="two_launches")
+    check(compile_kernel(variant, tactic, 120))
+
+
 def test_weights_in_decoding_go_from_registers_to_tensor_cores() -> None:
     # The down-projection's products are the only ones with both operands from shared memory.
     (tactic, *_) = tactics(4, 128, 1, 80)
