@@ -21,6 +21,7 @@ from eoracc.compiler.commands.adapter import adapter
 from eoracc.compiler.commands.bench import bench
 from eoracc.compiler.commands.build import build
 from eoracc.compiler.commands.compare import compare
+from eoracc.compiler.commands.engine import engine
 from eoracc.compiler.commands.inspect import inspect
 from eoracc.compiler.commands.passes import passes
 from eoracc.compiler.commands.run import run
@@ -87,7 +88,19 @@ def main() -> None:
     """Compress language models and give back what compression took."""
 
 
-for _command in (build, compare, run, verify, inspect, passes, schema, bench, serve, adapter):
+for _command in (
+    build,
+    compare,
+    run,
+    verify,
+    inspect,
+    passes,
+    schema,
+    bench,
+    serve,
+    adapter,
+    engine,
+):
     main.add_command(_command)
 
 

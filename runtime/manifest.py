@@ -50,6 +50,8 @@ _FORMAT = "eoracc artifact"
 _BLOCK = 1 << 20
 _SECTIONS = ("source", "config", "packages", "parity")
 _ADAPTER_FILE = re.compile(rf"{ADAPTERS_FOLDER}/[^/]+\.(onnx_adapter|json)")
+_LATER_ENGINE = re.compile(r"tensorrt/(engines\.json|[^/]+\.(engine|log))")
+"""What ``eoracc engine`` adds where the GPU is."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,15 @@ def describe_bytes(content: bytes) -> FileEntry:
 
 
 def backbone_digest(files: Mapping[str, FileEntry]) -> str:
-    """sha256 over paths and hashes of ``files``; report, builder's logs and adapters left out."""
+    """sha256 over paths and hashes of ``files``.
+
+    Left out are the report, builder's logs, and what is added later: adapters, TensorRT's engines.
+    """
     digest = hashlib.sha256()
     for name, entry in sorted(files.items()):
         if PurePosixPath(name).name == BUILDER_LOG or name == REPORT_FILE:
             continue
-        if not _ADAPTER_FILE.fullmatch(name):
+        if not _ADAPTER_FILE.fullmatch(name) and not _LATER_ENGINE.fullmatch(name):
             digest.update(f"{entry.sha256}  {name}\n".encode())
     return digest.hexdigest()
 

@@ -27,7 +27,8 @@ class EngineTask:
       log: where the builder's log goes.
       compute_capability: of the GPU, ``8.6``; empty for the one at hand.
       profiles: the ranges of every input whose shape is not fixed, per optimization profile.
-      plugins: Python files that register the plugins of the graph when they are run.
+      plugin_capability: of the GPU at hand, where the graph lies in a bundle of the target
+        ``tensorrt``: its plugin is registered with kernels for it. Empty for a graph without.
     """
 
     package: str
@@ -36,7 +37,7 @@ class EngineTask:
     log: Path
     compute_capability: str
     profiles: tuple[Mapping[str, ShapeRange], ...]
-    plugins: tuple[Path, ...] = ()
+    plugin_capability: str = ""
 
     def to_json(self) -> str:
         """One line that :func:`parse_task` reads."""
@@ -47,5 +48,4 @@ def parse_task(line: str) -> EngineTask:
     """Inverse of :meth:`EngineTask.to_json`."""
     content = json.loads(line)
     paths = {name: Path(content[name]) for name in ("graph", "engine", "log")}
-    plugins = tuple(Path(path) for path in content["plugins"])
-    return EngineTask(**{**content, **paths, "plugins": plugins})
+    return EngineTask(**{**content, **paths})

@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import runpy
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from typing import Any, TextIO
 
 from eoracc.compiler.engines.layers import read_layers
 from eoracc.compiler.engines.task import PARTIAL, EngineTask, parse_task
+from eoracc.plugins.tensorrt.plugin import register
 from eoracc.runtime.memory import peak_bytes
 
 __all__ = ["CANCELLED", "build_engine"]
@@ -59,8 +59,8 @@ def build_engine(task: EngineTask, send: _Send, cancelled: Callable[[], bool]) -
     messages: list[str] = []
     try:
         trt = _import(task.package)
-        for plugin in task.plugins:
-            runpy.run_path(str(plugin))
+        if task.plugin_capability:
+            _register_plugin(task)
         with task.log.open("w", encoding="utf-8") as log:
             plan, nodes = _build(trt, task, log, messages, _monitor(trt, send, cancelled))
     except _RefusalError as refusal:
@@ -87,6 +87,13 @@ def _import(package: str) -> ModuleType:
         return importlib.import_module(package)
     except (ImportError, OSError, RuntimeError) as error:
         raise _RefusalError(f"cannot be loaded ({error})") from error
+
+
+def _register_plugin(task: EngineTask) -> None:
+    try:
+        register(task.graph.parent, task.plugin_capability)
+    except ValueError as error:
+        raise _RefusalError(str(error)) from error
 
 
 def _build(

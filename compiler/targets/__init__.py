@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eoracc.compiler.targets import onnxruntime, tensorrt_rtx
+from eoracc.compiler.targets import onnxruntime, tensorrt, tensorrt_rtx
 from eoracc.compiler.targets.job import Emitted, Job, Target
 
 if TYPE_CHECKING:
@@ -22,5 +22,6 @@ __all__ = ["TARGETS", "Emitted", "Job", "Target"]
 TARGETS: Mapping[TargetName, Target] = {
     "onnxruntime": Target(onnxruntime.require, onnxruntime.emit),
     "tensorrt_rtx": Target(tensorrt_rtx.require, tensorrt_rtx.emit),
+    "tensorrt": Target(tensorrt.require, tensorrt.emit),
 }
 """By the name that model.yaml has for it."""

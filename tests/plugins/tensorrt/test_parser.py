@@ -53,7 +53,9 @@ def alone(graph: Path) -> dict[str, Path]:
         ]
         output = onnx.helper.make_tensor_value_info(node.output[0], half, None)
         initializers = {name: stored[name] for name in node.input if name in stored}
-        single = onnx.helper.make_graph([node], "one", inputs, [output], initializers.values())
+        single = onnx.helper.make_graph(
+            [node], "one", inputs, [output], list(initializers.values())
+        )
         model = onnx.helper.make_model(
             single,
             functions=whole.functions,

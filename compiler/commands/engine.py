@@ -1,0 +1,66 @@
+"""``eoracc engine``: build TensorRT's engine, on the machine that has it and a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from eoracc.compiler.commands.common import PATH, json_option, print_json
+
+# ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
+
+__all__ = ["engine"]
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--compute-capability",
+    metavar="X.Y",
+    help="Build only where the GPU has this one.  [default: whatever it has]",
+)
+@click.option(
+    "--output",
+    type=PATH,
+    help="A folder for the engine and engines.json.  [default: the bundle's own]",
+)
+@click.option("--force", is_flag=True, help="Replace an engine for this GPU that is there.")
+@json_option
+def engine(
+    bundle: Path,
+    compute_capability: str | None,
+    output: Path | None,
+    *,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build the engine of BUNDLE for the GPU of this machine.
+
+    BUNDLE is an artifact with the target tensorrt, or that target's folder.
+    """
+    from rich.console import Console
+
+    from eoracc.compiler.engines.from_bundle import build_from_bundle
+    from eoracc.compiler.progress import ConsoleProgress, SilentProgress
+
+    progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
+    made = build_from_bundle(
+        bundle,
+        progress=progress,
+        compute_capability=compute_capability,
+        output=output,
+        force=force,
+    )
+    if as_json:
+        print_json(
+            {
+                "engine": str(made.path),
+                "compute_capability": made.compute_capability,
+                "device": made.device,
+                "summary": dict(made.summary),
+            }
+        )
+        return
+    size = made.path.stat().st_size
+    click.echo(f"wrote {made.path}, {size:,} bytes, for {made.device} ({made.compute_capability})")

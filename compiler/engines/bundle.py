@@ -1,0 +1,136 @@
+"""bundle.json: what the folder of the target ``tensorrt`` holds, and what its engines will be.
+
+An engine of TensorRT is built where it runs. The folder has all that this takes: the graph and its
+weights, the plugin and its kernels, and here the ranges that engines are built for. Whoever has
+copied the folder alone can still compare its files with what was written::
+
+    {"format": "eoracc tensorrt bundle", "schema": 1,
+     "compute_capabilities": ["8.0", "8.6"],
+     "engines": {...},
+     "files": {"model.onnx": {"sha256": "...", "size": 1}, ...}}
+
+``engines`` is engines.json (:mod:`eoracc.runtime.tensorrt.engine_set`) as it is without an engine.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.manifest import MANIFEST_FILE, describe_file, verify_manifest
+from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE, EngineSet, read_engine_set
+
+__all__ = ["BUNDLE_FILE", "BUNDLE_FOLDER", "Bundle", "bundle_json", "open_bundle"]
+
+BUNDLE_FILE = "bundle.json"
+BUNDLE_FOLDER = "tensorrt"
+
+_FORMAT = "eoracc tensorrt bundle"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are what was written.
+
+    Attributes:
+      folder: of the bundle.
+      artifact: that it is part of; None for a folder on its own.
+      compute_capabilities: that its kernels were compiled for.
+      engines: of this graph, as described without an engine.
+    """
+
+    folder: Path
+    artifact: Path | None
+    compute_capabilities: tuple[str, ...]
+    engines: EngineSet
+
+
+def bundle_json(
+    folder: Path, engines: EngineSet, compute_capabilities: Sequence[str], files: Sequence[str]
+) -> str:
+    """The text of bundle.json.
+
+    Args:
+      folder: of the bundle.
+      engines: as described without an engine.
+      compute_capabilities: that kernels were compiled for.
+      files: names in the folder, of what engines are built from.
+    """
+    content = {
+        "format": _FORMAT,
+        "schema": _SCHEMA,
+        "compute_capabilities": list(compute_capabilities),
+        "engines": json.loads(engines.to_json()),
+        "files": {name: asdict(describe_file(folder / name)) for name in sorted(files)},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Compare a bundle with its manifest, and read what engines it is for.
+
+    Args:
+      path: an artifact with the target ``tensorrt``, or that target's folder, alone or in its
+        artifact.
+
+    Raises:
+      ArtifactError: it is no bundle, or a file is not what was written.
+    """
+    path = path.absolute()
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: there is no such folder: give an artifact or its bundle")
+    in_artifact = path.name == BUNDLE_FOLDER and (path.parent / MANIFEST_FILE).is_file()
+    artifact = path.parent if in_artifact else path if (path / MANIFEST_FILE).is_file() else None
+    folder = path if artifact is None else artifact / BUNDLE_FOLDER
+    if artifact is not None:
+        verify_manifest(artifact)
+    file = folder / BUNDLE_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path}: has no bundle for TensorRT: add 'tensorrt' to 'targets' of its model.yaml "
+            "and build it again"
+        ) from None
+    except (OSError, ValueError):
+        raise ArtifactError(f"{file}: cannot be read as JSON: build the artifact again") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ArtifactError(f"{file}: does not describe a bundle for TensorRT")
+    if content.get("schema") != _SCHEMA:
+        raise ArtifactError(
+            f"{file}: has schema {content.get('schema')}, this eoracc reads {_SCHEMA}: use the "
+            "eoracc that built it, or build again"
+        )
+    try:
+        capabilities = tuple(str(one) for one in content["compute_capabilities"])
+        files = {
+            str(name): (str(one["sha256"]), int(one["size"]))
+            for name, one in content["files"].items()
+        }
+        engines = _read(content["engines"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ArtifactError(f"{file}: lacks a part: build the artifact again") from None
+    for name, described in files.items():
+        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
+            raise ArtifactError(f"{file}: names '{name}', which is not beside it: do not trust it")
+        if (folder / name).is_symlink() or not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name}: is missing: copy or build the bundle again")
+        entry = describe_file(folder / name)
+        if (entry.sha256, entry.size) != described:
+            raise ArtifactError(
+                f"{folder / name}: its content is not what {BUNDLE_FILE} says: copy or build the "
+                "bundle again"
+            )
+    return Bundle(folder, artifact, capabilities, engines)
+
+
+def _read(content: object) -> EngineSet:
+    """Engines as :func:`read_engine_set` takes them, from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / ENGINES_FILE).write_text(json.dumps(content), encoding="utf-8")
+        return read_engine_set(Path(folder))
