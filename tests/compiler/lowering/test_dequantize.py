@@ -162,12 +162,19 @@ def low_rank(kind: str) -> LowRank:
     shapes = (2, 48), (6, 2)
     if kind in ("int8", "int4"):
         bits, largest = (8, 127) if kind == "int8" else (4, 7)
-        a, b = (rng.integers(-largest, largest + 1, shape).astype(np.int8) for shape in shapes)
-        scales = [rng.uniform(0.1, 0.2, len(one)).astype(np.float32) / largest for one in (a, b)]
-        return LowRank(
-            lora_a=a, lora_b=b, lora_a_scale=scales[0], lora_b_scale=scales[1], bits=bits
+        codes = [rng.integers(-largest, largest + 1, shape).astype(np.int8) for shape in shapes]
+        a_scale, b_scale = (
+            (rng.uniform(0.1, 0.2, len(one)) / largest).astype(np.float32) for one in codes
         )
-    dtype = np.float16 if kind == "float16" else np.float32
-    a, b = (rng.uniform(-1, 1, shape).astype(dtype) for shape in shapes)
+        return LowRank(
+            lora_a=codes[0],
+            lora_b=codes[1],
+            lora_a_scale=a_scale,
+            lora_b_scale=b_scale,
+            bits=bits,
+        )
     weight = np.array([0.5, 0.3], np.float32) if kind == "weighted" else None
+    a, b = (rng.uniform(-1, 1, shape).astype(np.float32) for shape in shapes)
+    if kind == "float16":
+        return LowRank(lora_a=a.astype(np.float16), lora_b=b.astype(np.float16))
     return LowRank(lora_a=a, lora_b=b, lora_a_scale=weight)

@@ -29,7 +29,7 @@ SIZES = {
 }
 
 
-class Errors(trt.ILogger):  # type: ignore[misc] # no types
+class Errors(trt.ILogger):  # type: ignore[misc,name-defined] # no types
     def __init__(self) -> None:
         super().__init__()
         self.texts: list[str] = []

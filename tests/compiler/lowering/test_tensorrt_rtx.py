@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from eoracc.compiler.eager import load_eager, reference_logits
+from eoracc.compiler.eager import load_eager, reference_logits, replace_weights
 from eoracc.compiler.embeddings import find_embeddings
 from eoracc.compiler.errors import ModelError, PassError
 from eoracc.compiler.frontend import LoadedModel, load
@@ -65,8 +65,6 @@ def rounded_eager(
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 or name.endswith("bias"):
                 parameter.copy_(parameter.to(dtype).float())
-    from eoracc.compiler.eager import replace_weights
-
     replace_weights(model, weights)
     return model
 
@@ -177,12 +175,12 @@ def test_adapters_are_inputs(rank: int, tmp_path: Path) -> None:
     weights = compress(source.model, bits=4)
     run = session(lower(source.model, adapter_type="float16"), tmp_path)
     rng = np.random.default_rng(rank)
-    factors = {}
+    factors: dict[str, NDArray[np.float32]] = {}
     for linear in linears[:-1]:
         a = rng.standard_normal((rank, linear.in_features)).astype(np.float32)
-        b = 0.1 * rng.standard_normal((linear.out_features, rank)).astype(np.float32)
+        b = rng.standard_normal((linear.out_features, rank)).astype(np.float32) / np.float32(10)
         factors |= {f"{linear.name}.lora_a": a, f"{linear.name}.lora_b": b}
-        weights[linear.name] = weights[linear.name] + b @ a
+        weights[linear.name] += b @ a
     inputs = {value.name for value in lower(source.model, adapter_type="float16").graph.inputs}
     assert set(factors) == {name for name in inputs if str(name).endswith(("lora_a", "lora_b"))}
     eager = rounded_eager(source, weights, torch.float16)
@@ -425,10 +423,12 @@ def _factors(rng: np.random.Generator, linear: Any, rank: int, kind: str) -> Low
         a, b = ((0.1 * rng.standard_normal(shape)).astype(np.float16) for shape in shapes)
         return LowRank(lora_a=a, lora_b=b)
     bits, largest = {"int8": (8, 127), "int4": (4, 7)}[kind]
-    a, b = (rng.integers(-largest, largest + 1, shape).astype(np.int8) for shape in shapes)
+    codes = [rng.integers(-largest, largest + 1, shape).astype(np.int8) for shape in shapes]
     # In float16 without rounding: the reference has them as they are.
     a_scale, b_scale = (
-        (0.2 / largest * (1 + rng.random(len(factor)))).astype(np.float16).astype(np.float32)
-        for factor in (a, b)
+        (0.2 / largest * (1 + rng.random(len(one)))).astype(np.float16).astype(np.float32)
+        for one in codes
     )
-    return LowRank(lora_a=a, lora_b=b, lora_a_scale=a_scale, lora_b_scale=b_scale, bits=bits)
+    return LowRank(
+        lora_a=codes[0], lora_b=codes[1], lora_a_scale=a_scale, lora_b_scale=b_scale, bits=bits
+    )
