@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Generic, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +52,10 @@ class AdapterPlaces(ABC, Generic[OneT]):
     Attributes:
       names: of the adapters.
       takes_adapters: whether the model has inputs for them.
+      option: what to build with for a model that has.
     """
 
-    option: ClassVar[str]
-    """What to build with for a model that takes adapters."""
+    option: str
 
     def __init__(self, names: Sequence[str], *, takes_adapters: bool, sums: int = SUMS) -> None:
         """Give every adapter its place; a subclass puts them there.

@@ -44,8 +44,6 @@ class DeviceAdapter:
 class DeviceAdapters(AdapterPlaces[DeviceAdapter]):
     """Adapters of an engine, each in memory of its own."""
 
-    option = "tensorrt_rtx.adapter_type: float16"
-
     def __init__(
         self,
         device: Device,
@@ -69,6 +67,7 @@ class DeviceAdapters(AdapterPlaces[DeviceAdapter]):
         """
         takes = engines.adapter_type != "none"
         super().__init__(names, takes_adapters=takes, sums=sums)
+        self.option = f"{engines.package}.adapter_type: float16"
         self._device = device
         self._load = load
         self._max_rank = engines.max_rank
