@@ -31,10 +31,11 @@ $(STAMP): pyproject.toml constraints.txt src/eoracc/__init__.py $(NATIVE)
 	  --constraint constraints.txt --editable '.[cpu,dev,lm-eval,plot,serve]'
 	@touch $@
 
-# The extras tensorrt-rtx and triton, 340 MB: they build for GPUs on machines that have none.
+# The extras tensorrt-rtx and triton, 340 MB: they build for GPUs on machines that have none. The
+# last one is the Python part of TensorRT, which plugins are tested with.
 $(STAMP)-gpu: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt tensorrt-rtx triton
+	  --constraint constraints.txt tensorrt-rtx triton tensorrt-cu13-bindings
 	@touch $@
 
 .PHONY: setup-gpu
