@@ -70,7 +70,8 @@ def one_scale(array: NDArray[np.generic]) -> None:
 
 
 def one_factor(array: NDArray[np.generic]) -> None:
-    array.reshape(-1)[3] *= 1.01
+    flat = array.reshape(-1)
+    flat[np.abs(flat).argmax()] *= 1.01
 
 
 def not_a_number(array: NDArray[np.generic]) -> None:
