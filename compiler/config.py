@@ -507,8 +507,8 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     for index, target in enumerate(config.targets):
         if target in config.targets[:index]:
             yield ("targets", index), f"'{target}' stands twice: keep one"
-    for target, options in _engine_sections(config).items():
-        yield from _engine_problems((target,), options)
+    for section, options in _engine_sections(config).items():
+        yield from _engine_problems((section,), options)
 
 
 def _engine_sections(config: BuildConfig) -> dict[str, EngineConfig]:

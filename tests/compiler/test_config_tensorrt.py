@@ -46,7 +46,8 @@ def test_ranges_and_capabilities(tmp_path: Path) -> None:
 def test_options_of_a_target_that_is_not_asked_for_contradict_nothing(tmp_path: Path) -> None:
     text = ENGINES.replace("targets: [tensorrt_rtx]", "targets: [onnxruntime]")
     text = text.replace("factor_type: float16", "factor_type: int8")
-    assert load(tmp_path, text.replace("context_length: 512", "context_length: 64"))
+    config = load(tmp_path, text.replace("context_length: 512", "context_length: 64"))
+    assert config.tensorrt_rtx.sequence[2] > config.tensorrt_rtx.context_length
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from typing_extensions import override
 
-from eoracc.compiler.engines import build as build_module
 from eoracc.compiler.engines.build import BuiltEngine, build_engines, require_package
 from eoracc.compiler.errors import TargetError
 from eoracc.compiler.progress import SilentProgress
@@ -142,7 +143,7 @@ def test_what_the_builder_refuses_is_said_in_its_words(tmp_path: Path) -> None:
 
 def test_a_builder_that_dies_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = write_graph(tmp_path / "graph")
-    monkeypatch.setattr(build_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr("eoracc.compiler.engines.build.sys.executable", "/bin/false")
     with pytest.raises(TargetError, match="the builder ended with status 1"):
         build(graph, tmp_path / "work")
 
@@ -150,7 +151,8 @@ def test_a_builder_that_dies_is_said_to(tmp_path: Path, monkeypatch: pytest.Monk
 class _Interrupting(SilentProgress):
     """Ctrl-C at the first step of a build."""
 
-    def _show(self, name: str, total: int) -> Any:  # noqa: ANN401 - of the base class
+    @override
+    def _show(self, name: str, total: int) -> Any:
         del name, total
         raise KeyboardInterrupt
 
@@ -160,13 +162,13 @@ def test_ctrl_c_leaves_neither_engine_nor_process(
 ) -> None:
     graph, work = write_graph(tmp_path / "graph"), tmp_path / "work"
     started = []
-    popen = build_module.subprocess.Popen
+    popen = subprocess.Popen
 
     def remember(*args: Any, **options: Any) -> Any:  # noqa: ANN401 - as Popen
         started.append(popen(*args, **options))
         return started[-1]
 
-    monkeypatch.setattr(build_module.subprocess, "Popen", remember)
+    monkeypatch.setattr("eoracc.compiler.engines.build.subprocess.Popen", remember)
     with pytest.raises(KeyboardInterrupt):
         build(graph, work, progress=_Interrupting())
     (process,) = started
@@ -191,7 +193,7 @@ def test_the_builder_stops_when_it_is_cancelled(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("eoracc.compiler.engines.build.util.find_spec", lambda _: None)
     with pytest.raises(TargetError) as caught:
         require_package("tensorrt_rtx")
     assert str(caught.value) == (
