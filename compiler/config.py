@@ -70,6 +70,7 @@ __all__ = [
     "WeightedText",
     "adapter_config",
     "budget_bits",
+    "engine_sections",
     "load_config",
     "method_names",
     "parse_budget",
@@ -507,11 +508,11 @@ def _contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     for index, target in enumerate(config.targets):
         if target in config.targets[:index]:
             yield ("targets", index), f"'{target}' stands twice: keep one"
-    for section, options in _engine_sections(config).items():
+    for section, options in engine_sections(config).items():
         yield from _engine_problems((section,), options)
 
 
-def _engine_sections(config: BuildConfig) -> dict[str, EngineConfig]:
+def engine_sections(config: BuildConfig) -> dict[str, EngineConfig]:
     """Sections of those targets that engines are built for."""
     sections = {"tensorrt_rtx": config.tensorrt_rtx, "tensorrt": config.tensorrt}
     return {name: options for name, options in sections.items() if name in config.targets}
@@ -597,7 +598,7 @@ def _slot_problems(
     """
     engines = {
         name: options
-        for name, options in _engine_sections(config).items()
+        for name, options in engine_sections(config).items()
         if options.adapter_type != "none"
     }
     for name, options in engines.items():

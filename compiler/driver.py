@@ -52,6 +52,7 @@ from eoracc.compiler.report import (
     parity_line,
 )
 from eoracc.compiler.targets import TARGETS, Job
+from eoracc.compiler.targets.engine_graph import check_contexts
 from eoracc.compiler.text import calibration_windows, evaluation_windows
 from eoracc.compiler.verify import AdapterCases
 from eoracc.passes.base import SurveyPass
@@ -189,6 +190,7 @@ def _make(
             config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
         )
         phase.advance()
+    check_contexts(config, loaded)
     spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
     tokenizer = loaded.tokenizer()
     held_out = evaluation_windows(

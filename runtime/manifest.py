@@ -2,10 +2,10 @@
 
 Every file of the artifact is listed with its sha256 and size, and nothing is loaded, the native
 library least of all, before every byte has been compared. The same inputs give the same bytes in
-every file but what tells of the build itself, and manifest.json, which holds their hashes: what it
-took (report.json), what TensorRT's builder said (builder.log). :attr:`Manifest.digest` covers
-neither those nor adapters, which come and go: it names the backbone that was built, and is what
-adapters are bound to.
+every file but what tells of the build itself (report.json, builder.log), engines, in which TensorRT
+numbers its values as it comes to them, and manifest.json, which holds their hashes.
+:attr:`Manifest.digest` covers none of those, nor adapters, which come and go: it names the backbone
+that was built, and is what adapters are bound to.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _FORMAT = "eoracc artifact"
 _BLOCK = 1 << 20
 _SECTIONS = ("source", "config", "packages", "parity")
 _ADAPTER_FILE = re.compile(rf"{ADAPTERS_FOLDER}/[^/]+\.(onnx_adapter|json)")
-_LATER_ENGINE = re.compile(r"tensorrt/(engines\.json|[^/]+\.(engine|log))")
-"""What ``eoracc engine`` adds where the GPU is."""
+_ENGINE_FILE = re.compile(r"tensorrt(_rtx)?/(engines\.json|[^/]+\.(engine|log))")
+"""What TensorRT makes of a graph, with the build or where the GPU is."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def describe_bytes(content: bytes) -> FileEntry:
 def backbone_digest(files: Mapping[str, FileEntry]) -> str:
     """sha256 over paths and hashes of ``files``.
 
-    Left out are the report, builder's logs, and what is added later: adapters, TensorRT's engines.
+    Left out are the report, what is added later (adapters), and what TensorRT makes of a graph that
+    is covered: engines, their description and the builder's logs.
     """
     digest = hashlib.sha256()
     for name, entry in sorted(files.items()):
-        if PurePosixPath(name).name == BUILDER_LOG or name == REPORT_FILE:
-            continue
-        if not _ADAPTER_FILE.fullmatch(name) and not _LATER_ENGINE.fullmatch(name):
+        left_out = name == REPORT_FILE or _ADAPTER_FILE.fullmatch(name)
+        if not left_out and not _ENGINE_FILE.fullmatch(name):
             digest.update(f"{entry.sha256}  {name}\n".encode())
     return digest.hexdigest()
 

@@ -50,14 +50,20 @@ _BIAS = INPUTS.index("bias")
 
 
 def lower(
-    model: ir.Model, *, dtype: Dtype = "float16", adapter_type: AdapterType = "none"
+    model: ir.Model,
+    *,
+    dtype: Dtype = "float16",
+    adapter_type: AdapterType = "none",
+    positions: int | None = None,
 ) -> ir.Model:
     """Rewrite ``model`` for TensorRT with the plugin.
 
     Args and errors are those of
     :func:`eoracc.compiler.lowering.tensorrt_graph.lower_decoder`.
     """
-    lowered = lower_decoder(model, PluginWriter, dtype=dtype, adapter_type=adapter_type)
+    lowered = lower_decoder(
+        model, PluginWriter, dtype=dtype, adapter_type=adapter_type, positions=positions
+    )
     for node in [node for node in lowered.graph if node.domain == DOMAIN]:
         _take_bias(node)
         function = plugin_function(node)

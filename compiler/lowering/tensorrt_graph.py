@@ -24,6 +24,7 @@ from eoracc.compiler.linears import BIAS, FUSED_DOMAIN, block_of
 from eoracc.compiler.lowering.explicit_attention import CacheLayout, constant, explicit_attention
 from eoracc.compiler.lowering.half_precision import HALF, round_to, to_half
 from eoracc.compiler.lowering.last_logits import head_chain
+from eoracc.compiler.lowering.position_tables import cut_position_tables
 
 __all__ = [
     "LOGITS_POSITIONS",
@@ -71,6 +72,7 @@ def lower_decoder(
     adapter_type: AdapterType = "none",
     cache: CacheLayout = "concat",
     capacity: int | None = None,
+    positions: int | None = None,
 ) -> ir.Model:
     """Rewrite ``model`` for TensorRT.
 
@@ -81,6 +83,8 @@ def lower_decoder(
       adapter_type: ``dtype`` where adapters are inputs, else ``none``.
       cache: see :data:`CacheLayout`.
       capacity: tokens that each row of a cache in place has room for.
+      positions: tokens that a row may have, beyond which tables by position are cut off; None
+        keeps them as they are.
 
     Returns:
       A new graph that shares the tensors of what is not compressed.
@@ -98,6 +102,8 @@ def lower_decoder(
     graph = lowered.graph
     explicit_attention(graph, mask_dtype=half, cache=cache, capacity=capacity)
     _gather_logits(graph)
+    if positions is not None:
+        cut_position_tables(graph, positions)
     common.RemoveUnusedNodesPass()(lowered)
     graph.sort()
     to_half(graph, half)

@@ -40,6 +40,7 @@ def lower(
     adapter_type: AdapterType = "none",
     cache: CacheLayout = "concat",
     capacity: int | None = None,
+    positions: int | None = None,
 ) -> ir.Model:
     """Rewrite ``model`` into what TensorRT for RTX builds well.
 
@@ -54,6 +55,7 @@ def lower(
         adapter_type=adapter_type,
         cache=cache,
         capacity=capacity,
+        positions=positions,
     )
 
 

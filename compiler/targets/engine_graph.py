@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from eoracc.compiler.artifact import MODEL_FILE
+from eoracc.compiler.config import engine_sections
 from eoracc.compiler.engines.bindings import bindings_of, profiles_for
+from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.lowering.dequantize import rounded_product
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
 from eoracc.compiler.lowering.half_precision import HALF
@@ -21,11 +23,12 @@ from eoracc.runtime.tensorrt.engine_set import Binding, EngineFile, EngineSet, P
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eoracc.compiler.config import TargetName
+    from eoracc.compiler.config import BuildConfig, TargetName
     from eoracc.compiler.config_tensorrt import EngineConfig
+    from eoracc.compiler.frontend import LoadedModel
     from eoracc.compiler.targets.job import Job
 
-__all__ = ["EngineGraph", "record_engine_graph", "write_engine_graph"]
+__all__ = ["EngineGraph", "check_contexts", "record_engine_graph", "write_engine_graph"]
 
 _LORA_A, _LORA_B = ".lora_a", ".lora_b"
 
@@ -75,6 +78,21 @@ class EngineGraph:
             bindings=self.bindings,
             engines=tuple(sorted(engines, key=lambda one: float(one.compute_capability))),
         )
+
+
+def check_contexts(config: BuildConfig, loaded: LoadedModel) -> None:
+    """See that engines are not built for longer texts than the model has positions for.
+
+    Raises:
+      ConfigError: they are.
+    """
+    positions = loaded.config.max_position_embeddings
+    for section, options in engine_sections(config).items():
+        if options.context_length > positions:
+            raise ConfigError(
+                f"{section}.context_length: is {options.context_length}, and the model has "
+                f"{positions} positions: lower it to that"
+            )
 
 
 def write_engine_graph(

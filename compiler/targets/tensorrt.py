@@ -46,6 +46,7 @@ def emit(job: Job) -> Emitted:
         job.compressed.model,
         dtype=options.dtype,
         adapter_type="none" if options.adapter_type == "none" else options.dtype,
+        positions=options.context_length,
     )
     spec.check(lowered, spec.Stage.TENSORRT, after="the lowering")
     cases = kernel_cases(lowered)

@@ -48,6 +48,7 @@ def emit(job: Job) -> Emitted:
         job.compressed.model,
         dtype=options.dtype,
         adapter_type="none" if options.adapter_type == "none" else options.dtype,
+        positions=options.context_length,
         cache=options.cache,
         capacity=options.context_length if options.cache == "in_place" else None,
     )

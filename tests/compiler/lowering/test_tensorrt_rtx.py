@@ -99,6 +99,23 @@ def test_uncompressed_graph_equals_eager_model(family: str, tmp_path: Path) -> N
         check_parity(source, session(lowered, tmp_path), eager)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_tables_end_with_the_positions_that_calls_have(family: str, tmp_path: Path) -> None:
+    source = loaded(family, tmp_path)
+    whole, cut = (lower(source.model, positions=length) for length in (None, TOKENS))
+
+    def tables(model: ir.Model) -> list[int]:
+        return [
+            len(value.const_value.numpy())
+            for name, value in model.graph.initializers.items()
+            if "_cache" in name and value.const_value is not None
+        ]
+
+    assert min(tables(whole)) > TOKENS
+    assert tables(cut) == [TOKENS] * len(tables(whole))
+    check_parity(source, session(cut, tmp_path), rounded_eager(source, {}, torch.float16))
+
+
 FORMS: Mapping[str, dict[str, Any]] = {
     "int4_symmetric": {"bits": 4, "symmetric": True},
     "int4_zeros": {"bits": 4, "factors": "int8"},

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from eoracc.compiler import driver
 from eoracc.compiler.cli import main
-from eoracc.compiler.errors import TargetError
+from eoracc.compiler.errors import ConfigError, TargetError
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import Report, report_lines
 from eoracc.runtime.adapters import read_adapter
@@ -74,6 +74,13 @@ def built(workspace: Path) -> BuildResult:
     }
     engines = ENGINES | {"adapter_type": "float16", "rank": [0, 2, 4]}
     return build(workspace, config(workspace, tensorrt_rtx=engines, adapters={"prose": adapter}))
+
+
+def test_a_context_beyond_the_models_positions_is_refused_before_any_work(workspace: Path) -> None:
+    output = str(workspace / "long")
+    options = config(workspace, output=output, tensorrt_rtx=ENGINES | {"context_length": 129})
+    with pytest.raises(ConfigError, match=r"context_length: is 129, and the model has 128 pos"):
+        build(workspace, options)
 
 
 def test_engines_alone(built: BuildResult) -> None:
@@ -142,7 +149,6 @@ def test_both_targets_side_by_side(workspace: Path, tmp_path: Path) -> None:
     assert read_engine_set(result.output / "tensorrt_rtx").cache_layout == "in_place"
     genai = json.loads((result.output / "genai_config.json").read_text())
     assert genai["model"]["decoder"]["filename"] == "model.onnx"
-    # Equal inputs give equal engines: only logs and reports tell the builds apart.
     again = build(workspace, config(workspace, **{**fields, "output": str(tmp_path / "again")}))
     assert again.manifest.digest == result.manifest.digest
 
