@@ -43,8 +43,9 @@ class EngineLayers:
 
     Attributes:
       layers: how many layers it has of each type, the most frequent first.
-      constant_bytes: bytes of their constants by data type, each counted once; the largest first.
-      weight_bytes: what all weights take in a GPU's memory.
+      constant_bytes: bytes of their constants by data type, the largest first. Each name counts
+        once; a weight that several profiles or layers read has a name in each.
+      weight_bytes: what all weights take in a GPU's memory, each once.
       activation_bytes: what activations take there at most, over all profiles.
     """
 
