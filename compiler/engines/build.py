@@ -199,8 +199,10 @@ class _Worker:
         assert self._process.stdout is not None  # noqa: S101 - a pipe
         self._stdin = self._process.stdin
         self.events: Iterator[Mapping[str, Any]] = map(json.loads, self._process.stdout)
-        self._stdin.write(task.to_json() + "\n")
-        self._stdin.flush()
+        # A process that is dead already says so by having no events.
+        with suppress(BrokenPipeError):
+            self._stdin.write(task.to_json() + "\n")
+            self._stdin.flush()
 
     def last_words(self) -> str:
         """Why there are no more events, though there should be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from typing_extensions import override
 
 from eoracc.compiler.engines.build import BuiltEngine, build_engines, require_package
+from eoracc.compiler.engines.task import EngineTask
 from eoracc.compiler.errors import TargetError
 from eoracc.compiler.progress import SilentProgress
 
@@ -141,9 +143,19 @@ def test_what_the_builder_refuses_is_said_in_its_words(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("work/*.engine"))
 
 
-def test_a_builder_that_dies_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.5], ids=["at once", "before it is told"])
+def test_a_builder_that_dies_is_said_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
     graph = write_graph(tmp_path / "graph")
     monkeypatch.setattr("eoracc.compiler.engines.build.sys.executable", "/bin/false")
+    as_json = EngineTask.to_json
+
+    def late(task: EngineTask) -> str:
+        time.sleep(seconds)
+        return as_json(task)
+
+    monkeypatch.setattr(EngineTask, "to_json", late)
     with pytest.raises(TargetError, match="the builder ended with status 1"):
         build(graph, tmp_path / "work")
 
