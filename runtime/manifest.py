@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.folder_change import STAGED, reading
+from eoracc.runtime.versioned_json import read_versioned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -153,21 +154,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no such folder: give an artifact's folder")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{folder}: has no {MANIFEST_FILE}, so it is no eoracc artifact: build one"
-        ) from None
-    except (OSError, ValueError):
-        raise ArtifactError(f"{path}: cannot be read as JSON: build the artifact again") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ArtifactError(f"{path}: is not the manifest of an eoracc artifact")
-    if content.get("schema") != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path}: has schema {content.get('schema')}, this eoracc reads {SCHEMA_VERSION}: "
-            "use the eoracc that built it, or build again"
-        )
+    content = read_versioned(
+        path,
+        file_format=_FORMAT,
+        schema=SCHEMA_VERSION,
+        missing=f"{folder}: has no {MANIFEST_FILE}, so it is no eoracc artifact: build one",
+        foreign="is not the manifest of an eoracc artifact",
+    )
     try:
         files = {
             str(name): FileEntry(str(entry["sha256"]), int(entry["size"]))

@@ -15,14 +15,14 @@ copied the folder alone can still compare its files with what was written::
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import MANIFEST_FILE, describe_file, verify_manifest
-from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE, EngineSet, read_engine_set
+from eoracc.runtime.tensorrt.engine_set import EngineSet, parse_engine_set
+from eoracc.runtime.versioned_json import is_beside, read_versioned
 
 __all__ = ["BUNDLE_FILE", "BUNDLE_FOLDER", "Bundle", "bundle_json", "open_bundle"]
 
@@ -90,33 +90,27 @@ def open_bundle(path: Path) -> Bundle:
     if artifact is not None:
         verify_manifest(artifact)
     file = folder / BUNDLE_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
+    content = read_versioned(
+        file,
+        file_format=_FORMAT,
+        schema=_SCHEMA,
+        missing=(
             f"{path}: has no bundle for TensorRT: add 'tensorrt' to 'targets' of its model.yaml "
             "and build it again"
-        ) from None
-    except (OSError, ValueError):
-        raise ArtifactError(f"{file}: cannot be read as JSON: build the artifact again") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ArtifactError(f"{file}: does not describe a bundle for TensorRT")
-    if content.get("schema") != _SCHEMA:
-        raise ArtifactError(
-            f"{file}: has schema {content.get('schema')}, this eoracc reads {_SCHEMA}: use the "
-            "eoracc that built it, or build again"
-        )
+        ),
+        foreign="does not describe a bundle for TensorRT",
+    )
     try:
         capabilities = tuple(str(one) for one in content["compute_capabilities"])
         files = {
             str(name): (str(one["sha256"]), int(one["size"]))
             for name, one in content["files"].items()
         }
-        engines = _read(content["engines"])
+        engines = parse_engine_set(content["engines"], file)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{file}: lacks a part: build the artifact again") from None
     for name, described in files.items():
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
+        if not is_beside(name):
             raise ArtifactError(f"{file}: names '{name}', which is not beside it: do not trust it")
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise ArtifactError(f"{folder / name}: is missing: copy or build the bundle again")
@@ -127,10 +121,3 @@ def open_bundle(path: Path) -> Bundle:
                 "bundle again"
             )
     return Bundle(folder, artifact, capabilities, engines)
-
-
-def _read(content: object) -> EngineSet:
-    """Engines as :func:`read_engine_set` takes them, from a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / ENGINES_FILE).write_text(json.dumps(content), encoding="utf-8")
-        return read_engine_set(Path(folder))

@@ -22,10 +22,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from eoracc.runtime.errors import ArtifactError
+from eoracc.runtime.versioned_json import check_versioned, is_beside, read_versioned
 
 __all__ = [
     "ENGINES_FILE",
@@ -33,6 +34,7 @@ __all__ = [
     "EngineFile",
     "EngineSet",
     "Profile",
+    "parse_engine_set",
     "read_engine_set",
 ]
 
@@ -40,6 +42,7 @@ ENGINES_FILE = "engines.json"
 
 _FORMAT = "eoracc engines"
 _SCHEMA = 1
+_FOREIGN = "does not describe the engines of an artifact"
 _MODES = ("input", "output")
 _LAYOUTS = ("concat", "in_place")
 _ADAPTER_TYPES = ("none", "float16", "bfloat16")
@@ -182,25 +185,33 @@ def read_engine_set(folder: Path) -> EngineSet:
       ArtifactError: it is missing, damaged or newer than this eoracc, or names a file elsewhere.
     """
     path = folder / ENGINES_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
-    except (OSError, ValueError):
-        raise ArtifactError(f"{path}: cannot be read as JSON: build the artifact again") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ArtifactError(f"{path}: does not describe the engines of an artifact")
-    if content.get("schema") != _SCHEMA:
-        raise ArtifactError(
-            f"{path}: has schema {content.get('schema')}, this eoracc reads {_SCHEMA}: "
-            "use the eoracc that built it, or build again"
-        )
+    content = read_versioned(
+        path,
+        file_format=_FORMAT,
+        schema=_SCHEMA,
+        missing=f"{path}: is missing: build the artifact again",
+        foreign=_FOREIGN,
+    )
+    return _parse_beside(content, path)
+
+
+def parse_engine_set(content: object, path: Path) -> EngineSet:
+    """Engines as engines.json describes them, of which ``path`` holds ``content``.
+
+    Raises:
+      ArtifactError: it is damaged or newer than this eoracc, or names a file elsewhere.
+    """
+    checked = check_versioned(content, path, file_format=_FORMAT, schema=_SCHEMA, foreign=_FOREIGN)
+    return _parse_beside(checked, path)
+
+
+def _parse_beside(content: Mapping[str, Any], path: Path) -> EngineSet:
     try:
         engines = _parse(content)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
     for name in (engines.graph, *(engine.file for engine in engines.engines)):
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
+        if not is_beside(name):
             raise ArtifactError(
                 f"{path}: names '{name}', which is not beside it: do not trust this artifact"
             )
