@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eoracc.runtime.tensorrt import cuda
+from tests.runtime.tensorrt.engine_artifact import Oracle, write_engine_artifact
 from tests.runtime.tensorrt.machine import GIB, Machine
 from tests.runtime.tensorrt.stand_in import VERSION
 
@@ -42,3 +43,17 @@ def machine(libcuda: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]
     machine.set_up(devices=1, capability=(8, 6), memory=GIB)
     yield machine
     machine.set_up(devices=1, capability=(8, 6), memory=GIB)
+
+
+@pytest.fixture(scope="module", params=["concat", "in_place"])
+def artifact(
+    request: pytest.FixtureRequest, libcuda: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Engines that take adapters, with either cache."""
+    return write_engine_artifact(tmp_path_factory.mktemp("engines"), libcuda, cache=request.param)
+
+
+@pytest.fixture(scope="module")
+def oracle(artifact: Path) -> Oracle:
+    """What they must compute."""
+    return Oracle(artifact)

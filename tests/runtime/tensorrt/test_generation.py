@@ -22,18 +22,6 @@ CHOICES = [None, "math", "prose", "math", {"math": 0.5, "prose": -1.0}]
 UNIT_ROUNDOFF = 2.0**-24
 
 
-@pytest.fixture(scope="module", params=["concat", "in_place"])
-def artifact(
-    request: pytest.FixtureRequest, libcuda: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return write_engine_artifact(tmp_path_factory.mktemp("engines"), libcuda, cache=request.param)
-
-
-@pytest.fixture(scope="module")
-def oracle(artifact: Path) -> Oracle:
-    return Oracle(artifact)
-
-
 @pytest.fixture
 def model(artifact: Path, machine: Machine) -> Model:
     del machine

@@ -13,7 +13,7 @@ import pytest
 
 from eoracc.runtime import BackendError, Model, load
 from eoracc.runtime.bank import NO_PLACE
-from tests.runtime.tensorrt.engine_artifact import Oracle, tiny_adapter, write_engine_artifact
+from tests.runtime.tensorrt.engine_artifact import Oracle, tiny_adapter
 from tests.runtime.tensorrt.stand_in import IExecutionContext, RefusedError
 
 if TYPE_CHECKING:
@@ -39,18 +39,6 @@ def tolerance(logits: NDArray[np.float32]) -> float:
 def assert_close(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance(expected))
-
-
-@pytest.fixture(scope="module", params=["concat", "in_place"])
-def artifact(
-    request: pytest.FixtureRequest, libcuda: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return write_engine_artifact(tmp_path_factory.mktemp("engines"), libcuda, cache=request.param)
-
-
-@pytest.fixture(scope="module")
-def oracle(artifact: Path) -> Oracle:
-    return Oracle(artifact)
 
 
 @pytest.fixture
