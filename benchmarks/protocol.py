@@ -77,13 +77,8 @@ def load_protocol(
       samples: windows that calibrate.
       windows: windows of each text that evaluate.
     """
-    folder = CACHE / model
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_texts(folder)
-    if checkpoint is None:
-        source, data = MODELS[model]
-        (path,) = assemble([source], data)
-    loaded = load(str(path if checkpoint is None else checkpoint), work=folder / "model")
+    folder, source = prepare(model, checkpoint=checkpoint)
+    loaded = load(str(source), work=folder / "model")
     tokenizer = loaded.tokenizer()
 
     def text(file: str, count: int, offset: int = 0) -> Windows:
@@ -103,6 +98,25 @@ def load_protocol(
         text("wiki.txt", windows, OFFSET_TOKENS),
         text("c4.txt", windows),
     )
+
+
+def prepare(model: str, *, checkpoint: Path | None = None) -> tuple[Path, Path]:
+    """Fetch a model and the texts.
+
+    Args:
+      model: a key of :data:`MODELS`.
+      checkpoint: its folder, where it is at hand already.
+
+    Returns:
+      The folder with ``wiki.txt`` and ``c4.txt``, and the model's file or folder.
+    """
+    folder = CACHE / model
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_texts(folder)
+    if checkpoint is None:
+        source, data = MODELS[model]
+        (checkpoint,) = assemble([source], data)
+    return folder, checkpoint.resolve()
 
 
 def _write_texts(folder: Path) -> None:
