@@ -10,8 +10,8 @@ embeddings and head are not; bits count scales, zero points and factors.
 
 A setting is ``<bits>g<group>`` or ``<bits>row``, then ``-<compensation><rank>`` where there is
 one, with the type of its factors where it is not float16, then ``-outputs`` where outputs are
-matched and ``-unit`` where tokens count alike whatever their size: ``3g64``, ``4row-eora32``,
-``3g64-eora16-int4-outputs-unit``. A recipe (:data:`RECIPES`) has a name of its own:
+matched and ``-equal`` where tokens count as they are, not alike: ``3g64``, ``4row-eora32``,
+``3g64-eora16-int4-outputs-equal``. A recipe (:data:`RECIPES`) has a name of its own:
 ``mixed-3.6``. Each is a build of its own, with a sweep of its own, through the driver.
 """
 
@@ -65,7 +65,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How to compress: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs][-unit]``."""
+    """How to compress: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs][-equal]``."""
 
     bits: int
     group_size: int
@@ -73,13 +73,13 @@ class Setting:
     rank: int = 0
     factor_type: str = "float16"
     match: str = "weights"
-    tokens: str = "equal"
+    tokens: str = "unit"
 
     @classmethod
     def parse(cls, text: str) -> Setting:
         """The setting called ``text``; ValueError where there is none of that name."""
         match = re.fullmatch(
-            r"([2348])(?:g(\d+)|row)(?:-([a-z_]+)(\d+)(?:-(int[48]))?)?(?:-(outputs))?(?:-(unit))?",
+            r"([2348])(?:g(\d+)|row)(?:-([a-z_]+)(\d+)(?:-(int[48]))?)?(?:-(outputs))?(?:-(equal))?",
             text,
         )
         if match is None or match[3] not in (None, *_NAMES):
@@ -92,7 +92,7 @@ class Setting:
             int(rank or 0),
             factor_type or "float16",
             target or "weights",
-            tokens or "equal",
+            tokens or "unit",
         )
 
     @property
@@ -104,8 +104,8 @@ class Setting:
             added += f" {self.factor_type}"
         if self.match == "outputs":
             added += ", outputs matched"
-        if self.tokens == "unit":
-            added += ", tokens alike"
+        if self.tokens == "equal":
+            added += ", tokens as they are"
         return f"eoracc {self.bits}-bit {group}, GPTQ{added}"
 
     def passes(self) -> list[Any]:
@@ -140,7 +140,7 @@ _ENDS = (0, 1, 2, 3, 4, 5, 24, 25, 26, 27, 28, 29)
 _GEMMA_ENDS = (0, 1, 2, 15, 16, 17)
 """Likewise of Gemma-3-270M, by analogy."""
 
-_CALIBRATE = {"calibrate": {"match": "outputs", "tokens": "unit"}}
+_CALIBRATE = {"calibrate": {"match": "outputs"}}
 
 RECIPES: dict[str, Recipe] = {
     "mixed-3.6": Recipe(

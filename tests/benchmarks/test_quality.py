@@ -15,6 +15,7 @@ from benchmarks.quality import Setting
             "4g128-eora16-int4-outputs",
             "eoracc 4-bit group 128, GPTQ + EoRA rank 16 int4, outputs matched",
         ),
+        ("3g64-equal", "eoracc 3-bit group 64, GPTQ, tokens as they are"),
     ],
 )
 def test_settings_are_labelled_by_what_they_do(text: str, label: str) -> None:
@@ -22,13 +23,13 @@ def test_settings_are_labelled_by_what_they_do(text: str, label: str) -> None:
 
 
 def test_settings_become_passes() -> None:
-    assert Setting.parse("3g64-svd8-int8-outputs-unit").passes() == [
-        {"calibrate": {"match": "outputs", "tokens": "unit"}},
+    assert Setting.parse("3g64-svd8-int8-outputs-equal").passes() == [
+        {"calibrate": {"match": "outputs", "tokens": "equal"}},
         {"quantize_gptq": {"bits": 3, "group_size": 64}},
         {"svd": {"rank": 8, "factor_type": "int8"}},
     ]
     assert Setting.parse("4row").passes() == [
-        {"calibrate": {"match": "weights", "tokens": "equal"}},
+        {"calibrate": {"match": "weights", "tokens": "unit"}},
         {"quantize_gptq": {"bits": 4, "group_size": -1}},
     ]
 
