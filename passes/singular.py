@@ -37,6 +37,8 @@ _SUBSET_SHARE = 4
 """Up to one in so many of that side, some eigenvectors are found faster than all of them."""
 _BLOCK = 32
 """Columns that the Krylov space grows by."""
+_ROOM = 100
+"""How many roundings of the largest squared singular value the smallest one kept has to exceed."""
 _RATIOS = (0.5, 0.95)
 """Between these a ratio of successive gains is believed: one large singular value that is caught at
 once says nothing of how fast the rest converges."""
@@ -48,25 +50,42 @@ def top_left_vectors(matrix: Float, rank: int) -> Float:
     The span is that of the top left singular vectors, which are its columns, largest first, where
     their singular values are told apart. The result is the same on every call.
 
+    Squared singular values are what both ways work with. Where those of a float32 matrix span more
+    than its digits hold (an input of a few huge tokens does that), float64 takes over: what is
+    small next to the largest one would be rounding otherwise.
+
     Args:
-      matrix: float32 or float64 ``[rows, columns]``; everything is computed in its precision.
+      matrix: float32 or float64 ``[rows, columns]``.
       rank: in ``0..min(rows, columns)``.
 
     Returns:
-      ``U``, such that ``||matrix - U U^T matrix||_F`` exceeds the optimum by 0.1% at most, and by
-      rounding only where the smaller side is 1024 at most.
+      ``U``, of the type of ``matrix``, such that ``||matrix - U U^T matrix||_F`` exceeds the
+      optimum by 0.1% at most, and by rounding only where the smaller side is 1024 at most.
 
     >>> top_left_vectors(np.diag([2.0, 3.0]), 1).round(6).tolist()
     [[0.0], [1.0]]
     """
-    rows, columns = matrix.shape
-    side = min(rows, columns)
     if rank == 0:
-        return np.zeros((rows, 0), matrix.dtype)
+        return np.zeros((len(matrix), 0), matrix.dtype)
+    found = _found(matrix, rank)
+    if matrix.dtype == np.float32 and _drown(matrix, found):
+        found = _found(matrix.astype(np.float64), rank).astype(np.float32)
+    return _signed(found)
+
+
+def _found(matrix: Float, rank: int) -> Float:
+    """The vectors by whichever way is the faster, in the precision of ``matrix``."""
     found = None
+    side = min(matrix.shape)
     if side > _EXACT_SIDE and rank * _EXACT_SHARE <= side:
         found = _krylov(matrix, rank)
-    return _signed(_exact(matrix, rank) if found is None else found)
+    return _exact(matrix, rank) if found is None else found
+
+
+def _drown(matrix: Float, vectors: Float) -> bool:
+    """Whether the least of ``vectors`` may be rounding of the largest one's square."""
+    caught = np.square(vectors.T @ matrix).sum(axis=1)
+    return bool(caught.min() < _ROOM * np.finfo(matrix.dtype).eps * caught.max())
 
 
 def _exact(matrix: Float, rank: int) -> Float:

@@ -53,9 +53,9 @@ def optimum(matrix: NDArray[np.floating], rank: int) -> float:
 
 
 def rounding(matrix: NDArray[np.floating]) -> float:
-    """Of a norm whose square comes from products: what is small next to it drowns in it."""
+    """Of the vectors themselves, each off by some roundings: how much of the whole leaks past."""
     norm = float(np.linalg.norm(matrix.astype(np.float64)))
-    return norm * float(np.sqrt(4 * max(matrix.shape) * np.finfo(matrix.dtype).eps))
+    return norm * 4 * max(matrix.shape) * float(np.finfo(matrix.dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -96,6 +96,29 @@ def assert_orthonormal(vectors: NDArray[np.floating]) -> None:
     rows, rank = vectors.shape
     off = np.abs(vectors.T @ vectors - np.eye(rank)).max(initial=0.0)
     assert off <= 20 * rows * np.finfo(vectors.dtype).eps
+
+
+@pytest.mark.parametrize("krylov", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("huge", [1e2, 1e4, 1e6])
+def test_one_huge_direction_does_not_drown_the_others(
+    huge: float, shape: tuple[int, int], krylov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 its square leaves no digit to those that are a ten-thousandth of it."""
+    if krylov:
+        monkeypatch.setattr(singular, "_EXACT_SIDE", 16)
+        monkeypatch.setattr(singular, "_BLOCK", 8)
+    matrix = make(shape, "decaying")
+    rng = np.random.default_rng(3)
+    matrix += huge * np.outer(*(np.linalg.qr(rng.standard_normal((n, 1)))[0] for n in shape))
+    single = matrix.astype(np.float32)
+    vectors = top_left_vectors(single, 24)
+    assert vectors.dtype == np.float32
+    assert_orthonormal(vectors)
+    left, least = left_over(single, vectors), optimum(single, 24)
+    # Vectors as float32 holds them let a rounding of the largest through.
+    assert left <= np.hypot(least * (1 + 5 * TOLERANCE), 10 * np.finfo(np.float32).eps * huge)
+    assert left < 0.5 * optimum(single, 1), "the others are not drowned"
 
 
 @pytest.mark.usefixtures("by_krylov")
