@@ -38,16 +38,20 @@ class RatioOverride(Override):
     ratio: Ratio | None = None
 
 
+_ROUNDING = 1e-9
+"""What floats may make a rank that is a whole number fall short by."""
+
+
 def factorized_rank(out_features: int, in_features: int, ratio: float) -> int:
     """The rank at which two factors hold ``1 - ratio`` of a weight's parameters, at least 1.
 
-    ``r = floor((1 - ratio) N K / (N + K))``.
+    ``r = floor((1 - ratio) N K / (N + K))``, of the exact product.
 
-    >>> factorized_rank(576, 1536, 0.2), factorized_rank(4, 4, 0.99)
-    (335, 1)
+    >>> factorized_rank(576, 1536, 0.2), factorized_rank(640, 640, 0.8), factorized_rank(4, 4, 0.99)
+    (335, 64, 1)
     """
-    product = out_features * in_features
-    return max(1, int((1 - ratio) * product / (out_features + in_features)))
+    effective = out_features * in_features / (out_features + in_features)
+    return max(1, int((1 - ratio) * effective + _ROUNDING))
 
 
 @dataclass(frozen=True, kw_only=True)
