@@ -205,8 +205,41 @@ def test_matched_outputs_are_what_the_product_comes_near(method: type[Factorizat
         assert near < weighted_norm(linear.weight() - product, group.gram.matrix)
 
 
+def test_defaults_are_those_of_the_papers() -> None:
+    assert ErcSvd().beta == 0.05
+    assert (ErcSvd().stages, ErcSvd().residual_metric) == (2, "weight")
+    assert Nsvd().share == 0.95
+    assert FactorizeActivationScaled().alpha == 0.5
+
+
 class TestErcSvd:
     """Options of ``erc_svd``."""
+
+    @pytest.mark.parametrize(("ratio", "beta"), [(0.4, 0.05), (0.4, 0.3), (0.4, 0.9), (0.9, 0.2)])
+    def test_is_the_published_product_of_the_published_ranks(
+        self, ratio: float, beta: float
+    ) -> None:
+        """Of the Gram alone; more residual than there is rank leaves the plain SVD."""
+        group = group_of()
+        assert group.gram is not None
+        ErcSvd(ratio=ratio, beta=beta).call(group)
+        whitening = np.linalg.cholesky(group.gram.matrix)
+        inverse = np.linalg.inv(whitening)
+        for linear in group.linears:
+            weight = linear.weight().astype(np.float64)
+            effective = weight.size / sum(weight.shape)
+            rank = int((1 - ratio) * effective)
+            residual = min(rank, int(beta * effective))
+            left, singular, right = np.linalg.svd(weight @ whitening, full_matrices=False)
+            kept = rank - residual
+            first = (left[:, :kept] * singular[:kept]) @ right[:kept] @ inverse
+            left, singular, right = np.linalg.svd(weight - first, full_matrices=False)
+            second = (left[:, :residual] * singular[:residual]) @ right[:residual]
+            assert linear.factorized is not None
+            # Factors are float32: sums of as many products as the rank.
+            limit = 4 * rank * float(np.finfo(np.float32).eps) * float(np.abs(weight).max())
+            np.testing.assert_allclose(linear.factorized.product(), first + second, atol=limit)
+            assert limit < 1e-3 * float(np.abs(weight - first - second).max())
 
     @pytest.mark.parametrize(
         "options", [{"beta": 0.0}, {"residual_metric": "activation"}, {"stages": 1}]

@@ -202,6 +202,14 @@ def test_nested_factors_span_from_plain_to_whitened(share: float, same: str) -> 
     np.testing.assert_allclose(u @ v, expected_u @ expected_v, rtol=0, atol=1e-9)
 
 
+def test_the_share_of_a_rank_is_rounded_to_nearest() -> None:
+    problem = Problem((24, 40))
+    for rank, first in ((16, 15), (18, 17), (5, 5), (14, 13)):  # of 15.2, 17.1, 4.75, 13.3
+        nested_u, nested_v = nested_factors(problem.weight, problem.root, rank)
+        erc_u, erc_v = erc_factors(problem.weight, problem.root, rank, rank - first)
+        np.testing.assert_array_equal(nested_u @ nested_v, erc_u @ erc_v)
+
+
 def test_nested_and_residual_compensated_are_one_method_at_the_same_split() -> None:
     problem = Problem((24, 40))
     nested_u, nested_v = nested_factors(problem.weight, problem.root, 10, share=0.8)
@@ -257,6 +265,7 @@ class TestErc:
         ("beta", "rank", "shape", "expected"),
         [
             (0.05, 230, (576, 576), 14),
+            (0.05, 335, (576, 1536), 20),  # of 20.9
             (0.0, 9, (24, 40), 0),
             (1.0, 9, (24, 40), 9),
             (0.05, 1, (9, 1), 0),
@@ -278,6 +287,22 @@ class TestErc:
         tried = [residual_rank(beta, 20, 90, 120) for beta in (0, 0.025, 0.05, 0.1, 0.2)]
         assert product(chosen) == min(map(product, tried))
         assert len(set(tried)) == 5
+
+    @pytest.mark.parametrize(("least", "expected"), [(0.9, 0), (0.02, 10)])
+    def test_the_adaptive_split_goes_by_what_directions_are_worth(
+        self, least: float, expected: int
+    ) -> None:
+        """Half the inputs are hardly seen; the others need all of the rank, or little of it."""
+        rng = np.random.default_rng(1)
+        seen, unseen = np.geomspace(1, least, 20), np.geomspace(4, 0.5, 6)
+        halves = [
+            rng.standard_normal((90, len(scale))) * scale @ rng.standard_normal((len(scale), 60))
+            for scale in (seen, unseen)
+        ]
+        weight = np.hstack(halves) + 0.01 * rng.standard_normal((90, 120))
+        root = np.diag(np.repeat([1.0, 1e-3], 60))
+        assert adaptive_residual_rank(weight, root, 20) == expected
+        assert residual_rank(0.2, 20, 90, 120) == 10, "is the largest share"
 
     def test_the_adaptive_split_is_none_where_inputs_are_alike(self) -> None:
         problem = Problem((24, 40))

@@ -63,6 +63,20 @@ def test_a_metric_of_few_directions_leaves_the_rest_of_its_rank_to_the_plain_svd
     assert np.abs((weight - u @ v) @ inputs).max() < 1e-9
 
 
+def test_rounding_of_a_singular_gram_is_no_direction() -> None:
+    """Roots of a Gram are square: what its tokens leave open is there as rounding."""
+    weight, _ = problem((24, 40))
+    inputs = np.random.default_rng(1).standard_normal((40, 3))
+    gram: Float = inputs @ inputs.T
+    values, vectors = np.linalg.eigh(gram)
+    roots = [vectors * np.sqrt(values.clip(min=0)), vectors * np.sqrt(np.abs(values))]
+    split_u, split_v = staged_factors(weight, [Stage(3, inputs), Stage(5)])
+    for root in roots:
+        u, v = staged_factors(weight, [Stage(8, root)])
+        np.testing.assert_allclose(u @ v, split_u @ split_v, rtol=0, atol=1e-9)
+    assert np.linalg.norm(roots[1]) > np.linalg.norm(inputs) * (1 + EPS), "there is some"
+
+
 def test_an_input_that_is_always_zero_is_no_special_case() -> None:
     weight, root = problem((24, 40))
     root[::3] = 0
