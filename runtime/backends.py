@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from eoracc import EoraccError
-from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
-from eoracc.runtime.adapters import adapters_in, check_known, combine, read_adapter
+from eoracc.runtime.adapters import adapters_in, check_known, combine, find_slots, read_adapter
 from eoracc.runtime.backend import read_decoder
 from eoracc.runtime.bank import AdapterBank, FactorsOf, Weights
 from eoracc.runtime.batch import Graph, GraphDecoder
 from eoracc.runtime.errors import ArtifactError, BackendError
-from eoracc.runtime.session import open_inference
+from eoracc.runtime.session import open_inference, where_they_lie
 from eoracc.runtime.tensorrt.decoder import EngineDecoder
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE
 
@@ -101,14 +100,14 @@ def open_backend(
     if choice != "auto":
         if choice not in built:
             raise ArtifactError(_not_built(folder, manifest, choice, built))
-        return _open(folder, choice, threads=threads, adapters=names)
+        return _open(folder, manifest, choice, threads=threads, adapters=names)
     refusal: EoraccError = ArtifactError(_not_built(folder, manifest, "tensorrt", built))
     for tried, backend in enumerate(built):
         if backend == "onnxruntime":
-            opened = _open(folder, backend, threads=threads, adapters=names)
+            opened = _open(folder, manifest, backend, threads=threads, adapters=names)
             return replace(opened, instead=str(refusal)) if tried else opened
         try:
-            return _open(folder, backend, threads=threads, adapters=names)
+            return _open(folder, manifest, backend, threads=threads, adapters=names)
         except EoraccError as error:
             refusal = refusal if tried else error
     raise refusal
@@ -126,18 +125,26 @@ def _not_built(folder: Path, manifest: Manifest, wanted: Backend, built: Sequenc
     )
 
 
-def _open(folder: Path, backend: Backend, *, threads: int, adapters: Sequence[str]) -> Opened:
+def _open(
+    folder: Path, manifest: Manifest, backend: Backend, *, threads: int, adapters: Sequence[str]
+) -> Opened:
     load = _factors_in(folder)
     if backend != "onnxruntime":
         decoder = EngineDecoder.open(folder / backend, adapters, load)
         device_name = decoder.device_name
         return Opened(backend, device_name, decoder, device_bytes=decoder.device_bytes)
     files = read_decoder(folder)
-    inference = open_inference(str(files.model), files.library, threads, str(files.model))
-    metadata = inference.get_modelmeta().custom_metadata_map
-    slots = AdapterSlots.from_json(metadata[SLOTS_KEY]) if SLOTS_KEY in metadata else None
-    graph = Graph(inference, context_length=files.context_length, in_place=files.shares_cache)
-    bank = AdapterBank(slots, adapters, load)
+    bank = AdapterBank(find_slots(folder, manifest), adapters, load)
+    defaults = where_they_lie(bank.inputs[1])
+    inference = open_inference(
+        str(files.model), files.library, threads, str(files.model), defaults=defaults
+    )
+    graph = Graph(
+        inference,
+        context_length=files.context_length,
+        in_place=files.shares_cache,
+        defaults=defaults,
+    )
     return Opened(backend, f"CPU, {threads} threads", GraphDecoder(graph, bank))
 
 

@@ -29,6 +29,9 @@ NO_PLACE = -1
 SUMS = 8
 """Weighted sums of adapters that are kept while nobody uses them."""
 
+_ALIGNMENT = 64
+"""Bytes of a vector, and of a line of the cache."""
+
 Weights: TypeAlias = tuple[tuple[str, float], ...]
 """Names of adapters with the weights that they are summed with."""
 
@@ -180,7 +183,7 @@ class AdapterBank(AdapterPlaces[Packed]):
         singles = self._singles()
         if slots is not None and load is not None and singles:
             stacked = stack_adapters(slots, [pack_adapter(slots, load(one)) for one in singles])
-            self._inputs = (1, stacked)
+            self._inputs = (1, _in_one_piece(stacked))
 
     @property
     def inputs(self) -> tuple[int, dict[str, NDArray[np.generic]]]:
@@ -207,7 +210,25 @@ class AdapterBank(AdapterPlaces[Packed]):
             {name: array[place + 1 :] for name, array in arrays.items()},
         ]
         stacked = stack_adapters(self._slots, [one for one in banks if one is packed or _size(one)])
-        self._inputs = (version + 1, stacked)
+        self._inputs = (version + 1, _in_one_piece(stacked))
+
+
+def _in_one_piece(arrays: Packed) -> dict[str, NDArray[np.generic]]:
+    """The same arrays in one piece of memory, in their order, which is that of a run.
+
+    A step reads hundreds of small ones: one after the other they take fewer pages, large ones where
+    the system has them, and each begins where a vector may.
+    """
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays.values()]
+    memory = np.empty(sum(sizes) + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    pieces: dict[str, NDArray[np.generic]] = {}
+    for (name, array), size in zip(arrays.items(), sizes, strict=True):
+        piece = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        piece[...] = array
+        pieces[name] = piece
+        start += size
+    return pieces
 
 
 def _size(bank: Packed) -> int:

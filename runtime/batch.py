@@ -19,7 +19,7 @@ from eoracc.runtime.session import DTYPES, LOGITS_TO_KEEP, PAST, PRESENT
 from eoracc.runtime.text import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -48,8 +48,18 @@ class Graph:
         *,
         context_length: int,
         in_place: bool,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
+        """Look at what there is.
+
+        Args:
+          inference: the session.
+          context_length: tokens that it takes at most.
+          in_place: whether its attention writes into the buffers that it reads its past from.
+          defaults: what the session has been opened with, kept here for as long as it lives.
+        """
         self._inference = inference
+        self._defaults = dict(defaults or {})
         self.context_length = context_length
         self.in_place = in_place
         inputs = {value.name: value for value in inference.get_inputs()}
@@ -79,6 +89,11 @@ class Graph:
     def bind(self) -> Binding:
         """Something to bind the inputs and outputs of runs to."""
         return Binding(self._inference)
+
+    def reads(self, name: str, array: NDArray[np.generic]) -> bool:
+        """Whether a run that is told nothing of input ``name`` reads this very ``array``."""
+        default = self._defaults.get(name)
+        return default is not None and default.data_ptr() == _address(array)
 
 
 class Binding:
@@ -283,7 +298,7 @@ class Batch:
             binding.read("position_ids", positions.astype(np.int64))
         if self._graph.trims_logits:
             binding.read(LOGITS_TO_KEEP, np.array(keep, np.int64))
-        _bind_bank(binding, self._bank.inputs[1], np.array(adapters, np.int32))
+        _bind_bank(self._graph, binding, self._bank.inputs[1], np.array(adapters, np.int32))
         presents = self._bind_caches(binding, rows, past, past + longest)
         binding.run()
         for name, present in presents.items():
@@ -366,7 +381,7 @@ class _DecodeStep:
         if graph.needs_positions:
             binding.read("position_ids", self._positions)
         binding.write("logits", self._logits)
-        _bind_bank(binding, bank, self._adapters)
+        _bind_bank(graph, binding, bank, self._adapters)
         _bind_in_place(binding, caches, rows)
 
     def fits(self, rows: slice, version: int) -> bool:
@@ -400,10 +415,18 @@ def _bind_in_place(binding: Binding, caches: dict[str, NDArray[np.generic]], row
 
 
 def _bind_bank(
-    binding: Binding, bank: dict[str, NDArray[np.generic]], adapters: NDArray[np.int32]
+    graph: Graph,
+    binding: Binding,
+    bank: dict[str, NDArray[np.generic]],
+    adapters: NDArray[np.int32],
 ) -> None:
-    """Without a bank the model's defaults stand: an adapter of rank 0."""
+    """Without a bank the model's defaults stand: an adapter of rank 0.
+
+    Every input that is bound costs every run, and there are four a fused linear: a bank that the
+    session has for its defaults is not bound.
+    """
     for name, array in bank.items():
-        binding.read(name, array)
+        if not graph.reads(name, array):
+            binding.read(name, array)
     if bank:
         binding.read(ADAPTER_INDEX, adapters)

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from eoracc.plugins.adapters import ADAPTER_INDEX, pack_adapter, stack_adapters
 from eoracc.runtime import ArtifactError, Engine, Model, Request, RequestError, load
 from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter, combine, read_adapter
+from eoracc.runtime.adapters import Adapter, combine, read_adapter, read_slots
+from eoracc.runtime.backend import read_decoder
+from eoracc.runtime.batch import Binding
 from eoracc.runtime.manifest import read_manifest
 from eoracc.runtime.request import adapter_weights
+from eoracc.runtime.session import Session, open_inference, where_they_lie
 from tests.tiny_artifact import tiny_factors, tiny_linears, tiny_slots, write_tiny_artifact
 
 if TYPE_CHECKING:
@@ -201,6 +205,50 @@ def test_sum_that_comes_to_a_row_that_was_used(artifact: Path) -> None:
         while scheduler.step():
             pass
         assert tuple(one.tokens) == load(artifact, threads=1).generate_batch([request])[0].tokens
+
+
+def test_inputs_are_bound_only_for_a_bank_that_the_session_was_not_opened_with(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[str] = []
+    read = Binding.read
+
+    def note(binding: Binding, name: str, array: NDArray[np.generic]) -> None:
+        bound.append(name)
+        read(binding, name, array)
+
+    monkeypatch.setattr(Binding, "read", note)
+    model = load(artifact, threads=1)
+    operands = set(model.bank.inputs[1])  # type: ignore[attr-defined]
+    assert len(operands) > 20
+    plain = {name: model.generate(PROMPT, 4, adapter=name) for name in (*RANKS, None)}
+    assert len({one.tokens for one in plain.values()}) == len(plain)
+    assert not operands & set(bound)
+    assert "adapter_index" in bound
+    model.generate(PROMPT, 4, adapter={"math": 0.5})  # makes another bank
+    assert operands < set(bound)
+    assert {name: model.generate(PROMPT, 4, adapter=name) for name in plain} == plain
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["kernel", "function"])
+def test_session_with_a_bank_for_its_defaults(artifact: Path, library: bool) -> None:
+    """Rows read from it what they would read from the same arrays as inputs."""
+    slots, decoder = read_slots(artifact), read_decoder(artifact)
+    packed = [pack_adapter(slots, tiny_adapter(artifact, name)) for name in RANKS]
+    bank = stack_adapters(slots, packed)
+    native = decoder.library if library else None
+    defaults = where_they_lie(bank)
+    plain = Session(open_inference(str(decoder.model), native, 1, "tiny"))
+    ready = Session(open_inference(str(decoder.model), native, 1, "tiny", defaults=defaults))
+    found = []
+    for place in (-1, 0, 1, 2):
+        index = {ADAPTER_INDEX: np.array([place], np.int32)}
+        plain.operands, ready.operands = {**bank, **index}, index
+        expected, _ = plain.run(np.array([PROMPT]))
+        logits, _ = ready.run(np.array([PROMPT]))
+        np.testing.assert_array_equal(logits, expected)
+        found.append(logits)
+    assert all(np.abs(one - found[0]).max() > 1e-3 for one in found[1:])
 
 
 def test_weights_that_say_the_same(model: Model) -> None:

@@ -130,6 +130,19 @@ def test_released_twice_as_often_as_acquired_is_still_one_place(files: Files) ->
     assert len(files.read) == 5
 
 
+def test_arrays_lie_in_one_piece_in_the_order_of_a_run(files: Files) -> None:
+    bank = make(files)
+    for choice in (None, {"math": 0.5}):
+        bank.acquire(choice)
+        arrays = list(bank.inputs[1].values())
+        assert list(bank.inputs[1]) == list(stack_adapters(SLOTS, []))
+        starts = [array.ctypes.data for array in arrays]
+        assert all(start % 64 == 0 for start in starts)
+        for array, start, following in zip(arrays, starts, starts[1:], strict=False):
+            assert 0 <= following - start - array.nbytes < 64
+        assert all(array.flags.c_contiguous for array in arrays)
+
+
 def test_bank_is_what_stacking_all_would_be(files: Files) -> None:
     bank = make(files)
     bank.acquire({"code": 0.5})
