@@ -136,6 +136,20 @@ def test_an_iterate_that_is_worse_or_no_number_is_not_taken(target: Float, gram:
     assert len(errors) == 4
 
 
+def test_the_earlier_of_two_that_cost_the_same_is_taken(target: Float, gram: Gram) -> None:
+    weight = quantized(target, gram)
+    best, errors = alternate(
+        target,
+        weight,
+        quantize=lambda left: quantized(left, gram),
+        correct=lambda delta: corrected(delta, gram),
+        measure=lambda _: 1.0,
+        iterations=2,
+    )
+    assert best.weight is weight
+    assert errors == [1.0, 1.0, 1.0]
+
+
 def test_roots_of_singular_grams_do(target: Float) -> None:
     inputs = np.random.default_rng(6).standard_normal((3, 72))
     gram = Gram(inputs.T @ inputs, 3)

@@ -322,3 +322,6 @@ def test_energy_rank_counts_from_both_ends() -> None:
     assert energy_rank(np.zeros(0), 5.0, 0.1) == 0
     single = (np.array([0.1, 0.1, 0.1]) / 3).astype(np.float32)
     assert energy_rank(single[:2], float(single[:2].sum()), 0.0) == 2
+    # A norm that rounding has made larger than the sum of all there is.
+    alone = np.array([1.0, 0.5, 0.0, 0.0], np.float32)
+    assert energy_rank(alone, 1.5 * (1 + 1e-7), 0.0) == 2
