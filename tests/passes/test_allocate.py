@@ -227,6 +227,25 @@ def test_output_grams_say_what_errors_count_for(
     assert spent(quiet) < spent(identity)
 
 
+def test_tokens_count_by_their_size_whatever_the_sweep_counts_them_for(
+    loaded: LoadedModel, windows: Windows, tmp_path: Path
+) -> None:
+    """Else errors of linears with small inputs would weigh as much as those of large ones."""
+    survey = Allocate(bits_per_weight=6.4, ranks=(0, 4), distortion="absolute")
+    found = [
+        survey.survey(
+            context(
+                loaded,
+                windows,
+                tmp_path / tokens,
+                [{"calibrate": {"tokens": tokens, "precision": "float32"}}, GPTQ, EORA],
+            )
+        )
+        for tokens in ("unit", "equal")
+    ]
+    assert found[0] == found[1]
+
+
 def test_a_linear_without_an_output_gram_cannot_be_compared(
     loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ from eoracc.compiler.frontend import LoadedModel, load
 from eoracc.compiler.linears import find_linears
 from eoracc.compiler.pipeline import Compressed, compress
 from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
+from eoracc.passes.allocate_ratios import AllocateRatios
 from eoracc.passes.factorization import factorized_rank
 from eoracc.passes.ratio_allocation import ratios_by_loss
 from tests.tiny_build import tiny_config
@@ -106,6 +108,45 @@ def test_energy_takes_no_more_than_the_same_parameters(
     _, found = run(loaded, windows, tmp_path, passes)
     assert _parameters(loaded) <= 0.7 * before
     assert len({one["ratio"] for one in found["linears"].values()}) > 2
+
+
+@pytest.mark.parametrize("by", ["loss", "energy"])
+def test_what_an_earlier_survey_has_planned_is_the_total(
+    by: Literal["loss", "energy"], loaded: LoadedModel, windows: Windows, tmp_path: Path
+) -> None:
+    """Unlike ratios: each type and ratio is shared out by itself, or all by one total."""
+    linears = find_linears(loaded.model)
+    context = SurveyContext(
+        model=loaded.model,
+        linears=linears,
+        windows=windows,
+        following=tiny_config([CALIBRATE, {"svd_llm": {"ratio": 0.3}}]).passes,
+        checkpoint=loaded.folder,
+        trust_remote_code=False,
+        folder=tmp_path,
+        key="key",
+        progress=SilentProgress(),
+    )
+    sizes, planned = {}, {}
+    for linear in linears:
+        if linear.block is not None:
+            # Most of the small weights, so that a mean over weights is not one over parameters.
+            own = {"o_proj": 0.0, "k_proj": 0.8, "v_proj": 0.8}
+            ratio = own.get(linear.role, 0.6 if linear.block else 0.1)
+            linear.plan["ratio"] = planned[linear.name] = ratio
+            sizes[linear.name] = linear.in_features * linear.out_features
+    found = AllocateRatios(by=by).survey(context)["linears"]
+    assert found.keys() == {name for name, ratio in planned.items() if ratio}
+    asked = sum(sizes[name] * ratio for name, ratio in planned.items())
+    removed = sum(sizes[name] * found[name]["ratio"] for name in found)
+    if by == "loss":
+        assert removed == pytest.approx(asked, rel=1e-9)
+        for block in (0, 1):  # alone of their type and ratio
+            name = f"model.layers.{block}.mlp.up_proj"
+            assert found[name]["ratio"] == pytest.approx(planned[name])
+    else:
+        # Candidates are a hundredth apart.
+        assert removed == pytest.approx(asked, abs=0.02 * sum(map(sizes.__getitem__, found)))
 
 
 def test_what_an_override_settles_is_left_out(

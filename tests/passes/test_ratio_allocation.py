@@ -64,6 +64,15 @@ def test_energy_leaves_less_than_one_ratio_for_all_and_keeps_to_the_total() -> N
     assert sum(100 * rank or 50 * 50 for rank in ranks) <= 0.6 * 40 * 50 * 50
 
 
+def test_energy_is_that_of_each_weight_s_own_output() -> None:
+    """How large outputs are says nothing: what counts is the share of them that goes."""
+    spectra = [np.geomspace(1, 1e-4, 50), np.geomspace(1, 1e-2, 50)]
+    found = ratios_by_energy(spectra, [(50, 50)] * 2, 0.4)
+    # By powers of two, which scale without rounding.
+    assert ratios_by_energy([1024 * spectra[0], spectra[1]], [(50, 50)] * 2, 0.4) == found
+    assert found[0] > found[1] + 0.1
+
+
 def test_a_weight_that_loses_nothing_is_truncated_first() -> None:
     flat, steep = np.ones(50), np.eye(1, 50)[0]
     found = ratios_by_energy([flat, steep], [(50, 50), (50, 50)], 0.4)
