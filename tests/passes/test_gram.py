@@ -144,3 +144,16 @@ def test_magnitudes_are_means_over_what_is_not_masked() -> None:
 def test_magnitudes_need_the_activations() -> None:
     with pytest.raises(ValueError, match="are gone"):
         _ = accumulate_gram([], WIDTH).magnitudes
+
+
+def test_the_top_has_so_many_directions_and_is_made_once(tokens: Tokens) -> None:
+    gram = accumulate_gram([tokens], WIDTH)
+    top = gram.top(3)
+    values, vectors = np.linalg.eigh(gram.matrix)
+    expected = (vectors[:, -3:] * values[-3:]) @ vectors[:, -3:].T
+    rounding = WIDTH**2 * float(np.finfo(np.float64).eps) * values[-1]
+    np.testing.assert_allclose(top.matrix, expected, rtol=0, atol=10 * rounding)
+    assert 10 * rounding < 1e-6 * values[-3]
+    assert top.tokens == gram.tokens
+    assert gram.top(3) is top
+    assert gram.top(WIDTH) is gram
