@@ -49,6 +49,11 @@ class _Weight:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    def removed(self, ratio: float) -> int:
+        """Parameters that go at ``ratio``, for ranks are whole."""
+        rank = factorized_rank(*self.shape, ratio)
+        return self.size - rank * sum(self.shape) if ratio > 0 else 0
+
     def loss(self, ratio: float) -> float:
         """The least output error at ``ratio``, ``||(W - W') X||_F``."""
         return float(np.sqrt(self.energies[factorized_rank(*self.shape, ratio) :].sum()))
@@ -118,7 +123,8 @@ class AllocateRatios(SurveyPass):
         ratios = self._by_loss(weights) if self.by == "loss" else self._by_energy(weights)
         return {
             "by": self.by,
-            "removed": sum(w.size * ratios[w.name] for w in weights) / sum(w.size for w in weights),
+            "removed": sum(w.removed(ratios[w.name]) for w in weights)
+            / sum(w.size for w in weights),
             "linears": {
                 w.name: {"ratio": ratios[w.name], "loss": w.loss(w.ratio)} for w in weights
             },

@@ -64,7 +64,6 @@ def test_gives_each_type_the_published_ratios_and_the_sweep_takes_them(
         loaded, windows, tmp_path, ["allocate_ratios", CALIBRATE, {"svd_llm_v2": {"ratio": 0.3}}]
     )
     assert found["by"] == "loss"
-    assert found["removed"] == pytest.approx(0.3)
     assert found["linears"].keys() == shapes.keys()
     ratios: dict[str, float] = {}
     for role in {name.rpartition(".")[2] for name in shapes}:
@@ -80,6 +79,13 @@ def test_gives_each_type_the_published_ratios_and_the_sweep_takes_them(
         if linear.name.endswith(".v")
     }
     assert inner == {name: factorized_rank(*shapes[name], ratios[name]) for name in shapes}
+    # What is told of the whole is what the ranks make of it.
+    whole = sum(int(np.prod(shape)) for shape in shapes.values())
+    kept = sum(inner[name] * sum(shapes[name]) for name in shapes)
+    assert found["removed"] == pytest.approx(1 - kept / whole, rel=1e-12)
+    assert sum(ratios[name] * int(np.prod(shapes[name])) for name in shapes) == pytest.approx(
+        0.3 * whole, rel=1e-9
+    )
 
 
 def test_the_loss_is_the_tail_of_the_outputs_singular_values(
@@ -107,6 +113,7 @@ def test_energy_takes_no_more_than_the_same_parameters(
     passes = [{"allocate_ratios": {"by": "energy"}}, CALIBRATE, {"svd_llm": {"ratio": 0.3}}]
     _, found = run(loaded, windows, tmp_path, passes)
     assert _parameters(loaded) <= 0.7 * before
+    assert found["removed"] == pytest.approx(1 - _parameters(loaded) / before, rel=1e-12)
     assert len({one["ratio"] for one in found["linears"].values()}) > 2
 
 
