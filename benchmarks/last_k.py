@@ -7,12 +7,14 @@ The first prints the curve that 'select_last_k' chooses from, with the perplexit
 see. The second quantizes to 3 bits, with 2 bits in as many blocks as bring the average down: the
 last ones, a free set, the first ones, or none, with the gate and up projections of all blocks
 instead (half of the weights of each). Texts as in ``benchmarks.quality``; the forward
-passes run in bfloat16 where the processor has units for it. No artifact is written.
+passes run in bfloat16 where the processor has units for it. No artifact is written. With ``--work``
+an interrupted run goes on after the last candidate that was tried.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from benchmarks.protocol import load_protocol
+from eoracc import __version__
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Variant, score_variants
 from eoracc.compiler.frontend import LoadedModel
@@ -56,6 +59,8 @@ class Bench:
     calibration: Windows
     held_out: Mapping[str, Windows]
     progress: Progress
+    key: str = "benchmark"
+    """Of all that trials depend on: another one's are not taken up."""
 
     def context(self, following: Sequence[LayerPass], folder: Path) -> SurveyContext:
         """For a survey before ``following``."""
@@ -67,12 +72,21 @@ class Bench:
             checkpoint=self.loaded.folder,
             trust_remote_code=False,
             folder=folder,
-            key="benchmark",
+            key=self.key,
             progress=self.progress,
         )
 
-    def measure(self, context: SurveyContext, option: str, course: Course) -> dict[str, float]:
-        """Error of the last layer and perplexities, the option by block as ``course`` says."""
+    def measure(
+        self, name: str, context: SurveyContext, option: str, course: Course
+    ) -> dict[str, float]:
+        """Error of the last layer and perplexities, the option by block as ``course`` says.
+
+        What an earlier run has kept in the context's folder, as the row ``name``, is taken from
+        there.
+        """
+        return context.remember(f"row-{name}", lambda: self._measured(context, option, course))
+
+    def _measured(self, context: SurveyContext, option: str, course: Course) -> dict[str, float]:
         last = max(one.block for one in context.linears if one.block is not None)
         with Trials(context, option, probes=[last], resume=()) as trials:
             error = trials.errors(course, along=course)[last]
@@ -98,7 +112,7 @@ def curve(bench: Bench, ratio: float, step: int, folder: Path) -> Iterator[dict[
     blocks = sorted({one.block for one in context.linears if one.block is not None})
     for one in found["curve"][1:]:
         course = {block: one["ratio"] if block in one["blocks"] else 0.0 for block in blocks}
-        row = bench.measure(context, "ratio", course)
+        row = bench.measure(f"{one['k']}", context, "ratio", course)
         chosen = one["k"] == found["chosen"]["k"]
         yield {"ratio": ratio, "k": one["k"], "R_l": one["ratio"], **row, "chosen": chosen}
 
@@ -112,11 +126,11 @@ def lower_bits(bench: Bench, average: float, step: int, folder: Path) -> Iterato
     context = bench.context(context.following, folder)
     last, free = found["curve"][1]["blocks"], found["free"][-1]["blocks"]
     for name, blocks in (("last", last), ("free", free), ("first", range(len(last)))):
-        row = bench.measure(context, "bits", dict.fromkeys(blocks, 2))
+        row = bench.measure(name, context, "bits", dict.fromkeys(blocks, 2))
         yield {"set": name, "blocks": list(blocks), **row}
     overrides = {pattern: QuantizeOverride(bits=2) for pattern in HALF}
     context = bench.context([CALIBRATE, QuantizeGptq(bits=3, overrides=overrides)], folder)
-    yield {"set": "gate and up of all", **bench.measure(context, "bits", {})}
+    yield {"set": "gate and up of all", **bench.measure("gate-up", context, "bits", {})}
 
 
 def main() -> None:
@@ -129,25 +143,31 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="its folder, where it is at hand already")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows per text")
+    parser.add_argument("--work", type=Path, help="folder that keeps what has been tried")
     options = parser.parse_args()
-    bench = _bench(options.checkpoint, options.samples, options.windows)
-    with tempfile.TemporaryDirectory() as work:
+    bench = _bench(options)
+    with contextlib.ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.ratio is not None:
-            rows = curve(bench, options.ratio, options.step, Path(work))
+            rows = curve(bench, options.ratio, options.step, work)
         else:
-            rows = lower_bits(bench, options.average_bits, options.step, Path(work))
+            rows = lower_bits(bench, options.average_bits, options.step, work)
         for row in rows:
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
 
 
-def _bench(checkpoint: Path | None, samples: int, windows: int) -> Bench:
-    protocol = load_protocol("smollm2", checkpoint=checkpoint, samples=samples, windows=windows)
+def _bench(options: argparse.Namespace) -> Bench:
+    protocol = load_protocol(
+        "smollm2", checkpoint=options.checkpoint, samples=options.samples, windows=options.windows
+    )
+    settings = [options.ratio, options.average_bits, options.step, options.samples, options.windows]
     return Bench(
         protocol.loaded,
         protocol.calibration,
         {"wiki": protocol.wiki, "c4": protocol.c4},
         ConsoleProgress(Console(stderr=True)),
+        key=json.dumps([__version__, protocol.loaded.digest, settings]),
     )
 
 
