@@ -51,6 +51,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Compensation, Rank, RankOverride
 from eoracc.passes.factor_types import FactorType
 from eoracc.passes.factorization import Factorization
+from eoracc.passes.quantize_factors import QuantizeFactors
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.adapters import check_adapter_name
 
@@ -555,6 +556,8 @@ def pass_problems(config: BuildConfig, passes: Sequence[Pass]) -> Iterator[tuple
                 (*where, "match"),
                 "contradicts 'through: original': keep one of the two",
             )
+        if isinstance(item, QuantizeFactors):
+            yield from ((where, text) for text in _cannot_round(item, passes[:index]))
 
 
 def _compare_problems(config: BuildConfig, compare: CompareConfig) -> Iterator[tuple[KeyPath, str]]:
@@ -586,6 +589,16 @@ def _misplaced(name: str, before: Sequence[str]) -> Iterator[str]:
             yield f"must stand before '{other}': move it up"
     if name in _QUANTIZE and set(_QUANTIZE) & set(before) - {name}:
         yield "the weights are quantized already: keep one quantize pass"
+
+
+def _cannot_round(item: QuantizeFactors, before: Sequence[Pass]) -> Iterator[str]:
+    """Why ``item`` cannot round what the compensating pass ``before`` it gives."""
+    last = next((one for one in reversed(before) if isinstance(one, Compensation)), None)
+    if last is not None and last.factor_type == "int4" and item.bits > 4:
+        yield (
+            f"factors of '{last.name}' have 4 bits already: give it 'factor_type: float16', "
+            "or leave this pass out"
+        )
 
 
 def _slot_problems(

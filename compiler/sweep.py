@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from eoracc.compiler.linears import Activations, Linear, LinearGroup
 from eoracc.compiler.progress import Progress
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.factor_types import FactorType
 from eoracc.passes.gram import Gram
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_memory
@@ -39,8 +40,8 @@ __all__ = [
 
 _BLAS = ThreadpoolController()
 
-Comparator = Callable[[Linear, Gram | None, int], LowRank]
-"""Solves for factors of a given rank without touching the graph."""
+Comparator = Callable[[Linear, Gram | None, int, FactorType], LowRank]
+"""Solves for factors of a given rank and type without touching the graph."""
 
 Comparisons = dict[str, dict[str, LowRank]]
 """Factors that are scored but not shipped: by comparator, then by linear name."""
@@ -61,7 +62,8 @@ def run_sweep(
       executor: cut from the graph that the passes change.
       passes: in the order of model.yaml.
       batches: the calibration windows; empty where no pass is ``calibrate``.
-      comparators: further compensation solvers, run at the rank that each linear was given.
+      comparators: further compensation solvers, run at the rank that each linear was given and
+        stored in the same type.
       checkpoint: where finished blocks are kept; blocks that it holds are taken from it.
       progress: shown one step per group.
 
@@ -228,8 +230,13 @@ def _compare(
 ) -> None:
     for name, solve in comparators.items():
         for linear in group.linears:
-            if linear.factors is not None:
-                comparisons[name][linear.name] = solve(linear, group.gram, linear.factors.rank)
+            shipped = linear.factors
+            if shipped is not None:
+                # The passes of a sweep store factors in no other type.
+                factor_type = cast("FactorType", shipped.factor_type)
+                comparisons[name][linear.name] = solve(
+                    linear, group.gram, shipped.rank, factor_type
+                )
 
 
 def _block(executor: Executor, level: int) -> int | None:

@@ -39,8 +39,8 @@ __all__ = [
 
 Rank = Annotated[int, Field(ge=0)]
 
-Solver = Callable[["Linear", "Gram | None", int], "LowRank"]
-"""``solve(linear, gram, rank)``: float16 factors of the error of a compressed linear."""
+Solver = Callable[["Linear", "Gram | None", int, FactorType], "LowRank"]
+"""``solve(linear, gram, rank, factor_type)``: factors of the error of a compressed linear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Compensation(Overridable, LayerPass):
     """
 
     rank: Rank = 64
-    factor_type: FactorType = "float16"
+    factor_type: FactorType = "int4"
     overrides: Mapping[str, RankOverride] = field(default_factory=dict)
 
     @abstractmethod
@@ -114,7 +114,7 @@ class Compensation(Overridable, LayerPass):
         linear: Linear,
         gram: Gram | None,
         rank: int,
-        factor_type: FactorType = "float16",
+        factor_type: FactorType,
         *,
         before: LowRank | None = None,
     ) -> LowRank:

@@ -62,7 +62,8 @@ class QuantizeFactors(Overridable, LayerPass):
                     raise PassError(
                         linear.name,
                         f"its factors have {linear.factors.bits} bits already: "
-                        f"{self.name!r} cannot give it {options.bits}",
+                        f"{self.name!r} cannot give it {options.bits}; give the compensating pass "
+                        "'factor_type: float16'",
                     )
 
     @override

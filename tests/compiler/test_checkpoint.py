@@ -35,9 +35,9 @@ def compressed(*, symmetric: bool) -> tuple[Linear, Linear, Comparisons]:
     skip = {second.name: {"skip": True}}
     options = {"bits": 3, "symmetric": symmetric, "overrides": skip}
     TypeAdapter(QuantizeRtn).validate_python(options).call(group)
-    first.compensate(Svd().solve(first, None, 5))
+    first.compensate(Svd().solve(first, None, 5, "float16"))
     first.notes.append("a note")
-    return first, second, {"svd": {first.name: Svd().solve(first, None, 2)}}
+    return first, second, {"svd": {first.name: Svd().solve(first, None, 2, "float16")}}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

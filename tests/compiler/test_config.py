@@ -246,6 +246,13 @@ def test_every_mistake_is_told_in_the_order_of_the_file(tmp_path: Path) -> None:
         ),
         (["calibrate", "calibrate"], "passes.1.calibrate: stands twice: keep one"),
         (
+            ["quantize_rtn", "svd", "quantize_factors"],
+            (
+                "passes.2.quantize_factors: factors of 'svd' have 4 bits already: give it "
+                "'factor_type: float16', or leave this pass out"
+            ),
+        ),
+        (
             [{"select_last_k": {"ratio": 0.2}}] * 2,
             "passes.1.select_last_k: stands twice: keep one",
         ),

@@ -35,7 +35,7 @@ def pair(tmp_path: Path) -> tuple[Executor, Executor]:
     compressed = Executor(loaded.model)
     for linear in compressed.linears[:-1]:
         QuantizeRtn(bits=3, group_size=16).call(LinearGroup((linear,)))
-        Svd(rank=RANK).call(LinearGroup((linear,)))
+        Svd(rank=RANK, factor_type="float16").call(LinearGroup((linear,)))
     return original, compressed
 
 

@@ -21,6 +21,7 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import compensation_solver
 from eoracc.passes.eora import Eora
+from eoracc.passes.factor_types import FactorType
 from eoracc.passes.factorize_svd import FactorizeSvd
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
@@ -269,10 +270,13 @@ def test_without_calibration_there_are_no_statistics(source: Path, tmp_path: Pat
     assert all(one.compressed is not None for one in executor.linears[:-1])
 
 
-def test_comparators_get_the_rank_of_each_linear_and_change_nothing(
+def test_comparators_get_the_rank_and_type_of_each_linear_and_change_nothing(
     source: Path, tmp_path: Path
 ) -> None:
-    overrides: dict[str, Any] = {"*.down_proj": {"rank": 2}, "*.o_proj": {"skip": True}}
+    overrides: dict[str, Any] = {
+        "*.down_proj": {"rank": 2, "factor_type": "int8"},
+        "*.o_proj": {"skip": True},
+    }
     eora = TypeAdapter(Eora).validate_python({"rank": 5, "overrides": overrides})
     solver = compensation_solver("svd")
     executor, found = sweep(source, tmp_path, Calibrate(), GPTQ, eora, comparators={"svd": solver})
@@ -284,8 +288,11 @@ def test_comparators_get_the_rank_of_each_linear_and_change_nothing(
         if linear.role in ("o_proj", "lm_head"):
             assert linear.name not in ranks
             continue
-        assert ranks[linear.name] == (2 if linear.role == "down_proj" else 5)
-        expected = Svd().solve(linear, None, ranks[linear.name])
+        rank = 2 if linear.role == "down_proj" else 5
+        factor_type: FactorType = "int8" if linear.role == "down_proj" else "int4"
+        assert ranks[linear.name] == rank
+        assert found["svd"][linear.name].factor_type == factor_type
+        expected = Svd().solve(linear, None, rank, factor_type)
         np.testing.assert_array_equal(found["svd"][linear.name].product(), expected.product())
 
 

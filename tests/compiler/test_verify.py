@@ -41,7 +41,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Linea
     for linear in linears[:-1]:
         QuantizeRtn(bits=3, group_size=16).call(LinearGroup((linear,)))
         if linear.role != "o_proj":
-            Svd(rank=3).call(LinearGroup((linear,)))
+            Svd(rank=3, factor_type="float16").call(LinearGroup((linear,)))
     # Shorter than the prompts: the text wraps around.
     ids = np.random.default_rng(0).integers(3, VOCABULARY, (2, 20))
     mask = np.ones_like(ids)

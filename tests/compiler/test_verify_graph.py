@@ -52,7 +52,7 @@ def artifact(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  #
     for linear in linears[:-1]:
         QuantizeRtn(bits=4, group_size=16).call(LinearGroup((linear,)))
         if linear.role != "o_proj":
-            Svd(rank=3).call(LinearGroup((linear,)))
+            Svd(rank=3, factor_type="float16").call(LinearGroup((linear,)))
     target = folder / "artifact" / "tensorrt_rtx"
     target.mkdir(parents=True)
     save(lower(loaded.model, dtype=request.param), target)

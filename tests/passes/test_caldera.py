@@ -92,8 +92,8 @@ def test_outputs_that_count_for_more_are_what_is_alternated_for() -> None:
             counts = np.geomspace(1, 1e-4, linear.out_features)
             grams.append(np.diag(counts).astype(np.float32))
             linear.output_gram = lambda gram=grams[-1]: gram
-    Eora(rank=RANK).call(eora)
-    Caldera(rank=RANK).call(caldera)
+    Eora(rank=RANK, factor_type="float16").call(eora)
+    Caldera(rank=RANK, factor_type="float16").call(caldera)
     for before, after, outputs in zip(eora.linears, caldera.linears, grams, strict=False):
         assert caldera.gram is not None
         matrix, root = caldera.gram.matrix, np.sqrt(np.diagonal(outputs))[:, None]

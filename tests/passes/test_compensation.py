@@ -39,7 +39,7 @@ def group() -> LinearGroup:
 def test_adds_float16_factors_that_lower_the_recorded_error(
     method: type[Compensation], group: LinearGroup
 ) -> None:
-    assert method(rank=6).call(group)
+    assert method(rank=6, factor_type="float16").call(group)
     for linear in group.linears:
         assert linear.factors is not None
         assert linear.factors.lora_a.shape == (6, 72)
@@ -69,7 +69,7 @@ def test_rank_zero_changes_nothing_that_the_linear_computes(
 def test_full_rank_leaves_the_rounding_of_the_factors(
     method: type[Compensation], group: LinearGroup
 ) -> None:
-    method(rank=24).call(group)
+    method(rank=24, factor_type="float16").call(group)
     k = group.linears[1]
     # A dot product over the rank, each term off by two roundings of float16.
     assert k.errors[method.name] < 24 * 2 * 2.0**-11 * k.errors["quantize_rtn"]
@@ -112,7 +112,7 @@ def test_eora_beats_svd_in_the_output_and_svd_eora_in_the_weight(group: LinearGr
         assert group.gram is not None
         delta = linear.weight() - linear.backbone_weight()
         by_output, by_weight = (
-            delta - solve(linear, group.gram, 6).product() for solve in (eora, svd)
+            delta - solve(linear, group.gram, 6, "float16").product() for solve in (eora, svd)
         )
         assert linear.factors is None
         gram = group.gram.matrix
@@ -134,7 +134,7 @@ def test_what_goes_by_activations_says_what_to_do_without(method: type[Compensat
     group = qkv(tokens=None)
     QuantizeRtn(bits=2).call(group)
     with pytest.raises(PassError, match="to go by: put 'calibrate' before it"):
-        method().solve(group.linears[0], None, 4)
+        method().solve(group.linears[0], None, 4, "float16")
 
 
 @pytest.mark.parametrize("method", [Svd, ZeroQuantV2])
@@ -147,7 +147,7 @@ def test_the_plain_svd_needs_no_gram(method: type[Compensation]) -> None:
 
 def product(method: Compensation, group: LinearGroup, rank: int = 6) -> NDArray[np.float32]:
     """What ``method`` would give the first linear of ``group``."""
-    return method.solve(group.linears[0], group.gram, rank).product()
+    return method.solve(group.linears[0], group.gram, rank, "float16").product()
 
 
 def test_zeroquant_v2_is_the_plain_svd_at_rank_8(group: LinearGroup) -> None:
@@ -193,10 +193,10 @@ def test_the_more_a_method_knows_of_the_input_the_more_output_it_restores() -> N
 def test_two_stages_in_one_metric_are_one(group: LinearGroup) -> None:
     once = qkv()
     QuantizeRtn(bits=2).call(once)
-    Svd(rank=7).call(once)
-    Svd(rank=4).call(group)
+    Svd(rank=7, factor_type="float16").call(once)
+    Svd(rank=4, factor_type="float16").call(group)
     first = [linear.factors for linear in group.linears]
-    assert ZeroQuantV2(rank=3).call(group)
+    assert ZeroQuantV2(rank=3, factor_type="float16").call(group)
     for linear, other, before in zip(group.linears, once.linears, first, strict=True):
         assert linear.factors is not None
         assert other.factors is not None
@@ -278,19 +278,23 @@ def test_energy_gives_each_linear_the_rank_that_it_needs(group: LinearGroup) -> 
 
 def test_energy_never_exceeds_the_rank_and_nests(group: LinearGroup) -> None:
     linear, gram = group.linears[0], group.gram
-    whole = Eora().solve(linear, gram, 6)
-    np.testing.assert_array_equal(Eora(energy=0).solve(linear, gram, 6).lora_a, whole.lora_a)
-    assert Eora(energy=1).solve(linear, gram, 6).rank == 0
-    fewer = Eora(energy=0.6).solve(linear, gram, 20)
+    whole = Eora().solve(linear, gram, 6, "float16")
+    np.testing.assert_array_equal(
+        Eora(energy=0).solve(linear, gram, 6, "float16").lora_a, whole.lora_a
+    )
+    assert Eora(energy=1).solve(linear, gram, 6, "float16").rank == 0
+    fewer = Eora(energy=0.6).solve(linear, gram, 20, "float16")
     assert 0 < fewer.rank < 20
-    np.testing.assert_array_equal(fewer.lora_a, Eora().solve(linear, gram, 20).lora_a[: fewer.rank])
+    np.testing.assert_array_equal(
+        fewer.lora_a, Eora().solve(linear, gram, 20, "float16").lora_a[: fewer.rank]
+    )
 
 
 def test_energy_holds_for_the_plain_svd_that_few_tokens_get() -> None:
     group = qkv(tokens=5)
     QuantizeRtn(bits=2).call(group)
     linear = group.linears[0]
-    found = Eora(energy=0.5).solve(linear, group.gram, 20)
+    found = Eora(energy=0.5).solve(linear, group.gram, 20, "float16")
     energies = np.linalg.svd(linear.weight() - linear.backbone_weight(), compute_uv=False) ** 2
     tails = 1 - np.concatenate([[0], np.cumsum(energies)]) / energies.sum()
     assert found.rank == int(np.flatnonzero(tails <= 0.5)[0])
@@ -311,7 +315,7 @@ def test_directions_leave_the_rest_of_the_input_out(group: LinearGroup) -> None:
 def test_eora_falls_back_to_svd_on_few_tokens_and_says_so() -> None:
     group = qkv(tokens=5)
     QuantizeRtn(bits=2).call(group)
-    expected = [compensation_solver("svd")(linear, None, 4) for linear in group.linears]
+    expected = [compensation_solver("svd")(linear, None, 4, "int4") for linear in group.linears]
     Eora(rank=4).call(group)
     for linear, svd in zip(group.linears, expected, strict=True):
         assert linear.factors is not None
@@ -321,7 +325,7 @@ def test_eora_falls_back_to_svd_on_few_tokens_and_says_so() -> None:
 
 
 def test_storing_the_factors_in_float16_costs_next_to_nothing(group: LinearGroup) -> None:
-    Eora(rank=6).call(group)
+    Eora(rank=6, factor_type="float16").call(group)
     assert group.gram is not None
     for linear in group.linears:
         delta = linear.weight() - linear.backbone_weight()
