@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,9 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from eoracc import __version__
 from eoracc.compiler import spec
 from eoracc.compiler.artifact import refuse_full_disk
+from eoracc.compiler.compare_folder import WorkFolder
 from eoracc.compiler.compare_plan import (
     BudgetProblem,
     Contender,
@@ -34,7 +37,7 @@ from eoracc.compiler.compare_plan import (
 )
 from eoracc.compiler.compare_shared import Sharing, seconds_spent, sweep_together
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.errors import ConfigError, PassError
+from eoracc.compiler.errors import ConfigError, ModelError, PassError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Scorer, Variant
 from eoracc.compiler.frontend import LoadedModel, load
@@ -63,6 +66,9 @@ _OOD_SETTINGS = Settings(windows="compare.ood.windows", offset="compare.ood.offs
 
 _KEY_DIGITS = 32
 """Of a digest, in names of files."""
+
+_LABEL = 20
+"""Characters of a method's name that progress shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,21 +212,22 @@ def compare(
     found = find_methods(config, methods)
     if not found:
         raise ConfigError(
-            "names no methods: give --methods none,svd,eora, or 'compare: {methods: …}' "
-            "in model.yaml"
+            "there are no methods to compare: give --methods none,svd,eora, or "
+            "'compare: {methods: …}' in model.yaml"
         )
     if not budgets and any(method.takes_budget for method in found):
         raise ConfigError(
-            "names no budgets: give --budgets 3.5,4 (bits per weight) or 30% (of 16 bits removed), "
-            "or 'compare: {budgets: …}' in model.yaml"
+            "there are no budgets to compare at: give --budgets 3.5,4 (bits per weight) or 30% (of "
+            "16 bits removed), or 'compare: {budgets: …}' in model.yaml"
         )
-    work = work_folder(config, config_dir)
-    if fresh:
-        shutil.rmtree(work, ignore_errors=True)
+    work = WorkFolder(work_folder(config, config_dir))
     try:
-        return _Comparing(config, config_dir, work, progress).run(found, budgets)
+        with work.claimed(fresh=fresh):
+            return _Comparing(config, config_dir, work, progress).run(
+                found, list(dict.fromkeys(budgets))
+            )
     except Exception as error:
-        refuse_full_disk(work, error)
+        refuse_full_disk(work.path, error)
         raise
 
 
@@ -228,13 +235,13 @@ class _Comparing:
     """One run of ``compare``: what all contenders share."""
 
     def __init__(
-        self, config: BuildConfig, config_dir: Path, work: Path, progress: Progress
+        self, config: BuildConfig, config_dir: Path, work: WorkFolder, progress: Progress
     ) -> None:
         self._config, self._work, self._progress = config, work, progress
         with progress.phase("load", 1) as phase:
             self._loaded = load(
                 config.model_source(config_dir),
-                work=work,
+                work=work.path,
                 trust_remote_code=config.trust_remote_code,
             )
             phase.advance()
@@ -277,7 +284,13 @@ class _Comparing:
         shared_s = self._sweep_together(fits)
         scorers: dict[str, Scorer] = {}
         original = self._original(linears, scorers)
-        rows = [self._row(one, linears, scorers) for one in contenders]
+        rows = [
+            self._row(one, f"{place}/{len(contenders)}", linears, scorers)
+            for place, one in enumerate(contenders, 1)
+        ]
+        if all(row.figures is None for row in rows):
+            failed = next(row for row, one in zip(rows, contenders, strict=True) if one.fit)
+            raise ConfigError(f"no method can do it here: {failed.method!r}: {failed.skipped}")
         held_out = self._texts[_HELD_OUT]
         return Comparison(
             model=self._config.model,
@@ -297,20 +310,23 @@ class _Comparing:
         for one in fits:
             variant = self._variant(one)
             key = self._key(variant)
-            if not self._kept(key).exists():
-                pending[key] = Sharing(variant, self._sweeps(key))
-        shared = self._work / "shared"
+            if self._kept(key) is None:
+                pending[key] = Sharing(variant, self._work.sweeps(key))
         return sweep_together(
-            list(pending.values()), self._loaded, self._calibration, shared, self._progress
+            list(pending.values()),
+            self._loaded,
+            self._calibration,
+            self._work.shared,
+            self._progress,
         )
 
-    def _kept(self, key: str) -> Path:
-        return self._work / "rows" / f"{key}.json"
+    def _kept(self, key: str) -> Figures | None:
+        kept = self._work.figures(key, Figures.__dataclass_fields__)
+        return None if kept is None else Figures(**kept)
 
-    def _sweeps(self, key: str) -> Path:
-        return self._work / "sweeps" / key
-
-    def _row(self, contender: Contender, linears: _Linears, scorers: dict[str, Scorer]) -> Row:
+    def _row(
+        self, contender: Contender, place: str, linears: _Linears, scorers: dict[str, Scorer]
+    ) -> Row:
         """The row of ``contender``, taken from an earlier run where that has made it."""
         method, chosen = contender.method, contender.fit
         row = Row(
@@ -326,18 +342,18 @@ class _Comparing:
             row, rank=chosen.rank, ratio=chosen.ratio, passes=variant.resolved()["passes"]
         )
         key = self._key(variant)
-        kept = self._kept(key)
-        if kept.exists():
-            figures = Figures(**json.loads(kept.read_text(encoding="utf-8")))
+        figures = self._kept(key)
+        if figures is not None:
             return replace(row, figures=figures)
-        progress = _Labelled(self._progress, f"{method.name} {contender.budget or ''}".rstrip())
+        label = f"{place} {_short(method.name)} {contender.budget or ''}".rstrip()
         try:
-            figures = self._measure(variant, key, progress, linears, scorers)
+            figures = self._measure(
+                variant, key, _Labelled(self._progress, label), linears, scorers
+            )
         except PassError as error:
             # One method that cannot do it here is no reason to lose the others' work.
             return replace(row, skipped=str(error))
-        _write_json(kept, asdict(figures))
-        shutil.rmtree(self._sweeps(key), ignore_errors=True)
+        self._work.keep(key, asdict(figures))
         return replace(row, figures=figures)
 
     def _variant(self, chosen: Fit) -> BuildConfig:
@@ -358,7 +374,7 @@ class _Comparing:
             variant,
             replace(self._loaded, model=self._loaded.model.clone()),
             self._calibration if _looks_at_text(variant.passes) else None,
-            self._sweeps(key),
+            self._work.sweeps(key),
             progress,
         )
         wall_s, seconds = time.perf_counter() - begun_s, cpu_seconds() - begun_cpu_s
@@ -367,7 +383,10 @@ class _Comparing:
         with progress.phase("score", len(self._texts)) as phase:
             for name, windows in self._texts.items():
                 scorer = self._scorer(name, windows, scorers)
-                scores[name] = scorer.score(Variant(executor, Linear.effective_weight))
+                with np.errstate(all="ignore"):  # told of below, in a sentence
+                    scores[name] = scorer.score(Variant(executor, Linear.effective_weight))
+                if not math.isfinite(scores[name].perplexity + scores[name].kl):
+                    raise PassError("the compressed model", "what it predicts is not finite")
                 phase.advance()
         nbytes = stored_bytes(linears.counted(compressed.linears))
         release_memory()
@@ -381,25 +400,31 @@ class _Comparing:
             bytes=executor.parameter_bytes,
             linear_bytes=nbytes,
             bits_per_weight=8 * nbytes / linears.weights,
-            seconds=seconds + seconds_spent(self._sweeps(key)),
+            seconds=seconds + seconds_spent(self._work.sweeps(key)),
             wall_s=wall_s,
         )
 
     def _original(self, linears: _Linears, scorers: dict[str, Scorer]) -> Original:
         """Figures of the original model, taken from an earlier run where that has them."""
-        kept = self._kept(self._key(None))
-        if kept.exists():
-            return Original(
-                **json.loads(kept.read_text(encoding="utf-8")), linear_bytes=linears.plain_bytes
-            )
+        key = self._key(None)
+        names = Original.__dataclass_fields__.keys() - {"linear_bytes"}
+        kept = self._work.figures(key, names)
+        if kept is not None:
+            return Original(**kept, linear_bytes=linears.plain_bytes)
         found: dict[str, Any] = {"bytes": self._executor.parameter_bytes}
         with self._progress.phase("original", len(self._texts)) as phase:
             for name, windows in self._texts.items():
-                scores = self._scorer(name, windows, scorers).original()
+                with np.errstate(all="ignore"):
+                    scores = self._scorer(name, windows, scorers).original()
+                if not math.isfinite(scores.perplexity):
+                    raise ModelError(
+                        f"{self._config.model}: what it predicts is not finite: there is nothing "
+                        "to compare with"
+                    )
                 found[f"perplexity{name}"] = scores.perplexity
                 phase.advance()
         found.setdefault(f"perplexity{_OOD}", None)
-        _write_json(kept, found)
+        self._work.keep(key, found)
         return Original(**found, linear_bytes=linears.plain_bytes)
 
     def _scorer(self, name: str, windows: Windows, scorers: dict[str, Scorer]) -> Scorer:
@@ -487,6 +512,11 @@ def _contenders(method: Method, budgets: Sequence[str], linears: _Linears) -> li
     return found
 
 
+def _short(name: str) -> str:
+    """A name of which a line of progress has room for the rest as well."""
+    return name if len(name) <= _LABEL else f"{name[: _LABEL - 1]}…"
+
+
 def _looks_at_text(passes: Sequence[Pass]) -> bool:
     return any(isinstance(item, Calibrate | SurveyPass) for item in passes)
 
@@ -495,10 +525,3 @@ def _through(fits: Sequence[Fit]) -> Through:
     """What the statistics of all contenders are taken through."""
     found = {item.through for one in fits for item in one.passes if isinstance(item, Calibrate)}
     return found.pop() if len(found) == 1 else "both" if found else "compressed"
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +33,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p")
 _LINES: Mapping[str, str] = {"compensation": "-", "factorization": "--"}
 """By family; points and recipes are dotted."""
 
+_SENSELESS = 30
+"""Times the original's perplexity: what is beyond has no scale that the others are legible on."""
+
 _STYLE: Mapping[str, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -58,11 +62,16 @@ def check_plot(file: Path) -> None:
 def draw(comparison: Comparison, file: Path) -> None:
     """Draw ``comparison`` into ``file``; the same rows give the same bytes.
 
-    Both panels have the bytes of the compressed linears below and bits per weight above.
+    Both panels have the bytes of the compressed linears below and bits per weight above. Where
+    some perplexities are more than thirty times the original's, their markers are hollow and stand
+    at the upper edge.
 
     Args:
       comparison: at least one row has figures.
       file: its suffix says what it becomes, ``.svg`` or ``.png``.
+
+    Raises:
+      OSError: the file cannot be written.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -73,27 +82,33 @@ def draw(comparison: Comparison, file: Path) -> None:
     with mpl.rc_context(style):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         perplexity, kl = figure.subplots(1, 2)
-        for axes, name, label in (
-            (perplexity, "perplexity", "perplexity on held-out text"),
-            (kl, "kl", "KL from the original, nats per token"),
-        ):
-            _panel(axes, series, name, label, bits_per_byte=16 / original.linear_bytes)
+        bits_per_byte = 16 / original.linear_bytes
+        limit = _SENSELESS * original.perplexity
+        _panel(perplexity, series, "perplexity", bits_per_byte=bits_per_byte, limit=limit)
+        _panel(kl, series, "kl", bits_per_byte=bits_per_byte)
+        perplexity.set_ylabel("perplexity on held-out text")
+        kl.set_ylabel("KL from the original, nats per token")
         perplexity.axhline(original.perplexity, color="0.4", linewidth=0.8)
         perplexity.annotate(
             f"original {original.perplexity:.2f}",
             (1, original.perplexity),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            xytext=(0, 2),
+            xytext=(0, -2),
             ha="right",
+            va="top",
             color="0.4",
         )
-        figure.legend(
-            *perplexity.get_legend_handles_labels(),
+        legend = figure.legend(
+            perplexity.get_lines()[: len(series)],
+            # matplotlib leaves out what begins with an underscore.
+            [f" {method}" if method.startswith("_") else method for method, _ in series],
             loc="outside right center",
             frameon=False,
             title="method",
         )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a dollar sign in a name is one
         metadata = {"Date": None} if file.suffix.lower() == ".svg" else {"Software": None}
         figure.savefig(file, dpi=150, metadata=metadata)
 
@@ -113,28 +128,53 @@ def _panel(
     axes: Axes,
     series: Mapping[tuple[str, str], Sequence[Figures]],
     name: str,
-    label: str,
     *,
     bits_per_byte: float,
+    limit: float = math.inf,
 ) -> None:
     """One figure of every method against the bytes of the compressed linears."""
-    styles = zip(cycle(_COLOURS), cycle(_MARKERS), strict=False)
-    for ((method, family), figures), (colour, marker) in zip(series.items(), styles, strict=False):
+    everything = [one for figures in series.values() for one in figures]
+    values = [getattr(one, name) for one in everything]
+    if min(values) > limit:
+        limit = math.inf
+    styles = list(islice(zip(cycle(_COLOURS), cycle(_MARKERS), strict=False), len(series)))
+    for ((_, family), figures), (colour, marker) in zip(series.items(), styles, strict=True):
         axes.plot(
             [one.linear_bytes / 1e6 for one in figures],
-            [getattr(one, name) for one in figures],
+            [min(getattr(one, name), limit) for one in figures],
             color=colour,
             marker=marker,
             markersize=5,
             linestyle=_LINES.get(family, ":"),
-            label=method,
         )
-    everything = [one for figures in series.values() for one in figures]
+    for figures, (colour, marker) in zip(series.values(), styles, strict=True):
+        beyond = [one.linear_bytes / 1e6 for one in figures if getattr(one, name) > limit]
+        if beyond:
+            axes.plot(
+                beyond,
+                [limit] * len(beyond),
+                color=colour,
+                marker=marker,
+                markersize=5,
+                markerfacecolor="white",
+                linestyle="none",
+            )
+    if max(values) > limit:
+        axes.annotate(
+            f"hollow: above {limit:.0f}",
+            (1, 1),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            xytext=(0, -2),
+            ha="right",
+            va="top",
+            color="0.4",
+        )
+    axes.margins(y=0.08)
     sizes = [one.linear_bytes for one in everything]
     _scale(axes, "x", sizes)
-    _scale(axes, "y", [getattr(one, name) for one in everything])
+    _scale(axes, "y", [min(value, limit) for value in values])
     axes.set_xlabel("MB of the compressed linears")
-    axes.set_ylabel(label)
 
     def to_bits(megabytes: Any) -> Any:  # noqa: ANN401 - arrays of matplotlib's
         return megabytes * 1e6 * bits_per_byte

@@ -144,10 +144,11 @@ def _bar(console: Console, name: str, total: int) -> Iterator[Phase]:
         TimeRemainingColumn,
     )
     from rich.progress import Progress as RichProgress  # noqa: PLC0415
+    from rich.table import Column  # noqa: PLC0415
 
     columns = (
         TextColumn("{task.description:<12}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=30, table_column=Column()),  # may wrap: on a narrow terminal it yields
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),

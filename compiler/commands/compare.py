@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ import click
 from eoracc.compiler.commands.common import PATH, make_console, make_table
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from rich.console import Console
     from rich.table import Table
 
     from eoracc.compiler.compare import Comparison
@@ -20,8 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-_WIDTH = 110
-"""Of the table where no terminal sets one."""
+_NAME = 20
+"""Characters of a method's name before it is broken, where a terminal is narrow."""
+
+_ENDLESS = 100_000
+"""Characters, more than any line has."""
+
+_SPARE = ("linears", "CPU s", "spent on", "budget")
+"""Columns that a narrow terminal does without, in this order; ``--json`` has them all."""
 
 
 @click.command()
@@ -84,6 +94,7 @@ def compare(
         _check_folder(file)
     if plot_file is not None:
         check_plot(plot_file)
+        _check_apart(json_file, plot_file)
 
     from rich.console import Console
 
@@ -98,19 +109,19 @@ def compare(
         progress=ConsoleProgress(Console(stderr=True)),
         fresh=fresh,
     )
-    console = make_console()
-    if not console.is_terminal:
-        console.width = _WIDTH
-    console.print(_table(comparison))
-    for line in _lines(comparison):
-        console.print(line, markup=False, soft_wrap=True)
+    # Before the table: whoever reads that may close the pipe early.
     if json_file is not None:
-        content = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False)
-        json_file.write_text(content + "\n", encoding="utf-8")
-        console.print(f"wrote {json_file}", markup=False, soft_wrap=True)
+        content = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        with _writing(json_file):
+            json_file.write_text(content + "\n", encoding="utf-8")
     if plot_file is not None:
-        draw(comparison, plot_file)
-        console.print(f"wrote {plot_file}", markup=False, soft_wrap=True)
+        with _writing(plot_file):
+            draw(comparison, plot_file)
+    console = make_console()
+    console.print(_fitting(comparison, console))
+    written = [f"wrote {file}" for file in (json_file, plot_file) if file is not None]
+    for line in (*_lines(comparison), *written):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _parts(text: str | None, default: tuple[str, ...]) -> list[str]:
@@ -129,50 +140,111 @@ def _check_folder(file: Path | None) -> None:
         raise ConfigError(f"{file}: is a folder: give the name of a file")
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: there is no folder {file.parent}: make it first")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{file}: cannot be written: give another file")
 
 
-def _table(comparison: Comparison) -> Table:
+def _check_apart(json_file: Path | None, plot_file: Path) -> None:
+    from eoracc.compiler.errors import ConfigError
+
+    if json_file is not None and json_file.resolve() == plot_file.resolve():
+        raise ConfigError(f"{plot_file}: --json and --plot name the same file: give two")
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Say in one sentence that ``file`` cannot be written; nothing is left of it then."""
+    from eoracc.compiler.errors import ConfigError
+
+    existed = file.exists()
+    try:
+        yield
+    except BaseException as error:
+        if not existed:
+            with suppress(OSError):
+                file.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise ConfigError(
+            f"{file}: cannot be written: {error.strerror}: the rows are kept, so run the same "
+            "command again with another file"
+        ) from error
+
+
+def _fitting(comparison: Comparison, console: Console) -> Table:
+    """The table, without its least columns where a terminal has no room for them.
+
+    ``console`` is made wider where that is not enough: a figure that is cut off is none. Nobody
+    looks at the width of a pipe.
+    """
+    table = _table(comparison)
+    if console.is_terminal and _width(table, console) > console.width:
+        for count in range(len(_SPARE) + 1):
+            table = _table(comparison, without=_SPARE[:count])
+            table.columns[0].max_width = _NAME
+            if _width(table, console) <= console.width:
+                break
+    console.width = max(console.width, _width(table, console))
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    """Characters that a line takes where nothing is cut off."""
+    return console.measure(table, options=console.options.update(width=_ENDLESS)).maximum
+
+
+def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
+    """Every row, in columns of which those named in ``without`` are left out."""
+    from rich.markup import escape
+
     from eoracc.compiler.report import format_bytes
 
     original = comparison.original
     has_ood = original.perplexity_ood is not None
-    table = make_table("held-out text; 'elsewhere' is perplexity on compare.ood")
-    table.add_column("method", no_wrap=True)
-    headings = ["budget", "spent on", "bits", "linears", "perplexity", "KL"]
-    for heading in [*headings, *(["elsewhere"] if has_ood else []), "CPU s"]:
+    headings = ["budget", "spent on", "bits", "linears", "perplexity", "KL", "elsewhere", "CPU s"]
+    absent = {*without, *(() if has_ood else ("elsewhere",))}
+    shown = [heading for heading in headings if heading not in absent]
+    elsewhere = "; 'elsewhere' is perplexity on compare.ood" if has_ood else ""
+    table = make_table(f"held-out text{elsewhere}")
+    table.add_column("method", overflow="fold")
+    for heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def ood(value: float | None) -> list[str]:
-        return [] if not has_ood else ["" if value is None else _perplexity(value)]
+    def add(name: str, cells: Mapping[str, str]) -> None:
+        table.add_row(escape(name), *(cells.get(heading, "") for heading in shown))
 
-    table.add_row(
+    def ood(value: float | None) -> str:
+        return "" if value is None else _perplexity(value)
+
+    add(
         "original",
-        "",
-        "",
-        "16.00",
-        format_bytes(original.linear_bytes),
-        _perplexity(original.perplexity),
-        "0.0000",
-        *ood(original.perplexity_ood),
-        "",
+        {
+            "bits": "16.00",
+            "linears": format_bytes(original.linear_bytes),
+            "perplexity": _perplexity(original.perplexity),
+            "KL": "0.0000",
+            "elsewhere": ood(original.perplexity_ood),
+        },
     )
     for row in comparison.rows:
-        spent = "" if row.rank is None else f"rank {row.rank}"
-        spent = spent if row.ratio is None else f"ratio {row.ratio:.3g}"
         found = row.figures
         if found is None:
-            table.add_row(row.method, row.budget, "", "[dim]skipped[/dim]")
+            add(row.method, {"budget": row.budget or "", "bits": "[dim]skipped[/dim]"})
             continue
-        table.add_row(
+        spent = "" if row.rank is None else f"rank {row.rank}"
+        spent = spent if row.ratio is None else f"ratio {row.ratio:.3g}"
+        add(
             row.method,
-            row.budget or "",
-            spent,
-            f"{found.bits_per_weight:.2f}",
-            format_bytes(found.linear_bytes),
-            _perplexity(found.perplexity),
-            f"{found.kl:.4f}",
-            *ood(found.perplexity_ood),
-            f"{found.seconds:.1f}",
+            {
+                "budget": row.budget or "",
+                "spent on": spent,
+                "bits": f"{found.bits_per_weight:.2f}",
+                "linears": format_bytes(found.linear_bytes),
+                "perplexity": _perplexity(found.perplexity),
+                "KL": f"{found.kl:.4f}",
+                "elsewhere": ood(found.perplexity_ood),
+                "CPU s": f"{found.seconds:.1f}",
+            },
         )
     return table
 

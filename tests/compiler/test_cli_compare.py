@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import io
 import json
+import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from rich.console import Console
 
 from eoracc.compiler import compare as module
 from eoracc.compiler.cli import main
+from eoracc.compiler.commands.common import make_console
+from eoracc.compiler.commands.compare import _fitting
 from eoracc.compiler.compare import Comparison
 from tests.compiler.test_compare_plot import ROWS, comparison
 
@@ -16,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from click.testing import Result
+    from rich.table import Table
 
 CONTENT: dict[str, Any] = {
     "model": "model",
@@ -96,6 +103,7 @@ def test_options_win_over_the_file(model_yaml: Path, asked: dict[str, Any]) -> N
         (["--plot", "plot.pdf"], "plot.pdf: a plot is drawn as .svg or .png: name it so"),
         (["--json", "no/rows.json"], "no/rows.json: there is no folder no: make it first"),
         (["--json", "."], ".: is a folder: give the name of a file"),
+        (["--json", "a.svg", "--plot", "./a.svg"], "a.svg: --json and --plot name the same file"),
     ],
 )
 def test_mistakes_are_told_before_any_work(
@@ -106,6 +114,83 @@ def test_mistakes_are_told_before_any_work(
     assert sentence in result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written(
+    model_yaml: Path, asked: dict[str, Any], option: str, tmp_path: Path
+) -> None:
+    result = run(model_yaml, option, "/proc/rows.svg")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert asked  # there is no way to tell before
+    assert result.stderr.startswith("error: /proc/rows.svg: cannot be written: ")
+    assert result.stderr.endswith("run the same command again with another file\n")
+    asked.clear()
+    (tmp_path / "locked").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda path, _: path != tmp_path / "locked")
+        result = run(model_yaml, option, tmp_path / "locked" / "rows.svg")
+    assert (result.exit_code, asked) == (2, {})
+    assert result.stderr.endswith("rows.svg: cannot be written: give another file\n")
+
+
+def test_nothing_is_left_of_a_file_that_was_cut_off(
+    model_yaml: Path, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Comparison, file: Path) -> None:
+        file.write_text("<svg")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("eoracc.compiler.compare_plot.draw", full)
+    result = run(model_yaml, "--plot", tmp_path / "plot.svg")
+    assert result.exit_code == 2
+    assert asked
+    assert "plot.svg: cannot be written: No space left on device: the rows are kept" in (
+        result.stderr
+    )
+    assert not (tmp_path / "plot.svg").exists()
+
+
+def test_a_pipe_sees_every_figure() -> None:
+    long = [
+        replace(one, method="a name that nobody would give to anything, or is it") for one in ROWS
+    ]
+    console = make_console()
+    assert not console.is_terminal
+    text = printed(_fitting(comparison(*long), console), console)
+    assert "…" not in text
+    assert f"{long[0].method} 100 7.55 100.0 MB" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [
+        (88, []),
+        (87, ["linears"]),
+        (71, ["linears", "CPU s"]),
+        (30, ["linears", "CPU s", "spent on", "budget"]),
+    ],
+)
+def test_a_narrow_terminal_does_without_some_columns(width: int, missing: list[str]) -> None:
+    ranked = [replace(ROWS[0], method="a rather long name of a method", rank=192), *ROWS[1:]]
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, no_color=True)
+    text = printed(_fitting(comparison(*ranked), console), console)
+    heading = next(line for line in text.splitlines() if "perplexity" in line and "KL" in line)
+    shown = ["budget", "spent on", "bits", "linears", "perplexity", "KL", "CPU s"]
+    assert [name for name in shown if name not in heading] == [
+        name for name in shown if name in missing
+    ]
+    assert "…" not in text
+    assert "26.00" in text
+    # Folded, not cut off.
+    assert "a rather long name" in text
+    assert "of a method" in text
+
+
+def printed(table: Table, console: Console) -> str:
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(" ".join(line.split()) for line in capture.get().splitlines())
 
 
 def test_an_interruption_says_that_it_goes_on(

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from eoracc.compiler import compare as module
 from eoracc.compiler import driver, pipeline
 from eoracc.compiler.compare import Comparison, Row, compare, work_folder
-from eoracc.compiler.errors import ConfigError, DataError
+from eoracc.compiler.compare_folder import WorkFolder
+from eoracc.compiler.errors import ConfigError, DataError, ModelError, PassError
+from eoracc.compiler.fidelity import Scorer
 from eoracc.compiler.progress import SilentProgress
 from eoracc.passes.eora import Eora
 from eoracc.passes.quantize_gptq import QuantizeGptq
@@ -19,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.fidelity import Scores, Variant
     from eoracc.compiler.linears import LinearGroup
+    from eoracc.compiler.pipeline import Compressed
     from eoracc.compiler.report import FidelityReport
 
 TEXT = {"windows": 2, "window_length": 32}
@@ -258,8 +264,8 @@ def test_no_other_text(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "methods", "budgets", "kind", "sentence"),
     [
-        ({}, [], ["6"], ConfigError, r"^names no methods: give --methods none,svd,eora, or"),
-        ({}, ["eora"], [], ConfigError, r"^names no budgets: give --budgets 3\.5,4 \(bits per"),
+        ({}, [], ["6"], ConfigError, r"^there are no methods to compare: give --methods none"),
+        ({}, ["eora"], [], ConfigError, r"^there are no budgets to compare at: give --budgets 3"),
         (
             {"ood": {"text": "gone.txt"}},
             ["none"],
@@ -292,6 +298,83 @@ def test_a_full_disk_is_told(workspace: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_: object) -> Callable[..., None]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write_json", full)
+    monkeypatch.setattr(WorkFolder, "keep", full)
     with pytest.raises(Exception, match=r"the disk is full: free some space"):
         run(workspace, config(), ["none"])
+
+
+def test_a_budget_that_is_given_twice_is_one_row(workspace: Path) -> None:
+    rows = run(workspace, config(), ["none", "none", "svd_llm"], ["6", "7", "6"]).rows
+    assert [(row.method, row.budget) for row in rows] == [
+        ("none", None),
+        ("svd_llm", "6"),
+        ("svd_llm", "7"),
+    ]
+
+
+def test_predictions_that_overflow_are_told(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Scorer.score
+    scored = []
+
+    def overflowing(self: Scorer, variant: Variant) -> Scores:
+        scored.append(score(self, variant))
+        if len(scored) > 1:
+            return scored[-1]
+        # As the scorer does, of logits that are far apart: a warning, were nobody to expect it.
+        return replace(scored[-1], perplexity=float(np.exp(np.float64(1000))))
+
+    monkeypatch.setattr(Scorer, "score", overflowing)
+    row, other = run(workspace, config(), ["none", "svd_llm"]).rows
+    assert other.figures is not None
+    assert row.skipped == "the compressed model: what it predicts is not finite"
+    assert row.as_dict()["perplexity"] is None
+
+
+def test_a_comparison_without_figures_says_why(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> Compressed:
+        raise PassError("some.linear", "cannot be done")
+
+    monkeypatch.setattr(module, "compress", failing)
+    sentence = "^no method can do it here: 'none': some.linear: cannot be done$"
+    with pytest.raises(ConfigError, match=sentence):
+        run(workspace, config(), ["none", "svd_llm"])
+
+
+def test_an_original_that_overflows_is_told(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Scorer.original
+
+    def overflowing(self: Scorer) -> Scores:
+        return replace(original(self), perplexity=float(np.exp(np.float64(1000))))
+
+    monkeypatch.setattr(Scorer, "original", overflowing)
+    with pytest.raises(ModelError, match=r"^model: what it predicts is not finite: there is"):
+        run(workspace, config(), ["none"])
+
+
+def test_nothing_is_left_of_what_could_not_begin(workspace: Path) -> None:
+    with pytest.raises(DataError, match="gone"):
+        run(workspace, config(ood={"text": "gone.txt"}), ["none"])
+    assert not work_folder(config(), workspace).exists()
+
+
+def test_rows_are_numbered_in_progress(workspace: Path) -> None:
+    progress = SilentProgress()
+    compare(
+        config(methods={"a name of many characters": ["calibrate", "svd_llm"], "none": None}),
+        ["none", "a name of many characters"],
+        ["6"],
+        config_dir=workspace,
+        progress=progress,
+    )
+    assert [time.name for time in progress.times[2:]] == [
+        "1/2 none: compress",
+        "1/2 none: score",
+        "2/2 a name of many char… 6: compress",
+        "2/2 a name of many char… 6: score",
+    ]
