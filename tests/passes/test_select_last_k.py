@@ -20,6 +20,7 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.survey import SurveyContext, calibration_batches
 from eoracc.compiler.text import Windows
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.factorization import RatioOverride
 from eoracc.passes.factorize_svd import FactorizeSvd
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
@@ -304,6 +305,23 @@ def test_a_free_set_removes_as_much_as_the_last_blocks(
     assert all("ratio" in linear.plan for linear in shown.linears if linear.block is not None)
 
 
+def test_a_free_set_of_unequal_blocks_removes_no_more_than_was_asked_for(
+    source: LoadedModel, windows: Windows, tmp_path: Path
+) -> None:
+    """At the ratio of the last blocks a set may gain too much: its own is lower then."""
+    overrides = {"model.layers.4.mlp.*": RatioOverride(skip=True)}
+    shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd(overrides=overrides)])
+    found = SelectLastK(ratio=0.3, step=1, blocks="free").survey(shown)
+    weights = dict.fromkeys(range(BLOCKS), 0)
+    for linear in shown.linears:
+        if linear.block is not None and "ratio" in linear.plan:
+            weights[linear.block] += linear.in_features * linear.out_features
+    assert weights[4] < weights[3]
+    for one in (found["chosen"], found["free"][-1]):
+        removed = one["ratio"] * sum(weights[block] for block in one["blocks"])
+        assert removed == pytest.approx(0.3 * sum(weights.values()), rel=1e-9)
+
+
 def test_probes_weigh_the_outputs_of_several_blocks(
     source: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
@@ -399,6 +417,40 @@ def test_the_first_of_equal_candidates_is_taken(
     monkeypatch.setattr(trials.Trials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
     assert SelectLastK(ratio=0.3, step=1).survey(shown)["chosen"]["k"] == 2
+
+
+@pytest.mark.parametrize(("free", "taken"), [(0.1, "free"), (0.2, "last"), (0.3, "last")])
+def test_a_free_set_is_taken_if_it_costs_less(
+    free: float,
+    taken: str,
+    source: LoadedModel,
+    windows: Windows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def errors(
+        _: trials.Trials, course: Mapping[int, float], *, along: Mapping[int, float], **__: bool
+    ) -> Mapping[int, float]:
+        del course
+        # What others depart from has blocks of its own where a set is being grown.
+        return {BLOCKS - 1: free if any(along.values()) else 0.2}
+
+    monkeypatch.setattr(trials.Trials, "errors", errors)
+    shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
+    found = SelectLastK(ratio=0.3, step=2, blocks="free").survey(shown)
+    grown = found["free"][-1]["blocks"]
+    assert grown == [0, 1]
+    assert found["chosen"]["blocks"] == (grown if taken == "free" else [3, 4])
+
+
+def test_a_ratio_of_one_leaves_nothing_and_is_no_candidate(
+    source: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials.Trials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
+    shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
+    found = SelectLastK(ratio=0.2, step=1).survey(shown)
+    assert found["infeasible"] == [{"k": 1, "ratio": 1.0}]
+    assert [one["k"] for one in found["curve"]] == [0, 2, 3, 4, 5]
 
 
 def test_what_overrides_settle_is_none_of_the_total(
