@@ -142,6 +142,31 @@ _GEMMA_ENDS = (0, 1, 2, 15, 16, 17)
 
 _CALIBRATE = {"calibrate": {"match": "outputs"}}
 
+
+def _allocated(bits: float) -> Recipe:
+    """Bits and rank of every linear under one budget.
+
+    Groups are of 192 columns: they divide both widths of SmolLM2-135M, and are far from those of
+    32 that its checkpoint was quantized in.
+    """
+    allocate = {
+        "bits_per_weight": bits,
+        "widths": [2, 3, 4, 8],
+        "ranks": [0, 8, 16, 32, 64, 96],
+    }
+    return Recipe(
+        "eoracc bits and rank allocated, group 192, + EoRA int4",
+        (
+            {"calibrate_outputs": {}},
+            {"allocate": allocate},
+            _CALIBRATE,
+            {"quantize_gptq": {"group_size": 192}},
+            {"eora": {}},
+        ),
+        "eora",
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "mixed-3.6": Recipe(
         "eoracc 3-bit group 64, v 8-bit, k 4-bit",
@@ -241,22 +266,9 @@ RECIPES: dict[str, Recipe] = {
         "eora",
         96,
     ),
-    "allocated-5.5": Recipe(
-        "eoracc bits and groups allocated",
-        (
-            {"calibrate_outputs": {}},
-            {
-                "allocate": {
-                    "bits_per_weight": 5.5,
-                    "widths": [4, 8],
-                    "group_sizes": [64],
-                    "ranks": [0],
-                }
-            },
-            _CALIBRATE,
-            {"quantize_gptq": {}},
-        ),
-    ),
+    "allocated-3.6": _allocated(3.6),
+    "allocated-4.25": _allocated(4.25),
+    "allocated-5.5": _allocated(5.5),
 }
 """Mixtures of widths for a size: 8 bits where little of the model is and much of the error."""
 
