@@ -55,7 +55,8 @@ def optimum(matrix: NDArray[np.floating], rank: int) -> float:
 def rounding(matrix: NDArray[np.floating]) -> float:
     """Of the vectors themselves, each off by some roundings: how much of the whole leaks past."""
     norm = float(np.linalg.norm(matrix.astype(np.float64)))
-    return norm * 4 * max(matrix.shape) * float(np.finfo(matrix.dtype).eps)
+    side: int = max(matrix.shape)
+    return norm * 4 * side * float(np.finfo(matrix.dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
