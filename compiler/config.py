@@ -311,8 +311,8 @@ def parse_budget(value: object) -> str:
     Raises:
       ConfigError: it is neither.
 
-    >>> parse_budget(3.50), parse_budget("30.0%")
-    ('3.5', '30%')
+    >>> parse_budget(3.50), parse_budget("30.0%"), parse_budget("99.99999%")
+    ('3.5', '30%', '99.99999%')
     """
     text = str(value).strip()
     share = text.endswith("%")
@@ -325,7 +325,8 @@ def parse_budget(value: object) -> str:
             f"{value!r} is no budget: give bits per weight, 3.5, or the share of 16-bit bytes that "
             "is removed, 30%"
         )
-    return f"{number:g}%" if share else f"{number:g}"
+    text = repr(number).removesuffix(".0")
+    return f"{text}%" if share else text
 
 
 def budget_bits(budget: str) -> float:
