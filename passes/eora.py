@@ -51,7 +51,7 @@ class Eora(Compensation):
       weigh_outputs: whether outputs count for what ``calibrate_outputs`` has found, where it stands
         before the sweep. Recorded errors are of the plain output either way.
       factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter: at equal bytes the highest rank, and the least error.
+        as float16, ``int4`` a quarter, which at equal bytes leaves the least error.
       overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
         match wins.
     """

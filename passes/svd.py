@@ -30,7 +30,7 @@ class Svd(Compensation):
     Options:
       rank: columns of each correction; 0 turns it off.
       factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter: at equal bytes the highest rank, and the least error.
+        as float16, ``int4`` a quarter.
       overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
         match wins.
     """
