@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,22 @@ class SurveyContext:
                     forward.step(level)
                 phase.advance(groups[0].name)
 
+    def each_group(
+        self, name: str, calibrate: Calibrate, make: Callable[[LinearGroup], list[Any]]
+    ) -> list[Any]:
+        """What ``make`` finds of the groups of :meth:`walk`, one after another.
+
+        Args:
+          name: as for :meth:`walk`.
+          calibrate: likewise.
+          make: JSON-able findings of a group. One that an interrupted run has finished is not asked
+            for again.
+        """
+        found: list[Any] = []
+        for index, group in enumerate(self.walk(name, calibrate)):
+            found += self.remember(f"{name}.{index}", partial(_as_found, make, group))["found"]
+        return found
+
     def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``make`` finds, JSON-able; of an earlier run where that was interrupted later on."""
         path = self.folder / f"{name}.json"
@@ -116,7 +133,11 @@ class SurveyContext:
                 return found
         found = make()
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"key": self.key, "found": found}), encoding="utf-8")
-        partial.replace(path)
+        begun = path.with_suffix(".partial")
+        begun.write_text(json.dumps({"key": self.key, "found": found}), encoding="utf-8")
+        begun.replace(path)
         return found
+
+
+def _as_found(make: Callable[[LinearGroup], list[Any]], group: LinearGroup) -> dict[str, Any]:
+    return {"found": make(group)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -59,6 +59,12 @@ class _Item:
     name: str
     weights: int
     options: Sequence[_Option]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> _Item:
+        """What ``asdict`` has made of an item, or JSON of that."""
+        options = [_Option(one["plan"], Candidate(*one["candidate"])) for one in content["options"]]
+        return cls(content["name"], content["weights"], options)
 
 
 class _OverspentError(Exception):
@@ -149,10 +155,12 @@ class Allocate(SurveyPass):
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         calibrate = next((item for item in context.following if isinstance(item, Calibrate)), None)
-        items: list[_Item] = []
         # Errors of different linears compare where every token counts by its own size alone.
-        for group in context.walk(self.name, replace(calibrate or Calibrate(), tokens="equal")):
-            items += trial.items(group)
+        plain = replace(calibrate or Calibrate(), tokens="equal")
+        found = context.each_group(
+            self.name, plain, lambda group: [*map(asdict, trial.items(group))]
+        )
+        items = [_Item.from_dict(item) for item in found]
         if not items:
             raise PassError(
                 self.name, f"has nothing to choose: {quantizer.name!r} leaves all linears out"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,19 +12,19 @@ import pytest
 
 from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import Linear, find_linears
+from eoracc.compiler.linears import Linear, LinearGroup, find_linears
 from eoracc.compiler.pipeline import Compressed, compress
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import linear_report
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
 from eoracc.passes.allocate import Allocate
+from eoracc.passes.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 CALIBRATE = {"calibrate": {"through": "original", "tokens": "equal", "precision": "float32"}}
 GPTQ = {"quantize_gptq": {"group_size": 16}}
@@ -285,8 +287,9 @@ def test_what_cannot_be_done_says_why_and_what_to_do(
     survey = Allocate(bits_per_weight=6.4, distortion="relative")
 
     def refusal(survey: Allocate, seen: SurveyContext) -> str:
+        # A build has another key for each of these; here a folder does.
         with pytest.raises(PassError) as caught:
-            survey.survey(seen)
+            survey.survey(replace(seen, folder=Path(mkdtemp(dir=tmp_path))))
         return str(caught.value)
 
     assert "put one after it" in refusal(
@@ -316,3 +319,38 @@ def test_what_cannot_be_done_says_why_and_what_to_do(
 def test_wants_one_budget(budgets: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="give either 'bits_per_weight' or 'bytes'"):
         Allocate(**budgets)
+
+
+def test_an_interrupted_survey_goes_on_after_the_last_group_that_it_finished(
+    loaded: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [{"allocate": {"bits_per_weight": 6.4, "ranks": RANKS} | RELATIVE}, *SWEEP]
+    asked: list[str] = []
+    limit = 3
+    quantize = QuantizeGptq.call
+
+    def call(self: QuantizeGptq, group: LinearGroup) -> bool:
+        if group.name not in asked:
+            if len(asked) == limit:
+                raise KeyboardInterrupt
+            asked.append(group.name)
+        return quantize(self, group)
+
+    monkeypatch.setattr(QuantizeGptq, "call", call)
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded, windows, tmp_path, passes)
+    begun, limit = list(asked), 100
+    asked.clear()
+    resumed, found = run(
+        load(loaded.folder.as_posix(), work=tmp_path / "again"), windows, tmp_path, passes
+    )
+    # The sweep after it quantizes all of them: what matters is who was asked first.
+    assert len(begun) == 3
+    assert asked[0] not in begun
+    monkeypatch.undo()
+    whole, expected = run(
+        load(loaded.folder.as_posix(), work=tmp_path / "third"), windows, tmp_path / "whole", passes
+    )
+    assert found == expected
+    for one, other in zip(resumed.linears, whole.linears, strict=True):
+        np.testing.assert_array_equal(one.effective_weight(), other.effective_weight())
