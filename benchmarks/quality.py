@@ -143,11 +143,11 @@ _GEMMA_ENDS = (0, 1, 2, 15, 16, 17)
 _CALIBRATE = {"calibrate": {"match": "outputs"}}
 
 
-def _allocated(bits: float) -> Recipe:
+def _allocated(bits: float, group_size: int) -> Recipe:
     """Bits and rank of every linear under one budget.
 
-    Groups are of 192 columns: they divide both widths of SmolLM2-135M, and are far from those of
-    32 that its checkpoint was quantized in.
+    Groups far from those of 32 that the checkpoints were quantized in: 192 columns divide both
+    widths of SmolLM2-135M, 128 all of Gemma-3-270M.
     """
     allocate = {
         "bits_per_weight": bits,
@@ -155,12 +155,12 @@ def _allocated(bits: float) -> Recipe:
         "ranks": [0, 8, 16, 32, 64, 96],
     }
     return Recipe(
-        "eoracc bits and rank allocated, group 192, + EoRA int4",
+        f"eoracc bits and rank allocated, group {group_size}, + EoRA int4",
         (
             {"calibrate_outputs": {}},
             {"allocate": allocate},
             _CALIBRATE,
-            {"quantize_gptq": {"group_size": 192}},
+            {"quantize_gptq": {"group_size": group_size}},
             {"eora": {}},
         ),
         "eora",
@@ -266,9 +266,12 @@ RECIPES: dict[str, Recipe] = {
         "eora",
         96,
     ),
-    "allocated-3.6": _allocated(3.6),
-    "allocated-4.25": _allocated(4.25),
-    "allocated-5.5": _allocated(5.5),
+    "allocated-3.6": _allocated(3.6, 192),
+    "allocated-4.25": _allocated(4.25, 192),
+    "allocated-5.5": _allocated(5.5, 192),
+    "gemma3-allocated-3.55": _allocated(3.55, 128),
+    "gemma3-allocated-4.3": _allocated(4.3, 128),
+    "gemma3-allocated-5.5": _allocated(5.5, 128),
 }
 """Mixtures of widths for a size: 8 bits where little of the model is and much of the error."""
 
