@@ -102,7 +102,6 @@ VARIANTS: dict[str, Variant] = {
     "bits allocated, no rank": Variant(outputs={}, allocate={"ranks": [0]}, compensation={}),
     "rank allocated": Variant(outputs={}, allocate={"widths": []}),
     "both allocated": Variant(**_ALLOCATED),
-    "both allocated, 4 bits at most": Variant(outputs={}, allocate={"widths": [2, 3, 4]}),
     "both allocated by relative error": Variant(allocate={"distortion": "relative"}),
     "both allocated per layer": Variant(outputs={}, allocate={"scope": "per_layer"}),
     "both allocated, outputs matched": Variant(**_ALLOCATED, calibrate={"match": "outputs"}),
