@@ -36,7 +36,13 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                     "overrides": {"lm_head": table, "model.embed_tokens": table},
                 }
             },
-            {"svd": {"rank": 4, "overrides": {"lm_head": {"skip": True}}}},
+            {
+                "svd": {
+                    "rank": 4,
+                    "factor_type": "float16",
+                    "overrides": {"lm_head": {"skip": True}},
+                }
+            },
         ],
         "targets": ["tensorrt_rtx", "tensorrt"],
         "tensorrt_rtx": ranges | {"cache": "in_place"},
