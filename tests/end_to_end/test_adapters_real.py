@@ -22,7 +22,7 @@ from eoracc.runtime.adapters import Adapter, read_adapter, read_slots
 from eoracc.runtime.manifest import read_manifest, verify_manifest
 from eoracc.runtime.session import open_session
 from eoracc.runtime.text import Tokenizer
-from tests.end_to_end.ways_of_running import eoracc, genai_tokens
+from tests.end_to_end.ways_of_running import build_in, eoracc, genai_tokens
 
 if TYPE_CHECKING:
     from eoracc.compiler.linears import Linear
@@ -52,13 +52,8 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "windows": 1,
             "parity": False,
         },
-        "output": str(work / "artifact"),
     }
-    # JSON is YAML.
-    (work / "model.yaml").write_text(json.dumps(settings))
-    done = eoracc("build", work / "model.yaml")
-    assert done.returncode == 0, done.stderr
-    return work / "artifact"
+    return build_in(work, settings)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from eoracc.compiler.report import Report
 from eoracc.runtime import load
-from tests.end_to_end.ways_of_running import eoracc, genai_tokens, stock_tokens, until
+from tests.end_to_end.ways_of_running import build_in, genai_tokens, stock_tokens, until
 
 if TYPE_CHECKING:
     pass
@@ -39,13 +39,8 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             {"eora": {"rank": 8, "factor_type": "int8", "overrides": compensated}},
         ],
         "verify": {"windows": 1, "window_length": 128},
-        "output": str(work / "artifact"),
     }
-    # JSON is YAML.
-    (work / "model.yaml").write_text(json.dumps(settings))
-    done = eoracc("build", work / "model.yaml")
-    assert done.returncode == 0, done.stderr
-    return work / "artifact"
+    return build_in(work, settings)
 
 
 def test_the_report_shows_every_stage(artifact: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from eoracc.compiler.report import Report
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
-from tests.end_to_end.ways_of_running import eoracc
+from tests.end_to_end.ways_of_running import build_in, eoracc
 
 pytestmark = pytest.mark.real
 
@@ -52,13 +52,8 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "windows": 1,
             "window_length": 128,
         },
-        "output": str(work / "artifact"),
     }
-    # JSON is YAML.
-    (work / "model.yaml").write_text(json.dumps(settings))
-    done = eoracc("build", work / "model.yaml")
-    assert done.returncode == 0, done.stderr
-    return work / "artifact"
+    return build_in(work, settings)
 
 
 def test_graphs_compute_what_the_compressed_model_does(artifact: Path) -> None:

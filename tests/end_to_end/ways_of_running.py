@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["eoracc", "genai_tokens", "python", "stock_tokens", "until"]
+__all__ = ["build_in", "eoracc", "genai_tokens", "python", "stock_tokens", "until"]
 
 _STOCK = """
 import json, sys
@@ -61,6 +61,16 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def eoracc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return python("-m", "eoracc.compiler.cli", *arguments)
+
+
+def build_in(work: Path, settings: Mapping[str, Any]) -> Path:
+    """The artifact of a model.yaml in folder ``work``, given without its output."""
+    artifact = work / "artifact"
+    # JSON is YAML.
+    (work / "model.yaml").write_text(json.dumps({**settings, "output": str(artifact)}))
+    done = eoracc("build", work / "model.yaml")
+    assert done.returncode == 0, done.stderr
+    return artifact
 
 
 def stock_tokens(artifact: Path, prompt: Sequence[int], count: int) -> list[int]:
