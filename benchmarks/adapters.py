@@ -27,7 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eoracc import EoraccError
+from eoracc.errors import EoraccError
 from eoracc.passes.factor_types import FactorType, store_factors
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.plugins.operands import LowRank

@@ -33,11 +33,11 @@ from benchmarks.protocol import MODELS, SAMPLES, WINDOWS, load_protocol
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Scorer, Scores, Variant
 from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.linears import Linear, find_linears
 from eoracc.compiler.progress import ConsoleProgress, Progress
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph.linears import Linear, find_linears
 
 __all__ = ["GgufLinears", "importance", "read_linears", "tensor_name"]
 

@@ -32,7 +32,6 @@ from eoracc import __version__
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Variant, score_variants
 from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.linears import Linear, find_linears
 from eoracc.compiler.progress import ConsoleProgress, Progress
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
@@ -40,6 +39,7 @@ from eoracc.compiler.trials import Course, Trials
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.erc_svd import ErcSvd
+from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.select_last_k import SelectLastK

@@ -27,17 +27,16 @@ from eoracc.compiler.adapters import SolvedAdapter, load_task, solve_adapter
 from eoracc.compiler.artifact import refuse_full_disk
 from eoracc.compiler.backbone import Backbone, restore_backbone
 from eoracc.compiler.config import AdapterConfig, BuildConfig
-from eoracc.compiler.errors import GateError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress, cpu_seconds
 from eoracc.compiler.report import AdaptersReport
 from eoracc.compiler.text import Settings
+from eoracc.errors import ArtifactError, GateError
 from eoracc.passes.base import ModelPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.runtime.adapter_store import add_adapter
 from eoracc.runtime.adapters import Adapter, adapters_in, check_adapter_name, read_slots
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import Manifest, verify_manifest
 from eoracc.runtime.memory import release_memory
 

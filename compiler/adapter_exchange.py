@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eoracc.errors import ArtifactError
 from eoracc.passes.factor_types import store_factors
 from eoracc.runtime.adapters import (
     Adapter,
@@ -20,7 +21,6 @@ from eoracc.runtime.adapters import (
     read_adapter,
     read_slots,
 )
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import read_manifest
 from eoracc.runtime.peft_format import PEFT_WEIGHTS, encode_peft, read_peft
 from eoracc.runtime.peft_modules import linears_to_modules, modules_to_linears, read_layout

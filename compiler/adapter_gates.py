@@ -14,7 +14,6 @@ from eoracc.compiler.adapter_scores import Factors, perplexities
 from eoracc.compiler.adapters import SolvedAdapter
 from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.executor import Executor
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.report import (
     AdapterParity,
@@ -23,6 +22,7 @@ from eoracc.compiler.report import (
     CompensationReport,
 )
 from eoracc.compiler.verify import AdapterCases, adapter_cases
+from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.parity import check_cases

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.compiler.executor import Batch, Executor, WeightOf, make_batches
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.text import Windows
+from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.operands import LowRank
 
 __all__ = ["Factors", "perplexities"]

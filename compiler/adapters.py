@@ -23,14 +23,14 @@ from eoracc import __version__
 from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.checkpoint import AdapterCheckpoint
 from eoracc.compiler.config import AdapterConfig
-from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.executor import Executor, WeightOf, make_batches
-from eoracc.compiler.linears import Linear, LinearGroup
 from eoracc.compiler.progress import Progress, cpu_seconds
 from eoracc.compiler.sweep import ForwardPass, one_thread
 from eoracc.compiler.text import Settings, Windows, calibration_windows, evaluation_windows
+from eoracc.errors import ConfigError
 from eoracc.passes.adapter import AdapterSolver
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.statistics import MIN_TOKENS, require_gram
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_weights

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Self
 from safetensors import SafetensorError
 
 from eoracc import __version__
+from eoracc.errors import ArtifactError
 from eoracc.runtime.adapters import Adapter, check_adapter_name, encode_adapter, parse_slots
 from eoracc.runtime.backend import CONFIG_FILE, read_decoder
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.folder_change import changing
 from eoracc.runtime.manifest import (
     MANIFEST_FILE,

@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from eoracc.compiler.embeddings import GATHER_OP, Embedding, find_embeddings
-from eoracc.compiler.linears import (
+from eoracc.errors import ArtifactError
+from eoracc.passes.graph.embeddings import GATHER_OP, Embedding, find_embeddings
+from eoracc.passes.graph.linears import (
     FUSED_DOMAIN,
     FUSED_OP,
     LORA_A,
@@ -40,7 +41,6 @@ from eoracc.plugins.operands import (
     untile_rows,
 )
 from eoracc.runtime.backend import read_decoder
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.session import LINEARS_KEY
 
 __all__ = ["Backbone", "restore_backbone"]

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler.executor import Batch
-from eoracc.compiler.linears import Factorized, Linear
+from eoracc.passes.graph.linears import Factorized, Linear
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
 __all__ = ["AdapterCheckpoint", "SweepCheckpoint"]

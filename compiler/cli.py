@@ -16,7 +16,7 @@ from typing import Any
 import click
 from typing_extensions import override
 
-from eoracc import EoraccError, __version__
+from eoracc import __version__
 from eoracc.compiler.commands.adapter import adapter
 from eoracc.compiler.commands.bench import bench
 from eoracc.compiler.commands.build import build
@@ -28,6 +28,7 @@ from eoracc.compiler.commands.run import run
 from eoracc.compiler.commands.schema import schema
 from eoracc.compiler.commands.serve import serve
 from eoracc.compiler.commands.verify import verify
+from eoracc.errors import EoraccError
 
 __all__ = ["main"]
 

@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 
 from eoracc import __version__
-from eoracc.compiler import spec
 from eoracc.compiler.artifact import refuse_full_disk
 from eoracc.compiler.compare_folder import WorkFolder
 from eoracc.compiler.compare_plan import (
@@ -37,11 +36,9 @@ from eoracc.compiler.compare_plan import (
 )
 from eoracc.compiler.compare_shared import Sharing, seconds_spent, sweep_together
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.errors import ConfigError, ModelError, PassError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Scorer, Variant
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import Linear, block_of, find_linears
 from eoracc.compiler.pipeline import compress
 from eoracc.compiler.planned_bytes import PLAIN_BYTES, compressed_names, stored_bytes
 from eoracc.compiler.progress import Phase, Progress, cpu_seconds
@@ -51,8 +48,11 @@ from eoracc.compiler.text import (
     calibration_windows,
     evaluation_windows,
 )
+from eoracc.errors import ConfigError, ModelError, PassError
 from eoracc.passes.base import ModelPass, Pass, SurveyPass
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph import spec
+from eoracc.passes.graph.linears import Linear, block_of, find_linears
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["Comparison", "Original", "Row", "compare", "work_folder"]

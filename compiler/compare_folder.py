@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 
 __all__ = ["WorkFolder"]
 

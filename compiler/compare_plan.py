@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from eoracc.compiler.config import BuildConfig, budget_bits, method_names, pass_problems
-from eoracc.compiler.errors import ConfigError
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.planned_bytes import (
     PLAIN_BYTES,
     planned_bytes,
     rank_limit,
 )
 from eoracc.compiler.yaml_document import dotted, suggest
+from eoracc.errors import ConfigError
 from eoracc.passes.allocate import Allocate
 from eoracc.passes.base import Pass, pass_type
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Compensation
 from eoracc.passes.factorization import Factorization, RatioOverride
+from eoracc.passes.graph.linears import Linear
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.saes_svd import SaesSvd

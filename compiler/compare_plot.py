@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eoracc.compiler.errors import ConfigError
+from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

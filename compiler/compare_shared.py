@@ -17,17 +17,17 @@ from pathlib import Path
 
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.errors import PassError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.linears import Factorized, Linear, LinearGroup, Quantizer, find_linears
 from eoracc.compiler.pipeline import stage_key, stages
 from eoracc.compiler.progress import Progress, cpu_seconds
 from eoracc.compiler.survey import calibration_batches
 from eoracc.compiler.sweep import ForwardPass, one_thread
 from eoracc.compiler.text import Windows
+from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph.linears import Factorized, Linear, LinearGroup, Quantizer, find_linears
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.runtime.memory import release_memory
 

@@ -31,7 +31,6 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from eoracc import EoraccError
 from eoracc.compiler.config_fields import (
     Count,
     Length,
@@ -43,8 +42,8 @@ from eoracc.compiler.config_fields import (
     no_bool,
 )
 from eoracc.compiler.config_tensorrt import EngineConfig, TensorRtConfig, TensorRtRtxConfig
-from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.yaml_document import Document, KeyPath, dotted, suggest
+from eoracc.errors import ConfigError, EoraccError
 from eoracc.passes import load_passes
 from eoracc.passes.base import Pass, pass_names, pass_type
 from eoracc.passes.calibrate import Calibrate

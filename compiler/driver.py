@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eoracc import EoraccError
-from eoracc.compiler import spec
 from eoracc.compiler.adapter_gates import (
     adapter_details,
     check_adapters,
@@ -33,11 +31,9 @@ from eoracc.compiler.adapters import SolvedAdapter, Task, load_task, solve_adapt
 from eoracc.compiler.artifact import ArtifactWriter, check_output, refuse_full_disk
 from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.errors import GateError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import load
 from eoracc.compiler.gates import fidelity_report
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.pipeline import compress
 from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
 from eoracc.compiler.report import (
@@ -55,12 +51,14 @@ from eoracc.compiler.targets import TARGETS, Job
 from eoracc.compiler.targets.engine_graph import check_contexts
 from eoracc.compiler.text import calibration_windows, evaluation_windows
 from eoracc.compiler.verify import AdapterCases
+from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.base import SurveyPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import Compensation
 from eoracc.passes.factorization import Factorization
+from eoracc.passes.graph import spec
+from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.adapters import AdapterSlots
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import Manifest
 from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
 from eoracc.runtime.parity import ParityReport

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from typing_extensions import override
 
-from eoracc.compiler.errors import ModelError
-from eoracc.compiler.names import PARTS
 from eoracc.compiler.quiet import quiet
+from eoracc.errors import ModelError
+from eoracc.passes.graph.names import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

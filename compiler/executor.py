@@ -24,9 +24,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from eoracc.compiler.errors import ModelError
-from eoracc.compiler.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
 from eoracc.compiler.products import Precision, attention, linear_products
+from eoracc.errors import ModelError
+from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
 from eoracc.plugins.functions import local_function
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.session import token_positions

@@ -21,11 +21,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoTokenizer
 
-from eoracc.compiler.errors import ModelError
 from eoracc.compiler.gguf import convert
 from eoracc.compiler.quiet import quiet
 from eoracc.compiler.repairs import repair
 from eoracc.compiler.tokenizer import portable_tokenizer
+from eoracc.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from eoracc.compiler.config import Limits
 from eoracc.compiler.executor import Executor, WeightOf
 from eoracc.compiler.fidelity import Scores, Variant, score_variants
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.report import FidelityReport, FidelityRow
 from eoracc.compiler.sweep import Comparisons
 from eoracc.compiler.text import Windows
+from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.operands import LowRank
 
 __all__ = ["fidelity_report"]

@@ -15,9 +15,9 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from eoracc.compiler.errors import ModelError
 from eoracc.compiler.quiet import quiet
 from eoracc.compiler.tokenizer import DIGIT_PATTERN, GPT2_PATTERN
+from eoracc.errors import ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path

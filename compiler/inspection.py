@@ -7,9 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from eoracc.compiler.errors import ModelError
 from eoracc.compiler.report import LinearReport, Report
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError, ModelError
 from eoracc.runtime.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
 
 if TYPE_CHECKING:

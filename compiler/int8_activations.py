@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from eoracc.compiler.linears import Linear
+    from eoracc.passes.graph.linears import Linear
 
 __all__ = ["linear_tolerance", "round_activations", "rounded_activations", "rounding_tolerance"]
 

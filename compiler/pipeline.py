@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from eoracc import __version__
-from eoracc.compiler import spec
 from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.embeddings import find_embeddings
-from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.linears import find_again, find_linears
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.survey import SurveyContext, calibration_batches
 from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.compiler.text import Windows
+from eoracc.errors import ConfigError
 from eoracc.passes.base import LayerPass, ModelPass, Pass, SurveyPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensation import compensation_solver
 from eoracc.passes.embedding_tables import quantize_embedding_tables
+from eoracc.passes.graph import spec
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import find_again, find_linears
 from eoracc.passes.overrides import Overridable
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn

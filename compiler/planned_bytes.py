@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from eoracc.compiler.linears import Linear
 from eoracc.passes.base import Pass
 from eoracc.passes.compensation import Compensation
 from eoracc.passes.factor_types import FactorType, factor_bytes
 from eoracc.passes.factorization import Factorization, factorized_rank
+from eoracc.passes.graph.linears import Linear
 from eoracc.passes.grid import group_width
 from eoracc.passes.quantize_factors import QuantizeFactors
 from eoracc.passes.quantize_gptq import QuantizeGptq

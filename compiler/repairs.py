@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from safetensors import safe_open
 
-from eoracc.compiler.errors import ModelError
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import find_linears
-from eoracc.compiler.names import PARTS, WINDOW_KEY
+from eoracc.errors import ModelError
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.names import PARTS, WINDOW_KEY
+from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

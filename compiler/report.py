@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from eoracc.compiler.linears import Linear
+    from eoracc.passes.graph.linears import Linear
 
 __all__ = [
     "AdapterParity",

@@ -12,13 +12,13 @@ from typing import Any
 import onnx_ir as ir
 
 from eoracc.compiler.executor import Batch, Executor, make_batches
-from eoracc.compiler.linears import Linear, LinearGroup, find_linears
 from eoracc.compiler.products import Precision
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep import ForwardPass, one_thread
 from eoracc.compiler.text import Windows
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 
 __all__ = ["SurveyContext", "calibration_batches"]
 

@@ -19,12 +19,12 @@ from threadpoolctl import ThreadpoolController
 
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.executor import Batch, Executor, WeightOf
-from eoracc.compiler.linears import Activations, Linear, LinearGroup
 from eoracc.compiler.progress import Progress
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factor_types import FactorType
-from eoracc.passes.gram import Gram
+from eoracc.passes.gram import Activations, Gram
+from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_memory
 

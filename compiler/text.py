@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 
 import numpy as np
 
-from eoracc.compiler.errors import DataError
+from eoracc.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -19,13 +19,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.compiler.activation_store import ActivationStore
-from eoracc.compiler.errors import PassError
 from eoracc.compiler.executor import Batch, Executor
-from eoracc.compiler.linears import Linear, LinearGroup
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.sweep import inputs_over, one_thread, original_weight
+from eoracc.errors import PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorization import Factorization
+from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["Course", "Errors", "Trials"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 from eoracc.plugins.triton.tactics import Variant, tactics
 
 __all__ = ["matmul_nbits_low_rank"]

@@ -29,18 +29,18 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.compiler.eager import load_eager, reference_logits, replace_weights
-from eoracc.compiler.embeddings import Embedding
 from eoracc.compiler.executor import Executor, make_batches
 from eoracc.compiler.int8_activations import (
     linear_tolerance,
     rounded_activations,
     rounding_tolerance,
 )
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.lowering.dequantize import rounded_product
 from eoracc.compiler.lowering.half_precision import round_to
 from eoracc.compiler.progress import Phase
 from eoracc.compiler.text import Windows
+from eoracc.passes.graph.embeddings import Embedding
+from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.runtime.graph_session import GraphSession
 from eoracc.runtime.memory import release_memory

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from eoracc.compiler.errors import ConfigError
+from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

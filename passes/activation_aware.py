@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.factorization import Factorization
 from eoracc.passes.factorization_solvers import plain_factors
 from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import LinearGroup
 
 __all__ = ["ActivationAwareFactorization"]
 

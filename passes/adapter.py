@@ -23,8 +23,8 @@ from eoracc.passes.factor_types import FactorType, store_factors
 from eoracc.passes.overrides import Overridable
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import Linear
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import Linear
     from eoracc.plugins.operands import LowRank
 
 __all__ = ["AdapterSolver", "SolvedFactors"]

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from eoracc.compiler.errors import ConfigError, PassError
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.allocation import BudgetError, Candidate, allocate, least_bytes, tail_energies
 from eoracc.passes.base import SurveyPass, register
 from eoracc.passes.calibrate import Calibrate
@@ -25,8 +25,8 @@ from eoracc.passes.singular import top_left_vectors
 from eoracc.passes.statistics import output_root, require_gram, residual_of
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.compiler.survey import SurveyContext
+    from eoracc.passes.graph.linears import Linear, LinearGroup
 
 __all__ = ["Allocate"]
 

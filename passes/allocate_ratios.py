@@ -10,7 +10,7 @@ import numpy as np
 import scipy.linalg
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.base import SurveyPass, register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorization import Factorization, factorized_rank
@@ -21,8 +21,8 @@ from eoracc.passes.statistics import require_gram
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import Linear
     from eoracc.compiler.survey import SurveyContext
+    from eoracc.passes.graph.linears import Linear
 
 __all__ = ["AllocateRatios"]
 

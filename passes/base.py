@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.compiler.survey import SurveyContext
+    from eoracc.passes.graph.linears import LinearGroup
 
 __all__ = ["LayerPass", "ModelPass", "Pass", "SurveyPass", "pass_names", "pass_type", "register"]
 
@@ -42,7 +42,7 @@ class SurveyPass(Pass):
     """A pass that looks at the whole model and the calibration text, and changes no weight.
 
     What it finds steers the passes after it: options of single linears through
-    :attr:`~eoracc.compiler.linears.Linear.plan`, or what errors of outputs count for.
+    :attr:`~eoracc.passes.graph.linears.Linear.plan`, or what errors of outputs count for.
     """
 
     @abstractmethod
@@ -69,7 +69,7 @@ class LayerPass(Pass):
     """
 
     def requires(self, group: LinearGroup) -> None:
-        """Raise :class:`~eoracc.compiler.errors.PassError` where the pass cannot run here."""
+        """Raise :class:`~eoracc.errors.PassError` where the pass cannot run here."""
 
     @abstractmethod
     def call(self, group: LinearGroup) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.alternation import alternate
 from eoracc.passes.base import register
 from eoracc.passes.eora import Eora
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import Linear, LinearGroup
 
 __all__ = ["Caldera"]
 

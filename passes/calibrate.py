@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, register
 from eoracc.passes.gram import accumulate_cross, accumulate_gram, output_matching
 from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
@@ -18,9 +18,9 @@ from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from eoracc.compiler.linears import Activations, LinearGroup
     from eoracc.compiler.products import Precision
-    from eoracc.passes.gram import Gram
+    from eoracc.passes.gram import Activations, Gram
+    from eoracc.passes.graph.linears import LinearGroup
 
 __all__ = ["Calibrate"]
 

@@ -13,16 +13,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.base import SurveyPass, register
 from eoracc.passes.calibrate import Calibrate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.compiler.linears import Linear
     from eoracc.compiler.survey import SurveyContext
     from eoracc.compiler.text import Windows
+    from eoracc.passes.graph.linears import Linear
 
 __all__ = ["CalibrateOutputs"]
 

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, pass_type
 from eoracc.passes.factor_types import FactorType, store_factors
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.statistics import record_error, residual_of
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import Linear, LinearGroup
     from eoracc.plugins.operands import LowRank
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from eoracc.passes.grid import round_to_nearest
 
 if TYPE_CHECKING:
-    from eoracc.compiler.embeddings import Embedding
-    from eoracc.compiler.linears import Linear
+    from eoracc.passes.graph.embeddings import Embedding
+    from eoracc.passes.graph.linears import Linear
     from eoracc.passes.quantize_gptq import QuantizeGptq
     from eoracc.passes.quantize_rtn import QuantizeRtn
     from eoracc.plugins.operands import NBitsWeight

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.base import register
 from eoracc.passes.compensation import Compensation
 from eoracc.passes.factors import (
@@ -28,8 +28,8 @@ from eoracc.passes.statistics import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import Linear, LinearGroup
 
 __all__ = ["Eora"]
 

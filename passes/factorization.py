@@ -22,8 +22,8 @@ from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.statistics import record_error
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import LinearGroup
 
 __all__ = ["Factorization", "Ratio", "RatioOverride", "factorized_rank"]
 

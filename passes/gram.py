@@ -16,10 +16,10 @@ from eoracc.passes.factors import gram_root, top_of_gram
 from eoracc.passes.gptq import Feedback, feedback
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import Activations
     from eoracc.plugins.operands import NBitsWeight
 
 __all__ = [
+    "Activations",
     "AddCrossProducts",
     "AddOuterProducts",
     "Gram",
@@ -34,6 +34,9 @@ _BLOCK_TOKENS = 2048
 """Tokens per product."""
 _SUM_TOKENS = 8192
 """Tokens whose products are summed in float32; those sums are added in float64."""
+
+Activations = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
+"""Yields per batch the inputs ``float32 [tokens, K]`` and token weights ``float32 [tokens]``."""
 
 AddOuterProducts = Callable[[NDArray[np.float32], NDArray[np.float32]], None]
 """``add(rows, total)`` adds ``rows.T @ rows`` to ``total [K, K]``, its lower triangle at least."""

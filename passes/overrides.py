@@ -12,7 +12,7 @@
 The last pattern that matches a linear wins; one that matches a weight which has been factorised
 holds for both of its factors, ``<name>.v`` and ``<name>.u``. Linears outside the decoder blocks
 (``lm_head``) are left alone unless a pattern names them, which a bare ``*`` does not. What no
-pattern settles, a survey may have planned (:attr:`eoracc.compiler.linears.Linear.plan`).
+pattern settles, a survey may have planned (:attr:`eoracc.passes.graph.linears.Linear.plan`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator
 
 if TYPE_CHECKING:
-    from eoracc.compiler.embeddings import Embedding
-    from eoracc.compiler.linears import Linear, LinearGroup
+    from eoracc.passes.graph.embeddings import Embedding
+    from eoracc.passes.graph.linears import Linear, LinearGroup
 
 __all__ = ["Bits", "GroupSize", "Overridable", "Override", "QuantizeOverride"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
 
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import Linear, find_linears
-from eoracc.compiler.names import PARTS
 from eoracc.passes.base import ModelPass, register
+from eoracc.passes.graph.linears import Linear, find_linears
+from eoracc.passes.graph.names import PARTS
+from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, register
 from eoracc.passes.factor_types import FactorType, store_factors
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.statistics import record_error, residual_of, saw_too_few_tokens
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import Linear, LinearGroup
 
 __all__ = ["FactorBits", "FactorBitsOverride", "QuantizeFactors"]
 

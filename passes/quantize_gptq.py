@@ -26,8 +26,8 @@ from eoracc.passes.statistics import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import Linear, LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import Linear, LinearGroup
     from eoracc.plugins.operands import NBitsWeight
 
 __all__ = ["QuantizeGptq"]

@@ -17,8 +17,8 @@ from eoracc.passes.statistics import record_error, record_left_out
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import LinearGroup
     from eoracc.plugins.operands import NBitsWeight
 
 __all__ = ["QuantizeRtn"]

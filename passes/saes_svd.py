@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.activation_aware import ActivationAwareFactorization
 from eoracc.passes.base import register
 from eoracc.passes.factorization_solvers import saes_factors
@@ -18,8 +18,8 @@ from eoracc.passes.factors import gram_root
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.passes.gram import Gram
+    from eoracc.passes.graph.linears import LinearGroup
 
 __all__ = ["SaesSvd"]
 

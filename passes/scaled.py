@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.compensation import Compensation
 from eoracc.passes.factors import scaled_factors
 from eoracc.passes.gram import Gram
@@ -18,7 +18,7 @@ from eoracc.passes.statistics import require_gram
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import LinearGroup
+    from eoracc.passes.graph.linears import LinearGroup
 
 __all__ = ["ScaledCompensation"]
 

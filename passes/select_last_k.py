@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from eoracc.compiler.errors import ConfigError, PassError
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import SurveyPass, register
 from eoracc.passes.block_budget import BitsBudget, BlockBudget, Choice, RatioBudget
 from eoracc.passes.factorization import Factorization
@@ -18,9 +18,9 @@ from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import Linear
     from eoracc.compiler.survey import SurveyContext
     from eoracc.compiler.trials import Trials
+    from eoracc.passes.graph.linears import Linear
 
 __all__ = ["SelectLastK"]
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eoracc.errors import PluginError
 from eoracc.plugins.operands import (
     CHUNK,
     TILE,
     LowRank,
-    PluginError,
     merge_factors,
     split_rows,
     untile_integers,

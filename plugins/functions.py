@@ -17,8 +17,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from eoracc.errors import PluginError
 from eoracc.plugins.adapters import ADAPTER_INDEX, ADAPTER_OPERANDS
-from eoracc.plugins.operands import BITS, CHUNK, TILE, PluginError
+from eoracc.plugins.operands import BITS, CHUNK, TILE
 
 __all__ = ["DOMAIN", "INPUTS", "local_function"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 
 __all__ = ["ABI_VERSION", "LibraryInfo", "library_info", "library_path"]
 

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc import EoraccError
+from eoracc.errors import PluginError
 
 __all__ = [
     "BITS",
@@ -45,7 +45,6 @@ __all__ = [
     "TILE",
     "LowRank",
     "NBitsWeight",
-    "PluginError",
     "merge_factors",
     "merged_bits",
     "pack_codes",
@@ -79,10 +78,6 @@ _QUAD = 4
 _VECTOR = TILE * _QUAD
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
-
-
-class PluginError(EoraccError):
-    """The native library is missing or an operand does not fit its op."""
 
 
 def pack_codes(codes: NDArray[np.uint8], *, bits: int, group_size: int) -> NDArray[np.uint8]:

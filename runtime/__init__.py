@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from eoracc.errors import ArtifactError, BackendError, BusyError, RequestError
 from eoracc.runtime.backends import Backend, BackendChoice
 from eoracc.runtime.engine import Engine, EngineLoad, Generation
-from eoracc.runtime.errors import ArtifactError, BackendError, BusyError, RequestError
 from eoracc.runtime.model import Model, load
 from eoracc.runtime.request import (
     AdapterChoice,

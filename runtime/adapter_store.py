@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from eoracc.errors import ArtifactError
 from eoracc.runtime.adapters import (
     adapter_files,
     adapters_in,
@@ -17,7 +18,6 @@ from eoracc.runtime.adapters import (
     encode_adapter,
     read_slots,
 )
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.folder_change import change_files, changing
 from eoracc.runtime.manifest import (
     MANIFEST_FILE,

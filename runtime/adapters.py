@@ -23,10 +23,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from eoracc.errors import ArtifactError, PluginError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots, pack_adapter, unpack_adapter
-from eoracc.plugins.operands import LowRank, PluginError
+from eoracc.plugins.operands import LowRank
 from eoracc.runtime.backend import read_decoder
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.folder_change import reading
 from eoracc.runtime.manifest import ADAPTERS_FOLDER, Manifest, read_listed, read_manifest
 from eoracc.runtime.model_metadata import read_metadata

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.errors import ArtifactError, BackendError
+from eoracc.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from eoracc import EoraccError
+from eoracc.errors import ArtifactError, BackendError, EoraccError
 from eoracc.runtime.adapters import adapters_in, check_known, combine, find_slots, read_adapter
 from eoracc.runtime.backend import read_decoder
 from eoracc.runtime.bank import AdapterBank, FactorsOf, Weights
 from eoracc.runtime.batch import Graph, GraphDecoder
-from eoracc.runtime.errors import ArtifactError, BackendError
 from eoracc.runtime.session import open_inference, where_they_lie
 from eoracc.runtime.tensorrt.decoder import EngineDecoder
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from eoracc.errors import RequestError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter, stack_adapters
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.errors import RequestError
 from eoracc.runtime.request import AdapterChoice, adapter_weights
 
 __all__ = ["NO_PLACE", "SUMS", "AdapterBank", "AdapterPlaces", "FactorsOf", "Weights"]

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eoracc.errors import BackendError, reason
 from eoracc.plugins.adapters import ADAPTER_INDEX
-from eoracc.runtime.errors import BackendError
 from eoracc.runtime.session import DTYPES, LOGITS_TO_KEEP, PAST, PRESENT
-from eoracc.runtime.text import reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,11 +7,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from eoracc.errors import BackendError, BusyError, reason
 from eoracc.runtime.continuation import Continuation, Listener, complete
-from eoracc.runtime.errors import BackendError, BusyError
 from eoracc.runtime.request import Completion, Piece, Request
 from eoracc.runtime.scheduler import PREFILL_CHUNK
-from eoracc.runtime.text import reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

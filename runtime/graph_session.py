@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.float32_twin import float32_twin
 from eoracc.runtime.session import DTYPES, PAST, PRESENT, open_inference, token_positions
 

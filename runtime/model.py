@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
+from eoracc.errors import RequestError
 from eoracc.runtime.backends import Backend, BackendChoice, open_backend
 from eoracc.runtime.continuation import Continuation, Listener, complete
-from eoracc.runtime.errors import RequestError
 from eoracc.runtime.manifest import Manifest, verify_manifest
 from eoracc.runtime.request import (
     AdapterChoice,

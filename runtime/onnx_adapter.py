@@ -26,7 +26,7 @@ import numpy as np
 from flatbuffers import number_types
 from flatbuffers.table import Table  # type: ignore[import-untyped]
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

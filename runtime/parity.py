@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from eoracc import EoraccError
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError, EoraccError
 from eoracc.runtime.graph_session import GraphSession
 from eoracc.runtime.memory import peak_bytes, release_memory
 from eoracc.runtime.session import Session, open_linears, open_session

@@ -20,8 +20,8 @@ import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from eoracc.errors import ArtifactError
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

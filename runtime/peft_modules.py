@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eoracc.errors import ArtifactError
 from eoracc.plugins.operands import LowRank, split_rows
 from eoracc.runtime.backend import CONFIG_FILE
-from eoracc.runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from eoracc.runtime.errors import RequestError
+from eoracc.errors import RequestError
 
 __all__ = [
     "NO_ADAPTER",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 from eoracc.runtime.request import TokenLogprob
 
 if TYPE_CHECKING:

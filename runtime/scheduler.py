@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.errors import BackendError, RequestError
+from eoracc.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np

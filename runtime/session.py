@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eoracc.errors import ArtifactError, BackendError
 from eoracc.runtime.backend import import_backend, read_decoder
-from eoracc.runtime.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,15 +7,14 @@ without its model.
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from eoracc.errors import ArtifactError, BackendError, RequestError, reason
 from eoracc.runtime.backend import import_backend
-from eoracc.runtime.errors import ArtifactError, BackendError, RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,11 +222,6 @@ def _field(message: object, key: str) -> object:
 def refused(folder: Path, error: Exception) -> BackendError:
     """What onnxruntime-genai says against ``folder``, as one sentence."""
     return BackendError(f"{folder}: ONNX Runtime GenAI fails: {reason(error)}")
-
-
-def reason(error: Exception) -> str:
-    """The text of an error of another package, on one line."""
-    return re.sub(r"\s+", " ", str(error)).strip()
 
 
 def _token(tokenizer: Any, name: str) -> int | None:  # noqa: ANN401 - onnxruntime-genai has no types

@@ -6,7 +6,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 
 __all__ = ["check_versioned", "is_beside", "read_versioned"]
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.plugins.operands import LARGEST, LowRank, PluginError
+from eoracc.errors import PluginError
+from eoracc.plugins.operands import LARGEST, LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

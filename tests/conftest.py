@@ -23,6 +23,14 @@ def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
     return load(str(smollm2_gguf), work=tmp_path_factory.mktemp("smollm2")).folder
 
 
+@pytest.fixture(scope="session")
+def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact that no test may change; copy it first."""
+    from tests.tiny_artifact import write_tiny_artifact
+
+    return write_tiny_artifact(tmp_path_factory.mktemp("tiny"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes minutes: where tests run side by side, none of it is left for last."""
     items.sort(key=lambda item: item.get_closest_marker("real") is None)

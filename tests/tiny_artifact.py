@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from eoracc.compiler.linears import Linear
+    from eoracc.passes.graph.linears import Linear
     from eoracc.plugins.adapters import AdapterSlots
     from eoracc.plugins.operands import LowRank
 
@@ -85,7 +85,7 @@ def tiny_linears(work: Path) -> list[Linear]:
 
 
 def _compress(model: ir.Model) -> list[Linear]:
-    from eoracc.compiler.linears import LinearGroup, find_linears
+    from eoracc.passes.graph.linears import LinearGroup, find_linears
     from eoracc.passes.quantize_rtn import QuantizeRtn
     from eoracc.passes.svd import Svd
 

@@ -132,7 +132,7 @@ def _parts(text: str | None, default: tuple[str, ...]) -> list[str]:
 
 
 def _check_folder(file: Path | None) -> None:
-    from eoracc.compiler.errors import ConfigError
+    from eoracc.errors import ConfigError
 
     if file is None:
         return
@@ -145,7 +145,7 @@ def _check_folder(file: Path | None) -> None:
 
 
 def _check_apart(json_file: Path | None, plot_file: Path) -> None:
-    from eoracc.compiler.errors import ConfigError
+    from eoracc.errors import ConfigError
 
     if json_file is not None and json_file.resolve() == plot_file.resolve():
         raise ConfigError(f"{plot_file}: --json and --plot name the same file: give two")
@@ -154,7 +154,7 @@ def _check_apart(json_file: Path | None, plot_file: Path) -> None:
 @contextmanager
 def _writing(file: Path) -> Iterator[None]:
     """Say in one sentence that ``file`` cannot be written; nothing is left of it then."""
-    from eoracc.compiler.errors import ConfigError
+    from eoracc.errors import ConfigError
 
     existed = file.exists()
     try:

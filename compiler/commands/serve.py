@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eoracc.compiler.commands.common import PATH, backend_option, tell_backend
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 
 if TYPE_CHECKING:
     from eoracc.runtime import BackendChoice

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.engines.task import PARTIAL, EngineTask, ShapeRange
-from eoracc.compiler.errors import TargetError
+from eoracc.errors import TargetError
 
 if TYPE_CHECKING:
     from eoracc.compiler.progress import Phase, Progress

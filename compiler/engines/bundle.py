@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.manifest import MANIFEST_FILE, describe_file, verify_manifest
 from eoracc.runtime.tensorrt.engine_set import EngineSet, parse_engine_set
 from eoracc.runtime.versioned_json import is_beside, read_versioned

@@ -15,8 +15,7 @@ from eoracc.compiler.engines.bindings import profile_shapes
 from eoracc.compiler.engines.build import build_engine, require_package
 from eoracc.compiler.engines.bundle import BUNDLE_FOLDER, Bundle, open_bundle
 from eoracc.compiler.engines.task import EngineTask
-from eoracc.compiler.errors import TargetError
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError, TargetError
 from eoracc.runtime.folder_change import change_files, changing
 from eoracc.runtime.manifest import MANIFEST_FILE, describe_bytes, read_manifest
 from eoracc.runtime.tensorrt.cuda import open_device

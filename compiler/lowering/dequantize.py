@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eoracc.compiler.errors import PassError
 from eoracc.compiler.lowering.half_precision import round_to
+from eoracc.errors import PassError
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.names import WINDOW_KEY
+from eoracc.errors import PassError
+from eoracc.passes.graph.names import WINDOW_KEY
+from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

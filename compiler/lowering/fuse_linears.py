@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import BIAS, FUSED_DOMAIN, FUSED_OP, X
+from eoracc.passes.graph.linears import BIAS, FUSED_DOMAIN, FUSED_OP, X
+from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.operands import TILE
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.compiler.errors import ModelError
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.errors import ModelError
+from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

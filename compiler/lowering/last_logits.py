@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
-from eoracc.compiler.names import LOGITS_TO_KEEP
+from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.passes.graph.names import LOGITS_TO_KEEP
+from eoracc.passes.graph.tensors import register_tensor
 
 __all__ = ["head_chain", "keep_last_logits"]
 

@@ -19,8 +19,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from eoracc import __version__
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import FUSED_DOMAIN
 from eoracc.compiler.lowering.fuse_linears import (
     fuse_bias,
     fuse_gate,
@@ -31,7 +29,9 @@ from eoracc.compiler.lowering.fuse_linears import (
 from eoracc.compiler.lowering.last_logits import keep_last_logits
 from eoracc.compiler.lowering.slots import add_slots
 from eoracc.compiler.lowering.tiles import tile_operands
-from eoracc.compiler.names import WINDOW_KEY
+from eoracc.passes.graph.linears import FUSED_DOMAIN
+from eoracc.passes.graph.names import WINDOW_KEY
+from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions import local_function
 from eoracc.runtime.session import LINEARS_KEY
 

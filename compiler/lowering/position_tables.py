@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from eoracc.compiler.graph import register_tensor
+from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP, block_of
+from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP, block_of
+from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.adapters import (
     ADAPTER_INDEX,
     SLOTS_KEY,

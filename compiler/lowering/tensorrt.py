@@ -24,16 +24,16 @@ import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import stored_factors, stored_weight
 from eoracc.compiler.lowering.dequantize import rounded_product
 from eoracc.compiler.lowering.explicit_attention import constant
 from eoracc.compiler.lowering.half_precision import round_to
 from eoracc.compiler.lowering.tensorrt_graph import AdapterType, Dtype, lower_decoder
 from eoracc.compiler.lowering.tensorrt_rtx import DequantizeWriter
+from eoracc.errors import PassError, PluginError
+from eoracc.passes.graph.linears import stored_factors, stored_weight
+from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions import DOMAIN
-from eoracc.plugins.operands import LowRank, NBitsWeight, PluginError
+from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.plugins.tensorrt.function import OP, plugin_function
 from eoracc.plugins.tensorrt.kernels import Case, in_one_launch
 from eoracc.plugins.tensorrt.plugin import INPUTS, PLUGIN, PLUGIN_VERSION

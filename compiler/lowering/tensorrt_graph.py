@@ -17,14 +17,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from eoracc import __version__
-from eoracc.compiler.embeddings import GATHER_OP
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import BIAS, FUSED_DOMAIN, block_of
 from eoracc.compiler.lowering.explicit_attention import CacheLayout, constant, explicit_attention
 from eoracc.compiler.lowering.half_precision import HALF, round_to, to_half
 from eoracc.compiler.lowering.last_logits import head_chain
 from eoracc.compiler.lowering.position_tables import cut_position_tables
+from eoracc.errors import PassError
+from eoracc.passes.graph.embeddings import GATHER_OP
+from eoracc.passes.graph.linears import BIAS, FUSED_DOMAIN, block_of
+from eoracc.passes.graph.tensors import register_tensor
 
 __all__ = [
     "LOGITS_POSITIONS",

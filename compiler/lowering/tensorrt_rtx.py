@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import B, stored_factors, stored_weight
 from eoracc.compiler.lowering.dequantize import SignedFactor, SignedWeight, signed_factors
 from eoracc.compiler.lowering.explicit_attention import constant
 from eoracc.compiler.lowering.tensorrt_graph import (
@@ -24,6 +22,8 @@ from eoracc.compiler.lowering.tensorrt_graph import (
     Dtype,
     lower_decoder,
 )
+from eoracc.passes.graph.linears import B, stored_factors, stored_weight
+from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

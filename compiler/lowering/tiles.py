@@ -19,9 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from eoracc.compiler.embeddings import GATHER_OP
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import (
+from eoracc.passes.graph.embeddings import GATHER_OP
+from eoracc.passes.graph.linears import (
     BIAS,
     FUSED_DOMAIN,
     FUSED_OP,
@@ -35,7 +34,8 @@ from eoracc.compiler.linears import (
     X,
     stored_factors,
 )
-from eoracc.compiler.names import PARTS
+from eoracc.passes.graph.names import PARTS
+from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions import INPUTS
 from eoracc.plugins.operands import (
     CHUNK,

@@ -11,11 +11,11 @@ import onnx_ir as ir
 from eoracc.compiler.artifact import MODEL_FILE
 from eoracc.compiler.config import engine_sections
 from eoracc.compiler.engines.bindings import bindings_of, profiles_for
-from eoracc.compiler.errors import ConfigError
 from eoracc.compiler.lowering.dequantize import rounded_product
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
 from eoracc.compiler.lowering.half_precision import HALF
 from eoracc.compiler.verify import PARITY_STEPS, WeightOf, record_graph_parity
+from eoracc.errors import ConfigError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
 from eoracc.runtime.parity import PARITY_FILE
 from eoracc.runtime.tensorrt.engine_set import Binding, EngineFile, EngineSet, Profile

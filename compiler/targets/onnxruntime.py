@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from eoracc.compiler import spec
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
 from eoracc.compiler.lowering.onnxruntime import lower
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.verify import PARITY_STEPS, record_parity
+from eoracc.passes.graph import spec
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.library import library_path
 from eoracc.runtime.parity import PARITY_FILE

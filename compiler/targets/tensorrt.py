@@ -7,13 +7,13 @@ from importlib import util
 from pathlib import Path
 from typing import Final
 
-from eoracc.compiler import spec
 from eoracc.compiler.artifact import DATA_FILE, MODEL_FILE
 from eoracc.compiler.engines.bundle import BUNDLE_FILE, bundle_json
-from eoracc.compiler.errors import TargetError
 from eoracc.compiler.lowering.tensorrt import half_product, kernel_cases, lower
 from eoracc.compiler.targets.engine_graph import record_engine_graph, write_engine_graph
 from eoracc.compiler.targets.job import Emitted, Job
+from eoracc.errors import TargetError
+from eoracc.passes.graph import spec
 from eoracc.plugins.tensorrt import plugin
 from eoracc.plugins.tensorrt.kernels import count_kernel_sets, write_kernels
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any, Final
 
-from eoracc.compiler import spec
 from eoracc.compiler.engines.bindings import profile_shapes
 from eoracc.compiler.engines.build import BuiltEngine, build_engines, require_package
 from eoracc.compiler.lowering.tensorrt_rtx import lower
@@ -16,6 +15,7 @@ from eoracc.compiler.targets.engine_graph import (
     write_engine_graph,
 )
 from eoracc.compiler.targets.job import Emitted, Job
+from eoracc.passes.graph import spec
 from eoracc.runtime.manifest import BUILDER_LOG, describe_file
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE, EngineFile
 

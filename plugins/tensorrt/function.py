@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from eoracc.errors import PluginError
 from eoracc.plugins.functions import DOMAIN, local_function
-from eoracc.plugins.operands import PluginError
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS, PLUGIN
 
 __all__ = ["OP", "plugin_function"]

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 from eoracc.plugins.tensorrt.plugin import INPUTS, KERNELS_FILE
 from eoracc.plugins.tensorrt.ptx import launch_form
 from eoracc.plugins.triton.compile import Compiled, compile_kernel

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 
 __all__ = ["launch_form"]
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 from eoracc.plugins.triton.tactics import DownTactic, Dtype, Tactic, Variant, down_arguments
 
 if TYPE_CHECKING:

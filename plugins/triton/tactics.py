@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from eoracc.plugins.operands import BITS, PluginError
+from eoracc.errors import PluginError
+from eoracc.plugins.operands import BITS
 
 __all__ = [
     "CAPABILITIES",

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eoracc.errors import RequestError
 from eoracc.runtime.backends import BackendChoice
 from eoracc.runtime.bench import workloads
 from eoracc.runtime.bench.report import AdapterFigures, BatchFigures, BenchReport, SwitchFigures
 from eoracc.runtime.bench.series import Measurement, interleave, ratios
 from eoracc.runtime.bench.start import measure_start
-from eoracc.runtime.errors import RequestError
 from eoracc.runtime.model import load
 from eoracc.runtime.request import NO_ADAPTER
 

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from eoracc.errors import BackendError
 from eoracc.runtime.backends import Backend
-from eoracc.runtime.errors import BackendError
 
 __all__ = ["Start", "measure_start"]
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from eoracc import EoraccError
+from eoracc.errors import EoraccError
 from eoracc.runtime.bench import workloads
 from eoracc.runtime.bench.start import Start
 from eoracc.runtime.memory import peak_bytes, resident_bytes

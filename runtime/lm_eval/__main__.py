@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from eoracc import EoraccError
+from eoracc.errors import EoraccError
 
 __all__ = ["main"]
 

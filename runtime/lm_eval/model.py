@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import override
 
-from eoracc.runtime.errors import RequestError
+from eoracc.errors import RequestError
 from eoracc.runtime.model import load
 from eoracc.runtime.request import Request
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from eoracc import __version__
-from eoracc.runtime.server.errors import ApiError, error_body
+from eoracc.errors import ApiError, error_body
 from eoracc.runtime.server.middleware import Gate, Observe
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest

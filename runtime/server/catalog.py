@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from eoracc.errors import ApiError
 from eoracc.runtime.request import AdapterChoice
-from eoracc.runtime.server.errors import ApiError, bad_request
+from eoracc.runtime.server.errors import bad_request
 
 __all__ = ["Catalog", "check_model_name"]
 

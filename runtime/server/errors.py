@@ -5,63 +5,16 @@ The body is ``{"error": {"message", "type", "param", "code"}}``; the message is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from eoracc import EoraccError
+from eoracc.errors import ApiError
 
 __all__ = [
-    "ApiError",
     "bad_request",
-    "error_body",
     "queue_full",
     "queue_timeout",
     "reads_too_slowly",
     "request_timeout",
     "shutting_down",
 ]
-
-_NO_HEADERS: Mapping[str, str] = {}
-
-
-class ApiError(EoraccError):
-    """A request that is refused or given up.
-
-    Attributes:
-      status: HTTP status.
-      kind: OpenAI's ``type``, such as ``invalid_request_error``.
-      param: the field that is at fault.
-      code: what a program tells errors apart by.
-      headers: of the response.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] = _NO_HEADERS,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.kind = kind
-        self.param = param
-        self.code = code
-        self.headers = headers
-
-    def body(self) -> dict[str, Any]:
-        """The response's body."""
-        return error_body(str(self), kind=self.kind, param=self.param, code=self.code)
-
-
-def error_body(
-    message: str, *, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An error as OpenAI's API returns it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from eoracc.errors import ApiError, BusyError, RequestError
 from eoracc.runtime.continuation import Listener
-from eoracc.runtime.errors import BusyError, RequestError
 from eoracc.runtime.request import Piece, Request
 from eoracc.runtime.server.admission import Admission, Place
-from eoracc.runtime.server.errors import ApiError, reads_too_slowly, request_timeout
+from eoracc.runtime.server.errors import reads_too_slowly, request_timeout
 from eoracc.runtime.server.metrics import Metrics
 from eoracc.runtime.server.options import ServerOptions
 

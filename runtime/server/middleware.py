@@ -17,7 +17,7 @@ from time import monotonic
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eoracc.runtime.server.errors import ApiError
+from eoracc.errors import ApiError
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.service import Service
 

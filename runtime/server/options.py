@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eoracc.runtime.server.errors import ApiError
+from eoracc.errors import ApiError
 
 __all__ = ["ServerOptions"]
 

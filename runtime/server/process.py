@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 from typing_extensions import override
 
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.middleware import ACCESS_LOGGER, Observe
 from eoracc.runtime.server.service import Service

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from eoracc.runtime.server.errors import ApiError
+from eoracc.errors import ApiError
 from eoracc.runtime.server.jobs import Job
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.responses import Choice, Form, sse_event

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from eoracc.runtime.errors import ArtifactError, RequestError
+from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.request import AdapterChoice, Prompt, Request
 from eoracc.runtime.server.admission import Admission
 from eoracc.runtime.server.catalog import Catalog

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 
 __all__ = ["read_token_bytes"]
 

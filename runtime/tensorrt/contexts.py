@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from eoracc.runtime.errors import ArtifactError, BackendError
+from eoracc.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
     from eoracc.runtime.tensorrt.cuda import Device

@@ -16,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 
 __all__ = ["ALIGNMENT", "Device", "Driver", "Memory", "aligned", "open_device", "open_driver"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.session import PAST
 from eoracc.runtime.tensorrt.adapters import LORA_A, LORA_B, DeviceAdapters
 from eoracc.runtime.tensorrt.contexts import Contexts

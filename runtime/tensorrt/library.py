@@ -6,7 +6,7 @@ import importlib
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from eoracc.runtime.errors import ArtifactError, BackendError
+from eoracc.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
     from pathlib import Path

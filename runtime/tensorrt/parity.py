@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc import EoraccError
+from eoracc.errors import EoraccError
 from eoracc.runtime.backends import Backend, BackendChoice, backends_of, open_backend
 from eoracc.runtime.bank import NO_PLACE
 from eoracc.runtime.parity import PARITY_FILE, CaseParity, ParityCase, ParityRecord

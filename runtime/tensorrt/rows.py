@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 from eoracc.runtime.tensorrt.cuda import aligned
 from eoracc.runtime.tensorrt.dtypes import from_engine, storage_type
 from eoracc.runtime.tensorrt.groups import Text, group_of

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from benchmarks.gguf_peers import importance, read_linears, tensor_name
 from eoracc.compiler.eager import load_eager
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.text import Windows
+from eoracc.passes.graph.linears import find_linears
 from tests.tiny_models import VOCABULARY, tiny_model
 
 Float = NDArray[np.float32]

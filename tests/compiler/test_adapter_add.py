@@ -15,11 +15,10 @@ from eoracc.compiler.adapter_add import solve_for_artifact
 from eoracc.compiler.adapter_gates import check_adapters, refuse_adapters
 from eoracc.compiler.cli import main
 from eoracc.compiler.config import AdapterConfig
-from eoracc.compiler.errors import GateError
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import AdapterParity, Report
+from eoracc.errors import ArtifactError, GateError
 from eoracc.runtime.adapters import adapter_names, read_adapter
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import read_manifest, verify_manifest
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 from tests.tiny_models import tiny_model

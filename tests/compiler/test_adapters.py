@@ -14,16 +14,16 @@ from eoracc.compiler.backbone import Backbone
 from eoracc.compiler.checkpoint import AdapterCheckpoint, SweepCheckpoint
 from eoracc.compiler.config import AdapterConfig
 from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.executor import Executor, WeightOf, make_batches
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import Phase, SilentProgress
 from eoracc.compiler.sweep import run_sweep
 from eoracc.compiler.text import Windows
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.adapter import AdapterSolver
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.eora import Eora
 from eoracc.passes.gram import accumulate_gram
+from eoracc.passes.graph.linears import Linear
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from tests.tiny_models import VOCABULARY, tiny_model
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 
 from eoracc.compiler import artifact
 from eoracc.compiler.artifact import ArtifactWriter, check_output, package_versions
+from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.runtime.adapters import adapter_names, read_adapter
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.folder_change import changing
 from eoracc.runtime.manifest import read_manifest, verify_manifest
 from tests.slots_artifact import SLOTS, random_factors

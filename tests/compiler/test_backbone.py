@@ -10,10 +10,10 @@ from eoracc.compiler import driver, frontend
 from eoracc.compiler.backbone import Backbone, restore_backbone
 from eoracc.compiler.config import BuildConfig
 from eoracc.compiler.gates import fidelity_report
-from eoracc.compiler.linears import FUSED_DOMAIN
 from eoracc.compiler.progress import SilentProgress
+from eoracc.errors import ArtifactError
 from eoracc.passes.base import ModelPass
-from eoracc.runtime.errors import ArtifactError
+from eoracc.passes.graph.linears import FUSED_DOMAIN
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

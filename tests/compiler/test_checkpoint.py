@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from eoracc.compiler.checkpoint import SAVE_INTERVAL_S, SweepCheckpoint
 from eoracc.compiler.executor import Batch
-from eoracc.compiler.linears import Linear
+from eoracc.passes.graph.linears import Linear
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd
 from eoracc.plugins.operands import LowRank

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eoracc.compiler.cli import main
-from eoracc.compiler.errors import GateError, ModelError
 from eoracc.compiler.inspection import inspect_path
 from eoracc.compiler.report import Report
+from eoracc.errors import GateError, ModelError
 from eoracc.runtime.manifest import read_manifest
 
 if TYPE_CHECKING:

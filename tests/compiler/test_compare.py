@@ -12,9 +12,9 @@ from eoracc.compiler import compare as module
 from eoracc.compiler import driver, pipeline
 from eoracc.compiler.compare import Comparison, Row, compare, work_folder
 from eoracc.compiler.compare_folder import WorkFolder
-from eoracc.compiler.errors import ConfigError, DataError, ModelError, PassError
 from eoracc.compiler.fidelity import Scorer
 from eoracc.compiler.progress import SilentProgress
+from eoracc.errors import ConfigError, DataError, ModelError, PassError
 from eoracc.passes.eora import Eora
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config, tiny_workspace
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.config import BuildConfig
     from eoracc.compiler.fidelity import Scores, Variant
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.compiler.pipeline import Compressed
     from eoracc.compiler.report import FidelityReport
+    from eoracc.passes.graph.linears import LinearGroup
 
 TEXT = {"windows": 2, "window_length": 32}
 

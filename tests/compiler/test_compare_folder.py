@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eoracc.compiler.compare_folder import WorkFolder
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 
 HOLDER = """
 import sys

@@ -7,13 +7,13 @@ import pytest
 
 from eoracc.compiler.compare_plan import BudgetProblem, Method, find_methods, fit
 from eoracc.compiler.config import BuildConfig, budget_bits, parse_budget
-from eoracc.compiler.errors import ConfigError
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.planned_bytes import planned_bytes, rank_limit
+from eoracc.errors import ConfigError
 from eoracc.passes.allocate import Allocate
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.eora import Eora
 from eoracc.passes.factorization import factorized_rank
+from eoracc.passes.graph.linears import Linear
 from eoracc.passes.svd_llm import SvdLlm
 from eoracc.passes.zeroquant_v2 import ZeroQuantV2
 

@@ -8,7 +8,7 @@ import pytest
 
 from eoracc.compiler.compare import Comparison, Figures, Original, Row
 from eoracc.compiler.compare_plot import check_plot, draw
-from eoracc.compiler.errors import ConfigError
+from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eoracc.compiler.config import BuildConfig, load_config
-from eoracc.compiler.errors import ConfigError
+from eoracc.errors import ConfigError
 from eoracc.passes.base import pass_names
 
 if TYPE_CHECKING:

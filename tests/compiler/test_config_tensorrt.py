@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eoracc.compiler.config import BuildConfig, load_config
-from eoracc.compiler.errors import ConfigError
+from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,18 +12,17 @@ from safetensors.numpy import load_file, save_file
 from eoracc.compiler import driver
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.driver import BuildResult
-from eoracc.compiler.errors import ConfigError, GateError, ModelError, PassError
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import Report
+from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError, PassError
 from eoracc.passes.eora import Eora
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import verify_manifest
 from eoracc.runtime.parity import PARITY_FILE
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
     from eoracc.compiler.config import BuildConfig
-    from eoracc.compiler.linears import LinearGroup
+    from eoracc.passes.graph.linears import LinearGroup
 
 QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
 """Gates that take no time, for builds that are about something else."""

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from eoracc.compiler.eager import load_eager, reference_logits, replace_weights
-from eoracc.compiler.errors import ModelError
+from eoracc.errors import ModelError
 from tests.graph_session import assert_close, padded_mask
 from tests.tiny_models import VOCABULARY, tiny_model
 

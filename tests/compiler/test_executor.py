@@ -10,7 +10,7 @@ from eoracc.compiler import frontend
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.executor import Batch, Executor, make_batches
 from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.linears import Linear
+from eoracc.passes.graph.linears import Linear
 from tests.graph_session import assert_close, padded_mask
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

@@ -17,8 +17,8 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.config import AdapterConfig
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.progress import SilentProgress
+from eoracc.errors import ArtifactError
 from eoracc.passes.factorization import factorized_rank
-from eoracc.runtime.errors import ArtifactError
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

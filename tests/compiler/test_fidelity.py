@@ -9,9 +9,9 @@ from eoracc.compiler import fidelity, frontend
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Scores, Variant, score_variants
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.text import Windows
+from eoracc.passes.graph.linears import Linear
 from tests.graph_session import padded_mask
 from tests.tiny_models import VOCABULARY, tiny_model
 

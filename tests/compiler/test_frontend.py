@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler import frontend
 from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.errors import ModelError
 from eoracc.compiler.frontend import load
-from eoracc.compiler.linears import find_linears
-from eoracc.compiler.names import PARTS
-from eoracc.compiler.spec import Stage, check
+from eoracc.errors import ModelError
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.names import PARTS
+from eoracc.passes.graph.spec import Stage, check
 from tests.graph_session import GraphSession, assert_close, padded_mask
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

@@ -10,9 +10,9 @@ from eoracc.compiler.config import Limits
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.fidelity import Scores, Variant
 from eoracc.compiler.gates import fidelity_report
-from eoracc.compiler.linears import LinearGroup
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.text import Windows
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd
 from eoracc.plugins.operands import LowRank

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from eoracc.compiler import gguf as conversion
 from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.errors import ModelError
 from eoracc.compiler.frontend import load
+from eoracc.errors import ModelError
 from tests.graph_session import GraphSession, assert_close
 from tests.tiny_models import tiny_model
 

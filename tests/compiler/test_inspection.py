@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from eoracc import EoraccError
 from eoracc.compiler.inspection import ArtifactSummary, CheckpointSummary, inspect_path
+from eoracc.errors import EoraccError
 
 if TYPE_CHECKING:
     from pathlib import Path

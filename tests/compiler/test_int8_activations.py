@@ -15,7 +15,7 @@ from eoracc.compiler.int8_activations import (
     rounded_activations,
     rounding_tolerance,
 )
-from eoracc.compiler.linears import Linear, LinearGroup, find_linears
+from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.plugins.operands import NBitsWeight

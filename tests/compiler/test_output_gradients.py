@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from eoracc.compiler import output_gradients
 from eoracc.compiler.eager import load_eager, module_rows, positions
-from eoracc.compiler.errors import ModelError
 from eoracc.compiler.output_gradients import draw_labels, output_gradient_grams
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.text import Windows
+from eoracc.errors import ModelError
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 if TYPE_CHECKING:

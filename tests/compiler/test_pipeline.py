@@ -14,18 +14,18 @@ from typing_extensions import override
 from eoracc.compiler import driver
 from eoracc.compiler.config import BuildConfig, load_config
 from eoracc.compiler.driver import BuildResult
-from eoracc.compiler.errors import ConfigError, PassError
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.pipeline import stages
 from eoracc.compiler.progress import SilentProgress
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import SurveyPass
 from eoracc.passes.eora import Eora
 from eoracc.passes.factorize_svd import FactorizeSvd
+from eoracc.passes.graph.linears import Linear
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.compiler.survey import SurveyContext
+    from eoracc.passes.graph.linears import LinearGroup
 
 QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
 FACTORIZE = {"factorize_svd": {"ratio": 0.3}}

@@ -9,7 +9,6 @@ import onnx_ir as ir
 import pytest
 from rich.console import Console
 
-from eoracc.compiler.linears import Linear
 from eoracc.compiler.report import (
     AdapterParity,
     AdapterReport,
@@ -28,6 +27,7 @@ from eoracc.compiler.report import (
     report_lines,
     survey_lines,
 )
+from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
 

@@ -14,7 +14,6 @@ from eoracc.compiler import frontend
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.eager import load_eager
 from eoracc.compiler.executor import Executor, make_batches
-from eoracc.compiler.linears import find_again
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.passes.base import LayerPass
@@ -23,6 +22,7 @@ from eoracc.passes.compensation import compensation_solver
 from eoracc.passes.eora import Eora
 from eoracc.passes.factor_types import FactorType
 from eoracc.passes.factorize_svd import FactorizeSvd
+from eoracc.passes.graph.linears import find_again
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.compiler.linears import LinearGroup
+    from eoracc.passes.graph.linears import LinearGroup
 
 LENGTHS = (13, 8, 13, 5, 11)
 GPTQ = QuantizeGptq(bits=3, group_size=16)

@@ -11,7 +11,6 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eoracc.compiler.config import BuildConfig, CalibrationConfig, TextConfig
-from eoracc.compiler.errors import DataError
 from eoracc.compiler.executor import make_batches
 from eoracc.compiler.text import (
     Windows,
@@ -19,6 +18,7 @@ from eoracc.compiler.text import (
     evaluation_windows,
     load_windows,
 )
+from eoracc.errors import DataError
 from eoracc.passes.gram import accumulate_gram
 from tests.tiny_artifact import write_byte_tokenizer
 

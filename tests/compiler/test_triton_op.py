@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typing_extensions import override
 
 from eoracc.compiler.triton_op import matmul_nbits_low_rank
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 
 Operands = dict[str, Any]
 

@@ -7,11 +7,11 @@ import pytest
 
 from eoracc.compiler import frontend, verify
 from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.embeddings import find_embeddings
 from eoracc.compiler.executor import Executor
-from eoracc.compiler.linears import LinearGroup
 from eoracc.compiler.text import Windows
 from eoracc.compiler.verify import PARITY_STEPS, record_parity
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -19,7 +19,7 @@ from tests.tiny_models import VOCABULARY, tiny_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.compiler.linears import Linear
+    from eoracc.passes.graph.linears import Linear
     from eoracc.runtime.parity import ParityRecord
 
 

@@ -11,16 +11,16 @@ import onnx_ir as ir
 import pytest
 
 from eoracc.compiler import frontend
-from eoracc.compiler.embeddings import find_embeddings
 from eoracc.compiler.executor import Executor
-from eoracc.compiler.linears import LinearGroup
 from eoracc.compiler.lowering.half_precision import HALF
 from eoracc.compiler.lowering.tensorrt_rtx import lower
 from eoracc.compiler.text import Windows
 from eoracc.compiler.verify import PARITY_STEPS, record_graph_parity
+from eoracc.errors import ArtifactError
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.graph_session import GraphSession
 from eoracc.runtime.parity import PARITY_FILE, ParityRecord, check_parity
 from tests.tiny_models import VOCABULARY, tiny_model

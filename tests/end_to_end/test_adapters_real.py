@@ -25,7 +25,7 @@ from eoracc.runtime.text import Tokenizer
 from tests.end_to_end.ways_of_running import build_in, eoracc, genai_tokens
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import Linear
+    from eoracc.passes.graph.linears import Linear
 
 pytestmark = [
     pytest.mark.real,

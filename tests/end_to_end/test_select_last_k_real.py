@@ -11,11 +11,11 @@ import pytest
 from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import load
-from eoracc.compiler.linears import Linear, find_linears
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.survey import SurveyContext, calibration_batches
 from eoracc.compiler.sweep import run_sweep
 from eoracc.compiler.text import Windows
+from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.select_last_k import SelectLastK

@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.linears import Linear, LinearGroup
+from eoracc.errors import PassError
 from eoracc.passes.adapter import AdapterSolver
 from eoracc.passes.compensation import RankOverride
 from eoracc.passes.eora import Eora
 from eoracc.passes.factor_types import FactorType
 from eoracc.passes.factors import weighted_norm
 from eoracc.passes.gram import Gram, accumulate_gram
+from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from tests.passes.groups import correlated, make_group, ones, qkv
 

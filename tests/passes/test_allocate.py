@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 
-from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import Linear, LinearGroup, find_linears
 from eoracc.compiler.pipeline import Compressed, compress
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import linear_report
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.allocate import Allocate
+from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model

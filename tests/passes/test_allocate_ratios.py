@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 
-from eoracc.compiler.errors import PassError
 from eoracc.compiler.executor import Executor, make_batches
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.pipeline import Compressed, compress
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
+from eoracc.errors import PassError
 from eoracc.passes.allocate_ratios import AllocateRatios
 from eoracc.passes.factorization import factorized_rank
+from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.ratio_allocation import ratios_by_loss
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model

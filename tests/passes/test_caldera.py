@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.linears import Linear, LinearGroup
+from eoracc.errors import PassError
 from eoracc.passes.caldera import Caldera
 from eoracc.passes.compensation import RankOverride
 from eoracc.passes.eora import Eora
 from eoracc.passes.factor_types import FactorType
 from eoracc.passes.factors import top_of_gram, weighted_norm
+from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn

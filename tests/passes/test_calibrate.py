@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.eora import Eora
 from eoracc.passes.gram import accumulate_gram, output_matching
@@ -19,9 +19,9 @@ from eoracc.passes.svd import Svd
 from tests.passes.groups import make_group, ones
 
 if TYPE_CHECKING:
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.compiler.products import Precision
     from eoracc.passes.base import LayerPass
+    from eoracc.passes.graph.linears import LinearGroup
 
 WIDTH = 24
 HEIGHT = 40

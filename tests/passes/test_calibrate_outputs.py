@@ -17,17 +17,17 @@ from eoracc.compiler import output_gradients
 from eoracc.compiler.config import load_config
 from eoracc.compiler.driver import build
 from eoracc.compiler.eager import load_eager
-from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.frontend import load
-from eoracc.compiler.linears import find_again, find_linears
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import report_lines
 from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.text import Windows
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.eora import Eora
 from eoracc.passes.factors import gram_root, output_weighted_factors
+from eoracc.passes.graph.linears import find_again, find_linears
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from tests.passes.groups import qkv
 from tests.tiny_build import tiny_config, tiny_workspace
@@ -36,8 +36,8 @@ from tests.tiny_models import VOCABULARY, tiny_model
 if TYPE_CHECKING:
     from eoracc.compiler.config import BuildConfig
     from eoracc.compiler.frontend import LoadedModel
-    from eoracc.compiler.linears import LinearGroup
     from eoracc.passes.factor_types import FactorType
+    from eoracc.passes.graph.linears import LinearGroup
 
 EPS = float(np.finfo(np.float32).eps)
 

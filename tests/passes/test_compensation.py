@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.linears import LinearGroup
+from eoracc.errors import PassError
 from eoracc.passes import load_passes
 from eoracc.passes.activation_scaled import ActivationScaled
 from eoracc.passes.compensation import Compensation, RankOverride, compensation_solver
 from eoracc.passes.eora import Eora
 from eoracc.passes.factor_types import FactorType
 from eoracc.passes.factors import eora_factors, weighted_norm
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.lqer import Lqer
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq

@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.linears import LinearGroup
+from eoracc.errors import PassError
 from eoracc.passes import load_passes
 from eoracc.passes.base import pass_type
 from eoracc.passes.erc_svd import ErcSvd
@@ -22,6 +21,7 @@ from eoracc.passes.factorize_activation_scaled import FactorizeActivationScaled
 from eoracc.passes.factorize_svd import FactorizeSvd
 from eoracc.passes.factors import weighted_norm
 from eoracc.passes.gram import accumulate_cross, output_matching
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.nsvd import Nsvd
 from eoracc.passes.saes_svd import SaesSvd
 from eoracc.passes.svd_llm import SvdLlm

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eoracc.compiler.linears import LinearGroup
 from eoracc.passes.caldera import Caldera
 from eoracc.passes.compensation import Compensation
 from eoracc.passes.eora import Eora
 from eoracc.passes.factors import weighted_norm
 from eoracc.passes.gram import accumulate_cross, output_matching
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from tests.passes.groups import correlated, qkv
 

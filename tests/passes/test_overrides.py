@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from eoracc.compiler.linears import LinearGroup
 from eoracc.passes.eora import Eora
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd

@@ -7,9 +7,9 @@ import pytest
 
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import find_linears
-from eoracc.compiler.spec import Stage, check
 from eoracc.passes.base import pass_type
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.plugins.operands import NBitsWeight
 from tests.graph_session import GraphSession, assert_close

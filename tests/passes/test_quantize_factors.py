@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.linears import LinearGroup
+from eoracc.errors import PassError
 from eoracc.passes.eora import Eora
 from eoracc.passes.factor_types import FactorType
+from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize_factors import FactorBits, FactorBitsOverride, QuantizeFactors
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.passes.svd import Svd

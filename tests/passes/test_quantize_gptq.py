@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eoracc.compiler.errors import PassError
+from eoracc.errors import PassError
 from eoracc.passes.descent import descend
 from eoracc.passes.gptq import gptq
 from eoracc.passes.gram import Gram

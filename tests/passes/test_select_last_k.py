@@ -11,17 +11,17 @@ import pytest
 
 from eoracc.compiler import sweep, trials
 from eoracc.compiler.activation_store import ActivationStore
-from eoracc.compiler.errors import ConfigError, PassError
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.pipeline import Compressed, compress
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.survey import SurveyContext, calibration_batches
 from eoracc.compiler.text import Windows
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorization import RatioOverride
 from eoracc.passes.factorize_svd import FactorizeSvd
+from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.quantize_gptq import QuantizeGptq
 from eoracc.passes.select_last_k import SelectLastK
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from eoracc.compiler.linears import Linear
     from eoracc.passes.base import LayerPass
+    from eoracc.passes.graph.linears import Linear
 
 BLOCKS = 5
 LINEARS_PER_BLOCK = 7

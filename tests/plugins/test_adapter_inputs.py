@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from eoracc.errors import PluginError
 from eoracc.plugins.adapters import (
     ADAPTER_INDEX,
     ADAPTER_OPERANDS,
@@ -22,7 +23,7 @@ from eoracc.plugins.adapters import (
 )
 from eoracc.plugins.functions import INPUTS, local_function
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import LowRank, NBitsWeight, PluginError
+from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.plugins.reference import fused_matmul
 from tests.plugins.banks import (
     adapter_bound,

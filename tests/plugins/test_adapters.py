@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eoracc.errors import PluginError
 from eoracc.plugins.adapters import (
     SLOTS_KEY,
     AdapterSlot,
@@ -17,7 +18,7 @@ from eoracc.plugins.adapters import (
     stack_adapters,
     unpack_adapter,
 )
-from eoracc.plugins.operands import LowRank, PluginError, untile_integers
+from eoracc.plugins.operands import LowRank, untile_integers
 from tests.plugins.banks import SLOT, random_adapter, random_typed_factors, slots_of
 
 PARTS = (32, 16, 48)

@@ -11,9 +11,10 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from eoracc.errors import PluginError
 from eoracc.plugins.functions import local_function
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import BITS, LowRank, NBitsWeight, PluginError
+from eoracc.plugins.operands import BITS, LowRank, NBitsWeight
 from eoracc.plugins.reference import fused_matmul
 from tests.plugins.fused_op import (
     Float,

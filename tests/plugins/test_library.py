@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import eoracc
+from eoracc.errors import PluginError
 from eoracc.plugins import library
 from eoracc.plugins.library import ABI_VERSION, LibraryInfo, library_info, library_path
-from eoracc.plugins.operands import PluginError
 from tests.plugins.native import INSTRUCTION_SETS
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from eoracc.errors import PluginError
 from eoracc.plugins.operands import (
     BITS,
     CHUNK,
     LowRank,
     NBitsWeight,
-    PluginError,
     merge_factors,
     pack_codes,
     split_rows,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from eoracc.errors import ArtifactError
 from eoracc.runtime.adapter_store import add_adapter, remove_adapter
 from eoracc.runtime.adapters import Adapter, adapter_names, read_adapter
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import read_manifest, verify_manifest
 from tests.slots_artifact import random_factors, write_slots_artifact
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.adapter_store import add_adapter
@@ -24,7 +25,6 @@ from eoracc.runtime.adapters import (
     read_adapter,
     read_slots,
 )
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.manifest import MANIFEST_FILE, FileEntry, read_manifest
 from eoracc.runtime.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from tests.slots_artifact import LAYER, SLOTS, random_factors, write_slots_artifact

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from eoracc.errors import RequestError
 from eoracc.plugins.adapters import (
     AdapterSlot,
     AdapterSlots,
@@ -16,7 +17,6 @@ from eoracc.plugins.adapters import (
     unpack_adapter,
 )
 from eoracc.runtime.bank import NO_PLACE, AdapterBank, Weights
-from eoracc.runtime.errors import RequestError
 from tests.tiny_artifact import tiny_factors
 
 if TYPE_CHECKING:

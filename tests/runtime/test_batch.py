@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pytest
 
+from eoracc.errors import BackendError
 from eoracc.runtime.backend import read_decoder
 from eoracc.runtime.bank import NO_PLACE, AdapterBank
 from eoracc.runtime.batch import Batch, Binding, Graph
-from eoracc.runtime.errors import BackendError
 from eoracc.runtime.session import Session, open_inference
 
 if TYPE_CHECKING:

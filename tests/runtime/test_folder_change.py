@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.folder_change import PENDING, STAGED, change_files, changing, reading
 
 if TYPE_CHECKING:

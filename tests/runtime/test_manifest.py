@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.folder_change import PENDING, STAGED
 from eoracc.runtime.manifest import (
     MANIFEST_FILE,

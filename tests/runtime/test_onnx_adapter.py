@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.onnx_adapter import OnnxAdapter, read_onnx_adapter, write_onnx_adapter
 
 if TYPE_CHECKING:

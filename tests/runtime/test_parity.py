@@ -10,7 +10,7 @@ import pytest
 
 from eoracc.compiler import driver
 from eoracc.compiler.progress import SilentProgress
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.parity import PARITY_FILE, ParityRecord, check_parity
 from tests.tiny_build import tiny_config, tiny_workspace
 

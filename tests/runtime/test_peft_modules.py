@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from eoracc.errors import ArtifactError
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.errors import ArtifactError
 from eoracc.runtime.peft_modules import (
     ModuleLayout,
     linears_to_modules,

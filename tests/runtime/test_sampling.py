@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 from eoracc.runtime.sampling import (
     choose,
     distribution,

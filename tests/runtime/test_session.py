@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from eoracc.errors import ArtifactError, BackendError
 from eoracc.runtime.backend import read_decoder
-from eoracc.runtime.errors import ArtifactError, BackendError
 from eoracc.runtime.session import Session, open_linears, open_session
 from tests.tiny_artifact import tiny_linears
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eoracc.runtime.errors import ArtifactError, RequestError
+from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.text import StopStrings, Tokenizer
 from tests.tiny_artifact import write_byte_tokenizer
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eoracc.plugins.operands import LowRank, PluginError
+from eoracc.errors import PluginError
+from eoracc.plugins.operands import LowRank
 from eoracc.runtime.weighted_sum import weighted_sum
 from tests.slots_artifact import LAYER, random_factors
 

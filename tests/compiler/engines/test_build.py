@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from eoracc.compiler.engines.build import BuiltEngine, build_engines, require_package
 from eoracc.compiler.engines.task import EngineTask
-from eoracc.compiler.errors import TargetError
 from eoracc.compiler.progress import SilentProgress
+from eoracc.errors import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

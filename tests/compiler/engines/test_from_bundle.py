@@ -17,9 +17,8 @@ from eoracc.compiler.driver import build
 from eoracc.compiler.engines import from_bundle
 from eoracc.compiler.engines.bundle import Bundle, open_bundle
 from eoracc.compiler.engines.from_bundle import build_from_bundle, store_engine
-from eoracc.compiler.errors import TargetError
 from eoracc.compiler.progress import SilentProgress
-from eoracc.runtime.errors import ArtifactError, BackendError
+from eoracc.errors import ArtifactError, BackendError, TargetError
 from eoracc.runtime.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from tests.tiny_build import EORA, tiny_config, tiny_workspace

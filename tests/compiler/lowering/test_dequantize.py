@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from eoracc.compiler.errors import ModelError, PassError
 from eoracc.compiler.lowering.dequantize import SignedWeight, rounded_product, signed_factors
+from eoracc.errors import ModelError, PassError
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import pytest
 
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.lowering.onnxruntime import lower
-from eoracc.compiler.names import WINDOW_KEY
-from eoracc.compiler.spec import Stage, check
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.names import WINDOW_KEY
+from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from tests.graph_session import GraphSession, assert_close, padded_mask

@@ -11,10 +11,10 @@ import onnxruntime as ort
 import pytest
 
 from eoracc.compiler.frontend import load
-from eoracc.compiler.linears import Linear, LinearGroup, find_linears
 from eoracc.compiler.lowering.genai_config import genai_config
 from eoracc.compiler.lowering.onnxruntime import lower
-from eoracc.compiler.spec import Stage, check
+from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
+from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.passes.quantize_rtn import QuantizeRtn
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots, pack_adapter

@@ -16,7 +16,7 @@ from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.frontend import LoadedModel, load
 from eoracc.compiler.lowering.genai_config import genai_config, read_generation_config
 from eoracc.compiler.lowering.onnxruntime import lower
-from eoracc.compiler.spec import Stage, check
+from eoracc.passes.graph.spec import Stage, check
 from tests.graph_session import GraphSession, assert_close, padded_mask
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from eoracc.compiler.errors import ModelError, PassError
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.lowering.tensorrt import half_product, kernel_cases, lower
-from eoracc.compiler.spec import Stage, check
+from eoracc.errors import ModelError, PassError
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.spec import Stage, check
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS
 from eoracc.runtime.graph_session import GraphSession

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from eoracc.compiler.embeddings import find_embeddings
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.lowering.tensorrt_rtx import lower
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import find_linears
 from eoracc.plugins.operands import NBitsWeight
 from tests.compiler.lowering.test_tensorrt_rtx import compress, loaded
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from eoracc.compiler.eager import load_eager, reference_logits, replace_weights
-from eoracc.compiler.embeddings import find_embeddings
-from eoracc.compiler.errors import ModelError, PassError
 from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.lowering.tensorrt_rtx import lower
-from eoracc.compiler.spec import Stage, check
+from eoracc.errors import ModelError, PassError
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.runtime.graph_session import GraphSession

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from eoracc.compiler import driver
 from eoracc.compiler.cli import main
-from eoracc.compiler.errors import ConfigError, TargetError
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import Report, report_lines
+from eoracc.errors import ConfigError, TargetError
 from eoracc.runtime.adapters import read_adapter
 from eoracc.runtime.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set

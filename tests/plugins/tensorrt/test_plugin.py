@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 from eoracc.plugins.tensorrt.kernels import Case, count_kernel_sets, in_one_launch, write_kernels
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS, PLUGIN, PLUGIN_VERSION, Kernels
 from eoracc.plugins.triton.tactics import SHARED_BYTES

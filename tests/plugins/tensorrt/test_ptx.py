@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 from eoracc.plugins.tensorrt.ptx import launch_form
 
 PTX = """.version 8.8

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 from eoracc.plugins.triton.compile import Compiled, compile_down, compile_kernel
 from eoracc.plugins.triton.tactics import CAPABILITIES, SHARED_BYTES, Variant, tactics
 

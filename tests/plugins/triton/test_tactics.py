@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from eoracc.plugins.operands import PluginError
+from eoracc.errors import PluginError
 from eoracc.plugins.triton.tactics import (
     CAPABILITIES,
     FEW_RANKS,

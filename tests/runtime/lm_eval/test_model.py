@@ -13,7 +13,7 @@ import pytest
 from lm_eval.api.model import TemplateLM
 
 from eoracc.compiler.eager import load_eager
-from eoracc.runtime.errors import ArtifactError, RequestError
+from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.lm_eval import EoraccLM
 from tests.tiny_artifact import tiny_linears, write_byte_tokenizer
 

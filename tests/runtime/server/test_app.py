@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eoracc.runtime.server.errors import ApiError
+from eoracc.errors import ApiError
 from eoracc.runtime.server.options import ServerOptions
 from tests.runtime.server.fake import BACKBONE, CONTEXT, FakeEngine, Server, completion, serve
 

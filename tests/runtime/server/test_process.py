@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 from eoracc.runtime.server.process import listen
 
 

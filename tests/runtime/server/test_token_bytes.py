@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eoracc.runtime.errors import ArtifactError
+from eoracc.errors import ArtifactError
 from eoracc.runtime.server.token_bytes import read_token_bytes
 from tests.tiny_artifact import write_byte_tokenizer
 

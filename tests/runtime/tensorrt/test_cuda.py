@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from eoracc.runtime.errors import BackendError
+from eoracc.errors import BackendError
 from eoracc.runtime.tensorrt.cuda import ALIGNMENT, Device, Driver, open_device
 
 if TYPE_CHECKING:

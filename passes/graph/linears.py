@@ -9,7 +9,7 @@ once, so that the graph alone says what has been compressed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,16 +17,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from eoracc.compiler.errors import ModelError, PassError
+from eoracc.errors import ModelError, PassError
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
 if TYPE_CHECKING:
-    from eoracc.passes.gram import Gram
+    from eoracc.passes.gram import Activations, Gram
 
 __all__ = [
     "FUSED_DOMAIN",
     "FUSED_OP",
-    "Activations",
     "Factorized",
     "Linear",
     "LinearGroup",
@@ -46,9 +45,6 @@ X, B, SCALES, ZERO_POINTS, BIAS, LORA_A, LORA_B, LORA_A_SCALE, LORA_B_SCALE = ra
 
 _INT4 = ir.DataType.INT4.numpy()
 """NumPy type of the values of an int4 factor while it stands in the graph."""
-
-Activations = Callable[[], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
-"""Yields per batch the inputs ``float32 [tokens, K]`` and token weights ``float32 [tokens]``."""
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h|layer)\.(\d+)\.")
 

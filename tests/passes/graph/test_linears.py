@@ -7,9 +7,10 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from eoracc.compiler import frontend, spec
-from eoracc.compiler.errors import ModelError, PassError
-from eoracc.compiler.linears import FUSED_OP, Factorized, Linear, find_again, find_linears
+from eoracc.compiler import frontend
+from eoracc.errors import ModelError, PassError
+from eoracc.passes.graph import spec
+from eoracc.passes.graph.linears import FUSED_OP, Factorized, Linear, find_again, find_linears
 from eoracc.passes.grid import find_grid, quantize, to_nbits
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from tests.plugins.banks import random_typed_factors

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from eoracc.compiler.embeddings import GATHER_OP
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.linears import FUSED_DOMAIN, FUSED_OP
+from eoracc.errors import PassError
+from eoracc.passes.graph.embeddings import GATHER_OP
+from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP
 from eoracc.plugins.functions import INPUTS
 from eoracc.plugins.operands import BITS, CHUNK, TILE
 from eoracc.plugins.tensorrt.plugin import FIELDS as PLUGIN_FIELDS

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.compiler.errors import PassError
-from eoracc.compiler.graph import register_tensor
-from eoracc.compiler.linears import FUSED_DOMAIN, Linear
+from eoracc.errors import PassError
+from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear
+from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

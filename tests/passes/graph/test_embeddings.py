@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.embeddings import GATHER_OP, find_embeddings
-from eoracc.compiler.errors import PassError
 from eoracc.compiler.frontend import load
-from eoracc.compiler.linears import find_linears
 from eoracc.compiler.lowering.onnxruntime import lower
-from eoracc.compiler.spec import Stage, check
+from eoracc.errors import PassError
+from eoracc.passes.graph.embeddings import GATHER_OP, find_embeddings
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.spec import Stage, check
 from eoracc.plugins.operands import NBitsWeight
 from tests.graph_session import GraphSession, assert_close
 from tests.tiny_models import VOCABULARY, tiny_model

@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from eoracc.compiler.errors import PassError
 from eoracc.compiler.frontend import load
-from eoracc.compiler.linears import FUSED_DOMAIN, Linear, find_linears
 from eoracc.compiler.lowering.onnxruntime import lower
-from eoracc.compiler.spec import OPS, Stage, check
+from eoracc.errors import PassError
+from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, find_linears
+from eoracc.passes.graph.spec import OPS, Stage, check
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from tests.plugins.banks import random_typed_factors
 from tests.tiny_models import tiny_model
