@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eoracc.errors import EoraccError
-from eoracc.passes.factor_types import FactorType, store_factors
+from eoracc.passes.solvers.factor_types import FactorType, store_factors
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.adapter_store import add_adapter

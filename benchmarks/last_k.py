@@ -38,11 +38,11 @@ from eoracc.compiler.text import Windows
 from eoracc.compiler.trials import Course, Trials
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.erc_svd import ErcSvd
+from eoracc.passes.factorize.erc_svd import ErcSvd
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.overrides import QuantizeOverride
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.select_last_k import SelectLastK
+from eoracc.passes.plan.select_last_k import SelectLastK
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 
 CALIBRATE = Calibrate(tokens="equal")
 """Statistics as ERC-SVD takes them."""

@@ -4,7 +4,7 @@
                                  [--shapes 576x576,4096x4096] [--spectra white,decaying]
 
 Both are given the same weighted error, ``delta L`` in float32, and asked for its top left singular
-vectors: all that factors need (:mod:`eoracc.passes.factors`). The full SVD is torch.linalg.svd,
+vectors: all that factors need (:mod:`eoracc.passes.solvers.factors`). The full SVD is torch.linalg.svd,
 optimal by Eckart and Young; the last column is by how much the error that ours leaves exceeds it.
 
 The spectra are those that quantization errors lie between. *white*: independent entries, the
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from eoracc.passes.singular import top_left_vectors
+from eoracc.passes.solvers.singular import top_left_vectors
 
 Float = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eoracc.errors import ArtifactError
-from eoracc.passes.factor_types import store_factors
+from eoracc.passes.solvers.factor_types import store_factors
 from eoracc.runtime.adapters import (
     Adapter,
     decode_adapter,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.passes.factor_types import FactorType
+    from eoracc.passes.solvers.factor_types import FactorType
     from eoracc.plugins.operands import LowRank
 
 __all__ = [

@@ -28,8 +28,8 @@ from eoracc.compiler.progress import Progress, cpu_seconds
 from eoracc.compiler.sweep import ForwardPass, one_thread
 from eoracc.compiler.text import Settings, Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ConfigError
-from eoracc.passes.adapter import AdapterSolver
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.compensate.adapter import AdapterSolver
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.statistics import MIN_TOKENS, require_gram
 from eoracc.plugins.operands import LowRank

@@ -20,16 +20,16 @@ from eoracc.compiler.planned_bytes import (
 )
 from eoracc.compiler.yaml_document import dotted, suggest
 from eoracc.errors import ConfigError
-from eoracc.passes.allocate import Allocate
 from eoracc.passes.base import Pass, pass_type
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensation import Compensation
-from eoracc.passes.factorization import Factorization, RatioOverride
+from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.factorize.base import Factorization, RatioOverride
+from eoracc.passes.factorize.saes_svd import SaesSvd
 from eoracc.passes.graph.linears import Linear
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.saes_svd import SaesSvd
-from eoracc.passes.select_last_k import SelectLastK
+from eoracc.passes.plan.allocate import Allocate
+from eoracc.passes.plan.select_last_k import SelectLastK
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 
 __all__ = ["BudgetProblem", "Contender", "Family", "Fit", "Method", "find_methods", "fit"]
 

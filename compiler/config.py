@@ -47,10 +47,10 @@ from eoracc.errors import ConfigError, EoraccError
 from eoracc.passes import load_passes
 from eoracc.passes.base import Pass, pass_names, pass_type
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensation import Compensation, Rank, RankOverride
-from eoracc.passes.factor_types import FactorType
-from eoracc.passes.factorization import Factorization
-from eoracc.passes.quantize_factors import QuantizeFactors
+from eoracc.passes.compensate.base import Compensation, Rank, RankOverride
+from eoracc.passes.compensate.quantize_factors import QuantizeFactors
+from eoracc.passes.factorize.base import Factorization
+from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.adapters import check_adapter_name
 

@@ -54,8 +54,8 @@ from eoracc.compiler.verify import AdapterCases
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.base import SurveyPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensation import Compensation
-from eoracc.passes.factorization import Factorization
+from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.adapters import AdapterSlots

@@ -38,8 +38,8 @@ from safetensors.torch import save_file as save_tensors
 from eoracc.compiler import products
 from eoracc.compiler.eager import module_rows, positions
 from eoracc.errors import ModelError
-from eoracc.passes.gram import GramSum
 from eoracc.passes.graph.linears import block_of
+from eoracc.passes.solvers.gram import GramSum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -27,14 +27,14 @@ from eoracc.compiler.text import Windows
 from eoracc.errors import ConfigError
 from eoracc.passes.base import LayerPass, ModelPass, Pass, SurveyPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensation import compensation_solver
-from eoracc.passes.embedding_tables import quantize_embedding_tables
+from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import find_again, find_linears
 from eoracc.passes.overrides import Overridable
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize_rtn import QuantizeRtn
+from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 
 __all__ = ["Compressed", "compress", "stage_key", "stages"]
 

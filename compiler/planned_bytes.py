@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from eoracc.passes.base import Pass
-from eoracc.passes.compensation import Compensation
-from eoracc.passes.factor_types import FactorType, factor_bytes
-from eoracc.passes.factorization import Factorization, factorized_rank
+from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.compensate.quantize_factors import QuantizeFactors
+from eoracc.passes.factorize.base import Factorization, factorized_rank
 from eoracc.passes.graph.linears import Linear
-from eoracc.passes.grid import group_width
-from eoracc.passes.quantize_factors import QuantizeFactors
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize_rtn import QuantizeRtn
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
+from eoracc.passes.solvers.grid import group_width
 
 __all__ = ["PLAIN_BYTES", "compressed_names", "planned_bytes", "rank_limit", "stored_bytes"]
 

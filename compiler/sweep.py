@@ -22,9 +22,9 @@ from eoracc.compiler.executor import Batch, Executor, WeightOf
 from eoracc.compiler.progress import Progress
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.factor_types import FactorType
-from eoracc.passes.gram import Activations, Gram
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.solvers.factor_types import FactorType
+from eoracc.passes.solvers.gram import Activations, Gram
 from eoracc.plugins.operands import LowRank
 from eoracc.runtime.memory import release_memory
 

@@ -24,7 +24,7 @@ from eoracc.compiler.survey import SurveyContext
 from eoracc.compiler.sweep import inputs_over, one_thread, original_weight
 from eoracc.errors import PassError
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.factorization import Factorization
+from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.runtime.memory import release_memory
 

@@ -12,15 +12,15 @@ from typing_extensions import override
 
 from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, register
-from eoracc.passes.gram import accumulate_cross, accumulate_gram, output_matching
+from eoracc.passes.solvers.gram import accumulate_cross, accumulate_gram, output_matching
 from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from eoracc.compiler.products import Precision
-    from eoracc.passes.gram import Activations, Gram
     from eoracc.passes.graph.linears import LinearGroup
+    from eoracc.passes.solvers.gram import Activations, Gram
 
 __all__ = ["Calibrate"]
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from eoracc.errors import PassError
-from eoracc.passes.factors import gram_root
-from eoracc.passes.gram import Residual
+from eoracc.passes.solvers.factors import gram_root
+from eoracc.passes.solvers.gram import Residual
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.passes.gram import Gram
     from eoracc.passes.graph.linears import Linear, LinearGroup
+    from eoracc.passes.solvers.gram import Gram
 
 __all__ = [
     "MIN_TOKENS",

@@ -85,9 +85,9 @@ def tiny_linears(work: Path) -> list[Linear]:
 
 
 def _compress(model: ir.Model) -> list[Linear]:
+    from eoracc.passes.compensate.svd import Svd
     from eoracc.passes.graph.linears import LinearGroup, find_linears
-    from eoracc.passes.quantize_rtn import QuantizeRtn
-    from eoracc.passes.svd import Svd
+    from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 
     linears = find_linears(model)
     quantize, compensate = QuantizeRtn(bits=3, group_size=16), Svd(rank=2)
@@ -119,7 +119,7 @@ def tiny_factors(
       factor_type: ``int8``, ``int4`` or ``float16``; the slots' own unless given.
       size: norm of each linear's product; the weights' own is about the root of their rows.
     """
-    from eoracc.passes.factor_types import store_factors
+    from eoracc.passes.solvers.factor_types import store_factors
 
     rng = np.random.default_rng(seed)
     factors = {}

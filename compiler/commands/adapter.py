@@ -17,7 +17,7 @@ from eoracc.compiler.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from eoracc.passes.factor_types import FactorType
+    from eoracc.passes.solvers.factor_types import FactorType
     from eoracc.runtime.adapters import Adapter
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them

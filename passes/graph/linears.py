@@ -21,7 +21,7 @@ from eoracc.errors import ModelError, PassError
 from eoracc.plugins.operands import LowRank, NBitsWeight
 
 if TYPE_CHECKING:
-    from eoracc.passes.gram import Activations, Gram
+    from eoracc.passes.solvers.gram import Activations, Gram
 
 __all__ = [
     "FUSED_DOMAIN",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.adapters import ADAPTERS, main, random_factors
-from eoracc.passes.factor_types import FactorType
+from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.plugins.adapters import pack_adapter
 from eoracc.runtime.adapters import adapter_names, read_slots
 from tests.tiny_artifact import write_tiny_artifact

@@ -19,12 +19,12 @@ from eoracc.compiler.progress import Phase, SilentProgress
 from eoracc.compiler.sweep import run_sweep
 from eoracc.compiler.text import Windows
 from eoracc.errors import ConfigError, PassError
-from eoracc.passes.adapter import AdapterSolver
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.eora import Eora
-from eoracc.passes.gram import accumulate_gram
+from eoracc.passes.compensate.adapter import AdapterSolver
+from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.graph.linears import Linear
-from eoracc.passes.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.solvers.gram import accumulate_gram
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:

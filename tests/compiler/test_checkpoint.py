@@ -8,9 +8,9 @@ from pydantic import TypeAdapter
 
 from eoracc.compiler.checkpoint import SAVE_INTERVAL_S, SweepCheckpoint
 from eoracc.compiler.executor import Batch
+from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import Linear
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.svd import Svd
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.operands import LowRank
 from tests.passes.groups import qkv
 

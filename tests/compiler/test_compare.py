@@ -15,8 +15,8 @@ from eoracc.compiler.compare_folder import WorkFolder
 from eoracc.compiler.fidelity import Scorer
 from eoracc.compiler.progress import SilentProgress
 from eoracc.errors import ConfigError, DataError, ModelError, PassError
-from eoracc.passes.eora import Eora
-from eoracc.passes.quantize_gptq import QuantizeGptq
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

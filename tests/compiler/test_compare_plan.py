@@ -9,13 +9,13 @@ from eoracc.compiler.compare_plan import BudgetProblem, Method, find_methods, fi
 from eoracc.compiler.config import BuildConfig, budget_bits, parse_budget
 from eoracc.compiler.planned_bytes import planned_bytes, rank_limit
 from eoracc.errors import ConfigError
-from eoracc.passes.allocate import Allocate
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.eora import Eora
-from eoracc.passes.factorization import factorized_rank
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.compensate.zeroquant_v2 import ZeroQuantV2
+from eoracc.passes.factorize.base import factorized_rank
+from eoracc.passes.factorize.svd_llm import SvdLlm
 from eoracc.passes.graph.linears import Linear
-from eoracc.passes.svd_llm import SvdLlm
-from eoracc.passes.zeroquant_v2 import ZeroQuantV2
+from eoracc.passes.plan.allocate import Allocate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

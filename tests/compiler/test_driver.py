@@ -15,7 +15,7 @@ from eoracc.compiler.driver import BuildResult
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import Report
 from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError, PassError
-from eoracc.passes.eora import Eora
+from eoracc.passes.compensate.eora import Eora
 from eoracc.runtime.manifest import verify_manifest
 from eoracc.runtime.parity import PARITY_FILE
 from tests.tiny_build import EORA, tiny_config, tiny_workspace

@@ -18,7 +18,7 @@ from eoracc.compiler.config import AdapterConfig
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.progress import SilentProgress
 from eoracc.errors import ArtifactError
-from eoracc.passes.factorization import factorized_rank
+from eoracc.passes.factorize.base import factorized_rank
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from eoracc.compiler.fidelity import Scores, Variant
 from eoracc.compiler.gates import fidelity_report
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.text import Windows
+from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import LinearGroup
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.svd import Svd
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.operands import LowRank
 from tests.tiny_models import tiny_model
 

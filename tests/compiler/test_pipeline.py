@@ -18,8 +18,8 @@ from eoracc.compiler.pipeline import stages
 from eoracc.compiler.progress import SilentProgress
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import SurveyPass
-from eoracc.passes.eora import Eora
-from eoracc.passes.factorize_svd import FactorizeSvd
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.factorize.factorize_svd import FactorizeSvd
 from eoracc.passes.graph.linears import Linear
 from tests.tiny_build import tiny_config, tiny_workspace
 

@@ -18,14 +18,14 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep import Comparisons, run_sweep
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensation import compensation_solver
-from eoracc.passes.eora import Eora
-from eoracc.passes.factor_types import FactorType
-from eoracc.passes.factorize_svd import FactorizeSvd
+from eoracc.passes.compensate.base import compensation_solver
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.compensate.svd import Svd
+from eoracc.passes.factorize.factorize_svd import FactorizeSvd
 from eoracc.passes.graph.linears import find_again
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.svd import Svd
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.solvers.factor_types import FactorType
 from tests.graph_session import padded_mask
 from tests.tiny_models import VOCABULARY, tiny_model
 

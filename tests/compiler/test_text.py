@@ -19,7 +19,7 @@ from eoracc.compiler.text import (
     load_windows,
 )
 from eoracc.errors import DataError
-from eoracc.passes.gram import accumulate_gram
+from eoracc.passes.solvers.gram import accumulate_gram
 from tests.tiny_artifact import write_byte_tokenizer
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.executor import Executor
 from eoracc.compiler.text import Windows
 from eoracc.compiler.verify import PARITY_STEPS, record_parity
+from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import LinearGroup
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.svd import Svd
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:

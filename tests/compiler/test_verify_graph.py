@@ -17,10 +17,10 @@ from eoracc.compiler.lowering.tensorrt_rtx import lower
 from eoracc.compiler.text import Windows
 from eoracc.compiler.verify import PARITY_STEPS, record_graph_parity
 from eoracc.errors import ArtifactError
+from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import LinearGroup
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.svd import Svd
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.runtime.graph_session import GraphSession
 from eoracc.runtime.parity import PARITY_FILE, ParityRecord, check_parity
 from tests.tiny_models import VOCABULARY, tiny_model

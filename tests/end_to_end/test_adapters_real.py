@@ -14,8 +14,8 @@ from eoracc.compiler.backbone import restore_backbone
 from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.compiler.frontend import load as load_checkpoint
 from eoracc.compiler.verify import logits_tolerance
-from eoracc.passes.factor_types import store_factors
-from eoracc.passes.factors import svd_factors
+from eoracc.passes.solvers.factor_types import store_factors
+from eoracc.passes.solvers.factors import svd_factors
 from eoracc.plugins.adapters import pack_adapter
 from eoracc.runtime.adapter_store import add_adapter
 from eoracc.runtime.adapters import Adapter, read_adapter, read_slots

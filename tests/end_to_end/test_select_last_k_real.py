@@ -17,8 +17,8 @@ from eoracc.compiler.sweep import run_sweep
 from eoracc.compiler.text import Windows
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.overrides import QuantizeOverride
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.select_last_k import SelectLastK
+from eoracc.passes.plan.select_last_k import SelectLastK
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from eoracc.passes.gram import accumulate_gram
 from eoracc.passes.graph.linears import LinearGroup, find_linears
+from eoracc.passes.solvers.gram import accumulate_gram
 
 __all__ = ["correlated", "make_group", "ones", "qkv"]
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from eoracc.errors import PassError
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.eora import Eora
-from eoracc.passes.gram import accumulate_gram, output_matching
-from eoracc.passes.lqer import Lqer
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.svd import Svd
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.compensate.lqer import Lqer
+from eoracc.passes.compensate.svd import Svd
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.solvers.gram import accumulate_gram, output_matching
 from tests.passes.groups import make_group, ones
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from eoracc.passes.eora import Eora
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import LinearGroup
-from eoracc.passes.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize_rtn import QuantizeRtn
-from eoracc.passes.svd import Svd
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from tests.passes.groups import make_group
 
 Q, K, DOWN = (f"model.layers.{n}" for n in ("0.self_attn.q_proj", "0.self_attn.k_proj", "11.down"))

@@ -1,0 +1,1 @@
+"""Passes that give compressed linears low-rank factors of their error."""

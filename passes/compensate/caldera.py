@@ -1,0 +1,114 @@
+"""Quantize and compensate by turns, each for what the other leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import numpy as np
+from pydantic import Field
+from typing_extensions import override
+
+from eoracc.errors import PassError
+from eoracc.passes.base import register
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.solvers.alternation import alternate
+from eoracc.passes.statistics import (
+    output_root,
+    record_error,
+    require_gram,
+    saw_too_few_tokens,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from eoracc.passes.graph.linears import Linear, LinearGroup
+    from eoracc.passes.solvers.gram import Gram
+
+__all__ = ["Caldera"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Caldera(Eora):
+    """Alternate between the weight's codes and its low-rank factors (arXiv:2405.18886).
+
+    Begins where ``eora`` ends. Then the weight without what the factors give is quantized again,
+    by the quantizing pass of the sweep and its options, and the factors are solved for again; the
+    iterate that leaves the least output error is kept, so that it is never worse than ``eora`` with
+    the same options. A linear whose input fewer than 32 calibration tokens reached is left to
+    ``eora``.
+
+    Options:
+      iterations: how often to quantize again; 0 is ``eora``.
+      rank: columns of each correction; 0 turns it off.
+      energy: share of the error's energy that may be left. A linear then gets the smallest rank
+        that leaves no more, and ``rank`` at most; null gives all of them ``rank``.
+      directions: weigh errors by the top so many eigenvectors of the input's Gram alone, and leave
+        what tokens do outside of them out of account; null takes all.
+      weigh_outputs: whether outputs count for what ``calibrate_outputs`` has found, where it stands
+        before the sweep. Recorded errors are of the plain output either way.
+      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
+        as float16, ``int4`` a quarter, which at equal bytes leaves the least error.
+      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
+        match wins.
+    """
+
+    name: ClassVar[str] = "caldera"
+    iterations: Annotated[int, Field(ge=0)] = 4
+
+    @override
+    def requires(self, group: LinearGroup) -> None:
+        super().requires(group)
+        for linear in group.linears:
+            if linear.factors is not None:
+                raise PassError(
+                    linear.name,
+                    f"has factors already, while {self.name!r} solves for all of them together "
+                    "with the weight: take the compensating pass before it away",
+                )
+
+    @override
+    def call(self, group: LinearGroup) -> bool:
+        gram = require_gram(self.name, group)
+        changed = super().call(group)
+        if saw_too_few_tokens(gram):
+            return changed
+        for options, linears in self.partition(group):
+            for linear in linears:
+                if linear.factors is not None and linear.quantizer is not None:
+                    options.alternate(linear, gram)
+        return changed
+
+    def alternate(self, linear: Linear, gram: Gram) -> None:
+        """Improve on the codes and factors of one linear."""
+        weight, quantizer = linear.compressed, linear.quantizer
+        assert weight is not None  # noqa: S101 - it has factors
+        assert quantizer is not None  # noqa: S101 - call() has checked
+        best, _ = alternate(
+            gram.target(linear.weight()),
+            weight,
+            quantize=lambda target: quantizer.requantize(target, gram),
+            correct=lambda delta: self.solve_error(
+                linear, delta, gram, self.rank, self.factor_type, weighted=delta @ gram.root
+            ),
+            measure=self._measure(linear, gram),
+            iterations=self.iterations,
+        )
+        if best.weight is weight:
+            return
+        linear.quantize(best.weight)
+        linear.compensate(best.factors if best.factors.rank else None)
+        record_error(self.name, linear, gram)
+
+    def _measure(self, linear: Linear, gram: Gram) -> Callable[[NDArray[np.float32]], float]:
+        """What an error of the whole costs, in the metric that the factors are solved in."""
+        metric = self.metric(gram)
+        assert metric is not None  # noqa: S101 - call() has left out what saw too few tokens
+        outputs = output_root(linear, gram) if self.weigh_outputs else None
+        if outputs is None:
+            return lambda delta: float(np.linalg.norm(delta @ metric.root))
+        return lambda delta: float(np.linalg.norm(outputs @ (delta @ metric.root)))

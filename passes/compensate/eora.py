@@ -1,0 +1,142 @@
+"""Compensate with the factors that minimise each linear's output error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import numpy as np
+from pydantic import Field
+from typing_extensions import override
+
+from eoracc.errors import PassError
+from eoracc.passes.base import register
+from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.solvers.factors import (
+    energy_rank,
+    eora_factors,
+    output_weighted_factors,
+    svd_factors,
+)
+from eoracc.passes.statistics import (
+    note_too_few_tokens,
+    output_root,
+    require_gram,
+    saw_too_few_tokens,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eoracc.passes.graph.linears import Linear, LinearGroup
+    from eoracc.passes.solvers.gram import Gram
+
+__all__ = ["Eora"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Eora(Compensation):
+    """Compensate compressed linears with the low-rank factors that restore most of their output.
+
+    Closed form (arXiv:2410.21271), no training. A linear whose input fewer than 32 calibration
+    tokens reached gets the plain SVD of its error instead, and the report says so.
+
+    Options:
+      rank: columns of each correction; 0 turns it off.
+      energy: share of the error's energy that may be left. A linear then gets the smallest rank
+        that leaves no more, and ``rank`` at most; null gives all of them ``rank``.
+      directions: weigh errors by the top so many eigenvectors of the input's Gram alone, and leave
+        what tokens do outside of them out of account; null takes all.
+      weigh_outputs: whether outputs count for what ``calibrate_outputs`` has found, where it stands
+        before the sweep. Recorded errors are of the plain output either way.
+      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
+        as float16, ``int4`` a quarter, which at equal bytes leaves the least error.
+      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
+        match wins.
+    """
+
+    name: ClassVar[str] = "eora"
+    energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    directions: Annotated[int, Field(ge=1)] | None = None
+    weigh_outputs: bool = True
+
+    @override
+    def requires(self, group: LinearGroup) -> None:
+        require_gram(self.name, group)
+
+    @override
+    def call(self, group: LinearGroup) -> bool:
+        gram = require_gram(self.name, group)
+        changed = super().call(group)
+        if saw_too_few_tokens(gram):
+            for linear in group.linears:
+                if linear.factors is not None:
+                    note_too_few_tokens(
+                        self.name, linear, gram, instead="plain SVD of the error", asks="EoRA"
+                    )
+        return changed
+
+    @override
+    def metric(self, gram: Gram | None) -> Gram | None:
+        if gram is None or saw_too_few_tokens(gram):
+            return None
+        return gram if self.directions is None else gram.top(self.directions)
+
+    @override
+    def factors_for(
+        self,
+        linear: Linear,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        metric = self.metric(gram)
+        root = None
+        if metric is not None and gram is not None and self.weigh_outputs:
+            root = output_root(linear, gram)
+        if metric is None or root is None:
+            return self.factors(delta, gram, rank, weighted=weighted)
+        if weighted is None or metric is not gram:
+            weighted = delta @ metric.root
+        b, a = output_weighted_factors(delta, metric.matrix, root, rank, weighted=weighted)
+        if self.energy is None:
+            return b, a
+        return self._truncated(b, a, root @ b, a @ metric.root, root @ weighted)
+
+    @override
+    def factors(
+        self,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if gram is None:
+            raise PassError(self.name, "has no gram to go by: put 'calibrate' before it")
+        metric = self.metric(gram)
+        if metric is None:
+            b, a = svd_factors(delta, rank)
+            return self._truncated(b, a, b, a, delta)
+        if weighted is None or metric is not gram:
+            weighted = delta @ metric.root
+        b, a = eora_factors(delta, metric.matrix, rank, weighted=weighted)
+        return self._truncated(b, a, b, a @ metric.root, weighted)
+
+    def _truncated(
+        self,
+        b: NDArray[np.float64],
+        a: NDArray[np.float64],
+        weighted_b: NDArray[np.floating],
+        weighted_a: NDArray[np.floating],
+        weighted: NDArray[np.floating],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The first ranks of ``b`` and ``a``, as many as ``energy`` asks for."""
+        if self.energy is None:
+            return b, a
+        singular = np.linalg.norm(weighted_b, axis=0) * np.linalg.norm(weighted_a, axis=1)
+        rank = energy_rank(singular**2, float(np.linalg.norm(weighted)) ** 2, self.energy)
+        return b[:, :rank], a[:rank]

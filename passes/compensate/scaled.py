@@ -1,0 +1,55 @@
+"""Passes that weigh an error by how large activations are along each input direction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from typing_extensions import override
+
+from eoracc.errors import PassError
+from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.solvers.factors import scaled_factors
+from eoracc.passes.solvers.gram import Gram
+from eoracc.passes.statistics import require_gram
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eoracc.passes.graph.linears import LinearGroup
+
+__all__ = ["ScaledCompensation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledCompensation(Compensation):
+    """Base of the passes that take the SVD of an error with its columns scaled."""
+
+    @abstractmethod
+    def scale(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What an error counts for by its column, ``[K]``, given ``mean |x_i|``."""
+
+    @override
+    def requires(self, group: LinearGroup) -> None:
+        require_gram(self.name, group)
+
+    @override
+    def metric(self, gram: Gram | None) -> Gram | None:
+        if gram is None:
+            return None
+        return Gram(np.diag(self.scale(gram.magnitudes) ** 2), gram.tokens)
+
+    @override
+    def factors(
+        self,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if gram is None:
+            raise PassError(self.name, "has no activations to go by: put 'calibrate' before it")
+        return scaled_factors(delta, self.scale(gram.magnitudes), rank)

@@ -1,0 +1,49 @@
+"""Compensate with the plain SVD of each linear's error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
+
+from eoracc.passes.base import register
+from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.solvers.factors import svd_factors
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from eoracc.passes.solvers.gram import Gram
+
+__all__ = ["Svd"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Svd(Compensation):
+    """Compensate compressed linears with the truncated SVD of their weight error.
+
+    Needs no calibration; 'eora' does better at the same rank wherever there is some.
+
+    Options:
+      rank: columns of each correction; 0 turns it off.
+      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
+        as float16, ``int4`` a quarter.
+      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
+        match wins.
+    """
+
+    name: ClassVar[str] = "svd"
+
+    @override
+    def factors(
+        self,
+        delta: NDArray[np.float32],
+        gram: Gram | None,
+        rank: int,
+        *,
+        weighted: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return svd_factors(delta, rank)

@@ -1,0 +1,1 @@
+"""Surveys: passes that change no weight and decide options of later ones."""

@@ -1,0 +1,367 @@
+"""Decide bits and rank of every linear together, under one budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from typing_extensions import override
+
+from eoracc.errors import ConfigError, PassError
+from eoracc.passes.base import SurveyPass, register
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.compensate.base import Compensation, Rank
+from eoracc.passes.overrides import Bits, GroupSize
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.solvers.allocation import (
+    BudgetError,
+    Candidate,
+    allocate,
+    least_bytes,
+    tail_energies,
+)
+from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
+from eoracc.passes.solvers.singular import top_left_vectors
+from eoracc.passes.statistics import output_root, require_gram, residual_of
+
+if TYPE_CHECKING:
+    from eoracc.compiler.survey import SurveyContext
+    from eoracc.passes.graph.linears import Linear, LinearGroup
+
+__all__ = ["Allocate"]
+
+Quantizer = QuantizeGptq | QuantizeRtn
+
+
+@dataclass(frozen=True)
+class _Option:
+    """What one linear may become.
+
+    Attributes:
+      plan: options of the passes to come that make it so.
+      candidate: bytes and distortion.
+    """
+
+    plan: Mapping[str, Any]
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One linear and what it may become.
+
+    Attributes:
+      name: of the linear.
+      weights: how many it has, ``N K``.
+      options: at least one.
+    """
+
+    name: str
+    weights: int
+    options: Sequence[_Option]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> _Item:
+        """What ``asdict`` has made of an item, or JSON of that."""
+        options = [_Option(one["plan"], Candidate(*one["candidate"])) for one in content["options"]]
+        return cls(content["name"], content["weights"], options)
+
+
+class _OverspentError(Exception):
+    """A budget is not enough for the items that share it."""
+
+    def __init__(self, items: Sequence[_Item], budget: int, least: int) -> None:
+        super().__init__(items, budget, least)
+        self.items, self.budget, self.least = items, budget, least
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Allocate(SurveyPass):
+    """Choose bits and rank of every linear so that a budget of bytes leaves least distortion.
+
+    Stands before the sweep that it steers. One pass through the original model quantizes every
+    linear on trial at each width, by the quantizing pass of that sweep and its options; one
+    decomposition of each error then says what every rank would leave of it. What overrides of those
+    passes settle, they settle here too: a width, a rank, a linear that is left out.
+
+    Options:
+      bits_per_weight: the budget, of all linears that are quantized; codes, scales, zero points and
+        factors count.
+      bytes: the same in bytes; give one of the two.
+      widths: bits of codes to choose from; one alone allocates rank.
+      group_sizes: columns that share a scale, to choose from; empty leaves what the quantizing pass
+        says.
+      ranks: to choose from; ``[0]`` allocates bits alone.
+      factor_type: of the factors; null takes that of the compensating pass.
+      scope: ``global`` spends one budget on all linears, ``per_layer`` the same bits per weight on
+        each of them.
+      distortion: what an error counts for. ``outputs``: ``tr(G dE H dE^T)``, with the Gram ``G`` of
+        ``calibrate_outputs``, which must stand before it. ``relative``: its share of the linear's
+        output, ``tr(dE H dE^T) / tr(W H W^T)``; ``absolute``: without the denominator. The latter
+        two know nothing of what comes after the linear.
+    """
+
+    name: ClassVar[str] = "allocate"
+    bits_per_weight: Annotated[float, Field(gt=0)] | None = None
+    bytes: Annotated[int, Field(ge=1)] | None = None
+    widths: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4)
+    group_sizes: tuple[GroupSize, ...] = ()
+    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (0, 8, 16, 32, 64)
+    factor_type: FactorType | None = None
+    scope: Literal["global", "per_layer"] = "global"
+    distortion: Literal["outputs", "relative", "absolute"] = "outputs"
+
+    def __post_init__(self) -> None:
+        """Check that there is one budget.
+
+        Raises:
+          ConfigError: there is none, or there are two.
+        """
+        if (self.bits_per_weight is None) == (self.bytes is None):
+            raise ConfigError("needs one budget: give either 'bits_per_weight' or 'bytes'")
+
+    @override
+    def survey(self, context: SurveyContext) -> dict[str, Any]:
+        found = context.remember(self.name, lambda: self._found(context))
+        linears = {linear.name: linear for linear in context.linears}
+        for name, choice in found["linears"].items():
+            linears[name].plan.update(choice["plan"])
+        return found
+
+    @classmethod
+    @override
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        text = (
+            f"{found['bits_per_weight']:.3f} bits per weight leave a distortion of "
+            f"{found['distortion']:.4g}, {found['least_possible']:.4g} at least"
+        )
+        others = ", ".join(
+            f"{one['distortion']:.4g} with {name}" for name, one in found["alternatives"].items()
+        )
+        return f"{text}; {others}" if others else text
+
+    def _found(self, context: SurveyContext) -> dict[str, Any]:
+        quantizer, compensation = self._steered(context)
+        outputs = {one.name for one in context.linears if one.output_gram is not None}
+        if self.distortion == "outputs" and not outputs:
+            raise PassError(
+                self.name,
+                "has nothing to weigh outputs by: put 'calibrate_outputs' before it, "
+                "or take another 'distortion'",
+            )
+        weighed = outputs if self.distortion == "outputs" else set()
+        trial = _Trial(self, quantizer, compensation, weighed)
+        if context.windows is None:
+            raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
+        calibrate = next((item for item in context.following if isinstance(item, Calibrate)), None)
+        # Errors of different linears compare where every token counts by its own size alone.
+        plain = replace(calibrate or Calibrate(), tokens="equal")
+        found = context.each_group(
+            self.name, plain, lambda group: [*map(asdict, trial.items(group))]
+        )
+        items = [_Item.from_dict(item) for item in found]
+        if not items:
+            raise PassError(
+                self.name, f"has nothing to choose: {quantizer.name!r} leaves all linears out"
+            )
+        return {"weighed_by": self.distortion, **self._chosen(items)}
+
+    def _steered(self, context: SurveyContext) -> tuple[Quantizer, Compensation | None]:
+        """The passes of the next sweep that the plan is for."""
+        quantizers = [item for item in context.following if isinstance(item, Quantizer)]
+        if not quantizers:
+            raise PassError(self.name, "steers a quantize pass: put one after it")
+        compensations = [item for item in context.following if isinstance(item, Compensation)]
+        if not compensations and any(self.ranks):
+            raise PassError(
+                self.name,
+                f"chooses ranks, {list(self.ranks)}, for a compensating pass: put one after it, "
+                "or set 'ranks: [0]'",
+            )
+        if len(compensations) > 1:
+            names = " and ".join(repr(item.name) for item in compensations)
+            raise PassError(self.name, f"chooses ranks for one compensating pass, not {names}")
+        return quantizers[0], compensations[0] if compensations else None
+
+    def _chosen(self, items: Sequence[_Item]) -> dict[str, Any]:
+        """What is chosen of ``items``, what could have been, and what each is said to leave."""
+        budget = self.bytes
+        if budget is None:
+            assert self.bits_per_weight is not None  # noqa: S101 - __post_init__ has checked
+            budget = int(_weights(items) * self.bits_per_weight / 8)
+        try:
+            chosen, bound = self._allocate(items, budget)
+        except _OverspentError as error:
+            raise PassError(
+                self.name if self.scope == "global" else error.items[0].name,
+                f"{error.budget} bytes are not enough for what takes least, {error.least}, or "
+                f"{8 * error.least / _weights(error.items):.3f} bits per weight: raise the budget, "
+                "or allow smaller widths, larger groups or rank 0",
+            ) from None
+        return {
+            "scope": self.scope,
+            "budget_bytes": budget,
+            **_summary(items, chosen),
+            "least_possible": bound,
+            "alternatives": self._alternatives(items, budget),
+            "linears": {
+                item.name: {
+                    "plan": dict(option.plan),
+                    "bytes": option.candidate.nbytes,
+                    "distortion": option.candidate.distortion,
+                }
+                for item, option in zip(items, chosen, strict=True)
+            },
+        }
+
+    def _allocate(self, items: Sequence[_Item], budget: int) -> tuple[list[_Option], float]:
+        """The options chosen, and a bound below which no choice of this scope gets.
+
+        Raises:
+          _OverspentError: the budget is too small.
+        """
+        parts = [items] if self.scope == "global" else [[item] for item in items]
+        chosen: list[_Option] = []
+        bound = 0.0
+        for part in parts:
+            share = budget * _weights(part) // _weights(items)
+            candidates = [[option.candidate for option in item.options] for item in part]
+            try:
+                found = allocate(candidates, share)
+            except BudgetError:
+                raise _OverspentError(part, share, least_bytes(candidates)) from None
+            chosen += [item.options[at] for item, at in zip(part, found.chosen, strict=True)]
+            bound += found.bound
+        return chosen, bound
+
+    def _alternatives(self, items: Sequence[_Item], budget: int) -> dict[str, dict[str, Any]]:
+        """What the same bytes would leave, spent on bits alone, and on rank at one width alone."""
+        if not any(self.ranks):
+            return {}
+        ways: dict[str, tuple[str, int]] = {"bits alone": ("rank", 0)}
+        if len(self.widths) > 1:
+            ways |= {f"rank alone, {bits} bits": ("bits", bits) for bits in self.widths}
+        found = {}
+        for name, (key, value) in ways.items():
+            narrowed = [
+                # What an override has settled has no other option.
+                replace(
+                    item, options=[o for o in item.options if o.plan[key] == value] or item.options
+                )
+                for item in items
+            ]
+            try:
+                found[name] = _summary(narrowed, self._allocate(narrowed, budget)[0])
+            except _OverspentError:
+                continue
+        return found
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Tries what linears may become."""
+
+    settings: Allocate
+    quantizer: Quantizer
+    compensation: Compensation | None
+    outputs: AbstractSet[str]
+
+    def items(self, group: LinearGroup) -> list[_Item]:
+        """What the linears of ``group`` may become; those that are left as they are do not count.
+
+        Args:
+          group: of the original model, with its Gram.
+        """
+        found: dict[str, dict[tuple[int, int], list[_Option]]] = {}
+        for bits, group_size in product(self.settings.widths, self.settings.group_sizes or (None,)):
+            for linear in group.linears:
+                linear.plan["bits"] = bits
+                if group_size is not None:
+                    linear.plan["group_size"] = group_size
+            self.quantizer.call(group)
+            for linear in group.linears:
+                weight = linear.compressed
+                if weight is None:
+                    continue
+                known = found.setdefault(linear.name, {})
+                key = (weight.bits, weight.group_size)
+                if key not in known:  # an override has settled it otherwise
+                    known[key] = self._options(linear, group)
+        if self.settings.distortion == "outputs":
+            for name, known in found.items():
+                if name not in self.outputs and sum(map(len, known.values())) > 1:
+                    raise PassError(
+                        name,
+                        "has no Gram of its outputs to compare it with others by: settle its bits, "
+                        f"group size and rank by overrides, or give {self.settings.name!r} another "
+                        "'distortion'",
+                    )
+        shapes = {linear.name: linear.in_features * linear.out_features for linear in group.linears}
+        return [
+            _Item(name, shapes[name], [option for options in known.values() for option in options])
+            for name, known in found.items()
+        ]
+
+    def _options(self, linear: Linear, group: LinearGroup) -> list[_Option]:
+        """What the linear, as it has been quantized, may become by its rank."""
+        weight = linear.compressed
+        assert weight is not None  # noqa: S101 - the caller has checked
+        gram = require_gram(self.settings.name, group)
+        error = residual_of(linear, gram).weighted
+        root = output_root(linear, gram) if linear.name in self.outputs else None
+        if root is not None:
+            error = root @ error
+        ranks = self._ranks(linear)
+        total = float(np.vdot(error, error))
+        basis = top_left_vectors(error, max(ranks))
+        energies = np.square(basis.T @ error).sum(axis=1)
+        scale = 1.0
+        if self.settings.distortion == "relative":
+            scale = 0.0 if not linear.output_norm else linear.output_norm**-2
+        tails = tail_energies(energies, total, list(ranks)) * scale
+        shape = linear.out_features, linear.in_features
+        plan = {key: linear.plan[key] for key in ("bits", "group_size") if key in linear.plan}
+        return [
+            _Option(
+                plan | {"bits": weight.bits, "rank": rank} | more,
+                Candidate(weight.nbytes + factor_bytes(*shape, rank, kind), float(tail)),
+            )
+            for (rank, (kind, more)), tail in zip(ranks.items(), tails, strict=True)
+        ]
+
+    def _ranks(self, linear: Linear) -> dict[int, tuple[FactorType, dict[str, Any]]]:
+        """Ranks to choose from, with the type of the factors and what the plan says of that."""
+        if self.compensation is None:
+            return {0: ("float16", {})}
+        asked = self.settings.factor_type
+        more = {} if asked is None else {"factor_type": asked}
+        found: dict[int, tuple[FactorType, dict[str, Any]]] = {}
+        for rank in self.settings.ranks:
+            linear.plan.update({"rank": rank, **more})
+            options = self.compensation.options_for(linear)
+            del linear.plan["rank"]
+            if options is None:
+                return {0: ("float16", {})}
+            if options.rank <= min(linear.out_features, linear.in_features):
+                found[options.rank] = (options.factor_type, more)
+        return found or {0: ("float16", {})}
+
+
+def _weights(items: Sequence[_Item]) -> int:
+    return sum(item.weights for item in items)
+
+
+def _summary(items: Sequence[_Item], chosen: Sequence[_Option]) -> dict[str, Any]:
+    nbytes = sum(option.candidate.nbytes for option in chosen)
+    return {
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / _weights(items),
+        "distortion": float(sum(option.candidate.distortion for option in chosen)),
+    }

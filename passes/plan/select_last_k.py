@@ -1,0 +1,334 @@
+"""Choose which decoder blocks are compressed: the last k, or a free set, by what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from eoracc.errors import ConfigError, PassError
+from eoracc.passes.base import SurveyPass, register
+from eoracc.passes.factorize.base import Factorization
+from eoracc.passes.overrides import Bits
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.solvers.block_budget import BitsBudget, BlockBudget, Choice, RatioBudget
+
+if TYPE_CHECKING:
+    from eoracc.compiler.survey import SurveyContext
+    from eoracc.compiler.trials import Trials
+    from eoracc.passes.graph.linears import Linear
+
+__all__ = ["SelectLastK"]
+
+_BARE = str.maketrans("", "", "[]")
+
+Steered = Factorization | QuantizeGptq | QuantizeRtn
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SelectLastK(SurveyPass):
+    """Choose the decoder blocks that are factorised, or take fewer bits, by the output error.
+
+    Errors of early blocks grow on their way through all later ones. So under a given total it may
+    cost less to compress the last ``k`` blocks more and leave the others alone (ERC-SVD,
+    arXiv:2505.20112, Algorithm 3). Every candidate is tried with the passes of the next sweep on
+    the calibration text, and the one with the least ``E = sum_b w_b ||Y_b - Y~_b|| / ||Y_b||``, of
+    the outputs ``Y_b`` of the probed blocks, is planned. Linears that an override of the steered
+    pass settles or skips are none of the total.
+
+    Options:
+      ratio: share ``R_o`` of all weights that the factorising pass is to remove. It takes
+        ``R_l = R_o P / P_k`` of each of the last ``k`` blocks, which hold ``P_k`` of ``P`` weights
+        (``N R_o / k`` of ``N`` blocks of one size), for every ``k`` with ``R_l < 1``.
+      step: candidates are ``k = step, 2 step, ...``; a free set grows by so many blocks at a time.
+      average_bits: instead of ``ratio``, what the quantizing pass's codes are to have on average,
+        over weights; scales, zero points and factors do not count. The fewest blocks that meet it
+        take the lower bits.
+      low_bits: those lower bits, or several to choose from, each with the ``k`` that it needs.
+      blocks: ``last`` takes the last ``k``. ``free`` then goes on to a free set at the value that
+        won: blocks are added, those that cost least first, until the total is met. Whichever of the
+        two sets has the least error is taken.
+      probes: weights ``w_b`` by decoder block, counted from the end if negative; the last block
+        alone unless given.
+    """
+
+    name: ClassVar[str] = "select_last_k"
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    step: Annotated[int, Field(ge=1)] = 4
+    average_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    low_bits: Bits | Annotated[tuple[Bits, ...], Field(min_length=1)] = 2
+    blocks: Literal["last", "free"] = "last"
+    probes: Mapping[int, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        """Check that there is one target.
+
+        Raises:
+          ConfigError: there is none, or there are two.
+        """
+        if (self.ratio is None) == (self.average_bits is None):
+            raise ConfigError(
+                f"{self.name!r} needs one target: give either 'ratio' or 'average_bits'"
+            )
+
+    @override
+    def survey(self, context: SurveyContext) -> dict[str, Any]:
+        # Loads torch: a list of the passes, say, has no need of it.
+        from eoracc.compiler.trials import Trials  # noqa: PLC0415
+
+        if context.windows is None:
+            raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
+        steered = self._steered(context)
+        budget = self._budget(context, steered)
+        candidates, refused = self._candidates(budget)
+        probes = self._probed(budget.blocks)
+        trials = Trials(
+            context,
+            budget.option,
+            probes=list(probes),
+            resume=budget.blocks if self.blocks == "free" else [c.blocks[0] for c in candidates],
+        )
+        search = _Search(context, budget, trials, probes)
+        with trials:
+            best, curve = search.best_of(candidates)
+            found: dict[str, Any] = {"curve": curve}
+            if refused:
+                found["infeasible"] = [
+                    {"k": len(one.blocks), "ratio": one.value} for one in refused
+                ]
+            if self.blocks == "free":
+                best, found["free"] = search.free(best, self.step)
+        course = budget.course(best.choice)
+        for linear in context.linears:
+            if linear.block is None or not _obeys(steered, linear, budget.option):
+                continue
+            if linear.block in course:
+                linear.plan[budget.option] = course[linear.block]
+        return {"chosen": best.shown(), **found}
+
+    @classmethod
+    @override
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        chosen, tried = found["chosen"], found["curve"][1:]
+        blocks = chosen["blocks"]
+        last = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        which = (
+            f"blocks {blocks[0]} to {blocks[-1]}" if last else f"blocks {blocks}".translate(_BARE)
+        )
+        value = f"ratio {chosen['ratio']:.3g}" if "ratio" in chosen else f"{chosen['bits']} bits"
+        others = ", ".join(f"{one['error']:.4f} for k = {one['k']}" for one in tried)
+        return f"{which} at {value}, output error {chosen['error']:.4f}; {others}"
+
+    def _steered(self, context: SurveyContext) -> Steered:
+        """The pass of the next sweep that takes what is planned."""
+        wanted = Factorization if self.ratio is not None else (QuantizeGptq, QuantizeRtn)
+        for layer_pass in context.following:
+            if isinstance(layer_pass, wanted):
+                return layer_pass
+        field_name, example = (
+            ("ratio", "'erc_svd'")
+            if self.ratio is not None
+            else ("average_bits", "'quantize_gptq'")
+        )
+        raise PassError(
+            self.name,
+            f"{field_name} steers a pass of the sweep after it, and there is none that it could: "
+            f"put {example} below it, without another sweep in between",
+        )
+
+    def _budget(self, context: SurveyContext, steered: Steered) -> BlockBudget:
+        option = "bits" if self.ratio is None else "ratio"
+        ours = [
+            linear
+            for linear in context.linears
+            if linear.block is not None and _obeys(steered, linear, option)
+        ]
+        if not ours:
+            raise PassError(
+                self.name,
+                f"overrides of {steered.name!r} settle every linear: there is nothing to choose",
+            )
+        blocks = sorted({one.block for one in context.linears if one.block is not None})
+        if self.ratio is not None:
+            weights = dict.fromkeys(blocks, 0)
+            for linear in ours:
+                weights[linear.block] += linear.in_features * linear.out_features  # type: ignore[index]
+            return RatioBudget(weights, self.ratio)
+        assert self.average_bits is not None  # noqa: S101 - __post_init__ has checked
+        codes: dict[int, dict[int, int]] = {block: {} for block in blocks}
+        for linear in ours:
+            options = steered.options_for(linear)
+            bits = options.bits  # type: ignore[union-attr]
+            mine = codes[linear.block]  # type: ignore[index]
+            mine[bits] = mine.get(bits, 0) + linear.in_features * linear.out_features
+        return BitsBudget(codes, self.average_bits)
+
+    def _candidates(self, budget: BlockBudget) -> tuple[list[Choice], list[Choice]]:
+        """What is tried, and what cannot be."""
+        if isinstance(budget, RatioBudget):
+            everyone = list(budget.last(self.step))
+            feasible = [choice for choice in everyone if choice.value < 1]
+            if not feasible:
+                count = len(budget.blocks)
+                raise PassError(
+                    self.name,
+                    f"step: no k of {self.step}, {2 * self.step}, ... up to {count} blocks can "
+                    f"give {budget.target:g} of all weights: k must be above "
+                    f"{count * budget.target:.1f}; take a smaller step or ratio",
+                )
+            return feasible, [choice for choice in everyone if choice.value >= 1]
+        assert isinstance(budget, BitsBudget)  # noqa: S101 - there are two
+        if budget.need <= 0:
+            own = budget.average(Choice((), 0))
+            raise PassError(
+                self.name,
+                f"average_bits: codes have {own:.4g} bits on average, not more than "
+                f"{budget.target:g}: ask for less, or give the quantizing pass more bits",
+            )
+        lows = self.low_bits if isinstance(self.low_bits, tuple) else (self.low_bits,)
+        choices = []
+        for low in lows:
+            choice = budget.fewest_last(low)
+            if choice is None:
+                raise PassError(
+                    self.name,
+                    f"low_bits: with {low} bits in all blocks codes still have more than "
+                    f"{budget.target:g} on average: take lower bits or a higher average",
+                )
+            choices.append(choice)
+        return choices, []
+
+    def _probed(self, blocks: Sequence[int]) -> dict[int, float]:
+        if not self.probes:
+            return {blocks[-1]: 1.0}
+        weights: dict[int, float] = {}
+        for place, weight in self.probes.items():
+            block = blocks[place] if -len(blocks) <= place < 0 else place
+            if block not in blocks:
+                raise PassError(
+                    self.name,
+                    f"probes: there is no decoder block {place}: give one of {blocks[0]}.."
+                    f"{blocks[-1]}, or -1 for the last",
+                )
+            weights[block] = weights.get(block, 0.0) + weight
+        return weights
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A choice and what it costs.
+
+    Attributes:
+      choice: blocks and value.
+      shown_value: what the report says of the value.
+      errors: at the probes, by decoder block.
+      error: their weighted sum.
+    """
+
+    choice: Choice
+    shown_value: Mapping[str, float]
+    errors: Mapping[str, float]
+    error: float
+
+    def shown(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "k": len(self.choice.blocks),
+            "blocks": list(self.choice.blocks),
+            **self.shown_value,
+            "error": self.error,
+            "errors": dict(self.errors),
+        }
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Tries choices, and remembers what each of them cost."""
+
+    context: SurveyContext
+    budget: BlockBudget
+    trials: Trials
+    probes: Mapping[int, float]
+
+    def best_of(self, candidates: Sequence[Choice]) -> tuple[_Tried, list[dict[str, Any]]]:
+        """The candidate with the least error, the first of equals, and what each one costs.
+
+        The first of those shown is no candidate: it chooses no block.
+        """
+        base = Choice((), 0.0)
+        nothing = self._try("base", base, along=base)
+        tried: list[_Tried] = []
+        with self.context.progress.phase("last k", len(candidates)) as phase:
+            for choice in candidates:
+                name = f"last-{len(choice.blocks)}-{self.budget.option}-{choice.value:.6g}"
+                tried.append(self._try(name, choice, along=base))
+                phase.advance(f"k = {len(choice.blocks)}: error {tried[-1].error:.4f}")
+        return min(tried, key=lambda one: one.error), [one.shown() for one in (nothing, *tried)]
+
+    def free(self, last: _Tried, step: int) -> tuple[_Tried, list[dict[str, Any]]]:
+        """The free set that is grown at the value of ``last``, or ``last`` if that costs less.
+
+        Returns:
+          The better one, and what every round found each block to cost, added, and came to.
+        """
+        kept = Choice((), last.choice.value)
+        rounds: list[dict[str, Any]] = []
+        while not self.budget.is_met(kept):
+            number = len(rounds) + 1
+            costs = self._costs(kept, number)
+            grown = kept
+            added: list[int] = []
+            for block in sorted(costs, key=costs.__getitem__):
+                if len(added) == step or self.budget.is_met(grown):
+                    break
+                added.append(block)
+                grown = replace(grown, blocks=tuple(sorted((*grown.blocks, block))))
+            whole = self.budget.is_met(grown)
+            kept = self.budget.settled(grown) if whole else grown
+            tried = self._try(f"free-{number}", kept, along=kept)
+            shown_costs = {str(block): costs[block] for block in sorted(costs)}
+            rounds.append({"added": added, "costs": shown_costs, **tried.shown()})
+            if whole:
+                break
+        return (tried if tried.error < last.error else last), rounds
+
+    def _costs(self, kept: Choice, number: int) -> dict[int, float]:
+        """The error that each further block would bring about, those after it left as they are."""
+        left = [
+            block
+            for block in self.budget.blocks
+            if block not in kept.blocks and self.budget.gain(block, kept.value) > 0
+        ]
+        costs = {}
+        with self.context.progress.phase(f"free {number}", len(left)) as phase:
+            for block in left:
+                choice = replace(kept, blocks=tuple(sorted((*kept.blocks, block))))
+                found = self._try(f"free-{number}-{block}", choice, along=kept, frozen=True)
+                costs[block] = found.error
+                phase.advance(f"block {block}: error {found.error:.4f}")
+        return costs
+
+    def _try(self, name: str, choice: Choice, *, along: Choice, frozen: bool = False) -> _Tried:
+        def make() -> dict[str, Any]:
+            errors = self.trials.errors(
+                self.budget.course(choice), along=self.budget.course(along), frozen=frozen
+            )
+            return {str(block): errors[block] for block in sorted(errors)}
+
+        errors = self.context.remember(name, make)
+        error = sum(weight * errors[str(block)] for block, weight in self.probes.items())
+        return _Tried(choice, self.budget.shown(choice), errors, error)
+
+
+def _obeys(layer_pass: Steered, linear: Linear, option: str) -> bool:
+    """Whether the pass takes what is planned for ``linear``: no override skips it or settles it."""
+    planned = object()
+    options = layer_pass.options_for(replace(linear, plan={**linear.plan, option: planned}))
+    return options is not None and getattr(options, option) is planned

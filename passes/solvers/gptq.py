@@ -1,0 +1,262 @@
+"""GPTQ: round a weight column by column, each time pushing the error into the columns to come.
+
+Source: Frantar et al., GPTQ, arXiv:2210.17323, in the equivalent form of Chee et al., QuIP,
+arXiv:2307.13304 (LDLQ), which needs no inverse. With ``H = M D M^T``, ``M`` unit upper triangular
+and ``D`` diagonal, the error ``E = W - W_hat`` costs ``tr(E H E^T) = sum_k D_k |E M e_k|^2``, and
+rounding ``W_k + E_{<k} M_{<k,k}`` to the nearest code makes every term as small as the columns
+before allow. ``M`` is read off one Cholesky factor; GPTQ's own recursion through the inverse
+gives the same codes.
+
+Everything runs transposed, ``[K, N]``: a column of the weight is then one contiguous row, and
+linears that share their input are simply more rows of ``N``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.passes.solvers.grid import Grid, find_grid, fit_slab, group_width, groups, to_nbits
+from eoracc.plugins.operands import NBitsWeight
+
+__all__ = ["Feedback", "feedback", "gptq", "round_rows"]
+
+_INNER = 32
+"""Columns whose mutual feedback is applied one by one; beyond, it is applied by matrix products."""
+_OUTER = 128
+"""Columns per outer block where no group of freshly fitted scales sets it."""
+_DAMPING_STEP = 10.0
+_MIN_DAMPING = 1e-4
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Feedback:
+    """What GPTQ needs of a Gram; one serves every linear that shares the input.
+
+    Attributes:
+      order: ``int [K]``, the columns in the order in which they are rounded.
+      weights: ``float32 [K, K]``, ``M^T`` in that order: row ``k`` says how much of each earlier
+        column's error goes into column ``k``.
+      pivots: ``float64 [K]``, ``D`` in that order: the cost of a squared error in column ``k``
+        that the columns to come can no longer make good.
+      damping: what was added to the diagonal, as a fraction of its mean; more than was asked for
+        where the Gram was too close to singular.
+    """
+
+    order: NDArray[np.intp]
+    weights: NDArray[np.float32]
+    pivots: NDArray[np.float64]
+    damping: float
+
+
+def feedback(
+    gram: NDArray[np.float64], *, damping: float = 0.01, act_order: bool = True
+) -> Feedback:
+    """Factor a Gram for :func:`gptq`.
+
+    Args:
+      gram: ``float64 [K, K]``, symmetric positive semidefinite, may be singular.
+      damping: fraction of the mean diagonal added to the diagonal. It is raised tenfold, as often
+        as needed, where the Cholesky factorization fails.
+      act_order: round the columns with the largest activations first.
+    """
+    energy = np.diagonal(gram).copy()
+    dead = energy <= 0
+    mean = float(energy[~dead].mean()) if not dead.all() else 1.0
+    # A dead column's input is always zero: any diagonal decouples it and rounds it to nearest.
+    energy[dead] = mean
+    order = np.argsort(-energy, kind="stable") if act_order else np.arange(len(energy))
+    # Cholesky factors of the reversed matrix, reversed again, are upper triangular.
+    backward = order[::-1]
+    reordered = gram[np.ix_(backward, backward)]
+    diagonal = energy[backward]
+    while True:
+        np.fill_diagonal(reordered, diagonal + damping * mean)
+        try:
+            factor = np.linalg.cholesky(reordered)
+            break
+        except np.linalg.LinAlgError:
+            damping = max(damping * _DAMPING_STEP, _MIN_DAMPING)
+    roots = np.diagonal(factor)
+    weights = (factor / roots).T[::-1, ::-1]
+    return Feedback(
+        order=order,
+        weights=np.ascontiguousarray(weights, dtype=np.float32),
+        pivots=(roots**2)[::-1].copy(),
+        damping=damping,
+    )
+
+
+def gptq(
+    weight: NDArray[np.float32],
+    gram: NDArray[np.float64] | Feedback,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    act_order: bool = True,
+    damping: float = 0.01,
+    clip_search: bool = True,
+) -> NBitsWeight:
+    """Quantize ``weight`` so that its output on the calibration tokens changes least.
+
+    Args:
+      weight: ``float32 [N, K]``; linears that share the input may be stacked along ``N``.
+      gram: ``float64 [K, K]``, or what :func:`feedback` made of it (``act_order`` and ``damping``
+        are then those it was made with).
+      bits: 2, 3, 4 or 8.
+      group_size: a multiple of 8, or -1 for whole rows.
+      symmetric: fix zero points at ``2**(bits - 1)``.
+      act_order: round the columns with the largest activations first. Groups keep the columns of
+        the original order; their scales are then chosen from the original weight.
+      damping: fraction of the mean diagonal added to the diagonal.
+      clip_search: see :func:`eoracc.passes.solvers.grid.find_grid`.
+
+    Returns:
+      The quantized weight; its scales are float16.
+    """
+    if not isinstance(gram, Feedback):
+        gram = feedback(gram, damping=damping, act_order=act_order)
+    rows, columns = weight.shape
+    width = group_width(group_size, columns)
+    in_order = bool((np.diff(gram.order) > 0).all())
+    # The grid of a group that is one run of columns waits until that run is reached, so that it
+    # fits the weights as updated by then. Scattered groups have no such moment.
+    deferred = in_order and width < columns
+    importance = np.empty(columns)
+    importance[gram.order] = gram.pivots
+
+    source = np.ascontiguousarray(weight.T[gram.order])
+    error = np.empty_like(source)
+    codes = np.empty((columns, rows), np.uint8)
+    scales = np.empty((-(-columns // width), rows), np.float16)
+    zero_points = np.empty(scales.shape, np.uint8)
+    if not deferred:
+        grid = find_grid(
+            weight,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            importance=importance,
+            clip_search=clip_search,
+        )
+        scales[:] = grid.scales.T
+        zero_points[:] = 2 ** (bits - 1) if grid.zero_points is None else grid.zero_points.T
+
+    for outer in groups(columns, width if deferred else _OUTER):
+        start = outer.start
+        target = source[outer] + gram.weights[outer, :start] @ error[:start]
+        if deferred:
+            group = start // width
+            scales[group], zero_points[group] = fit_slab(
+                target,
+                bits=bits,
+                symmetric=symmetric,
+                importance=gram.pivots[outer],
+                clip_search=clip_search,
+            )
+        members = gram.order[outer] // width
+        _round_block(
+            target,
+            scales=scales[members].astype(np.float32),
+            zero_points=zero_points[members].astype(np.float32),
+            top=2**bits - 1,
+            source=source[outer],
+            weights=gram.weights[outer, outer],
+            codes=codes[outer],
+            error=error[outer],
+        )
+
+    unordered = np.empty_like(codes)
+    unordered[gram.order] = codes
+    return to_nbits(
+        np.ascontiguousarray(unordered.T),
+        Grid(
+            scales=np.ascontiguousarray(scales.T),
+            zero_points=None if symmetric else np.ascontiguousarray(zero_points.T),
+            bits=bits,
+            group_size=width,
+        ),
+    )
+
+
+def round_rows(
+    weight: NDArray[np.float32],
+    feedback: Feedback,
+    scale: NDArray[np.floating],
+    *,
+    largest: int,
+) -> NDArray[np.int8]:
+    """Round ``weight`` to multiples of a step a row, with the same feedback from column to column.
+
+    Args:
+      weight: ``float32 [N, K]``.
+      feedback: of the Gram.
+      scale: the step of each row, ``[N]``; a row whose step is 0 becomes 0.
+      largest: magnitude of the largest code.
+
+    Returns:
+      ``int8 [N, K]``, codes symmetric about 0.
+    """
+    rows, columns = weight.shape
+    source = np.ascontiguousarray(weight.T[feedback.order])
+    error = np.empty_like(source)
+    codes = np.empty((columns, rows), np.uint8)
+    steps = np.where(scale > 0, scale, 1).astype(np.float32)
+    for outer in groups(columns, _OUTER):
+        start = outer.start
+        shape = source[outer].shape
+        _round_block(
+            source[outer] + feedback.weights[outer, :start] @ error[:start],
+            scales=np.broadcast_to(steps, shape),
+            zero_points=np.broadcast_to(np.float32(largest), shape),
+            top=2 * largest,
+            source=source[outer],
+            weights=feedback.weights[outer, outer],
+            codes=codes[outer],
+            error=error[outer],
+        )
+    values = np.empty((columns, rows), np.int8)
+    values[feedback.order] = codes.astype(np.int16) - largest
+    values[:, scale <= 0] = 0
+    return np.ascontiguousarray(values.T)
+
+
+def _round_block(
+    target: NDArray[np.float32],
+    *,
+    scales: NDArray[np.float32],
+    zero_points: NDArray[np.float32],
+    top: int,
+    source: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    error: NDArray[np.float32],
+) -> None:
+    """Round the columns of one outer block, all arrays ``[columns, N]`` but ``weights``.
+
+    ``target`` already holds the feedback from all earlier blocks; ``codes`` and ``error`` are
+    filled in.
+    """
+    inverse = 1 / scales
+    floor, ceiling = -zero_points, top - zero_points
+    offsets = np.empty_like(target)
+    for inner in groups(len(target), _INNER):
+        first = inner.start
+        if first:
+            target[inner] += weights[inner, :first] @ error[:first]
+        for column in range(first, inner.stop):
+            wanted = target[column]
+            if column > first:
+                wanted += weights[column, first:column] @ error[first:column]
+            offset = offsets[column]
+            np.multiply(wanted, inverse[column], out=offset)
+            np.rint(offset, out=offset)
+            np.maximum(offset, floor[column], out=offset)
+            np.minimum(offset, ceiling[column], out=offset)
+            np.multiply(offset, scales[column], out=wanted)
+            np.subtract(source[column], wanted, out=error[column])
+    offsets += zero_points
+    codes[:] = offsets
