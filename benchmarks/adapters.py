@@ -31,9 +31,9 @@ from eoracc.errors import EoraccError
 from eoracc.passes.solvers.factor_types import FactorType, store_factors
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter, read_slots
-from eoracc.runtime.manifest import read_manifest
+from eoracc.runtime.adapters.adapter import Adapter, read_slots
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import read_manifest
 
 KINDS = ("int8:16", "int4:16")
 ADAPTERS = ("one", "two")

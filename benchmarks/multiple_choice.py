@@ -166,7 +166,7 @@ def original_system(folder: Path) -> System:
 
 def artifact_system(label: str, folder: Path, adapter: str | None) -> System:
     """The artifact in ``folder``, with one of its adapters or with none."""
-    from eoracc.runtime.manifest import read_manifest  # noqa: PLC0415
+    from eoracc.runtime.artifact.manifest import read_manifest  # noqa: PLC0415
 
     def opened() -> Scorer:
         from eoracc.runtime import load  # noqa: PLC0415

@@ -53,7 +53,7 @@ from eoracc.compiler.fidelity import score_variants
 from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report import FidelityRow
 from eoracc.compiler.text import Windows
-from eoracc.runtime.session import open_session
+from eoracc.runtime.onnxruntime.session import open_session
 
 _NAMES = {
     "activation_scaled": "activation-scaled SVD",

@@ -35,9 +35,9 @@ from eoracc.compiler.text import Settings
 from eoracc.errors import ArtifactError, GateError
 from eoracc.passes.base import ModelPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter, adapters_in, check_adapter_name, read_slots
-from eoracc.runtime.manifest import Manifest, verify_manifest
+from eoracc.runtime.adapters.adapter import Adapter, adapters_in, check_adapter_name, read_slots
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
 from eoracc.runtime.memory import release_memory
 
 if TYPE_CHECKING:

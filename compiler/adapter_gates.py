@@ -25,7 +25,7 @@ from eoracc.compiler.verify import AdapterCases, adapter_cases
 from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.parity import check_cases
+from eoracc.runtime.parity.check import check_cases
 
 __all__ = [
     "NONE",

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 
 from eoracc import __version__
 from eoracc.errors import ArtifactError
-from eoracc.runtime.adapters import Adapter, check_adapter_name, encode_adapter, parse_slots
-from eoracc.runtime.backend import CONFIG_FILE, read_decoder
-from eoracc.runtime.folder_change import changing
-from eoracc.runtime.manifest import (
+from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name, encode_adapter, parse_slots
+from eoracc.runtime.artifact.folder_change import changing
+from eoracc.runtime.artifact.genai_files import CONFIG_FILE, read_decoder
+from eoracc.runtime.artifact.manifest import (
     MANIFEST_FILE,
     REPORT_FILE,
     Manifest,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.report import Report
     from eoracc.plugins.operands import LowRank
-    from eoracc.runtime.manifest import FileEntry
+    from eoracc.runtime.artifact.manifest import FileEntry
 
 __all__ = [
     "DATA_FILE",
@@ -232,7 +232,7 @@ class ArtifactWriter:
         """Keep an adapter for :meth:`commit`, which knows what it is bound to.
 
         Args:
-          name: see :func:`eoracc.runtime.adapters.check_adapter_name`.
+          name: see :func:`eoracc.runtime.adapters.adapter.check_adapter_name`.
           factors: by linear.
           details: what JSON can hold.
 

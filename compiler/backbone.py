@@ -40,8 +40,8 @@ from eoracc.plugins.operands import (
     untile_integers,
     untile_rows,
 )
-from eoracc.runtime.backend import read_decoder
-from eoracc.runtime.session import LINEARS_KEY
+from eoracc.runtime.artifact.genai_files import read_decoder
+from eoracc.runtime.onnxruntime.session import LINEARS_KEY
 
 __all__ = ["Backbone", "restore_backbone"]
 

@@ -52,7 +52,7 @@ from eoracc.passes.compensate.quantize_factors import QuantizeFactors
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.plugins.adapters import AdapterSlots
-from eoracc.runtime.adapters import check_adapter_name
+from eoracc.runtime.adapters.adapter import check_adapter_name
 
 __all__ = [
     "AdapterConfig",

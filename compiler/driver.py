@@ -59,9 +59,9 @@ from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.adapters import AdapterSlots
-from eoracc.runtime.manifest import Manifest
+from eoracc.runtime.artifact.manifest import Manifest
 from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
-from eoracc.runtime.parity import ParityReport
+from eoracc.runtime.parity.check import ParityReport
 
 __all__ = ["BuildResult", "build"]
 
@@ -336,7 +336,7 @@ def _check_parity(artifact: Path, progress: Progress) -> tuple[ParityReport, int
     Returns:
       The report, and the most memory that this process and that one held together, in bytes.
     """
-    command = [sys.executable, "-m", "eoracc.runtime.parity", str(artifact)]
+    command = [sys.executable, "-m", "eoracc.runtime.parity.check", str(artifact)]
     with progress.phase("parity", 1) as phase:
         done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own
         phase.advance()

@@ -29,7 +29,7 @@ from eoracc.errors import ModelError
 from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
 from eoracc.plugins.functions import local_function
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.session import token_positions
+from eoracc.runtime.onnxruntime.session import token_positions
 
 __all__ = ["Batch", "Executor", "FactorsOf", "WeightOf", "make_batches"]
 

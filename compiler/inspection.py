@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.report import LinearReport, Report
 from eoracc.errors import ArtifactError, ModelError
-from eoracc.runtime.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
+from eoracc.runtime.artifact.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """Record what the compressed model computes in eager PyTorch, for the parity gate.
 
 The record goes into the artifact, so that parity can be checked again on a machine that has neither
-PyTorch nor the original model (:mod:`eoracc.runtime.parity`). It holds, per linear, seeded
+PyTorch nor the original model (:mod:`eoracc.runtime.parity.check`). It holds, per linear, seeded
 inputs with their outputs, and logits of the whole model over every way of calling it.
 
 Tolerances are derived, never chosen. A float32 sum of ``n`` products, in any order, is off by at
@@ -42,9 +42,9 @@ from eoracc.compiler.text import Windows
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.operands import LowRank, NBitsWeight
-from eoracc.runtime.graph_session import GraphSession
 from eoracc.runtime.memory import release_memory
-from eoracc.runtime.parity import ParityCase, ParityLinear, ParityRecord
+from eoracc.runtime.onnxruntime.graph_session import GraphSession
+from eoracc.runtime.parity.check import ParityCase, ParityLinear, ParityRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,7 +163,7 @@ def record_graph_parity(
     """As :func:`record_parity`, for a graph that is made for a GPU, in a narrow type.
 
     The eager model has the weights, tables and biases that the graph has, rounded to its type, and
-    computes in float32: so does the graph's twin (:mod:`eoracc.runtime.float32_twin`) that it is
+    computes in float32: so does the graph's twin (:mod:`eoracc.runtime.onnxruntime.float32_twin`) that it is
     compared with. How much more a GPU may be off, which rounds activations too, is measured on the
     twin with rounding, as :mod:`eoracc.compiler.int8_activations` does it for integers.
 

@@ -11,11 +11,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from eoracc.errors import ArtifactError, BackendError, EoraccError
-from eoracc.runtime.adapters import adapters_in, check_known, combine, find_slots, read_adapter
-from eoracc.runtime.backend import read_decoder
-from eoracc.runtime.bank import AdapterBank, FactorsOf, Weights
-from eoracc.runtime.batch import Graph, GraphDecoder
-from eoracc.runtime.session import open_inference, where_they_lie
+from eoracc.runtime.adapters.adapter import (
+    adapters_in,
+    check_known,
+    combine,
+    find_slots,
+    read_adapter,
+)
+from eoracc.runtime.artifact.genai_files import read_decoder
+from eoracc.runtime.decode.bank import AdapterBank, FactorsOf, Weights
+from eoracc.runtime.onnxruntime.batch import Graph, GraphDecoder
+from eoracc.runtime.onnxruntime.session import open_inference, where_they_lie
 from eoracc.runtime.tensorrt.decoder import EngineDecoder
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE
 
@@ -23,8 +29,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from eoracc.plugins.operands import LowRank
-    from eoracc.runtime.decoder import Decoder
-    from eoracc.runtime.manifest import Manifest
+    from eoracc.runtime.artifact.manifest import Manifest
+    from eoracc.runtime.decode.decoder import Decoder
 
 __all__ = ["Backend", "BackendChoice", "Opened", "backends_of", "open_backend"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from eoracc.errors import BackendError, BusyError, reason
-from eoracc.runtime.continuation import Continuation, Listener, complete
+from eoracc.runtime.decode.continuation import Continuation, Listener, complete
+from eoracc.runtime.decode.scheduler import PREFILL_CHUNK
 from eoracc.runtime.request import Completion, Piece, Request
-from eoracc.runtime.scheduler import PREFILL_CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

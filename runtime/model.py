@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from eoracc.errors import RequestError
+from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
 from eoracc.runtime.backends import Backend, BackendChoice, open_backend
-from eoracc.runtime.continuation import Continuation, Listener, complete
-from eoracc.runtime.manifest import Manifest, verify_manifest
+from eoracc.runtime.decode.continuation import Continuation, Listener, complete
+from eoracc.runtime.decode.scheduler import PREFILL_CHUNK, Scheduler
+from eoracc.runtime.decode.scoring import Targets, score_targets
+from eoracc.runtime.decode.text import Tokenizer
 from eoracc.runtime.request import (
     AdapterChoice,
     Completion,
@@ -21,9 +24,6 @@ from eoracc.runtime.request import (
     Request,
     Score,
 )
-from eoracc.runtime.scheduler import PREFILL_CHUNK, Scheduler
-from eoracc.runtime.scoring import Targets, score_targets
-from eoracc.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ import onnx
 
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
 from eoracc.plugins.operands import LARGEST, LowRank
-from eoracc.runtime.manifest import MANIFEST_FILE, Manifest, describe_folder
+from eoracc.runtime.artifact.manifest import MANIFEST_FILE, Manifest, describe_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

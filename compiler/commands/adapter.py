@@ -18,7 +18,7 @@ from eoracc.compiler.commands.common import (
 
 if TYPE_CHECKING:
     from eoracc.passes.solvers.factor_types import FactorType
-    from eoracc.runtime.adapters import Adapter
+    from eoracc.runtime.adapters.adapter import Adapter
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -36,7 +36,7 @@ def adapter() -> None:
 def list_adapters(artifact: Path, as_json: bool) -> None:
     """Show the adapters of ARTIFACT, each compared with the manifest."""
     from eoracc.compiler.report import format_bytes
-    from eoracc.runtime.adapters import adapter_names, read_adapter
+    from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
 
     described = [_describe(read_adapter(artifact, name)) for name in adapter_names(artifact)]
     if as_json:
@@ -89,8 +89,8 @@ def _describe(one: Adapter) -> dict[str, Any]:
 @json_option
 def remove(artifact: Path, name: str, as_json: bool) -> None:
     """Take the adapter NAME out of ARTIFACT."""
-    from eoracc.runtime.adapter_store import remove_adapter
-    from eoracc.runtime.adapters import adapters_in
+    from eoracc.runtime.adapters.adapter import adapters_in
+    from eoracc.runtime.adapters.store import remove_adapter
 
     left = adapters_in(remove_adapter(artifact, name))
     if as_json:
@@ -146,7 +146,7 @@ def import_(
 ) -> None:
     """Put a LoRA that PEFT saved to DIR, or an .onnx_adapter FILE, on the backbone of ARTIFACT."""
     from eoracc.compiler.adapter_exchange import import_adapter
-    from eoracc.runtime.adapter_store import add_adapter
+    from eoracc.runtime.adapters.store import add_adapter
 
     imported = import_adapter(artifact, source, name, factor_type)
     add_adapter(artifact, imported, force=force)

@@ -11,7 +11,7 @@ from eoracc.compiler.commands.common import PATH, json_option, print_json
 
 if TYPE_CHECKING:
     from eoracc.runtime import BackendChoice
-    from eoracc.runtime.tensorrt.parity import EngineParity
+    from eoracc.runtime.parity.engines import EngineParity
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -33,12 +33,12 @@ __all__ = ["verify"]
 def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: bool) -> None:
     """Check every byte of ARTIFACT, then that it still computes what it was built to compute."""
     from eoracc.compiler.report import parity_line
-    from eoracc.runtime.manifest import verify_manifest
+    from eoracc.runtime.artifact.manifest import verify_manifest
 
     manifest = verify_manifest(artifact)
 
-    from eoracc.runtime.parity import check_parity
-    from eoracc.runtime.tensorrt.parity import check_engines
+    from eoracc.runtime.parity.check import check_parity
+    from eoracc.runtime.parity.engines import check_engines
 
     engines = check_engines(artifact, manifest, backend)
     parity = check_parity(artifact)

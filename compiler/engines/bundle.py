@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.manifest import MANIFEST_FILE, describe_file, verify_manifest
+from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_file, verify_manifest
+from eoracc.runtime.artifact.versioned_json import is_beside, read_versioned
 from eoracc.runtime.tensorrt.engine_set import EngineSet, parse_engine_set
-from eoracc.runtime.versioned_json import is_beside, read_versioned
 
 __all__ = ["BUNDLE_FILE", "BUNDLE_FOLDER", "Bundle", "bundle_json", "open_bundle"]
 

@@ -16,8 +16,8 @@ from eoracc.compiler.engines.build import build_engine, require_package
 from eoracc.compiler.engines.bundle import BUNDLE_FOLDER, Bundle, open_bundle
 from eoracc.compiler.engines.task import EngineTask
 from eoracc.errors import ArtifactError, TargetError
-from eoracc.runtime.folder_change import change_files, changing
-from eoracc.runtime.manifest import MANIFEST_FILE, describe_bytes, read_manifest
+from eoracc.runtime.artifact.folder_change import change_files, changing
+from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_bytes, read_manifest
 from eoracc.runtime.tensorrt.cuda import open_device
 from eoracc.runtime.tensorrt.engine_set import (
     ENGINES_FILE,

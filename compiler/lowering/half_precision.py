@@ -4,7 +4,7 @@ What multiplies with weights, the attention, the residual stream and the cache t
 In float32 stay what is sensitive and costs nothing: norms, tables of cosines and sines, and
 arithmetic with constants that are no weights (Gemma's embedding scale, a cap on logits). So the
 only constants that are rounded are weights, embedding tables and biases; casts stand where the two
-meet. A graph that is cast back to float32 (:mod:`eoracc.runtime.float32_twin`) computes
+meet. A graph that is cast back to float32 (:mod:`eoracc.runtime.onnxruntime.float32_twin`) computes
 with exactly those rounded constants, which the reference model has too.
 """
 

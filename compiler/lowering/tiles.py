@@ -48,7 +48,7 @@ from eoracc.plugins.operands import (
     tile_rows,
     unpack_codes,
 )
-from eoracc.runtime.session import LINEARS_KEY
+from eoracc.runtime.onnxruntime.session import LINEARS_KEY
 
 __all__ = ["tile_operands"]
 

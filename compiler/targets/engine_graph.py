@@ -17,7 +17,7 @@ from eoracc.compiler.lowering.half_precision import HALF
 from eoracc.compiler.verify import PARITY_STEPS, WeightOf, record_graph_parity
 from eoracc.errors import ConfigError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
-from eoracc.runtime.parity import PARITY_FILE
+from eoracc.runtime.parity.check import PARITY_FILE
 from eoracc.runtime.tensorrt.engine_set import Binding, EngineFile, EngineSet, Profile
 
 if TYPE_CHECKING:

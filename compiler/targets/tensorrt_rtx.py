@@ -16,7 +16,7 @@ from eoracc.compiler.targets.engine_graph import (
 )
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.passes.graph import spec
-from eoracc.runtime.manifest import BUILDER_LOG, describe_file
+from eoracc.runtime.artifact.manifest import BUILDER_LOG, describe_file
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE, EngineFile
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from eoracc.errors import ApiError, BusyError, RequestError
-from eoracc.runtime.continuation import Listener
+from eoracc.runtime.decode.continuation import Listener
 from eoracc.runtime.request import Piece, Request
 from eoracc.runtime.server.admission import Admission, Place
 from eoracc.runtime.server.errors import reads_too_slowly, request_timeout

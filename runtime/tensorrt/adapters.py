@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.bank import SUMS, AdapterPlaces, FactorsOf, Weights
+from eoracc.runtime.decode.bank import SUMS, AdapterPlaces, FactorsOf, Weights
 from eoracc.runtime.tensorrt.cuda import Memory, aligned
 from eoracc.runtime.tensorrt.dtypes import to_engine
 

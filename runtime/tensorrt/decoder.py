@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.session import PAST
+from eoracc.runtime.onnxruntime.session import PAST
 from eoracc.runtime.tensorrt.adapters import LORA_A, LORA_B, DeviceAdapters
 from eoracc.runtime.tensorrt.contexts import Contexts
 from eoracc.runtime.tensorrt.cuda import open_device
@@ -18,7 +18,7 @@ from eoracc.runtime.tensorrt.rows import EngineRows
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.runtime.bank import FactorsOf
+    from eoracc.runtime.decode.bank import FactorsOf
 
 __all__ = ["EngineDecoder"]
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.versioned_json import check_versioned, is_beside, read_versioned
+from eoracc.runtime.artifact.versioned_json import check_versioned, is_beside, read_versioned
 
 __all__ = [
     "ENGINES_FILE",

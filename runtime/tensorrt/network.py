@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.session import PAST, PRESENT
+from eoracc.runtime.onnxruntime.session import PAST, PRESENT
 from eoracc.runtime.tensorrt.dtypes import storage_type
 
 if TYPE_CHECKING:

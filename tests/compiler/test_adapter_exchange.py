@@ -25,10 +25,10 @@ from eoracc.compiler.eager import load_eager, reference_logits
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import pack_adapter
 from eoracc.plugins.operands import LowRank
-from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter, read_slots
-from eoracc.runtime.manifest import read_manifest
-from eoracc.runtime.session import open_session
+from eoracc.runtime.adapters.adapter import Adapter, read_slots
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import read_manifest
+from eoracc.runtime.onnxruntime.session import open_session
 from tests.tiny_artifact import tiny_factors, tiny_linears, write_tiny_artifact
 
 if TYPE_CHECKING:

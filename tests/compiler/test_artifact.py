@@ -17,9 +17,9 @@ from eoracc.compiler import artifact
 from eoracc.compiler.artifact import ArtifactWriter, check_output, package_versions
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
-from eoracc.runtime.adapters import adapter_names, read_adapter
-from eoracc.runtime.folder_change import changing
-from eoracc.runtime.manifest import read_manifest, verify_manifest
+from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
+from eoracc.runtime.artifact.folder_change import changing
+from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 from tests.slots_artifact import SLOTS, random_factors
 
 if TYPE_CHECKING:

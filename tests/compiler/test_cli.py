@@ -16,7 +16,7 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.inspection import inspect_path
 from eoracc.compiler.report import Report
 from eoracc.errors import GateError, ModelError
-from eoracc.runtime.manifest import read_manifest
+from eoracc.runtime.artifact.manifest import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -217,7 +217,7 @@ def test_verify_repeats_parity(
 ) -> None:
     figures = {"passed": passed, "linears": [], "logits": []}
     parity = SimpleNamespace(passed=passed, as_dict=lambda: figures)
-    monkeypatch.setattr("eoracc.runtime.parity.check_parity", lambda _: parity)
+    monkeypatch.setattr("eoracc.runtime.parity.check.check_parity", lambda _: parity)
     result = run("verify", tiny_artifact)
     assert result.exit_code == (0 if passed else 1)
     outcome = "passed" if passed else "FAILED"

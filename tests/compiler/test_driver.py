@@ -16,8 +16,8 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import Report
 from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
-from eoracc.runtime.manifest import verify_manifest
-from eoracc.runtime.parity import PARITY_FILE
+from eoracc.runtime.artifact.manifest import verify_manifest
+from eoracc.runtime.parity.check import PARITY_FILE
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eoracc.compiler.cli import main
-from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter
-from eoracc.runtime.manifest import read_manifest
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import read_manifest
 from tests.tiny_artifact import tiny_factors, tiny_slots, write_tiny_artifact
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from eoracc.passes.graph.linears import Linear
-    from eoracc.runtime.parity import ParityRecord
+    from eoracc.runtime.parity.check import ParityRecord
 
 
 class Counter:

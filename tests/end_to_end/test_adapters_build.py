@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eoracc.runtime.adapters import adapter_names, read_adapter
-from eoracc.runtime.manifest import read_manifest, verify_manifest
+from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
+from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 
 pytestmark = pytest.mark.real
 

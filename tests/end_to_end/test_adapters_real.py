@@ -17,11 +17,11 @@ from eoracc.compiler.verify import logits_tolerance
 from eoracc.passes.solvers.factor_types import store_factors
 from eoracc.passes.solvers.factors import svd_factors
 from eoracc.plugins.adapters import pack_adapter
-from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter, read_adapter, read_slots
-from eoracc.runtime.manifest import read_manifest, verify_manifest
-from eoracc.runtime.session import open_session
-from eoracc.runtime.text import Tokenizer
+from eoracc.runtime.adapters.adapter import Adapter, read_adapter, read_slots
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
+from eoracc.runtime.decode.text import Tokenizer
+from eoracc.runtime.onnxruntime.session import open_session
 from tests.end_to_end.ways_of_running import build_in, eoracc, genai_tokens
 
 if TYPE_CHECKING:

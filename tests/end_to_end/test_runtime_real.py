@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from eoracc.runtime import Engine, Model, Request, load
-from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter
-from eoracc.runtime.manifest import read_manifest
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import read_manifest
 from tests.end_to_end.ways_of_running import genai_tokens
 from tests.tiny_artifact import tiny_factors, tiny_slots
 

@@ -31,9 +31,9 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from eoracc.compiler.config import BuildConfig
     from eoracc.compiler.driver import build
     from eoracc.compiler.progress import SilentProgress
-    from eoracc.runtime.adapter_store import add_adapter
-    from eoracc.runtime.adapters import Adapter
-    from eoracc.runtime.manifest import read_manifest
+    from eoracc.runtime.adapters.adapter import Adapter
+    from eoracc.runtime.adapters.store import add_adapter
+    from eoracc.runtime.artifact.manifest import read_manifest
     from tests.tiny_artifact import tiny_factors, tiny_slots
 
     work = tmp_path_factory.mktemp("served")

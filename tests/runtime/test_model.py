@@ -20,8 +20,8 @@ from eoracc.runtime import (
     RequestError,
     load,
 )
-from eoracc.runtime.manifest import read_manifest
-from eoracc.runtime.session import open_session
+from eoracc.runtime.artifact.manifest import read_manifest
+from eoracc.runtime.onnxruntime.session import open_session
 from tests.tiny_artifact import tiny_linears
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from eoracc.compiler.engines.bundle import Bundle, open_bundle
 from eoracc.compiler.engines.from_bundle import build_from_bundle, store_engine
 from eoracc.compiler.progress import SilentProgress
 from eoracc.errors import ArtifactError, BackendError, TargetError
-from eoracc.runtime.manifest import verify_manifest
+from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 

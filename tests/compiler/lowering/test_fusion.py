@@ -22,7 +22,7 @@ from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.operands import LowRank, NBitsWeight
-from eoracc.runtime.session import LINEARS_KEY
+from eoracc.runtime.onnxruntime.session import LINEARS_KEY
 from tests.graph_session import GraphSession, assert_close, padded_mask
 from tests.plugins.fused_op import random_int8_factors
 from tests.tiny_models import tiny_model

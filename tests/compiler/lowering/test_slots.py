@@ -18,7 +18,7 @@ from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots, pack_adapter
-from eoracc.runtime.session import Session, open_session
+from eoracc.runtime.onnxruntime.session import Session, open_session
 from tests.tiny_artifact import tiny_factors, tiny_slots, write_tiny_artifact
 from tests.tiny_models import VOCABULARY, tiny_model
 

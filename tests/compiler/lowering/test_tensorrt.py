@@ -16,7 +16,7 @@ from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check
 from eoracc.plugins.operands import LowRank, NBitsWeight
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS
-from eoracc.runtime.graph_session import GraphSession
+from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from tests.compiler.lowering.test_tensorrt_rtx import (
     check_parity,
     compress,

@@ -20,7 +20,7 @@ from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.plugins.operands import LowRank, NBitsWeight
-from eoracc.runtime.graph_session import GraphSession
+from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from tests.graph_session import assert_close, padded_mask
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

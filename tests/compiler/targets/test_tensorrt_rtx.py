@@ -15,8 +15,8 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report import Report, report_lines
 from eoracc.errors import ConfigError, TargetError
-from eoracc.runtime.adapters import read_adapter
-from eoracc.runtime.manifest import verify_manifest
+from eoracc.runtime.adapters.adapter import read_adapter
+from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from tests.tiny_build import tiny_config, tiny_workspace
 

@@ -160,7 +160,7 @@ def test_bos_is_there_once(tiny_artifact: Path, tmp_path: Path) -> None:
 
 
 def write_with_bos(artifact: Path, folder: Path) -> Path:
-    from eoracc.runtime.manifest import Manifest, describe_folder, read_manifest
+    from eoracc.runtime.artifact.manifest import Manifest, describe_folder, read_manifest
 
     copy = Path(shutil.copytree(artifact, folder / "artifact"))
     write_byte_tokenizer(copy, bos=True, chat=True)

@@ -14,9 +14,9 @@ ADAPTERS = ("math", "prose")
 @pytest.fixture(scope="session")
 def adapted_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact with two adapters that change what it says; no test may change it."""
-    from eoracc.runtime.adapter_store import add_adapter
-    from eoracc.runtime.adapters import Adapter
-    from eoracc.runtime.manifest import read_manifest
+    from eoracc.runtime.adapters.adapter import Adapter
+    from eoracc.runtime.adapters.store import add_adapter
+    from eoracc.runtime.artifact.manifest import read_manifest
 
     folder = write_tiny_artifact(tmp_path_factory.mktemp("adapted"), adapter_type="int8")
     slots, digest = tiny_slots(folder), read_manifest(folder).digest

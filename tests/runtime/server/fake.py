@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from eoracc.errors import RequestError
-from eoracc.runtime.continuation import Listener
+from eoracc.runtime.decode.continuation import Listener
 from eoracc.runtime.request import FinishReason, Piece, Prompt, Request, TokenLogprob
 from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.middleware import Observe

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eoracc.runtime.adapter_store import add_adapter
-from eoracc.runtime.adapters import Adapter
-from eoracc.runtime.manifest import MANIFEST_FILE, Manifest, describe_folder, read_manifest
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import MANIFEST_FILE, Manifest, describe_folder, read_manifest
 from tests.runtime.tensorrt.stand_in import open_graph, write_engines
 from tests.tiny_artifact import tiny_factors, tiny_slots, write_tiny_artifact
 

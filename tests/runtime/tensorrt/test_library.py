@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eoracc.errors import ArtifactError, BackendError
+from eoracc.runtime.artifact.manifest import Manifest, read_manifest
 from eoracc.runtime.backends import backends_of
-from eoracc.runtime.manifest import Manifest, read_manifest
 from eoracc.runtime.model import load
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from eoracc.runtime.tensorrt.library import Library, import_tensorrt

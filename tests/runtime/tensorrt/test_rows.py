@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eoracc.runtime import BackendError, Model, load
-from eoracc.runtime.bank import NO_PLACE
+from eoracc.runtime.decode.bank import NO_PLACE
 from tests.runtime.tensorrt.engine_artifact import Oracle, tiny_adapter
 from tests.runtime.tensorrt.stand_in import IExecutionContext, RefusedError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.runtime.decoder import Decoder, Rows
+    from eoracc.runtime.decode.decoder import Decoder, Rows
     from tests.runtime.tensorrt.machine import Machine
 
 PROMPTS = [[5, 17, 200, 31, 8, 90, 44], [120, 7, 61], [33], list(range(40, 100))]

@@ -1,0 +1,1 @@
+"""Adapters of an artifact: files, formats, store, weighted sums."""

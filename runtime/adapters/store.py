@@ -1,0 +1,133 @@
+"""Put adapters into a finished artifact and take them out, its backbone untouched.
+
+A change is all or nothing, whatever happens meanwhile (:mod:`eoracc.runtime.artifact.folder_change`), and
+changes of several processes come one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from eoracc.errors import ArtifactError
+from eoracc.runtime.adapters.adapter import (
+    adapter_files,
+    adapters_in,
+    check_adapter_name,
+    check_known,
+    encode_adapter,
+    read_slots,
+)
+from eoracc.runtime.artifact.folder_change import change_files, changing
+from eoracc.runtime.artifact.manifest import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    describe_bytes,
+    read_listed,
+    read_manifest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
+
+    from eoracc.runtime.adapters.adapter import Adapter
+    from eoracc.runtime.artifact.manifest import Manifest
+
+__all__ = ["add_adapter", "remove_adapter"]
+
+Report = dict[str, Any]
+
+
+def add_adapter(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    force: bool = False,
+    edit_report: Callable[[Report], None] | None = None,
+) -> Manifest:
+    """Store ``adapter`` in an artifact.
+
+    Args:
+      folder: the artifact.
+      adapter: for its backbone.
+      force: replace an adapter of the same name; what the report says of that is dropped.
+      edit_report: changes the content of report.json, as it is then, in place. The artifact is
+        locked meanwhile: it must not read adapters or verify.
+
+    Returns:
+      The artifact's new manifest.
+
+    Raises:
+      ArtifactError: the adapter is for another backbone, does not fit, or is there already; or the
+        artifact is damaged or cannot be written to. Nothing has changed then.
+    """
+    check_adapter_name(adapter.name)
+    with changing(folder):
+        manifest = read_manifest(folder)
+        if adapter.backbone != manifest.digest:
+            raise ArtifactError(
+                f"adapter '{adapter.name}': is for the backbone {adapter.backbone[:12]}, {folder} "
+                f"is {manifest.digest[:12]}: make the adapter anew for this artifact"
+            )
+        if adapter.name in adapters_in(manifest) and not force:
+            raise ArtifactError(
+                f"{folder}: has an adapter '{adapter.name}': choose another name, or replace it "
+                "with --force"
+            )
+        written = encode_adapter(adapter, read_slots(folder, manifest))
+        written |= _edited_report(folder, manifest, adapter.name, edit_report)
+        return _change(folder, manifest, written)
+
+
+def remove_adapter(folder: Path, name: str) -> Manifest:
+    """Take an adapter, and what the report says of it, out of an artifact.
+
+    Returns:
+      The artifact's new manifest.
+
+    Raises:
+      ArtifactError: there is no such adapter, or the artifact cannot be written to.
+    """
+    with changing(folder):
+        manifest = read_manifest(folder)
+        check_known(folder, manifest, name)
+        written = _edited_report(folder, manifest, name, None)
+        return _change(folder, manifest, written, adapter_files(name))
+
+
+def _change(
+    folder: Path, manifest: Manifest, written: Mapping[str, bytes], removed: Collection[str] = ()
+) -> Manifest:
+    changed = manifest.with_files(
+        dict.fromkeys(removed) | {name: describe_bytes(data) for name, data in written.items()}
+    )
+    change_files(folder, {**written, MANIFEST_FILE: changed.to_json().encode()}, removed)
+    return changed
+
+
+def _edited_report(
+    folder: Path, manifest: Manifest, name: str, edit: Callable[[Report], None] | None
+) -> dict[str, bytes]:
+    """report.json where it changes: without the old figures of adapter ``name``, then edited."""
+    if REPORT_FILE not in manifest.files:
+        return {}
+    before = read_listed(folder, manifest, REPORT_FILE)
+    report: Report = json.loads(before)
+    _forget(report, name)
+    if edit is not None:
+        edit(report)
+    try:
+        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ArtifactError(f"{folder / REPORT_FILE}: cannot hold that: {error}") from None
+    return {} if text.encode() == before else {REPORT_FILE: text.encode()}
+
+
+def _forget(report: Report, name: str) -> None:
+    """Drop what the report says of adapter ``name``, and of every adapter on its text."""
+    section = report.get("adapters") or {}
+    for figures in section.values():
+        figures.pop(name, None)
+    for row in section.get("perplexity", {}).values():
+        row.pop(name, None)

@@ -1,0 +1,291 @@
+"""manifest.json: what an artifact is made of, and whether it still is.
+
+Every file of the artifact is listed with its sha256 and size, and nothing is loaded, the native
+library least of all, before every byte has been compared. The same inputs give the same bytes in
+every file but what tells of the build itself (report.json, builder.log), engines, in which TensorRT
+numbers its values as it comes to them, and manifest.json, which holds their hashes.
+:attr:`Manifest.digest` covers none of those, nor adapters, which come and go: it names the backbone
+that was built, and is what adapters are bound to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.folder_change import STAGED, reading
+from eoracc.runtime.artifact.versioned_json import read_versioned
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "ADAPTERS_FOLDER",
+    "BUILDER_LOG",
+    "MANIFEST_FILE",
+    "REPORT_FILE",
+    "SCHEMA_VERSION",
+    "FileEntry",
+    "Manifest",
+    "backbone_digest",
+    "describe_bytes",
+    "describe_file",
+    "describe_folder",
+    "read_listed",
+    "read_manifest",
+    "verify_manifest",
+]
+
+ADAPTERS_FOLDER = "adapters"
+BUILDER_LOG = "builder.log"
+MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.json"
+SCHEMA_VERSION = 1
+
+_FORMAT = "eoracc artifact"
+_BLOCK = 1 << 20
+_SECTIONS = ("source", "config", "packages", "parity")
+_ADAPTER_FILE = re.compile(rf"{ADAPTERS_FOLDER}/[^/]+\.(onnx_adapter|json)")
+_ENGINE_FILE = re.compile(r"tensorrt(_rtx)?/(engines\.json|[^/]+\.(engine|log))")
+"""What TensorRT makes of a graph, with the build or where the GPU is."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact.
+
+    Attributes:
+      sha256: of its content, hexadecimal.
+      size: in bytes.
+    """
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says.
+
+    Attributes:
+      files: every other file of the artifact by its path in it, with forward slashes.
+      source: the checkpoint: ``model`` as configured and ``digest`` over its weights.
+      config: the resolved model.yaml.
+      packages: versions of the packages that the build used.
+      parity: figures of the parity gate, empty where it was turned off.
+      digest: of the backbone, see :func:`backbone_digest`.
+    """
+
+    files: Mapping[str, FileEntry]
+    source: Mapping[str, str]
+    config: Mapping[str, Any]
+    packages: Mapping[str, str]
+    parity: Mapping[str, Any]
+    digest: str
+
+    @classmethod
+    def of(
+        cls,
+        files: Mapping[str, FileEntry],
+        *,
+        source: Mapping[str, str],
+        config: Mapping[str, Any],
+        packages: Mapping[str, str],
+        parity: Mapping[str, Any],
+    ) -> Manifest:
+        """The manifest of ``files``, its digest computed."""
+        files = dict(sorted(files.items()))
+        return cls(files, source, config, packages, parity, backbone_digest(files))
+
+    def with_files(self, files: Mapping[str, FileEntry | None]) -> Manifest:
+        """The manifest after files were written, or removed where there is None."""
+        left = {name: entry for name, entry in self.files.items() if name not in files}
+        left |= {name: entry for name, entry in files.items() if entry is not None}
+        sections = {name: getattr(self, name) for name in _SECTIONS}
+        return Manifest.of(left, **sections)
+
+    def to_json(self) -> str:
+        """The text of manifest.json: equal manifests give equal texts."""
+        content = {"format": _FORMAT, "schema": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def describe_bytes(content: bytes) -> FileEntry:
+    """The entry of a file that holds ``content``."""
+    return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def backbone_digest(files: Mapping[str, FileEntry]) -> str:
+    """sha256 over paths and hashes of ``files``.
+
+    Left out are the report, what is added later (adapters), and what TensorRT makes of a graph that
+    is covered: engines, their description and the builder's logs.
+    """
+    digest = hashlib.sha256()
+    for name, entry in sorted(files.items()):
+        left_out = name == REPORT_FILE or _ADAPTER_FILE.fullmatch(name)
+        if not left_out and not _ENGINE_FILE.fullmatch(name):
+            digest.update(f"{entry.sha256}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def describe_folder(folder: Path) -> dict[str, FileEntry]:
+    """Hash every file under ``folder`` but the manifest, sorted by path.
+
+    Raises:
+      ArtifactError: there is something else than plain files and folders.
+    """
+    return {
+        name: describe_file(folder / name) for name in _listing(folder) if name != MANIFEST_FILE
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json itself; no other file is looked at.
+
+    Raises:
+      ArtifactError: ``folder`` is no artifact, or its manifest is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: there is no such folder: give an artifact's folder")
+    content = read_versioned(
+        path,
+        file_format=_FORMAT,
+        schema=SCHEMA_VERSION,
+        missing=f"{folder}: has no {MANIFEST_FILE}, so it is no eoracc artifact: build one",
+        foreign="is not the manifest of an eoracc artifact",
+    )
+    try:
+        files = {
+            str(name): FileEntry(str(entry["sha256"]), int(entry["size"]))
+            for name, entry in content["files"].items()
+        }
+        sections = {key: dict(content[key]) for key in _SECTIONS}
+        digest = str(content["digest"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
+    for name in files:
+        if not _is_inside(name):
+            raise ArtifactError(
+                f"{path}: lists '{name}', which leaves the folder: do not trust this artifact"
+            )
+    if digest != backbone_digest(files):
+        raise ArtifactError(f"{path}: its digest does not fit its files: build the artifact again")
+    return Manifest(files=files, digest=digest, **sections)
+
+
+def verify_manifest(folder: Path) -> Manifest:
+    """Compare every byte of the artifact in ``folder`` with its manifest.
+
+    A change that was interrupted is finished first.
+
+    Returns:
+      The manifest, which holds.
+
+    Raises:
+      ArtifactError: a file is missing, changed, not listed, or not inside the folder.
+    """
+    with reading(folder):
+        manifest = read_manifest(folder)
+        present = set(_listing(folder)) - {MANIFEST_FILE}
+        for name in sorted(manifest.files.keys() - present):
+            raise ArtifactError(f"{folder / name}: is missing: copy or build the artifact again")
+        for name in sorted(present - manifest.files.keys()):
+            raise ArtifactError(
+                f"{folder / name}: is not listed in {MANIFEST_FILE}: remove it, it is no part of "
+                "the artifact"
+            )
+        for name, entry in manifest.files.items():
+            path = folder / name
+            if (size := path.stat().st_size) != entry.size:
+                raise ArtifactError(
+                    f"{path}: has {size} bytes where {MANIFEST_FILE} says {entry.size}: "
+                    "copy or build the artifact again"
+                )
+            _compare(path, describe_file(path), entry)
+    return manifest
+
+
+def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """The content of one file, which is what the manifest says.
+
+    Raises:
+      ArtifactError: it is not listed, missing or changed.
+    """
+    path = folder / name
+    if name not in manifest.files:
+        raise ArtifactError(f"{path}: is not listed in {MANIFEST_FILE}: build the artifact again")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{path}: is a link that leaves the folder: do not trust this artifact")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: is missing: copy or build the artifact again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    _compare(path, describe_bytes(content), manifest.files[name])
+    return content
+
+
+def _compare(path: Path, actual: FileEntry, listed: FileEntry) -> None:
+    if actual.sha256 != listed.sha256:
+        raise ArtifactError(
+            f"{path}: its content is not what {MANIFEST_FILE} says: "
+            "copy or build the artifact again"
+        )
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+        and str(path) == name
+    )
+
+
+def _listing(folder: Path) -> list[str]:
+    """Paths of all files, sorted; symbolic links that leave the folder are refused.
+
+    What an interrupted change has left half-written is no file of the artifact.
+    """
+    root = folder.resolve()
+    names = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise ArtifactError(
+                f"{path}: is a link that leaves the folder: do not trust this artifact"
+            )
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise ArtifactError(f"{path}: is neither a file nor a folder: remove it")
+        name = path.relative_to(folder)
+        if name.parts[0] != STAGED:
+            names.append(name.as_posix())
+    return names
+
+
+def describe_file(path: Path) -> FileEntry:
+    """The entry of a file.
+
+    Raises:
+      ArtifactError: it cannot be read.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    return FileEntry(digest.hexdigest(), size)

@@ -1,0 +1,1 @@
+"""Decoding: scheduler, sampling, scoring, adapter bank, text."""

@@ -1,0 +1,122 @@
+"""One request while it is served: from logits to tokens, to text, to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from eoracc.runtime.decode.sampling import choose, token_logprob
+from eoracc.runtime.decode.text import StopStrings
+from eoracc.runtime.request import Completion, FinishReason, Piece, Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eoracc.runtime.decode.text import Tokenizer
+
+__all__ = ["Continuation", "Listener", "complete"]
+
+Listener: TypeAlias = Callable[[Piece | Exception], None]
+"""Takes the pieces of a text as they are made; the last one has a finish reason, or is an error."""
+
+
+class Continuation:
+    """What is known of a request that is being served.
+
+    Attributes:
+      request: as it was made.
+      prompt: its tokens.
+      place: of its adapter in the bank.
+      tokens: that were made so far.
+      finish_reason: None until the text has ended.
+      cancelled: whether nobody wants more of it; any thread may set it.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        *,
+        prompt: list[int],
+        limit: int,
+        place: int,
+        listener: Listener,
+    ) -> None:
+        """``limit``: of how many tokens to make; 0 ends the text before it begins."""
+        self.request = request
+        self.prompt = prompt
+        self.place = place
+        self.listener = listener
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None if limit else "length"
+        self.cancelled = False
+        self._limit = limit
+        self._ends = frozenset() if request.ignore_end else tokenizer.ends
+        self._rng = np.random.default_rng(request.seed)
+        self._stream = tokenizer.stream()
+        self._stops = StopStrings(request.stop)
+        self._pending: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    def push(self, logits: NDArray[np.float32]) -> Piece | None:
+        """Choose the next token.
+
+        Args:
+          logits: ``float32 [V]``.
+
+        Returns:
+          What is new of the text: a piece with text, or the last one; None where it has to wait.
+
+        Raises:
+          BackendError: the logits are not finite.
+        """
+        asked = self.request
+        token = choose(
+            logits,
+            self._rng,
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=asked.top_p,
+            min_p=asked.min_p,
+        )
+        if token in self._ends:
+            return self.end("stop")
+        self.tokens.append(token)
+        self._pending.append(token)
+        if asked.logprobs is not None:
+            self._logprobs.append(token_logprob(logits, token, asked.logprobs))
+        text = self._stops.push(self._stream.decode(token))
+        if self._stops.found:
+            return self.end("stop", text)
+        if len(self.tokens) == self._limit:
+            return self.end("length", text)
+        return self._piece(text) if text else None
+
+    def end(self, why: FinishReason, text: str = "") -> Piece:
+        """The last piece."""
+        self.finish_reason = why
+        return self._piece(text + self._stops.flush())
+
+    def _piece(self, text: str) -> Piece:
+        tokens, self._pending = tuple(self._pending), []
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        wanted = self.request.logprobs is not None
+        return Piece(text, tokens, logprobs if wanted else None, self.finish_reason)
+
+
+def complete(pieces: Iterable[Piece], prompt_tokens: int) -> Completion:
+    """All pieces of a text as one."""
+    whole = list(pieces)
+    logprobs = [piece.logprobs for piece in whole if piece.logprobs is not None]
+    reason = whole[-1].finish_reason
+    if reason is None:
+        raise ValueError("the last piece is missing")
+    return Completion(
+        text="".join(piece.text for piece in whole),
+        tokens=tuple(token for piece in whole for token in piece.tokens),
+        finish_reason=reason,
+        prompt_tokens=prompt_tokens,
+        logprobs=tuple(one for part in logprobs for one in part) if logprobs else None,
+    )

@@ -1,0 +1,232 @@
+"""Between text and tokens: the tokenizer, the chat template, stop strings.
+
+onnxruntime-genai has the tokenizer and the template engine; both are opened from the folder alone,
+without its model.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from eoracc.errors import ArtifactError, BackendError, RequestError, reason
+from eoracc.runtime.artifact.genai_files import import_backend
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from eoracc.runtime.request import Message, Prompt
+
+__all__ = ["StopStrings", "TextStream", "Tokenizer"]
+
+
+class Tokenizer:
+    """The tokenizer of an artifact. Threads may share it.
+
+    Attributes:
+      folder: the artifact.
+      begin: the token that a text may begin with; None where there is none.
+      ends: tokens that end a text.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open it.
+
+        Raises:
+          BackendError: onnxruntime-genai is missing or refuses it.
+        """
+        self.folder = folder
+        genai = import_backend("onnxruntime_genai")
+        try:
+            self._tokenizer = genai.Tokenizer(str(folder))
+            self.begin = _token(self._tokenizer, "bos_token_id")
+            self.ends = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
+        except Exception as error:
+            raise refused(folder, error) from error
+        # Whether special tokens are added is a setting of the tokenizer, not of a call.
+        self._lock = threading.Lock()
+
+    @property
+    def beginning(self) -> int:
+        """What stands for nothing before a text: BOS, or the end of the text before it."""
+        return min(self.ends, default=0) if self.begin is None else self.begin
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the artifact knows how its model wants to be talked to."""
+        return self.chat_template is not None
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """How the model wants to be talked to, in Jinja; None where the artifact does not say."""
+        file, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if not config.is_file():
+            return None
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        return template if isinstance(template, str) else None
+
+    def encode_prompt(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+        """Tokens of a text, of messages, or the tokens that ``prompt`` is already.
+
+        Args:
+          prompt: messages go through the chat template, with the beginning of an answer behind
+            them.
+          chat: take a text for the user's turn.
+
+        Raises:
+          RequestError: a message lacks its role or content, or the template refuses it.
+          ArtifactError: a chat without a chat template.
+        """
+        if isinstance(prompt, str):
+            if not chat:
+                return self.encode(prompt)
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        tokens = [int(one) for one in prompt if isinstance(one, Integral)]  # NumPy's, too
+        if len(tokens) == len(prompt):
+            return tokens
+        return self.encode_chat([one for one in prompt if not isinstance(one, int)])
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of ``text``.
+
+        Args:
+          text: any; special tokens that are spelled out in it become special tokens.
+          special: begin with BOS where the tokenizer begins a text with it.
+        """
+        with self._lock:
+            # genai leaves it out unless it is told, and Gemma is lost without its BOS.
+            self._tokenizer.update_options(add_special_tokens="true" if special else "false")
+            return [int(token) for token in self._tokenizer.encode(text)]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a chat, with the beginning of the assistant's answer behind it.
+
+        Raises:
+          RequestError: a message lacks its role or content, or the template refuses it.
+          ArtifactError: there is no chat template.
+        """
+        # A template says itself what a text begins with.
+        return self.encode(self.render_chat(messages), special=False)
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat, special tokens spelled out.
+
+        Args:
+          messages: at least one.
+          add_generation_prompt: whether the beginning of the assistant's answer follows.
+
+        Raises:
+          RequestError: a message lacks its role or content, or the template refuses it.
+          ArtifactError: there is no chat template.
+        """
+        if not self.has_chat_template:
+            raise ArtifactError(f"{self.folder}: has no chat template: use --no-chat")
+        if not messages:
+            raise RequestError("messages: there are none: give at least one")
+        for index, message in enumerate(messages):
+            for key in ("role", "content"):
+                if not isinstance(_field(message, key), str):
+                    raise RequestError(f"messages[{index}]: its '{key}' is missing or no text")
+        try:
+            with self._lock:
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        json.dumps([dict(message) for message in messages]),
+                        add_generation_prompt=add_generation_prompt,
+                    )
+                )
+        except Exception as error:  # noqa: BLE001 - a template may fail in any way
+            raise RequestError(
+                f"messages: the chat template refuses them: {reason(error)}"
+            ) from None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special ones left out."""
+        with self._lock:
+            return str(self._tokenizer.decode(list(tokens)))
+
+    def stream(self) -> TextStream:
+        """Decode token by token."""
+        return TextStream(self._tokenizer.create_stream())
+
+
+class TextStream:
+    """Decodes one text token by token, in whole characters."""
+
+    def __init__(self, stream: Any) -> None:  # noqa: ANN401 - onnxruntime-genai has no types
+        self._stream = stream
+
+    def decode(self, token: int) -> str:
+        """What ``token`` adds; empty where a character's last bytes are still to come."""
+        return str(self._stream.decode(token))
+
+
+class StopStrings:
+    r"""Ends a text before the first stop string in it, and holds back what may become one.
+
+    What comes out does not depend on how the text is cut into pieces: the stop string that is
+    complete first counts, the longest of those that end together.
+
+    >>> stops = StopStrings(["\n\n"])
+    >>> stops.push("one\n"), stops.push("two\n"), stops.push("\nthree"), stops.found
+    ('one', '\ntwo', '', True)
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Take ``text`` in and give what is certain to be part of the whole."""
+        if not self._stops:
+            return text
+        buffer = self._held + text
+        matches = [
+            (start + len(stop), start) for stop in self._stops if (start := buffer.find(stop)) >= 0
+        ]
+        if matches:
+            self._held = ""
+            self.found = True
+            return buffer[: min(matches)[1]]
+        keep = max(_overlap(buffer, stop) for stop in self._stops)
+        self._held = buffer[len(buffer) - keep :]
+        return buffer[: len(buffer) - keep]
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with, ``stop`` itself aside."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def _field(message: object, key: str) -> object:
+    return message.get(key) if isinstance(message, Mapping) else None
+
+
+def refused(folder: Path, error: Exception) -> BackendError:
+    """What onnxruntime-genai says against ``folder``, as one sentence."""
+    return BackendError(f"{folder}: ONNX Runtime GenAI fails: {reason(error)}")
+
+
+def _token(tokenizer: Any, name: str) -> int | None:  # noqa: ANN401 - onnxruntime-genai has no types
+    try:
+        token = int(getattr(tokenizer, name))
+    except RuntimeError:
+        return None
+    return token if token >= 0 else None

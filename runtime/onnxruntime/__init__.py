@@ -1,0 +1,1 @@
+"""The model as ONNX Runtime sessions run it."""

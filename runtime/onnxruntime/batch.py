@@ -1,0 +1,431 @@
+"""Rows of text that ONNX Runtime decodes together: a key/value cache, and runs of the model on it.
+
+The fused attention updates its cache in place: one buffer ``[rows, heads, capacity, head]`` a layer
+is bound as its past and as its present. Rows are padded on the right and may differ in length,
+which the mask says. A run with several tokens on a cache takes one row only, so that a prompt is
+processed row by row, through views of the buffers; one token each is decoded for all rows at once.
+Nothing that lies behind a row's end is ever read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eoracc.errors import BackendError, reason
+from eoracc.plugins.adapters import ADAPTER_INDEX
+from eoracc.runtime.onnxruntime.session import DTYPES, LOGITS_TO_KEEP, PAST, PRESENT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from eoracc.runtime.decode.bank import AdapterBank
+
+__all__ = ["Batch", "Graph", "GraphDecoder"]
+
+_SMALLEST = 128
+"""Tokens that a new cache has room for; the room doubles when it is used up."""
+
+
+class Graph:
+    """A decoder in ONNX Runtime, and what is to be known of its inputs and outputs.
+
+    Attributes:
+      context_length: tokens that it takes at most.
+      in_place: whether its attention writes into the buffers that it reads its past from.
+      vocabulary: width of the logits.
+      trims_logits: whether it can be told of how many tokens to compute the logits.
+      needs_positions: whether it must be told the tokens' positions.
+    """
+
+    def __init__(
+        self,
+        inference: Any,  # noqa: ANN401 - onnxruntime has no types
+        *,
+        context_length: int,
+        in_place: bool,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Look at what there is.
+
+        Args:
+          inference: the session.
+          context_length: tokens that it takes at most.
+          in_place: whether its attention writes into the buffers that it reads its past from.
+          defaults: what the session has been opened with, kept here for as long as it lives.
+        """
+        self._inference = inference
+        self._defaults = dict(defaults or {})
+        self.context_length = context_length
+        self.in_place = in_place
+        inputs = {value.name: value for value in inference.get_inputs()}
+        optional = {value.name for value in inference.get_overridable_initializers()}
+        self._caches = [
+            (name, np.dtype(DTYPES[value.type]), int(value.shape[1]), int(value.shape[3]))
+            for name, value in inputs.items()
+            if name.startswith(PAST)
+        ]
+        logits = next(value for value in inference.get_outputs() if value.name == "logits")
+        self.vocabulary = int(logits.shape[2])
+        self._logits_type = np.dtype(DTYPES[logits.type])
+        self.trims_logits = LOGITS_TO_KEEP in optional
+        self.needs_positions = "position_ids" in inputs
+
+    def new_caches(self, rows: int, capacity: int) -> dict[str, NDArray[np.generic]]:
+        """Buffers ``[rows, heads, capacity, head]`` by past input; their content is arbitrary."""
+        return {
+            name: np.empty((rows, heads, capacity, size), dtype)
+            for name, dtype, heads, size in self._caches
+        }
+
+    def new_logits(self, rows: int, tokens: int) -> NDArray[np.generic]:
+        """A buffer ``[rows, tokens, V]`` of the type that the model gives."""
+        return np.empty((rows, tokens, self.vocabulary), self._logits_type)
+
+    def bind(self) -> Binding:
+        """Something to bind the inputs and outputs of runs to."""
+        return Binding(self._inference)
+
+    def reads(self, name: str, array: NDArray[np.generic]) -> bool:
+        """Whether a run that is told nothing of input ``name`` reads this very ``array``."""
+        default = self._defaults.get(name)
+        return default is not None and default.data_ptr() == _address(array)
+
+
+class Binding:
+    """Arrays that ONNX Runtime reads from and writes to, where they lie."""
+
+    def __init__(self, inference: Any) -> None:  # noqa: ANN401 - onnxruntime has no types
+        self._inference = inference
+        self._binding = inference.io_binding()
+        self._arrays: dict[str, NDArray[np.generic]] = {}
+
+    def read(self, name: str, array: NDArray[np.generic]) -> None:
+        """Let the model's input ``name`` be a C-contiguous ``array``."""
+        self._arrays[name] = array  # ONNX Runtime keeps its address only
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+
+    def write(self, name: str, array: NDArray[np.generic]) -> None:
+        """Let the model's output ``name`` be written into a C-contiguous ``array``."""
+        self._arrays[name] = array
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+
+    def make(self, name: str) -> None:
+        """Let ONNX Runtime make an array for the model's output ``name``, see :meth:`made`."""
+        self._binding.bind_output(name, "cpu")
+
+    def made(self) -> NDArray[np.generic]:
+        """What the last run made for :meth:`make`, which was bound before all other outputs."""
+        array: NDArray[np.generic] = self._binding.get_outputs()[0].numpy()
+        return array
+
+    def run(self) -> None:
+        """Run the model.
+
+        Raises:
+          BackendError: it fails.
+        """
+        try:
+            self._inference.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime fails: {reason(error)}") from error
+
+
+def _address(array: NDArray[np.generic]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+class GraphDecoder:
+    """A graph and the adapters that it runs with, as generating and scoring want it.
+
+    Attributes:
+      bank: the adapters.
+      context_length: tokens of a row at most.
+      vocabulary: width of the logits.
+    """
+
+    def __init__(self, graph: Graph, bank: AdapterBank) -> None:
+        self._graph = graph
+        self.bank = bank
+        self.context_length = graph.context_length
+        self.vocabulary = graph.vocabulary
+
+    def new_rows(self) -> Batch:
+        """A cache of its own, without a row yet."""
+        return Batch(self._graph, self.bank)
+
+
+class Batch:
+    """A key/value cache of several rows, and the runs that fill it.
+
+    :class:`eoracc.runtime.decode.decoder.Rows` says what its methods do.
+    """
+
+    def __init__(self, graph: Graph, bank: AdapterBank) -> None:
+        self._graph = graph
+        self._bank = bank
+        self._lengths = np.zeros(0, np.int64)
+        self._caches = graph.new_caches(0, 0)
+        self._capacity = 0
+        self._decoding: _DecodeStep | None = None
+
+    def length(self, row: int) -> int:
+        """Tokens in the cache of ``row``."""
+        return int(self._lengths[row])
+
+    def clear(self, row: int) -> None:
+        """Begin a new text in ``row``."""
+        self._reserve(row + 1, 1)
+        self._lengths[row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Put the text of row ``source`` into row ``target``."""
+        length = self._lengths[source]
+        for cache in self._caches.values():
+            cache[target, :, :length] = cache[source, :, :length]
+        self._lengths[target] = length
+        if self._decoding is not None:
+            self._decoding.forget(target)
+
+    def prefill(
+        self, row: int, tokens: Sequence[int], *, adapter: int, keep: int = 1
+    ) -> NDArray[np.float32]:
+        """Append ``tokens`` to the text of ``row``.
+
+        Args:
+          row: of the batch.
+          tokens: at least one; with those that are there already at most the model's context.
+          adapter: its place in the bank; negative for none.
+          keep: of how many last tokens to give the logits.
+
+        Returns:
+          Logits, ``float32 [keep, V]``.
+
+        Raises:
+          BackendError: ONNX Runtime fails.
+        """
+        logits: NDArray[np.float32] = self._process(row, [tokens], [adapter], keep)[0]
+        return logits
+
+    def process(
+        self, texts: Sequence[Sequence[int]], *, adapters: Sequence[int], keep: int
+    ) -> NDArray[np.float32]:
+        """Begin the first rows anew with ``texts``, all in one run.
+
+        Args:
+          texts: tokens of each row, at least one each.
+          adapters: a place in the bank for each; negative for none.
+          keep: of how many last tokens of each row to give the logits.
+
+        Returns:
+          Logits, ``float32 [len(texts), keep, V]``; those before a text's beginning are undefined.
+
+        Raises:
+          BackendError: ONNX Runtime fails.
+        """
+        for row in range(len(texts)):
+            self.clear(row)
+        return self._process(0, texts, adapters, keep)
+
+    def decode(
+        self, tokens: Sequence[int], adapters: Sequence[int], *, first: int = 0
+    ) -> NDArray[np.float32]:
+        """Append one token to each of ``len(tokens)`` rows.
+
+        Args:
+          tokens: of the rows ``first``, ``first + 1``, …, none of which is empty.
+          adapters: a place in the bank for each; negative for none.
+          first: the first row.
+
+        Returns:
+          Logits, ``float32 [len(tokens), V]``, valid until the next call.
+
+        Raises:
+          BackendError: ONNX Runtime fails, or memory is out; the rows are as they were.
+        """
+        rows = slice(first, first + len(tokens))
+        self._reserve(rows.stop, int(self._lengths[rows].max()) + 1)
+        if not self._graph.in_place:
+            return self._decode_singly(rows, tokens, adapters)
+        version, bank = self._bank.inputs
+        step = self._decoding
+        if step is None or not step.fits(rows, version):
+            step = _DecodeStep(self._graph, self._caches, rows, version, bank)
+            self._decoding = step
+        logits = step.run(tokens, adapters, self._lengths[rows])
+        self._lengths[rows] += 1
+        return logits
+
+    def _decode_singly(
+        self, rows: slice, tokens: Sequence[int], adapters: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """For an attention that copies its past: rows of different lengths do not fit one array."""
+        lengths = self._lengths[rows].copy()
+        parts = zip(range(rows.start, rows.stop), tokens, adapters, strict=True)
+        try:
+            return np.concatenate(
+                [self.prefill(row, [token], adapter=adapter) for row, token, adapter in parts]
+            )
+        except BackendError:
+            self._lengths[rows] = lengths
+            raise
+
+    def _process(
+        self, first: int, texts: Sequence[Sequence[int]], adapters: Sequence[int], keep: int
+    ) -> NDArray[np.float32]:
+        """Append to one row, or begin several: what the fused attention can do with many tokens."""
+        count, longest = len(texts), max(map(len, texts))
+        rows = slice(first, first + count)
+        past = int(self._lengths[first])
+        self._reserve(rows.stop, past + longest)
+        ids = np.zeros((count, longest), np.int64)
+        lengths = np.array([len(text) for text in texts])
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = text
+        mask = (np.arange(past + longest) < past + lengths[:, None]).astype(np.int64)
+        binding = self._graph.bind()
+        # The model declares them for one token a row: more do not go into an array of ours.
+        binding.make("logits")
+        binding.read("input_ids", ids)
+        binding.read("attention_mask", mask)
+        if self._graph.needs_positions:
+            positions = past + np.minimum(np.arange(longest), lengths[:, None] - 1)
+            binding.read("position_ids", positions.astype(np.int64))
+        if self._graph.trims_logits:
+            binding.read(LOGITS_TO_KEEP, np.array(keep, np.int64))
+        _bind_bank(self._graph, binding, self._bank.inputs[1], np.array(adapters, np.int32))
+        presents = self._bind_caches(binding, rows, past, past + longest)
+        binding.run()
+        for name, present in presents.items():
+            self._caches[name][rows, :, : past + longest] = present
+        logits = binding.made()
+        self._lengths[rows] = past + lengths
+        if self._decoding is not None:
+            for row in range(rows.start, rows.stop):
+                self._decoding.forget(row)
+        if not self._graph.trims_logits:  # of an older artifact: all are there
+            ends = np.maximum(lengths[:, None] - keep + np.arange(keep), 0)
+            logits = logits[np.arange(count)[:, None], ends]
+        return logits.astype(np.float32, copy=False)
+
+    def _bind_caches(
+        self, binding: Binding, rows: slice, past: int, total: int
+    ) -> dict[str, NDArray[np.generic]]:
+        """Bind the caches of ``rows``; what must be copied into them after the run, if anything."""
+        if self._graph.in_place:
+            _bind_in_place(binding, self._caches, rows)
+            return {}
+        presents: dict[str, NDArray[np.generic]] = {}
+        for name, cache in self._caches.items():
+            binding.read(name, np.ascontiguousarray(cache[rows, :, :past]))
+            count, heads, _, size = cache[rows].shape
+            presents[name] = np.empty((count, heads, total, size), cache.dtype)
+            binding.write(name.replace(PAST, PRESENT, 1), presents[name])
+        return presents
+
+    def _reserve(self, rows: int, tokens: int) -> None:
+        """Make room: both sizes double, so that growing costs little in all."""
+        held = len(self._lengths)
+        if rows <= held and tokens <= self._capacity:
+            return
+        capacity = max(self._capacity, _SMALLEST)
+        while capacity < tokens:
+            capacity *= 2
+        # Beyond the context there are no angles for the rotary embedding.
+        capacity = min(capacity, max(self._graph.context_length, tokens))
+        count = held if rows <= held else max(rows, 2 * held)
+        try:
+            grown = self._graph.new_caches(count, capacity)
+        except MemoryError:
+            raise BackendError(
+                f"there is no memory for {count} texts of {capacity} tokens: serve fewer or shorter"
+            ) from None
+        for name, cache in self._caches.items():
+            for row, length in enumerate(self._lengths):
+                grown[name][row, :, :length] = cache[row, :, :length]
+        self._caches, self._capacity = grown, capacity
+        self._lengths = np.concatenate([self._lengths, np.zeros(count - held, np.int64)])
+        self._decoding = None
+
+
+class _DecodeStep:
+    """One token for each of some rows, bound once and run many times."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        caches: dict[str, NDArray[np.generic]],
+        rows: slice,
+        version: int,
+        bank: dict[str, NDArray[np.generic]],
+    ) -> None:
+        count = rows.stop - rows.start
+        capacity = next(iter(caches.values())).shape[2]
+        self._rows = rows
+        self._version = version
+        # The mask is as wide as the cache: no shape changes from run to run.
+        self._ids = np.zeros((count, 1), np.int64)
+        self._mask = np.zeros((count, capacity), np.int64)
+        self._positions = np.zeros((count, 1), np.int64)
+        self._adapters = np.full(count, -1, np.int32)
+        self._logits = graph.new_logits(count, 1)
+        self._known = np.zeros(count, np.int64)
+        self._binding = binding = graph.bind()
+        binding.read("input_ids", self._ids)
+        binding.read("attention_mask", self._mask)
+        if graph.needs_positions:
+            binding.read("position_ids", self._positions)
+        binding.write("logits", self._logits)
+        _bind_bank(graph, binding, bank, self._adapters)
+        _bind_in_place(binding, caches, rows)
+
+    def fits(self, rows: slice, version: int) -> bool:
+        """Whether these are the rows, and this the bank, that are bound."""
+        return self._rows == rows and self._version == version
+
+    def forget(self, row: int) -> None:
+        """Another text is in ``row`` from now on."""
+        if self._rows.start <= row < self._rows.stop:
+            self._known[row - self._rows.start] = 0
+            self._mask[row - self._rows.start] = 0
+
+    def run(
+        self, tokens: Sequence[int], adapters: Sequence[int], lengths: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Logits ``[rows, V]``; ``lengths`` are those before these tokens."""
+        for row in np.flatnonzero(self._known <= lengths):
+            self._mask[row, self._known[row] : lengths[row] + 1] = 1
+        self._known[:] = lengths + 1
+        self._ids[:, 0] = tokens
+        self._positions[:, 0] = lengths
+        self._adapters[:] = adapters
+        self._binding.run()
+        return self._logits[:, 0].astype(np.float32, copy=False)
+
+
+def _bind_in_place(binding: Binding, caches: dict[str, NDArray[np.generic]], rows: slice) -> None:
+    for name, cache in caches.items():
+        binding.read(name, cache[rows])
+        binding.write(name.replace(PAST, PRESENT, 1), cache[rows])
+
+
+def _bind_bank(
+    graph: Graph,
+    binding: Binding,
+    bank: dict[str, NDArray[np.generic]],
+    adapters: NDArray[np.int32],
+) -> None:
+    """Without a bank the model's defaults stand: an adapter of rank 0.
+
+    Every input that is bound costs every run, and there are four a fused linear: a bank that the
+    session has for its defaults is not bound.
+    """
+    for name, array in bank.items():
+        if not graph.reads(name, array):
+            binding.read(name, array)
+    if bank:
+        binding.read(ADAPTER_INDEX, adapters)

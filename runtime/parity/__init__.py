@@ -1,0 +1,1 @@
+"""Parity with eager PyTorch, checked from the record in an artifact."""

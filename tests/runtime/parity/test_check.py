@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from eoracc.compiler import driver
+from eoracc.compiler.progress import SilentProgress
+from eoracc.errors import ArtifactError
+from eoracc.runtime.parity.check import PARITY_FILE, ParityRecord, check_parity
+from tests.tiny_build import tiny_config, tiny_workspace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+LINEAR = "model.layers.1.self_attn.k_proj"
+NODE, TILE, FACTOR_TILE = "model.layers.1.self_attn.qkv_proj", 6, 1
+"""Where it lies: behind the 96 rows of q_proj, whose rank takes a tile."""
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantized and compensated, with its record; no test may change it."""
+    folder = tiny_workspace(tmp_path_factory.mktemp("parity"))
+    config = tiny_config(verify={"windows": 1, "window_length": 32})
+    return driver.build(config, config_dir=folder, progress=SilentProgress()).output
+
+
+def change(
+    artifact: Path, copy: Path, part: str, edit: Callable[[NDArray[np.generic]], None]
+) -> None:
+    """Copy the artifact and edit the first tile of one operand of :data:`LINEAR`."""
+    shutil.copytree(artifact, copy)
+    model = ir.load(copy / "model.onnx")
+    (value,) = (v for n, v in model.graph.initializers.items() if n == f"{NODE}.{part}_tiles")
+    assert value.const_value is not None
+    array = value.const_value.numpy().copy()
+    edit(array[FACTOR_TILE if part == "lora_a" else TILE])
+    value.const_value = ir.tensor(array, name=value.name)
+    ir.external_data.load_to_model(model)
+    ir.save(model, copy / "model.onnx", external_data="model.onnx.data")
+
+
+def test_correct_artifact_passes_with_room_to_spare(artifact: Path) -> None:
+    report = check_parity(artifact)
+    assert report.passed
+    assert [one.through for one in report.linears] == ["library", "function"]
+    assert [one.linears for one in report.linears] == [14, 14]
+    assert all(0 < one.tolerance_share < 0.5 for one in report.linears)
+    assert len(report.logits) == 6
+    for case in report.logits:
+        assert case.passed
+        assert case.max_error <= case.tolerance
+        assert case.tolerance < 1e-3 * report.compression_effect, "far below the signal"
+
+
+def one_code(array: NDArray[np.generic]) -> None:
+    array.reshape(-1)[11] ^= np.uint8(1)
+
+
+def one_scale(array: NDArray[np.generic]) -> None:
+    flat = array.reshape(-1)
+    flat[5] = np.nextafter(flat[5], flat.dtype.type(np.inf))
+
+
+def one_factor(array: NDArray[np.generic]) -> None:
+    flat = array.reshape(-1)
+    flat[np.abs(flat).argmax()] *= 1.01
+
+
+def not_a_number(array: NDArray[np.generic]) -> None:
+    array.reshape(-1)[3] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("part", "edit"),
+    [
+        ("B", one_code),
+        ("scales", one_scale),
+        ("scales", not_a_number),
+        ("lora_a", one_factor),
+        ("lora_b", one_factor),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_smallest_change_of_an_operand_fails(
+    artifact: Path, tmp_path: Path, part: str, edit: Callable[[NDArray[np.generic]], None]
+) -> None:
+    change(artifact, tmp_path / "changed", part, edit)
+    report = check_parity(tmp_path / "changed")
+    assert not report.passed
+    for one in report.linears:
+        assert not one.passed
+        assert one.worst == LINEAR
+
+
+def test_saving_again_changes_nothing(artifact: Path, tmp_path: Path) -> None:
+    change(artifact, tmp_path / "same", "scales", lambda _: None)
+    assert check_parity(tmp_path / "same") == check_parity(artifact)
+
+
+def test_record_and_back(artifact: Path, tmp_path: Path) -> None:
+    record = ParityRecord.load(artifact / PARITY_FILE)
+    record.save(tmp_path / "again")
+    again = ParityRecord.load(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (artifact / PARITY_FILE).read_bytes()
+    assert again.compression_effect == record.compression_effect
+    assert list(again.inputs) == list(record.inputs)
+    for one, other in zip(record.linears, again.linears, strict=True):
+        assert one.name == other.name
+        np.testing.assert_array_equal(one.outputs, other.outputs)
+        np.testing.assert_array_equal(one.tolerance, other.tolerance)
+    for case, same in zip(record.cases, again.cases, strict=True):
+        assert (case.name, case.chunks, case.tolerance) == (same.name, same.chunks, same.tolerance)
+        np.testing.assert_array_equal(case.logits, same.logits)
+        np.testing.assert_array_equal(case.input_ids, same.input_ids)
+
+
+def test_missing_record(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"is missing: build the artifact with 'verify.parity"):
+        check_parity(tmp_path)
