@@ -33,8 +33,8 @@ from benchmarks.protocol import (
     WINDOWS,
     prepare,
 )
-from eoracc.compiler.compare import Comparison, compare
-from eoracc.compiler.config import BuildConfig
+from eoracc.compiler.compare.run import Comparison, compare
+from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.progress import ConsoleProgress
 
 GROUP_SIZE = 64

@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bandwidth import Reader
 from benchmarks.rows import Row, compare, show, write_json
-from eoracc.compiler.frontend import load
+from eoracc.compiler.frontend.load import load
 from examples.gemma3 import fetch as gemma3
 from examples.packages import assemble
 from examples.smollm2 import fetch as smollm2

@@ -37,13 +37,13 @@ from rich.table import Table
 
 from benchmarks.kept_rows import KeptRows
 from benchmarks.protocol import MODELS, load_protocol
-from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.fidelity import score_variants
-from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.pipeline import compress
+from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import ConsoleProgress, Progress, cpu_seconds
-from eoracc.compiler.text import Windows
+from eoracc.compiler.report.fidelity import score_variants
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.pipeline import compress
+from eoracc.compiler.text.windows import Windows
 
 METHODS = (
     "factorize_svd",

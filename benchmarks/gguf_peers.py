@@ -30,12 +30,12 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from benchmarks.protocol import MODELS, SAMPLES, WINDOWS, load_protocol
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.fidelity import Scorer, Scores, Variant
-from eoracc.compiler.frontend import LoadedModel
+from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import ConsoleProgress, Progress
-from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.text import Windows
+from eoracc.compiler.report.fidelity import Scorer, Scores, Variant
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.text.windows import Windows
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Linear, find_linears
 

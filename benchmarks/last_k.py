@@ -29,13 +29,13 @@ from rich.console import Console
 
 from benchmarks.protocol import load_protocol
 from eoracc import __version__
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.fidelity import Variant, score_variants
-from eoracc.compiler.frontend import LoadedModel
+from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import ConsoleProgress, Progress
-from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.text import Windows
-from eoracc.compiler.trials import Course, Trials
+from eoracc.compiler.report.fidelity import Variant, score_variants
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.sweep.trials import Course, Trials
+from eoracc.compiler.text.windows import Windows
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.erc_svd import ErcSvd

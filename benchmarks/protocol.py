@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from eoracc.compiler.config import TextConfig
-from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.text import Windows, load_windows
+from eoracc.compiler.config.sections import TextConfig
+from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.text.windows import Windows, load_windows
 from examples.gemma3 import fetch as gemma3
 from examples.packages import Source, assemble
 from examples.smollm2 import fetch as smollm2

@@ -46,13 +46,13 @@ from benchmarks.protocol import (
     load_protocol,
 )
 from eoracc import __version__
-from eoracc.compiler.config import load_config
+from eoracc.compiler.config.sections import load_config
 from eoracc.compiler.driver import build
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.fidelity import score_variants
 from eoracc.compiler.progress import ConsoleProgress
-from eoracc.compiler.report import FidelityRow
-from eoracc.compiler.text import Windows
+from eoracc.compiler.report.content import FidelityRow
+from eoracc.compiler.report.fidelity import score_variants
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.text.windows import Windows
 from eoracc.runtime.onnxruntime.session import open_session
 
 _NAMES = {

@@ -4,8 +4,9 @@
                                  [--shapes 576x576,4096x4096] [--spectra white,decaying]
 
 Both are given the same weighted error, ``delta L`` in float32, and asked for its top left singular
-vectors: all that factors need (:mod:`eoracc.passes.solvers.factors`). The full SVD is torch.linalg.svd,
-optimal by Eckart and Young; the last column is by how much the error that ours leaves exceeds it.
+vectors: all that factors need (:mod:`eoracc.passes.solvers.factors`). The full SVD is
+torch.linalg.svd, optimal by Eckart and Young; the last column is by how much the error that ours
+leaves exceeds it.
 
 The spectra are those that quantization errors lie between. *white*: independent entries, the
 flattest there is. *decaying*: the standard deviations of inputs span two decades, their Gram's

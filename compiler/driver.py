@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eoracc.compiler.adapter_gates import (
+from eoracc.compiler.adapters.gates import (
     adapter_details,
     check_adapters,
     compare_compensations,
@@ -27,16 +27,12 @@ from eoracc.compiler.adapter_gates import (
     refuse_adapters,
     score_adapters,
 )
-from eoracc.compiler.adapters import SolvedAdapter, Task, load_task, solve_adapter
-from eoracc.compiler.artifact import ArtifactWriter, check_output, refuse_full_disk
-from eoracc.compiler.backbone import Backbone
-from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.frontend import load
-from eoracc.compiler.gates import fidelity_report
-from eoracc.compiler.pipeline import compress
+from eoracc.compiler.adapters.restore import Backbone
+from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
+from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
-from eoracc.compiler.report import (
+from eoracc.compiler.report.content import (
     AdaptersReport,
     BuildReport,
     FactorizedReport,
@@ -47,10 +43,14 @@ from eoracc.compiler.report import (
     linear_report,
     parity_line,
 )
+from eoracc.compiler.report.gates import fidelity_report
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.pipeline import compress
 from eoracc.compiler.targets import TARGETS, Job
-from eoracc.compiler.targets.engine_graph import check_contexts
-from eoracc.compiler.text import calibration_windows, evaluation_windows
-from eoracc.compiler.verify import AdapterCases
+from eoracc.compiler.targets.artifact import ArtifactWriter, check_output, refuse_full_disk
+from eoracc.compiler.targets.parity_record import AdapterCases
+from eoracc.compiler.targets.tensorrt.engine_graph import check_contexts
+from eoracc.compiler.text.windows import calibration_windows, evaluation_windows
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.base import SurveyPass
 from eoracc.passes.calibrate import Calibrate

@@ -9,6 +9,6 @@ __all__ = ["load_passes"]
 
 
 def load_passes() -> None:
-    """Import every module of this package and its sub-packages, so that every pass is registered."""
+    """Import every module below this package, so that every pass is registered."""
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
         importlib.import_module(module.name)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from eoracc.compiler.survey import SurveyContext
+    from eoracc.compiler.sweep.survey import SurveyContext
     from eoracc.passes.graph.linears import LinearGroup
 
 __all__ = ["LayerPass", "ModelPass", "Pass", "SurveyPass", "pass_names", "pass_type", "register"]
@@ -64,8 +64,8 @@ class LayerPass(Pass):
     """A pass that sees one group of linears that share an input, in execution order.
 
     Consecutive layer passes run as one sweep: when a group is reached, its activations come from
-    the prefix that the same passes have already compressed (see :mod:`eoracc.compiler.sweep`). A
-    second ``calibrate`` among them begins a sweep of its own.
+    the prefix that the same passes have already compressed (see :mod:`eoracc.compiler.sweep.run`).
+    A second ``calibrate`` among them begins a sweep of its own.
     """
 
     def requires(self, group: LinearGroup) -> None:

@@ -18,7 +18,7 @@ from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from eoracc.compiler.products import Precision
+    from eoracc.compiler.sweep.products import Precision
     from eoracc.passes.graph.linears import LinearGroup
     from eoracc.passes.solvers.gram import Activations, Gram
 
@@ -188,6 +188,6 @@ def _unit_scale(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _products() -> ModuleType:
     # Loads torch: a list of the passes, say, has no need of it.
-    from eoracc.compiler import products  # noqa: PLC0415
+    from eoracc.compiler.sweep import products  # noqa: PLC0415
 
     return products

@@ -18,7 +18,7 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a Hugging Face folder in float32."""
-    from eoracc.compiler.frontend import load
+    from eoracc.compiler.frontend.load import load
 
     return load(str(smollm2_gguf), work=tmp_path_factory.mktemp("smollm2")).folder
 

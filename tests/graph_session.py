@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from eoracc.compiler.eager import positions
+from eoracc.compiler.eager.model import positions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ class GraphSession:
         *,
         chunks: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
-        """The graph's counterpart of :func:`eoracc.compiler.eager.reference_logits`."""
+        """The graph's counterpart of :func:`eoracc.compiler.eager.model.reference_logits`."""
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         cache = self._no_past(len(input_ids))
         outputs = [value.name for value in self._session.get_outputs()]

@@ -78,7 +78,7 @@ def write_byte_tokenizer(folder: Path, *, bos: bool = False, chat: bool = False)
 
 def tiny_linears(work: Path) -> list[Linear]:
     """The compressed linears of what :func:`write_tiny_artifact` wrote, compressed anew."""
-    from eoracc.compiler import frontend
+    from eoracc.compiler.frontend import load as frontend
 
     linears = _compress(frontend.load(str(work / "checkpoint"), work=work).model)
     return [linear for linear in linears if linear.compressed is not None]
@@ -139,17 +139,17 @@ def write_tiny_artifact(work: Path, *, adapter_type: str = "none") -> Path:
       work: an existing folder.
       adapter_type: of its slots: ``int8``, ``float16``, or ``none`` for an artifact without.
     """
-    from eoracc.compiler import frontend
-    from eoracc.compiler.artifact import ArtifactWriter
-    from eoracc.compiler.lowering.genai_config import genai_config
-    from eoracc.compiler.lowering.onnxruntime import lower
-    from eoracc.compiler.report import (
+    from eoracc.compiler.frontend import load as frontend
+    from eoracc.compiler.report.content import (
         BuildReport,
         FidelityReport,
         FidelityRow,
         Report,
         linear_report,
     )
+    from eoracc.compiler.targets.artifact import ArtifactWriter
+    from eoracc.compiler.targets.genai_config import genai_config
+    from eoracc.compiler.targets.onnxruntime.lower import lower
     from eoracc.plugins.library import library_path
 
     source = tiny_model("smollm", work / "checkpoint", vocab_size=_VOCABULARY)

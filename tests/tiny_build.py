@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.config.sections import BuildConfig
 
 __all__ = ["EORA", "tiny_config", "tiny_workspace"]
 
@@ -37,7 +37,7 @@ def tiny_workspace(folder: Path, family: str = "smollm") -> Path:
 
 def tiny_config(passes: Sequence[Any] = EORA, **fields: Any) -> BuildConfig:  # noqa: ANN401
     """A configuration for :func:`tiny_workspace`; ``fields`` replace whole sections."""
-    from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.config.sections import BuildConfig
 
     return BuildConfig.model_validate(
         {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eoracc.compiler.quiet import quiet
+from eoracc.compiler.frontend.quiet import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -35,7 +35,7 @@ def adapter() -> None:
 @json_option
 def list_adapters(artifact: Path, as_json: bool) -> None:
     """Show the adapters of ARTIFACT, each compared with the manifest."""
-    from eoracc.compiler.report import format_bytes
+    from eoracc.compiler.report.content import format_bytes
     from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
 
     described = [_describe(read_adapter(artifact, name)) for name in adapter_names(artifact)]
@@ -114,7 +114,7 @@ def remove(artifact: Path, name: str, as_json: bool) -> None:
 @json_option
 def export(artifact: Path, name: str, *, folder: Path, form: str, as_json: bool) -> None:
     """Write the adapter NAME of ARTIFACT for use elsewhere."""
-    from eoracc.compiler.adapter_exchange import export_onnx, export_peft
+    from eoracc.compiler.adapters.exchange import export_onnx, export_peft
 
     files = (export_peft if form == "peft" else export_onnx)(artifact, name, folder)
     if as_json:
@@ -145,7 +145,7 @@ def import_(
     as_json: bool,
 ) -> None:
     """Put a LoRA that PEFT saved to DIR, or an .onnx_adapter FILE, on the backbone of ARTIFACT."""
-    from eoracc.compiler.adapter_exchange import import_adapter
+    from eoracc.compiler.adapters.exchange import import_adapter
     from eoracc.runtime.adapters.store import add_adapter
 
     imported = import_adapter(artifact, source, name, factor_type)

@@ -11,8 +11,8 @@ import click
 from eoracc.compiler.commands.common import PATH, json_option, make_console, print_json
 
 if TYPE_CHECKING:
-    from eoracc.compiler.adapter_add import AddedAdapter
-    from eoracc.compiler.config import AdapterConfig
+    from eoracc.compiler.adapters.add import AddedAdapter
+    from eoracc.compiler.config.sections import AdapterConfig
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -85,7 +85,7 @@ def add(
     config = _config(options, read_slots(artifact).type)
     from rich.console import Console
 
-    from eoracc.compiler.adapter_add import solve_for_artifact
+    from eoracc.compiler.adapters.add import solve_for_artifact
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
 
     progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
@@ -118,7 +118,7 @@ def _config(options: dict[str, Any], slot_type: str) -> AdapterConfig:
     Raises:
       ConfigError: an option's value is none.
     """
-    from eoracc.compiler.config import adapter_config
+    from eoracc.compiler.config.sections import adapter_config
 
     given = {key: value for key, value in options.items() if value is not None}
     verify = {
@@ -154,7 +154,7 @@ def _describe(artifact: Path, added: AddedAdapter) -> dict[str, Any]:
 
 
 def _show(artifact: Path, added: AddedAdapter) -> None:
-    from eoracc.compiler.report import adapter_lines, adapter_tables
+    from eoracc.compiler.report.content import adapter_lines, adapter_tables
 
     console = make_console()
     for table in adapter_tables(added.report):

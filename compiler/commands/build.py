@@ -31,8 +31,8 @@ def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json:
     # unless told not to, and a build has many products with other work between them.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from eoracc.compiler.artifact import check_output
-    from eoracc.compiler.config import load_config
+    from eoracc.compiler.config.sections import load_config
+    from eoracc.compiler.targets.artifact import check_output
 
     config = load_config(model_yaml, overrides)
     config_dir = model_yaml.parent
@@ -43,7 +43,7 @@ def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json:
 
     from eoracc.compiler.driver import build as run_build
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
-    from eoracc.compiler.report import (
+    from eoracc.compiler.report.content import (
         adapter_tables,
         fidelity_table,
         format_bytes,

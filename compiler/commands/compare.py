@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from eoracc.compiler.compare import Comparison
+    from eoracc.compiler.compare.run import Comparison
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -78,9 +78,9 @@ def compare(
     # As for a build; see there.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from eoracc.compiler.compare_plan import find_methods
-    from eoracc.compiler.compare_plot import check_plot, draw
-    from eoracc.compiler.config import load_config, parse_budget
+    from eoracc.compiler.compare.plan import find_methods
+    from eoracc.compiler.compare.plot import check_plot, draw
+    from eoracc.compiler.config.sections import load_config, parse_budget
 
     config = load_config(model_yaml, overrides)
     section = config.compare
@@ -98,7 +98,7 @@ def compare(
 
     from rich.console import Console
 
-    from eoracc.compiler.compare import compare as run_comparison
+    from eoracc.compiler.compare.run import compare as run_comparison
     from eoracc.compiler.progress import ConsoleProgress
 
     comparison = run_comparison(
@@ -197,7 +197,7 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
     """Every row, in columns of which those named in ``without`` are left out."""
     from rich.markup import escape
 
-    from eoracc.compiler.report import format_bytes
+    from eoracc.compiler.report.content import format_bytes
 
     original = comparison.original
     has_ood = original.perplexity_ood is not None

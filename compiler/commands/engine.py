@@ -41,8 +41,8 @@ def engine(
     """
     from rich.console import Console
 
-    from eoracc.compiler.engines.from_bundle import build_from_bundle
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
+    from eoracc.compiler.targets.tensorrt.engines.from_bundle import build_from_bundle
 
     progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
     made = build_from_bundle(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from eoracc.compiler.inspection import ArtifactSummary, CheckpointSummary
-    from eoracc.compiler.report import FactorizedReport, LinearReport
+    from eoracc.compiler.report.content import FactorizedReport, LinearReport
+    from eoracc.compiler.report.inspection import ArtifactSummary, CheckpointSummary
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -27,7 +27,7 @@ __all__ = ["inspect"]
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Show what is in an artifact, a checkpoint folder or a GGUF file, layer by layer."""
-    from eoracc.compiler.inspection import ArtifactSummary, inspect_path
+    from eoracc.compiler.report.inspection import ArtifactSummary, inspect_path
 
     summary = inspect_path(path)
     if as_json:
@@ -39,7 +39,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 def _show_artifact(summary: ArtifactSummary) -> None:
-    from eoracc.compiler.report import (
+    from eoracc.compiler.report.content import (
         adapter_tables,
         fidelity_table,
         format_bytes,
@@ -66,7 +66,7 @@ def _show_artifact(summary: ArtifactSummary) -> None:
 
 
 def _linears_table(summary: ArtifactSummary) -> Table:
-    from eoracc.compiler.report import format_bytes
+    from eoracc.compiler.report.content import format_bytes
 
     linears = summary.report.linears
     stages = _stages(linears)
@@ -121,7 +121,7 @@ def _errors(one: LinearReport | FactorizedReport, stages: Sequence[str]) -> list
 def _show_checkpoint(summary: CheckpointSummary) -> None:
     from rich.text import Text
 
-    from eoracc.compiler.report import format_bytes
+    from eoracc.compiler.report.content import format_bytes
 
     table = make_table(f"{summary.path}: tensors")
     table.add_column("tensor", overflow="fold")

@@ -17,7 +17,7 @@ __all__ = ["passes"]
 @json_option
 def passes(as_json: bool) -> None:
     """List the passes with their options, defaults and documentation."""
-    from eoracc.compiler.schema import describe_passes
+    from eoracc.compiler.config.schema import describe_passes
 
     described = describe_passes()
     if as_json:

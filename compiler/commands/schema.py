@@ -14,6 +14,6 @@ __all__ = ["schema"]
 @click.command()
 def schema() -> None:
     """Print the JSON schema of model.yaml."""
-    from eoracc.compiler.schema import json_schema
+    from eoracc.compiler.config.schema import json_schema
 
     print_json(json_schema())

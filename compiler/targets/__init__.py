@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eoracc.compiler.targets import onnxruntime, tensorrt, tensorrt_rtx
 from eoracc.compiler.targets.job import Emitted, Job, Target
+from eoracc.compiler.targets.onnxruntime import emit as onnxruntime
+from eoracc.compiler.targets.tensorrt import bundle as tensorrt
+from eoracc.compiler.targets.tensorrt import rtx as tensorrt_rtx
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from eoracc.compiler.config import TargetName
+    from eoracc.compiler.config.sections import TargetName
 
 __all__ = ["TARGETS", "Emitted", "Job", "Target"]
 

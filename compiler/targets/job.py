@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eoracc.compiler.artifact import ArtifactWriter
-from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.frontend import LoadedModel
-from eoracc.compiler.pipeline import Compressed
+from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import Progress
-from eoracc.compiler.text import Windows
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.pipeline import Compressed
+from eoracc.compiler.targets.artifact import ArtifactWriter
+from eoracc.compiler.text.windows import Windows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,9 +2,10 @@
 
 The backbone has lost ``W - W_hat`` to quantization and been given back ``B A`` by its compensation.
 What is left, ``W - W_hat - B A``, is another weight error, and the factors that minimise the output
-error it makes on the task's own tokens are those of :func:`~eoracc.passes.solvers.factors.eora_factors`
-under the Gram of those tokens. Where outputs are matched, the target that those tokens give
-(:func:`~eoracc.passes.solvers.gram.output_matching`) stands in place of ``W``.
+error it makes on the task's own tokens are those of
+:func:`~eoracc.passes.solvers.factors.eora_factors` under the Gram of those tokens. Where outputs
+are matched, the target that those tokens give (:func:`~eoracc.passes.solvers.gram.output_matching`)
+stands in place of ``W``.
 """
 
 from __future__ import annotations

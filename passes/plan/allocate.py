@@ -31,7 +31,7 @@ from eoracc.passes.solvers.singular import top_left_vectors
 from eoracc.passes.statistics import output_root, require_gram, residual_of
 
 if TYPE_CHECKING:
-    from eoracc.compiler.survey import SurveyContext
+    from eoracc.compiler.sweep.survey import SurveyContext
     from eoracc.passes.graph.linears import Linear, LinearGroup
 
 __all__ = ["Allocate"]

@@ -21,7 +21,7 @@ from eoracc.passes.statistics import require_gram
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.survey import SurveyContext
+    from eoracc.compiler.sweep.survey import SurveyContext
     from eoracc.passes.graph.linears import Linear
 
 __all__ = ["AllocateRatios"]

@@ -20,8 +20,8 @@ from eoracc.passes.calibrate import Calibrate
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.compiler.survey import SurveyContext
-    from eoracc.compiler.text import Windows
+    from eoracc.compiler.sweep.survey import SurveyContext
+    from eoracc.compiler.text.windows import Windows
     from eoracc.passes.graph.linears import Linear
 
 __all__ = ["CalibrateOutputs"]
@@ -91,8 +91,8 @@ class CalibrateOutputs(SurveyPass):
         self, context: SurveyContext, windows: Windows, linears: Mapping[str, Linear]
     ) -> dict[str, Any]:
         # Load torch: a list of the passes, say, has no need of it.
-        from eoracc.compiler.eager import load_eager  # noqa: PLC0415
-        from eoracc.compiler.output_gradients import output_gradient_grams  # noqa: PLC0415
+        from eoracc.compiler.eager.model import load_eager  # noqa: PLC0415
+        from eoracc.compiler.eager.output_gradients import output_gradient_grams  # noqa: PLC0415
 
         output_gradient_grams(
             load_eager(context.checkpoint, {}, trust_remote_code=context.trust_remote_code),

@@ -18,8 +18,8 @@ from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.block_budget import BitsBudget, BlockBudget, Choice, RatioBudget
 
 if TYPE_CHECKING:
-    from eoracc.compiler.survey import SurveyContext
-    from eoracc.compiler.trials import Trials
+    from eoracc.compiler.sweep.survey import SurveyContext
+    from eoracc.compiler.sweep.trials import Trials
     from eoracc.passes.graph.linears import Linear
 
 __all__ = ["SelectLastK"]
@@ -81,7 +81,7 @@ class SelectLastK(SurveyPass):
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:
         # Loads torch: a list of the passes, say, has no need of it.
-        from eoracc.compiler.trials import Trials  # noqa: PLC0415
+        from eoracc.compiler.sweep.trials import Trials  # noqa: PLC0415
 
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")

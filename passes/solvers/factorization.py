@@ -1,8 +1,8 @@
 """Published factorisations of a weight, ``W ~ u v``, as pure functions on arrays.
 
 Orientation: ``W [N, K]``, ``y = W x``, Gram ``H = sum x x^T``, ``u [N, r]``, ``v [r, K]``. All but
-:func:`saes_factors` project the weight (:mod:`eoracc.passes.solvers.staged`); that one projects a target
-beside it.
+:func:`saes_factors` project the weight (:mod:`eoracc.passes.solvers.staged`); that one projects a
+target beside it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def activation_scaled_factors(
       alpha: 0 is the plain SVD; 0.5 in the paper.
 
     Source: Yuan et al., ASVD, arXiv:2312.05821, eq. 5-7: ``W = (U_r Sigma_r) (V_r^T S^-1)``. Here
-    ``S`` is not inverted (:mod:`eoracc.passes.solvers.staged`), so that a dead input needs no floor.
+    ``S`` is not inverted (:mod:`eoracc.passes.solvers.staged`), so that a dead input needs no
+    floor.
 
     >>> u, v = activation_scaled_factors(np.diag([3.0, 2.0]), np.array([1.0, 4.0]), 1, alpha=1)
     >>> (u @ v).round(12).tolist()
@@ -78,7 +79,8 @@ def whitened_factors(weight: NDArray[np.floating], root: Float, rank: int) -> tu
 
     Args:
       weight: ``[N, K]``.
-      root: ``S``, ``float64 [K, K]``: :func:`~eoracc.passes.solvers.factors.gram_root` is SVD-LLM's, by
+      root: ``S``, ``float64 [K, K]``: :func:`~eoracc.passes.solvers.factors.gram_root` is
+      SVD-LLM's, by
         Cholesky, :func:`spectral_root` that of SVD-LLM V2. Any root gives the same product.
       rank: in ``0..min(N, K)``.
 

@@ -3,8 +3,8 @@
 Source: Bai et al., ERC-SVD: Error-Controlled SVD for Large Language Model Compression,
 arXiv:2505.20112, section 3.1 and algorithm 1-2.
 
-Of ``r`` directions ``r_i`` are chosen by activations and ``r_r = r - r_i`` by the residual
-``R = W - W_{r_i}``. Both stages together are a projection (:mod:`eoracc.passes.solvers.staged`). In output
+Of ``r`` directions ``r_i`` are chosen by activations and ``r_r = r - r_i`` by the residual ``R = W
+- W_{r_i}``. Both stages together are a projection (:mod:`eoracc.passes.solvers.staged`). In output
 error over the calibration tokens no split beats ``r_r = 0``, which is SVD-LLM; what the residual's
 plain SVD buys is error along inputs that calibration did not show.
 """

@@ -1,7 +1,8 @@
 """Put adapters into a finished artifact and take them out, its backbone untouched.
 
-A change is all or nothing, whatever happens meanwhile (:mod:`eoracc.runtime.artifact.folder_change`), and
-changes of several processes come one after the other.
+A change is all or nothing, whatever happens meanwhile
+(:mod:`eoracc.runtime.artifact.folder_change`), and changes of several processes come one after the
+other.
 """
 
 from __future__ import annotations

@@ -204,8 +204,9 @@ def open_session(
 ) -> Session:
     """Open the artifact in ``folder``.
 
-    The caller verifies the manifest first (:func:`eoracc.runtime.artifact.manifest.verify_manifest`);
-    :func:`eoracc.runtime.model.load` does so itself.
+    The caller verifies the manifest first
+    (:func:`eoracc.runtime.artifact.manifest.verify_manifest`); :func:`eoracc.runtime.model.load`
+    does so itself.
 
     Args:
       folder: the artifact.

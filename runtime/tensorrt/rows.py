@@ -21,7 +21,7 @@ __all__ = ["EngineRows"]
 
 
 class EngineRows:
-    """A cache of its own for rows of text; :class:`eoracc.runtime.decode.decoder.Rows` describes it."""
+    """A cache of its own for rows of text (:class:`eoracc.runtime.decode.decoder.Rows`)."""
 
     def __init__(self, network: Network) -> None:
         self._network = network

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from benchmarks.compensation import VARIANTS, Variant
-from eoracc.compiler.compare_plan import find_methods
-from eoracc.compiler.config import BuildConfig
+from eoracc.compiler.compare.plan import find_methods
+from eoracc.compiler.config.sections import BuildConfig
 
 
 def config(bits: int) -> BuildConfig:

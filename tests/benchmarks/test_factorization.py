@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks import factorization
 from benchmarks.factorization import METHODS, Bench, Row, Variant
-from eoracc.compiler.config import BuildConfig
-from eoracc.compiler.frontend import load
+from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.text import Windows
+from eoracc.compiler.text.windows import Windows
 from tests.tiny_models import VOCABULARY, tiny_model
 
 

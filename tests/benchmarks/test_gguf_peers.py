@@ -13,10 +13,10 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from benchmarks.gguf_peers import importance, read_linears, tensor_name
-from eoracc.compiler.eager import load_eager
-from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.eager.model import load_eager
+from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.text import Windows
+from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import find_linears
 from tests.tiny_models import VOCABULARY, tiny_model
 

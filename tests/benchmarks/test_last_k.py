@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.last_k import Bench, curve, lower_bits
-from eoracc.compiler.frontend import load
+from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.text import Windows
+from eoracc.compiler.text.windows import Windows
 from tests.tiny_models import VOCABULARY, tiny_model
 
 

@@ -13,15 +13,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eoracc.compiler.cli import main
-from eoracc.compiler.inspection import inspect_path
-from eoracc.compiler.report import Report
+from eoracc.compiler.report.content import Report
+from eoracc.compiler.report.inspection import inspect_path
 from eoracc.errors import GateError, ModelError
 from eoracc.runtime.artifact.manifest import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.config.sections import BuildConfig
 
 YAML = """\
 model: m

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler import driver
-from eoracc.compiler.checkpoint import SweepCheckpoint
 from eoracc.compiler.driver import BuildResult
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report import Report
+from eoracc.compiler.report.content import Report
+from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
 from eoracc.runtime.artifact.manifest import verify_manifest
@@ -21,7 +21,7 @@ from eoracc.runtime.parity.check import PARITY_FILE
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
-    from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.config.sections import BuildConfig
     from eoracc.passes.graph.linears import LinearGroup
 
 QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
@@ -154,7 +154,7 @@ def test_same_inputs_give_the_same_digest(template: Path, tmp_path: Path) -> Non
 def test_interrupted_build_goes_on_and_ends_the_same(
     workspace: Path, match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
     skip = {"model.layers.0.mlp.up_proj": {"skip": True}}
     quantize = {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": skip}}
     config = tiny_config([{"calibrate": {"match": match}}, quantize, EORA[2]])
@@ -186,7 +186,7 @@ def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch
     def save(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eoracc.compiler.checkpoint.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
     monkeypatch.setattr(SweepCheckpoint, "save", save)
     with pytest.raises(ArtifactError, match=r"out: the disk is full: free some space or choose"):
         build(workspace, tiny_config())

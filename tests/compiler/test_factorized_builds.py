@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eoracc.compiler import driver, frontend
-from eoracc.compiler.adapter_add import solve_for_artifact
-from eoracc.compiler.adapter_exchange import export_onnx, export_peft
-from eoracc.compiler.backbone import restore_backbone
+from eoracc.compiler import driver
+from eoracc.compiler.adapters.add import solve_for_artifact
+from eoracc.compiler.adapters.exchange import export_onnx, export_peft
+from eoracc.compiler.adapters.restore import restore_backbone
 from eoracc.compiler.cli import main
-from eoracc.compiler.config import AdapterConfig
-from eoracc.compiler.executor import Executor
+from eoracc.compiler.config.sections import AdapterConfig
+from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.errors import ArtifactError
 from eoracc.passes.factorize.base import factorized_rank
 from tests.tiny_build import tiny_config, tiny_workspace

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from eoracc.compiler.adapter_exchange import export_peft, import_adapter, relative_error
-from eoracc.compiler.backbone import restore_backbone
-from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.frontend import load as load_checkpoint
-from eoracc.compiler.verify import logits_tolerance
+from eoracc.compiler.adapters.exchange import export_peft, import_adapter, relative_error
+from eoracc.compiler.adapters.restore import restore_backbone
+from eoracc.compiler.eager.model import load_eager, reference_logits
+from eoracc.compiler.frontend.load import load as load_checkpoint
+from eoracc.compiler.targets.parity_record import logits_tolerance
 from eoracc.passes.solvers.factor_types import store_factors
 from eoracc.passes.solvers.factors import svd_factors
 from eoracc.plugins.adapters import pack_adapter

@@ -30,7 +30,7 @@ TOKENS = 32
 def artifact(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rounded to 3 bits, with adapters of random factors."""
     from eoracc.compiler import driver
-    from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.config.sections import BuildConfig
     from eoracc.compiler.progress import SilentProgress
 
     folder = tmp_path_factory.mktemp("runtime")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from eoracc.compiler.checkpoint import SweepCheckpoint
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.frontend import load
+from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.survey import SurveyContext, calibration_batches
-from eoracc.compiler.sweep import run_sweep
-from eoracc.compiler.text import Windows
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.run import run_sweep
+from eoracc.compiler.sweep.survey import SurveyContext, calibration_batches
+from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.plan.select_last_k import SelectLastK

@@ -28,7 +28,7 @@ REQUESTS, AT_ONCE, TOKENS = 32, 16, 24
 @pytest.fixture(scope="module")
 def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 rounded to 4 bits, without calibration, with three random adapters."""
-    from eoracc.compiler.config import BuildConfig
+    from eoracc.compiler.config.sections import BuildConfig
     from eoracc.compiler.driver import build
     from eoracc.compiler.progress import SilentProgress
     from eoracc.runtime.adapters.adapter import Adapter

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eoracc.compiler.report import Report
+from eoracc.compiler.report.content import Report
 from eoracc.runtime import load
 from tests.end_to_end.ways_of_running import (
     eoracc,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eoracc.compiler.report import Report
+from eoracc.compiler.report.content import Report
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from tests.end_to_end.ways_of_running import build_in, eoracc
 

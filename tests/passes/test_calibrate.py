@@ -19,7 +19,7 @@ from eoracc.passes.solvers.gram import accumulate_gram, output_matching
 from tests.passes.groups import make_group, ones
 
 if TYPE_CHECKING:
-    from eoracc.compiler.products import Precision
+    from eoracc.compiler.sweep.products import Precision
     from eoracc.passes.base import LayerPass
     from eoracc.passes.graph.linears import LinearGroup
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.frontend import LoadedModel, load
+from eoracc.compiler.eager.model import load_eager, reference_logits
+from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.passes.base import pass_type
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check

@@ -41,7 +41,7 @@ def model(tiny_artifact: Path) -> Model:
 @pytest.fixture(scope="module")
 def eager(tiny_artifact: Path) -> PreTrainedModel:
     """The compressed model in PyTorch."""
-    from eoracc.compiler.eager import load_eager
+    from eoracc.compiler.eager.model import load_eager
 
     work = tiny_artifact.parent
     weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}

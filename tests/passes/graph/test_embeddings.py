@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from eoracc.compiler.eager import load_eager, reference_logits
-from eoracc.compiler.frontend import load
-from eoracc.compiler.lowering.onnxruntime import lower
+from eoracc.compiler.eager.model import load_eager, reference_logits
+from eoracc.compiler.frontend.load import load
+from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.errors import PassError
 from eoracc.passes.graph.embeddings import GATHER_OP, find_embeddings
 from eoracc.passes.graph.linears import find_linears

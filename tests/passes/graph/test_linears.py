@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from eoracc.compiler import frontend
+from eoracc.compiler.frontend import load as frontend
 from eoracc.errors import ModelError, PassError
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import FUSED_OP, Factorized, Linear, find_again, find_linears

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from eoracc.compiler.frontend import load
-from eoracc.compiler.lowering.onnxruntime import lower
+from eoracc.compiler.frontend.load import load
+from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, find_linears
 from eoracc.passes.graph.spec import OPS, Stage, check

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 
-from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.pipeline import Compressed, compress
+from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report import linear_report
-from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.text import Windows
+from eoracc.compiler.report.content import linear_report
+from eoracc.compiler.sweep.pipeline import Compressed, compress
+from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.plan.allocate import Allocate

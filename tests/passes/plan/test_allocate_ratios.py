@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 
-from eoracc.compiler.executor import Executor, make_batches
-from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.pipeline import Compressed, compress
+from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.text import Windows
+from eoracc.compiler.sweep.executor import Executor, make_batches
+from eoracc.compiler.sweep.pipeline import Compressed, compress
+from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
 from eoracc.passes.factorize.base import factorized_rank
 from eoracc.passes.graph.linears import find_linears

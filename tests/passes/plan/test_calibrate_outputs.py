@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from eoracc.compiler import output_gradients
-from eoracc.compiler.config import load_config
+from eoracc.compiler.config.sections import load_config
 from eoracc.compiler.driver import build
-from eoracc.compiler.eager import load_eager
-from eoracc.compiler.frontend import load
+from eoracc.compiler.eager import output_gradients
+from eoracc.compiler.eager.model import load_eager
+from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report import report_lines
-from eoracc.compiler.survey import SurveyContext
-from eoracc.compiler.text import Windows
+from eoracc.compiler.report.content import report_lines
+from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.eora import Eora
@@ -34,8 +34,8 @@ from tests.tiny_build import tiny_config, tiny_workspace
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
-    from eoracc.compiler.config import BuildConfig
-    from eoracc.compiler.frontend import LoadedModel
+    from eoracc.compiler.config.sections import BuildConfig
+    from eoracc.compiler.frontend.load import LoadedModel
     from eoracc.passes.graph.linears import LinearGroup
     from eoracc.passes.solvers.factor_types import FactorType
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from eoracc.compiler import sweep, trials
-from eoracc.compiler.activation_store import ActivationStore
-from eoracc.compiler.executor import Executor
-from eoracc.compiler.frontend import LoadedModel, load
-from eoracc.compiler.pipeline import Compressed, compress
+from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.survey import SurveyContext, calibration_batches
-from eoracc.compiler.text import Windows
+from eoracc.compiler.sweep import run as sweep
+from eoracc.compiler.sweep import trials
+from eoracc.compiler.sweep.activation_store import ActivationStore
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.pipeline import Compressed, compress
+from eoracc.compiler.sweep.survey import SurveyContext, calibration_batches
+from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import RatioOverride

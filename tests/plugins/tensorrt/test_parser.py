@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from eoracc.compiler.lowering.tensorrt import lower
+from eoracc.compiler.targets.tensorrt.lower_bundle import lower
 from eoracc.plugins.tensorrt.plugin import FIELDS, PLUGIN, PLUGIN_VERSION
-from tests.compiler.lowering.test_tensorrt_rtx import compress, loaded
+from tests.compiler.targets.tensorrt.test_lower_rtx import compress, loaded
 from tests.plugins.tensorrt import parser
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton import knobs
 
-from eoracc.compiler.triton_op import matmul_nbits_low_rank
+from eoracc.compiler.eager.triton_op import matmul_nbits_low_rank
 from eoracc.plugins.triton.tactics import tactics
 from tests.plugins.triton import bfloat16
 from tests.plugins.triton.operands import Problem, problem, wide

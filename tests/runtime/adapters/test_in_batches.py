@@ -72,7 +72,7 @@ def model(artifact: Path) -> Model:
 
 def merged(artifact: Path, choice: AdapterChoice) -> PreTrainedModel:
     """The compressed model in PyTorch, its weights with the adapter added."""
-    from eoracc.compiler.eager import load_eager
+    from eoracc.compiler.eager.model import load_eager
 
     work = artifact.parent
     weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}

@@ -17,7 +17,7 @@ from tests.slots_artifact import random_factors, write_slots_artifact
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

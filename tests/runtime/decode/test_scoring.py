@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from eoracc.runtime import Model, RequestError, load, scoring
+from eoracc.runtime import Model, RequestError, load
+from eoracc.runtime.decode import scoring
 from eoracc.runtime.onnxruntime.session import Session, open_session
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lm_eval.api.model import TemplateLM
 
-from eoracc.compiler.eager import load_eager
+from eoracc.compiler.eager.model import load_eager
 from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.lm_eval import EoraccLM
 from tests.tiny_artifact import tiny_linears, write_byte_tokenizer

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.compiler.lowering.explicit_attention import CacheLayout
+    from eoracc.compiler.targets.tensorrt.explicit_attention import CacheLayout
     from eoracc.plugins.operands import LowRank
 
 __all__ = ["CONTEXT", "RANKS", "Oracle", "reseal", "tiny_adapter", "write_engine_artifact"]
@@ -52,8 +52,8 @@ def write_engine_artifact(
       adapters: add them.
       **ranges: of the profiles, see :func:`write_engines`.
     """
-    from eoracc.compiler import frontend
-    from eoracc.compiler.lowering.tensorrt_rtx import lower
+    from eoracc.compiler.frontend import load as frontend
+    from eoracc.compiler.targets.tensorrt.lower_rtx import lower
     from tests.tiny_artifact import _compress
 
     folder = write_tiny_artifact(work, adapter_type="int8")

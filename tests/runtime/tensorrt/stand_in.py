@@ -21,8 +21,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from eoracc.compiler.config_tensorrt import TensorRtRtxConfig
-from eoracc.compiler.engines.bindings import bindings_of, profiles_for
+from eoracc.compiler.config.tensorrt import TensorRtRtxConfig
+from eoracc.compiler.targets.tensorrt.engines.bindings import bindings_of, profiles_for
 from eoracc.runtime.onnxruntime.float32_twin import float32_twin
 from eoracc.runtime.tensorrt.dtypes import from_engine, storage_type, to_engine
 from eoracc.runtime.tensorrt.engine_set import (

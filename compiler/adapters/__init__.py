@@ -1,0 +1,1 @@
+"""Adapters of a backbone: solve, score, add, import and export."""

@@ -1,0 +1,262 @@
+"""Solve one more adapter for a finished artifact, whose backbone stays as it is.
+
+    artifact + original weights -> backbone -> solve -> score -> parity -> store
+
+What takes long is kept in a work folder beside the artifact until the adapter is stored, so that an
+interrupted solve goes on from there. The artifact changes at the very end, all at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from eoracc.compiler.adapters.gates import (
+    adapter_details,
+    check_adapters,
+    record_adapters,
+    refuse_adapters,
+    score_adapters,
+)
+from eoracc.compiler.adapters.restore import Backbone, restore_backbone
+from eoracc.compiler.adapters.solve import SolvedAdapter, load_task, solve_adapter
+from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
+from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.progress import SilentProgress, cpu_seconds
+from eoracc.compiler.report.content import AdaptersReport
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.targets.artifact import refuse_full_disk
+from eoracc.compiler.text.windows import Settings
+from eoracc.errors import ArtifactError, GateError
+from eoracc.passes.base import ModelPass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.runtime.adapters.adapter import Adapter, adapters_in, check_adapter_name, read_slots
+from eoracc.runtime.adapters.store import add_adapter
+from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
+from eoracc.runtime.memory import release_memory
+
+if TYPE_CHECKING:
+    from eoracc.plugins.adapters import AdapterSlots
+
+__all__ = ["AddedAdapter", "solve_for_artifact"]
+
+_SETTINGS = Settings(samples="--samples", windows="--windows", offset="--held-out-offset")
+
+
+@dataclass(frozen=True)
+class AddedAdapter:
+    """An adapter that was solved and stored.
+
+    Attributes:
+      adapter: as it is in the artifact.
+      report: the figures that went into the artifact's report.
+      manifest: of the artifact as it is now.
+      wall_s: seconds on the clock.
+      cpu_s: seconds of processor time.
+    """
+
+    adapter: Adapter
+    report: AdaptersReport
+    manifest: Manifest
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of an artifact, seen to be possible.
+
+    Attributes:
+      manifest: of the artifact, which holds.
+      config: what it was built with.
+      slots: where its model takes adapters.
+    """
+
+    manifest: Manifest
+    config: BuildConfig
+    slots: AdapterSlots
+
+
+def _check_request(folder: Path, name: str, config: AdapterConfig, *, force: bool) -> _Request:
+    """See that an adapter may be added, before any work is done for it.
+
+    Args:
+      folder: the artifact; every byte of it is compared with its manifest.
+      name: of the adapter.
+      config: what is asked for.
+      force: replace an adapter of that name.
+
+    Raises:
+      ArtifactError: the artifact is damaged, takes no adapters or none of that type, or has one of
+        that name.
+    """
+    check_adapter_name(name)
+    manifest = verify_manifest(folder)
+    slots = read_slots(folder, manifest)
+    if name in adapters_in(manifest) and not force:
+        raise ArtifactError(
+            f"{folder}: has an adapter '{name}': choose another name, or replace it with --force"
+        )
+    if config.factor_type not in slots.factor_types:
+        raise ArtifactError(
+            f"{folder}: takes adapters of {' or '.join(slots.factor_types)} factors, not "
+            f"{config.factor_type}: choose another --factor-type"
+        )
+    try:
+        built = BuildConfig.model_validate(dict(manifest.config))
+    except ValidationError:
+        raise ArtifactError(
+            f"{folder}: its manifest holds no configuration that this eoracc knows: "
+            "build the artifact again"
+        ) from None
+    return _Request(manifest, built, slots)
+
+
+def solve_for_artifact(
+    folder: Path,
+    name: str,
+    config: AdapterConfig,
+    *,
+    data_dir: Path,
+    progress: SilentProgress,
+    model: str | None = None,
+    force: bool = False,
+    parity: bool = True,
+) -> AddedAdapter:
+    """Solve an adapter against the backbone of an artifact, and store it there.
+
+    Args:
+      folder: the artifact.
+      name: of the adapter.
+      config: its texts, rank and factor type.
+      data_dir: what relative paths of texts are relative to.
+      progress: shown the phases.
+      model: where the original weights are; None for where the manifest says.
+      force: replace an adapter of that name.
+      parity: whether to compare the artifact with the adapter to eager PyTorch.
+
+    Raises:
+      EoraccError: bad input, in one sentence; the artifact is as it was.
+      GateError: the artifact computes the adapter wrongly; it is not stored.
+    """
+    begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
+    request = _check_request(folder, name, config, force=force)
+    # Of this adapter alone: others may be solved at the same time.
+    work = folder.absolute().with_name(f".{folder.absolute().name}.{name}.work")
+    try:
+        solved, report = _solve(
+            folder, name, config, request, work, data_dir, progress, model, parity=parity
+        )
+    except Exception as error:
+        refuse_full_disk(folder, error)
+        raise
+    adapter = Adapter(
+        name, solved.factors, request.manifest.digest, adapter_details(solved, report)
+    )
+    manifest = add_adapter(
+        folder, adapter, force=force, edit_report=lambda stored: _merge(stored, report)
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    return AddedAdapter(
+        adapter,
+        report,
+        manifest,
+        wall_s=time.perf_counter() - begun_s,
+        cpu_s=cpu_seconds() - begun_cpu_s,
+    )
+
+
+def _solve(
+    folder: Path,
+    name: str,
+    config: AdapterConfig,
+    request: _Request,
+    work: Path,
+    data_dir: Path,
+    progress: SilentProgress,
+    model: str | None,
+    *,
+    parity: bool,
+) -> tuple[SolvedAdapter, AdaptersReport]:
+    """Solve and score; check against PyTorch."""
+    with progress.phase("load", 1) as phase:
+        loaded = _original(folder, request, model, work)
+        task = load_task(name, config, loaded.tokenizer(), config_dir=data_dir, settings=_SETTINGS)
+        original = Executor(loaded.model.clone())
+        for item in request.config.passes:
+            if isinstance(item, ModelPass):
+                item.call(loaded.model)
+        backbone = restore_backbone(folder, loaded.model)
+        phase.advance()
+    calibrate = next(
+        (item for item in reversed(request.config.passes) if isinstance(item, Calibrate)),
+        Calibrate(),
+    )
+    solved = solve_adapter(
+        backbone, task, work=work / "sweep", progress=progress, calibrate=calibrate
+    )
+    report = score_adapters(original, backbone, [solved], progress=progress)
+    if parity:
+        report = _check(folder, request, loaded, backbone, solved, report, progress)
+    return solved, report
+
+
+def _original(folder: Path, request: _Request, model: str | None, work: Path) -> LoadedModel:
+    """The checkpoint that the artifact was built from.
+
+    Raises:
+      ArtifactError: it cannot be found, or is another one.
+    """
+    named = request.manifest.source.get("model", "")
+    source = model or named
+    where = Path(source).expanduser()
+    if model is None and not where.exists() and (where.suffix == ".gguf" or named.count("/") != 1):
+        raise ArtifactError(
+            f"{folder}: was built from {named!r}, which is not to be found from here: say where "
+            "the original weights are with --model"
+        )
+    loaded = load(source, work=work, trust_remote_code=request.config.trust_remote_code)
+    digest = request.manifest.source.get("digest")
+    if loaded.digest != digest:
+        raise ArtifactError(
+            f"{source}: has digest {loaded.digest[:12]}, the artifact was built from "
+            f"{str(digest)[:12]}: give the original weights with --model"
+        )
+    return loaded
+
+
+def _check(
+    folder: Path,
+    request: _Request,
+    loaded: LoadedModel,
+    backbone: Backbone,
+    solved: SolvedAdapter,
+    report: AdaptersReport,
+    progress: SilentProgress,
+) -> AdaptersReport:
+    release_memory()
+    cases = record_adapters(
+        backbone,
+        [solved],
+        folder=loaded.folder,
+        accuracy_level=request.config.onnxruntime.accuracy_level,
+        trust_remote_code=loaded.trust_remote_code,
+        progress=progress,
+    )
+    name = solved.task.name
+    found = check_adapters(folder, request.slots, {name: solved.factors}, cases, progress=progress)
+    for problem in refuse_adapters(found):
+        raise GateError(f"{problem}: it was not stored")
+    return replace(report, parity=found)
+
+
+def _merge(stored: dict[str, Any], report: AdaptersReport) -> None:
+    """Put the figures of a new adapter among those of report.json."""
+    section = stored.setdefault("adapters", asdict(AdaptersReport()))
+    for part, figures in asdict(report).items():
+        section.setdefault(part, {}).update(figures)

@@ -1,0 +1,1 @@
+"""Compare methods at equal bytes on one model."""

@@ -1,0 +1,528 @@
+"""The flow of ``eoracc compare``: many ways of compressing one model, scored on the same text.
+
+    model.yaml -> load, tokenize, score the original -> per contender: passes, score -> rows
+
+A contender's passes run as a build would run them
+(:func:`eoracc.compiler.sweep.pipeline.compress`), so that its figures are those of the artifact.
+Rows that are finished are kept in a folder beside the output, by a digest of all that they depend
+on; so are the blocks of the sweep under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from eoracc import __version__
+from eoracc.compiler.compare.folder import WorkFolder
+from eoracc.compiler.compare.plan import (
+    BudgetProblem,
+    Contender,
+    Family,
+    Fit,
+    Method,
+    find_methods,
+    fit,
+)
+from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, compressed_names, stored_bytes
+from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_together
+from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.progress import Phase, Progress, cpu_seconds
+from eoracc.compiler.report.fidelity import Scorer, Variant
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.pipeline import compress
+from eoracc.compiler.targets.artifact import refuse_full_disk
+from eoracc.compiler.text.windows import (
+    Settings,
+    Windows,
+    calibration_windows,
+    evaluation_windows,
+)
+from eoracc.errors import ConfigError, ModelError, PassError
+from eoracc.passes.base import ModelPass, Pass, SurveyPass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph import spec
+from eoracc.passes.graph.linears import Linear, block_of, find_linears
+from eoracc.runtime.memory import release_memory
+
+__all__ = ["Comparison", "Original", "Row", "compare", "work_folder"]
+
+Through = Literal["original", "compressed", "both"]
+
+_HELD_OUT, _OOD = "", "_ood"
+"""Texts, by what the names of their figures end with."""
+
+_OOD_SETTINGS = Settings(windows="compare.ood.windows", offset="compare.ood.offset_tokens")
+
+_KEY_DIGITS = 32
+"""Of a digest, in names of files."""
+
+_LABEL = 20
+"""Characters of a method's name that progress shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was measured of one contender.
+
+    Attributes:
+      perplexity: on held-out text.
+      perplexity_ood: on text of another kind; None where ``compare.ood`` names none.
+      kl: mean KL(original || contender) per token of the held-out text, in nats.
+      kl_ood: the same on the text of another kind.
+      top1_agreement: share of held-out tokens with the original's most likely next token.
+      bytes: of all parameters, as an artifact stores them.
+      linear_bytes: of the compressed linears; values that are not quantized count two bytes, while
+        an artifact stores four.
+      bits_per_weight: ``linear_bytes`` in bits per weight of those linears.
+      seconds: of processor time that the passes took; what was shared with others is left out.
+      wall_s: seconds that they took on the clock.
+    """
+
+    perplexity: float
+    perplexity_ood: float | None
+    kl: float
+    kl_ood: float | None
+    top1_agreement: float
+    bytes: int
+    linear_bytes: int
+    bits_per_weight: float
+    seconds: float
+    wall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one budget.
+
+    Attributes:
+      method: its name.
+      family: what it is.
+      budget: as it was given; None for a method that takes none.
+      rank: of the compensation, where the budget decided that.
+      ratio: share of parameters removed, where the budget decided that.
+      passes: all of them with their options, as model.yaml has them.
+      skipped: why there are no figures; None where there are.
+      figures: what was measured.
+    """
+
+    method: str
+    family: Family
+    budget: str | None
+    rank: int | None = None
+    ratio: float | None = None
+    passes: Sequence[Any] = ()
+    skipped: str | None = None
+    figures: Figures | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, figures beside the rest; those of a skipped row are null."""
+        content = asdict(self)
+        figures = content.pop("figures") or dict.fromkeys(Figures.__dataclass_fields__)
+        return {**content, **figures}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Original:
+    """The model that all are compared with.
+
+    Attributes:
+      perplexity: on held-out text.
+      perplexity_ood: on text of another kind.
+      bytes: of all parameters, as an artifact stores them.
+      linear_bytes: of the linears that the contenders compress, two bytes a weight.
+    """
+
+    perplexity: float
+    perplexity_ood: float | None
+    bytes: int
+    linear_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All rows.
+
+    Attributes:
+      model: as model.yaml has it.
+      digest: of the checkpoint.
+      through: what statistics were taken through: the ``original`` weights, one sweep for all, or
+        each contender's own ``compressed`` prefix, a sweep each.
+      calibration_tokens: that statistics were taken over.
+      windows: of held-out text.
+      window_length: tokens of each.
+      shared_s: processor seconds of sweeps that several rows share.
+      original: what all are compared with.
+      rows: in the order of methods, then budgets.
+    """
+
+    model: str
+    digest: str
+    through: Through
+    calibration_tokens: int
+    windows: int
+    window_length: int
+    shared_s: float
+    original: Original
+    rows: Sequence[Row]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "rows": [row.as_dict() for row in self.rows]}
+
+
+def work_folder(config: BuildConfig, config_dir: Path) -> Path:
+    """Where finished rows are kept, and with them what a later run would do again."""
+    output = config.output_path(config_dir)
+    return output.with_name(f".{output.name}.compare")
+
+
+def compare(
+    config: BuildConfig,
+    methods: Sequence[str],
+    budgets: Sequence[str],
+    *,
+    config_dir: Path,
+    progress: Progress,
+    fresh: bool = False,
+) -> Comparison:
+    """Try every method at every budget.
+
+    Args:
+      config: from model.yaml.
+      methods: names; see :func:`~eoracc.compiler.compare.plan.find_methods`.
+      budgets: as :func:`~eoracc.compiler.config.sections.parse_budget` gives them.
+      config_dir: what relative paths in ``config`` are relative to.
+      progress: shown the phases.
+      fresh: throw away what earlier runs have kept.
+
+    Raises:
+      EoraccError: bad input, or nothing fits; in one sentence.
+    """
+    found = find_methods(config, methods)
+    if not found:
+        raise ConfigError(
+            "there are no methods to compare: give --methods none,svd,eora, or "
+            "'compare: {methods: …}' in model.yaml"
+        )
+    if not budgets and any(method.takes_budget for method in found):
+        raise ConfigError(
+            "there are no budgets to compare at: give --budgets 3.5,4 (bits per weight) or 30% (of "
+            "16 bits removed), or 'compare: {budgets: …}' in model.yaml"
+        )
+    work = WorkFolder(work_folder(config, config_dir))
+    try:
+        with work.claimed(fresh=fresh):
+            return _Comparing(config, config_dir, work, progress).run(
+                found, list(dict.fromkeys(budgets))
+            )
+    except Exception as error:
+        refuse_full_disk(work.path, error)
+        raise
+
+
+class _Comparing:
+    """One run of ``compare``: what all contenders share."""
+
+    def __init__(
+        self, config: BuildConfig, config_dir: Path, work: WorkFolder, progress: Progress
+    ) -> None:
+        self._config, self._work, self._progress = config, work, progress
+        with progress.phase("load", 1) as phase:
+            self._loaded = load(
+                config.model_source(config_dir),
+                work=work.path,
+                trust_remote_code=config.trust_remote_code,
+            )
+            phase.advance()
+        spec.check(self._loaded.model, spec.Stage.FRONTEND, after="the frontend")
+        tokenizer = self._loaded.tokenizer()
+        self._texts: dict[str, Windows] = {
+            _HELD_OUT: evaluation_windows(
+                config.calibration, config.verify, tokenizer, config_dir=config_dir
+            )
+        }
+        ood = None if config.compare is None else config.compare.ood
+        if ood is not None:
+            self._texts[_OOD] = evaluation_windows(
+                None,
+                ood,
+                tokenizer,
+                config_dir=config_dir,
+                settings=_OOD_SETTINGS,
+            )
+        self._calibration = (
+            None
+            if config.calibration is None
+            else calibration_windows(
+                config.calibration, config.verify, tokenizer, config_dir=config_dir
+            )
+        )
+        release_memory()
+
+    def run(self, methods: Sequence[Method], budgets: Sequence[str]) -> Comparison:
+        """Make every row that is not kept from an earlier run."""
+        linears = _Linears(self._loaded, methods)
+        contenders = [one for method in methods for one in _contenders(method, budgets, linears)]
+        if all(one.fit is None for one in contenders):
+            first = contenders[0]
+            raise ConfigError(
+                f"no budget can be kept: method {first.method.name!r} at {first.budget}: "
+                f"{first.problem}"
+            )
+        fits = [one.fit for one in contenders if one.fit is not None]
+        shared_s = self._sweep_together(fits)
+        scorers: dict[str, Scorer] = {}
+        original = self._original(linears, scorers)
+        rows = [
+            self._row(one, f"{place}/{len(contenders)}", linears, scorers)
+            for place, one in enumerate(contenders, 1)
+        ]
+        if all(row.figures is None for row in rows):
+            failed = next(row for row, one in zip(rows, contenders, strict=True) if one.fit)
+            raise ConfigError(f"no method can do it here: {failed.method!r}: {failed.skipped}")
+        held_out = self._texts[_HELD_OUT]
+        return Comparison(
+            model=self._config.model,
+            digest=self._loaded.digest,
+            through=_through(fits),
+            calibration_tokens=0 if self._calibration is None else self._calibration.tokens,
+            windows=len(held_out.input_ids),
+            window_length=held_out.input_ids.shape[1],
+            shared_s=shared_s,
+            original=original,
+            rows=rows,
+        )
+
+    def _sweep_together(self, fits: Sequence[Fit]) -> float:
+        """Do what rows that are not kept can share; seconds of processor time that it took."""
+        pending = {}
+        for one in fits:
+            variant = self._variant(one)
+            key = self._key(variant)
+            if self._kept(key) is None:
+                pending[key] = Sharing(variant, self._work.sweeps(key))
+        return sweep_together(
+            list(pending.values()),
+            self._loaded,
+            self._calibration,
+            self._work.shared,
+            self._progress,
+        )
+
+    def _kept(self, key: str) -> Figures | None:
+        kept = self._work.figures(key, Figures.__dataclass_fields__)
+        return None if kept is None else Figures(**kept)
+
+    def _row(
+        self, contender: Contender, place: str, linears: _Linears, scorers: dict[str, Scorer]
+    ) -> Row:
+        """The row of ``contender``, taken from an earlier run where that has made it."""
+        method, chosen = contender.method, contender.fit
+        row = Row(
+            method=method.name,
+            family=method.family,
+            budget=contender.budget,
+            skipped=contender.problem,
+        )
+        if chosen is None:
+            return row
+        variant = self._variant(chosen)
+        row = replace(
+            row, rank=chosen.rank, ratio=chosen.ratio, passes=variant.resolved()["passes"]
+        )
+        key = self._key(variant)
+        figures = self._kept(key)
+        if figures is not None:
+            return replace(row, figures=figures)
+        label = f"{place} {_short(method.name)} {contender.budget or ''}".rstrip()
+        try:
+            figures = self._measure(
+                variant, key, _Labelled(self._progress, label), linears, scorers
+            )
+        except PassError as error:
+            # One method that cannot do it here is no reason to lose the others' work.
+            return replace(row, skipped=str(error))
+        self._work.keep(key, asdict(figures))
+        return replace(row, figures=figures)
+
+    def _variant(self, chosen: Fit) -> BuildConfig:
+        """The build that gives the contender."""
+        verify = self._config.verify.model_copy(update={"compare": ()})
+        return self._config.model_copy(update={"passes": chosen.passes, "verify": verify})
+
+    def _measure(
+        self,
+        variant: BuildConfig,
+        key: str,
+        progress: Progress,
+        linears: _Linears,
+        scorers: dict[str, Scorer],
+    ) -> Figures:
+        begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
+        compressed = compress(
+            variant,
+            replace(self._loaded, model=self._loaded.model.clone()),
+            self._calibration if _looks_at_text(variant.passes) else None,
+            self._work.sweeps(key),
+            progress,
+        )
+        wall_s, seconds = time.perf_counter() - begun_s, cpu_seconds() - begun_cpu_s
+        executor = Executor(compressed.model, compressed.linears)
+        scores = {}
+        with progress.phase("score", len(self._texts)) as phase:
+            for name, windows in self._texts.items():
+                scorer = self._scorer(name, windows, scorers)
+                with np.errstate(all="ignore"):  # told of below, in a sentence
+                    scores[name] = scorer.score(Variant(executor, Linear.effective_weight))
+                if not math.isfinite(scores[name].perplexity + scores[name].kl):
+                    raise PassError("the compressed model", "what it predicts is not finite")
+                phase.advance()
+        nbytes = stored_bytes(linears.counted(compressed.linears))
+        release_memory()
+        ood = scores.get(_OOD)
+        return Figures(
+            perplexity=scores[_HELD_OUT].perplexity,
+            perplexity_ood=None if ood is None else ood.perplexity,
+            kl=scores[_HELD_OUT].kl,
+            kl_ood=None if ood is None else ood.kl,
+            top1_agreement=scores[_HELD_OUT].top1_agreement,
+            bytes=executor.parameter_bytes,
+            linear_bytes=nbytes,
+            bits_per_weight=8 * nbytes / linears.weights,
+            seconds=seconds + seconds_spent(self._work.sweeps(key)),
+            wall_s=wall_s,
+        )
+
+    def _original(self, linears: _Linears, scorers: dict[str, Scorer]) -> Original:
+        """Figures of the original model, taken from an earlier run where that has them."""
+        key = self._key(None)
+        names = Original.__dataclass_fields__.keys() - {"linear_bytes"}
+        kept = self._work.figures(key, names)
+        if kept is not None:
+            return Original(**kept, linear_bytes=linears.plain_bytes)
+        found: dict[str, Any] = {"bytes": self._executor.parameter_bytes}
+        with self._progress.phase("original", len(self._texts)) as phase:
+            for name, windows in self._texts.items():
+                with np.errstate(all="ignore"):
+                    scores = self._scorer(name, windows, scorers).original()
+                if not math.isfinite(scores.perplexity):
+                    raise ModelError(
+                        f"{self._config.model}: what it predicts is not finite: there is nothing "
+                        "to compare with"
+                    )
+                found[f"perplexity{name}"] = scores.perplexity
+                phase.advance()
+        found.setdefault(f"perplexity{_OOD}", None)
+        self._work.keep(key, found)
+        return Original(**found, linear_bytes=linears.plain_bytes)
+
+    def _scorer(self, name: str, windows: Windows, scorers: dict[str, Scorer]) -> Scorer:
+        # Not before a row needs it: where all are kept, nothing has to be run.
+        if name not in scorers:
+            scorers[name] = Scorer(self._executor, windows)
+        return scorers[name]
+
+    @cached_property
+    def _executor(self) -> Executor:
+        return Executor(self._loaded.model.clone())
+
+    def _key(self, variant: BuildConfig | None) -> str:
+        """Digest of all that the figures of a variant, or of the original, depend on."""
+        passes = None if variant is None else variant.resolved()["passes"]
+        content = [__version__, self._loaded.digest, passes, sorted(self._texts)]
+        digest = hashlib.sha256(json.dumps(content).encode())
+        texts = [*self._texts.values(), *([] if variant is None else [self._calibration])]
+        for windows in texts:
+            if windows is None:
+                continue
+            for array in (windows.input_ids, windows.attention_mask, windows.weights):
+                digest.update(b"" if array is None else array.tobytes())
+        return digest.hexdigest()[:_KEY_DIGITS]
+
+
+class _Linears:
+    """The linears that budgets and bytes are counted over: those that any method compresses.
+
+    Whatever one of the methods leaves alone counts as it is, so that all are comparable.
+    """
+
+    def __init__(self, loaded: LoadedModel, methods: Sequence[Method]) -> None:
+        self._views: dict[str, list[Linear]] = {}
+        self._loaded = loaded
+        self._names: set[str] = set()
+        for method in methods:
+            view = self._view(method)
+            self._names |= {
+                name for name in compressed_names(method.passes, view) if block_of(name) is None
+            }
+        first = self.of(methods[0])
+        self.weights = sum(linear.out_features * linear.in_features for linear in first)
+        self.plain_bytes = PLAIN_BYTES * self.weights
+
+    def of(self, method: Method) -> list[Linear]:
+        """As the method's first sweep will find them."""
+        return self.counted(self._view(method))
+
+    def counted(self, linears: Sequence[Linear]) -> list[Linear]:
+        """Those of ``linears`` that count: all of the decoder blocks, and what is named beside."""
+        return [one for one in linears if one.block is not None or one.name in self._names]
+
+    def _view(self, method: Method) -> list[Linear]:
+        changes = [item for item in method.passes if isinstance(item, ModelPass)]
+        key = repr(changes)
+        if key not in self._views:
+            model = self._loaded.model.clone()
+            for item in changes:
+                item.call(model)
+            self._views[key] = find_linears(model)
+        return self._views[key]
+
+
+class _Labelled:
+    """Progress that says whose phase it is."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self._progress, self._label = progress, label
+
+    def phase(self, name: str, total: int) -> AbstractContextManager[Phase]:
+        """See :meth:`Progress.phase`."""
+        return self._progress.phase(f"{self._label}: {name}", total)
+
+
+def _contenders(method: Method, budgets: Sequence[str], linears: _Linears) -> list[Contender]:
+    if not method.takes_budget:
+        return [Contender(method, None, Fit(method.passes))]
+    found = []
+    for budget in budgets:
+        try:
+            found.append(Contender(method, budget, fit(method, budget, linears.of(method))))
+        except BudgetProblem as problem:
+            found.append(Contender(method, budget, None, str(problem)))
+    return found
+
+
+def _short(name: str) -> str:
+    """A name of which a line of progress has room for the rest as well."""
+    return name if len(name) <= _LABEL else f"{name[: _LABEL - 1]}…"
+
+
+def _looks_at_text(passes: Sequence[Pass]) -> bool:
+    return any(isinstance(item, Calibrate | SurveyPass) for item in passes)
+
+
+def _through(fits: Sequence[Fit]) -> Through:
+    """What the statistics of all contenders are taken through."""
+    found = {item.through for one in fits for item in one.passes if isinstance(item, Calibrate)}
+    return found.pop() if len(found) == 1 else "both" if found else "compressed"

@@ -1,0 +1,321 @@
+"""One sweep for many contenders, where their statistics are the same.
+
+With ``calibrate: {through: original}`` the input of a linear does not depend on what has become of
+those before it. So contenders that differ in what they do with it can go through the text together:
+every Gram is taken once, and what several of them begin with, a quantization say, is solved once.
+What becomes of each is left where the contender's own sweep looks for finished work.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.load import LoadedModel
+from eoracc.compiler.progress import Progress, cpu_seconds
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.pipeline import stage_key, stages
+from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.run import ForwardPass, one_thread
+from eoracc.compiler.sweep.survey import calibration_batches
+from eoracc.compiler.text.windows import Windows
+from eoracc.errors import PassError
+from eoracc.passes.base import LayerPass, ModelPass, Pass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph.linears import Factorized, Linear, LinearGroup, Quantizer, find_linears
+from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.runtime.memory import release_memory
+
+__all__ = ["Sharing", "seconds_spent", "sweep_together"]
+
+_SPENT = "spent.json"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A contender that may share its first sweep.
+
+    Attributes:
+      config: the build that gives it.
+      folder: where that build keeps its sweeps.
+    """
+
+    config: BuildConfig
+    folder: Path
+
+
+def sweep_together(
+    contenders: Sequence[Sharing],
+    loaded: LoadedModel,
+    calibration: Windows | None,
+    folder: Path,
+    progress: Progress,
+) -> float:
+    """Do the first sweep of those of ``contenders`` that can share one.
+
+    A contender whose passes cannot do their work is left to fail on its own.
+
+    Args:
+      contenders: whose folders are filled.
+      loaded: the model; its graph stays as it is.
+      calibration: the text.
+      folder: where the forward pass is kept, for when this is interrupted.
+      progress: shown a phase.
+
+    Returns:
+      Seconds of processor time that were spent on all of them together.
+    """
+    if calibration is None:
+        return 0.0
+    groups: dict[str, list[_Plan]] = {}
+    for contender in contenders:
+        plan = _plan(contender, loaded, calibration)
+        if plan is not None:
+            groups.setdefault(plan.key, []).append(plan)
+    return sum(
+        _sweep(plans, loaded, calibration, folder, progress)
+        for plans in groups.values()
+        if len(plans) > 1
+    )
+
+
+def seconds_spent(folder: Path) -> float:
+    """Seconds of processor time that a shared sweep has spent on one contender alone."""
+    path = folder / _SPENT
+    return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a contender does in its first sweep.
+
+    Attributes:
+      common: passes up to and with ``calibrate``, which whoever shares the sweep has alike.
+      own: the layer passes after it.
+      key: digest of all that the forward pass up to there depends on.
+      checkpoint: of what has been finished here.
+      done: where the contender will look for it once all of it is.
+      folder: of the contender.
+    """
+
+    common: tuple[Pass, ...]
+    own: tuple[LayerPass, ...]
+    key: str
+    checkpoint: SweepCheckpoint
+    done: Path
+    folder: Path
+
+
+def _plan(contender: Sharing, loaded: LoadedModel, calibration: Windows) -> _Plan | None:
+    """How ``contender`` can share its first sweep; None where it cannot."""
+    config = contender.config
+    all_stages = stages(config.passes)
+    changes: list[Pass] = []
+    for position, members in enumerate(all_stages):
+        first = members[0]
+        if isinstance(first, ModelPass):
+            changes.append(first)
+            continue
+        if not isinstance(first, Calibrate) or first.through != "original":
+            return None
+        common = (*changes, first)
+        done = contender.folder / str(position)
+        if done.exists():
+            return None  # it has gone this way already, or has begun to on its own
+        alone = config.model_copy(update={"passes": common})
+        return _Plan(
+            common=common,
+            own=tuple(item for item in members[1:] if isinstance(item, LayerPass)),
+            key=stage_key(alone, loaded, common, position, calibration),
+            # Not there yet: without activations of its own no sweep can go on from a part of it.
+            checkpoint=SweepCheckpoint(
+                contender.folder / "shared",
+                stage_key(config, loaded, members, position, calibration),
+            ),
+            done=done,
+            folder=contender.folder,
+        )
+    return None
+
+
+def _sweep(
+    plans: Sequence[_Plan],
+    loaded: LoadedModel,
+    calibration: Windows,
+    folder: Path,
+    progress: Progress,
+) -> float:
+    begun_s = cpu_seconds()
+    *changes, calibrate = plans[0].common
+    assert isinstance(calibrate, Calibrate)  # noqa: S101 - _plan() ends with it
+    model = loaded.model.clone()
+    for item in changes:
+        assert isinstance(item, ModelPass)  # noqa: S101 - _plan() takes no others
+        item.call(model)
+    executor = Executor(model, precision=calibrate.resolved_precision)
+    runs = [_Run(plan, find_linears(model.clone())) for plan in plans]
+    shared = Counter(key for run in runs for key in run.prefixes)
+    forward, kept, begin = _set_out(executor, calibration, folder, runs, plans[0].key)
+    with progress.phase("shared sweep", len(executor.levels)) as phase:
+        for level, groups in enumerate(executor.levels):
+            if level < begin:
+                phase.advance()
+                continue
+            if level == 0:
+                forward.start()
+            for group in groups if any(run.finished <= level for run in runs) else ():
+                forward.show(group)
+                calibrate.requires(group)
+                calibrate.call(group)
+                known: dict[str, list[_State]] = {}
+                runs = [
+                    run for run in runs if run.finished > level or run.apply(group, known, shared)
+                ]
+                group.activations = group.gram = None
+            phase.advance(groups[0].name)
+            if level == executor.head_level:
+                break
+            forward.step(level)
+            if _block(executor, level + 1) != _block(executor, level):
+                release_memory()
+                if kept.is_due:
+                    for run in runs:
+                        run.save(executor, level + 1)
+                    # Last: what it names has been kept of everyone.
+                    kept.save(level + 1, [], forward.live, {})
+    for run in runs:
+        run.save(executor, len(executor.levels))
+        (run.plan.folder / _SPENT).write_text(json.dumps(run.seconds), encoding="utf-8")
+        run.plan.checkpoint.folder.replace(run.plan.done)
+    shutil.rmtree(kept.folder, ignore_errors=True)
+    return cpu_seconds() - begun_s - sum(run.seconds for run in runs)
+
+
+def _set_out(
+    executor: Executor, calibration: Windows, folder: Path, runs: Sequence[_Run], key: str
+) -> tuple[ForwardPass, SweepCheckpoint, int]:
+    """The forward pass, where it is kept, and the level that it begins with."""
+
+    def new() -> ForwardPass:
+        batches = calibration_batches(calibration)
+        return ForwardPass(executor, batches, Linear.weight, match="weights")
+
+    kept = SweepCheckpoint(folder, key)
+    forward = new()
+    begin = kept.resume([], forward.live, {})
+    if begin > min(run.finished for run in runs):
+        # Somebody has joined since: what was passed is to be shown once more.
+        shutil.rmtree(folder)
+        return new(), kept, 0
+    return forward, kept, begin
+
+
+class _Run:
+    """One contender on its way through the shared sweep.
+
+    Attributes:
+      plan: what it does.
+      prefixes: what names the state that each further pass of it leaves.
+      finished: levels that are done, those of an earlier run at first.
+      seconds: of processor time that its own passes took.
+    """
+
+    def __init__(self, plan: _Plan, linears: Sequence[Linear]) -> None:
+        self.plan = plan
+        self.prefixes = [repr(plan.own[: n + 1]) for n in range(len(plan.own))]
+        self.seconds = 0.0
+        self._linears = {linear.name: linear for linear in linears}
+        self.finished = plan.checkpoint.resume(linears, [], {})
+
+    def apply(
+        self, shown: LinearGroup, known: dict[str, list[_State]], shared: Mapping[str, int]
+    ) -> bool:
+        """Run the contender's passes on its own linears of a group.
+
+        Args:
+          shown: the group, with its Gram.
+          known: what became of the group by passes that several contenders begin with.
+          shared: how many contenders go through each state.
+
+        Returns:
+          Whether they could do their work.
+        """
+        begun_s = cpu_seconds()
+        linears = [self._linears[linear.name] for linear in shown.linears]
+        group = LinearGroup(tuple(linears), shown.activations, None, shown.gram)
+        done = max((n + 1 for n, key in enumerate(self.prefixes) if key in known), default=0)
+        if done:
+            for state, linear in zip(known[self.prefixes[done - 1]], linears, strict=True):
+                state.put_on(linear)
+        try:
+            for key, item in zip(self.prefixes[done:], self.plan.own[done:], strict=True):
+                item.requires(group)
+                with one_thread(item):
+                    item.call(group)
+                if shared[key] > 1:
+                    known[key] = [_State.of(linear) for linear in linears]
+        except PassError:
+            return False
+        self.seconds += cpu_seconds() - begun_s
+        return True
+
+    def save(self, executor: Executor, position: int) -> None:
+        """Keep what is finished, ``position`` levels."""
+        if position <= self.finished:
+            return
+        linears = [
+            self._linears[linear.name]
+            for groups in executor.levels[:position]
+            for group in groups
+            for linear in group.linears
+        ]
+        self.plan.checkpoint.save(position, linears, [], {})
+        self.finished = position
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What has become of one linear, to be put on its like in another copy of the graph."""
+
+    compressed: NBitsWeight | None
+    quantizer: Quantizer | None
+    factors: LowRank | None
+    factorized: Factorized | None
+    output_norm: float | None
+    errors: Mapping[str, float]
+    notes: Sequence[str]
+
+    @classmethod
+    def of(cls, linear: Linear) -> _State:
+        """What it is now."""
+        return cls(
+            linear.compressed,
+            linear.quantizer,
+            linear.factors,
+            linear.factorized,
+            linear.output_norm,
+            dict(linear.errors),
+            list(linear.notes),
+        )
+
+    def put_on(self, linear: Linear) -> None:
+        """Make ``linear``, of which nothing has become yet, the same."""
+        if self.factorized is not None:
+            linear.factorize(self.factorized.u, self.factorized.v)
+        if self.compressed is not None:
+            linear.quantize(self.compressed)
+        if self.factors is not None:
+            linear.compensate(self.factors)
+        linear.quantizer = self.quantizer
+        linear.output_norm = self.output_norm
+        linear.errors.update(self.errors)
+        linear.notes.extend(self.notes)
+
+
+def _block(executor: Executor, level: int) -> int | None:
+    return executor.levels[level][0].linears[0].block

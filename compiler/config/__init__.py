@@ -1,0 +1,1 @@
+"""model.yaml: its sections, how it is read, and what contradicts itself."""

@@ -1,0 +1,1 @@
+"""From a checkpoint (Hugging Face folder, hub id, GGUF) to the graph."""

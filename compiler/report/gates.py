@@ -1,0 +1,164 @@
+"""The fidelity gate: what each variant of the model scores, weighs, and whether that will do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.compiler.config.sections import Limits
+from eoracc.compiler.progress import Progress
+from eoracc.compiler.report.content import FidelityReport, FidelityRow
+from eoracc.compiler.report.fidelity import Scores, Variant, score_variants
+from eoracc.compiler.sweep.executor import Executor, WeightOf
+from eoracc.compiler.sweep.run import Comparisons
+from eoracc.compiler.text.windows import Windows
+from eoracc.passes.graph.linears import Linear
+from eoracc.plugins.operands import LowRank
+
+__all__ = ["fidelity_report"]
+
+_BYTES_PLAIN = 4
+"""Artifacts hold what is not compressed as float32."""
+
+Factors = Mapping[str, LowRank]
+
+
+def fidelity_report(
+    original: Executor,
+    compressed: Executor,
+    windows: Windows,
+    *,
+    shipped: str | None,
+    comparisons: Comparisons,
+    limits: Limits,
+    progress: Progress,
+    factorized: str | None = None,
+) -> FidelityReport:
+    """Score the original, what was factorised, the backbone, the comparators, last what is shipped.
+
+    Args:
+      original: the graph before any pass.
+      compressed: the graph after all of them.
+      windows: held-out text.
+      shipped: name of the compensation that the artifact carries; None for none.
+      comparisons: factors that are scored next to it.
+      limits: what the last row must keep to.
+      progress: shown one step per variant.
+      factorized: name of the pass that factorised linears; None for none.
+    """
+    linears = compressed.linears
+    made: dict[str, _Made] = {}
+    if factorized is not None:
+        made[factorized] = _Made(Linear.weight, _plain_bytes)
+    if factorized is None or any(linear.compressed is not None for linear in linears):
+        made["quantized"] = _Made.compensated({})
+        found: dict[str, Factors] = {
+            name: factors for name, factors in comparisons.items() if name != shipped
+        }
+        if shipped is not None:
+            found[shipped] = {one.name: one.factors for one in linears if one.factors is not None}
+        made |= {name: _Made.compensated(factors) for name, factors in found.items()}
+    variants = {name: Variant(compressed, one.weight_of) for name, one in made.items()}
+    scores = score_variants(original, variants, windows, progress=progress)
+    rows = [_original_row(scores["original"], original)]
+    rows += [_row(name, scores[name], compressed, one) for name, one in made.items()]
+    given = limits.model_dump(exclude_none=True)
+    return FidelityReport(
+        rows=rows,
+        windows=len(windows.input_ids),
+        window_length=windows.input_ids.shape[1],
+        limits=given,
+        exceeded=_exceeded(given, rows[0], rows[-1]),
+    )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What passes have made of the linears, all of them or the first.
+
+    Attributes:
+      weight_of: what a linear multiplies with.
+      bytes_of: what that takes as it is stored.
+    """
+
+    weight_of: WeightOf
+    bytes_of: Callable[[Linear], int]
+
+    @classmethod
+    def compensated(cls, factors: Factors) -> _Made:
+        """The backbone with ``factors`` by linear."""
+
+        def weight_of(linear: Linear) -> NDArray[np.float32]:
+            weight = linear.backbone_weight()
+            found = factors.get(linear.name)
+            return weight if found is None else weight + found.product()
+
+        def bytes_of(linear: Linear) -> int:
+            found = factors.get(linear.name)
+            return _backbone_bytes(linear) + (0 if found is None else found.nbytes)
+
+        return cls(weight_of, bytes_of)
+
+
+def _plain_bytes(linear: Linear) -> int:
+    return _BYTES_PLAIN * linear.in_features * linear.out_features
+
+
+def _backbone_bytes(linear: Linear) -> int:
+    return _plain_bytes(linear) if linear.compressed is None else linear.compressed.nbytes
+
+
+def _shipped_bytes(linear: Linear) -> int:
+    """What the graph has in store for ``linear``."""
+    return _backbone_bytes(linear) + (0 if linear.factors is None else linear.factors.nbytes)
+
+
+def _original_row(scores: Scores, original: Executor) -> FidelityRow:
+    return FidelityRow(
+        name="original",
+        **asdict(scores),
+        bytes=original.parameter_bytes,
+        bits_per_weight=8.0 * _BYTES_PLAIN,
+    )
+
+
+def _row(name: str, scores: Scores, executor: Executor, made: _Made) -> FidelityRow:
+    """The row of the variant that ``executor`` runs as ``made`` says.
+
+    Bits are counted over the linears that the build compresses, per weight that the original has
+    there: the two factors of one count against its weights.
+    """
+    touched = [one for one in executor.linears if one.compressed is not None or one.whole]
+    wholes = {one.whole or one for one in touched}
+    weights = sum(one.in_features * one.out_features for one in wholes)
+    stored = sum(map(made.bytes_of, touched))
+    return FidelityRow(
+        name=name,
+        **asdict(scores),
+        # The graph carries what is shipped: this variant's is counted instead.
+        bytes=executor.parameter_bytes - sum(map(_shipped_bytes, touched)) + stored,
+        bits_per_weight=8 * stored / weights if weights else 8.0 * _BYTES_PLAIN,
+    )
+
+
+def _exceeded(
+    limits: Mapping[str, float], original: FidelityRow, shipped: FidelityRow
+) -> tuple[str, ...]:
+    measured = {
+        "perplexity": shipped.perplexity,
+        "perplexity_ratio": shipped.perplexity / original.perplexity,
+        "kl": shipped.kl,
+        "top1_agreement": shipped.top1_agreement,
+    }
+    sentences = []
+    for name, limit in limits.items():
+        lowest = name == "top1_agreement"
+        # Written so that NaN fails too.
+        if (lowest and measured[name] >= limit) or (not lowest and measured[name] <= limit):
+            continue
+        side = "below" if lowest else "above"
+        sentences.append(f"{name} {measured[name]:.4g} is {side} verify.limits.{name} {limit:g}")
+    return tuple(sentences)

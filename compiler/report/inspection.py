@@ -1,0 +1,211 @@
+"""What is in an artifact or a checkpoint, read from headers and reports; no weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from eoracc.compiler.report.content import LinearReport, Report
+from eoracc.errors import ArtifactError, ModelError
+from eoracc.runtime.artifact.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+__all__ = ["ArtifactSummary", "CheckpointSummary", "TensorSummary", "inspect_path"]
+
+_LARGEST_HEADER = 100_000_000
+"""The safetensors format's own limit on its header, in bytes."""
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One tensor of a checkpoint.
+
+    Attributes:
+      name: as in the file.
+      shape: outermost dimension first.
+      dtype: as the format names it: ``F32``, ``Q4_1``.
+      bytes: as stored.
+      file: the file that holds it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """A checkpoint: a folder with safetensors files, or a GGUF file.
+
+    Attributes:
+      path: the folder or file.
+      tensors: in the order of the files.
+    """
+
+    path: Path
+    tensors: Sequence[TensorSummary]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "kind": "checkpoint",
+            "path": str(self.path),
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+        }
+
+
+@dataclass(frozen=True)
+class ArtifactSummary:
+    """An artifact.
+
+    Attributes:
+      path: its folder.
+      manifest: files, source and configuration.
+      report: linears, fidelity, parity.
+    """
+
+    path: Path
+    manifest: Manifest
+    report: Report
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.manifest.files.values())
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of all compressed linears."""
+        return sum(linear.bytes for linear in self._compressed)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Per weight that the original has in them; scales, zero points and factors included."""
+        whole = {one.name: one.shape for one in self.report.factorized}
+        shapes = {
+            linear.factor_of or linear.name: whole.get(str(linear.factor_of), linear.shape)
+            for linear in self._compressed
+        }
+        return 8 * self.linear_bytes / max(sum(map(math.prod, shapes.values())), 1)
+
+    @property
+    def _compressed(self) -> list[LinearReport]:
+        """Linears that are quantized, or a factor of a weight, or both."""
+        return [one for one in self.report.linears if one.bits is not None or one.factor_of]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        content = self.report.as_dict()
+        return {
+            "kind": "artifact",
+            "path": str(self.path),
+            "digest": self.manifest.digest,
+            "source": dict(self.manifest.source),
+            "bytes": self.bytes,
+            "linear_bytes": self.linear_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "files": {name: entry.size for name, entry in self.manifest.files.items()},
+            "linears": content["linears"],
+            "factorized": content["factorized"],
+        }
+
+
+def inspect_path(path: Path) -> ArtifactSummary | CheckpointSummary:
+    """Look into an artifact, a checkpoint folder, or a GGUF file.
+
+    Raises:
+      ArtifactError: an artifact is damaged.
+      ModelError: ``path`` is none of these, or its files are damaged.
+    """
+    if path.is_dir():
+        if (path / MANIFEST_FILE).is_file():
+            return _artifact(path)
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelError(
+                f"{path}: holds neither {MANIFEST_FILE} nor .safetensors files: give an artifact, "
+                "a checkpoint folder or a .gguf file"
+            )
+        return CheckpointSummary(path, [tensor for file in files for tensor in _safetensors(file)])
+    if not path.exists():
+        raise ModelError(f"{path}: there is no such file or folder")
+    if path.suffix == ".safetensors":
+        return CheckpointSummary(path, list(_safetensors(path)))
+    if path.suffix == ".gguf":
+        return CheckpointSummary(path, list(_gguf(path)))
+    raise ModelError(f"{path}: is neither an artifact nor a checkpoint folder nor a .gguf file")
+
+
+def _artifact(folder: Path) -> ArtifactSummary:
+    manifest = read_manifest(folder)
+    path = folder / REPORT_FILE
+    try:
+        report = Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(
+            f"{path}: is not the report of a build: build the artifact again"
+        ) from None
+    return ArtifactSummary(folder, manifest, report)
+
+
+def _safetensors(path: Path) -> Iterator[TensorSummary]:
+    """Read a safetensors header: its length in eight bytes, then JSON."""
+    damaged = f"{path}: is not a safetensors file, or is cut short: fetch it again"
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _LARGEST_HEADER:
+                raise ModelError(damaged)
+            header = json.loads(file.read(length))
+        end = 8 + length
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, stop = entry["data_offsets"]
+            end = max(end, 8 + length + stop)
+            yield TensorSummary(
+                name, tuple(entry["shape"]), str(entry["dtype"]), stop - begin, path.name
+            )
+        if path.stat().st_size < end:
+            raise ModelError(damaged)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(damaged) from None
+
+
+def _gguf(path: Path) -> Iterator[TensorSummary]:
+    from gguf import GGUFReader  # noqa: PLC0415 - only GGUF files need it
+
+    try:
+        reader = GGUFReader(path)
+        tensors = reader.tensors
+    except Exception as error:
+        raise ModelError(
+            f"{path}: is not a GGUF file, or is cut short: fetch it again ({error})"
+        ) from error
+    for tensor in tensors:
+        # GGUF lists the innermost dimension first.
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        yield TensorSummary(
+            tensor.name, shape, tensor.tensor_type.name, int(tensor.n_bytes), path.name
+        )

@@ -1,0 +1,194 @@
+"""Run a build's passes on a loaded model: surveys, sweeps over the blocks, changes of the graph.
+
+The passes of model.yaml fall into stages. Consecutive layer passes are one stage, a sweep, until a
+second ``calibrate``, which begins another: its statistics are those of the graph that the first one
+left, whose factorised linears are two linears each. Every other pass is a stage of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eoracc import __version__
+from eoracc.compiler.adapters.restore import Backbone
+from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.load import LoadedModel
+from eoracc.compiler.progress import Progress
+from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.run import Comparisons, run_sweep
+from eoracc.compiler.sweep.survey import SurveyContext, calibration_batches
+from eoracc.compiler.text.windows import Windows
+from eoracc.errors import ConfigError
+from eoracc.passes.base import LayerPass, ModelPass, Pass, SurveyPass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.compensate.base import compensation_solver
+from eoracc.passes.graph import spec
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import find_again, find_linears
+from eoracc.passes.overrides import Overridable
+from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+
+__all__ = ["Compressed", "compress", "stage_key", "stages"]
+
+
+@dataclass(eq=False)
+class Compressed(Backbone):
+    """The graph after its passes.
+
+    Attributes:
+      comparisons: factors that are scored and not shipped.
+      surveys: what each survey found, ``{"pass": name, ...}``, for the report.
+    """
+
+    comparisons: Comparisons = field(default_factory=dict)
+    surveys: list[dict[str, Any]] = field(default_factory=list)
+
+
+def stages(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
+    """The passes in order, those that run as one sweep together."""
+    found: list[tuple[Pass, ...]] = []
+    for item in passes:
+        goes_on = (
+            bool(found)
+            and isinstance(item, LayerPass)
+            and isinstance(found[-1][-1], LayerPass)
+            and not (
+                isinstance(item, Calibrate) and any(isinstance(p, Calibrate) for p in found[-1])
+            )
+        )
+        if goes_on:
+            found[-1] = (*found[-1], item)
+        else:
+            found.append((item,))
+    return found
+
+
+def compress(
+    config: BuildConfig,
+    loaded: LoadedModel,
+    calibration: Windows | None,
+    folder: Path,
+    progress: Progress,
+) -> Compressed:
+    """Run the passes of ``config`` on ``loaded.model``, which they change in place.
+
+    Args:
+      config: its passes and ``verify.compare``.
+      loaded: the model.
+      calibration: the text that statistics are taken over; None where no pass asks for any.
+      folder: where finished work is kept, for a build that is interrupted.
+      progress: shown what each stage has to show.
+
+    Raises:
+      PassError: a pass cannot do what is asked of it.
+      ConfigError: an override matches no linear.
+    """
+    model = loaded.model
+    compressed = Compressed(model, find_linears(model), find_embeddings(model))
+    all_stages = stages(config.passes)
+    for position, members in enumerate(all_stages):
+        key = stage_key(config, loaded, members, position, calibration)
+        kept = folder / str(position)
+        first = members[0]
+        if isinstance(first, SurveyPass):
+            context = SurveyContext(
+                model=model,
+                linears=compressed.linears,
+                windows=calibration,
+                following=_next_sweep(all_stages[position + 1 :]),
+                checkpoint=loaded.folder,
+                trust_remote_code=loaded.trust_remote_code,
+                folder=kept,
+                key=key,
+                progress=progress,
+            )
+            compressed.surveys.append({"pass": first.name, **first.survey(context)})
+        elif isinstance(first, ModelPass):
+            first.call(model)
+            spec.check(model, spec.Stage.FRONTEND, after=first.name)
+            compressed.linears = find_linears(model)
+        else:
+            passes = [item for item in members if isinstance(item, LayerPass)]
+            checkpoint = SweepCheckpoint(kept, key)
+            _sweep(config, compressed, passes, calibration, checkpoint, progress)
+    return compressed
+
+
+def _next_sweep(following: Sequence[Sequence[Pass]]) -> list[LayerPass]:
+    for members in following:
+        if isinstance(members[0], LayerPass):
+            return [item for item in members if isinstance(item, LayerPass)]
+    return []
+
+
+def _sweep(
+    config: BuildConfig,
+    compressed: Compressed,
+    passes: Sequence[LayerPass],
+    calibration: Windows | None,
+    checkpoint: SweepCheckpoint,
+    progress: Progress,
+) -> None:
+    names = [table.name for table in compressed.embeddings]
+    names += [name for linear in compressed.linears for name in linear.known_as]
+    for item in passes:
+        if isinstance(item, Overridable) and (unmatched := item.unmatched_overrides(names)):
+            raise ConfigError(
+                f"passes.{item.name}.overrides: no linear's name matches {unmatched[0]!r}: "
+                f"names are like {compressed.linears[0].name!r}"
+            )
+    calibrate = next((item for item in passes if isinstance(item, Calibrate)), None)
+    batches = [] if calibration is None or calibrate is None else calibration_batches(calibration)
+    compressed.comparisons |= run_sweep(
+        Executor(
+            compressed.model,
+            compressed.linears,
+            precision="float32" if calibrate is None else calibrate.resolved_precision,
+        ),
+        passes,
+        batches,
+        comparators={name: compensation_solver(name) for name in config.verify.compare},
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    for item in passes:
+        if isinstance(item, QuantizeGptq | QuantizeRtn):
+            quantize_embedding_tables(item, compressed.embeddings, compressed.linears)
+    spec.check(compressed.model, spec.Stage.COMPRESSED, after=passes[-1].name)
+    if any(linear.factorized is not None for linear in compressed.linears):
+        compressed.linears = find_again(compressed.model, compressed.linears)
+
+
+def stage_key(
+    config: BuildConfig,
+    loaded: LoadedModel,
+    members: Sequence[Pass],
+    position: int,
+    calibration: Windows | None,
+) -> str:
+    """Digest of everything that a stage's result depends on."""
+    digest = hashlib.sha256(
+        json.dumps(
+            {
+                "version": __version__,
+                "model": loaded.digest,
+                "passes": config.resolved()["passes"],
+                "stage": [position, *(item.name for item in members)],
+                "compare": config.verify.compare,
+            }
+        ).encode()
+    )
+    if calibration is not None:
+        digest.update(calibration.input_ids.tobytes())
+        digest.update(calibration.attention_mask.tobytes())
+        if calibration.weights is not None:
+            digest.update(calibration.weights.tobytes())
+    return digest.hexdigest()

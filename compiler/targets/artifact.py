@@ -1,0 +1,373 @@
+"""Write an artifact: complete under its name, or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from safetensors import SafetensorError
+
+from eoracc import __version__
+from eoracc.errors import ArtifactError
+from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name, encode_adapter, parse_slots
+from eoracc.runtime.artifact.folder_change import changing
+from eoracc.runtime.artifact.genai_files import CONFIG_FILE, read_decoder
+from eoracc.runtime.artifact.manifest import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    Manifest,
+    backbone_digest,
+    describe_bytes,
+    describe_folder,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from types import TracebackType
+
+    import onnx_ir as ir
+
+    from eoracc.compiler.report.content import Report
+    from eoracc.plugins.operands import LowRank
+    from eoracc.runtime.artifact.manifest import FileEntry
+
+__all__ = [
+    "DATA_FILE",
+    "MODEL_FILE",
+    "ArtifactWriter",
+    "check_output",
+    "package_versions",
+    "refuse_full_disk",
+]
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+_ALIGNMENT = 1 << 12
+"""Offsets in the data file: a page. Coarser ones would pad the many small factors for nothing."""
+
+_ALIGN_ABOVE = 1 << 12
+"""Smaller tensors are read, not mapped, so they are packed."""
+
+_INLINE_BELOW = 1 << 8
+"""Smaller tensors stay in model.onnx, where shape inference can see them."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_PACKAGES = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+
+
+def check_output(output: Path, *, force: bool = False) -> None:
+    """Refuse an output folder before any work is done for it.
+
+    Args:
+      output: the artifact's folder.
+      force: let an existing artifact be replaced; anything else is refused all the same.
+
+    Raises:
+      ArtifactError: it exists, or its place cannot be written to.
+    """
+    try:
+        exists = output.is_symlink() or output.exists()
+    except OSError as error:  # the name is too long
+        raise ArtifactError(f"{output}: {error.strerror}: choose another 'output'") from error
+    if exists:
+        if not force:
+            raise ArtifactError(
+                f"{output}: exists: choose another 'output', or replace it with --force"
+            )
+        if output.is_symlink() or not _is_artifact(output):
+            raise ArtifactError(
+                f"{output}: exists and is no eoracc artifact, so --force does not replace it: "
+                "remove it or choose another 'output'"
+            )
+    parent = _nearest(output.parent)
+    if not parent.is_dir():
+        raise ArtifactError(f"{output}: {parent} is no folder: choose another 'output'")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{output}: {parent} cannot be written to: choose another 'output'")
+
+
+def refuse_full_disk(output: Path, error: BaseException) -> None:
+    """Say in one sentence that there was no room for ``output``, where that is what happened.
+
+    Args:
+      output: the artifact's folder.
+      error: of any kind; it is followed to those that it came from.
+
+    Raises:
+      ArtifactError: the disk was full.
+    """
+    origin: BaseException | None = error
+    while origin is not None:
+        if _says_full(origin):
+            raise ArtifactError(
+                f"{output}: the disk is full: free some space or choose another 'output'"
+            ) from error
+        origin = origin.__cause__ or origin.__context__
+
+
+class ArtifactWriter:
+    """Collects an artifact's files beside its place, and moves them there at the end.
+
+    ::
+
+        with ArtifactWriter(output) as writer:
+            writer.write_model(lowered)
+            ...
+            writer.commit(source=..., config=..., parity=...)
+
+    Leaving the context without :meth:`commit`, by whatever exception, leaves nothing behind.
+
+    Attributes:
+      output: where the artifact will be.
+      folder: where its files are collected; valid inside the context.
+    """
+
+    folder: Path
+
+    def __init__(self, output: Path, *, force: bool = False) -> None:
+        """Check that ``output`` may be written, see :func:`check_output`."""
+        check_output(output, force=force)
+        self.output = output
+        self._force = force
+        self._made: list[Path] = []
+        self._adapters: list[Adapter] = []
+        self._committed = False
+
+    def __enter__(self) -> Self:
+        parent = self.output.parent
+        missing = [path for path in (parent, *parent.parents) if not path.exists()]
+        try:
+            for path in reversed(missing):
+                path.mkdir()
+                self._made.append(path)
+            prefix = f".{self.output.name}.partial-"
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        except OSError as error:
+            self._clean()
+            raise ArtifactError(f"{self.output}: cannot be made: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._committed:
+            return
+        self._clean()
+        if error is not None:
+            refuse_full_disk(self.output, error)
+
+    def write_model(self, model: ir.Model, place: str = "") -> Path:
+        """Write model.onnx and its weights, in graph order, as one file that can be mapped.
+
+        Args:
+          model: the lowered graph.
+          place: the folder of the artifact that it goes into; its root unless given.
+
+        Returns:
+          Where model.onnx is, until the artifact is committed.
+
+        Raises:
+          ArtifactError: the disk has less room than the weights need.
+        """
+        import onnx_ir  # noqa: PLC0415 - `eoracc schema` and the like do without
+
+        needed = sum(
+            value.const_value.nbytes
+            for graph in model.graphs()
+            for value in graph.initializers.values()
+            if value.const_value is not None
+        )
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ArtifactError(
+                f"{self.output}: {needed:,} bytes are needed and {free:,} are left on the disk: "
+                "free some space or choose another 'output'"
+            )
+        path = self.folder / place / MODEL_FILE
+        path.parent.mkdir(exist_ok=True)
+        onnx_ir.save(
+            model,
+            path,
+            external_data=DATA_FILE,
+            size_threshold_bytes=_INLINE_BELOW,
+            alignment=_ALIGNMENT,
+            align_threshold=_ALIGN_ABOVE,
+        )
+        return path
+
+    def copy(self, files: Iterable[Path]) -> None:
+        """Copy files into the artifact under their own names, times and owners left out."""
+        for path in files:
+            shutil.copyfile(path, self.folder / path.name)
+
+    def write_library(self, library: Path) -> str:
+        """Copy the native library; returns its name for genai_config.json."""
+        self.copy([library])
+        return library.name
+
+    def write_genai_config(self, config: Mapping[str, Any]) -> None:
+        """Write genai_config.json."""
+        self.write_json(CONFIG_FILE, config)
+
+    def write_report(self, report: Report) -> None:
+        """Write report.json."""
+        self.write_json(REPORT_FILE, report.as_dict())
+
+    def write_adapter(
+        self, name: str, factors: Mapping[str, LowRank], details: Mapping[str, Any]
+    ) -> None:
+        """Keep an adapter for :meth:`commit`, which knows what it is bound to.
+
+        Args:
+          name: see :func:`eoracc.runtime.adapters.adapter.check_adapter_name`.
+          factors: by linear.
+          details: what JSON can hold.
+
+        Raises:
+          ArtifactError: the name is none, or taken.
+        """
+        check_adapter_name(name)
+        if any(one.name == name for one in self._adapters):
+            raise ArtifactError(f"{self.output}: has an adapter '{name}' already")
+        self._adapters.append(Adapter(name, factors, "", details))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write ``content`` so that equal content gives equal bytes; NaN is refused."""
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def commit(
+        self,
+        *,
+        source: Mapping[str, str],
+        config: Mapping[str, Any],
+        parity: Mapping[str, Any],
+        packages: Mapping[str, str] | None = None,
+    ) -> Manifest:
+        """Write the manifest and move the finished folder to :attr:`output`.
+
+        Args:
+          source: the checkpoint: ``model`` as configured and ``digest`` over its weights.
+          config: the resolved model.yaml.
+          parity: figures of the parity gate.
+          packages: versions; None looks them up.
+
+        Raises:
+          ArtifactError: the model does not take an adapter, or the output cannot be written.
+        """
+        files = describe_folder(self.folder)
+        files |= self._write_adapters(backbone_digest(files))
+        manifest = Manifest.of(
+            files,
+            source=source,
+            config=config,
+            packages=package_versions() if packages is None else packages,
+            parity=parity,
+        )
+        (self.folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in sorted(self.folder.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # safetensors gives 0600
+            _sync(path)
+        _sync(self.folder)
+        self.folder.chmod(0o777 & ~umask)  # mkdtemp gives 0700
+        self._move()
+        return manifest
+
+    def _write_adapters(self, digest: str) -> dict[str, FileEntry]:
+        """Write the files of all adapters, for the backbone of that digest."""
+        written: dict[str, FileEntry] = {}
+        if not self._adapters:
+            return written
+        path = read_decoder(self.folder).model
+        slots = parse_slots(path.read_bytes(), path)
+        if slots is None:
+            raise ArtifactError(f"{self.output}: the model takes no adapters")
+        for adapter in self._adapters:
+            for name, content in encode_adapter(replace(adapter, backbone=digest), slots).items():
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                (self.folder / name).write_bytes(content)
+                written[name] = describe_bytes(content)
+        return written
+
+    def _move(self) -> None:
+        check_output(self.output, force=self._force)
+        # Whoever reads or changes what is there goes first, and finds the new one afterwards.
+        with changing(self.output) if self.output.exists() else nullcontext():
+            if self.output.exists():
+                self.output.rename(self._replaced)
+            try:
+                self.folder.rename(self.output)
+            except BaseException:
+                if self._replaced.exists():
+                    self._replaced.rename(self.output)
+                raise
+        self._committed = True
+        _sync(self.output.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    @property
+    def _replaced(self) -> Path:
+        """Where the artifact that ``--force`` replaces waits until the new one is in its place."""
+        return self.folder.with_name(f"{self.folder.name}-replaced")
+
+    def _clean(self) -> None:
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for path in reversed(self._made):
+            try:
+                path.rmdir()
+            except OSError:  # somebody else has put something there meanwhile
+                break
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of eoracc and of the packages that a build's bytes depend on."""
+    versions = {"eoracc": __version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == "eoracc artifact"
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest ancestor of ``path`` that exists, itself included."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, SafetensorError):  # has no errno, only its text
+        return any(f"(os error {number})" in str(error) for number in _FULL)
+    return isinstance(error, OSError) and error.errno in _FULL

@@ -1,0 +1,1 @@
+"""Target onnxruntime: lower the graph for ONNX Runtime and write it."""

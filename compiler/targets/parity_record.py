@@ -1,0 +1,442 @@
+"""Record what the compressed model computes in eager PyTorch, for the parity gate.
+
+The record goes into the artifact, so that parity can be checked again on a machine that has neither
+PyTorch nor the original model (:mod:`eoracc.runtime.parity.check`). It holds, per linear, seeded
+inputs with their outputs, and logits of the whole model over every way of calling it.
+
+Tolerances are derived, never chosen. A float32 sum of ``n`` products, in any order, is off by at
+most ``n u sum |x_i w_i|`` (Higham, *Accuracy and Stability*, section 3.1), ``u = 2^-24``; that is
+the bound of a linear, element by element. Through the network errors add along the residual
+stream, with random signs: a linear of depth K adds ``sqrt(K) u`` relative to its output, and
+the logits may be off by the sum of those times their largest magnitude. The two factors of a weight
+are two linears, of depths K and r. Where activations are
+rounded to int8, what that may change is added (:mod:`eoracc.compiler.eager.int8_activations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from eoracc.compiler.eager.int8_activations import (
+    linear_tolerance,
+    rounded_activations,
+    rounding_tolerance,
+)
+from eoracc.compiler.eager.model import load_eager, reference_logits, replace_weights
+from eoracc.compiler.progress import Phase
+from eoracc.compiler.sweep.executor import Executor, make_batches
+from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
+from eoracc.compiler.targets.tensorrt.half_precision import round_to
+from eoracc.compiler.text.windows import Windows
+from eoracc.passes.graph.embeddings import Embedding
+from eoracc.passes.graph.linears import Linear
+from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.runtime.memory import release_memory
+from eoracc.runtime.onnxruntime.graph_session import GraphSession
+from eoracc.runtime.parity.check import ParityCase, ParityLinear, ParityRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "PARITY_STEPS",
+    "AdapterCases",
+    "adapter_cases",
+    "logits_tolerance",
+    "record_graph_parity",
+    "record_parity",
+]
+
+_UNIT_ROUNDOFF = 2.0**-24
+_LINEAR_ROWS = 2
+_NO_ADAPTER: Mapping[str, LowRank] = MappingProxyType({})
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One way of calling a decoder.
+
+    Attributes:
+      name: for the report.
+      lengths: valid tokens per row; shorter rows are padded on the right.
+      chunks: lengths of the calls, one after another through the cache.
+      positions: tokens whose logits are kept, per row; negative ones count from the row's end.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    chunks: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+_CALLS = (
+    _Call("prefill", (64,), (64,), (0, 21, -1)),
+    # One call after another through one cache: each costs a model that runs through functions dear.
+    _Call("decode and chunk on cache", (50,), (32, 1, 1, 16), (31, 32, 33, -16, -1)),
+    _Call("batch of unequal lengths", (48, 31, 17), (48,), (-1,)),
+)
+
+_ADAPTER_CALLS = 2
+"""How many of them are made with each adapter: rows of a batch are what all of them share."""
+
+PARITY_STEPS = len(_CALLS)
+"""How often :func:`record_parity` advances its phase."""
+
+
+def record_parity(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    original: Executor,
+    windows: Windows,
+    *,
+    folder: Path,
+    phase: Phase,
+    accuracy_level: int = 0,
+    trust_remote_code: bool = False,
+) -> ParityRecord:
+    """Run the compressed model eagerly and keep what the artifact must reproduce.
+
+    Args:
+      linears: of the compressed graph.
+      embeddings: its tables, compressed or not.
+      original: the uncompressed graph, to show how far tolerances are below the effect of
+        compression.
+      windows: real text, to be cut into prompts.
+      folder: the original checkpoint as a Hugging Face folder.
+      phase: advanced once per way of calling the model.
+      accuracy_level: of the artifact's linears; 4 rounds activations to int8.
+      trust_remote_code: let transformers run code that the checkpoint brings.
+    """
+    compressed = [linear for linear in linears if linear.compressed is not None]
+    rng = np.random.default_rng(_SEED)
+    inputs = {
+        width: rng.standard_normal((_LINEAR_ROWS, width), np.float32)
+        for width in sorted({linear.in_features for linear in compressed})
+    }
+    records = [_linear(one, inputs[one.in_features], accuracy_level) for one in compressed]
+    release_memory()
+    weights = _compressed_weights(linears, embeddings)
+    model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
+    cases = []
+    for call in _CALLS:
+        cases.append(_case(model, call, linears, windows, accuracy_level))
+        phase.advance(call.name)
+    del model
+    release_memory()
+    prefill = cases[0]
+    effect = np.abs(prefill.logits - _original_logits(original, prefill)).max()
+    return ParityRecord(
+        inputs=inputs, linears=records, cases=cases, compression_effect=float(effect)
+    )
+
+
+WeightOf = Callable[[str, NBitsWeight, LowRank | None, ir.DataType], NDArray[np.float32]]
+"""From a name, a stored weight, its factors and the narrow type of a graph to what the graph
+multiplies with, ``float32 [N, K]``."""
+
+
+def record_graph_parity(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    original: Executor,
+    windows: Windows,
+    *,
+    graph: Path,
+    dtype: ir.DataType,
+    folder: Path,
+    phase: Phase,
+    weight_of: WeightOf = rounded_product,
+    trust_remote_code: bool = False,
+) -> ParityRecord:
+    """As :func:`record_parity`, for a graph that is made for a GPU, in a narrow type.
+
+    The eager model has the weights, tables and biases that the graph has, rounded to its type, and
+    computes in float32: so does the graph's twin (:mod:`eoracc.runtime.onnxruntime.float32_twin`)
+    that it is compared with. How much more a GPU may be off, which rounds activations too, is
+    measured on the twin with rounding, as :mod:`eoracc.compiler.eager.int8_activations` does it for
+    integers.
+
+    Args:
+      linears: of the compressed graph.
+      embeddings: its tables, compressed or not.
+      original: the uncompressed graph, to show how far tolerances are below the effect of
+        compression.
+      windows: real text, to be cut into prompts.
+      graph: the lowered graph's file, its weights beside it.
+      dtype: its narrow type.
+      folder: the original checkpoint as a Hugging Face folder.
+      phase: advanced once per way of calling the model.
+      weight_of: what the graph multiplies with for a compressed weight.
+      trust_remote_code: let transformers run code that the checkpoint brings.
+    """
+    weights = _rounded_weights(linears, embeddings, dtype, weight_of)
+    model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
+    with torch.no_grad():
+        _round_biases(model, dtype)
+    exact = [_case(model, call, linears, windows, 0) for call in _CALLS]
+    del model
+    release_memory()
+    session = GraphSession.open(graph, rounded=True)
+    cases = []
+    for case in exact:
+        logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
+        rounding = rounding_tolerance(case.logits, logits[case.rows, case.columns])
+        cases.append(replace(case, rounding=rounding))
+        phase.advance(case.name)
+    effect = np.abs(cases[0].logits - _original_logits(original, cases[0])).max()
+    return ParityRecord(inputs={}, linears=[], cases=cases, compression_effect=float(effect))
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterCases:
+    """What the artifact with one adapter must reproduce.
+
+    Attributes:
+      library: whole calls, for the native library.
+      function: the first of them for the model-local functions, which never round activations: its
+        tolerance is that of float32 at every accuracy level.
+      effect: largest change that the adapter makes to a logit of the first call.
+    """
+
+    library: Sequence[ParityCase]
+    function: ParityCase
+    effect: float
+
+
+def adapter_cases(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    adapters: Mapping[str, tuple[Mapping[str, LowRank], Windows]],
+    *,
+    folder: Path,
+    phase: Phase,
+    accuracy_level: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, AdapterCases]:
+    """Run the compressed model eagerly with each adapter's factors in its weights.
+
+    Args:
+      linears: of the backbone.
+      embeddings: its tables, compressed or not.
+      adapters: factors by linear, and text to be cut into prompts, by the adapter's name.
+      folder: the original checkpoint as a Hugging Face folder.
+      phase: advanced once per adapter.
+      accuracy_level: of the artifact's linears; 4 rounds activations to int8.
+      trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Returns:
+      By adapter, what the artifact with that adapter must reproduce.
+    """
+    model = load_eager(
+        folder, _compressed_weights(linears, embeddings), trust_remote_code=trust_remote_code
+    )
+    found: dict[str, AdapterCases] = {}
+    for name, (factors, windows) in adapters.items():
+        adapted = [linear for linear in linears if linear.name in factors]
+        replace_weights(model, _compressed_weights(adapted, (), factors))
+        library = [
+            _case(model, call, linears, windows, accuracy_level, factors)
+            for call in _CALLS[:_ADAPTER_CALLS]
+        ]
+        function = replace(
+            library[0], tolerance=logits_tolerance(linears, library[0].logits, factors)
+        )
+        replace_weights(model, _compressed_weights(adapted, ()))
+        without = _case(model, _CALLS[0], linears, windows, 0)
+        effect = float(np.abs(function.logits - without.logits).max())
+        found[name] = AdapterCases(library, function, effect)
+        phase.advance(name)
+    return found
+
+
+def logits_tolerance(
+    linears: Sequence[Linear],
+    logits: NDArray[np.float32],
+    adapter: Mapping[str, LowRank] = _NO_ADAPTER,
+) -> float:
+    """How far float32 logits may be off (see the module's text), in logits.
+
+    Args:
+      linears: of the backbone.
+      logits: what they come to.
+      adapter: factors on top of it, by linear.
+    """
+    depths = [
+        linear.in_features
+        + _rank(linear)
+        + (adapter[linear.name].rank if linear.name in adapter else 0)
+        for linear in linears
+    ]
+    return float(_UNIT_ROUNDOFF * np.sqrt(depths).sum() * np.abs(logits).max())
+
+
+def _rank(linear: Linear) -> int:
+    return 0 if linear.factors is None else linear.factors.rank
+
+
+def _linear(linear: Linear, inputs: NDArray[np.float32], accuracy_level: int) -> ParityLinear:
+    x = torch.from_numpy(inputs).double()
+    backbone = torch.from_numpy(linear.backbone_weight()).double()
+    outputs = torch.nn.functional.linear(x, backbone)
+    magnitude = torch.nn.functional.linear(x.abs(), backbone.abs())
+    if linear.factors is not None:
+        a = torch.from_numpy(linear.factors.down()).double()
+        b = torch.from_numpy(linear.factors.up()).double()
+        outputs += x @ a.T @ b.T
+        magnitude += x.abs() @ a.abs().T @ b.abs().T
+    # + 3: dequantization rounds twice, the sum of backbone and correction once; + 2: so do the
+    # scales of int8 factors.
+    is_int8 = linear.factors is not None and linear.factors.lora_a.dtype == np.int8
+    length = linear.in_features + _rank(linear) + 3 + 2 * is_int8
+    tolerance = (length * _UNIT_ROUNDOFF * magnitude).float().numpy()
+    if accuracy_level:
+        tolerance = tolerance + linear_tolerance(linear, inputs)
+    return ParityLinear(name=linear.name, outputs=outputs.float().numpy(), tolerance=tolerance)
+
+
+def _weight_with(linear: Linear, adapter: LowRank | None) -> NDArray[np.float32]:
+    weight = linear.effective_weight()
+    return weight if adapter is None else weight + adapter.product()
+
+
+class _LazyWeights(Mapping[str, NDArray[np.float32]]):
+    """Weights by module name, each made when it is asked for."""
+
+    def __init__(self, made: Mapping[str, Callable[[], NDArray[np.float32]]]) -> None:
+        self._made = made
+
+    @override
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self._made[name]()
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def _compressed_weights(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    adapter: Mapping[str, LowRank] = _NO_ADAPTER,
+) -> _LazyWeights:
+    """What passes have put in place of weights."""
+    changed = {
+        linear.name: partial(_weight_with, linear, adapter.get(linear.name))
+        for linear in linears
+        if linear.compressed is not None or linear.whole is not None
+    }
+    tables = {
+        embedding.name: embedding.compressed.dequantize
+        for embedding in embeddings
+        if embedding.compressed is not None
+    }
+    return _LazyWeights(changed | tables)
+
+
+def _rounded_weights(
+    linears: Sequence[Linear],
+    embeddings: Sequence[Embedding],
+    dtype: ir.DataType,
+    weight_of: WeightOf,
+) -> _LazyWeights:
+    """All weights and tables, as a graph of the narrow ``dtype`` has them."""
+
+    def linear(one: Linear) -> NDArray[np.float32]:
+        if one.compressed is None:
+            return round_to(one.weight(), dtype, one.name).astype(np.float32)
+        return weight_of(one.name, one.compressed, one.factors, dtype)
+
+    def table(one: Embedding) -> NDArray[np.float32]:
+        if one.compressed is None:
+            return round_to(one.weight(), dtype, one.name).astype(np.float32)
+        return weight_of(one.name, one.compressed, None, dtype)
+
+    return _LazyWeights(
+        {one.name: partial(table, one) for one in embeddings}
+        | {one.name: partial(linear, one) for one in linears}
+    )
+
+
+def _round_biases(model: PreTrainedModel, dtype: ir.DataType) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            rounded = round_to(module.bias.numpy(), dtype, f"{name}.bias").astype(np.float32)
+            module.bias.copy_(torch.from_numpy(rounded))
+
+
+def _case(
+    model: PreTrainedModel,
+    call: _Call,
+    linears: Sequence[Linear],
+    windows: Windows,
+    accuracy_level: int,
+    adapter: Mapping[str, LowRank] = _NO_ADAPTER,
+) -> ParityCase:
+    text = windows.input_ids.reshape(-1)[windows.attention_mask.reshape(-1).astype(bool)]
+    ids, mask = _prompts(text, call.lengths)
+    logits = reference_logits(model, ids, mask, chunks=call.chunks)
+    rows, columns = _kept(call)
+    kept = logits[rows, columns]
+    tolerance = logits_tolerance(linears, kept, adapter)
+    if accuracy_level:
+        with rounded_activations(model, linears):
+            rounded = reference_logits(model, ids, mask, chunks=call.chunks)
+        tolerance += rounding_tolerance(kept, rounded[rows, columns])
+    return ParityCase(
+        name=call.name,
+        input_ids=ids,
+        attention_mask=mask,
+        chunks=call.chunks,
+        rows=rows,
+        columns=columns,
+        logits=kept,
+        tolerance=tolerance,
+    )
+
+
+def _prompts(
+    text: NDArray[np.int64], lengths: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ids = np.zeros((len(lengths), max(lengths)), np.int64)
+    mask = np.zeros_like(ids)
+    start = 0
+    for row, length in enumerate(lengths):
+        # Short texts wrap around: parity asks for real tokens, not for many different ones.
+        ids[row, :length] = text[np.arange(start, start + length) % len(text)]
+        mask[row, :length] = 1
+        start += length
+    return ids, mask
+
+
+def _kept(call: _Call) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    pairs = [
+        (row, position % length)
+        for row, length in enumerate(call.lengths)
+        for position in call.positions
+    ]
+    rows, columns = zip(*pairs, strict=True)
+    return np.array(rows), np.array(columns)
+
+
+def _original_logits(original: Executor, case: ParityCase) -> NDArray[np.float32]:
+    (batch,) = make_batches(case.input_ids, case.attention_mask, size=len(case.input_ids))
+    original.run_to_head([batch], Linear.weight)
+    hidden = original.head_input(batch)[case.rows, case.columns]
+    logits: NDArray[np.float32] = original.logits(hidden[None], original.linears[-1].weight())[0]
+    return logits

@@ -1,0 +1,1 @@
+"""Targets tensorrt_rtx and tensorrt: lower the graph, build and bundle engines."""

@@ -1,0 +1,1 @@
+"""Calibration and held-out text: its sources, and windows of tokens."""

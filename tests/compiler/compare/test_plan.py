@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from eoracc.compiler.compare.plan import BudgetProblem, Method, find_methods, fit
+from eoracc.compiler.compare.planned_bytes import planned_bytes, rank_limit
+from eoracc.compiler.config.sections import BuildConfig, budget_bits, parse_budget
+from eoracc.errors import ConfigError
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.compensate.zeroquant_v2 import ZeroQuantV2
+from eoracc.passes.factorize.base import factorized_rank
+from eoracc.passes.factorize.svd_llm import SvdLlm
+from eoracc.passes.graph.linears import Linear
+from eoracc.passes.plan.allocate import Allocate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eoracc.passes.base import Pass
+
+SHAPES = {"self_attn.q_proj": (48, 40), "self_attn.k_proj": (16, 40), "mlp.down_proj": (40, 88)}
+
+QUANTIZE = {"quantize_gptq": {"bits": 3, "group_size": 16}}
+
+
+def linears() -> list[Linear]:
+    """Two blocks and a head, of no graph: plans go by shapes and names."""
+    shapes = {
+        f"model.layers.{block}.{name}": shape for block in (0, 1) for name, shape in SHAPES.items()
+    } | {"lm_head": (100, 40)}
+    return [
+        Linear(
+            name=name,
+            node=None,  # type: ignore[arg-type]
+            in_features=columns,
+            out_features=rows,
+            source=None,
+            transposed=False,
+        )
+        for name, (rows, columns) in shapes.items()
+    ]
+
+
+def blocks() -> list[Linear]:
+    return [linear for linear in linears() if linear.block is not None]
+
+
+def config(*passes: Any, **fields: Any) -> BuildConfig:  # noqa: ANN401
+    return BuildConfig.model_validate(
+        {
+            "model": "m",
+            "output": "o",
+            "calibration": {"text": "t"},
+            "passes": list(passes) or ["calibrate", QUANTIZE, {"eora": {"rank": 8}}],
+            **fields,
+        }
+    )
+
+
+def method(name: str, *passes: Any, **fields: Any) -> Method:  # noqa: ANN401
+    (found,) = find_methods(config(*passes, **fields), [name])
+    return found
+
+
+def names(passes: Sequence[Pass]) -> list[str]:
+    return [item.name for item in passes]
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "bits"),
+    [(3.5, "3.5", 3.5), ("4", "4", 4.0), ("30%", "30%", 11.2), (" 0.5 % ".strip(), "0.5%", 15.92)],
+)
+def test_budgets(value: object, text: str, bits: float) -> None:
+    assert parse_budget(value) == text
+    assert budget_bits(text) == pytest.approx(bits, rel=1e-15)
+
+
+@pytest.mark.parametrize("value", ["", "many", "nan", "inf", 0, -3, "0%", "100%", True, "30 MB"])
+def test_no_budgets(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"is no budget: give bits per weight, 3\.5, or the"):
+        parse_budget(value)
+
+
+# --- methods --------------------------------------------------------------------------------------
+
+
+def test_compensations_take_the_place_of_the_one_that_is_there() -> None:
+    override = {"*.k_proj": {"rank": 2}}
+    passes = (
+        "calibrate",
+        QUANTIZE,
+        {"eora": {"rank": 8, "energy": 0.1, "factor_type": "int8", "overrides": override}},
+        {"quantize_factors": {"bits": 4}},
+    )
+    found = method("eora", *passes)
+    assert found.family == "compensation"
+    assert found.passes == config(*passes).passes
+    found = method("zeroquant_v2", *passes)
+    assert names(found.passes) == ["calibrate", "quantize_gptq", "zeroquant_v2", "quantize_factors"]
+    other = found.passes[2]
+    assert isinstance(other, ZeroQuantV2)
+    assert other.factor_type == "int8"
+    assert list(other.overrides) == ["*.k_proj"]
+    assert names(method("svd", "calibrate", QUANTIZE).passes)[-1] == "svd"
+    assert names(method("none", *passes).passes) == ["calibrate", "quantize_gptq"]
+
+
+def test_factorisations_take_the_place_of_all_that_compresses() -> None:
+    quantize = {"quantize_gptq": {"bits": 3, "overrides": {"*.k_proj": {"skip": True}}}}
+    found = method("svd_llm", "calibrate", quantize, "eora")
+    assert found.family == "factorization"
+    assert names(found.passes) == ["calibrate", "svd_llm"]
+    factorization = found.passes[1]
+    assert isinstance(factorization, SvdLlm)
+    assert factorization.overrides["*.k_proj"].skip
+    again = ("calibrate", {"erc_svd": {"beta": 0.1}}, "calibrate", QUANTIZE, "eora")
+    assert names(method("nsvd", *again).passes) == ["calibrate", "nsvd"]
+    assert method("erc_svd", *again).passes[1] == config(*again).passes[1]
+
+
+def test_saes_svd_is_given_the_statistics_that_it_needs() -> None:
+    found = method("saes_svd", {"calibrate": {"through": "original"}}, QUANTIZE)
+    assert found.passes[0] == Calibrate(match="outputs")
+
+
+def test_recipes_stand_instead_of_the_passes() -> None:
+    compare = {"methods": {"mine": ["calibrate", "erc_svd"], "fixed": [{"quantize_rtn": {}}]}}
+    found = find_methods(config(compare=compare), ["fixed", "mine", "fixed", "none"])
+    assert [(one.name, one.family, one.takes_budget) for one in found] == [
+        ("fixed", "recipe", False),
+        ("mine", "recipe", True),
+        ("none", "quantization", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "passes", "sentence"),
+    [
+        ("eroa", (), "there is no method 'eroa': did you mean 'eora'?"),
+        ("calibrate", (), "there is no method 'calibrate': "),
+        (
+            "eora",
+            ({"quantize_rtn": {}},),
+            "method 'eora': eora: needs 'calibrate' before it: put it above",
+        ),
+        (
+            "svd",
+            ("calibrate", "erc_svd"),
+            "method 'svd': there is nothing to compensate: put a quantize pass into 'passes'",
+        ),
+    ],
+)
+def test_methods_that_cannot_be(name: str, passes: tuple[Any, ...], sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        method(name, *passes)
+    assert str(raised.value).startswith(sentence)
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def by_hand(rank: int, shape: tuple[int, int], kind: str) -> int:
+    """Bytes of a 3-bit weight in groups of 16 with zero points, and of its factors."""
+    rows, columns = shape
+    groups = -(-columns // 16)
+    weight = rows * groups * (6 + 2 + 1)
+    if not rank:
+        return weight
+    values = rank * (rows + columns)
+    return (
+        weight
+        + {
+            "float16": 2 * values,
+            "int8": values + 4 * (rows + rank),
+            "int4": -(-rank * rows // 2) + -(-rank * columns // 2) + 4 * (rows + rank),
+        }[kind]
+    )
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8", "int4"])
+def test_the_largest_rank_that_fits(kind: str) -> None:
+    passes = ("calibrate", QUANTIZE, {"eora": {"factor_type": kind}})
+    weights = sum(rows * columns for rows, columns in SHAPES.values())
+    for bits in (5.2, 6, 8.1, 30):
+        found = fit(method("eora", *passes), str(bits), blocks())
+        rank = found.rank
+        assert rank is not None
+        last = found.passes[-1]
+        assert isinstance(last, Eora)
+        assert last.rank == rank
+
+        def taken(rank: int) -> float:
+            total = sum(by_hand(rank, shape, kind) for shape in SHAPES.values())
+            return 8 * total / weights
+
+        assert planned_bytes(found.passes, blocks()) == 2 * taken(rank) * weights / 8
+        assert taken(rank) <= bits
+        assert rank == 16 or taken(rank + 1) > bits
+
+
+def test_no_rank_exceeds_the_smaller_side_unless_overridden() -> None:
+    # k_proj has 16 rows; with a rank of its own, or left out, the next smallest side is 40.
+    assert fit(method("eora"), "60", blocks()).rank == 16
+    for override in ({"rank": 2}, {"skip": True}):
+        passes = ("calibrate", QUANTIZE, {"eora": {"overrides": {"*.k_proj": override}}})
+        found = method("eora", *passes)
+        assert rank_limit(found.passes, blocks()) == 40
+        assert fit(found, "60", blocks()).rank == 40
+
+
+def test_factors_rounded_by_a_later_pass_count_as_they_are_stored() -> None:
+    passes = ("calibrate", QUANTIZE, "eora", {"quantize_factors": {"bits": 4}})
+    alike = ("calibrate", QUANTIZE, {"eora": {"factor_type": "int4"}})
+    for budget in ("6", "8"):
+        found, other = (fit(method("eora", *p), budget, blocks()) for p in (passes, alike))
+        assert found.rank == other.rank
+
+
+def test_ratios() -> None:
+    found = fit(method("svd_llm"), "30%", blocks())
+    assert found.ratio == 0.3
+    last = found.passes[-1]
+    assert isinstance(last, SvdLlm)
+    assert last.ratio == 0.3
+    weights = sum(rows * columns for rows, columns in SHAPES.values())
+    expected = sum(2 * factorized_rank(*s, 0.3) * sum(s) for s in SHAPES.values())
+    assert planned_bytes(found.passes, blocks()) == 2 * expected <= 2 * 2 * weights * 0.7
+
+
+def test_the_smallest_ratio_whose_quantized_factors_fit() -> None:
+    compare = {
+        "methods": {
+            "mine": ["calibrate", "svd_llm", "calibrate", QUANTIZE, {"eora": {"rank": 2}}],
+            "bare": ["calibrate", "svd_llm", "calibrate", QUANTIZE],
+        }
+    }
+    mine, bare = find_methods(config(compare=compare), ["mine", "bare"])
+    weights = sum(one.out_features * one.in_features for one in blocks())
+    found = fit(bare, "3", blocks())
+    assert found.ratio is not None
+
+    def taken(ratio: float) -> float:
+        passes = tuple(
+            replace(item, ratio=ratio) if isinstance(item, SvdLlm) else item for item in bare.passes
+        )
+        return 8 * planned_bytes(passes, blocks()) / weights
+
+    assert taken(found.ratio) <= 3 < taken(found.ratio - 0.001)
+    # The factorisation of this one stays as it is: the compensation takes the budget.
+    found = fit(mine, "6", blocks())
+    assert found.ratio is None
+    assert found.rank is not None
+    assert found.rank > 0
+
+
+def test_passes_that_spend_a_budget_themselves() -> None:
+    compare = {
+        "methods": {
+            "allocated": [{"allocate": {"bits_per_weight": 9}}, "calibrate", QUANTIZE, "eora"],
+            "last": [{"select_last_k": {"ratio": 0.5}}, "calibrate", "erc_svd"],
+            "average": [{"select_last_k": {"average_bits": 3}}, "calibrate", QUANTIZE],
+        }
+    }
+    allocated, last, average = find_methods(config(compare=compare), list(compare["methods"]))
+    first = fit(allocated, "3.5", blocks()).passes[0]
+    assert isinstance(first, Allocate)
+    assert (first.bits_per_weight, first.bytes) == (3.5, None)
+    found = fit(last, "20%", blocks())
+    assert found.ratio == 0.2
+    assert [getattr(item, "ratio", None) for item in found.passes] == [0.2, None, 0.2]
+    assert not average.takes_budget
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "problem"),
+    [
+        ("eora", "5", r"^the quantized weights alone take 5\.12 bits per weight$"),
+        ("svd_llm", "16", r"^it leaves nothing to remove: weights take 16 bits as they are$"),
+        ("svd_llm", "0.1", r"^the smallest factors take \d\.\d\d bits per weight$"),
+    ],
+)
+def test_budgets_that_cannot_be_kept(name: str, budget: str, problem: str) -> None:
+    with pytest.raises(BudgetProblem, match=problem):
+        fit(method(name), budget, blocks())
+
+
+def test_a_head_that_is_quantized_counts() -> None:
+    overrides = {"lm_head": {"bits": 8}}
+    passes = ("calibrate", {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": overrides}})
+    head = linears()[-1:]
+    found = method("none", *passes)
+    assert planned_bytes(found.passes, head) == 100 * 3 * (16 + 2 + 1)
+    assert planned_bytes(method("none").passes, head) == 2 * 100 * 40

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
+
+from eoracc.compiler.eager.model import load_eager, reference_logits
+from eoracc.compiler.frontend import load as frontend
+from eoracc.compiler.frontend.load import load
+from eoracc.errors import ModelError
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.names import PARTS
+from eoracc.passes.graph.spec import Stage, check
+from tests.graph_session import GraphSession, assert_close, padded_mask
+from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENS = 12
+LENGTHS = (12, 8, 5)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: tiny_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return tiny_model("llama", tmp_path / "model")
+
+
+def tokens() -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(7).integers(3, VOCABULARY, (len(LENGTHS), TOKENS))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graph_equals_eager_model(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = load(str(checkpoints[family]), work=tmp_path)
+    check(loaded.model, Stage.FRONTEND, after="frontend")
+    session = GraphSession(loaded.model, tmp_path)
+    eager = load_eager(loaded.folder, {})
+    input_ids = tokens()
+    left = padded_mask(LENGTHS, TOKENS, left=True)
+    right = padded_mask(LENGTHS, TOKENS, left=False)
+    cases = [
+        (None, (TOKENS,)),  # prefill
+        (None, (8, 1, 1, 1, 1)),  # decode through the cache, past every window
+        (None, (7, 5)),  # a chunk on a cache
+        (left, (TOKENS,)),
+        (left, (9, 1, 1, 1)),
+        (left, (8, 4)),
+        (right, (TOKENS,)),
+    ]
+    for mask, chunks in cases:
+        expected = reference_logits(eager, input_ids, mask, chunks=chunks)
+        actual = session.logits(input_ids, mask, chunks=chunks)
+        assert_close(actual, expected, loaded.config, mask)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_are_named_as_modules(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = load(str(checkpoints[family]), work=tmp_path)
+    eager = load_eager(loaded.folder, {})
+    modules = {
+        name: module.weight.numpy()
+        for name, module in eager.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    linears = find_linears(loaded.model)
+    for linear in linears:
+        weight = modules.pop(linear.name, None)
+        if weight is not None:
+            np.testing.assert_array_equal(linear.weight(), weight)
+    # What is left is stored fused: it stacks the parts that the graph has.
+    by_name = {linear.name: linear for linear in linears}
+    for name, weight in modules.items():
+        parent, _, role = name.rpartition(".")
+        parts = [by_name[f"{parent}.{part}"].weight() for part in PARTS[role]]
+        np.testing.assert_array_equal(np.concatenate(parts), weight)
+
+
+@pytest.mark.parametrize("family", ["smollm", "qwen2", "qwen3", "gemma3"])
+def test_tied_head_multiplies_with_the_embedding(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    loaded = load(str(checkpoints[family]), work=tmp_path)
+    wide = [
+        name
+        for name, value in loaded.model.graph.initializers.items()
+        if value.shape is not None and VOCABULARY in tuple(value.shape)
+    ]
+    assert wide == ["model.embed_tokens.weight"]
+
+
+def test_graph_does_not_depend_on_where_the_checkpoint_lies(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    loaded = [load(str(folder), work=tmp_path) for folder in (checkpoint, moved)]
+    assert loaded[0].digest == loaded[1].digest
+    assert loaded[0].model.graph.name == loaded[1].model.graph.name
+    assert str(tmp_path) not in str(loaded[0].model.graph.name)
+
+
+def test_digest_covers_weights_and_configuration(checkpoint: Path, tmp_path: Path) -> None:
+    before = load(str(checkpoint), work=tmp_path).digest
+    _edit_config(checkpoint, rms_norm_eps=2e-6)
+    after_config = load(str(checkpoint), work=tmp_path).digest
+    _edit_weights(checkpoint, "model.norm.weight", lambda weight: weight + 1)
+    assert len({before, after_config, load(str(checkpoint), work=tmp_path).digest}) == 3
+
+
+def test_sharded_bfloat16_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    model: Any = load_eager(checkpoint, {})
+    model.to(torch.bfloat16)
+    folder = tmp_path / "sharded"
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded = load(str(folder), work=tmp_path)
+    expected = reference_logits(load_eager(folder, {}), tokens())
+    assert_close(GraphSession(loaded.model, tmp_path).logits(tokens()), expected, loaded.config)
+
+
+def test_tokenizer_files_are_those_that_exist(checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load(str(checkpoint), work=tmp_path)
+    assert [path.name for path in loaded.tokenizer_files()] == ["generation_config.json"]
+    with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        loaded.tokenizer()
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def _edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def _edit_weights(folder: Path, name: str, change: Any) -> None:  # noqa: ANN401
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _refused(source: Path | str, work: Path, match: str) -> None:
+    with pytest.raises(ModelError, match=match) as caught:
+        load(str(source), work=work)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    _refused(tmp_path / "nowhere", tmp_path, "nowhere does not exist")
+
+
+def test_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.txt").write_text("")
+    _refused(tmp_path / "model.txt", tmp_path, "neither a model folder nor a .gguf file")
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    _refused(tmp_path, tmp_path, "has no config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"), [("{", "is not valid JSON"), ("{}", "has no field model_type")]
+)
+def test_damaged_config(checkpoint: Path, tmp_path: Path, content: str, match: str) -> None:
+    (checkpoint / "config.json").write_text(content)
+    _refused(checkpoint, tmp_path, match)
+
+
+def test_config_that_transformers_refuses(checkpoint: Path, tmp_path: Path) -> None:
+    _edit_config(checkpoint, model_type="no_such_model")
+    _refused(checkpoint, tmp_path, "configuration of model_type 'no_such_model'")
+
+
+def test_folder_without_weights(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    _refused(checkpoint, tmp_path, "holds no weights: model.safetensors or")
+
+
+def test_pickled_weights_are_not_read(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    _refused(checkpoint, tmp_path, r"as pickle \(pytorch_model.bin\), which is not read")
+
+
+def test_missing_shard(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    _refused(checkpoint, tmp_path, "model-00001-of-00002.safetensors is missing")
+
+
+def test_damaged_index(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text("[]")
+    _refused(checkpoint, tmp_path, "is not a valid safetensors index")
+
+
+def test_truncated_data(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    _refused(checkpoint, tmp_path, "is truncated: its header announces")
+
+
+@pytest.mark.parametrize("size", [0, 5, 40])
+def test_truncated_header(checkpoint: Path, tmp_path: Path, size: int) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    _refused(checkpoint, tmp_path, "is truncated inside its header")
+
+
+def test_trailing_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    _refused(checkpoint, tmp_path, "has 1 bytes that its header does not know")
+
+
+def test_header_that_is_not_safetensors(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
+    _refused(checkpoint, tmp_path, "has a header that is not safetensors")
+
+
+def test_missing_tensor(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path)
+    _refused(checkpoint, tmp_path, "has no tensor model.layers.1.mlp.up_proj.weight")
+
+
+def test_tensor_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
+    _edit_weights(checkpoint, "model.norm.weight", lambda weight: weight[:-1])
+    _refused(checkpoint, tmp_path, "cannot be built.*model.norm.weight")
+
+
+def test_tensor_without_a_place(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    extra = {"model.layers.0.self_attn.sinks": np.zeros(6, np.float32)}
+    save_file(load_file(path) | extra, path)
+    _refused(checkpoint, tmp_path, "tensor model.layers.0.self_attn.sinks has no place")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_values_that_are_not_finite(
+    checkpoint: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    def poison(weight: Any) -> Any:  # noqa: ANN401
+        weight.flat[3] = value
+        return weight
+
+    _edit_weights(checkpoint, name, poison)
+    _refused(checkpoint, tmp_path, f"{name} holds NaN or Inf")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [("bert", "BertModel"), ("gpt2", "GPT2LMHeadModel"), ("vaultgemma", "VaultGemmaForCausalLM")],
+)
+def test_unsupported_architecture(
+    checkpoint: Path, tmp_path: Path, model_type: str, architecture: str
+) -> None:
+    _edit_config(checkpoint, model_type=model_type, architectures=[architecture])
+    _refused(checkpoint, tmp_path, f"architecture {architecture} is not supported; supported are")
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def test_hub_model_is_fetched_without_pickles(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.update(repository=repository, patterns=allow_patterns)
+        return str(checkpoint)
+
+    monkeypatch.setattr(frontend, "snapshot_download", download)
+    assert load("someone/tiny", work=tmp_path).folder == checkpoint
+    assert asked["repository"] == "someone/tiny"
+    assert "*.safetensors" in asked["patterns"]
+    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["patterns"])
+
+
+def test_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no network\nand more lines")
+
+    monkeypatch.setattr(frontend, "snapshot_download", download)
+    _refused("someone/tiny", tmp_path, "'someone/tiny' is no local folder and cannot be fetched")

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from eoracc.compiler.report.inspection import ArtifactSummary, CheckpointSummary, inspect_path
+from eoracc.errors import EoraccError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_file({"b": np.zeros((3, 5), np.float32)}, folder / "model-00001.safetensors")
+    save_file({"a": np.zeros(4, np.float16)}, folder / "model-00002.safetensors")
+    return folder
+
+
+def test_safetensors_folder(checkpoint: Path) -> None:
+    summary = inspect_path(checkpoint)
+    assert isinstance(summary, CheckpointSummary)
+    found = [(t.name, t.shape, t.dtype, t.bytes, t.file) for t in summary.tensors]
+    assert found == [
+        ("b", (3, 5), "F32", 60, "model-00001.safetensors"),
+        ("a", (4,), "F16", 8, "model-00002.safetensors"),
+    ]
+    assert (summary.parameters, summary.bytes) == (19, 68)
+    assert json.loads(json.dumps(summary.as_dict()))["kind"] == "checkpoint"
+
+
+def test_gguf_file(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((3, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    summary = inspect_path(tmp_path / "m.gguf")
+    assert isinstance(summary, CheckpointSummary)
+    (tensor,) = summary.tensors
+    assert (tensor.name, tensor.shape, tensor.dtype, tensor.bytes) == (
+        "token_embd.weight",
+        (3, 32),
+        "F32",
+        384,
+    )
+
+
+def test_artifact(tiny_artifact: Path) -> None:
+    summary = inspect_path(tiny_artifact)
+    assert isinstance(summary, ArtifactSummary)
+    assert [one.name for one in summary.report.linears][-1] == "lm_head"
+    one = summary.report.linears[0]
+    assert (one.bits, one.group_size, one.rank) == (3, 16, 2)
+    files = [path for path in tiny_artifact.iterdir() if path.name != "manifest.json"]
+    assert summary.bytes == sum(path.stat().st_size for path in files)
+    content = json.loads(json.dumps(summary.as_dict()))
+    compressed = [linear for linear in content["linears"] if linear["bits"] is not None]
+    assert len(compressed) == len(content["linears"]) - 1
+    assert content["linear_bytes"] == sum(linear["bytes"] for linear in compressed)
+    weights = sum(linear["shape"][0] * linear["shape"][1] for linear in compressed)
+    assert content["bits_per_weight"] == pytest.approx(8 * content["linear_bytes"] / weights)
+
+
+def test_artifact_with_a_damaged_report(tiny_artifact: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    for text in ("{", "[]", "{}", '{"fidelity": {}}'):
+        (folder / "report.json").write_text(text)
+        with pytest.raises(EoraccError, match=r"report\.json: is not the report of a build"):
+            inspect_path(folder)
+    (folder / "report.json").unlink()
+    with pytest.raises(EoraccError, match=r"report\.json: is missing"):
+        inspect_path(folder)
+
+
+def test_things_that_are_neither(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "m.gguf").write_bytes(b"GGUF but not really")
+    whole = (checkpoint / "model-00001.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
+    (tmp_path / "short.safetensors").write_bytes(whole[:20])
+    (tmp_path / "long.safetensors").write_bytes(b"\xff" * 16)
+    for name, problem in (
+        ("nowhere", "there is no such file or folder"),
+        ("empty", "holds neither manifest.json nor .safetensors files"),
+        ("notes.txt", "is neither an artifact nor a checkpoint folder nor a .gguf file"),
+        ("m.gguf", "is not a GGUF file, or is cut short"),
+        ("cut.safetensors", "is not a safetensors file, or is cut short"),
+        ("short.safetensors", "is not a safetensors file, or is cut short"),
+        ("long.safetensors", "is not a safetensors file, or is cut short"),
+    ):
+        with pytest.raises(EoraccError) as caught:
+            inspect_path(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: {problem}")

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+
+from eoracc.compiler.sweep.executor import Batch
+from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepCheckpoint
+from eoracc.passes.compensate.svd import Svd
+from eoracc.passes.graph.linears import Linear
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.plugins.operands import LowRank
+from tests.passes.groups import qkv
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+Comparisons = dict[str, dict[str, LowRank]]
+
+
+def batches(*values: Mapping[str, NDArray[np.generic]]) -> list[Batch]:
+    mask = np.ones((1, 3), np.int64)
+    return [Batch(mask, dict(each)) for each in values]
+
+
+def compressed(*, symmetric: bool) -> tuple[Linear, Linear, Comparisons]:
+    """Two linears, the first one compressed and noted upon, with a comparison."""
+    group = qkv()
+    first, second = group.linears
+    skip = {second.name: {"skip": True}}
+    options = {"bits": 3, "symmetric": symmetric, "overrides": skip}
+    TypeAdapter(QuantizeRtn).validate_python(options).call(group)
+    first.compensate(Svd().solve(first, None, 5, "float16"))
+    first.notes.append("a note")
+    return first, second, {"svd": {first.name: Svd().solve(first, None, 2, "float16")}}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_puts_back_what_it_kept(tmp_path: Path, *, symmetric: bool) -> None:
+    first, second, comparisons = compressed(symmetric=symmetric)
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    values = {"a": np.arange(6, dtype=np.float32).reshape(1, 3, 2)}
+    flags = {"b": np.array([[True, False, True]])}
+    checkpoint.save(4, [first, second], batches(values, flags), comparisons)
+
+    again = list(qkv().linears)
+    found: Comparisons = {"svd": {}}
+    live = batches({"stale": values["a"]}, {})
+    assert checkpoint.resume(again, live, found) == 4
+    assert again[0].compressed is not None
+    np.testing.assert_array_equal(again[0].effective_weight(), first.effective_weight())
+    assert (again[0].compressed.zero_points is None) is symmetric
+    assert (again[0].errors, again[0].notes) == (first.errors, ["a note"])
+    # What was left out on purpose stays on record as lossless.
+    assert again[1].compressed is None
+    assert again[1].errors == second.errors == {"quantize_rtn": 0.0}
+    kept, expected = found["svd"][first.name], comparisons["svd"][first.name]
+    np.testing.assert_array_equal(kept.product(), expected.product())
+    assert [sorted(batch.values) for batch in live] == [["a"], ["b"]]
+    np.testing.assert_array_equal(live[0].values["a"], values["a"])
+    np.testing.assert_array_equal(live[1].values["b"], flags["b"])
+    assert live[1].values["b"].dtype == bool
+
+
+def test_later_saves_add_linears_and_replace_activations(tmp_path: Path) -> None:
+    first, second, comparisons = compressed(symmetric=False)
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    checkpoint.save(1, [first], batches({"a": np.zeros((2, 2), np.float32)}), comparisons)
+    checkpoint.save(2, [first, second], batches({"c": np.ones((2, 2), np.float32)}), comparisons)
+    names = sorted(path.name for path in checkpoint.folder.iterdir())
+    assert names == [
+        "activations-00002-0000.safetensors",
+        "operands-00001.safetensors",
+        "operands-00002.safetensors",
+        "state.json",
+    ]
+    again = list(qkv().linears)
+    live = batches({})
+    assert checkpoint.resume(again, live, {"svd": {}}) == 2
+    assert list(live[0].values) == ["c"]
+    assert again[0].compressed is not None
+
+
+def test_another_key_discards_it(tmp_path: Path) -> None:
+    first, second, comparisons = compressed(symmetric=False)
+    folder = tmp_path / "sweep"
+    SweepCheckpoint(folder, "old").save(3, [first, second], batches({}), comparisons)
+    linears = list(qkv().linears)
+    assert SweepCheckpoint(folder, "new").resume(linears, batches({}), {"svd": {}}) == 0
+    assert not folder.exists()
+    assert linears[0].compressed is None
+
+
+def test_nothing_kept_begins_at_the_beginning(tmp_path: Path) -> None:
+    live = batches({"input_ids": np.zeros((1, 3), np.float32)})
+    assert SweepCheckpoint(tmp_path / "none", "key").resume([], live, {}) == 0
+    assert list(live[0].values) == ["input_ids"]
+
+
+def test_files_that_the_state_does_not_name_are_not_read(tmp_path: Path) -> None:
+    first, second, comparisons = compressed(symmetric=False)
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    checkpoint.save(1, [first, second], batches({}), comparisons)
+    # As an interruption in the middle of a save leaves it.
+    (checkpoint.folder / "operands-00002.safetensors").write_bytes(b"half")
+    (checkpoint.folder / "state.json.partial").write_text("{")
+    assert checkpoint.resume(list(qkv().linears), batches({}), {"svd": {}}) == 1
+
+
+def test_saves_are_some_seconds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("eoracc.compiler.sweep.resume.time.monotonic", lambda: now_s[0])
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    due = [checkpoint.is_due]
+    now_s[0] += SAVE_INTERVAL_S
+    due.append(checkpoint.is_due)
+    checkpoint.save(1, [], batches({}), {})
+    due.append(checkpoint.is_due)
+    assert due == [False, True, False]
+
+
+def factorized() -> Linear:
+    """A linear of 40 x 72 as a product of rank 5, with an error on record."""
+    (first, _) = qkv().linears
+    rng = np.random.default_rng(2)
+    first.factorize(
+        rng.standard_normal((40, 5), np.float32), rng.standard_normal((5, 72), np.float32)
+    )
+    first.errors["factorize_svd"] = 0.5
+    return first
+
+
+def is_mapped(array: NDArray[np.generic]) -> bool:
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return False
+
+
+def test_factors_of_weights_are_kept_and_mapped_from_there(tmp_path: Path) -> None:
+    first = factorized()
+    product = first.effective_weight()
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    checkpoint.save(1, [first], batches({}), {})
+    again = qkv().linears[0]
+    assert checkpoint.resume([again], batches({}), {}) == 1
+    assert again.errors == {"factorize_svd": 0.5}
+    for linear in (first, again):
+        np.testing.assert_array_equal(linear.effective_weight(), product)
+        assert linear.factorized is not None
+        assert is_mapped(linear.factorized.u)
+        assert is_mapped(linear.factorized.v)
+        stored = linear.node.inputs[1]
+        assert stored is not None
+        assert stored.const_value is not None
+        assert is_mapped(stored.const_value.numpy()), "the graph holds no copy"
+
+
+def test_what_an_earlier_sweep_has_put_on_record_is_not_there_twice(tmp_path: Path) -> None:
+    first, second, comparisons = compressed(symmetric=True)
+    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    checkpoint.save(1, [first, second], batches({}), comparisons)
+    again = list(qkv().linears)
+    again[0].notes.append("a note")
+    again[0].errors["of another run"] = 1.0
+    checkpoint.resume(again, batches({}), {"svd": {}})
+    assert (again[0].errors, again[0].notes) == (first.errors, ["a note"])

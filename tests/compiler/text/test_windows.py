@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from eoracc.compiler.config.sections import BuildConfig, CalibrationConfig, TextConfig
+from eoracc.compiler.sweep.executor import make_batches
+from eoracc.compiler.text.windows import (
+    Windows,
+    calibration_windows,
+    evaluation_windows,
+    load_windows,
+)
+from eoracc.errors import DataError
+from eoracc.passes.solvers.gram import accumulate_gram
+from tests.tiny_artifact import write_byte_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Every token is a byte, and `<pad>`, `<s>`, `</s>` are 0, 1, 2: what a window holds can be read.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(write_byte_tokenizer(tmp_path_factory.mktemp("t")))
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = write_byte_tokenizer(tmp_path_factory.mktemp("t"), bos=True, chat=True)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def merging_tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-pair tokenizer with merges, also of blanks and line ends."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([prose(400), "\n\n\n   x" * 50], trainer)
+    factory: Any = PreTrainedTokenizerFast
+    fast: PreTrainedTokenizerBase = factory(tokenizer_object=tokenizer)
+    return fast
+
+
+def prose(words: int, seed: int = 0) -> str:
+    rng = np.random.default_rng(seed)
+    syllables = ["con", "gress", "the", "union", " ", " ", "\n\n", "ation", "é", "日", "s, ", "12"]
+    return "".join(rng.choice(syllables, words))
+
+
+def windows(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | bytes,
+    **options: Any,  # noqa: ANN401
+) -> Windows:
+    path = folder / options.pop("name", "text.txt")
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    spec = TextConfig(
+        text=path.name,
+        **{key: options.pop(key) for key in ("field", "messages", "split") if key in options},
+    )
+    settings = {"samples": 2, "sequence_length": 8, **options}
+    return load_windows(spec, tokenizer, config_dir=folder, **settings)
+
+
+def read(tokenizer: PreTrainedTokenizerBase, found: Windows) -> list[str]:
+    return [
+        str(tokenizer.decode(row[mask.astype(bool)]))
+        for row, mask in zip(found.input_ids, found.attention_mask, strict=True)
+    ]
+
+
+def test_packs_contiguous_windows(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    found = windows(tmp_path, tokenizer, "abcdefghijklmnopqrstuvwxyz", samples=3)
+    assert read(tokenizer, found) == ["abcdefgh", "ijklmnop", "qrstuvwx"]
+    assert found.input_ids.dtype == found.attention_mask.dtype == np.int64
+    assert found.tokens == 24
+
+
+def test_skips_an_offset(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    found = windows(tmp_path, tokenizer, "abcdefghijklmnopqrstuvwxyz", offset_tokens=10)
+    assert read(tokenizer, found) == ["klmnopqr", "stuvwxyz"]
+
+
+def test_random_windows_are_of_the_text_and_repeat(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = "".join(f"{i:07d}." for i in range(50))
+    one = windows(tmp_path, tokenizer, text, samples=5, seed=1)
+    again = windows(tmp_path, tokenizer, text, samples=5, seed=1)
+    other = windows(tmp_path, tokenizer, text, samples=5, seed=2)
+    assert read(tokenizer, one) == read(tokenizer, again) != read(tokenizer, other)
+    assert len(set(read(tokenizer, one))) == 5
+    assert all(window in text for window in read(tokenizer, one))
+    head = windows(tmp_path, tokenizer, text, samples=5, seed=1, limit_tokens=48)
+    assert all(window in text[:48] for window in read(tokenizer, head))
+
+
+def test_random_windows_of_a_long_text_begin_with_a_word_and_do_not_overlap(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # A token is a byte: a character of several could be cut in two.
+    text = prose(40_000).replace("é", "e").replace("日", "day")
+
+    def random(seed: int) -> list[str]:
+        found = windows(tmp_path, tokenizer, text, samples=20, seed=seed, sequence_length=64)
+        return read(tokenizer, found)
+
+    found = random(1)
+    assert found == random(1) != random(2)
+    starts = [text.index(window) for window in found]
+    assert starts == sorted(starts)
+    assert min(np.diff(starts)) >= 64
+    assert all(window[0].isspace() for window in found)
+    assert max(starts) > len(text) / 2
+
+
+def test_random_windows_of_a_text_without_words(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = "".join(f"{i:07d}." for i in range(10_000))
+    found = read(tokenizer, windows(tmp_path, tokenizer, text, samples=5, seed=1))
+    assert all(window in text for window in found)
+
+
+def test_every_window_begins_with_bos_where_the_tokenizer_does(
+    tmp_path: Path, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    found = windows(tmp_path, bos_tokenizer, "abcdefghijklmnopqrstuvwxyz")
+    assert read(bos_tokenizer, found) == ["<s>abcdefg", "<s>hijklmn"]
+
+
+def test_padding_gives_a_document_a_window(
+    tmp_path: Path, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = "one\n\n\n  \ntwo lines\nare one\n\nx\n"
+    found = windows(tmp_path, bos_tokenizer, text, samples=3, layout="padding")
+    assert read(bos_tokenizer, found) == ["<s>one", "<s>two lin", "<s>x"]
+    assert found.attention_mask.tolist() == [
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1] * 8,
+        [1, 1, 0, 0, 0, 0, 0, 0],
+    ]
+    assert (found.input_ids[found.attention_mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("words", [30, 400, 20_000])
+@pytest.mark.parametrize("needed", [40, 5_000])
+def test_reading_a_part_gives_the_tokens_of_the_whole(
+    tmp_path: Path, merging_tokenizer: PreTrainedTokenizerBase, words: int, needed: int
+) -> None:
+    text = prose(words, seed=words)
+    whole = merging_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(whole) < needed:
+        with pytest.raises(DataError, match=f"holds {len(whole)} tokens, {needed} are needed"):
+            windows(tmp_path, merging_tokenizer, text, samples=needed // 10, sequence_length=10)
+        return
+    found = windows(tmp_path, merging_tokenizer, text, samples=needed // 10, sequence_length=10)
+    assert found.input_ids.ravel().tolist() == whole[:needed]
+
+
+def test_exactly_enough_text_is_enough(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert windows(tmp_path, tokenizer, "x" * 16).tokens == 16
+    with pytest.raises(
+        DataError,
+        match=r"text\.txt: holds 15 tokens, 16 are needed: give more text or lower "
+        r"calibration\.samples",
+    ):
+        windows(tmp_path, tokenizer, "x" * 15)
+
+
+def test_jsonl_fields_are_packed_with_a_blank_line_between(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    lines = '{"body": "abc"}\n\n{"body": "de\u2028f"}\n{"body": "ghi"}\n'
+    found = windows(tmp_path, tokenizer, lines, name="t.jsonl", field="body", samples=1,
+                    sequence_length=13)  # fmt: skip
+    assert read(tokenizer, found) == ["abc\n\nde\u2028f\n\n"]
+    rows = windows(tmp_path, tokenizer, lines, name="t.jsonl", field="body", samples=3,
+                   layout="padding")  # fmt: skip
+    assert read(tokenizer, rows) == ["abc", "de\u2028f", "ghi"]
+
+
+def test_chat_messages_go_through_the_template(
+    tmp_path: Path, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    line = json.dumps({"chat": [{"role": "user", "content": "hi"}]})
+    found = windows(tmp_path, bos_tokenizer, line, name="c.jsonl", messages="chat", samples=1,
+                    sequence_length=20, layout="padding")  # fmt: skip
+    # The template's own <s> is not doubled, and </s> is one token.
+    assert read(bos_tokenizer, found) == ["<s>user: hi</s>"]
+    assert found.input_ids[0, :10].tolist().count(1) == 1
+    assert found.input_ids[0, 9] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "problem"),
+    [
+        ("", {}, r"text\.txt: is empty: give a text"),
+        ("\n \n", {"layout": "padding"}, "is empty"),
+        (b"abc\xff" + b"x" * 99, {}, r"text\.txt: is not UTF-8 text: convert it"),
+        ("abc", {"field": "text"}, "is a plain text and has no 'field': remove it"),
+        ('{"text": "a"}\n{"text"\n', {"name": "t.jsonl"}, r"t\.jsonl:2: is not JSON"),
+        ('{"body": "a"}\n', {"name": "t.jsonl"}, r"t\.jsonl:1: has no field 'text', only body"),
+        ("[1]\n", {"name": "t.jsonl"}, r"t\.jsonl:1: must be a JSON object"),
+        ('{"text": 3}\n', {"name": "t.jsonl"}, r"t\.jsonl:1: field 'text' is no text"),
+        ('{"text": ""}\n', {"name": "t.jsonl", "layout": "padding"}, "is empty"),
+        ("a\n\nb", {"layout": "padding", "samples": 3}, "holds 2 documents, 3 are needed"),
+        (
+            '{"chat": []}\n',
+            {"name": "t.jsonl", "messages": "chat"},
+            "the tokenizer has no chat template for 'chat'",
+        ),
+        (
+            '{"chat": []}\n',
+            {"name": "t.jsonl", "messages": "messages"},
+            r"has no field 'messages', only chat: set 'messages'",
+        ),
+    ],
+)
+def test_texts_that_cannot_be_used(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    content: str | bytes,
+    options: dict[str, Any],
+    problem: str,
+) -> None:
+    with pytest.raises(DataError, match=problem):
+        windows(tmp_path, tokenizer, content, **options)
+
+
+def test_messages_that_do_not_fit_the_template(
+    tmp_path: Path, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(DataError, match=r"t\.jsonl:1: 'chat' does not fit the chat template"):
+        windows(tmp_path, bos_tokenizer, '{"chat": 3}', name="t.jsonl", messages="chat")
+
+
+def test_missing_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for name in ("nowhere.txt", "./nowhere", "/nowhere/at/all"):
+        with pytest.raises(DataError, match=f"{name}: there is no such text"):
+            load_windows(
+                TextConfig(text=name), tokenizer, config_dir=tmp_path, samples=1, sequence_length=2
+            )
+
+
+def test_missing_datasets_package_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("org/name", "."):
+        with pytest.raises(DataError, match=f"{name}: data sets need .*: pip install datasets"):
+            load_windows(
+                TextConfig(text=name), tokenizer, config_dir=tmp_path, samples=1, sequence_length=2
+            )
+
+
+def test_dataset_rows_are_documents(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    def load_dataset(source: str, split: str, *, streaming: bool) -> Iterator[dict[str, str]]:
+        asked.append((source, split, streaming))
+        if split != "test":
+            raise ValueError("Unknown split\n'train'")
+        return iter([{"body": "abcd"}, {"body": "efgh"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    spec = TextConfig(text="org/name", field="body", split="test")
+    found = load_windows(spec, tokenizer, config_dir=tmp_path, samples=2, sequence_length=5)
+    assert read(tokenizer, found) == ["abcd\n", "\nefgh"]
+    assert asked == [("org/name", "test", True)]
+    with pytest.raises(DataError, match="split 'train' of this data set cannot be read: Unknown"):
+        load_windows(
+            TextConfig(text="org/name"),
+            tokenizer,
+            config_dir=tmp_path,
+            samples=1,
+            sequence_length=5,
+        )
+
+
+def test_saved_datasets_are_opened_as_such(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "abcd"}, {"text": "efgh"}]
+    saved = {str(tmp_path / "one"): rows, str(tmp_path / "splits"): {"train": rows}}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=saved.__getitem__))
+    for name, marker in (("one", "dataset_info.json"), ("splits", "dataset_dict.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / marker).touch()
+        found = load_windows(
+            TextConfig(text=name), tokenizer, config_dir=tmp_path, samples=2, sequence_length=5
+        )
+        assert read(tokenizer, found) == ["abcd\n", "\nefgh"]
+
+
+def test_parquet_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    pytest.importorskip("datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    (tmp_path / "set").mkdir()
+    parquet.write_table(arrow.table({"text": ["abcd", "efgh"]}), tmp_path / "set" / "train.parquet")
+    found = load_windows(
+        TextConfig(text="set"), tokenizer, config_dir=tmp_path, samples=2, sequence_length=5
+    )
+    assert read(tokenizer, found) == ["abcd\n", "\nefgh"]
+
+
+def config(folder: Path, calibration: dict[str, Any], verify: dict[str, Any]) -> BuildConfig:
+    (folder / "text.txt").write_text("".join(f"p{i:02d}\n\n" for i in range(40)))
+    return BuildConfig.model_validate(
+        {
+            "model": "m",
+            "passes": ["calibrate"],
+            "output": "o",
+            "calibration": {"text": "text.txt", "samples": 3, "sequence_length": 10, **calibration},
+            "verify": {"windows": 2, "window_length": 10, **verify},
+        }
+    )
+
+
+def calibrated(built: BuildConfig) -> CalibrationConfig:
+    assert built.calibration is not None
+    return built.calibration
+
+
+def test_held_out_windows_follow_those_of_calibration(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    built = config(tmp_path, {}, {})
+    used = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
+    held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    text = (tmp_path / "text.txt").read_text()
+    assert "".join(read(tokenizer, used)) == text[:30]
+    assert "".join(read(tokenizer, held)) == text[30:50]
+
+
+def test_held_out_windows_follow_the_documents_of_calibration(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    built = config(tmp_path, {"layout": "padding"}, {})
+    used = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
+    assert read(tokenizer, used) == ["p00", "p01", "p02"]
+    held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+    assert "".join(read(tokenizer, held)) == "p03\n\np04\n\np05\n\np06\n\n"
+
+
+def test_random_windows_keep_out_of_the_held_out_part(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    built = config(tmp_path, {"seed": 3}, {"offset_tokens": 40})
+    used = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
+    text = (tmp_path / "text.txt").read_text()
+    assert all(window in text[:40] for window in read(tokenizer, used))
+    short = config(tmp_path, {"seed": 3}, {"offset_tokens": 20})
+    with pytest.raises(DataError, match="may give calibration, before the held-out part, 20"):
+        calibration_windows(calibrated(short), short.verify, tokenizer, config_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("verify", "advice"),
+    [
+        ({}, "calibration.samples or verify.windows"),
+        ({"offset_tokens": 20}, "verify.windows or verify.offset_tokens"),
+        ({"text": "text.txt"}, "verify.windows"),
+    ],
+)
+def test_held_out_text_that_is_too_short_names_the_settings_to_lower(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, verify: dict[str, Any], advice: str
+) -> None:
+    asked = config(tmp_path, {}, {"windows": 99, **verify})
+    with pytest.raises(DataError, match=f"give more text or lower {re.escape(advice)}$"):
+        evaluation_windows(asked.calibration, asked.verify, tokenizer, config_dir=tmp_path)
+
+
+def test_a_mixture_is_all_texts_with_weights_of_mean_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.txt").write_text("abcdefgh" * 9)
+    (tmp_path / "b.txt").write_text("stuvwxyz" * 9)
+    mixture = [{"text": "a.txt", "weight": 3}, {"text": "b.txt", "samples": 1}]
+    built = config(tmp_path, {"text": None, "mixture": mixture}, {"text": "a.txt"})
+    found = calibration_windows(calibrated(built), built.verify, tokenizer, config_dir=tmp_path)
+    rows = read(tokenizer, found)
+    assert [row[0] in "abcdefgh" for row in rows] == [True, True, True, False]
+    assert found.weights is not None
+    np.testing.assert_allclose(found.weights, np.array([3, 3, 3, 1]) / 2.5, rtol=1e-6)
+    single = config(tmp_path, {}, {})
+    plain = calibration_windows(calibrated(single), single.verify, tokenizer, config_dir=tmp_path)
+    assert plain.weights is None
+
+
+def test_statistics_of_a_mixture_are_the_weighted_sum_of_those_of_its_texts() -> None:
+    rng = np.random.default_rng(0)
+    width, weights = 12, np.array([0.5, 2.0], np.float32)
+    texts = [rng.standard_normal((2, 7, width)).astype(np.float32) for _ in weights]
+    ids = np.zeros((4, 7), np.int64)
+    mask = np.ones_like(ids)
+    mask[3, 5:] = 0
+    rows = np.concatenate(texts)
+    (batch,) = make_batches(ids, mask, size=4, weights=np.repeat(weights, 2))
+    gram = accumulate_gram([(rows.reshape(-1, width), batch.token_weights)], width)
+    expected = np.zeros((width, width))
+    for index, window in enumerate(rows):
+        kept = window[mask[index].astype(bool)].astype(np.float64)
+        expected += weights[index // 2] * kept.T @ kept
+    # 28 float32 products of rows, and the roots of two weights.
+    np.testing.assert_allclose(gram.matrix, expected, atol=34 * 2.0**-24 * np.abs(expected).max())
+    assert gram.tokens == pytest.approx(0.5 * 14 + 2 * 12)
