@@ -39,7 +39,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.bandwidth import Reader
 from benchmarks.rows import Row, compare, show, write_json
 from eoracc.plugins.library import library_info, library_path
-from eoracc.plugins.operands import LARGEST, LowRank, NBitsWeight
+from eoracc.plugins.operands.codes import LARGEST
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 
 SHAPES = Path(__file__).with_name("shapes.json")
 BANDWIDTH = "memory"

@@ -19,15 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
-from eoracc.plugins.operands import (
-    CHUNK,
-    TILE,
-    LowRank,
-    merge_factors,
-    split_rows,
-    untile_integers,
-    untile_rows,
-)
+from eoracc.plugins.operands.codes import CHUNK, TILE, VECTOR, untile_integers, untile_rows
+from eoracc.plugins.operands.low_rank import LowRank, merge_factors, split_rows
 
 __all__ = [
     "ADAPTER_INDEX",
@@ -53,8 +46,6 @@ SLOTS_KEY = "eoracc.adapters"
 
 _TYPES = {"int8": ("int8", "int4"), "float16": ("float16",)}
 """Type of slots to the factor types that they take."""
-
-_VECTOR = 4 * TILE
 
 
 @dataclass(frozen=True)
@@ -421,8 +412,8 @@ def _bank_shapes(
         }
     chunk = CHUNK[bits]
     return {
-        "adapter_a": ((size, a_tiles, -(-slot.in_features // chunk), _VECTOR), np.uint8),
-        "adapter_b": ((size, tiles, rank // chunk, _VECTOR), np.uint8),
+        "adapter_a": ((size, a_tiles, -(-slot.in_features // chunk), VECTOR), np.uint8),
+        "adapter_b": ((size, tiles, rank // chunk, VECTOR), np.uint8),
         "adapter_a_scale": ((size, parts * rank), np.float32),
         "adapter_b_scale": ((size, tiles * TILE), np.float32),
     }

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
 from eoracc.plugins.adapters import ADAPTER_INDEX, ADAPTER_OPERANDS
-from eoracc.plugins.operands import BITS, CHUNK, TILE
+from eoracc.plugins.operands.codes import BITS, CHUNK, QUAD, TILE, VECTOR
 
 __all__ = ["DOMAIN", "INPUTS", "local_function"]
 
@@ -49,8 +49,6 @@ INPUTS: Mapping[str, Sequence[str]] = {
 
 _REQUIRED = 3
 _ACTIVATIONS = ("silu", "gelu_tanh")
-_QUAD = 4
-_VECTOR = TILE * _QUAD
 
 _INT, _INTS = ir.AttributeType.INT, ir.AttributeType.INTS
 _Attribute = int | str | Sequence[int] | ir.TensorProtocol | ir.Attr
@@ -324,10 +322,10 @@ def _spread(body: _Body, stacked: ir.Value, width: int) -> ir.Value:
 
 def _tile_matrix(body: _Body, tiled: ir.Value, bits: int) -> ir.Value:
     """Tiles of codes to the transposed matrix, ``uint8 [columns, rows]``, padding included."""
-    vectors = CHUNK[bits] * bits // 8 // _QUAD  # of one chunk
-    shape = body.integers(0, 0, vectors, _VECTOR)
-    quads = _quads(body, body.op("Reshape", tiled, shape), bits, _VECTOR)
-    shape = body.integers(0, 0, CHUNK[bits] // _QUAD, TILE, _QUAD)
+    vectors = CHUNK[bits] * bits // 8 // QUAD  # of one chunk
+    shape = body.integers(0, 0, vectors, VECTOR)
+    quads = _quads(body, body.op("Reshape", tiled, shape), bits, VECTOR)
+    shape = body.integers(0, 0, CHUNK[bits] // QUAD, TILE, QUAD)
     quads = body.op("Reshape", quads, shape)
     return body.op("Flatten", body.op("Transpose", quads, perm=[1, 2, 4, 0, 3]), axis=3)
 
@@ -395,8 +393,8 @@ class _Width:
     def of(cls, body: _Body, tiled: ir.Value) -> _Width:
         """That of ``tiled [..., chunks, 64]``, tiles of K columns."""
         chunks = body.op("Shape", tiled, start=-2, end=-1)
-        quad = body.scalar(_QUAD)
-        quads = body.op("Add", body.scalar("K"), body.scalar(_QUAD - 1))
+        quad = body.scalar(QUAD)
+        quads = body.op("Add", body.scalar("K"), body.scalar(QUAD - 1))
         is_int8 = body.op("Equal", chunks, body.op("Div", quads, quad))
         bits = body.op("Where", is_int8, body.scalar(8), quad)
         bits = body.op("Reshape", bits, body.constant(np.zeros(0, np.int64)))
@@ -427,7 +425,7 @@ class _Width:
         codes = body.op("Unsqueeze", tiled, body.integers(3))
         codes = body.op("BitShift", codes, self.shifts, direction="RIGHT")
         codes = body.op("BitwiseAnd", codes, self.mask)
-        codes = body.op("Reshape", codes, body.integers(0, 0, 0, 0, TILE, _QUAD))
+        codes = body.op("Reshape", codes, body.integers(0, 0, 0, 0, TILE, QUAD))
         codes = body.op("Transpose", codes, perm=[0, 2, 3, 5, 1, 4])
         return body.op("Sub", body.as_float(codes), self.zero)
 
@@ -615,11 +613,11 @@ def _gather_tiled(body: _Body, flat: ir.Value, bits: int) -> ir.Value:
         tiles = body.op("Gather", body[name], tile, axis=0)
         return body.as_float(pick(tiles, (0, 2, 1)))
 
-    vectors = CHUNK[bits] * bits // 8 // _QUAD
+    vectors = CHUNK[bits] * bits // 8 // QUAD
     packed = body.op("Gather", body["B"], tile, axis=0)
-    shape = body.integers(0, 0, vectors, TILE, _QUAD)
+    shape = body.integers(0, 0, vectors, TILE, QUAD)
     packed = pick(body.op("Reshape", packed, shape), (0, 3, 1, 2, 4))
-    codes = body.op("Flatten", _quads(body, packed, bits, _QUAD), axis=1)
+    codes = body.op("Flatten", _quads(body, packed, bits, QUAD), axis=1)
     zero_points = None if body.get("zero_points") is None else per_group("zero_points")
     return _scaled(body, codes, per_group("scales"), zero_points, bits=bits, axis=1)
 

@@ -28,7 +28,7 @@ from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
     from eoracc.runtime.artifact.manifest import Manifest
     from eoracc.runtime.decode.decoder import Decoder
 

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
-from eoracc.plugins.operands import LARGEST, LowRank
+from eoracc.plugins.operands.codes import LARGEST
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, Manifest, describe_folder
 
 if TYPE_CHECKING:

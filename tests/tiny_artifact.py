@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from eoracc.passes.graph.linears import Linear
     from eoracc.plugins.adapters import AdapterSlots
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = [
     "tiny_factors",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eoracc.passes.solvers.factor_types import FactorType
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = [
     "ORIGIN_FILE",

@@ -24,7 +24,7 @@ from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.parity_record import AdapterCases, adapter_cases
 from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.parity.check import check_cases
 
 __all__ = [

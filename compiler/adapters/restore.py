@@ -32,14 +32,9 @@ from eoracc.passes.graph.linears import (
     find_again,
     find_linears,
 )
-from eoracc.plugins.operands import (
-    CHUNK,
-    TILE,
-    LowRank,
-    NBitsWeight,
-    untile_integers,
-    untile_rows,
-)
+from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.artifact.genai_files import read_decoder
 from eoracc.runtime.onnxruntime.session import LINEARS_KEY
 

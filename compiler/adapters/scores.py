@@ -15,7 +15,7 @@ from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep.executor import Batch, Executor, WeightOf, make_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = ["Factors", "perplexities"]
 

@@ -32,7 +32,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.adapter import AdapterSolver
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.statistics import MIN_TOKENS, require_gram
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.memory import release_weights
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Factorized, Linear, LinearGroup, Quantizer, find_linears
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["Sharing", "seconds_spent", "sweep_together"]

@@ -16,7 +16,7 @@ from eoracc.compiler.sweep.executor import Executor, WeightOf
 from eoracc.compiler.sweep.run import Comparisons
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = ["fidelity_report"]
 

@@ -28,7 +28,7 @@ from eoracc.compiler.sweep.products import Precision, attention, linear_products
 from eoracc.errors import ModelError
 from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
 from eoracc.plugins.functions import local_function
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.onnxruntime.session import token_positions
 
 __all__ = ["Batch", "Executor", "FactorsOf", "WeightOf", "make_batches"]

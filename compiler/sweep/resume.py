@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler.sweep.executor import Batch
 from eoracc.passes.graph.linears import Factorized, Linear
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["AdapterCheckpoint", "SweepCheckpoint"]
 

@@ -25,7 +25,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.passes.solvers.gram import Activations, Gram
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.memory import release_memory
 
 __all__ = [

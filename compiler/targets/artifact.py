@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from eoracc.compiler.report.content import Report
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
     from eoracc.runtime.artifact.manifest import FileEntry
 
 __all__ = [

@@ -41,7 +41,8 @@ from eoracc.compiler.targets.tensorrt.half_precision import round_to
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.graph.linears import Linear
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from eoracc.runtime.parity.check import ParityCase, ParityLinear, ParityRecord

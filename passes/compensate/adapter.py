@@ -26,7 +26,7 @@ from eoracc.passes.solvers.factor_types import FactorType, store_factors
 if TYPE_CHECKING:
     from eoracc.passes.graph.linears import Linear
     from eoracc.passes.solvers.gram import Gram
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = ["AdapterSolver", "SolvedFactors"]
 

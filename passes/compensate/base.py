@@ -26,7 +26,7 @@ from eoracc.passes.statistics import record_error, residual_of
 if TYPE_CHECKING:
     from eoracc.passes.graph.linears import Linear, LinearGroup
     from eoracc.passes.solvers.gram import Gram
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = [
     "Compensation",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.plugins.operands import NBitsWeight
+    from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["GATHER_OP", "Embedding", "find_embeddings"]
 

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.errors import ModelError, PassError
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 
 if TYPE_CHECKING:
     from eoracc.passes.solvers.gram import Activations, Gram

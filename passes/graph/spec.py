@@ -15,7 +15,7 @@ from eoracc.errors import PassError
 from eoracc.passes.graph.embeddings import GATHER_OP
 from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP
 from eoracc.plugins.functions import INPUTS
-from eoracc.plugins.operands import BITS, CHUNK, TILE
+from eoracc.plugins.operands.codes import BITS, CHUNK, TILE
 from eoracc.plugins.tensorrt.plugin import FIELDS as PLUGIN_FIELDS
 from eoracc.plugins.tensorrt.plugin import INPUTS as PLUGIN_INPUTS
 

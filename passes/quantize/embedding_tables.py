@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from eoracc.passes.graph.linears import Linear
     from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
     from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
-    from eoracc.plugins.operands import NBitsWeight
+    from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["quantize_embedding_tables"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from eoracc.passes.graph.linears import LinearGroup
     from eoracc.passes.solvers.gram import Gram
-    from eoracc.plugins.operands import NBitsWeight
+    from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["QuantizeRtn"]
 

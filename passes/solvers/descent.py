@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.passes.solvers.grid import groups
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["descend"]
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from eoracc.passes.solvers.factors import to_float16
 from eoracc.passes.solvers.gptq import round_rows
-from eoracc.plugins.operands import LARGEST, LowRank
+from eoracc.plugins.operands.codes import LARGEST
+from eoracc.plugins.operands.low_rank import LowRank
 
 if TYPE_CHECKING:
     from eoracc.passes.solvers.gram import Gram

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.passes.solvers.grid import Grid, find_grid, fit_slab, group_width, groups, to_nbits
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["Feedback", "feedback", "gptq", "round_rows"]
 

@@ -16,7 +16,7 @@ from eoracc.passes.solvers.factors import gram_root, top_of_gram
 from eoracc.passes.solvers.gptq import Feedback, feedback
 
 if TYPE_CHECKING:
-    from eoracc.plugins.operands import NBitsWeight
+    from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = [
     "Activations",

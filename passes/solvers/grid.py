@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = [
     "Grid",

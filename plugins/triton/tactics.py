@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from eoracc.errors import PluginError
-from eoracc.plugins.operands import BITS
+from eoracc.plugins.operands.codes import BITS
 
 __all__ = [
     "CAPABILITIES",

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ArtifactError, PluginError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots, pack_adapter, unpack_adapter
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.adapters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from eoracc.runtime.adapters.weighted_sum import weighted_sum
 from eoracc.runtime.artifact.folder_change import reading

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from eoracc.errors import ArtifactError
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eoracc.errors import ArtifactError
-from eoracc.plugins.operands import LowRank, split_rows
+from eoracc.plugins.operands.low_rank import LowRank, split_rows
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
-from eoracc.plugins.operands import LARGEST, LowRank
+from eoracc.plugins.operands.codes import LARGEST
+from eoracc.plugins.operands.low_rank import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

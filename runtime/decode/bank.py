@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from eoracc.errors import RequestError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter, stack_adapters
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.request import AdapterChoice, adapter_weights
 
 __all__ = ["NO_PLACE", "SUMS", "AdapterBank", "AdapterPlaces", "FactorsOf", "Weights"]

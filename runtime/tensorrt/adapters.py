@@ -16,7 +16,7 @@ from eoracc.runtime.tensorrt.cuda import Memory, aligned
 from eoracc.runtime.tensorrt.dtypes import to_engine
 
 if TYPE_CHECKING:
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
     from eoracc.runtime.tensorrt.cuda import Device
     from eoracc.runtime.tensorrt.engine_set import EngineSet
 

@@ -203,7 +203,7 @@ def test_exceeded_limit_writes_no_artifact(workspace: Path) -> None:
 
 
 def test_failed_parity_writes_no_artifact(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
 
     product = LowRank.product
     # The eager model gets other weights than the artifact holds.

@@ -11,7 +11,7 @@ from eoracc.passes.base import pass_type
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.graph_session import GraphSession, assert_close
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

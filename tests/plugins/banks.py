@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.plugins.adapters import AdapterSlot, AdapterSlots
-from eoracc.plugins.operands import LARGEST, LowRank, NBitsWeight, merge_factors
+from eoracc.plugins.operands.codes import LARGEST
+from eoracc.plugins.operands.low_rank import LowRank, merge_factors
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.reference import fused_matmul
 from tests.plugins.fused_op import error_bound, random_factors
 

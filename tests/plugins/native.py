@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.fused_op import random_factors, random_weight
 
 Array = NDArray[Any]

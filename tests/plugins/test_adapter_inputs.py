@@ -23,7 +23,8 @@ from eoracc.plugins.adapters import (
 )
 from eoracc.plugins.functions import INPUTS, local_function
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.reference import fused_matmul
 from tests.plugins.banks import (
     adapter_bound,

@@ -18,7 +18,8 @@ from eoracc.plugins.adapters import (
     stack_adapters,
     unpack_adapter,
 )
-from eoracc.plugins.operands import LowRank, untile_integers
+from eoracc.plugins.operands.codes import untile_integers
+from eoracc.plugins.operands.low_rank import LowRank
 from tests.plugins.banks import SLOT, random_adapter, random_typed_factors, slots_of
 
 PARTS = (32, 16, 48)

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from eoracc.errors import PluginError
 from eoracc.plugins.functions import local_function
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import BITS, LowRank, NBitsWeight
+from eoracc.plugins.operands.codes import BITS
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.reference import fused_matmul
 from tests.plugins.fused_op import (
     Float,

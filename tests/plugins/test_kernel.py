@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eoracc.plugins.operands import BITS, LowRank, NBitsWeight
+from eoracc.plugins.operands.codes import BITS
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins import native
 from tests.plugins.native import Array, Case, assert_case, random_case
 

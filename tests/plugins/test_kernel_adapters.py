@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eoracc.plugins.operands import BITS
+from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
 from tests.plugins.native import Array, Case, assert_case, random_case, with_adapters
 from tests.plugins.test_kernel_many_rows import rounded_as

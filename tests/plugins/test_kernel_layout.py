@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import BITS
+from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
 from tests.plugins.fused_op import random_weight
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from eoracc.plugins.operands import BITS
+from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
 from tests.plugins.native import Case, assert_case, random_case
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from eoracc.plugins.library import library_path
-from eoracc.plugins.operands import BITS
+from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
 from tests.plugins.fused_op import (
     fused_model,

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eoracc.plugins.operands import BITS, LowRank
+from eoracc.plugins.operands.codes import BITS
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.reference import activate, fused_matmul, rms_norm
 from tests.plugins.fused_op import random_factors, random_weight
 

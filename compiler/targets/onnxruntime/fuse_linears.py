@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from eoracc.passes.graph.linears import BIAS, FUSED_DOMAIN, FUSED_OP, X
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.operands import TILE
+from eoracc.plugins.operands.codes import TILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

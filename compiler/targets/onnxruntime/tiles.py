@@ -1,8 +1,8 @@
 """Store compressed linears and tables in the kernels' own order, one node for those of one input.
 
-Plain operands (``layout`` 0) become tiles (``layout`` 1, :mod:`eoracc.plugins.operands`). Linears
-that read one value and belong together (q/k/v, gate/up, or the first factors of such weights)
-become one node of several parts, whose rows lie one after the other: activations are then
+Plain operands (``layout`` 0) become tiles (``layout`` 1, :mod:`eoracc.plugins.operands.codes`).
+Linears that read one value and belong together (q/k/v, gate/up, or the first factors of such
+weights) become one node of several parts, whose rows lie one after the other: activations are then
 normalised and quantized once, and one pass over the threads serves all of them.
 
 Tiles are made when the model is written, one operand at a time.
@@ -37,17 +37,8 @@ from eoracc.passes.graph.linears import (
 from eoracc.passes.graph.names import PARTS
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions import INPUTS
-from eoracc.plugins.operands import (
-    CHUNK,
-    TILE,
-    LowRank,
-    merge_factors,
-    merged_bits,
-    split_rows,
-    tile_codes,
-    tile_rows,
-    unpack_codes,
-)
+from eoracc.plugins.operands.codes import CHUNK, TILE, tile_codes, tile_rows, unpack_codes
+from eoracc.plugins.operands.low_rank import LowRank, merge_factors, merged_bits, split_rows
 from eoracc.runtime.onnxruntime.session import LINEARS_KEY
 
 __all__ = ["tile_operands"]

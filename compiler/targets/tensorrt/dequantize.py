@@ -29,7 +29,8 @@ import numpy as np
 
 from eoracc.compiler.targets.tensorrt.half_precision import round_to
 from eoracc.errors import PassError
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -33,7 +33,8 @@ from eoracc.errors import PassError, PluginError
 from eoracc.passes.graph.linears import stored_factors, stored_weight
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions import DOMAIN
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.tensorrt.function import OP, plugin_function
 from eoracc.plugins.tensorrt.kernels import Case, in_one_launch
 from eoracc.plugins.tensorrt.plugin import INPUTS, PLUGIN, PLUGIN_VERSION

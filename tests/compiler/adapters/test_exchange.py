@@ -24,7 +24,7 @@ from eoracc.compiler.adapters.exchange import (
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import pack_adapter
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.adapters.adapter import Adapter, read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import read_manifest

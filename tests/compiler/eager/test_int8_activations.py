@@ -18,7 +18,7 @@ from eoracc.compiler.frontend import load as frontend
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.fused_op import random_factors, random_int8_factors, random_weight
 from tests.tiny_models import VOCABULARY, tiny_model
 

@@ -28,7 +28,8 @@ from eoracc.compiler.report.content import (
     survey_lines,
 )
 from eoracc.passes.graph.linears import Linear
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 
 
 def row(name: str, perplexity: float) -> FidelityRow:

@@ -16,7 +16,7 @@ from eoracc.compiler.text.windows import Windows
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from tests.tiny_models import tiny_model
 
 if TYPE_CHECKING:

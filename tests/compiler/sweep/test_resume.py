@@ -11,7 +11,7 @@ from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepCheckpoint
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from tests.passes.groups import qkv
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from eoracc.errors import PassError
 from eoracc.passes.graph.embeddings import GATHER_OP, find_embeddings
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.graph_session import GraphSession, assert_close
 from tests.tiny_models import VOCABULARY, tiny_model
 

@@ -12,7 +12,8 @@ from eoracc.errors import ModelError, PassError
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import FUSED_OP, Factorized, Linear, find_again, find_linears
 from eoracc.passes.solvers.grid import find_grid, quantize, to_nbits
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.banks import random_typed_factors
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

@@ -11,7 +11,8 @@ from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, find_linears
 from eoracc.passes.graph.spec import OPS, Stage, check
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.banks import random_typed_factors
 from tests.tiny_models import tiny_model
 

@@ -14,7 +14,8 @@ from eoracc.passes.solvers.factors import eora_factors, gram_root
 from eoracc.passes.solvers.gptq import gptq
 from eoracc.passes.solvers.gram import Gram
 from eoracc.passes.solvers.grid import round_to_nearest
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.passes.groups import correlated
 
 Float = NDArray[np.float32]

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from eoracc.passes.solvers.descent import descend
 from eoracc.passes.solvers.gptq import gptq
 from eoracc.passes.solvers.grid import round_to_nearest
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 
 
 def problem(

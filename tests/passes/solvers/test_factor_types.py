@@ -15,7 +15,7 @@ from eoracc.passes.solvers.factor_types import (
 )
 from eoracc.passes.solvers.factors import eora_factors, svd_factors
 from eoracc.passes.solvers.gram import accumulate_gram
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from tests.passes.groups import correlated, ones, qkv
 
 

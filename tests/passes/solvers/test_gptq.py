@@ -10,7 +10,8 @@ from eoracc.passes.solvers.factor_types import fit_scales, round_to_nearest
 from eoracc.passes.solvers.factors import weighted_norm
 from eoracc.passes.solvers.gptq import feedback, gptq, round_rows
 from eoracc.passes.solvers.grid import find_grid, quantize, to_nbits
-from eoracc.plugins.operands import BITS, NBitsWeight
+from eoracc.plugins.operands.codes import BITS
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.passes.groups import correlated
 
 FLOAT_EPS = float(np.finfo(np.float32).eps)

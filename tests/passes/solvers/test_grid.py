@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from eoracc.passes.solvers.grid import Grid, find_grid, group_width, groups, quantize, to_nbits
-from eoracc.plugins.operands import BITS
+from eoracc.plugins.operands.codes import BITS
 
 HALF_EPS = float(np.finfo(np.float16).eps) / 2
 FLOAT_EPS = float(np.finfo(np.float32).eps)

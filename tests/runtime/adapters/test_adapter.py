@@ -11,7 +11,7 @@ import pytest
 
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.adapters.adapter import (
     Adapter,
     adapter_names,

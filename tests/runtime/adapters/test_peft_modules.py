@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eoracc.errors import ArtifactError
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.adapters.peft_modules import (
     ModuleLayout,
     linears_to_modules,

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
-from eoracc.plugins.operands import LowRank
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.adapters.weighted_sum import weighted_sum
 from tests.slots_artifact import LAYER, random_factors
 

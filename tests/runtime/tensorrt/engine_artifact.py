@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eoracc.compiler.targets.tensorrt.explicit_attention import CacheLayout
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = ["CONTEXT", "RANKS", "Oracle", "reseal", "tiny_adapter", "write_engine_artifact"]
 

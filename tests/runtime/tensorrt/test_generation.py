@@ -14,7 +14,7 @@ from tests.runtime.tensorrt.engine_artifact import Oracle, tiny_adapter, write_e
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.plugins.operands import LowRank
+    from eoracc.plugins.operands.low_rank import LowRank
     from tests.runtime.tensorrt.machine import Machine
 
 PROMPTS = [list(b"a state of the union"), [77], list(range(40, 100)), [9, 8, 7], [100] * 30]

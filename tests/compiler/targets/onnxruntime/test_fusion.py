@@ -21,7 +21,8 @@ from eoracc.passes.pack_projections import PackProjections
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.onnxruntime.session import LINEARS_KEY
 from tests.graph_session import GraphSession, assert_close, padded_mask
 from tests.plugins.fused_op import random_int8_factors

@@ -14,7 +14,8 @@ from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.names import WINDOW_KEY
 from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.graph_session import GraphSession, assert_close, padded_mask
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

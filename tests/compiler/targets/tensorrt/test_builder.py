@@ -11,7 +11,7 @@ import pytest
 from eoracc.compiler.targets.tensorrt.lower_rtx import lower
 from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import find_linears
-from eoracc.plugins.operands import NBitsWeight
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.compiler.targets.tensorrt.test_lower_rtx import compress, loaded
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from eoracc.compiler.targets.tensorrt.dequantize import (
     signed_factors,
 )
 from eoracc.errors import ModelError, PassError
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

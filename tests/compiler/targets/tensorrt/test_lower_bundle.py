@@ -14,7 +14,8 @@ from eoracc.compiler.targets.tensorrt.lower_bundle import half_product, kernel_c
 from eoracc.errors import ModelError, PassError
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from tests.compiler.targets.tensorrt.test_lower_rtx import (

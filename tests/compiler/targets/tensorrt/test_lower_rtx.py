@@ -19,7 +19,8 @@ from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.pack_projections import PackProjections
-from eoracc.plugins.operands import LowRank, NBitsWeight
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from tests.graph_session import assert_close, padded_mask
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model

@@ -1,0 +1,1 @@
+"""Operands of the fused op as they are stored: packed codes, n-bit weights, low-rank factors."""

@@ -1,0 +1,213 @@
+"""Low-rank factors of a linear, alone and merged with those of its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.errors import PluginError
+from eoracc.plugins.operands.codes import CHUNK, FACTOR_BITS, LARGEST, tile_integers, tile_rows
+
+__all__ = [
+    "Factor",
+    "LowRank",
+    "merge_factors",
+    "merged_bits",
+    "split_rows",
+]
+
+Factor = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.int8]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LowRank:
+    """Low-rank factors of a linear, ``delta = lora_b @ lora_a``, named and shaped as in PEFT.
+
+    Attributes:
+      lora_a: ``float16``, ``float32`` or ``int8 [R, K]``.
+      lora_b: ``float16``, ``float32`` or ``int8 [N, R]``.
+      lora_a_scale: ``float32 [R]``, what a row of ``lora_a`` is multiplied with: integer ones have
+        a scale, float ones may have a weight; else None.
+      lora_b_scale: ``float32 [N]``, likewise of ``lora_b``.
+      bits: that an integer value is stored in. 4: both factors are of integers in -7..7, held here
+        as int8. Without meaning for float factors.
+    """
+
+    lora_a: Factor
+    lora_b: Factor
+    lora_a_scale: NDArray[np.float32] | None = None
+    lora_b_scale: NDArray[np.float32] | None = None
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        """Check that what is of integers has scales.
+
+        Raises:
+          PluginError: it is not so, or a value does not fit in ``bits``.
+        """
+        if self.bits not in FACTOR_BITS:
+            raise PluginError(f"factors have 8 or 4 bits, not {self.bits}")
+        for name in ("lora_a", "lora_b"):
+            factor = getattr(self, name)
+            is_integer = factor.dtype == np.int8
+            has_scale = getattr(self, f"{name}_scale") is not None
+            if is_integer != has_scale and (is_integer or name == "lora_b"):
+                raise PluginError(f"{name}: integer factors have one scale a row, others have none")
+            if self.bits < 8 and not is_integer:
+                raise PluginError(f"{name}: holds {factor.dtype}, while int4 factors hold int8")
+            if is_integer and np.abs(factor, dtype=np.int16).max(initial=0) > LARGEST[self.bits]:
+                raise PluginError(
+                    f"{name}: holds a value beyond {LARGEST[self.bits]} at {self.bits} bits"
+                )
+
+    @property
+    def rank(self) -> int:
+        """``R``; 0 turns the correction off."""
+        return int(self.lora_a.shape[0])
+
+    @property
+    def factor_type(self) -> str:
+        """What ``lora_a`` is stored in: ``float32``, ``float16``, ``int8`` or ``int4``."""
+        return f"int{self.bits}" if self.lora_a.dtype == np.int8 else str(self.lora_a.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of both factors, scales included."""
+        factors = (self.lora_a, self.lora_b)
+        stored = sum(factor.nbytes for factor in factors)
+        if self.bits < 8:
+            stored = sum(-(-factor.size * self.bits // 8) for factor in factors)
+        scales = (self.lora_a_scale, self.lora_b_scale)
+        return stored + sum(scale.nbytes for scale in scales if scale is not None)
+
+    def down(self) -> NDArray[np.float32]:
+        """The values of ``lora_a``, ``float32 [R, K]``."""
+        return _values(self.lora_a, self.lora_a_scale)
+
+    def up(self) -> NDArray[np.float32]:
+        """The values of ``lora_b``, ``float32 [N, R]``."""
+        return _values(self.lora_b, self.lora_b_scale)
+
+    def product(self) -> NDArray[np.float32]:
+        """``lora_b @ lora_a`` as the op computes it, ``float32 [N, K]``."""
+        return self.up() @ self.down()
+
+    def tiles(self) -> dict[str, NDArray[np.generic]]:
+        """The factors in the tiled layout, by the names of the op's inputs.
+
+        Returns:
+          ``lora_a [ceil(R / 16), K, 16]`` and ``lora_b [ceil(N / 16), R, 16]`` in their own float
+          type. An integer factor becomes tiles of ``bits``, ``uint8 [ceil(rows / 16),
+          ceil(columns / CHUNK[bits]), 64]``, and a ``float32 [ceil(rows / 16) * 16]`` scale.
+        """
+        tiled: dict[str, NDArray[np.generic]] = {}
+        for name, factor, scale in (
+            ("lora_a", self.lora_a, self.lora_a_scale),
+            ("lora_b", self.lora_b, self.lora_b_scale),
+        ):
+            if factor.dtype == np.int8:
+                tiled[name] = tile_integers(factor.astype(np.int8, copy=False), bits=self.bits)
+            else:
+                tiled[name] = tile_rows(factor)
+            if scale is not None:
+                tiled[f"{name}_scale"] = tile_rows(scale[:, None]).reshape(-1)
+        return tiled
+
+
+def split_rows(factors: LowRank, parts: Sequence[int]) -> list[LowRank]:
+    """Factors of one linear as those of ``parts`` of its rows, which share ``lora_a``.
+
+    Args:
+      factors: of ``sum(parts)`` rows.
+      parts: rows of each part.
+    """
+    edges = np.cumsum([0, *parts])
+    return [
+        replace(
+            factors,
+            lora_b=factors.lora_b[start:stop],
+            lora_b_scale=(
+                None if factors.lora_b_scale is None else factors.lora_b_scale[start:stop]
+            ),
+        )
+        for start, stop in pairwise(edges)
+    ]
+
+
+def merge_factors(
+    factors: Sequence[LowRank | None], parts: Sequence[int], *, in_features: int, rank: int
+) -> LowRank:
+    """Factors of linears that share an input as those of the one linear of their stacked rows.
+
+    Args:
+      factors: of each linear, of ranks up to ``rank``; None for one that has none. Integer ones of
+        8 and of 4 bits may stand side by side and are then stored in 8.
+      parts: rows of each linear, in the same order.
+      in_features: ``K``.
+      rank: ``R`` of each part.
+
+    Returns:
+      ``lora_a [P * R, K]``, one part's rows after the other's, and ``lora_b [N, R]``, whose rows
+      multiply those of their own part; zero, scales included, beyond a part's own rank.
+
+    Raises:
+      PluginError: there are no factors at all, or float ones beside integer ones.
+    """
+    if any(one is not None and one.lora_a_scale is not None for one in factors):
+        factors = [None if one is None else _with_scale(one) for one in factors]
+    present = [one for one in factors if one is not None]
+    kinds = {(one.lora_a.dtype, one.lora_b.dtype) for one in present}
+    if len(kinds) != 1:
+        names = " and ".join(sorted({one.factor_type for one in present})) or "none"
+        raise PluginError(f"merged linears have factors of one type, not {names}")
+
+    def stacked(name: str, rows: Sequence[int], columns: int | None = None) -> NDArray[Any] | None:
+        like = getattr(present[0], name)
+        if like is None:
+            return None
+        inner = () if columns is None else (columns,)
+        whole = np.zeros((sum(rows), *inner), like.dtype)
+        for start, one in zip(np.cumsum([0, *rows]), factors, strict=False):
+            if one is not None:
+                array = getattr(one, name)
+                whole[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        return whole
+
+    ranks = [rank] * len(parts)
+    lora_a, lora_b = stacked("lora_a", ranks, in_features), stacked("lora_b", parts, rank)
+    assert lora_a is not None and lora_b is not None  # noqa: PT018, S101 - both are always there
+    return LowRank(
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_a_scale=stacked("lora_a_scale", ranks),
+        lora_b_scale=stacked("lora_b_scale", parts),
+        bits=merged_bits(factors, in_features),
+    )
+
+
+def merged_bits(factors: Sequence[LowRank | None], in_features: int) -> int:
+    """Bits of a code when integer factors of linears with ``in_features`` columns are merged.
+
+    The widest that any has. In tiles of so few columns that codes of 4 bits would take as many
+    vectors as those of 8, nothing would tell them apart: they are stored in 8 as well.
+    """
+    if in_features <= CHUNK[8]:
+        return 8
+    return max((one.bits for one in factors if one is not None), default=8)
+
+
+def _with_scale(factors: LowRank) -> LowRank:
+    """``factors`` with a scale of every row of ``lora_a``, 1 where they have none."""
+    if factors.lora_a_scale is not None:
+        return factors
+    return replace(factors, lora_a_scale=np.ones(factors.rank, np.float32))
+
+
+def _values(factor: Factor, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    values = factor.astype(np.float32)
+    return values if scale is None else values * scale[:, None]

@@ -1,0 +1,133 @@
+"""An n-bit weight: its codes, scales and zero points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eoracc.plugins.operands.codes import (
+    pack_codes,
+    tile_codes,
+    tile_rows,
+    unpack_codes,
+    untile_codes,
+    untile_rows,
+)
+
+__all__ = [
+    "NBitsWeight",
+]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NBitsWeight:
+    """A weight of ``bits`` per element with a scale (and a zero point) per group of a row.
+
+    The value of code ``c`` is ``(c - zero_point) * scale``; without zero points it is
+    ``2**(bits - 1)``. The last group of a row may be shorter than ``group_size``: its padding
+    codes never reach a product.
+
+    Attributes:
+      packed: ``uint8 [N, G, group_size * bits / 8]`` with ``G = ceil(K / group_size)``.
+      scales: ``float16`` or ``float32 [N, G]``.
+      zero_points: ``uint8 [N, G]``, or None for symmetric codes.
+      bits: one of :data:`BITS`.
+      group_size: a multiple of 8.
+      in_features: ``K``.
+    """
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[np.float16] | NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None
+    bits: int
+    group_size: int
+    in_features: int
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: NDArray[np.uint8],
+        scales: NDArray[np.float16] | NDArray[np.float32],
+        zero_points: NDArray[np.uint8] | None,
+        *,
+        bits: int,
+        group_size: int,
+    ) -> NBitsWeight:
+        """Pack ``codes [N, K]`` and keep the rest as it is."""
+        return cls(
+            packed=pack_codes(codes, bits=bits, group_size=group_size),
+            scales=scales,
+            zero_points=zero_points,
+            bits=bits,
+            group_size=group_size,
+            in_features=codes.shape[1],
+        )
+
+    @property
+    def out_features(self) -> int:
+        """``N``."""
+        return int(self.packed.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes: codes, scales and zero points."""
+        zero_points = 0 if self.zero_points is None else self.zero_points.nbytes
+        return self.packed.nbytes + self.scales.nbytes + zero_points
+
+    def tiles(self) -> dict[str, NDArray[np.generic]]:
+        """The weight in the tiled layout, by the names of the op's inputs.
+
+        Returns:
+          ``B uint8 [ceil(N / 16), chunks, bytes]``, ``scales [ceil(N / 16), G, 16]`` and, where
+          there are any, ``zero_points uint8 [ceil(N / 16), G, 16]``.
+        """
+        tiled: dict[str, NDArray[np.generic]] = {
+            "B": tile_codes(self.codes(), bits=self.bits),
+            "scales": tile_rows(self.scales),
+        }
+        if self.zero_points is not None:
+            tiled["zero_points"] = tile_rows(self.zero_points)
+        return tiled
+
+    @classmethod
+    def from_tiles(
+        cls,
+        packed: NDArray[np.uint8],
+        scales: NDArray[np.float16] | NDArray[np.float32],
+        zero_points: NDArray[np.uint8] | None,
+        *,
+        bits: int,
+        group_size: int,
+        out_features: int,
+        in_features: int,
+    ) -> NBitsWeight:
+        """Inverse of :meth:`tiles`."""
+        codes = untile_codes(packed, bits=bits, out_features=out_features, in_features=in_features)
+        return cls.from_codes(
+            codes,
+            untile_rows(scales, out_features),  # type: ignore[arg-type]
+            None if zero_points is None else untile_rows(zero_points, out_features),
+            bits=bits,
+            group_size=group_size,
+        )
+
+    def codes(self) -> NDArray[np.uint8]:
+        """The integer codes, ``uint8 [N, K]``."""
+        return unpack_codes(self.packed, bits=self.bits, in_features=self.in_features)
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The weight that the op multiplies with, ``float32 [N, K]``."""
+        rows, groups = self.scales.shape
+        codes = unpack_codes(
+            self.packed, bits=self.bits, in_features=groups * self.group_size
+        ).reshape(rows, groups, self.group_size)
+        values = codes.astype(np.float32)
+        if self.zero_points is None:
+            values -= np.float32(2 ** (self.bits - 1))
+        else:
+            values -= self.zero_points.astype(np.float32)[:, :, None]
+        values *= self.scales.astype(np.float32)[:, :, None]
+        flat = values.reshape(rows, groups * self.group_size)
+        return np.ascontiguousarray(flat[:, : self.in_features])
