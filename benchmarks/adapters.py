@@ -31,7 +31,8 @@ from eoracc.errors import EoraccError
 from eoracc.passes.solvers.factor_types import FactorType, store_factors
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.plugins.operands.low_rank import LowRank
-from eoracc.runtime.adapters.adapter import Adapter, read_slots
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import read_manifest
 

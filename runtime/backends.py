@@ -11,13 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from eoracc.errors import ArtifactError, BackendError, EoraccError
-from eoracc.runtime.adapters.adapter import (
-    adapters_in,
-    check_known,
-    combine,
-    find_slots,
-    read_adapter,
-)
+from eoracc.runtime.adapters.adapter import combine
+from eoracc.runtime.adapters.files import check_adapter_exists, listed_adapters, read_adapter
+from eoracc.runtime.adapters.slots import find_slots
 from eoracc.runtime.artifact.genai_files import read_decoder
 from eoracc.runtime.decode.bank import AdapterBank, FactorsOf, Weights
 from eoracc.runtime.onnxruntime.batch import Graph, GraphDecoder
@@ -98,9 +94,9 @@ def open_backend(
     if choice not in get_args(BackendChoice):
         known = ", ".join(get_args(BackendChoice))
         raise BackendError(f"backend '{choice}': there is none of this name: take {known}")
-    names = adapters_in(manifest) if adapters is None else list(adapters)
+    names = listed_adapters(manifest) if adapters is None else list(adapters)
     for name in names:
-        check_known(folder, manifest, name)
+        check_adapter_exists(folder, manifest, name)
     built = backends_of(manifest)
     if choice != "auto":
         if choice not in built:

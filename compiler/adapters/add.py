@@ -35,7 +35,9 @@ from eoracc.compiler.text.windows import Settings
 from eoracc.errors import ArtifactError, GateError
 from eoracc.passes.base import ModelPass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.runtime.adapters.adapter import Adapter, adapters_in, check_adapter_name, read_slots
+from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
+from eoracc.runtime.adapters.files import listed_adapters
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
 from eoracc.runtime.memory import release_memory
@@ -98,7 +100,7 @@ def _check_request(folder: Path, name: str, config: AdapterConfig, *, force: boo
     check_adapter_name(name)
     manifest = verify_manifest(folder)
     slots = read_slots(folder, manifest)
-    if name in adapters_in(manifest) and not force:
+    if name in listed_adapters(manifest) and not force:
         raise ArtifactError(
             f"{folder}: has an adapter '{name}': choose another name, or replace it with --force"
         )

@@ -14,15 +14,11 @@ import numpy as np
 
 from eoracc.errors import ArtifactError
 from eoracc.passes.solvers.factor_types import store_factors
-from eoracc.runtime.adapters.adapter import (
-    Adapter,
-    decode_adapter,
-    encode_adapter,
-    read_adapter,
-    read_slots,
-)
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.files import decode_adapter, encode_adapter, read_adapter
 from eoracc.runtime.adapters.peft_format import PEFT_WEIGHTS, encode_peft, read_peft
 from eoracc.runtime.adapters.peft_modules import linears_to_modules, modules_to_linears, read_layout
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.artifact.manifest import read_manifest
 
 if TYPE_CHECKING:

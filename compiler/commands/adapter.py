@@ -36,7 +36,7 @@ def adapter() -> None:
 def list_adapters(artifact: Path, as_json: bool) -> None:
     """Show the adapters of ARTIFACT, each compared with the manifest."""
     from eoracc.compiler.report.content import format_bytes
-    from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
+    from eoracc.runtime.adapters.files import adapter_names, read_adapter
 
     described = [_describe(read_adapter(artifact, name)) for name in adapter_names(artifact)]
     if as_json:
@@ -89,10 +89,10 @@ def _describe(one: Adapter) -> dict[str, Any]:
 @json_option
 def remove(artifact: Path, name: str, as_json: bool) -> None:
     """Take the adapter NAME out of ARTIFACT."""
-    from eoracc.runtime.adapters.adapter import adapters_in
+    from eoracc.runtime.adapters.files import listed_adapters
     from eoracc.runtime.adapters.store import remove_adapter
 
-    left = adapters_in(remove_adapter(artifact, name))
+    left = listed_adapters(remove_adapter(artifact, name))
     if as_json:
         print_json({"removed": name, "adapters": left})
     else:

@@ -79,7 +79,8 @@ def add(
     """
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from eoracc.runtime.adapters.adapter import check_adapter_name, read_slots
+    from eoracc.runtime.adapters.adapter import check_adapter_name
+    from eoracc.runtime.adapters.slots import read_slots
 
     check_adapter_name(name)
     config = _config(options, read_slots(artifact).type)

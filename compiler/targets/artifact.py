@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 
 from eoracc import __version__
 from eoracc.errors import ArtifactError
-from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name, encode_adapter, parse_slots
+from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
+from eoracc.runtime.adapters.files import encode_adapter
+from eoracc.runtime.adapters.slots import parse_slots
 from eoracc.runtime.artifact.folder_change import changing
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE, read_decoder
 from eoracc.runtime.artifact.manifest import (

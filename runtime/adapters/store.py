@@ -11,14 +11,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.adapters.adapter import (
+from eoracc.runtime.adapters.adapter import check_adapter_name
+from eoracc.runtime.adapters.files import (
     adapter_files,
-    adapters_in,
-    check_adapter_name,
-    check_known,
+    check_adapter_exists,
     encode_adapter,
-    read_slots,
+    listed_adapters,
 )
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.artifact.folder_change import change_files, changing
 from eoracc.runtime.artifact.manifest import (
     MANIFEST_FILE,
@@ -71,7 +71,7 @@ def add_adapter(
                 f"adapter '{adapter.name}': is for the backbone {adapter.backbone[:12]}, {folder} "
                 f"is {manifest.digest[:12]}: make the adapter anew for this artifact"
             )
-        if adapter.name in adapters_in(manifest) and not force:
+        if adapter.name in listed_adapters(manifest) and not force:
             raise ArtifactError(
                 f"{folder}: has an adapter '{adapter.name}': choose another name, or replace it "
                 "with --force"
@@ -92,7 +92,7 @@ def remove_adapter(folder: Path, name: str) -> Manifest:
     """
     with changing(folder):
         manifest = read_manifest(folder)
-        check_known(folder, manifest, name)
+        check_adapter_exists(folder, manifest, name)
         written = _edited_report(folder, manifest, name, None)
         return _change(folder, manifest, written, adapter_files(name))
 

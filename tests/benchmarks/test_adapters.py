@@ -9,7 +9,8 @@ import pytest
 from benchmarks.adapters import ADAPTERS, main, random_factors
 from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.plugins.adapters import pack_adapter
-from eoracc.runtime.adapters.adapter import adapter_names, read_slots
+from eoracc.runtime.adapters.files import adapter_names
+from eoracc.runtime.adapters.slots import read_slots
 from tests.tiny_artifact import write_tiny_artifact
 
 

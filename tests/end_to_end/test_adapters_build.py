@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
+from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 
 pytestmark = pytest.mark.real

@@ -17,7 +17,9 @@ from eoracc.compiler.targets.parity_record import logits_tolerance
 from eoracc.passes.solvers.factor_types import store_factors
 from eoracc.passes.solvers.factors import svd_factors
 from eoracc.plugins.adapters import pack_adapter
-from eoracc.runtime.adapters.adapter import Adapter, read_adapter, read_slots
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.files import read_adapter
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 from eoracc.runtime.decode.text import Tokenizer

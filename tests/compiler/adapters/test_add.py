@@ -19,7 +19,7 @@ from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import AdapterParity, Report
 from eoracc.errors import ArtifactError, GateError
-from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
+from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 from tests.tiny_models import tiny_model

@@ -25,7 +25,8 @@ from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import pack_adapter
 from eoracc.plugins.operands.low_rank import LowRank
-from eoracc.runtime.adapters.adapter import Adapter, read_slots
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import read_manifest
 from eoracc.runtime.onnxruntime.session import open_session

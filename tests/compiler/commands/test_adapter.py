@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from eoracc.compiler.cli import main
-from eoracc.runtime.adapters.adapter import Adapter, adapter_names
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.files import adapter_names
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import verify_manifest
 from tests.slots_artifact import random_factors, write_slots_artifact

@@ -17,7 +17,7 @@ from eoracc.compiler.targets import artifact
 from eoracc.compiler.targets.artifact import ArtifactWriter, check_output, package_versions
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
-from eoracc.runtime.adapters.adapter import adapter_names, read_adapter
+from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.artifact.folder_change import changing
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 from tests.slots_artifact import SLOTS, random_factors

@@ -10,7 +10,9 @@ import onnxruntime_genai
 import pytest
 
 from eoracc.plugins.adapters import pack_adapter
-from eoracc.runtime.adapters.adapter import Adapter, read_adapter, read_slots
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.files import read_adapter
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import read_manifest
 from eoracc.runtime.onnxruntime.session import Session, open_session

@@ -11,7 +11,9 @@ import pytest
 
 from eoracc.plugins.adapters import ADAPTER_INDEX, pack_adapter, stack_adapters
 from eoracc.runtime import ArtifactError, Engine, Model, Request, RequestError, load
-from eoracc.runtime.adapters.adapter import Adapter, combine, read_adapter, read_slots
+from eoracc.runtime.adapters.adapter import Adapter, combine
+from eoracc.runtime.adapters.files import read_adapter
+from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.genai_files import read_decoder
 from eoracc.runtime.artifact.manifest import read_manifest

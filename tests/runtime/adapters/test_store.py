@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.adapters.adapter import Adapter, adapter_names, read_adapter
+from eoracc.runtime.adapters.adapter import Adapter
+from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.adapters.store import add_adapter, remove_adapter
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 from tests.slots_artifact import random_factors, write_slots_artifact

@@ -15,7 +15,7 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report, report_lines
 from eoracc.errors import ConfigError, TargetError
-from eoracc.runtime.adapters.adapter import read_adapter
+from eoracc.runtime.adapters.files import read_adapter
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from tests.tiny_build import tiny_config, tiny_workspace
