@@ -13,11 +13,14 @@ from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import find_linears
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.compiler.targets.tensorrt.test_lower_rtx import compress, loaded
+from tests.optional import require
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-trt = pytest.importorskip("tensorrt_rtx")
+require("tensorrt_rtx")
+
+import tensorrt_rtx as trt  # noqa: E402 - after the check
 
 SIZES = {
     "batch": (1, 1, 2),
@@ -29,7 +32,7 @@ SIZES = {
 }
 
 
-class Errors(trt.ILogger):  # type: ignore[misc,name-defined] # no types
+class Errors(trt.ILogger):  # type: ignore[misc] # no types
     def __init__(self) -> None:
         super().__init__()
         self.texts: list[str] = []

@@ -18,6 +18,7 @@ from eoracc.errors import ConfigError, TargetError
 from eoracc.runtime.adapters.files import read_adapter
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
+from tests.optional import require
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from eoracc.compiler.config.sections import BuildConfig
     from eoracc.compiler.driver import BuildResult
 
-pytest.importorskip("tensorrt_rtx")
+require("tensorrt_rtx")
 
 PASSES: list[Any] = [
     "calibrate",

@@ -19,6 +19,7 @@ from eoracc.compiler.targets.tensorrt.engines.build import (
 )
 from eoracc.compiler.targets.tensorrt.engines.task import EngineTask
 from eoracc.errors import TargetError
+from tests.optional import require
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.targets.tensorrt.engines.task import ShapeRange
 
-pytest.importorskip("tensorrt_rtx")
+require("tensorrt_rtx")
 
 K = 2048
 PROFILE = {"x": ((1, K), (1, K), (64, K))}

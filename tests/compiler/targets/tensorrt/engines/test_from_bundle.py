@@ -21,9 +21,10 @@ from eoracc.compiler.targets.tensorrt.engines.from_bundle import build_from_bund
 from eoracc.errors import ArtifactError, BackendError, TargetError
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
+from tests.optional import require
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 
-pytest.importorskip("triton")
+require("triton")
 
 
 @pytest.fixture(scope="module")
