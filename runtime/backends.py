@@ -14,11 +14,12 @@ from eoracc.errors import ArtifactError, BackendError, EoraccError
 from eoracc.runtime.adapters.adapter import combine
 from eoracc.runtime.adapters.files import check_adapter_exists, listed_adapters, read_adapter
 from eoracc.runtime.adapters.slots import find_slots
-from eoracc.runtime.artifact.genai_files import read_decoder
+from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.decode.bank import AdapterBank, FactorsOf, Weights
-from eoracc.runtime.onnxruntime.batch import Graph, GraphDecoder
-from eoracc.runtime.onnxruntime.session import open_inference, where_they_lie
-from eoracc.runtime.tensorrt.decoder import EngineDecoder
+from eoracc.runtime.onnxruntime.decoder import GraphDecoder
+from eoracc.runtime.onnxruntime.graph import Graph
+from eoracc.runtime.onnxruntime.inference import open_inference, ort_values
+from eoracc.runtime.tensorrt.decoder import TensorRTDecoder
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE
 
 if TYPE_CHECKING:
@@ -47,15 +48,15 @@ class Opened:
       backend: what runs it.
       device: what it runs on, in words.
       decoder: itself.
-      instead: why it is not run with the artifact's engines, where there are any and the choice was
-        left to :func:`open_backend`; else None.
+      fallback_reason: why ONNX Runtime runs an artifact that has TensorRT engines, where
+        :func:`open_backend` made that choice; else None.
       device_bytes: says how much of the GPU's memory is held; None without a GPU.
     """
 
     backend: Backend
     device: str
     decoder: Decoder
-    instead: str | None = None
+    fallback_reason: str | None = None
     device_bytes: Callable[[], int | None] = lambda: None
 
 
@@ -106,7 +107,7 @@ def open_backend(
     for tried, backend in enumerate(built):
         if backend == "onnxruntime":
             opened = _open(folder, manifest, backend, threads=threads, adapters=names)
-            return replace(opened, instead=str(refusal)) if tried else opened
+            return replace(opened, fallback_reason=str(refusal)) if tried else opened
         try:
             return _open(folder, manifest, backend, threads=threads, adapters=names)
         except EoraccError as error:
@@ -131,12 +132,12 @@ def _open(
 ) -> Opened:
     load = _factors_in(folder)
     if backend != "onnxruntime":
-        decoder = EngineDecoder.open(folder / backend, adapters, load)
+        decoder = TensorRTDecoder.open(folder / backend, adapters, load)
         device_name = decoder.device_name
         return Opened(backend, device_name, decoder, device_bytes=decoder.device_bytes)
-    files = read_decoder(folder)
+    files = read_model_files(folder)
     bank = AdapterBank(find_slots(folder, manifest), adapters, load)
-    defaults = where_they_lie(bank.inputs[1])
+    defaults = ort_values(bank.inputs[1])
     inference = open_inference(
         str(files.model), files.library, threads, str(files.model), defaults=defaults
     )

@@ -46,8 +46,8 @@ class Model:
       threads: of one operator on the CPU.
       backend: what runs it.
       device: what it runs on, in words.
-      instead_of_engines: why the artifact's engines do not run it, where it has any and the choice
-        was left to :func:`load`; else None.
+      fallback_reason: why ONNX Runtime runs an artifact that has TensorRT engines, where
+        :func:`load` made that choice; else None.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Model:
         opened = open_backend(folder, manifest, backend, threads=self.threads, adapters=adapters)
         self.backend: Backend = opened.backend
         self.device = opened.device
-        self.instead_of_engines = opened.instead
+        self.fallback_reason = opened.fallback_reason
         self._decoder = opened.decoder
         self._device_bytes = opened.device_bytes
         self.bank = opened.decoder.bank

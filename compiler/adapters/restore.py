@@ -35,8 +35,8 @@ from eoracc.passes.graph.linears import (
 from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
-from eoracc.runtime.artifact.genai_files import read_decoder
-from eoracc.runtime.onnxruntime.session import LINEARS_KEY
+from eoracc.runtime.artifact.genai_files import read_model_files
+from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 __all__ = ["Backbone", "restore_backbone"]
 
@@ -75,7 +75,7 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
       ArtifactError: the artifact's model cannot be read, is of another graph, or has quantized
         factors of a weight: what these were before is in neither of the two.
     """
-    path = read_decoder(folder).model
+    path = read_model_files(folder).model
     try:
         stored = ir.load(path)
     except Exception as error:

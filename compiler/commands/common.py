@@ -49,11 +49,11 @@ backend_option = click.option(
 
 def tell_backend(model: Model) -> None:
     """Say on standard error what runs an artifact that has engines."""
-    if model.backend == "onnxruntime" and model.instead_of_engines is None:
+    if model.backend == "onnxruntime" and model.fallback_reason is None:
         return
     click.echo(f"running with {model.backend} on {model.device}", err=True)
-    if model.instead_of_engines is not None:
-        click.echo(f"not with its engines: {model.instead_of_engines}", err=True)
+    if model.fallback_reason is not None:
+        click.echo(f"not with its engines: {model.fallback_reason}", err=True)
 
 
 def print_json(content: object) -> None:

@@ -21,7 +21,7 @@ from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import encode_adapter
 from eoracc.runtime.adapters.slots import parse_slots
 from eoracc.runtime.artifact.folder_change import changing
-from eoracc.runtime.artifact.genai_files import CONFIG_FILE, read_decoder
+from eoracc.runtime.artifact.genai_files import CONFIG_FILE, read_model_files
 from eoracc.runtime.artifact.manifest import (
     MANIFEST_FILE,
     REPORT_FILE,
@@ -295,7 +295,7 @@ class ArtifactWriter:
         written: dict[str, FileEntry] = {}
         if not self._adapters:
             return written
-        path = read_decoder(self.folder).model
+        path = read_model_files(self.folder).model
         slots = parse_slots(path.read_bytes(), path)
         if slots is None:
             raise ArtifactError(f"{self.output}: the model takes no adapters")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from eoracc.errors import ArtifactError, PluginError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
-from eoracc.runtime.artifact.genai_files import read_decoder
+from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.manifest import Manifest, read_listed, read_manifest
 from eoracc.runtime.artifact.model_metadata import read_metadata
 
@@ -37,7 +37,7 @@ def read_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots:
 
 def find_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots | None:
     """Like :func:`read_slots`; None where the artifact takes no adapters."""
-    path = read_decoder(folder).model
+    path = read_model_files(folder).model
     name = path.relative_to(folder).as_posix()
     return parse_slots(read_listed(folder, manifest or read_manifest(folder), name), path)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_adapter", "remove_adapter"]
 
-Report = dict[str, Any]
+_Report = dict[str, Any]
 
 
 def add_adapter(
@@ -45,7 +45,7 @@ def add_adapter(
     adapter: Adapter,
     *,
     force: bool = False,
-    edit_report: Callable[[Report], None] | None = None,
+    edit_report: Callable[[_Report], None] | None = None,
 ) -> Manifest:
     """Store ``adapter`` in an artifact.
 
@@ -108,13 +108,13 @@ def _change(
 
 
 def _edited_report(
-    folder: Path, manifest: Manifest, name: str, edit: Callable[[Report], None] | None
+    folder: Path, manifest: Manifest, name: str, edit: Callable[[_Report], None] | None
 ) -> dict[str, bytes]:
     """report.json where it changes: without the old figures of adapter ``name``, then edited."""
     if REPORT_FILE not in manifest.files:
         return {}
     before = read_listed(folder, manifest, REPORT_FILE)
-    report: Report = json.loads(before)
+    report: _Report = json.loads(before)
     _forget(report, name)
     if edit is not None:
         edit(report)
@@ -125,7 +125,7 @@ def _edited_report(
     return {} if text.encode() == before else {REPORT_FILE: text.encode()}
 
 
-def _forget(report: Report, name: str) -> None:
+def _forget(report: _Report, name: str) -> None:
     """Drop what the report says of adapter ``name``, and of every adapter on its text."""
     section = report.get("adapters") or {}
     for figures in section.values():

@@ -1,42 +1,24 @@
-"""ONNX Runtime, imported when it is first needed: its CPU and GPU builds exclude each other."""
+"""genai_config.json: the files that ONNX Runtime loads, and the limits of the model."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eoracc.errors import ArtifactError, BackendError
+from eoracc.errors import ArtifactError
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import ModuleType
 
-__all__ = ["CONFIG_FILE", "Decoder", "import_backend", "read_decoder"]
+__all__ = ["CONFIG_FILE", "ModelFiles", "read_model_files"]
 
 CONFIG_FILE = "genai_config.json"
 
 
-def import_backend(name: str) -> ModuleType:
-    """Import ``onnxruntime`` or ``onnxruntime_genai``.
-
-    Raises:
-      BackendError: it is not installed; the text says how to install it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.replace("_", "-")
-        problem = "is not installed" if error.name == name else f"cannot be loaded ({error})"
-        raise BackendError(
-            f"{package} {problem}: pip install 'eoracc[cpu]' (or 'eoracc[gpu]')"
-        ) from None
-
-
 @dataclass(frozen=True)
-class Decoder:
-    """Where an artifact keeps its model.
+class ModelFiles:
+    """The model of an artifact for ONNX Runtime.
 
     Attributes:
       model: the ONNX file.
@@ -51,7 +33,7 @@ class Decoder:
     shares_cache: bool
 
 
-def read_decoder(folder: Path) -> Decoder:
+def read_model_files(folder: Path) -> ModelFiles:
     """Read from genai_config.json what ONNX Runtime must load.
 
     Raises:
@@ -77,7 +59,7 @@ def read_decoder(folder: Path) -> Decoder:
             raise ArtifactError(
                 f"{path}: names '{name}', which is not in the folder: do not trust this artifact"
             )
-    return Decoder(
+    return ModelFiles(
         model=folder / model,
         library=None if library is None else folder / str(library),
         context_length=context_length,

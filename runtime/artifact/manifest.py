@@ -29,7 +29,6 @@ __all__ = [
     "BUILDER_LOG",
     "MANIFEST_FILE",
     "REPORT_FILE",
-    "SCHEMA_VERSION",
     "FileEntry",
     "Manifest",
     "backbone_digest",
@@ -45,7 +44,7 @@ ADAPTERS_FOLDER = "adapters"
 BUILDER_LOG = "builder.log"
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
-SCHEMA_VERSION = 1
+_SCHEMA = 1
 
 _FORMAT = "eoracc artifact"
 _BLOCK = 1 << 20
@@ -111,7 +110,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json: equal manifests give equal texts."""
-        content = {"format": _FORMAT, "schema": SCHEMA_VERSION, **asdict(self)}
+        content = {"format": _FORMAT, "schema": _SCHEMA, **asdict(self)}
         return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -157,7 +156,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_versioned(
         path,
         file_format=_FORMAT,
-        schema=SCHEMA_VERSION,
+        schema=_SCHEMA,
         missing=f"{folder}: has no {MANIFEST_FILE}, so it is no eoracc artifact: build one",
         foreign="is not the manifest of an eoracc artifact",
     )

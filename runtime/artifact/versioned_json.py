@@ -8,7 +8,7 @@ from typing import Any
 
 from eoracc.errors import ArtifactError
 
-__all__ = ["check_versioned", "is_beside", "read_versioned"]
+__all__ = ["check_versioned", "is_file_name", "read_versioned"]
 
 
 def read_versioned(
@@ -53,6 +53,6 @@ def check_versioned(
     return content
 
 
-def is_beside(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether ``name`` is that of a file in the folder it is read in, and leads nowhere else."""
     return PurePosixPath(name).name == name and "\\" not in name and name not in ("", "..")

@@ -20,9 +20,9 @@ from eoracc.runtime.request import NO_ADAPTER
 if TYPE_CHECKING:
     from eoracc.runtime.model import Model
 
-__all__ = ["BATCH_ROWS", "BenchOptions", "run_benchmark"]
+__all__ = ["BenchOptions", "run_benchmark"]
 
-BATCH_ROWS = (1, 4, 8)
+_BATCH_ROWS = (1, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
         repeats=options.repeats,
         start=start,
         adapters=_rows_alone(model, adapters, options),
-        batches=[_batch(model, adapters, rows, options) for rows in BATCH_ROWS],
+        batches=[_batch(model, adapters, rows, options) for rows in _BATCH_ROWS],
         switch=_switch(model, adapters, options) if len(adapters) > 1 else None,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["Measurement", "interleave", "ratios"]
 
-Key = TypeVar("Key")
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Measurement:
         return cls(median, low, high, len(values))
 
 
-def interleave(measures: Mapping[Key, Callable[[], float]], repeats: int) -> dict[Key, list[float]]:
+def interleave(
+    measures: Mapping[_Key, Callable[[], float]], repeats: int
+) -> dict[_Key, list[float]]:
     """Let ``measures`` take turns, ``repeats`` times each, after one turn that does not count.
 
     Whatever else the machine does then falls on all of them alike; who comes first moves on with
@@ -52,7 +54,7 @@ def interleave(measures: Mapping[Key, Callable[[], float]], repeats: int) -> dic
     order = list(measures)
     for key in order:
         measures[key]()
-    taken: dict[Key, list[float]] = {key: [] for key in order}
+    taken: dict[_Key, list[float]] = {key: [] for key in order}
     for turn in range(repeats):
         start = turn % len(order) if order else 0
         for key in order[start:] + order[:start]:

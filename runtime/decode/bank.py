@@ -38,14 +38,14 @@ Weights: TypeAlias = tuple[tuple[str, float], ...]
 FactorsOf: TypeAlias = Callable[[Weights], Mapping[str, LowRank]]
 """Gives the factors of a weighted sum of adapters, by linear."""
 
-Packed: TypeAlias = Mapping[str, NDArray[np.generic]]
+_Packed: TypeAlias = Mapping[str, NDArray[np.generic]]
 """Operands of adapters by graph input."""
 
-OneT = TypeVar("OneT")
+_PackedT = TypeVar("_PackedT")
 """An adapter, ready to be put at a place."""
 
 
-class AdapterPlaces(ABC, Generic[OneT]):
+class AdapterPlaces(ABC, Generic[_PackedT]):
     """Adapters, each at its place. Threads may share it.
 
     An adapter keeps its place for as long as the bank lives. A weighted sum of adapters gets one
@@ -81,11 +81,11 @@ class AdapterPlaces(ABC, Generic[OneT]):
         return [((name, 1.0),) for name in self.names]
 
     @abstractmethod
-    def _pack(self, weights: Weights) -> OneT:
+    def _pack(self, weights: Weights) -> _PackedT:
         """Read what ``weights`` asks for. Called without the lock: it may take its time."""
 
     @abstractmethod
-    def _put(self, place: int, packed: OneT) -> None:
+    def _put(self, place: int, packed: _PackedT) -> None:
         """Put it at a place: the first free one, or one whose adapter nobody uses any more."""
 
     def check(self, adapter: AdapterChoice) -> Weights:
@@ -118,7 +118,7 @@ class AdapterPlaces(ABC, Generic[OneT]):
         weights = self.check(adapter)
         if not weights:
             return NO_PLACE
-        packed: OneT | None = None
+        packed: _PackedT | None = None
         while True:
             with self._lock:
                 place = self._places.get(weights)
@@ -141,7 +141,7 @@ class AdapterPlaces(ABC, Generic[OneT]):
             if not self._users[weights]:
                 del self._users[weights]
 
-    def _add(self, weights: Weights, packed: OneT) -> int:
+    def _add(self, weights: Weights, packed: _PackedT) -> int:
         unused = [one for one in list(self._places)[len(self.names) :] if not self._users[one]]
         oldest = unused[0] if len(unused) >= self._sums else None
         place = len(self._places) if oldest is None else self._places[oldest]
@@ -152,7 +152,7 @@ class AdapterPlaces(ABC, Generic[OneT]):
         return place
 
 
-class AdapterBank(AdapterPlaces[Packed]):
+class AdapterBank(AdapterPlaces[_Packed]):
     """Adapters as operands of the fused op: stacked, an index picks each row's."""
 
     option = "onnxruntime.adapter_type: int8"
@@ -194,14 +194,14 @@ class AdapterBank(AdapterPlaces[Packed]):
         return self._inputs
 
     @override
-    def _pack(self, weights: Weights) -> Packed:
+    def _pack(self, weights: Weights) -> _Packed:
         # What has no slots or no files has no names, and nothing can be asked of it.
         assert self._slots is not None  # noqa: S101
         assert self._load is not None  # noqa: S101
         return pack_adapter(self._slots, self._load(weights))
 
     @override
-    def _put(self, place: int, packed: Packed) -> None:
+    def _put(self, place: int, packed: _Packed) -> None:
         assert self._slots is not None  # noqa: S101 - or there was nothing to pack
         version, arrays = self._inputs
         banks = [
@@ -213,7 +213,7 @@ class AdapterBank(AdapterPlaces[Packed]):
         self._inputs = (version + 1, _in_one_piece(stacked))
 
 
-def _in_one_piece(arrays: Packed) -> dict[str, NDArray[np.generic]]:
+def _in_one_piece(arrays: _Packed) -> dict[str, NDArray[np.generic]]:
     """The same arrays in one piece of memory, in their order, which is that of a run.
 
     A step reads hundreds of small ones: one after the other they take fewer pages, large ones where
@@ -231,6 +231,6 @@ def _in_one_piece(arrays: Packed) -> dict[str, NDArray[np.generic]]:
     return pieces
 
 
-def _size(bank: Packed) -> int:
+def _size(bank: _Packed) -> int:
     """Adapters in a bank; none in one without arrays."""
     return max(map(len, bank.values()), default=0)

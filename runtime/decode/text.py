@@ -14,7 +14,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ArtifactError, BackendError, RequestError, reason
-from eoracc.runtime.artifact.genai_files import import_backend
+from eoracc.runtime.packages import import_package
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,13 +40,13 @@ class Tokenizer:
           BackendError: onnxruntime-genai is missing or refuses it.
         """
         self.folder = folder
-        genai = import_backend("onnxruntime_genai")
+        genai = import_package("onnxruntime_genai")
         try:
             self._tokenizer = genai.Tokenizer(str(folder))
             self.begin = _token(self._tokenizer, "bos_token_id")
             self.ends = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
         except Exception as error:
-            raise refused(folder, error) from error
+            raise _refusal(folder, error) from error
         # Whether special tokens are added is a setting of the tokenizer, not of a call.
         self._lock = threading.Lock()
 
@@ -219,7 +219,7 @@ def _field(message: object, key: str) -> object:
     return message.get(key) if isinstance(message, Mapping) else None
 
 
-def refused(folder: Path, error: Exception) -> BackendError:
+def _refusal(folder: Path, error: Exception) -> BackendError:
     """What onnxruntime-genai says against ``folder``, as one sentence."""
     return BackendError(f"{folder}: ONNX Runtime GenAI fails: {reason(error)}")
 

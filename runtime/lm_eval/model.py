@@ -27,7 +27,7 @@ __all__ = ["EoraccLM"]
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """Generation arguments that are fields of a request under the same name."""
 
-Pair = tuple[tuple[str, str] | None, list[int], list[int]]
+_Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts that a cache of results knows it by, tokens of the context, of the continuation."""
 
 
@@ -117,7 +117,7 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @override
     def _loglikelihood_tokens(
-        self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: object
+        self, requests: Sequence[_Pair], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # Longest first: texts of a batch are of one length, nearly, and padding costs little.
@@ -138,7 +138,7 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         progress.close()
         return found
 
-    def _score(self, requests: Sequence[Pair]) -> list[ContinuationScore]:
+    def _score(self, requests: Sequence[_Pair]) -> list[ContinuationScore]:
         pairs = []
         for _, context, continuation in requests:
             # The last token is only predicted, never read: one more fits.
@@ -161,7 +161,7 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
           requests: one text each.
           disable_tqdm: show no progress.
         """
-        pairs: list[Pair] = []
+        pairs: list[_Pair] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             windows = get_rolling_token_windows(

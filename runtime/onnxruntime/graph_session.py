@@ -12,14 +12,17 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.onnxruntime.float32_twin import float32_twin
-from eoracc.runtime.onnxruntime.session import (
-    DTYPES,
+from eoracc.runtime.artifact.graph_names import (
+    LOGITS_POSITIONS,
+    LORA_A,
+    LORA_B,
     PAST,
     PRESENT,
-    open_inference,
-    token_positions,
+    WRITE_INDICES,
 )
+from eoracc.runtime.onnxruntime.float32_twin import float32_twin
+from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
+from eoracc.runtime.onnxruntime.session import token_positions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,8 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["GraphSession"]
-
-_WRITE_INDICES = "write_indices"
 
 
 class GraphSession:
@@ -44,7 +45,7 @@ class GraphSession:
         self._inference = inference
         self.operands: Mapping[str, NDArray[np.generic]] = {}
         inputs = {value.name: value for value in inference.get_inputs()}
-        self._in_place = _WRITE_INDICES in inputs
+        self._in_place = WRITE_INDICES in inputs
         self._pasts = {
             name: (DTYPES[value.type], value.shape)
             for name, value in inputs.items()
@@ -55,7 +56,7 @@ class GraphSession:
                 [size if isinstance(size, int) else 0 for size in value.shape], np.float32
             )
             for name, value in inputs.items()
-            if name.endswith((".lora_a", ".lora_b"))
+            if name.endswith((LORA_A, LORA_B))
         }
         self._outputs = [value.name for value in inference.get_outputs()]
 
@@ -110,13 +111,13 @@ class GraphSession:
                 "input_ids": input_ids[:, start:end],
                 "attention_mask": attention_mask[:, :end],
                 "position_ids": positions[:, start:end],
-                "logits_positions": np.tile(np.arange(length), (batch, 1)),
+                LOGITS_POSITIONS: np.tile(np.arange(length), (batch, 1)),
                 **cache,
                 **self._no_adapter,
                 **self.operands,
             }
             if self._in_place:
-                feeds[_WRITE_INDICES] = np.full(batch, start)
+                feeds[WRITE_INDICES] = np.full(batch, start)
             results = dict(zip(self._outputs, self._inference.run(None, feeds), strict=True))
             parts.append(results["logits"])
             cache = {name: results[name.replace(PAST, PRESENT, 1)] for name in cache}

@@ -1,62 +1,29 @@
 """An artifact in plain ONNX Runtime: logits and a key/value cache, in NumPy.
 
-This is the form that parity is checked in and that servers build on; :mod:`eoracc.runtime.model`
-generates text. Rows of a batch are padded on the right: the fused attention counts the ones of the
-mask and takes them to be the first positions of a row.
+Parity is checked in this form, and servers of other kinds may build on it;
+:mod:`eoracc.runtime.model` generates text. Rows of a batch are padded on the right: the fused
+attention counts the ones of the mask and takes them to be the first positions of a row.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.errors import ArtifactError, BackendError
-from eoracc.runtime.artifact.genai_files import import_backend, read_decoder
+from eoracc.runtime.artifact.genai_files import read_model_files
+from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST, PRESENT
+from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import onnx_ir as ir
-
-__all__ = [
-    "DTYPES",
-    "LINEARS_KEY",
-    "LOGITS_TO_KEEP",
-    "PAST",
-    "PRESENT",
-    "Cache",
-    "Session",
-    "open_inference",
-    "open_linears",
-    "open_session",
-    "token_positions",
-    "where_they_lie",
-]
+__all__ = ["Cache", "Session", "open_session", "token_positions"]
 
 Cache = Mapping[str, NDArray[np.generic]]
 """Keys and values by input name, ``past_key_values.<i>.key|value``: ``[B, heads, P, head]``."""
-
-LINEARS_KEY = "eoracc.linears"
-"""Node metadata of a fused op: names of the linears in it, in the order of their rows."""
-
-LOGITS_TO_KEEP = "logits_to_keep"
-"""Optional input of the model: of how many last tokens of a row to give the logits; 1 if absent."""
-
-_FUSED_INPUTS = 9
-"""Inputs of the fused op that belong to its linears; a norm and a residual follow."""
-_BIAS = 4
-"""Of those, what the linear of the graph has not: another node adds it there."""
-_FUSED_ATTRIBUTES = ("activation", "norm_epsilon")
-PAST = "past_key_values."
-PRESENT = "present."
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-_ERRORS_ONLY = 3
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Session:
@@ -173,18 +140,18 @@ class Session:
         for index, prompt in enumerate(prompts):
             ids[index, : len(prompt)] = prompt
         logits, past = self.run(ids, mask, last_only=True)
-        found: list[list[int]] = [[] for _ in prompts]
+        continuations: list[list[int]] = [[] for _ in prompts]
         running = np.ones(len(prompts), bool)
         for step in range(max_new_tokens):
             tokens = logits[:, -1].argmax(axis=-1)
             running &= ~np.isin(tokens, stop)
             for row in np.flatnonzero(running):
-                found[row].append(int(tokens[row]))
+                continuations[row].append(int(tokens[row]))
             if not running.any() or step + 1 == max_new_tokens:
                 break
             mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
             logits, past = self.run(tokens[:, None].astype(np.int64), mask, past, last_only=True)
-        return found
+        return continuations
 
     def _no_past(self, batch: int) -> Cache:
         return {
@@ -221,184 +188,6 @@ def open_session(
       BackendError: ONNX Runtime is missing or refuses the model.
       ArtifactError: genai_config.json is missing or damaged.
     """
-    decoder = read_decoder(folder)
-    native = decoder.library if library else None
-    return Session(
-        open_inference(str(decoder.model), native, threads, str(decoder.model), lean=lean)
-    )
-
-
-def open_inference(
-    model: str | bytes,
-    library: Path | None,
-    threads: int | None,
-    name: str,
-    *,
-    lean: bool = False,
-    weights: Path | None = None,
-    defaults: Mapping[str, Any] | None = None,
-) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    """An ``onnxruntime.InferenceSession``.
-
-    Args:
-      model: its path, or itself.
-      library: the native library to register, or None.
-      threads: of one operator; None leaves the choice to ONNX Runtime.
-      name: what to call the model in an error.
-      lean: see :func:`open_session`.
-      weights: the folder of the files that ``model``, given as bytes, has its weights in.
-      defaults: of optional inputs, in place of the model's own (:func:`where_they_lie`). A run that
-        is content with them names none of them, which spares it half a microsecond each. They must
-        live as long as the session.
-
-    Raises:
-      BackendError: ONNX Runtime is missing or refuses the model.
-    """
-    onnxruntime = import_backend("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        # DequantizeLinear and MatMul would become a product that rounds activations to int8.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if weights is not None:
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights))
-        for optional, value in (defaults or {}).items():
-            options.add_initializer(optional, value)
-        if lean:
-            # An arena would keep the largest of everything, and idle threads would spin.
-            options.enable_cpu_mem_arena = False
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return onnxruntime.InferenceSession(
-            model,
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=["ConstantFolding"] if lean else None,
-        )
-    except Exception as error:
-        reason = re.sub(r"\s+", " ", str(error)).strip()
-        raise BackendError(f"{name}: ONNX Runtime cannot load it: {reason}") from error
-
-
-def where_they_lie(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
-    """C-contiguous arrays as ONNX Runtime's values, which read the arrays' memory and keep them.
-
-    Raises:
-      BackendError: ONNX Runtime is missing.
-    """
-    onnxruntime = import_backend("onnxruntime")
-    return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-
-
-def open_linears(
-    folder: Path, names: Sequence[str], *, library: bool = True, threads: int | None = None
-) -> Iterator[Callable[[Mapping[int, NDArray[np.float32]]], NDArray[np.float32]]]:
-    """Single linears of the artifact, to be run on their own, from the operands that it stores.
-
-    Args:
-      folder: the artifact.
-      names: of the linears.
-      library: see :func:`open_session`.
-      threads: see :func:`open_session`.
-
-    Yields:
-      For each name a function from inputs by width, ``{K: [rows, K]}``, to the linear's outputs,
-      ``float32 [rows, N]``, without what is fused with it: norm, bias, activation, residual.
-
-    Raises:
-      ArtifactError: there is no such linear.
-      BackendError: ONNX Runtime is missing or refuses the op.
-    """
-    import onnx_ir  # noqa: PLC0415 - only parity needs it
-
-    decoder = read_decoder(folder)
-    try:
-        model = onnx_ir.load(decoder.model)
-    except Exception as error:
-        raise ArtifactError(f"{decoder.model}: cannot be read: {error}") from error
-    places = {
-        name: (node, part)
-        for node in model.graph
-        if node.domain == "eoracc"
-        for part, name in enumerate(_linear_names(node))
-    }
-    native = decoder.library if library else None
-    opened: tuple[ir.Node, Any] | None = None
-    for name in names:
-        if name not in places:
-            raise ArtifactError(f"{decoder.model}: has no linear '{name}'")
-        node, part = places[name]
-        if opened is None or opened[0] is not node:  # merged linears come one after the other
-            proto = onnx_ir.to_proto(_single(model, node)).SerializeToString()
-            opened = node, open_inference(proto, native, threads, f"{folder}: {name}")
-        sizes = node.attributes.get_ints("parts", ()) if len(_linear_names(node)) > 1 else ()
-        start = sum(sizes[:part])
-        rows = slice(start, start + sizes[part]) if sizes else slice(None)
-        yield partial(_run_linear, opened[1], node.attributes["K"].as_int(), rows)
-
-
-def _linear_names(node: ir.Node) -> list[str]:
-    return node.metadata_props.get(LINEARS_KEY, str(node.name)).split(",")
-
-
-def _single(model: ir.Model, node: ir.Node) -> ir.Model:
-    """A model of ``node`` alone, weights included, without what is fused with its linears."""
-    import onnx_ir  # noqa: PLC0415 - only parity needs it
-
-    from eoracc.plugins.functions import local_function  # noqa: PLC0415 - it needs onnx_ir
-
-    source = node.inputs[0]
-    dtype = (source.dtype if source is not None else None) or onnx_ir.DataType.FLOAT
-    x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(["rows", None]))
-    operands: list[ir.Value | None] = [x]
-    for position, value in enumerate(node.inputs[1:_FUSED_INPUTS], start=1):
-        if value is None or position == _BIAS:
-            operands.append(None)
-            continue
-        constant = value.const_value
-        if constant is None:
-            raise ArtifactError(f"node {node.name}: its operand {value.name} is no initializer")
-        try:
-            array = constant.numpy()
-        except (OSError, ValueError) as error:  # no such file, or one that is linked from elsewhere
-            raise ArtifactError(
-                f"{value.name}: cannot be read: {error}: copy or build the artifact again"
-            ) from error
-        operands.append(
-            onnx_ir.Value(name=value.name, const_value=onnx_ir.tensor(array, name=value.name))
-        )
-    while operands[-1] is None:
-        operands.pop()
-    attributes = [a for a in node.attributes.values() if a.name not in _FUSED_ATTRIBUTES]
-    single = onnx_ir.Node(node.domain, node.op_type, operands, attributes, name=node.name)
-    # The artifact has the body for its own combination of fusions; without any it is another one.
-    alike = len(attributes) == len(node.attributes) and [value is None for value in operands] == [
-        value is None for value in node.inputs
-    ]
-    function = model.functions[node.op_identifier()] if alike else local_function(single)
-    single.overload = function.overload
-    y = single.outputs[0]
-    y.name, y.type = "y", onnx_ir.TensorType(dtype)
-    graph = onnx_ir.Graph(
-        [x],
-        [y],
-        nodes=[single],
-        initializers=[value for value in operands[1:] if value is not None],
-        opset_imports=dict(model.opset_imports),
-        name="linear",
-    )
-    return onnx_ir.Model(graph, ir_version=model.ir_version, functions=[function])
-
-
-def _run_linear(
-    inference: Any,  # noqa: ANN401 - onnxruntime has no types
-    width: int,
-    rows: slice,
-    inputs: Mapping[int, NDArray[np.float32]],
-) -> NDArray[np.float32]:
-    dtype = DTYPES[inference.get_inputs()[0].type]
-    outputs: NDArray[np.generic] = inference.run(None, {"x": inputs[width].astype(dtype)})[0]
-    return outputs[:, rows].astype(np.float32, copy=False)
+    files = read_model_files(folder)
+    native = files.library if library else None
+    return Session(open_inference(str(files.model), native, threads, str(files.model), lean=lean))

@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from eoracc.errors import ArtifactError, EoraccError
 from eoracc.runtime.memory import peak_bytes, release_memory
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
-from eoracc.runtime.onnxruntime.session import Session, open_linears, open_session
+from eoracc.runtime.onnxruntime.session import Session, open_session
+from eoracc.runtime.onnxruntime.single_linears import open_linears
 
 __all__ = [
     "PARITY_FILE",

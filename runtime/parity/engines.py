@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from eoracc.runtime.artifact.manifest import Manifest
     from eoracc.runtime.decode.decoder import Decoder, Rows
 
-__all__ = ["EngineParity", "check_engine", "check_engines"]
+__all__ = ["EngineParity", "check_engines"]
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def check_engines(folder: Path, manifest: Manifest, choice: BackendChoice) -> li
             found.append(EngineParity(backend, "", str(error), ()))
             continue
         record = ParityRecord.load(folder / backend / PARITY_FILE)
-        logits = tuple(check_engine(opened.decoder, record.cases))
+        logits = tuple(_check_engine(opened.decoder, record.cases))
         found.append(EngineParity(backend, opened.device, None, logits))
     return found
 
 
-def check_engine(decoder: Decoder, cases: Iterable[ParityCase]) -> Iterator[CaseParity]:
+def _check_engine(decoder: Decoder, cases: Iterable[ParityCase]) -> Iterator[CaseParity]:
     """Compare calls of ``decoder`` with what they should give.
 
     Args:

@@ -1,4 +1,4 @@
-"""Who may use a row of the batch, and who waits: first come, first served, and never too many."""
+"""Admission of answers to the rows of the batch: first come, first served, the queue bounded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from eoracc.runtime.server.errors import queue_full, queue_timeout
 
-__all__ = ["Admission", "Place"]
+__all__ = ["Admission", "QueuePlace"]
 
 _SMOOTHING = 0.2
 _LONGEST_RETRY_S = 60
@@ -19,13 +19,13 @@ _LONGEST_RETRY_S = 60
 class Admission:
     """Rows of the engine's batch, and the queue before them.
 
-    An answer takes a :class:`Place` when its request arrives, waits in it for a row, and gives both
-    back when it ends. All of it happens in the event loop's thread.
+    An answer takes a :class:`QueuePlace` when its request arrives, waits there for a row, and gives
+    both back when it ends. Everything happens in the event loop's thread.
 
     Attributes:
-      rows: answers that are made at a time.
+      rows: answers that are generated at a time.
       max_waiting: answers that may wait.
-      waiting: answers that do.
+      waiting: answers that are waiting.
       active: rows in use.
     """
 
@@ -39,37 +39,37 @@ class Admission:
 
     @property
     def size(self) -> int:
-        """Answers that can be taken in where there are none."""
+        """Answers that an idle server can admit."""
         return self.rows + self.max_waiting
 
     @property
     def room(self) -> int:
-        """Answers that can still be taken in."""
+        """Answers that can still be admitted."""
         return self.size - self.waiting - self.active
 
     @property
     def retry_after_s(self) -> int:
-        """Whole seconds until a row should be free for somebody who asks now."""
+        """Whole seconds until a row should be free for a new request."""
         seconds = self._row_s * (self.waiting + 1) / self.rows
         return min(max(math.ceil(seconds), 1), _LONGEST_RETRY_S)
 
     def check_room(self, count: int = 1) -> None:
-        """Refuse ``count`` answers that there is no room for.
+        """Check that there is room for ``count`` answers.
 
         Raises:
-          ApiError: 429.
+          ApiError: 429, the queue is full.
         """
         if count > self.room:
             raise queue_full(self.waiting, self.retry_after_s)
 
-    def enter(self, count: int) -> list[Place]:
+    def enter(self, count: int) -> list[QueuePlace]:
         """Take ``count`` places, or none.
 
         Raises:
-          ApiError: 429, there is not so much room.
+          ApiError: 429, the queue has no room for all of them.
         """
         self.check_room(count)
-        return [Place(self) for _ in range(count)]
+        return [QueuePlace(self) for _ in range(count)]
 
     @asynccontextmanager
     async def row(self, timeout_s: float) -> AsyncIterator[None]:
@@ -93,8 +93,8 @@ class Admission:
             self._row_s += _SMOOTHING * (time.monotonic() - begin - self._row_s)
 
 
-class Place:
-    """One answer's place in the queue, counted from its creation until it has a row or is left."""
+class QueuePlace:
+    """One answer's place in the queue, which ends when the answer gets a row or leaves."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -102,7 +102,7 @@ class Place:
         admission.waiting += 1
 
     def leave(self) -> None:
-        """Wait no more. May be called again."""
+        """Leave the queue; has no effect the second time."""
         if self._waits:
             self._waits = False
             self._admission.waiting -= 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from eoracc.runtime.backends import BackendChoice
 from eoracc.runtime.engine import Engine
 from eoracc.runtime.model import Model, load
-from eoracc.runtime.server.service import Served
+from eoracc.runtime.server.service import ServedModel
 from eoracc.runtime.server.token_bytes import read_token_bytes
 
 __all__ = ["open_artifact"]
@@ -24,7 +24,7 @@ def open_artifact(
     threads: int | None = None,
     backend: BackendChoice = "auto",
     on_load: Callable[[Model], None] = lambda _: None,
-) -> Served:
+) -> ServedModel:
     """Verify the artifact in ``folder``, load it and start its engine.
 
     Args:
@@ -43,7 +43,7 @@ def open_artifact(
     model = load(folder, threads=threads, backend=backend)
     on_load(model)
     engine = Engine(model, max_rows=rows, max_tokens=context_length)
-    return Served(
+    return ServedModel(
         engine=engine,
         rows=rows,
         is_alive=lambda: engine.alive,

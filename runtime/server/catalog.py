@@ -13,10 +13,12 @@ from eoracc.errors import ApiError
 from eoracc.runtime.request import AdapterChoice
 from eoracc.runtime.server.errors import bad_request
 
-__all__ = ["Catalog", "check_model_name"]
+__all__ = [
+    "Catalog",
+]
 
 
-def check_model_name(name: str, adapters: Iterable[str]) -> None:
+def _check_name(name: str, adapters: Iterable[str]) -> None:
     """Refuse a name of the backbone that cannot be told from an adapter's.
 
     Raises:
@@ -50,7 +52,7 @@ class Catalog:
         """
         self.backbone = backbone
         self.adapters = tuple(adapters)
-        check_model_name(backbone, self.adapters)
+        _check_name(backbone, self.adapters)
         self._cards = {
             name: {
                 "id": name,

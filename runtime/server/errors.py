@@ -11,9 +11,9 @@ __all__ = [
     "bad_request",
     "queue_full",
     "queue_timeout",
-    "reads_too_slowly",
     "request_timeout",
     "shutting_down",
+    "slow_client",
 ]
 
 
@@ -54,7 +54,7 @@ def request_timeout(limit_s: float) -> ApiError:
     )
 
 
-def reads_too_slowly(events: int) -> ApiError:
+def slow_client(events: int) -> ApiError:
     """A client whose unread part of the stream has grown too long."""
     return ApiError(
         f"the client is {events} events behind: read the stream faster",

@@ -21,12 +21,12 @@ from eoracc.errors import ApiError
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.service import Service
 
-__all__ = ["ACCESS_LOGGER", "HEALTH_ROUTES", "Gate", "Observe"]
+__all__ = ["ACCESS_LOGGER", "Gate", "Observe"]
 
 ACCESS_LOGGER = "eoracc.access"
-HEALTH_ROUTES = frozenset({"/health", "/health/live", "/health/ready"})
+_HEALTH_ROUTES = frozenset({"/health", "/health/live", "/health/ready"})
 
-_ROUTES = HEALTH_ROUTES | {
+_ROUTES = _HEALTH_ROUTES | {
     "/metrics",
     "/openapi.json",
     "/v1/chat/completions",
@@ -69,11 +69,11 @@ class Observe:
             await self._app(scope, receive, send_named)
         except ApiError as error:
             record.code = error.code
-            await send_error(error, send_named)
+            await _send_error(error, send_named)
         except Exception as error:  # noqa: BLE001 - a bug in one request must not end the server
             _log.error("request %s failed", record.id, exc_info=error)
             if record.status == _CLIENT_GONE:
-                await send_error(_internal_error(), send_named)
+                await _send_error(_internal_error(), send_named)
         finally:
             self.in_flight -= 1
             self._note(scope, record)
@@ -125,7 +125,7 @@ class Gate:
         """
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            if scope["path"] not in HEALTH_ROUTES:
+            if scope["path"] not in _HEALTH_ROUTES:
                 self._check_key(headers)
             if scope["method"] == "POST" and scope["path"] in _ROUTES:
                 body = _Body(receive)
@@ -221,7 +221,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def send_error(error: ApiError, send: Send) -> None:
+async def _send_error(error: ApiError, send: Send) -> None:
     """Answer with ``error`` alone."""
     body = json.dumps(error.body(), ensure_ascii=False).encode()
     headers = MutableHeaders({"content-type": "application/json", **error.headers})

@@ -1,4 +1,4 @@
-"""Sends what a job makes, whole or as a stream, and notices when nobody listens any more."""
+"""Send the answers to a request, whole or as a stream, until the client goes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from eoracc.errors import ApiError
-from eoracc.runtime.server.jobs import Job
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.responses import Choice, Form, sse_event
+from eoracc.runtime.server.served_request import ServedRequest
 
-__all__ = ["JobReply"]
+__all__ = ["TextReply"]
 
 _JSON = (b"content-type", b"application/json")
 _EVENTS = (
@@ -25,16 +25,18 @@ _EVENTS = (
 )
 
 
-class JobReply(Response):
+class TextReply(Response):
     """The response to a request for text.
 
-    The job lives exactly as long as the response: until its last byte is sent, its client has gone,
-    or its client has stopped reading.
+    The request is served exactly as long as the response lives: until its last byte is sent, or its
+    client has gone or has stopped reading.
     """
 
-    def __init__(self, job: Job, form: Form, choices: list[Choice], *, stream: bool) -> None:
+    def __init__(
+        self, request: ServedRequest, form: Form, choices: list[Choice], *, stream: bool
+    ) -> None:
         super().__init__()
-        self._job = job
+        self._request = request
         self._form = form
         self._choices = choices
         self._stream = stream
@@ -42,12 +44,12 @@ class JobReply(Response):
     @override
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = RequestRecord.of(scope)
-        async with self._job:
+        async with self._request:
             write = self._write_stream(record, send) if self._stream else self._write_whole(send)
             writing = asyncio.create_task(write)
             others = (
                 asyncio.create_task(_disconnected(receive)),
-                asyncio.create_task(self._job.given_up.wait()),
+                asyncio.create_task(self._request.given_up.wait()),
             )
             try:
                 await asyncio.wait((writing, *others), return_when=asyncio.FIRST_COMPLETED)
@@ -57,15 +59,15 @@ class JobReply(Response):
                         task.cancel()
                 results = await asyncio.gather(writing, *others, return_exceptions=True)
                 record.completion_tokens = sum(choice.tokens for choice in self._choices)
-                record.first_token_s = self._job.first_token_s
+                record.first_token_s = self._request.first_token_s
             if isinstance(results[0], asyncio.CancelledError):
-                error = self._job.error
+                error = self._request.error
                 record.code = "client_gone" if error is None else error.code
             elif isinstance(results[0], BaseException):
                 raise results[0]
 
     async def _write_whole(self, send: Send) -> None:
-        async for index, piece in self._job:
+        async for index, piece in self._request:
             self._choices[index].add(piece)
         body = json.dumps(self._form.whole(self._choices), ensure_ascii=False).encode()
         length = (b"content-length", str(len(body)).encode())
@@ -77,7 +79,7 @@ class JobReply(Response):
         begun: set[int] = set()
         started = False
         try:
-            async for index, piece in self._job:
+            async for index, piece in self._request:
                 if not started:
                     await _start(send, _EVENTS)
                     started = True

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from eoracc.runtime.request import FinishReason, Piece, TokenLogprob
 
-__all__ = ["Answer", "ChatForm", "Choice", "CompletionForm", "Form", "sse_event"]
+__all__ = ["Answer", "ChatForm", "Choice", "CompletionForm", "Form", "TokenBytes", "sse_event"]
 
 _FINAL = b"data: [DONE]\n\n"
 _IMPOSSIBLE = -9999.0

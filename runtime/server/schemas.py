@@ -19,13 +19,14 @@ __all__ = [
     "CompletionRequest",
     "GenerationFields",
     "StreamOptions",
+    "TextPart",
     "refuse_unsupported",
 ]
 
-MAX_STOP = 16
+_MAX_STOP = 16
 """Stop strings of a request."""
 
-MAX_LOGPROBS = 20
+_MAX_LOGPROBS = 20
 """Alternatives of a token."""
 
 _INT64 = 2**63 - 1
@@ -60,7 +61,7 @@ def _unicode(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_unicode)]
+_Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class _Strict(BaseModel):
@@ -91,12 +92,12 @@ class GenerationFields(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    model: Text | None = None
-    adapters: dict[Text, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    model: _Text | None = None
+    adapters: dict[_Text, Annotated[float, Field(allow_inf_nan=False)]] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Text | list[Text] | None = None
+    stop: _Text | list[_Text] | None = None
     seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
@@ -109,8 +110,8 @@ class GenerationFields(BaseModel):
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         strings = [stop] if isinstance(stop, str) else stop or []
-        if len(strings) > MAX_STOP:
-            raise ValueError(f"holds more than {MAX_STOP} strings")
+        if len(strings) > _MAX_STOP:
+            raise ValueError(f"holds more than {_MAX_STOP} strings")
         if "" in strings:
             raise ValueError("holds an empty string")
         return stop
@@ -135,9 +136,9 @@ class CompletionRequest(GenerationFields):
       logprobs: alternatives to report of every token.
     """
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: _Text | list[_Text] | list[int] | list[list[int]]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -171,14 +172,14 @@ class TextPart(_Strict):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: Text
+    text: _Text
 
 
 class ChatMessage(_Strict):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: _Text | list[TextPart]
 
     def as_dict(self) -> dict[str, str]:
         """The turn as chat templates know it."""
@@ -199,7 +200,7 @@ class ChatCompletionRequest(GenerationFields):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
 
 

@@ -1,4 +1,4 @@
-"""From what a client asks for to a job for the engine."""
+"""From a checked request of the API to requests for the engine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from eoracc.runtime.request import AdapterChoice, Prompt, Request
 from eoracc.runtime.server.admission import Admission
 from eoracc.runtime.server.catalog import Catalog
 from eoracc.runtime.server.errors import bad_request, shutting_down
-from eoracc.runtime.server.jobs import Engine, Job, JobContext
 from eoracc.runtime.server.metrics import Metrics
 from eoracc.runtime.server.options import ServerOptions
 from eoracc.runtime.server.record import RequestRecord
-from eoracc.runtime.server.replies import JobReply
+from eoracc.runtime.server.replies import TextReply
 from eoracc.runtime.server.responses import Answer, ChatForm, Choice, CompletionForm, Form
 from eoracc.runtime.server.schemas import (
     ChatCompletionRequest,
@@ -26,8 +25,9 @@ from eoracc.runtime.server.schemas import (
     GenerationFields,
     refuse_unsupported,
 )
+from eoracc.runtime.server.served_request import ServedRequest, ServingContext, SupportsSubmit
 
-__all__ = ["Codec", "Served", "Service"]
+__all__ = ["Codec", "ServedModel", "Service"]
 
 _COMPLETION_TOKENS = 16
 """What OpenAI's API makes where a completion does not say how much."""
@@ -49,7 +49,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """An opened artifact.
 
     Attributes:
@@ -64,7 +64,7 @@ class Served:
       close: ends the engine.
     """
 
-    engine: Engine
+    engine: SupportsSubmit
     rows: int
     is_alive: Callable[[], bool]
     codec: Codec
@@ -86,7 +86,7 @@ class Service:
       draining: whether the server takes no new requests.
     """
 
-    def __init__(self, served: Served, options: ServerOptions, *, model_name: str) -> None:
+    def __init__(self, served: ServedModel, options: ServerOptions, *, model_name: str) -> None:
         """Serve ``served`` under ``model_name``.
 
         Raises:
@@ -104,8 +104,8 @@ class Service:
         self.metrics = Metrics()
         self._served = served
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="eoracc-text")
-        self._running: set[Job] = set()
-        self._context = JobContext(
+        self._running: set[ServedRequest] = set()
+        self._context = ServingContext(
             served.engine, self._thread, self.admission, self.metrics, options, self._running
         )
         gauges = self.admission
@@ -129,15 +129,15 @@ class Service:
 
     def abort(self) -> None:
         """End everything that runs; clients are told why."""
-        for job in list(self._running):
-            job.fail(shutting_down())
+        for request in list(self._running):
+            request.fail(shutting_down())
 
     def close(self) -> None:
         """Give the threads back. Nothing may run any more."""
         self._thread.shutdown()
         self._served.close()
 
-    async def complete(self, asked: CompletionRequest, record: RequestRecord) -> JobReply:
+    async def complete(self, asked: CompletionRequest, record: RequestRecord) -> TextReply:
         """``POST /v1/completions``.
 
         Raises:
@@ -154,7 +154,7 @@ class Service:
             asked, record, asked.prompts, max_tokens, asked.logprobs, CompletionForm
         )
 
-    async def chat(self, asked: ChatCompletionRequest, record: RequestRecord) -> JobReply:
+    async def chat(self, asked: ChatCompletionRequest, record: RequestRecord) -> TextReply:
         """``POST /v1/chat/completions``.
 
         Raises:
@@ -177,7 +177,7 @@ class Service:
         max_tokens: int | None,
         logprobs: int | None,
         form: Callable[[Answer], Form],
-    ) -> JobReply:
+    ) -> TextReply:
         refuse_unsupported(asked)
         name, adapter = self.catalog.resolve(asked.model, asked.adapters)
         copies = asked.n or 1
@@ -202,7 +202,7 @@ class Service:
         lengths = [len(tokens) for tokens in encoded for _ in range(copies)]
         record.model, record.stream, record.choices = name, bool(asked.stream), count
         record.prompt_tokens = sum(map(len, encoded))
-        job = Job(
+        served_request = ServedRequest(
             self._context,
             requests,
             places,
@@ -223,7 +223,7 @@ class Service:
             Choice(length, counts_prompt=index % copies == 0)
             for index, length in enumerate(lengths)
         ]
-        return JobReply(job, form(answer), choices, stream=record.stream)
+        return TextReply(served_request, form(answer), choices, stream=record.stream)
 
     def _request(
         self,

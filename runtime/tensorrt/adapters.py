@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.graph_names import LORA_A, LORA_B
 from eoracc.runtime.decode.bank import SUMS, AdapterPlaces, FactorsOf, Weights
 from eoracc.runtime.tensorrt.cuda import Memory, aligned
 from eoracc.runtime.tensorrt.dtypes import to_engine
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
     from eoracc.runtime.tensorrt.cuda import Device
     from eoracc.runtime.tensorrt.engine_set import EngineSet
 
-__all__ = ["LORA_A", "LORA_B", "DeviceAdapter", "DeviceAdapters"]
-
-LORA_A = ".lora_a"
-LORA_B = ".lora_b"
+__all__ = ["DeviceAdapter", "DeviceAdapters"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from eoracc.errors import BackendError
 
-__all__ = ["ALIGNMENT", "Device", "Driver", "Memory", "aligned", "open_device", "open_driver"]
+__all__ = [
+    "ALIGNMENT",
+    "Device",
+    "Driver",
+    "Memory",
+    "aligned",
+    "open_device",
+]
 
 ALIGNMENT = 256
 """Bytes that CUDA aligns every allocation to, and that what lies in one keeps to."""
@@ -280,7 +287,7 @@ def _destroy_stream(driver: Driver, context: c_void_p, stream: int) -> None:
     driver.call("cuStreamDestroy_v2", stream)
 
 
-def open_driver() -> Driver:
+def _open_driver() -> Driver:
     """The NVIDIA driver of this machine.
 
     Raises:
@@ -304,4 +311,4 @@ def open_device() -> Device:
     Raises:
       BackendError: there is no driver or no GPU.
     """
-    return Device(open_driver())
+    return Device(_open_driver())

@@ -6,26 +6,32 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.onnxruntime.session import PAST
-from eoracc.runtime.tensorrt.adapters import LORA_A, LORA_B, DeviceAdapters
+from eoracc.runtime.artifact.graph_names import (
+    LOGITS_POSITIONS,
+    LORA_A,
+    LORA_B,
+    PAST,
+    WRITE_INDICES,
+)
+from eoracc.runtime.tensorrt.adapters import DeviceAdapters
 from eoracc.runtime.tensorrt.contexts import Contexts
 from eoracc.runtime.tensorrt.cuda import open_device
 from eoracc.runtime.tensorrt.engine_set import EngineSet, read_engine_set
 from eoracc.runtime.tensorrt.library import Library, find_engine
-from eoracc.runtime.tensorrt.network import LOGITS_POSITIONS, WRITE_INDICES, Network
-from eoracc.runtime.tensorrt.rows import EngineRows
+from eoracc.runtime.tensorrt.network import Network
+from eoracc.runtime.tensorrt.rows import TensorRTRows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from eoracc.runtime.decode.bank import FactorsOf
 
-__all__ = ["EngineDecoder"]
+__all__ = ["TensorRTDecoder"]
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", LOGITS_POSITIONS, WRITE_INDICES)
 
 
-class EngineDecoder:
+class TensorRTDecoder:
     """An engine on a GPU, with the adapters that it runs with.
 
     Attributes:
@@ -44,7 +50,7 @@ class EngineDecoder:
         self.device_name = f"{device.name}, compute capability {device.compute_capability}"
 
     @classmethod
-    def open(cls, folder: Path, adapters: Sequence[str], load: FactorsOf) -> EngineDecoder:
+    def open(cls, folder: Path, adapters: Sequence[str], load: FactorsOf) -> TensorRTDecoder:
         """Load the engine for the GPU of this machine.
 
         Args:
@@ -70,9 +76,9 @@ class EngineDecoder:
         bank = DeviceAdapters(device, engines, adapters, load)
         return cls(Network(device, contexts, engines, bank))
 
-    def new_rows(self) -> EngineRows:
+    def new_rows(self) -> TensorRTRows:
         """A cache of its own, without a row yet."""
-        return EngineRows(self._network)
+        return TensorRTRows(self._network)
 
     def device_bytes(self) -> int:
         """Of the GPU's memory, held more than before this was opened, by whatever process."""

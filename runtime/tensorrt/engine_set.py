@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.artifact.versioned_json import check_versioned, is_beside, read_versioned
+from eoracc.runtime.artifact.versioned_json import check_versioned, is_file_name, read_versioned
 
 __all__ = [
     "ENGINES_FILE",
@@ -34,6 +34,7 @@ __all__ = [
     "EngineFile",
     "EngineSet",
     "Profile",
+    "Range",
     "parse_engine_set",
     "read_engine_set",
 ]
@@ -48,6 +49,7 @@ _LAYOUTS = ("concat", "in_place")
 _ADAPTER_TYPES = ("none", "float16", "bfloat16")
 
 Range = tuple[int, int, int]
+"""Smallest, usual and largest size of a dimension."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _parse_beside(content: Mapping[str, Any], path: Path) -> EngineSet:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
     for name in (engines.graph, *(engine.file for engine in engines.engines)):
-        if not is_beside(name):
+        if not is_file_name(name):
             raise ArtifactError(
                 f"{path}: names '{name}', which is not beside it: do not trust this artifact"
             )

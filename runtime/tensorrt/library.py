@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ArtifactError, BackendError
+from eoracc.runtime.packages import import_package
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,27 +14,9 @@ if TYPE_CHECKING:
     from eoracc.runtime.tensorrt.cuda import Device
     from eoracc.runtime.tensorrt.engine_set import EngineFile, EngineSet
 
-__all__ = ["Library", "find_engine", "import_tensorrt"]
-
-_EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
-"""Package to the extra of eoracc that installs it."""
+__all__ = ["Library", "find_engine"]
 
 _KEPT_MESSAGES = 4
-
-
-def import_tensorrt(package: str) -> Any:  # noqa: ANN401 - TensorRT has no types
-    """Import ``tensorrt_rtx`` or ``tensorrt``.
-
-    Raises:
-      BackendError: it is not installed; the text says how to install it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        problem = "is not installed" if error.name == package else f"cannot be loaded ({error})"
-        raise BackendError(
-            f"{package.replace('_', '-')} {problem}: pip install 'eoracc[{_EXTRAS[package]}]'"
-        ) from None
 
 
 def find_engine(folder: Path, engines: EngineSet, device: Device) -> EngineFile:
@@ -71,7 +53,7 @@ class Library:
         Raises:
           BackendError: it is not installed.
         """
-        self.module = import_tensorrt(package)
+        self.module = import_package(package)
         self._complaints: deque[str] = deque(maxlen=_KEPT_MESSAGES)
         self._logger = _make_logger(self.module, self._complaints)
         self._runtime: Any = None

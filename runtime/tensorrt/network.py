@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eoracc.runtime.onnxruntime.session import PAST, PRESENT
+from eoracc.runtime.artifact.graph_names import PAST, PRESENT
 from eoracc.runtime.tensorrt.dtypes import storage_type
 
 if TYPE_CHECKING:
@@ -15,13 +15,7 @@ if TYPE_CHECKING:
     from eoracc.runtime.tensorrt.cuda import Device
     from eoracc.runtime.tensorrt.engine_set import EngineSet
 
-__all__ = ["LOGITS_POSITIONS", "WRITE_INDICES", "CacheTensor", "Network"]
-
-LOGITS_POSITIONS = "logits_positions"
-"""Input, ``int64 [B, L]``: places among the tokens of a call that get logits."""
-
-WRITE_INDICES = "write_indices"
-"""Input, ``int64 [B]``, with a cache in place: where each row's new tokens are written."""
+__all__ = ["CacheTensor", "Network"]
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.errors import BackendError
+from eoracc.runtime.artifact.graph_names import LOGITS_POSITIONS, WRITE_INDICES
 from eoracc.runtime.tensorrt.cuda import aligned
 from eoracc.runtime.tensorrt.dtypes import from_engine, storage_type
 from eoracc.runtime.tensorrt.groups import Text, group_of
-from eoracc.runtime.tensorrt.network import LOGITS_POSITIONS, WRITE_INDICES, Network
+from eoracc.runtime.tensorrt.network import Network
 
 if TYPE_CHECKING:
     from eoracc.runtime.tensorrt.cuda import Device, Memory
 
-__all__ = ["EngineRows"]
+__all__ = ["TensorRTRows"]
 
 
-class EngineRows:
+class TensorRTRows:
     """A cache of its own for rows of text (:class:`eoracc.runtime.decode.decoder.Rows`)."""
 
     def __init__(self, network: Network) -> None:

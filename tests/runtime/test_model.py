@@ -207,9 +207,9 @@ def test_changed_byte_is_found_before_anything_is_loaded(
     content = bytearray(library.read_bytes())
     content[len(content) // 2] ^= 1
     library.write_bytes(content)
-    for module in ("text", "session"):
+    for module in ("decode.text", "onnxruntime.inference"):
         monkeypatch.setattr(
-            f"eoracc.runtime.{module}.import_backend", lambda _: pytest.fail("loaded")
+            f"eoracc.runtime.{module}.import_package", lambda _: pytest.fail("loaded")
         )
     with pytest.raises(ArtifactError, match=r"libeoracc_ops\.so: its content is not"):
         load(folder)

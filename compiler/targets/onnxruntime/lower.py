@@ -33,7 +33,7 @@ from eoracc.passes.graph.linears import FUSED_DOMAIN
 from eoracc.passes.graph.names import WINDOW_KEY
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions import local_function
-from eoracc.runtime.onnxruntime.session import LINEARS_KEY
+from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

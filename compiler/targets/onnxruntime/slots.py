@@ -23,7 +23,7 @@ from eoracc.plugins.adapters import (
     stack_adapters,
 )
 from eoracc.plugins.functions import INPUTS
-from eoracc.runtime.onnxruntime.session import LINEARS_KEY
+from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -39,7 +39,7 @@ from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions import INPUTS
 from eoracc.plugins.operands.codes import CHUNK, TILE, tile_codes, tile_rows, unpack_codes
 from eoracc.plugins.operands.low_rank import LowRank, merge_factors, merged_bits, split_rows
-from eoracc.runtime.onnxruntime.session import LINEARS_KEY
+from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 __all__ = ["tile_operands"]
 

@@ -15,10 +15,11 @@ from eoracc.runtime.adapters.adapter import Adapter, combine
 from eoracc.runtime.adapters.files import read_adapter
 from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
-from eoracc.runtime.artifact.genai_files import read_decoder
+from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.manifest import read_manifest
-from eoracc.runtime.onnxruntime.batch import Binding
-from eoracc.runtime.onnxruntime.session import Session, open_inference, where_they_lie
+from eoracc.runtime.onnxruntime.graph import Binding
+from eoracc.runtime.onnxruntime.inference import open_inference, ort_values
+from eoracc.runtime.onnxruntime.session import Session
 from eoracc.runtime.request import adapter_weights
 from tests.tiny_artifact import tiny_factors, tiny_linears, tiny_slots, write_tiny_artifact
 
@@ -235,11 +236,11 @@ def test_inputs_are_bound_only_for_a_bank_that_the_session_was_not_opened_with(
 @pytest.mark.parametrize("library", [True, False], ids=["kernel", "function"])
 def test_session_with_a_bank_for_its_defaults(artifact: Path, library: bool) -> None:
     """Rows read from it what they would read from the same arrays as inputs."""
-    slots, decoder = read_slots(artifact), read_decoder(artifact)
+    slots, decoder = read_slots(artifact), read_model_files(artifact)
     packed = [pack_adapter(slots, tiny_adapter(artifact, name)) for name in RANKS]
     bank = stack_adapters(slots, packed)
     native = decoder.library if library else None
-    defaults = where_they_lie(bank)
+    defaults = ort_values(bank)
     plain = Session(open_inference(str(decoder.model), native, 1, "tiny"))
     ready = Session(open_inference(str(decoder.model), native, 1, "tiny", defaults=defaults))
     found = []

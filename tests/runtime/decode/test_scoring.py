@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from eoracc.runtime.onnxruntime.batch import Batch
+    from eoracc.runtime.onnxruntime.rows import GraphRows
 
 TEXT = "a state of the union, and of some other things too"
 UNIT_ROUNDOFF = 2.0**-24
@@ -99,7 +99,7 @@ def test_what_is_asked_twice_is_computed_once(
     runs = []
     group = scoring._score_group
 
-    def noted(batch: Batch, texts: Sequence[scoring._Text]) -> None:
+    def noted(batch: GraphRows, texts: Sequence[scoring._Text]) -> None:
         runs.append(len(texts))
         group(batch, texts)
 

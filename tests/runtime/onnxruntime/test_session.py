@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from eoracc.errors import ArtifactError, BackendError
-from eoracc.runtime.artifact.genai_files import read_decoder
-from eoracc.runtime.onnxruntime.session import Session, open_linears, open_session
+from eoracc.runtime.artifact.genai_files import read_model_files
+from eoracc.runtime.onnxruntime.session import Session, open_session
+from eoracc.runtime.onnxruntime.single_linears import open_linears
 from tests.tiny_artifact import tiny_linears
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def test_model_that_is_no_model(tiny_artifact: Path, tmp_path: Path) -> None:
 
 def test_library_that_is_no_library(tiny_artifact: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    library = read_decoder(folder).library
+    library = read_model_files(folder).library
     assert library is not None
     library.write_bytes(b"no library")
     with pytest.raises(BackendError, match="ONNX Runtime cannot load it"):
@@ -169,7 +170,7 @@ def test_config_that_points_out_of_the_folder(
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": {"decoder": {}}}'])
 def test_config_that_describes_nothing(tmp_path: Path, text: str) -> None:
     with pytest.raises(ArtifactError, match=r"genai_config\.json: is missing"):
-        read_decoder(tmp_path)
+        read_model_files(tmp_path)
     (tmp_path / "genai_config.json").write_text(text)
     with pytest.raises(ArtifactError, match="does not describe a decoder"):
-        read_decoder(tmp_path)
+        read_model_files(tmp_path)

@@ -17,7 +17,7 @@ from eoracc.runtime.request import FinishReason, Piece, Prompt, Request, TokenLo
 from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.middleware import Observe
 from eoracc.runtime.server.options import ServerOptions
-from eoracc.runtime.server.service import Served, Service
+from eoracc.runtime.server.service import ServedModel, Service
 
 __all__ = [
     "BACKBONE",
@@ -150,7 +150,7 @@ async def serve(
 ) -> AsyncIterator[Server]:
     """A server of ``engine``, which echoes by default."""
     engine = FakeEngine(echo_prompt) if engine is None else engine
-    served = Served(
+    served = ServedModel(
         engine=engine,
         rows=rows,
         is_alive=lambda: engine.alive,

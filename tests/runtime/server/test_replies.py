@@ -181,7 +181,7 @@ def test_a_client_that_vanishes_in_the_queue_leaves_it() -> None:
 
 
 def test_a_slow_reader_is_cut_off_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoracc.runtime.server.jobs.LAST_WORDS_S", 60)
+    monkeypatch.setattr("eoracc.runtime.server.served_request._LAST_WORDS_S", 60)
 
     async def test(server: Server) -> None:
         async with (
@@ -209,7 +209,7 @@ def test_a_slow_reader_is_cut_off_and_harms_no_other(monkeypatch: pytest.MonkeyP
 def test_nobody_waits_for_ever_to_tell_a_client_of_its_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("eoracc.runtime.server.jobs.LAST_WORDS_S", 0.1)
+    monkeypatch.setattr("eoracc.runtime.server.served_request._LAST_WORDS_S", 0.1)
 
     async def test(server: Server) -> None:
         async with asking(server, stream=True) as (wire, _):

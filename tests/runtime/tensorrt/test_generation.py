@@ -142,8 +142,8 @@ def test_auto_says_why_it_takes_no_engines(artifact: Path, machine: Machine) -> 
     machine.set_up(capability=(9, 0))
     model = load(artifact, threads=1)
     assert model.backend == "onnxruntime"
-    assert model.instead_of_engines is not None
-    assert "has no engine for the compute capability 9.0" in model.instead_of_engines
+    assert model.fallback_reason is not None
+    assert "has no engine for the compute capability 9.0" in model.fallback_reason
     assert model.generate([5], 3, ignore_end=True).tokens
     with pytest.raises(ArtifactError, match=r"it has engines for 8\.0, 8\.6; build it for this"):
         load(artifact, backend="tensorrt_rtx")
@@ -180,7 +180,7 @@ def test_backends_that_an_artifact_has_not(artifact: Path, tiny_artifact: Path) 
         BackendError, match=r"backend 'cuda': there is none of this name: take auto"
     ):
         load(tiny_artifact, backend="cuda")  # type: ignore[arg-type]
-    assert load(tiny_artifact, threads=1).instead_of_engines is None
+    assert load(tiny_artifact, threads=1).fallback_reason is None
 
 
 # --- adapters -------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +12,7 @@ from eoracc.runtime.artifact.manifest import Manifest, read_manifest
 from eoracc.runtime.backends import backends_of
 from eoracc.runtime.model import load
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
-from eoracc.runtime.tensorrt.library import Library, import_tensorrt
+from eoracc.runtime.tensorrt.library import Library
 from tests.runtime.tensorrt.engine_artifact import reseal, write_engine_artifact
 
 if TYPE_CHECKING:
@@ -46,19 +45,6 @@ def test_real_package_refuses_what_is_no_engine(tmp_path: Path) -> None:
     assert "it gives no reason" not in str(raised.value)
     with pytest.raises(ArtifactError, match=r"missing\.engine: cannot be read: No such file"):
         library.load_engine(tmp_path / "missing.engine")
-
-
-@pytest.mark.parametrize(
-    ("package", "extra"), [("tensorrt_rtx", "tensorrt-rtx"), ("tensorrt", "tensorrt")]
-)
-def test_missing_package_says_how_to_install_it(
-    package: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BackendError) as raised:
-        import_tensorrt(package)
-    name = package.replace("_", "-")
-    assert str(raised.value) == f"{name} is not installed: pip install 'eoracc[{extra}]'"
 
 
 def test_engine_that_tensorrt_refuses(artifact: Path) -> None:

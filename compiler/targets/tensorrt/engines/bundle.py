@@ -21,7 +21,7 @@ from pathlib import Path
 
 from eoracc.errors import ArtifactError
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_file, verify_manifest
-from eoracc.runtime.artifact.versioned_json import is_beside, read_versioned
+from eoracc.runtime.artifact.versioned_json import is_file_name, read_versioned
 from eoracc.runtime.tensorrt.engine_set import EngineSet, parse_engine_set
 
 __all__ = ["BUNDLE_FILE", "BUNDLE_FOLDER", "Bundle", "bundle_json", "open_bundle"]
@@ -110,7 +110,7 @@ def open_bundle(path: Path) -> Bundle:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{file}: lacks a part: build the artifact again") from None
     for name, described in files.items():
-        if not is_beside(name):
+        if not is_file_name(name):
             raise ArtifactError(f"{file}: names '{name}', which is not beside it: do not trust it")
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise ArtifactError(f"{folder / name}: is missing: copy or build the bundle again")

@@ -23,7 +23,7 @@ from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
-from eoracc.runtime.onnxruntime.session import LINEARS_KEY
+from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 from tests.graph_session import GraphSession, assert_close, padded_mask
 from tests.plugins.fused_op import random_int8_factors
 from tests.tiny_models import tiny_model

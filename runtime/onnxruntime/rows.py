@@ -2,164 +2,36 @@
 
 The fused attention updates its cache in place: one buffer ``[rows, heads, capacity, head]`` a layer
 is bound as its past and as its present. Rows are padded on the right and may differ in length,
-which the mask says. A run with several tokens on a cache takes one row only, so that a prompt is
+which the mask gives. A run with several tokens on a cache takes one row only, so that a prompt is
 processed row by row, through views of the buffers; one token each is decoded for all rows at once.
-Nothing that lies behind a row's end is ever read.
+Nothing behind a row's end is ever read.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eoracc.errors import BackendError, reason
+from eoracc.errors import BackendError
 from eoracc.plugins.adapters import ADAPTER_INDEX
-from eoracc.runtime.onnxruntime.session import DTYPES, LOGITS_TO_KEEP, PAST, PRESENT
+from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST, PRESENT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from eoracc.runtime.decode.bank import AdapterBank
+    from eoracc.runtime.onnxruntime.graph import Binding, Graph
 
-__all__ = ["Batch", "Graph", "GraphDecoder"]
+__all__ = ["GraphRows"]
 
 _SMALLEST = 128
 """Tokens that a new cache has room for; the room doubles when it is used up."""
 
 
-class Graph:
-    """A decoder in ONNX Runtime, and what is to be known of its inputs and outputs.
-
-    Attributes:
-      context_length: tokens that it takes at most.
-      in_place: whether its attention writes into the buffers that it reads its past from.
-      vocabulary: width of the logits.
-      trims_logits: whether it can be told of how many tokens to compute the logits.
-      needs_positions: whether it must be told the tokens' positions.
-    """
-
-    def __init__(
-        self,
-        inference: Any,  # noqa: ANN401 - onnxruntime has no types
-        *,
-        context_length: int,
-        in_place: bool,
-        defaults: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Look at what there is.
-
-        Args:
-          inference: the session.
-          context_length: tokens that it takes at most.
-          in_place: whether its attention writes into the buffers that it reads its past from.
-          defaults: what the session has been opened with, kept here for as long as it lives.
-        """
-        self._inference = inference
-        self._defaults = dict(defaults or {})
-        self.context_length = context_length
-        self.in_place = in_place
-        inputs = {value.name: value for value in inference.get_inputs()}
-        optional = {value.name for value in inference.get_overridable_initializers()}
-        self._caches = [
-            (name, np.dtype(DTYPES[value.type]), int(value.shape[1]), int(value.shape[3]))
-            for name, value in inputs.items()
-            if name.startswith(PAST)
-        ]
-        logits = next(value for value in inference.get_outputs() if value.name == "logits")
-        self.vocabulary = int(logits.shape[2])
-        self._logits_type = np.dtype(DTYPES[logits.type])
-        self.trims_logits = LOGITS_TO_KEEP in optional
-        self.needs_positions = "position_ids" in inputs
-
-    def new_caches(self, rows: int, capacity: int) -> dict[str, NDArray[np.generic]]:
-        """Buffers ``[rows, heads, capacity, head]`` by past input; their content is arbitrary."""
-        return {
-            name: np.empty((rows, heads, capacity, size), dtype)
-            for name, dtype, heads, size in self._caches
-        }
-
-    def new_logits(self, rows: int, tokens: int) -> NDArray[np.generic]:
-        """A buffer ``[rows, tokens, V]`` of the type that the model gives."""
-        return np.empty((rows, tokens, self.vocabulary), self._logits_type)
-
-    def bind(self) -> Binding:
-        """Something to bind the inputs and outputs of runs to."""
-        return Binding(self._inference)
-
-    def reads(self, name: str, array: NDArray[np.generic]) -> bool:
-        """Whether a run that is told nothing of input ``name`` reads this very ``array``."""
-        default = self._defaults.get(name)
-        return default is not None and default.data_ptr() == _address(array)
-
-
-class Binding:
-    """Arrays that ONNX Runtime reads from and writes to, where they lie."""
-
-    def __init__(self, inference: Any) -> None:  # noqa: ANN401 - onnxruntime has no types
-        self._inference = inference
-        self._binding = inference.io_binding()
-        self._arrays: dict[str, NDArray[np.generic]] = {}
-
-    def read(self, name: str, array: NDArray[np.generic]) -> None:
-        """Let the model's input ``name`` be a C-contiguous ``array``."""
-        self._arrays[name] = array  # ONNX Runtime keeps its address only
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
-
-    def write(self, name: str, array: NDArray[np.generic]) -> None:
-        """Let the model's output ``name`` be written into a C-contiguous ``array``."""
-        self._arrays[name] = array
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
-
-    def make(self, name: str) -> None:
-        """Let ONNX Runtime make an array for the model's output ``name``, see :meth:`made`."""
-        self._binding.bind_output(name, "cpu")
-
-    def made(self) -> NDArray[np.generic]:
-        """What the last run made for :meth:`make`, which was bound before all other outputs."""
-        array: NDArray[np.generic] = self._binding.get_outputs()[0].numpy()
-        return array
-
-    def run(self) -> None:
-        """Run the model.
-
-        Raises:
-          BackendError: it fails.
-        """
-        try:
-            self._inference.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime fails: {reason(error)}") from error
-
-
-def _address(array: NDArray[np.generic]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-class GraphDecoder:
-    """A graph and the adapters that it runs with, as generating and scoring want it.
-
-    Attributes:
-      bank: the adapters.
-      context_length: tokens of a row at most.
-      vocabulary: width of the logits.
-    """
-
-    def __init__(self, graph: Graph, bank: AdapterBank) -> None:
-        self._graph = graph
-        self.bank = bank
-        self.context_length = graph.context_length
-        self.vocabulary = graph.vocabulary
-
-    def new_rows(self) -> Batch:
-        """A cache of its own, without a row yet."""
-        return Batch(self._graph, self.bank)
-
-
-class Batch:
+class GraphRows:
     """A key/value cache of several rows, and the runs that fill it.
 
     :class:`eoracc.runtime.decode.decoder.Rows` says what its methods do.

@@ -1,7 +1,7 @@
-"""A request while it is served: the engine's thread makes its answers, the event loop reads them.
+"""A request while it is served: the engine's thread generates its answers, the event loop reads.
 
-Whatever ends a job early (its time is up, its client is gone or too slow, the server stops, one of
-its answers fails) ends all of its answers, and the engine frees their rows.
+A request may end early: it times out, its client is gone or too slow, the server stops, or one of
+its answers fails. Then all of its answers end, and the engine frees their rows.
 """
 
 from __future__ import annotations
@@ -19,93 +19,93 @@ from typing import Protocol, Self
 from eoracc.errors import ApiError, BusyError, RequestError
 from eoracc.runtime.decode.continuation import Listener
 from eoracc.runtime.request import Piece, Request
-from eoracc.runtime.server.admission import Admission, Place
-from eoracc.runtime.server.errors import reads_too_slowly, request_timeout
+from eoracc.runtime.server.admission import Admission, QueuePlace
+from eoracc.runtime.server.errors import request_timeout, slow_client
 from eoracc.runtime.server.metrics import Metrics
 from eoracc.runtime.server.options import ServerOptions
 
-__all__ = ["Engine", "Generation", "Job", "JobContext"]
+__all__ = ["ServedRequest", "ServingContext", "SupportsCancel", "SupportsSubmit"]
 
 _log = logging.getLogger("eoracc.server")
 
-LAST_WORDS_S = 5.0
-"""Seconds for an error to reach a client that may not be reading any more."""
+_LAST_WORDS_S = 5.0
+"""Seconds that a client gets to read the error that ends its stream."""
 
 
-class Generation(Protocol):
-    """A text that the engine makes."""
+class SupportsCancel(Protocol):
+    """A text that the engine generates, :class:`eoracc.runtime.Generation` for one."""
 
     def cancel(self) -> None:
-        """Make no more of it. May be called at any time, from any thread."""
+        """Stop generating. May be called at any time, from any thread."""
 
 
-class Engine(Protocol):
-    """What serves many requests in one batch."""
+class SupportsSubmit(Protocol):
+    """Serves many requests in one batch, as :class:`eoracc.runtime.Engine` does."""
 
-    def submit(self, request: Request, *, listener: Listener) -> Generation:
-        """Begin ``request``; it may have to load an adapter first.
+    def submit(self, request: Request, *, listener: Listener) -> SupportsCancel:
+        """Start generating; an adapter may have to be loaded first.
 
         Args:
-          request: what to make.
-          listener: is called in the engine's thread with each piece, of which the last has a finish
-            reason, or with what went wrong.
+          request: the prompt and the options.
+          listener: is called in the engine's thread with each piece, the last of which has a finish
+            reason, or with the exception that ended the text.
 
         Raises:
-          EoraccError: it cannot be served.
+          EoraccError: the request cannot be served.
         """
 
 
 @dataclass(frozen=True)
-class JobContext:
-    """What all jobs share.
+class ServingContext:
+    """Parts of the server that all requests share.
 
     Attributes:
-      engine: makes the answers.
-      thread: where requests are submitted, for that may take longer than the event loop can wait.
-      admission: its rows.
-      metrics: are kept up to date.
+      engine: generates the answers.
+      thread: submits requests, which may take longer than the event loop can wait.
+      admission: rows of the engine and the queue before them.
+      metrics: of the server.
       options: limits.
-      running: jobs that are being served.
+      running: requests that are being served.
     """
 
-    engine: Engine
+    engine: SupportsSubmit
     thread: Executor
     admission: Admission
     metrics: Metrics
     options: ServerOptions
-    running: set[Job]
+    running: set[ServedRequest]
 
 
-class Job:
-    """The answers to one request, in a context that they do not outlive.
+class ServedRequest:
+    """The answers to one request; leaving its context ends them.
 
-    ``async with job: async for choice, piece in job: ...``
+    ``async with request: async for choice, piece in request: ...``
 
     Attributes:
-      error: why it was ended; None while all goes well.
-      first_token_s: seconds from the request's arrival; None before that.
-      given_up: set when nobody should try to tell the client any more.
+      error: the reason why it ended early; else None.
+      first_token_s: seconds from the request's arrival to the first token; None before that.
+      given_up: set when the client has had its time to read the error.
     """
 
     def __init__(
         self,
-        context: JobContext,
+        context: ServingContext,
         requests: Sequence[Request],
-        places: Sequence[Place],
+        places: Sequence[QueuePlace],
         *,
         model: str,
         prompt_tokens: Sequence[int],
         arrived: float,
     ) -> None:
-        """Prepare; nothing is begun before the context is entered.
+        """Prepare; generation starts when the context is entered.
 
         Args:
-          context: what all jobs share.
-          requests: one an answer.
-          places: in the queue, one an answer.
+          context: parts of the server that all requests share.
+          requests: to the engine, one for each answer.
+          places: in the queue, one for each answer.
           model: label of the metrics.
-          prompt_tokens: of each answer.
-          arrived: when the request came, by ``time.monotonic``.
+          prompt_tokens: length of the prompt of each answer.
+          arrived: time of the request's arrival, by ``time.monotonic``.
         """
         self._context = context
         self._requests = requests
@@ -148,14 +148,14 @@ class Job:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for place in self._places:
-            place.leave()  # a task that was cancelled before it began did not
+            place.leave()  # a task that was cancelled before it started did not
         self._context.running.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Pieces of all answers in the order in which they are made.
+        """Index of the answer and piece, in the order of generation.
 
         Raises:
-          ApiError: why the job was ended; pieces that were not read are lost.
+          ApiError: the request ended early; unread pieces are lost.
         """
         while True:
             while self.error is None and self._events:
@@ -168,18 +168,18 @@ class Job:
             await self._wake.wait()
 
     def fail(self, error: ApiError) -> None:
-        """End all answers; whoever reads gets ``error``, and some seconds to pass it on."""
+        """End all answers; the reader gets ``error`` and a few seconds to send it."""
         if self.error is not None:
             return
         self.error = error
         self._events.clear()
         for task in self._tasks:
             task.cancel()
-        self._timers.append(self._loop.call_later(LAST_WORDS_S, self.given_up.set))
+        self._timers.append(self._loop.call_later(_LAST_WORDS_S, self.given_up.set))
         self._wake.set()
 
     async def _make(self, index: int) -> None:
-        """One answer, from its place in the queue to its last piece."""
+        """Serve one answer, from its place in the queue to its last piece."""
         context = self._context
         try:
             async with self._places[index].row(context.options.queue_timeout_s):
@@ -195,11 +195,11 @@ class Job:
                     context.metrics.answers.labels(self._model, reason).inc()
         except ApiError as error:
             self.fail(error)
-        except Exception as error:  # noqa: BLE001 - whatever the engine raises ends this job only
+        except Exception as error:  # noqa: BLE001 - any error ends this request only
             self.fail(_as_api_error(error))
 
     async def _generate(self, index: int) -> str:
-        """Let the engine make an answer; returns why it ended."""
+        """Let the engine generate an answer; returns its finish reason."""
         end: asyncio.Future[str] = self._loop.create_future()
 
         def listen(event: Piece | Exception) -> None:
@@ -229,7 +229,7 @@ class Job:
             self._unfinished -= 1
             end.set_result(event.finish_reason)
         if len(self._events) > self._context.options.stream_buffer:
-            self.fail(reads_too_slowly(len(self._events)))
+            self.fail(slow_client(len(self._events)))
             self.given_up.set()
             return
         self._wake.set()
@@ -247,8 +247,8 @@ class Job:
             self.first_token_s = now - self._arrived
 
 
-def _cancel(submitted: Future[Generation]) -> None:
-    """Make no more of what was submitted, if anything was."""
+def _cancel(submitted: Future[SupportsCancel]) -> None:
+    """Cancel the submitted generation, if it was accepted."""
     if not submitted.cancelled() and submitted.exception() is None:
         submitted.result().cancel()
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from eoracc.errors import BackendError
-from eoracc.runtime.artifact.genai_files import read_decoder
+from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.decode.bank import NO_PLACE, AdapterBank
-from eoracc.runtime.onnxruntime.batch import Batch, Binding, Graph
-from eoracc.runtime.onnxruntime.session import Session, open_inference
+from eoracc.runtime.onnxruntime.graph import Binding, Graph
+from eoracc.runtime.onnxruntime.inference import open_inference
+from eoracc.runtime.onnxruntime.rows import GraphRows
+from eoracc.runtime.onnxruntime.session import Session
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +41,7 @@ Inference: TypeAlias = Any
 
 @pytest.fixture(scope="module")
 def inference(tiny_artifact: Path) -> Inference:
-    decoder = read_decoder(tiny_artifact)
+    decoder = read_model_files(tiny_artifact)
     assert decoder.shares_cache
     return open_inference(str(decoder.model), decoder.library, 1, "tiny")
 
@@ -52,7 +54,7 @@ def reference(inference: Inference) -> Session:
 @pytest.fixture(params=[True, False], ids=["in place", "copied"])
 def batch(
     request: pytest.FixtureRequest, inference: Inference, monkeypatch: pytest.MonkeyPatch
-) -> Batch:
+) -> GraphRows:
     """Its buffers hold NaN where nobody has written yet.
 
     The fused attention can also be run as one that copies: its past is then a buffer of its own.
@@ -67,7 +69,7 @@ def batch(
         return caches
 
     monkeypatch.setattr(graph, "new_caches", poisoned)
-    return Batch(graph, AdapterBank())
+    return GraphRows(graph, AdapterBank())
 
 
 def whole(reference: Session, tokens: list[int]) -> NDArray[np.float32]:
@@ -76,7 +78,7 @@ def whole(reference: Session, tokens: list[int]) -> NDArray[np.float32]:
     return row
 
 
-def begin(batch: Batch, prompts: list[list[int]]) -> list[NDArray[np.float32]]:
+def begin(batch: GraphRows, prompts: list[list[int]]) -> list[NDArray[np.float32]]:
     last = []
     for row, prompt in enumerate(prompts):
         batch.clear(row)
@@ -84,7 +86,9 @@ def begin(batch: Batch, prompts: list[list[int]]) -> list[NDArray[np.float32]]:
     return last
 
 
-def check_decoding(batch: Batch, reference: Session, texts: list[list[int]], steps: int) -> None:
+def check_decoding(
+    batch: GraphRows, reference: Session, texts: list[list[int]], steps: int
+) -> None:
     """Append ``steps`` tokens to each of ``texts``, which are in the batch but for the last one."""
     for step in range(steps):
         logits = batch.decode([text[-1] for text in texts], [NO_PLACE] * len(texts))
@@ -96,7 +100,7 @@ def check_decoding(batch: Batch, reference: Session, texts: list[list[int]], ste
 
 
 def test_rows_of_different_lengths_are_decoded_as_each_alone(
-    batch: Batch, reference: Session
+    batch: GraphRows, reference: Session
 ) -> None:
     last = begin(batch, PROMPTS)
     for prompt, logits in zip(PROMPTS, last, strict=True):
@@ -106,7 +110,7 @@ def test_rows_of_different_lengths_are_decoded_as_each_alone(
 
 
 @pytest.mark.parametrize("chunks", [(7,), (3, 4), (1, 1, 5), (1,) * 7])
-def test_chunks_of_a_prompt(batch: Batch, reference: Session, chunks: tuple[int, ...]) -> None:
+def test_chunks_of_a_prompt(batch: GraphRows, reference: Session, chunks: tuple[int, ...]) -> None:
     begin(batch, [PROMPTS[3]])  # a neighbour that must not matter
     batch.clear(1)
     expected, start = whole(reference, PROMPTS[0]), 0
@@ -122,7 +126,7 @@ def test_chunks_of_a_prompt(batch: Batch, reference: Session, chunks: tuple[int,
     check_decoding(batch, reference, [[*PROMPTS[3], 1], [*PROMPTS[0], 1]], 2)
 
 
-def test_prefill_beside_rows_that_are_being_decoded(batch: Batch, reference: Session) -> None:
+def test_prefill_beside_rows_that_are_being_decoded(batch: GraphRows, reference: Session) -> None:
     begin(batch, PROMPTS[:2])
     texts = [[*prompt, 3] for prompt in PROMPTS[:2]]
     check_decoding(batch, reference, texts, 2)
@@ -133,7 +137,7 @@ def test_prefill_beside_rows_that_are_being_decoded(batch: Batch, reference: Ses
     check_decoding(batch, reference, [*texts, [*PROMPTS[3], 3]], 2)
 
 
-def test_rows_move(batch: Batch, reference: Session) -> None:
+def test_rows_move(batch: GraphRows, reference: Session) -> None:
     begin(batch, PROMPTS)
     texts = [[*prompt, 2] for prompt in PROMPTS]
     check_decoding(batch, reference, texts, 2)
@@ -147,7 +151,7 @@ def test_rows_move(batch: Batch, reference: Session) -> None:
 def test_room_grows_with_texts_and_rows(
     inference: Inference, reference: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoracc.runtime.onnxruntime.batch._SMALLEST", 4)
+    monkeypatch.setattr("eoracc.runtime.onnxruntime.rows._SMALLEST", 4)
     graph = Graph(inference, context_length=CONTEXT, in_place=True)
     sizes = []
     plain = graph.new_caches
@@ -157,7 +161,7 @@ def test_room_grows_with_texts_and_rows(
         return plain(rows, capacity)
 
     monkeypatch.setattr(graph, "new_caches", noted)
-    batch = Batch(graph, AdapterBank())
+    batch = GraphRows(graph, AdapterBank())
     texts = []
     for row, prompt in enumerate(PROMPTS[:3]):
         batch.clear(row)
@@ -167,13 +171,13 @@ def test_room_grows_with_texts_and_rows(
     assert sizes == [(0, 0), (1, 4), (1, 8), (2, 8), (4, 8), (4, 16), (4, 32)]
 
 
-def test_the_context_can_be_used_up(batch: Batch, reference: Session) -> None:
+def test_the_context_can_be_used_up(batch: GraphRows, reference: Session) -> None:
     text = [11] * (CONTEXT - 3)
     begin(batch, [text])
     check_decoding(batch, reference, [[*text, 5]], 3)
 
 
-def test_several_texts_in_one_run(batch: Batch, reference: Session) -> None:
+def test_several_texts_in_one_run(batch: GraphRows, reference: Session) -> None:
     begin(batch, [PROMPTS[3], PROMPTS[0]])  # forgotten
     logits = batch.process(PROMPTS, adapters=[NO_PLACE] * 4, keep=5)
     assert logits.shape == (4, 5, 260)
@@ -185,7 +189,7 @@ def test_several_texts_in_one_run(batch: Batch, reference: Session) -> None:
     check_decoding(batch, reference, [[*prompt, 6] for prompt in PROMPTS], 2)
 
 
-def test_failed_run_leaves_the_rows_as_they_were(batch: Batch, reference: Session) -> None:
+def test_failed_run_leaves_the_rows_as_they_were(batch: GraphRows, reference: Session) -> None:
     begin(batch, PROMPTS[:2])
     texts = [[*prompt, 3] for prompt in PROMPTS[:2]]
     check_decoding(batch, reference, texts, 1)
@@ -196,7 +200,7 @@ def test_failed_run_leaves_the_rows_as_they_were(batch: Batch, reference: Sessio
 
 
 def test_older_artifact_gives_all_logits(
-    batch: Batch, reference: Session, monkeypatch: pytest.MonkeyPatch
+    batch: GraphRows, reference: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its graph has no input that says of how many tokens: as if all were always asked for."""
     graph = batch._graph
@@ -220,10 +224,10 @@ def test_config_says_whether_the_cache_is_shared(tiny_artifact: Path, tmp_path: 
     config = json.loads((folder / "genai_config.json").read_text())
     config["search"]["past_present_share_buffer"] = False
     (folder / "genai_config.json").write_text(json.dumps(config))
-    assert not read_decoder(folder).shares_cache
+    assert not read_model_files(folder).shares_cache
 
 
-def test_no_memory_is_one_sentence(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_one_sentence(batch: GraphRows, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: int) -> None:
         raise MemoryError
 
