@@ -36,6 +36,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measured_perplexity import read_measured
 from benchmarks.protocol import (
     MODELS,
     OFFSET_TOKENS,
@@ -304,37 +305,15 @@ class Row:
     cpu_s: float | None = None
 
 
-_LLAMA_CPP = "llama.cpp (llama-cpp-python 0.3.36)"
-_GENAI = "onnxruntime-genai 0.18 builder, linears only"
-_GPTQMODEL = "GPTQModel 7.7"
-_NNCF = "NNCF 3.4"
-
 PEERS: dict[str, tuple[Row, ...]] = {
-    "smollm2": (
-        Row(system=f"{_LLAMA_CPP} Q4_K_M", bits=5.53, perplexity=23.86),
-        Row(system=f"{_LLAMA_CPP} Q4_K_M, importance matrix", bits=5.53, perplexity=23.38),
-        Row(system=f"{_LLAMA_CPP} Q3_K_M", bits=4.63, perplexity=25.54),
-        Row(system=f"{_LLAMA_CPP} Q3_K_S, importance matrix", bits=4.23, perplexity=26.65),
-        Row(system=f"{_LLAMA_CPP} IQ2_M, importance matrix", bits=4.04, perplexity=30.13),
-        Row(system=f"{_GENAI}, int4 block 32", bits=5.00, perplexity=26.88),
-        Row(system=f"{_GENAI}, int4 block 128", bits=4.60, perplexity=30.06),
-        Row(system=f"{_GPTQMODEL} 4-bit whole row", bits=4.07, perplexity=38.80),
-        Row(system=f"{_GPTQMODEL} 4-bit whole row + EoRA rank 32", bits=5.54, perplexity=26.54),
-        Row(system=f"{_GPTQMODEL} 4-bit whole row + EoRA rank 64", bits=7.0, perplexity=25.53),
-        Row(system=f"{_GPTQMODEL} 4-bit whole row + EoRA rank 128", bits=10.0, perplexity=24.74),
-        Row(system=f"{_GPTQMODEL} 3-bit group 64", bits=3.34, perplexity=46.68),
-        Row(system=f"{_GPTQMODEL} 3-bit group 64 + EoRA rank 32", bits=4.81, perplexity=35.44),
-        Row(system=f"{_GPTQMODEL} 3-bit group 64 + EoRA rank 64", bits=6.3, perplexity=32.00),
-        Row(system=f"{_GPTQMODEL} 3-bit group 64 + EoRA rank 128", bits=9.2, perplexity=28.77),
-        Row(system=f"{_NNCF} int4 whole row", bits=4.0, perplexity=42.11),
-        Row(
-            system=f"{_NNCF} int4 whole row + lora_correction rank 32, int8 factors",
-            bits=4.8,
-            perplexity=28.00,
-        ),
+    "smollm2": tuple(
+        Row(system=row.row, bits=row.bits, perplexity=row.perplexity)
+        for series in read_measured().series
+        if series.peer
+        for row in series.rows
     ),
 }
-"""What other systems reached on the same model, text and windows, original 22.84. Measured once on
+"""Perplexity of other systems on the same model, text and windows, original 22.84. Measured once on
 two processor cores by running each system as its documentation says; not measured again here."""
 
 
