@@ -3,8 +3,8 @@
 An adapter is low-rank factors by linear. A lowered model takes them at its *slots*, one a fused
 node, as graph inputs that have an adapter of rank 0 for a default (docs/op.md has their shapes).
 The model's metadata say what slots there are, under :data:`SLOTS_KEY`; an array goes into the input
-``<slot>.<operand>``, ``operand`` out of :data:`ADAPTER_OPERANDS`, and the one input
-:data:`ADAPTER_INDEX` picks each row's adapter out of the bank.
+``<slot>.<operand>``, ``operand`` out of :data:`~eoracc.plugins.op.ADAPTER_OPERANDS`, and the one
+input :data:`~eoracc.plugins.op.ADAPTER_INDEX` picks each row's adapter out of the bank.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
+from eoracc.plugins.op import ADAPTER_OPERANDS
 from eoracc.plugins.operands.codes import CHUNK, TILE, VECTOR, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank, merge_factors, split_rows
 
 __all__ = [
-    "ADAPTER_INDEX",
-    "ADAPTER_OPERANDS",
     "SLOTS_KEY",
     "AdapterSlot",
     "AdapterSlots",
@@ -34,12 +33,6 @@ __all__ = [
 ]
 
 Array = NDArray[np.generic]
-
-ADAPTER_INDEX = "adapter_index"
-"""Graph input, ``int32 [1]`` or ``[batch]``: the adapter of each row, below 0 for none."""
-
-ADAPTER_OPERANDS = ("adapter_a", "adapter_b", "adapter_a_scale", "adapter_b_scale")
-"""Operands of a slot; the last one at slots of integer type only."""
 
 SLOTS_KEY = "eoracc.adapters"
 """Key of a model's metadata: its slots, as :meth:`AdapterSlots.to_json` writes them."""

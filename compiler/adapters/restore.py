@@ -17,21 +17,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.errors import ArtifactError
-from eoracc.passes.graph.embeddings import GATHER_OP, Embedding, find_embeddings
-from eoracc.passes.graph.linears import (
-    FUSED_DOMAIN,
-    FUSED_OP,
-    LORA_A,
-    LORA_A_SCALE,
-    LORA_B,
-    LORA_B_SCALE,
-    SCALES,
-    ZERO_POINTS,
-    B,
-    Linear,
-    find_again,
-    find_linears,
-)
+from eoracc.passes.graph.embeddings import Embedding, find_embeddings
+from eoracc.passes.graph.linears import Linear, find_again, find_linears
+from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
@@ -85,7 +73,7 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
     linears = {linear.name: linear for linear in backbone.linears}
     tables = {table.name: table for table in backbone.embeddings}
     for node in stored.graph:
-        if node.domain != FUSED_DOMAIN:
+        if node.domain != DOMAIN:
             continue
         if not node.attributes.get_int("layout", 0):
             raise ArtifactError(f"{path}: is of an older layout: build the artifact again")
@@ -142,7 +130,9 @@ def _linears_of(node: ir.Node) -> list[tuple[str, NBitsWeight, LowRank | None]]:
 
 def _weight(node: ir.Node, rows: slice, *, out_features: int) -> NBitsWeight:
     """Rows of the weight of a linear or a table, whose operands stand at the same places."""
-    packed, scales, zero_points = (_array(node, place) for place in (B, SCALES, ZERO_POINTS))
+    packed, scales, zero_points = (
+        _array(node, place) for place in (Input.B, Input.scales, Input.zero_points)
+    )
     assert packed is not None and scales is not None  # noqa: PT018, S101 - the op has them
     whole = NBitsWeight.from_tiles(
         packed,
@@ -165,7 +155,7 @@ def _weight(node: ir.Node, rows: slice, *, out_features: int) -> NBitsWeight:
 
 def _factors(node: ir.Node, part: int, parts: int, rows: slice) -> LowRank | None:
     """Factors of one linear, without the ranks that only fill up tiles."""
-    a, b = _array(node, LORA_A), _array(node, LORA_B)
+    a, b = _array(node, Input.lora_a), _array(node, Input.lora_b)
     if a is None or b is None:
         return None
     columns, total = node.attributes["K"].as_int(), node.attributes["N"].as_int()
@@ -180,7 +170,7 @@ def _factors(node: ir.Node, part: int, parts: int, rows: slice) -> LowRank | Non
     rank = min(tiles * TILE, b.shape[1] * CHUNK[bits])
     down = untile_integers(a, bits=bits, rows=rank, columns=columns)
     up = untile_integers(b, bits=bits, rows=total, columns=rank)[rows]
-    a_scale, b_scale = _array(node, LORA_A_SCALE), _array(node, LORA_B_SCALE)
+    a_scale, b_scale = _array(node, Input.lora_a_scale), _array(node, Input.lora_b_scale)
     assert a_scale is not None and b_scale is not None  # noqa: PT018, S101 - of integer factors
     own_scale = a_scale[part * tiles * TILE :][:rank]
     own = _used(own_scale[:, None])

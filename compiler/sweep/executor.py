@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from eoracc.compiler.sweep.products import Precision, attention, linear_products
 from eoracc.errors import ModelError
-from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, LinearGroup, find_linears
-from eoracc.plugins.functions import local_function
+from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
+from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.op import DOMAIN
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.onnxruntime.session import token_positions
 
@@ -396,7 +397,7 @@ def _standalone(glue: _Stage, parent: ir.Model) -> ir.Model:
     ]
     functions = {}
     for node in nodes:
-        if node.domain == FUSED_DOMAIN:
+        if node.domain == DOMAIN:
             function = local_function(node)
             node.overload = function.overload
             functions[function.identifier()] = function

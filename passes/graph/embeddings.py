@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.errors import PassError
-from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear
+from eoracc.passes.graph.linears import Linear
 from eoracc.passes.graph.tensors import register_tensor
+from eoracc.plugins.op import DOMAIN, GATHER_OP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
     from eoracc.plugins.operands.weight import NBitsWeight
 
-__all__ = ["GATHER_OP", "Embedding", "find_embeddings"]
-
-GATHER_OP = "GatherNBits"
+__all__ = ["Embedding", "find_embeddings"]
 
 
 @dataclass(eq=False)
@@ -93,13 +92,13 @@ class Embedding:
                 "bits": weight.bits,
                 "block_size": weight.group_size,
             },
-            domain=FUSED_DOMAIN,
+            domain=DOMAIN,
             name=self.name,
         )
         ir.convenience.replace_nodes_and_values(
             graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
         )
-        graph.opset_imports.setdefault(FUSED_DOMAIN, 1)
+        graph.opset_imports.setdefault(DOMAIN, 1)
         if not table.uses():
             del graph.initializers[str(table.name)]
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.errors import ModelError, PassError
+from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from eoracc.passes.solvers.gram import Activations, Gram
 
 __all__ = [
-    "FUSED_DOMAIN",
-    "FUSED_OP",
     "Factorized",
     "Linear",
     "LinearGroup",
@@ -37,12 +36,6 @@ __all__ = [
     "stored_factors",
     "stored_weight",
 ]
-
-FUSED_DOMAIN = "eoracc"
-FUSED_OP = "MatMulNBitsLowRank"
-
-# Positions of the fused op's inputs (the op's table is in docs/op.md).
-X, B, SCALES, ZERO_POINTS, BIAS, LORA_A, LORA_B, LORA_A_SCALE, LORA_B_SCALE = range(9)
 
 _INT4 = ir.DataType.INT4.numpy()
 """NumPy type of the values of an int4 factor while it stands in the graph."""
@@ -157,7 +150,7 @@ class Linear:
     @property
     def input(self) -> ir.Value:
         """The value that the linear multiplies."""
-        value = self.node.inputs[X]
+        value = self.node.inputs[Input.X]
         assert value is not None  # noqa: S101 - a MatMul always has its first input
         return value
 
@@ -314,13 +307,13 @@ class Linear:
                 "block_size": weight.group_size,
                 "accuracy_level": 0,
             },
-            domain=FUSED_DOMAIN,
+            domain=DOMAIN,
             name=self.name,
         )
         ir.convenience.replace_nodes_and_values(
             graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
         )
-        graph.opset_imports.setdefault(FUSED_DOMAIN, 1)
+        graph.opset_imports.setdefault(DOMAIN, 1)
         _drop_unused_initializers(graph, stale)
 
     @property
@@ -371,7 +364,7 @@ def find_linears(model: ir.Model) -> list[Linear]:
     """All linears of ``model`` in execution order."""
     linears = []
     for node in model.graph:
-        if node.domain == FUSED_DOMAIN and node.op_type == FUSED_OP:
+        if node.domain == DOMAIN and node.op_type == FUSED_OP:
             linears.append(_from_fused(node))
         elif node.domain == "" and node.op_type == "MatMul":
             linear = _from_matmul(node)
@@ -466,7 +459,9 @@ def stored_weight(node: ir.Node) -> NBitsWeight:
     Raises:
       ModelError: it is computed by the graph.
     """
-    packed, scales, zero_points = (_array(node, place) for place in (B, SCALES, ZERO_POINTS))
+    packed, scales, zero_points = (
+        _array(node, place) for place in (Input.B, Input.scales, Input.zero_points)
+    )
     if packed is None or scales is None:
         raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
     return NBitsWeight(
@@ -481,7 +476,7 @@ def stored_weight(node: ir.Node) -> NBitsWeight:
 
 def stored_factors(node: ir.Node) -> LowRank | None:
     """Low-rank factors that are operands of the fused ``node``, of plain layout; None for none."""
-    lora_a, lora_b = _array(node, LORA_A), _array(node, LORA_B)
+    lora_a, lora_b = _array(node, Input.lora_a), _array(node, Input.lora_b)
     if lora_a is None or lora_b is None:
         return None
     bits = 4 if lora_a.dtype == _INT4 else 8
@@ -490,8 +485,8 @@ def stored_factors(node: ir.Node) -> LowRank | None:
     return LowRank(
         lora_a=lora_a,  # type: ignore[arg-type]
         lora_b=lora_b,  # type: ignore[arg-type]
-        lora_a_scale=_array(node, LORA_A_SCALE),  # type: ignore[arg-type]
-        lora_b_scale=_array(node, LORA_B_SCALE),  # type: ignore[arg-type]
+        lora_a_scale=_array(node, Input.lora_a_scale),  # type: ignore[arg-type]
+        lora_b_scale=_array(node, Input.lora_b_scale),  # type: ignore[arg-type]
         bits=bits,
     )
 

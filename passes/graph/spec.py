@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from eoracc.errors import PassError
-from eoracc.passes.graph.embeddings import GATHER_OP
-from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP
-from eoracc.plugins.functions import INPUTS
-from eoracc.plugins.operands.codes import BITS, CHUNK, TILE
+from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
+from eoracc.plugins.operands.codes import BITS, CHUNK, TILE, VECTOR
 from eoracc.plugins.tensorrt.plugin import FIELDS as PLUGIN_FIELDS
 from eoracc.plugins.tensorrt.plugin import INPUTS as PLUGIN_INPUTS
 
@@ -69,7 +67,7 @@ _LAYERS = ("Attention", "LayerNormalization", "MatMul", "RMSNormalization", "Rot
 _STANDARD: frozenset[Op] = frozenset(
     ("", name) for name in (*_ARITHMETIC, *_MASKS, *_SHAPES, *_ACTIVATIONS, *_LAYERS)
 )
-_FUSED: frozenset[Op] = frozenset({(FUSED_DOMAIN, FUSED_OP), (FUSED_DOMAIN, GATHER_OP)})
+_FUSED: frozenset[Op] = frozenset({(DOMAIN, FUSED_OP), (DOMAIN, GATHER_OP)})
 
 # Standard operators, of those that TensorRT's parser takes.
 _TENSORRT = _STANDARD | {("", "DequantizeLinear"), ("", "GatherND"), ("", "TensorScatter")}
@@ -86,7 +84,7 @@ OPS: Mapping[Stage, frozenset[Op]] = {
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     },
     Stage.TENSORRT_RTX: _TENSORRT,
-    Stage.TENSORRT: _TENSORRT | {(FUSED_DOMAIN, FUSED_OP)},
+    Stage.TENSORRT: _TENSORRT | {(DOMAIN, FUSED_OP)},
 }
 """Stage to the operators, by domain and name, that may stand in its graph."""
 
@@ -95,9 +93,8 @@ _REAL = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 _CODES = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT8)
 _FACTORS = (*_REAL, *_CODES)
 
-_VECTOR = 4 * TILE
-_SLOT = INPUTS[FUSED_OP].index("adapter_a")
-"""Where an adapter's operands begin."""
+_SLOT = tuple(Input)[Input.adapter_a :]
+"""The operands of an adapter and the index that picks it."""
 
 
 def check(model: ir.Model, stage: Stage, *, after: str) -> None:
@@ -124,11 +121,11 @@ def check(model: ir.Model, stage: Stage, *, after: str) -> None:
             if value is not None and value not in defined:
                 raise PassError(where, f"reads {value.name!r}, which nothing before it defines")
         defined.update(node.outputs)
-        if node.domain == FUSED_DOMAIN:
+        if node.domain == DOMAIN:
             (_check_plugin if stage is Stage.TENSORRT else _check_fused)(node, where)
         elif node.op_type == "MatMul":
             _check_matmul(node, where)
-        if stage in (Stage.ONNXRUNTIME, Stage.TENSORRT) and node.domain == FUSED_DOMAIN:
+        if stage in (Stage.ONNXRUNTIME, Stage.TENSORRT) and node.domain == DOMAIN:
             identifier = (node.domain, node.op_type, node.overload)
             if identifier not in model.functions:
                 raise PassError(where, "has no function body, so a stock runtime cannot run it")
@@ -194,7 +191,7 @@ def _check_weight(node: ir.Node, where: str) -> None:
     )
     if bits not in BITS or group < 8 or group % 8:
         raise PassError(where, f"bits={bits} with block_size={group} is not a stored form")
-    packed = _operand(node, 1)
+    packed = _operand(node, Input.B)
     stored = None if packed is None or packed.shape is None else packed.shape[0]
     first = stored if isinstance(stored, int) else 0
     groups = -(-columns // group)
@@ -208,9 +205,9 @@ def _check_weight(node: ir.Node, where: str) -> None:
         rows = node.attributes.get_int("N", first)
         codes = (rows, groups, group * bits // 8)
         per_group = (rows, groups)
-    _expect(node, 1, codes, (ir.DataType.UINT8,), where)
-    _expect(node, 2, per_group, _REAL, where)
-    _expect(node, 3, per_group, (ir.DataType.UINT8,), where, optional=True)
+    _expect(node, Input.B, codes, (ir.DataType.UINT8,), where)
+    _expect(node, Input.scales, per_group, _REAL, where)
+    _expect(node, Input.zero_points, per_group, (ir.DataType.UINT8,), where, optional=True)
 
 
 def _is_tiled(node: ir.Node) -> bool:
@@ -220,40 +217,40 @@ def _is_tiled(node: ir.Node) -> bool:
 def _check_linear(node: ir.Node, where: str) -> None:
     """The input, the bias, the low-rank factors and what is fused."""
     columns, rows = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
-    read = _operand(node, 0)
+    read = _operand(node, Input.X)
     if read is not None and read.shape is not None and read.shape[-1] != columns:
         raise PassError(where, f"reads {read.shape}, whose last dimension is not K={columns}")
-    _expect(node, 4, (rows,), _REAL, where, optional=True)
-    lora_a, lora_b = _operand(node, 5), _operand(node, 6)
+    _expect(node, Input.bias, (rows,), _REAL, where, optional=True)
+    lora_a, lora_b = _operand(node, Input.lora_a), _operand(node, Input.lora_b)
     if (lora_a is None) != (lora_b is None):
         raise PassError(where, "has one of its two low-rank factors only")
-    for factor, scale in ((5, 7), (6, 8)):
+    for factor, scale in (
+        (Input.lora_a, Input.lora_a_scale),
+        (Input.lora_b, Input.lora_b_scale),
+    ):
         is_int8 = _operand(node, scale) is not None
         if is_int8 != (_dtype(node, factor) in _CODES):
             raise PassError(where, "has an int8 factor without its scale, or the other way round")
     if lora_a is not None and lora_b is not None:
         _check_factors(node, lora_a, lora_b, where)
-    _expect(node, 9, (columns,), _REAL, where, optional=True)
+    _expect(node, Input.norm_weight, (columns,), _REAL, where, optional=True)
     _check_slot(node, where)
 
 
 def _check_slot(node: ir.Node, where: str) -> None:
     """The operands of an adapter and the index that picks it."""
-    names = INPUTS[FUSED_OP]
-    given = {
-        names[place] for place in range(_SLOT, len(names)) if _operand(node, place) is not None
-    }
+    given = {place for place in _SLOT if _operand(node, place) is not None}
     if not given:
         return
-    integers = _dtype(node, _SLOT) == ir.DataType.UINT8
-    wanted = set(names[_SLOT:]) - (set() if integers else {"adapter_b_scale"})
+    integers = _dtype(node, Input.adapter_a) == ir.DataType.UINT8
+    wanted = set(_SLOT) - (set() if integers else {Input.adapter_b_scale})
     if given != wanted:
-        odd = min(given ^ wanted)
+        odd = min(place.name for place in given ^ wanted)
         raise PassError(where, f"has some operands of an adapter, but not what goes with {odd}")
-    for name in sorted(given):
-        value = _operand(node, names.index(name))
+    for place in sorted(given):
+        value = _operand(node, place)
         if value is not None and not value.is_graph_input():
-            raise PassError(where, f"its {name} is no input of the graph")
+            raise PassError(where, f"its {place.name} is no input of the graph")
 
 
 def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str) -> None:
@@ -262,19 +259,19 @@ def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str
         return
     if not _is_tiled(node):
         rank = lora_a.shape[0]
-        _expect(node, 5, (rank, columns), _FACTORS, where)
-        _expect(node, 6, (rows, rank), _FACTORS, where)
+        _expect(node, Input.lora_a, (rank, columns), _FACTORS, where)
+        _expect(node, Input.lora_b, (rows, rank), _FACTORS, where)
         return
     parts = max(len(node.attributes.get_ints("parts", ())), 1)
-    a_chunk, b_chunk = _factor_chunk(node, 5, columns), 1
-    if _dtype(node, 6) == ir.DataType.UINT8:
+    a_chunk, b_chunk = _factor_chunk(node, Input.lora_a, columns), 1
+    if _dtype(node, Input.lora_b) == ir.DataType.UINT8:
         b_chunk = a_chunk if a_chunk > 1 else CHUNK[8]
     a_dtypes, b_dtypes = (_CODES if chunk > 1 else _REAL for chunk in (a_chunk, b_chunk))
-    width = TILE if a_chunk == 1 else _VECTOR
-    _expect(node, 5, (lora_a.shape[0], -(-columns // a_chunk), width), a_dtypes, where)
-    width = TILE if b_chunk == 1 else _VECTOR
+    width = TILE if a_chunk == 1 else VECTOR
+    _expect(node, Input.lora_a, (lora_a.shape[0], -(-columns // a_chunk), width), a_dtypes, where)
+    width = TILE if b_chunk == 1 else VECTOR
     ranks = lora_b.shape[1]
-    _expect(node, 6, (-(-rows // TILE), ranks, width), b_dtypes, where)
+    _expect(node, Input.lora_b, (-(-rows // TILE), ranks, width), b_dtypes, where)
     # Chunks of ranks leave the last ones open: so do the tiles of lora_a.
     if isinstance(ranks, int) and lora_a.shape[0] != parts * -(-ranks * b_chunk // TILE):
         raise PassError(where, f"{parts} parts of rank {ranks * b_chunk} do not fit {lora_a.shape}")

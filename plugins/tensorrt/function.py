@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.errors import PluginError
-from eoracc.plugins.functions import DOMAIN, local_function
+from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.op import DOMAIN
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS, PLUGIN
 
 __all__ = ["OP", "plugin_function"]

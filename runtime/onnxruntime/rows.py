@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eoracc.errors import BackendError
-from eoracc.plugins.adapters import ADAPTER_INDEX
+from eoracc.plugins.op import ADAPTER_INDEX
 from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST, PRESENT
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.errors import ArtifactError
-from eoracc.plugins.functions import local_function
+from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.op import DOMAIN, Input
 from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["open_linears"]
-
-_FUSED_INPUTS = 9
-"""Inputs of the fused op that belong to its linears; a norm and a residual follow."""
-
-_BIAS = 4
-"""The one of them that the linear of the graph does not have: another node adds the bias there."""
 
 _FUSED_ATTRIBUTES = ("activation", "norm_epsilon")
 
@@ -57,7 +52,7 @@ def open_linears(
     places = {
         name: (node, part)
         for node in model.graph
-        if node.domain == "eoracc"
+        if node.domain == DOMAIN
         for part, name in enumerate(_linear_names(node))
     }
     native = files.library if library else None
@@ -85,8 +80,10 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
     dtype = (source.dtype if source is not None else None) or ir.DataType.FLOAT
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(["rows", None]))
     operands: list[ir.Value | None] = [x]
-    for position, value in enumerate(node.inputs[1:_FUSED_INPUTS], start=1):
-        if value is None or position == _BIAS:
+    # The norm and all inputs after it are fusions. The linear of the graph has no bias either:
+    # another node adds it there.
+    for position, value in enumerate(node.inputs[1 : Input.norm_weight], start=1):
+        if value is None or position == Input.bias:
             operands.append(None)
             continue
         constant = value.const_value

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from eoracc.plugins.functions import local_function
+from eoracc.plugins.functions.overload import local_function
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.reference import activate, fused_matmul, rms_norm

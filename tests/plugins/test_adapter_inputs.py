@@ -14,15 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
-from eoracc.plugins.adapters import (
-    ADAPTER_INDEX,
-    ADAPTER_OPERANDS,
-    AdapterSlots,
-    pack_adapter,
-    stack_adapters,
-)
-from eoracc.plugins.functions import INPUTS, local_function
-from eoracc.plugins.library import library_path
+from eoracc.plugins.adapters import AdapterSlots, pack_adapter, stack_adapters
+from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.op import ADAPTER_INDEX, ADAPTER_OPERANDS, INPUTS
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.reference import fused_matmul
@@ -46,12 +40,6 @@ from tests.plugins.fused_op import (
 
 COLUMNS = 90
 RANK = 32
-
-
-@pytest.fixture(params=["function", "kernel"])
-def library(request: pytest.FixtureRequest) -> Path | None:
-    """No library, so that the function runs, or the native one."""
-    return library_path() if request.param == "kernel" else None
 
 
 def _by_operand(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.passes.graph.linears import BIAS, FUSED_DOMAIN, FUSED_OP, X
 from eoracc.passes.graph.tensors import register_tensor
+from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
 from eoracc.plugins.operands.codes import TILE
 
 if TYPE_CHECKING:
@@ -21,22 +21,20 @@ if TYPE_CHECKING:
 
 __all__ = ["fuse_bias", "fuse_gate", "fuse_norm", "fuse_residual", "same_shape"]
 
-_NORM_WEIGHT, _RESIDUAL = 9, 10
-
 
 def fuse_bias(graph: ir.Graph) -> None:
     """``Linear(x) + vector`` becomes the linear's bias."""
     for node in [node for node in graph if _is_linear(node)]:
         output = node.outputs[0]
         add = _only_reader(output)
-        if add is None or add.op_type != "Add" or _operand(node, BIAS) is not None:
+        if add is None or add.op_type != "Add" or _operand(node, Input.bias) is not None:
             continue
         vector = _other_input(add, output)
         if vector is None or vector.const_value is None:
             continue
         if tuple(vector.const_value.shape) != (node.attributes["N"].as_int(),):
             continue
-        _set_operand(node, BIAS, vector)
+        _set_operand(node, Input.bias, vector)
         _absorb(graph, node, add)
 
 
@@ -89,13 +87,13 @@ def fuse_norm(graph: ir.Graph) -> None:
     """``Linear(RMSNorm(x))`` where nothing else reads the norm becomes the linear's own norm."""
     for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
         node = _only_reader(norm.outputs[0])
-        if node is None or not _is_tiled(node) or node.inputs[X] is not norm.outputs[0]:
+        if node is None or not _is_tiled(node) or node.inputs[Input.X] is not norm.outputs[0]:
             continue
         weight = _norm_weight(graph, norm)
         if weight is None or norm.attributes.get_int("axis", -1) != -1:
             continue
-        node.replace_input_with(X, norm.inputs[0])
-        _set_operand(node, _NORM_WEIGHT, weight)
+        node.replace_input_with(Input.X, norm.inputs[0])
+        _set_operand(node, Input.norm_weight, weight)
         epsilon = norm.attributes.get_float("epsilon", 1e-5)
         node.attributes["norm_epsilon"] = ir.AttrFloat32("norm_epsilon", epsilon)
         graph.remove(norm, safe=True)
@@ -127,7 +125,7 @@ def fuse_residual(graph: ir.Graph) -> None:
         residual = _other_input(add, output)
         if residual is None or not same_shape(residual, output):
             continue
-        _set_operand(node, _RESIDUAL, residual)
+        _set_operand(node, Input.residual, residual)
         _absorb(graph, node, add)
 
 
@@ -142,7 +140,7 @@ def same_shape(left: ir.Value | None, right: ir.Value | None) -> bool:
 
 
 def _is_linear(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) == (FUSED_DOMAIN, FUSED_OP)
+    return (node.domain, node.op_type) == (DOMAIN, FUSED_OP)
 
 
 def _is_tiled(node: ir.Node) -> bool:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP
 from eoracc.passes.graph.names import LOGITS_TO_KEEP
 from eoracc.passes.graph.tensors import register_tensor
+from eoracc.plugins.op import DOMAIN, FUSED_OP
 
 __all__ = ["head_chain", "keep_last_logits"]
 
 _ELEMENTWISE = {"Add", "Cast", "Div", "Mul", "Tanh"}
-_LINEAR = (FUSED_DOMAIN, FUSED_OP)
+_LINEAR = (DOMAIN, FUSED_OP)
 _NORMS = {"LayerNormalization", "RMSNormalization"}
 
 

@@ -29,10 +29,10 @@ from eoracc.compiler.targets.onnxruntime.fuse_linears import (
 from eoracc.compiler.targets.onnxruntime.last_logits import keep_last_logits
 from eoracc.compiler.targets.onnxruntime.slots import add_slots
 from eoracc.compiler.targets.onnxruntime.tiles import tile_operands
-from eoracc.passes.graph.linears import FUSED_DOMAIN
 from eoracc.passes.graph.names import WINDOW_KEY
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.functions import local_function
+from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.op import DOMAIN
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _drop_unused_inputs(graph: ir.Graph) -> None:
 
 
 def _eoracc_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    return (node for node in graph if node.domain == FUSED_DOMAIN)
+    return (node for node in graph if node.domain == DOMAIN)
 
 
 def _add_functions(model: ir.Model) -> None:

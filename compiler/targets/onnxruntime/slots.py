@@ -13,24 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP, block_of
+from eoracc.passes.graph.linears import block_of
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.adapters import (
-    ADAPTER_INDEX,
-    SLOTS_KEY,
-    AdapterSlot,
-    AdapterSlots,
-    stack_adapters,
-)
-from eoracc.plugins.functions import INPUTS
+from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots, stack_adapters
+from eoracc.plugins.op import ADAPTER_INDEX, DOMAIN, FUSED_OP, Input
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["add_slots"]
-
-_PLACES = {name: place for place, name in enumerate(INPUTS[FUSED_OP])}
 
 
 def add_slots(model: ir.Model, adapter_type: str) -> AdapterSlots:
@@ -52,21 +44,21 @@ def add_slots(model: ir.Model, adapter_type: str) -> AdapterSlots:
     index = _input(graph, ADAPTER_INDEX, np.zeros(1, np.int32), ("adapter_batch",))
     for slot in slots.slots:
         node = nodes[slot.name]
-        node.resize_inputs(len(_PLACES))
+        node.resize_inputs(len(Input))
         for operand in slots.operands:
             name = slot.input(operand)
             array = defaults[name]
             node.replace_input_with(
-                _PLACES[operand], _input(graph, name, array, _shape(operand, array))
+                Input[operand], _input(graph, name, array, _shape(operand, array))
             )
-        node.replace_input_with(_PLACES[ADAPTER_INDEX], index)
+        node.replace_input_with(Input.adapter_index, index)
     model.metadata_props[SLOTS_KEY] = slots.to_json()
     return slots
 
 
 def _takes_adapter(node: ir.Node) -> bool:
     return (
-        (node.domain, node.op_type) == (FUSED_DOMAIN, FUSED_OP)
+        (node.domain, node.op_type) == (DOMAIN, FUSED_OP)
         and node.attributes.get_int("layout", 0) == 1
         and block_of(str(node.name)) is not None
     )

@@ -19,25 +19,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from eoracc.passes.graph.embeddings import GATHER_OP
-from eoracc.passes.graph.linears import (
-    BIAS,
-    FUSED_DOMAIN,
-    FUSED_OP,
-    LORA_A,
-    LORA_A_SCALE,
-    LORA_B,
-    LORA_B_SCALE,
-    SCALES,
-    ZERO_POINTS,
-    B,
-    X,
-    stored_factors,
-)
+from eoracc.passes.graph.linears import stored_factors
 from eoracc.passes.graph.names import PARTS
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.functions import INPUTS
-from eoracc.plugins.operands.codes import CHUNK, TILE, tile_codes, tile_rows, unpack_codes
+from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
+from eoracc.plugins.operands.codes import CHUNK, TILE, VECTOR, tile_codes, tile_rows, unpack_codes
 from eoracc.plugins.operands.low_rank import LowRank, merge_factors, merged_bits, split_rows
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
@@ -45,7 +31,6 @@ __all__ = ["tile_operands"]
 
 _Convert = Callable[[NDArray[Any]], NDArray[Any]]
 
-_VECTOR = 64
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.INT4)
 """Types of integer factors in the plain layout."""
@@ -72,7 +57,7 @@ def tile_operands(graph: ir.Graph, *, accuracy_level: int) -> None:
 
 def _is_plain(node: ir.Node, op_type: str) -> bool:
     return (
-        (node.domain, node.op_type) == (FUSED_DOMAIN, op_type)
+        (node.domain, node.op_type) == (DOMAIN, op_type)
         and node.attributes.get_int("layout", 0) == 0
         and all(value is None or value.const_value is not None for value in node.inputs[1:])
     )
@@ -113,15 +98,19 @@ def _place(node: ir.Node) -> tuple[str, str, str]:
 def _fit_together(nodes: Sequence[ir.Node]) -> bool:
     """Of one input, whole tiles each, stored alike."""
     return (
-        len({node.inputs[X] for node in nodes}) == 1
+        len({node.inputs[Input.X] for node in nodes}) == 1
         and all(node.attributes["N"].as_int() % TILE == 0 for node in nodes)
         and len({_form(node) for node in nodes}) == 1
-        and len({_factor_form(node) for node in nodes if _array(node, LORA_A) is not None}) <= 1
+        and len({_factor_form(node) for node in nodes if _has_factors(node)}) <= 1
     )
 
 
+def _has_factors(node: ir.Node) -> bool:
+    return _array(node, Input.lora_a) is not None
+
+
 def _form(node: ir.Node) -> tuple[Any, ...]:
-    scales, zero_points = _array(node, SCALES), _array(node, ZERO_POINTS)
+    scales, zero_points = _array(node, Input.scales), _array(node, Input.zero_points)
     assert scales is not None  # noqa: S101 - the op has them
     sizes = (node.attributes[name].as_int() for name in ("bits", "block_size"))
     return (*sizes, scales.dtype, zero_points is None)
@@ -129,7 +118,7 @@ def _form(node: ir.Node) -> tuple[Any, ...]:
 
 def _factor_form(node: ir.Node) -> tuple[Any, ...]:
     """Types of the factors; integers of 8 and of 4 bits can stand in one operand."""
-    factors = (_array(node, LORA_A), _array(node, LORA_B))
+    factors = (_array(node, Input.lora_a), _array(node, Input.lora_b))
     return tuple(
         None if factor is None else "integer" if factor.dtype in _INTEGERS else factor.dtype
         for factor in factors
@@ -160,11 +149,11 @@ def _replace(graph: ir.Graph, store: _Store, nodes: Sequence[ir.Node], accuracy_
         attributes["parts"] = sizes
     elif "activation" in first.attributes:  # packed before compression and gated
         attributes |= {name: first.attributes[name].value for name in ("parts", "activation")}
-    operands = [first.inputs[X], *store.weight(nodes, name), store.bias(nodes, name)]
+    operands = [first.inputs[Input.X], *store.weight(nodes, name), store.bias(nodes, name)]
     operands += store.factors(nodes, name)
     while operands[-1] is None:
         operands.pop()
-    tiled = ir.node(FUSED_OP, operands, attributes, domain=FUSED_DOMAIN, name=name)
+    tiled = ir.node(FUSED_OP, operands, attributes, domain=DOMAIN, name=name)
     tiled.metadata_props[LINEARS_KEY] = ",".join(str(node.name) for node in nodes)
     output, old = tiled.outputs[0], first.outputs[0]
     output.name, output.type = f"{name}.output", old.type
@@ -193,7 +182,7 @@ def _merged_name(nodes: Sequence[ir.Node]) -> str:
 
 
 def _tile_table(store: _Store, node: ir.Node) -> None:
-    for position, value in enumerate(store.weight((node,), str(node.name)), start=B):
+    for position, value in enumerate(store.weight((node,), str(node.name)), start=Input.B):
         if position < len(node.inputs):
             node.replace_input_with(position, value)
     node.attributes["layout"] = ir.AttrInt64("layout", 1)
@@ -223,18 +212,18 @@ class _Store:
         chunk_bytes = CHUNK[bits] * bits * TILE // 8
         chunks = -(-columns // CHUNK[bits])
         return [
-            self._stack(nodes, B, name, codes, (chunks, chunk_bytes), ir.DataType.UINT8),
-            self._rows(nodes, SCALES, name),
-            self._rows(nodes, ZERO_POINTS, name),
+            self._stack(nodes, Input.B, name, codes, (chunks, chunk_bytes), ir.DataType.UINT8),
+            self._rows(nodes, Input.scales, name),
+            self._rows(nodes, Input.zero_points, name),
         ]
 
     def bias(self, nodes: Sequence[ir.Node], name: str) -> ir.Value | None:
         """The biases of ``nodes`` as one vector; zeros for a node that has none."""
-        tensors = [_array(node, BIAS) for node in nodes]
+        tensors = [_array(node, Input.bias) for node in nodes]
         present = [tensor for tensor in tensors if tensor is not None]
         if not present or len(nodes) == 1:
-            return nodes[0].inputs[BIAS] if present else None
-        self._retire(nodes, BIAS)
+            return nodes[0].inputs[Input.bias] if present else None
+        self._retire(nodes, Input.bias)
         vectors = [
             np.zeros(node.attributes["N"].as_int(), present[0].numpy().dtype)
             if tensor is None
@@ -246,7 +235,7 @@ class _Store:
 
     def factors(self, nodes: Sequence[ir.Node], name: str) -> list[ir.Value | None]:
         """The factors of ``nodes``, all of the rank of the largest; nothing where that is 0."""
-        for position in (LORA_A, LORA_B, LORA_A_SCALE, LORA_B_SCALE):
+        for position in (Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale):
             self._retire(nodes, position)
         rank = max(_rank(node) for node in nodes)
         if rank == 0:
@@ -270,16 +259,16 @@ class _Store:
         rows = (len(parts) * rank, sum(parts))
         bits = merged_bits(factors, columns)
         return [
-            self._factor(nodes, LORA_A, name, merged, (rows[0], columns), bits),
-            self._factor(nodes, LORA_B, name, merged, (rows[1], rank), bits),
-            self._factor_scale(nodes, LORA_A_SCALE, name, merged, rows[0]),
-            self._factor_scale(nodes, LORA_B_SCALE, name, merged, rows[1]),
+            self._factor(nodes, Input.lora_a, name, merged, (rows[0], columns), bits),
+            self._factor(nodes, Input.lora_b, name, merged, (rows[1], rank), bits),
+            self._factor_scale(nodes, Input.lora_a_scale, name, merged, rows[0]),
+            self._factor_scale(nodes, Input.lora_b_scale, name, merged, rows[1]),
         ]
 
     def _factor(
         self,
         nodes: Sequence[ir.Node],
-        position: int,
+        position: Input,
         name: str,
         merged: Callable[[], LowRank],
         shape: tuple[int, int],
@@ -290,32 +279,34 @@ class _Store:
         dtype = next(tensor.dtype for tensor in found if tensor is not None)
         inner = (columns, TILE)
         if dtype in _INTEGERS:
-            dtype, inner = ir.DataType.UINT8, (-(-columns // CHUNK[bits]), _VECTOR)
-        operand = INPUTS[FUSED_OP][position]
+            dtype, inner = ir.DataType.UINT8, (-(-columns // CHUNK[bits]), VECTOR)
         return self._register(
-            position, name, lambda: merged().tiles()[operand], (-(-rows // TILE), *inner), dtype
+            position,
+            name,
+            lambda: merged().tiles()[position.name],
+            (-(-rows // TILE), *inner),
+            dtype,
         )
 
     def _factor_scale(
         self,
         nodes: Sequence[ir.Node],
-        position: int,
+        position: Input,
         name: str,
         merged: Callable[[], LowRank],
         rows: int,
     ) -> ir.Value | None:
         if all(_array(node, position) is None for node in nodes):
             return None
-        operand = INPUTS[FUSED_OP][position]
         return self._register(
             position,
             name,
-            lambda: merged().tiles()[operand],
+            lambda: merged().tiles()[position.name],
             (-(-rows // TILE) * TILE,),
             ir.DataType.FLOAT,
         )
 
-    def _rows(self, nodes: Sequence[ir.Node], position: int, name: str) -> ir.Value | None:
+    def _rows(self, nodes: Sequence[ir.Node], position: Input, name: str) -> ir.Value | None:
         tensor = _array(nodes[0], position)
         if tensor is None:
             return None
@@ -325,7 +316,7 @@ class _Store:
     def _stack(
         self,
         nodes: Sequence[ir.Node],
-        position: int,
+        position: Input,
         name: str,
         tile: _Convert,
         inner: tuple[int, int],
@@ -344,20 +335,20 @@ class _Store:
             self._made[sources] = self._register(position, name, make, (tiles, *inner), dtype)
         return self._made[sources]
 
-    def _retire(self, nodes: Sequence[ir.Node], position: int) -> None:
+    def _retire(self, nodes: Sequence[ir.Node], position: Input) -> None:
         operands = (node.inputs[position] for node in nodes if position < len(node.inputs))
         self.stale += [value for value in operands if value is not None]
 
     def _register(
         self,
-        position: int,
+        position: Input,
         name: str,
         make: Callable[[], NDArray[Any]],
         shape: tuple[int, ...],
         dtype: ir.DataType,
     ) -> ir.Value:
         """An initializer whose array ``make`` makes each time that it is asked for."""
-        full = f"{name}.{INPUTS[FUSED_OP][position]}_tiles"
+        full = f"{name}.{position.name}_tiles"
         lazy = ir.LazyTensor(
             lambda: ir.tensor(make(), name=full), dtype=dtype, shape=ir.Shape(shape), name=full
         )
@@ -365,5 +356,5 @@ class _Store:
 
 
 def _rank(node: ir.Node) -> int:
-    lora_a = _array(node, LORA_A)
+    lora_a = _array(node, Input.lora_a)
     return 0 if lora_a is None else lora_a.shape.numpy()[0]

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.errors import ModelError
-from eoracc.passes.graph.linears import FUSED_DOMAIN, FUSED_OP
 from eoracc.passes.graph.tensors import register_tensor
+from eoracc.plugins.op import DOMAIN, FUSED_OP
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,7 +88,7 @@ class _Conversion:
         if node.op_type == "Cast":
             return
         wanted = _FLOAT if _is_wide(node) else self._dtype
-        operands = node.inputs[:1] if node.domain == FUSED_DOMAIN else node.inputs
+        operands = node.inputs[:1] if node.domain == DOMAIN else node.inputs
         for position, value in enumerate(operands):
             if value is not None and _is_float(value) and value.dtype != wanted:
                 node.replace_input_with(position, self._as(value, wanted, before=node))

@@ -32,7 +32,7 @@ from eoracc.compiler.targets.tensorrt.lower_rtx import DequantizeWriter
 from eoracc.errors import PassError, PluginError
 from eoracc.passes.graph.linears import stored_factors, stored_weight
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.functions import DOMAIN
+from eoracc.plugins.op import DOMAIN
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.tensorrt.function import OP, plugin_function

@@ -26,9 +26,9 @@ from eoracc.compiler.targets.tensorrt.explicit_attention import (
 from eoracc.compiler.targets.tensorrt.half_precision import HALF, round_to, to_half
 from eoracc.compiler.targets.tensorrt.position_tables import cut_position_tables
 from eoracc.errors import PassError
-from eoracc.passes.graph.embeddings import GATHER_OP
-from eoracc.passes.graph.linears import BIAS, FUSED_DOMAIN, block_of
+from eoracc.passes.graph.linears import block_of
 from eoracc.passes.graph.tensors import register_tensor
+from eoracc.plugins.op import DOMAIN, GATHER_OP, Input
 
 __all__ = [
     "LOGITS_POSITIONS",
@@ -157,7 +157,7 @@ def _gather_logits(graph: ir.Graph) -> None:
 def _write_linears(
     graph: ir.Graph, writer: LinearWriter, dtype: ir.DataType, *, adapters: bool
 ) -> None:
-    for node in [node for node in graph if node.domain == FUSED_DOMAIN]:
+    for node in [node for node in graph if node.domain == DOMAIN]:
         if node.attributes.get_int("layout", 0) or len(node.inputs) > _OPERANDS:
             raise PassError(f"node {node.name}", "is tiled or fused: lower the compressed graph")
         tape = ir.tape.Tape()
@@ -167,7 +167,7 @@ def _write_linears(
             result = writer.table(tape, node, read)
         else:
             result = writer.linear(tape, node, read)
-            bias = node.inputs[BIAS] if len(node.inputs) > BIAS else None
+            bias = node.inputs[Input.bias] if len(node.inputs) > Input.bias else None
             if bias is not None and bias.const_value is not None:
                 rounded = round_to(bias.const_value.numpy(), dtype, str(bias.name))
                 name = f"{bias.name}.{dtype.name.lower()}"

@@ -22,8 +22,9 @@ from eoracc.compiler.targets.tensorrt.lower_graph import (
     Dtype,
     lower_decoder,
 )
-from eoracc.passes.graph.linears import B, stored_factors, stored_weight
+from eoracc.passes.graph.linears import stored_factors, stored_weight
 from eoracc.passes.graph.tensors import register_tensor
+from eoracc.plugins.op import Input
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,19 +121,19 @@ class DequantizeWriter:
             rows = tape.op("Sub", [self._by_block(tape, rows, weight.block // 2), picked])
             merge = constant(self._graph, "block.merge", np.array([0, 0, -1], np.int64))
             rows = tape.op("Reshape", [rows, merge])
-        self._tables[node.inputs[B]] = _Table(values, offsets)
+        self._tables[node.inputs[Input.B]] = _Table(values, offsets)
         return rows
 
     def _weight(self, tape: ir.tape.Tape, node: ir.Node, weight: SignedWeight) -> ir.Value:
         """``[K, N]``."""
-        table = self._tables.get(node.inputs[B])
+        table = self._tables.get(node.inputs[Input.B])
         if table is None:
             return self._dequantize(tape, weight.name, weight, transposed=True)
         return tape.op("Transpose", [table.values], {"perm": [1, 0]})
 
     def _offsets(self, tape: ir.tape.Tape, node: ir.Node, weight: SignedWeight) -> ir.Value:
         """``[2 G, N]``."""
-        table = self._tables.get(node.inputs[B])
+        table = self._tables.get(node.inputs[Input.B])
         if table is None or table.offsets is None:
             return self._dequantize_offsets(tape, weight.name, weight, transposed=True)
         return tape.op("Transpose", [table.offsets], {"perm": [1, 0]})

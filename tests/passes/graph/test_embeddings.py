@@ -9,9 +9,10 @@ from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend.load import load
 from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.errors import PassError
-from eoracc.passes.graph.embeddings import GATHER_OP, find_embeddings
+from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.spec import Stage, check
+from eoracc.plugins.op import GATHER_OP
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.graph_session import GraphSession, assert_close
 from tests.tiny_models import VOCABULARY, tiny_model

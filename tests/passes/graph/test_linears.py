@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 from eoracc.compiler.frontend import load as frontend
 from eoracc.errors import ModelError, PassError
 from eoracc.passes.graph import spec
-from eoracc.passes.graph.linears import FUSED_OP, Factorized, Linear, find_again, find_linears
+from eoracc.passes.graph.linears import Factorized, Linear, find_again, find_linears
 from eoracc.passes.solvers.grid import find_grid, quantize, to_nbits
+from eoracc.plugins.op import FUSED_OP
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.banks import random_typed_factors

@@ -9,8 +9,9 @@ import pytest
 from eoracc.compiler.frontend.load import load
 from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.errors import PassError
-from eoracc.passes.graph.linears import FUSED_DOMAIN, Linear, find_linears
+from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.graph.spec import OPS, Stage, check
+from eoracc.plugins.op import DOMAIN
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.banks import random_typed_factors
@@ -81,7 +82,7 @@ def test_unknown_operator(model: ir.Model) -> None:
 
 def test_domain_that_is_not_imported(model: ir.Model) -> None:
     compress(find_linears(model)[0])
-    del model.graph.opset_imports[FUSED_DOMAIN]
+    del model.graph.opset_imports[DOMAIN]
     refused(model, Stage.COMPRESSED, "q_proj: the graph does not import .* 'eoracc'")
 
 
@@ -209,7 +210,7 @@ def test_factors_in_tiles_of_another_form(
     linear.compensate(random_typed_factors(RNG, size, rank=rank, factor_type=kind))
     lowered = lower(model)
     check(lowered, Stage.ONNXRUNTIME, after="the lowering")
-    node = next(node for node in lowered.graph if node.domain == FUSED_DOMAIN)
+    node = next(node for node in lowered.graph if node.domain == DOMAIN)
     value = node.inputs[position]
     assert value is not None
     value.shape = ir.Shape(shape)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from eoracc.plugins.adapters import ADAPTER_INDEX, pack_adapter, stack_adapters
+from eoracc.plugins.adapters import pack_adapter, stack_adapters
+from eoracc.plugins.op import ADAPTER_INDEX
 from eoracc.runtime import ArtifactError, Engine, Model, Request, RequestError, load
 from eoracc.runtime.adapters.adapter import Adapter, combine
 from eoracc.runtime.adapters.files import read_adapter

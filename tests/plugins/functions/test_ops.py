@@ -1,27 +1,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from eoracc.errors import PluginError
-from eoracc.plugins.functions import local_function
 from eoracc.plugins.library import library_path
 from eoracc.plugins.operands.codes import BITS
 from eoracc.plugins.operands.low_rank import LowRank
-from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.plugins.reference import fused_matmul
 from tests.plugins.fused_op import (
     Float,
     assert_close,
-    attributes_of,
     error_bound,
     fused_model,
     fused_operands,
@@ -33,12 +26,6 @@ from tests.plugins.fused_op import (
 )
 
 SHAPE = (37, 90)
-
-
-@pytest.fixture(params=["function", "kernel"])
-def library(request: pytest.FixtureRequest) -> Path | None:
-    """No library, so that the function runs, or the native one."""
-    return library_path() if request.param == "kernel" else None
 
 
 @pytest.mark.parametrize("zero_points", [True, False])
@@ -75,17 +62,6 @@ def test_mixed_types(
     assert actual.dtype == dtype
     expected = fused_matmul(x, weight, factors, bias)
     assert_close(actual, expected, error_bound(x, weight, factors, bias))
-
-
-def test_int8_factors(library: Path | None) -> None:
-    rng = np.random.default_rng(2)
-    weight = random_weight(rng, SHAPE, bits=3, group_size=32, zero_points=True)
-    factors = random_int8_factors(rng, SHAPE, rank=5)
-    model = fused_model(weight, factors)
-    x = rng.standard_normal((3, 90), np.float32)
-    (actual,) = open_session(model, library).run(None, {"X": x})
-    expected = fused_matmul(x, weight, factors)
-    assert_close(actual, expected, error_bound(x, weight, factors, None))
 
 
 FUSIONS = [
@@ -144,22 +120,6 @@ def _merged_factors(
     return replace(whole, lora_b=whole.lora_b[:, :rank])
 
 
-@pytest.mark.parametrize("rank", [0, 1, 16, 33])
-def test_tiles_of_any_rank(rank: int) -> None:
-    rng = np.random.default_rng(7)
-    weight = random_weight(rng, SHAPE, bits=3, group_size=16, zero_points=True)
-    for factors in (
-        random_factors(rng, SHAPE, rank=rank),
-        random_int8_factors(rng, SHAPE, rank=rank),
-    ):
-        session = open_session(fused_model(weight, factors, layout=1), None)
-        for leading in ((0,), (2, 9)):
-            x = rng.standard_normal((*leading, 90), np.float32)
-            (actual,) = session.run(None, {"X": x})
-            expected = fused_matmul(x, weight, factors)
-            assert_close(actual, expected, error_bound(x, weight, factors, None))
-
-
 def test_tiles_of_float16_activations() -> None:
     rng = np.random.default_rng(8)
     parts = (16, 16)
@@ -176,70 +136,6 @@ def test_tiles_of_float16_activations() -> None:
     assert actual.dtype == np.float16
     expected = fused_matmul(x, weight, None, **fusions)
     assert_close(actual, expected, error_bound(x, weight, None, None, **fusions))
-
-
-def test_weight_is_folded_when_the_model_is_loaded(tmp_path: Path) -> None:
-    """What is left in a stock runtime are the products, not the dequantization."""
-    rng = np.random.default_rng(9)
-    weight = random_weight(rng, SHAPE, bits=3, group_size=16, zero_points=True)
-    factors = random_int8_factors(rng, SHAPE, rank=5)
-    model = fused_model(
-        weight, factors, layout=1, norm_weight=np.ones(90, np.float32), norm_epsilon=1e-5
-    )
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    left = {node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph}
-    assert "MatMul" in left or "Gemm" in left
-    assert not left & {"BitShift", "BitwiseAnd", "Gather", "Flatten", "Transpose", "Split"}
-
-
-def test_factors_as_graph_inputs(library: Path | None) -> None:
-    """Rank 0 by default, another rank in each run: an adapter."""
-    rng = np.random.default_rng(3)
-    weight = random_weight(rng, SHAPE, bits=4, group_size=32, zero_points=True)
-    off = random_factors(rng, SHAPE, rank=0)
-    session = open_session(fused_model(weight, off, graph_inputs=("lora_a", "lora_b")), library)
-    x = rng.standard_normal((3, 90), np.float32)
-    (plain,) = session.run(None, {"X": x})
-    assert_close(plain, fused_matmul(x, weight, None), error_bound(x, weight, None, None))
-    for rank in (8, 3):
-        factors = random_factors(rng, SHAPE, rank=rank)
-        feeds = {"X": x, "lora_a": factors.lora_a, "lora_b": factors.lora_b}
-        (actual,) = session.run(None, feeds)
-        assert_close(
-            actual, fused_matmul(x, weight, factors), error_bound(x, weight, factors, None)
-        )
-
-
-def test_overloads_share_one_kernel() -> None:
-    """Nodes of different widths in one model: each takes its own function, or the one kernel."""
-    rng = np.random.default_rng(4)
-    names = set()
-    for bits in BITS:
-        weight = random_weight(rng, SHAPE, bits=bits, group_size=32, zero_points=bits == 3)
-        for factors in (None, random_factors(rng, SHAPE, rank=2)):
-            names.add(_function_of(weight, fused_operands(weight, factors)).overload)
-    assert names == {
-        "bits2",
-        "bits2_lora",
-        "bits3_zeros",
-        "bits3_zeros_lora",
-        "bits4",
-        "bits4_lora",
-        "bits8",
-        "bits8_lora",
-    }
-
-
-def test_function_does_not_depend_on_sizes() -> None:
-    rng = np.random.default_rng(5)
-    protos = []
-    for columns in (90, 128):
-        weight = random_weight(rng, (4, columns), bits=3, group_size=32, zero_points=True)
-        function = _function_of(weight, fused_operands(weight))
-        protos.append(ir.to_proto(function).SerializeToString(deterministic=True))
-    assert protos[0] == protos[1]
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
@@ -278,43 +174,3 @@ def test_gather_of_nothing() -> None:
     )
     (rows,) = open_session(model, None).run(None, {"X": np.zeros((2, 0), np.int64)})
     assert rows.shape == (2, 0, 90)
-
-
-def _function_of(weight: NBitsWeight, operands: dict[str, NDArray[Any] | None]) -> ir.Function:
-    inputs: list[ir.Value | None] = [ir.Value(name="X")]
-    inputs += [None if array is None else ir.Value(name=name) for name, array in operands.items()]
-    return local_function(
-        ir.node("MatMulNBitsLowRank", inputs, attributes_of(weight), domain="eoracc", name="n")
-    )
-
-
-def _node(op_type: str, inputs: int | list[ir.Value | None], **attributes: Any) -> ir.Node:  # noqa: ANN401
-    if isinstance(inputs, int):
-        inputs = [ir.Value(name=f"i{i}") for i in range(inputs)]
-    return ir.node(op_type, inputs, attributes, domain="eoracc", name="some.linear")
-
-
-_FUSED = partial(_node, "MatMulNBitsLowRank", 3, bits=3, layout=1)
-
-
-@pytest.mark.parametrize(
-    ("node", "message"),
-    [
-        (_node("Other", 3, bits=3), "Other is no op of the eoracc domain"),
-        (_node("MatMulNBitsLowRank", 3, bits=5), r"bits must be one of \(2, 3, 4, 8\), not 5"),
-        (_node("MatMulNBitsLowRank", 3), "not None"),
-        (_node("MatMulNBitsLowRank", 2, bits=3), "its input scales is missing"),
-        (_node("MatMulNBitsLowRank", 6, bits=3), "lora_a and lora_b come together"),
-        (_node("GatherNBits", 5, bits=3), "GatherNBits has at most 4 inputs"),
-        (_node("GatherNBits", 3, bits=3, layout=2), "layout must be 0 or 1, not 2"),
-        (_node("MatMulNBitsLowRank", 11, bits=3), "only layout 1 is fused"),
-        (_FUSED(parts=(16, 8), N=24), r"parts \(16, 8\) are no multiples of 16 that add up to N"),
-        (_FUSED(parts=(16, 16), N=48), "add up to N"),
-        (_FUSED(parts=(16, 32), N=48, activation="silu"), "silu takes two equal parts"),
-        (_FUSED(activation="silu"), "silu takes two equal parts"),
-        (_FUSED(activation="relu"), "activation must be one of"),
-    ],
-)
-def test_foreign_nodes_are_refused(node: ir.Node, message: str) -> None:
-    with pytest.raises(PluginError, match=f"node some.linear: .*{message}"):
-        local_function(node)

@@ -1,0 +1,1 @@
+"""The ops as model-local functions of standard ops."""

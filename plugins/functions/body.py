@@ -1,0 +1,87 @@
+"""A function's body while it is written: its inputs, and the standard ops appended so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+__all__ = ["OPSET", "Body"]
+
+OPSET = 24
+
+_INT, _INTS = ir.AttributeType.INT, ir.AttributeType.INTS
+
+Attribute = int | str | Sequence[int] | ir.TensorProtocol | ir.Attr
+
+
+class Body:
+    """A function's body while it is written."""
+
+    def __init__(self, inputs: Sequence[str], present: set[str]) -> None:
+        self.inputs = [ir.Value(name=name) for name in inputs]
+        self.nodes: list[ir.Node] = []
+        self._count = 0
+        self._present = {value.name: value for value in self.inputs if value.name in present}
+
+    def get(self, name: str) -> ir.Value | None:
+        """The input ``name``, None where the node has none."""
+        return self._present.get(name)
+
+    def __getitem__(self, name: str) -> ir.Value:
+        """The input ``name``, which is known to be there."""
+        return self._present[name]
+
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
+        """Append a standard op of one output."""
+        return self.ops(op_type, 1, *inputs, **attributes)[0]
+
+    def ops(
+        self, op_type: str, count: int, *inputs: ir.Value, **attributes: Attribute
+    ) -> Sequence[ir.Value]:
+        """Append a standard op of ``count`` outputs."""
+        converted = [
+            value if isinstance(value, ir.Attr) else ir.convenience.convert_attribute(key, value)
+            for key, value in attributes.items()
+        ]
+        index = self._count
+        node = ir.Node("", op_type, inputs, converted, num_outputs=count, name=f"{op_type}_{index}")
+        self.nodes.append(node)
+        self._count += 1
+        for position, value in enumerate(node.outputs):
+            value.name = f"v{index}_{position}" if position else f"v{index}"
+        return node.outputs
+
+    def branch(self, name: str, build: Callable[[], ir.Value]) -> ir.Attr:
+        """What ``build`` appends as the branch ``name`` of an ``If``; it may read what is here."""
+        outer, self.nodes = self.nodes, []
+        output = build()
+        graph = ir.Graph([], [output], nodes=self.nodes, name=name)
+        self.nodes = outer
+        return ir.AttrGraph(name, graph)
+
+    def constant(self, array: NDArray[np.generic]) -> ir.Value:
+        """A constant tensor."""
+        return self.op("Constant", value=ir.tensor(array))
+
+    def integers(self, *values: int) -> ir.Value:
+        """A constant ``int64 [len(values)]``."""
+        return self.constant(np.array(values, np.int64))
+
+    def attribute(self, name: str) -> ir.Value:
+        """The calling node's attribute of one integer or several, ``int64 [its length]``."""
+        if name == "parts":
+            return self.op("Constant", value_ints=ir.RefAttr("value_ints", name, _INTS))
+        return self.op("Reshape", self.scalar(name), self.integers(1))
+
+    def scalar(self, value: int | str) -> ir.Value:
+        """A constant, or the calling node's attribute of that name, ``int64 []``."""
+        if isinstance(value, int):
+            return self.constant(np.array(value, np.int64))
+        return self.op("Constant", value_int=ir.RefAttr("value_int", value, _INT))
+
+    def as_float(self, value: ir.Value) -> ir.Value:
+        """``value`` as float32."""
+        return self.op("Cast", value, to=int(ir.DataType.FLOAT))

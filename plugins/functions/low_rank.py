@@ -1,0 +1,189 @@
+"""The low-rank terms, those of the linear and those of an adapter, in standard ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from eoracc.plugins.functions.body import Body
+from eoracc.plugins.functions.weights import tile_columns
+from eoracc.plugins.operands.codes import QUAD, TILE
+
+__all__ = ["add_adapter", "plain_low_rank", "tiled_low_rank"]
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Codes of integer factors in tiles, 8 or 4 bits each: which, the shapes tell at run time.
+
+    Attributes:
+      shifts: of a byte, for each code in it, ``uint8 [1, 1]`` or ``[2, 1]``.
+      mask: of one code, ``uint8 []``.
+      zero: code of the value 0, ``float32 []``.
+    """
+
+    shifts: ir.Value
+    mask: ir.Value
+    zero: ir.Value
+
+    @classmethod
+    def of(cls, body: Body, tiled: ir.Value) -> _Width:
+        """That of ``tiled [..., chunks, 64]``, tiles of K columns."""
+        chunks = body.op("Shape", tiled, start=-2, end=-1)
+        quad = body.scalar(QUAD)
+        quads = body.op("Add", body.scalar("K"), body.scalar(QUAD - 1))
+        is_int8 = body.op("Equal", chunks, body.op("Div", quads, quad))
+        bits = body.op("Where", is_int8, body.scalar(8), quad)
+        bits = body.op("Reshape", bits, body.constant(np.zeros(0, np.int64)))
+        shifts = body.op("Range", body.scalar(0), body.scalar(8), bits)
+        shifts = body.op("Cast", shifts, to=int(ir.DataType.UINT8))
+        unused = body.op("Sub", body.scalar(8), bits)
+        unused = body.op("Cast", unused, to=int(ir.DataType.UINT8))
+        byte = body.constant(np.array(255, np.uint8))
+        mask = body.op("BitShift", byte, unused, direction="RIGHT")
+        half = body.constant(np.array(0.5, np.float32))
+        zero = body.op("Add", body.op("Mul", body.as_float(mask), half), half)
+        return cls(body.op("Unsqueeze", shifts, body.integers(1)), mask, zero)
+
+    @classmethod
+    def int8(cls, body: Body) -> _Width:
+        """That of 8-bit codes."""
+        return cls(
+            body.constant(np.zeros((1, 1), np.uint8)),
+            body.constant(np.array(255, np.uint8)),
+            body.constant(np.array(128, np.float32)),
+        )
+
+    def values(self, body: Body, tiled: ir.Value) -> ir.Value:
+        """``uint8 [A, tiles, chunks, 64]`` to ``float32 [A, chunks, codes, 4, tiles, 16]``.
+
+        ``codes`` are those of a byte: the middle three make up the columns, the last two the rows.
+        """
+        codes = body.op("Unsqueeze", tiled, body.integers(3))
+        codes = body.op("BitShift", codes, self.shifts, direction="RIGHT")
+        codes = body.op("BitwiseAnd", codes, self.mask)
+        codes = body.op("Reshape", codes, body.integers(0, 0, 0, 0, TILE, QUAD))
+        codes = body.op("Transpose", codes, perm=[0, 2, 3, 5, 1, 4])
+        return body.op("Sub", body.as_float(codes), self.zero)
+
+
+def _tiled_factor(body: Body, name: str) -> ir.Value:
+    """A tiled low-rank factor as float32, transposed, padding included."""
+    scale = body.get(f"{name}_scale")
+    if scale is None:
+        return tile_columns(body, body[name])
+    # Both factors are stored alike, and lora_a has K columns to count; int4 is never beside floats.
+    is_integer = body.get("lora_a_scale") is not None
+    width = _Width.of(body, body["lora_a"]) if is_integer else _Width.int8(body)
+    values = width.values(body, body.op("Unsqueeze", body[name], body.integers(0)))
+    return body.op("Mul", body.op("Flatten", values, axis=4), scale)
+
+
+def tiled_low_rank(body: Body, x: ir.Value, parts: int) -> ir.Value:
+    """``(x lora_a^T) lora_b^T`` from tiles, each part with its own rows of ``lora_a``."""
+    a = _tiled_factor(body, "lora_a")
+    a = body.op("Slice", a, body.integers(0), body.attribute("K"), body.integers(0))
+    b = _tiled_factor(body, "lora_b")
+    b = body.op("Slice", b, body.integers(0), body.attribute("N"), body.integers(1))
+    down = body.op("MatMul", x, a)
+    if parts > 1:
+        sizes = body.attribute("parts")
+        downs = body.ops("Split", parts, down, axis=-1, num_outputs=parts)
+        ups = body.ops("Split", parts, b, sizes, axis=1)
+        products = [body.op("MatMul", d, u) for d, u in zip(downs, ups, strict=True)]
+        return body.op("Concat", *products, axis=-1)
+    # The rows of A fill up tiles, those of B's transpose at most quads: what is beyond is zero.
+    rank = body.op("Shape", b, start=0, end=1)
+    down = body.op("Slice", down, body.integers(0), rank, body.integers(-1))
+    return body.op("MatMul", down, b)
+
+
+def add_adapter(body: Body, x: ir.Value, y: ir.Value, parts: int) -> ir.Value:
+    """``y`` and what the adapter of each row adds; ``x`` and ``y`` are float32.
+
+    All of it is in a branch: at rank 0 a node costs the test and no more.
+    """
+    columns, rows = body.attribute("K"), body.attribute("N")
+    sizes = body.attribute("parts") if parts > 1 else None
+    work = body.op("Mul", body.op("Size", body["adapter_a"]), body.op("Size", x))
+    then = body.branch(
+        "then_branch", lambda: _adapted(body, x, y, parts, columns=columns, rows=rows, sizes=sizes)
+    )
+    other = body.branch("else_branch", lambda: body.op("Identity", y))
+    is_present = body.op("Greater", work, body.scalar(0))
+    return body.op("If", is_present, then_branch=then, else_branch=other)
+
+
+def _adapted(
+    body: Body,
+    x: ir.Value,
+    y: ir.Value,
+    parts: int,
+    *,
+    columns: ir.Value,
+    rows: ir.Value,
+    sizes: ir.Value | None,
+) -> ir.Value:
+    index = body["adapter_index"]
+    count = body.op("Shape", index)
+    zero = body.op("CastLike", body.scalar(0), index)
+    place = body.op("Max", index, zero)  # what it picks for a row without adapter is scaled by 0
+
+    def pick(name: str) -> ir.Value:
+        return body.op("Gather", body[name], place, axis=0)
+
+    used = body.as_float(body.op("GreaterOrEqual", index, zero))
+    used = body.op("Unsqueeze", used, body.integers(1, 2))
+    a_scale = body.op("Mul", body.op("Unsqueeze", pick("adapter_a_scale"), body.integers(1)), used)
+    if body.get("adapter_b_scale") is None:
+        a, b = (_bank_columns(body, pick(name)) for name in ("adapter_a", "adapter_b"))
+    else:
+        width = _Width.of(body, body["adapter_a"])
+        a, b = (
+            _bank_values(body, width.values(body, pick(name)), count)
+            for name in ("adapter_a", "adapter_b")
+        )
+    a = body.op("Slice", a, body.integers(0), columns, body.integers(1))
+    # One adapter for all rows, or one for each row of the batch.
+    shape = body.op("Concat", count, body.integers(-1), columns, axis=0)
+    down = body.op("Mul", body.op("MatMul", body.op("Reshape", x, shape), a), a_scale)
+    if sizes is None:
+        up = body.op("MatMul", down, b)
+    else:
+        downs = body.ops("Split", parts, down, axis=-1, num_outputs=parts)
+        ups = body.ops("Split", parts, b, sizes, axis=2)
+        products = [body.op("MatMul", d, u) for d, u in zip(downs, ups, strict=True)]
+        up = body.op("Concat", *products, axis=-1)
+    if body.get("adapter_b_scale") is not None:
+        up = body.op("Mul", up, body.op("Unsqueeze", pick("adapter_b_scale"), body.integers(1)))
+    up = body.op("Slice", up, body.integers(0), rows, body.integers(2))
+    return body.op("Add", y, body.op("Reshape", up, body.op("Shape", y)))
+
+
+def _bank_columns(body: Body, tiled: ir.Value) -> ir.Value:
+    """Tiles of several adapters, ``[A, tiles, columns, 16]``, to ``float32 [A, columns, rows]``."""
+    columns = body.op("Transpose", tiled, perm=[0, 2, 1, 3])
+    return body.as_float(body.op("Reshape", columns, body.integers(0, 0, -1)))
+
+
+def _bank_values(body: Body, values: ir.Value, count: ir.Value) -> ir.Value:
+    """What :meth:`_Width.values` gives of ``count`` adapters to ``float32 [A, columns, rows]``."""
+    flat = body.op("Flatten", values, axis=4)
+    rows = body.op("Shape", flat, start=1, end=2)
+    return body.op("Reshape", flat, body.op("Concat", count, body.integers(-1), rows, axis=0))
+
+
+def _factor(body: Body, name: str) -> ir.Value:
+    """A low-rank factor as float32, transposed."""
+    values = body.as_float(body[name])
+    scale = body.get(f"{name}_scale")
+    if scale is not None:
+        values = body.op("Mul", values, body.op("Unsqueeze", scale, body.integers(1)))
+    return body.op("Transpose", values, perm=[1, 0])
+
+
+def plain_low_rank(body: Body, x: ir.Value) -> ir.Value:
+    """``(x lora_a^T) lora_b^T`` from plain factors."""
+    return body.op("MatMul", body.op("MatMul", x, _factor(body, "lora_a")), _factor(body, "lora_b"))

@@ -1,0 +1,64 @@
+"""The ops as model-local functions of standard ops, so that an artifact runs in any ONNX Runtime.
+
+A runtime without the native library inlines the function; one that has registered the library
+takes its kernel instead. Bodies differ by the node's code width and layout, by which optional
+inputs it has, and by what is fused with it: each variant is an *overload* of the op, named after
+what sets it apart (``bits3_tiles_zeros_lora_norm_parts3``). Sizes are read from the calling node,
+and values are computed in float32 whatever the operands' types. With constant operands everything
+up to the weight that ``X`` is multiplied with is folded when the model is loaded.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from eoracc.errors import PluginError
+from eoracc.plugins.functions.body import OPSET, Body
+from eoracc.plugins.functions.ops import BUILDERS
+from eoracc.plugins.functions.variant import Variant
+from eoracc.plugins.op import ATTRIBUTES, DOMAIN, INPUTS, REQUIRED, TOGETHER
+
+__all__ = ["local_function"]
+
+
+def local_function(node: ir.Node) -> ir.Function:
+    """The function that computes ``node``, a ``MatMulNBitsLowRank`` or ``GatherNBits``.
+
+    Nodes that differ only in sizes share one function: it is the same for equal overloads. The
+    caller adds it to the model's functions and names it on the node
+    (``node.overload = function.overload``).
+
+    Raises:
+      PluginError: the node is of another op, or its inputs or attributes are none that the op has.
+    """
+    inputs = INPUTS.get(node.op_type)
+    if node.domain != DOMAIN or inputs is None:
+        raise PluginError(
+            f"node {node.name}: {node.domain}::{node.op_type} is no op of the {DOMAIN} domain"
+        )
+    variant = Variant.of(node)
+    if len(node.inputs) > len(inputs):
+        raise PluginError(f"node {node.name}: {node.op_type} has at most {len(inputs)} inputs")
+    present = {name for name, value in zip(inputs, node.inputs, strict=False) if value is not None}
+    if missing := [name for name in inputs[:REQUIRED] if name not in present]:
+        raise PluginError(f"node {node.name}: its input {missing[0]} is missing")
+    for names in TOGETHER:
+        if 0 < len(present & set(names)) < len(names):
+            raise PluginError(
+                f"node {node.name}: {', '.join(names[:-1])} and {names[-1]} come together or not "
+                "at all"
+            )
+
+    body = Body(inputs, present)
+    output = BUILDERS[node.op_type](body, variant)
+    return ir.Function(
+        DOMAIN,
+        node.op_type,
+        variant.overload(present),
+        graph=ir.Graph(
+            body.inputs, [output], nodes=body.nodes, opset_imports={"": OPSET}, name=node.op_type
+        ),
+        attributes=[
+            ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[node.op_type]
+        ],
+    )

@@ -1,0 +1,77 @@
+"""What sets one body of an op apart from another, and the name of the overload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from eoracc.errors import PluginError
+from eoracc.plugins.op import ACTIVATIONS, Input
+from eoracc.plugins.operands.codes import BITS, TILE
+
+__all__ = ["Variant"]
+
+_OVERLOAD_PARTS = {
+    "zero_points": "zeros",
+    "bias": "bias",
+    "lora_a": "lora",
+    "lora_a_scale": "ascale",
+    "lora_b_scale": "bscale",
+    "norm_weight": "norm",
+    "residual": "residual",
+    "adapter_a": "slot",
+    "adapter_b_scale": "slotscale",
+}
+"""How an optional input shows in the overload's name (others always come with one of these)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What sets one body apart from another, beyond its inputs."""
+
+    bits: int
+    tiles: bool
+    parts: int
+    activation: str
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Variant:
+        """The variant that ``node``'s attributes ask for, which are checked."""
+        where = f"node {node.name}"
+        bits = node.attributes["bits"].as_int() if "bits" in node.attributes else None
+        if bits not in BITS:
+            raise PluginError(f"{where}: bits must be one of {BITS}, not {bits}")
+        layout = node.attributes.get_int("layout", 0)
+        if layout not in (0, 1):
+            raise PluginError(f"{where}: layout must be 0 or 1, not {layout}")
+        parts = tuple(node.attributes.get_ints("parts", ()))
+        activation = node.attributes.get_string("activation", "")
+        if any(size <= 0 or size % TILE for size in parts) or (
+            parts and sum(parts) != node.attributes.get_int("N", 0)
+        ):
+            raise PluginError(f"{where}: parts {parts} are no multiples of {TILE} that add up to N")
+        if activation and activation not in ACTIVATIONS:
+            raise PluginError(f"{where}: activation must be one of {ACTIVATIONS}, not {activation}")
+        if activation and (len(parts) != 2 or parts[0] != parts[1]):
+            raise PluginError(f"{where}: {activation} takes two equal parts, not {parts}")
+        fused = (
+            parts
+            or activation
+            or any(value is not None for value in node.inputs[Input.norm_weight :])
+        )
+        if fused and not layout:
+            raise PluginError(f"{where}: only layout 1 is fused with anything")
+        return cls(bits, bool(layout), len(parts), activation)
+
+    def overload(self, present: set[str]) -> str:
+        """The overload's name, with the optional inputs that are ``present``."""
+        words = [f"bits{self.bits}"]
+        if self.tiles:
+            words.append("tiles")
+        words += [part for name, part in _OVERLOAD_PARTS.items() if name in present]
+        if self.parts > 1:
+            words.append(f"parts{self.parts}")
+        if self.activation:
+            words.append(self.activation)
+        return "_".join(words)
