@@ -53,6 +53,10 @@ test: setup-gpu ## all tests, those on the real model and of GPU packages includ
 test-fast: setup ## unit tests only; those of GPU packages skip where these are missing
 	$(PYTEST) -m 'not real'
 
+.PHONY: check
+check: setup ## one file: make check F=tests/passes/compensate/test_eora.py (or F=its source)
+	@.ci/check '$(F)' $(PYTEST_FLAGS)
+
 # The kernels without Python: configured in build/<name>, where $(1) are CMake's options.
 NATIVE_BUILD = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DEORACC_TESTS=ON \
   -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" $(2) >/dev/null && $(BIN)/cmake --build build/$(1)
