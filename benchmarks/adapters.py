@@ -1,12 +1,12 @@
-"""What adapters cost at run time, on artifacts that take them.
+"""Measure the cost of adapters at run time, on artifacts that take them.
 
     python -m benchmarks.adapters LABEL=ARTIFACT [...] [--kind TYPE:RANK ...] [--threads N]
                                   [--prompt-tokens N] [--new-tokens N] [--repeats N] [--json FILE]
 
-For each kind of factors, ``int8:16`` and ``int4:16`` unless others are asked for, a copy of the
-artifact gets two adapters with random factors for every slot, and ``eoracc bench`` runs on it in a
-process of its own. Speed does not depend on what the factors are. The bars are issue 6's: a switch
-below 5 ms, and decoding with an adapter of rank 16 at most 3% slower than without.
+For each kind of factors (default: ``int8:16`` and ``int4:16``) a copy of the artifact gets two
+adapters with random factors for every slot, and ``eoracc bench`` runs on it in a process of its
+own. Speed does not depend on the values of the factors. The bars: a switch below 5 ms, and decoding
+with an adapter of rank 16 at most 3% slower than without.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DECODE_BARS = {16: 1.03}
 def random_factors(
     slots: AdapterSlots, rank: int, factor_type: FactorType, *, seed: int
 ) -> dict[str, LowRank]:
-    """Factors for every linear of ``slots``; their product is about a hundredth of a weight.
+    """Random factors for every linear of ``slots``; their product is about 1% of a weight.
 
     Args:
       slots: of the model.
@@ -74,7 +74,7 @@ def add_random_adapters(folder: Path, rank: int, factor_type: FactorType) -> Non
 
 
 def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What ``eoracc bench --json`` says of the artifact."""
+    """The report of ``eoracc bench --json`` on the artifact."""
     settings = {
         "--threads": options.threads,
         "--prompt-tokens": options.prompt_tokens,
@@ -95,7 +95,7 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the copies, run, print; the command line's arguments unless others are given."""
+    """Make the copies, run and print; ``arguments`` default to the command line's."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("artifacts", nargs="+", type=_artifact, metavar="LABEL=ARTIFACT")
     parser.add_argument(
@@ -138,7 +138,7 @@ def _artifact(text: str) -> tuple[str, Path]:
 def _kind(text: str) -> tuple[FactorType, int]:
     factor_type, _, rank = text.partition(":")
     if factor_type not in get_args(FactorType) or not rank.isdecimal() or int(rank) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no kind of factors: give one like int8:16")
+        raise argparse.ArgumentTypeError(f"{text!r} is not TYPE:RANK: give one like int8:16")
     return cast("FactorType", factor_type), int(rank)
 
 

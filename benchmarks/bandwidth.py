@@ -1,10 +1,10 @@
-"""How fast this machine reads memory: the limit that decoding is held against.
+"""Measure the read bandwidth of this machine's memory, the upper limit of decoding speed.
 
     python benchmarks/bandwidth.py [--threads N]
 
-Weights cannot be read faster than this. The buffer is larger than any last-level cache and lies in
-huge pages where the system has them (NumPy asks for them), which is the fastest memory there is:
-weights that are mapped from a file lie in small pages and pay for the translation.
+Weights cannot be read faster than this. The buffer is larger than any last-level cache and uses
+huge pages where the system has them (NumPy asks for them). That is the fastest memory: weights that
+are mapped from a file use small pages and pay for address translation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MEBIBYTES = 1024
 
 
 class Reader:
-    """Reads a large buffer from memory with some threads."""
+    """Reads a large buffer from memory with several threads."""
 
     def __init__(self, threads: int, mebibytes: int = MEBIBYTES) -> None:
-        # Written once: untouched pages would all be the one page of zeros.
+        # Written once: the system maps all untouched pages to one page of zeros.
         self._parts = np.array_split(np.ones(mebibytes << 17, np.int64), threads)
         self._pool = ThreadPoolExecutor(threads)
         self.bytes_per_second()
@@ -33,14 +33,14 @@ class Reader:
     def bytes_per_second(self) -> float:
         """Read all of it once."""
         start = time.perf_counter()
-        # A reduction keeps up with memory, and NumPy lets go of the interpreter lock for it.
+        # A reduction is fast enough for memory, and NumPy releases the interpreter lock in it.
         for _ in self._pool.map(np.bitwise_or.reduce, self._parts):
             pass
         return sum(part.nbytes for part in self._parts) / (time.perf_counter() - start)
 
 
 def main() -> None:
-    """Print the median of some readings."""
+    """Print the median of several readings."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     threads = parser.parse_args().threads

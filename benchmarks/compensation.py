@@ -1,14 +1,14 @@
-"""Compensations next to each other at equal bytes: EoRA's variants, and what they compete with.
+"""Compare compensations at equal bytes: EoRA's variants and their competitors.
 
     python -m benchmarks.compensation
     python -m benchmarks.compensation --bits 2 --only svd eora caldera --samples 16 --windows 8
     python -m benchmarks.compensation --model gemma3 --only eora "outputs weighed" --json FILE
 
-Every variant is a list of passes: GPTQ in groups of 64, and a budget of bits per weight that its
-rank (or ``allocate``) spends, factors, scales and zero points included. All of them are calibrated
+Every variant is a list of passes: GPTQ in groups of 64, and a budget of bits per weight for its
+rank (or for ``allocate``), including factors, scales and zero points. All variants are calibrated
 on the same windows and scored in float32 on held-out Wikipedia (the calibration's kind of text) and
-on C4, in the protocol of ``benchmarks.quality``. It is ``eoracc compare`` that does all this: rows
-that are finished are kept, and a run that was cut short goes on where it was.
+on C4, with the protocol of ``benchmarks.quality``. ``eoracc compare`` does the work: finished rows
+are cached, and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ BUDGET_BITS = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What stands around GPTQ.
+    """The passes around GPTQ.
 
     Attributes:
-      outputs: options of 'calibrate_outputs'; None leaves it out.
-      allocate: options of 'allocate'; None leaves it out. No widths are the variant's own alone.
+      outputs: options of 'calibrate_outputs'; None omits the pass.
+      allocate: options of 'allocate'; None omits the pass. Without widths the variant's own width
+        is the only one.
       calibrate: options of 'calibrate'.
-      compensation: passes after GPTQ with their options, factors in four bits unless these say
-        otherwise.
+      compensation: passes after GPTQ with their options; factors in four bits by default.
     """
 
     outputs: Mapping[str, Any] | None = None
@@ -61,10 +61,10 @@ class Variant:
     compensation: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"eora": {}})
 
     def passes(self, bits: int) -> list[Any]:
-        """For model.yaml, where ``eoracc compare`` has the budget to put in.
+        """The list of passes for model.yaml; ``eoracc compare`` sets the budget.
 
         Args:
-          bits: of GPTQ, where 'allocate' does not choose them.
+          bits: of GPTQ, unless 'allocate' chooses them.
         """
         found: list[Any] = []
         if self.outputs is not None:
@@ -112,10 +112,10 @@ VARIANTS: dict[str, Variant] = {
 
 
 def main() -> None:
-    """Compare, print."""
+    """Compare the variants and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2")
-    parser.add_argument("--checkpoint", type=Path, help="its folder, where it is at hand already")
+    parser.add_argument("--checkpoint", type=Path, help="local checkpoint, to skip the download")
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=(2, 3))
     parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
@@ -164,7 +164,7 @@ def main() -> None:
 
 
 def _print(bits: int, comparison: Comparison) -> None:
-    """One line a variant."""
+    """The table, one line per variant."""
     original = comparison.original
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(

@@ -1,17 +1,18 @@
-"""Times whole models against onnxruntime-genai int4 and llama.cpp, in one interleaved run.
+"""Time whole models against onnxruntime-genai int4 and llama.cpp, in one interleaved run.
 
     python benchmarks/decode.py --artifact smollm2=DIR [--artifact gemma3=DIR ...] [--json FILE]
                                 [--llama-python PYTHON] [--rounds N] [--threads N]
 
-Every engine is a process of its own (``engines.py``) and idle while another is timed. In each
-round every engine decodes some tokens after a short prompt, and processes a prompt of 512; a step's
-time is the median of its turn. Peers' models are made once from the same checkpoint, by the peers'
-own tools, into ``.cache/decode``. llama.cpp may live in another environment: llama-cpp-python comes
-as source, and GCC 12 needs ``CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"`` where the
-processor has AMX, for its header does not say that a tile configuration is read.
+Every engine runs in a process of its own (``engines.py``) and is idle while another one is timed.
+In each round every engine decodes some tokens after a short prompt, and processes a prompt of 512
+tokens. The time of a step is the median of its turn. The peers' own tools make the peers' models
+once from the same checkpoint, in ``.cache/decode``. llama.cpp can be installed in another
+environment: llama-cpp-python is a source package, and GCC 12 needs
+``CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"`` on a processor with AMX, because its
+header does not declare that a tile configuration is read.
 
-The bars are in :data:`BARS`: against the fastest peer, with no more bytes of weights. An engine
-that cannot be run is named, and a bar that would need it is left open.
+:data:`BARS` holds the bars: a ratio to the fastest peer, with no more bytes of weights. An engine
+that cannot run is listed, and its bars stay open.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import gguf
 import numpy as np
 import onnx_ir as ir
 
-# Run by path, a script sees its own folder only.
+# A script that runs by its path can import from its own folder only.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bandwidth import Reader
@@ -58,22 +59,22 @@ GGUF_TYPES = ("Q4_0", "Q3_K_M")
 DECODE, PREFILL = "decode", "prefill"
 TOKENS = {DECODE: 64, PREFILL: 512}
 BARS = {DECODE: 1 / 1.5, PREFILL: 1 / 1.2}
-"""Our time over that of the fastest peer: 1.5 times as fast at decoding, 1.2 times at prefill."""
+"""Our time divided by the fastest peer's: 1.5 times as fast in decoding, 1.2 times in prefill."""
 
 SPIN_S = 0.2
-"""Threads spin for some time after their work; nobody else may be timed meanwhile."""
+"""Threads spin for some time after their work; no other engine is timed meanwhile."""
 
 _LOOK_UPS = {"Gather", "GatherNBits", "GatherBlockQuantized", "GroupQueryAttention"}
 """Operators that read a few rows of a table, not all of it."""
 
 
 class MissingError(Exception):
-    """An engine cannot be run."""
+    """An engine cannot run on this machine."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What to run: an engine of ``engines.py``, its model, and whether it is ours."""
+    """One engine to run: its kind in ``engines.py``, its model, and whether it is ours."""
 
     label: str
     kind: str
@@ -92,8 +93,8 @@ class Engine:
 def onnx_bytes(path: Path) -> int:
     """Bytes of the initializers that a decoding step reads as a whole.
 
-    Tables of which an operator only looks rows up (embeddings, rotary angles) are left out, unless
-    something else reads them, too: a tied head.
+    Tables from which an operator only gathers rows (embeddings, rotary angles) are left out, unless
+    another operator also reads them, such as a tied head.
     """
     model = ir.load(path)
     return sum(
@@ -156,7 +157,11 @@ class Worker:
 
 @contextmanager
 def running(engine: Engine, threads: int) -> Iterator[Worker]:
-    """A worker that has run everything once; MissingError where it cannot."""
+    """A worker that has run every measurement once.
+
+    Raises:
+      MissingError: the engine cannot run.
+    """
     worker = Worker(engine, threads)
     try:
         for measure in TOKENS:
@@ -170,7 +175,7 @@ def running(engine: Engine, threads: int) -> Iterator[Worker]:
 
 
 def peers(name: str, llama_python: str, missing: dict[str, str]) -> list[Engine]:
-    """The peers' models of a checkpoint, made where they are not there yet."""
+    """The peers' models of a checkpoint; missing ones are made."""
     _, source, data = MODELS[name]
     (checkpoint,) = assemble([source], data)
     folder = CACHE / name
@@ -207,7 +212,7 @@ def _make(engine: Engine, tool: str, source: Path, setting: str, missing: dict[s
 
 @dataclass(frozen=True)
 class Series:
-    """What was measured of one model: seconds by engine, one a round, and bytes a second."""
+    """Measurements of one model: seconds per round by engine, and bytes per second."""
 
     seconds: Mapping[Engine, Sequence[float]]
     bandwidth: float
@@ -221,7 +226,7 @@ def measure(
     missing: dict[str, str],
     versions: dict[str, str],
 ) -> dict[str, Series]:
-    """Let all engines take turns; those that fail are named in ``missing``."""
+    """Run all engines in turn; engines that fail are recorded in ``missing``."""
     reader = Reader(threads)
     with ExitStack() as stack:
         workers = {}
@@ -235,7 +240,7 @@ def measure(
         taken: dict[str, dict[Engine, list[float]]] = {name: defaultdict(list) for name in TOKENS}
         speeds = []
         for turn in range(rounds):
-            # Whoever comes first finds a cooler processor: everyone is, in turn.
+            # The first engine of a round finds a cooler processor, so the order rotates.
             order = list(workers)
             order = order[turn % len(order) :] + order[: turn % len(order)] if order else []
             for name, seconds in taken.items():
@@ -249,7 +254,7 @@ def measure(
 
 
 def rows(model: str, measured: str, series: Series, missing: Mapping[str, str]) -> list[Row]:
-    """Each of our artifacts against each peer; the bar is set by the fastest peer."""
+    """Each of our artifacts against each peer; the fastest peer sets the bar."""
     medians = {engine: float(np.median(taken)) for engine, taken in series.seconds.items()}
     others = sorted((one for one in medians if not one.ours), key=medians.__getitem__)
     found = []
@@ -263,7 +268,7 @@ def rows(model: str, measured: str, series: Series, missing: Mapping[str, str]) 
                 series.seconds[peer],
                 ours_bytes=ours.nbytes,
                 peer_bytes=peer.nbytes,
-                # A prompt's time is not that of reading the weights.
+                # Reading the weights does not bound the time of a prompt.
                 bandwidth=series.bandwidth if measured == DECODE else None,
                 bar=None if rank else BARS[measured],
                 no_more_bytes=True,

@@ -1,6 +1,6 @@
 """Log-likelihoods of choices in eager PyTorch: the original model, in float32."""
 
-# ruff: noqa: TID253 - this module is PyTorch and is imported by who needs it
+# ruff: noqa: TID253 - this module needs PyTorch and is imported only where it is used
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["open_eager"]
 def open_eager(folder: Path) -> Callable[[Question], list[float]]:
     """A function from a question to the log-likelihood of each of its choices, in nats.
 
-    What all choices of a question begin with runs once; the rest continues from its cache.
+    The common prefix of a question's choices runs once; the remaining tokens use its cache.
 
     Args:
       folder: a Hugging Face checkpoint, tokenizer included.
@@ -38,7 +38,7 @@ def open_eager(folder: Path) -> Callable[[Question], list[float]]:
 
 def _score(model: Any, tokenizer: Tokenizer, question: Question) -> list[float]:
     choices = encode_choices(tokenizer, question)
-    # One token is left to each row, for the logits of what comes first after the prompt.
+    # Each row keeps at least one token, whose logits predict the first token after the prompt.
     shared = _common_length([one.tokens[: one.start] for one in choices]) - 1
     cache = DynamicCache(config=model.config)
     if shared > 0:
@@ -47,12 +47,12 @@ def _score(model: Any, tokenizer: Tokenizer, question: Question) -> list[float]:
         cache.batch_repeat_interleave(len(choices))
     longest = max(len(one.tokens) for one in choices)
     rows = [one.tokens[shared:] for one in choices]
-    # Padding follows, where no attention of a token that counts reaches it.
+    # Padding is on the right, where the attention of a valid token does not reach it.
     ids = torch.tensor([row + [0] * (longest - shared - len(row)) for row in rows])
     logits = model(ids, past_key_values=cache).logits
     scores = []
     for row, one in enumerate(choices):
-        # A token's logits stand at the place before it.
+        # The logits of a token are at the position before it.
         places = slice(one.start - shared - 1, len(one.tokens) - shared - 1)
         said = torch.log_softmax(logits[row, places].double(), dim=-1)
         targets = torch.tensor(one.tokens[one.start :])[:, None]
@@ -61,7 +61,7 @@ def _score(model: Any, tokenizer: Tokenizer, question: Question) -> list[float]:
 
 
 def _common_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all ``rows`` begin with in common."""
+    """The length of the common prefix of all ``rows``, in tokens."""
     length = min(map(len, rows))
     for place in range(length):
         if len({row[place] for row in rows}) > 1:

@@ -1,12 +1,12 @@
-"""One inference engine in a process of its own, driven over its standard streams.
+"""Run one inference engine in a process of its own, controlled over its standard streams.
 
     python benchmarks/engines.py genai|llama_cpp PATH [--threads N] [--option NAME=VALUE ...]
 
-Engines bring thread pools that spin after their work, runtimes that may not be loaded twice, and
-standard output of their own; a process each keeps them apart. This file imports nothing of the
-project, so that it runs under any interpreter that has the engine. The first line on standard
-output is ``{"ready": VERSION}`` or ``{"missing": REASON}``; then every line on standard input,
-``{"measure": "decode"|"prefill", "tokens": N}``, is answered by ``{"seconds": [...]}``.
+Engines have thread pools that spin after their work, runtimes that cannot be loaded twice, and
+output of their own on standard output; separate processes isolate them. This file imports nothing
+from the project, so it runs in any interpreter that has the engine. The first line on standard
+output is ``{"ready": VERSION}`` or ``{"missing": REASON}``. The answer to each line on standard
+input, ``{"measure": "decode"|"prefill", "tokens": N}``, is ``{"seconds": [...]}``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 PROMPT_TOKENS = 32
 CONTEXT_TOKENS = 1024
-"""Room in the key/value cache; every engine gets as much."""
+"""Positions of the key/value cache, the same for every engine."""
 
 
 class Engine(Protocol):
@@ -33,14 +33,14 @@ class Engine(Protocol):
     """Name and version, for the report."""
 
     def start(self, prompt: list[int]) -> None:
-        """Forget everything, process ``prompt`` and choose the first token after it."""
+        """Clear the cache, process ``prompt`` and choose the first token after it."""
 
     def step(self) -> None:
-        """Process the token chosen last and choose the next one."""
+        """Process the last chosen token and choose the next one."""
 
 
 class GenAI:
-    """An onnxruntime-genai model folder: one of its builder's, or an artifact of ours."""
+    """A model folder of onnxruntime-genai: made by its builder, or an artifact of ours."""
 
     def __init__(self, path: str, threads: int, options: dict[str, Any]) -> None:
         og = import_module("onnxruntime_genai")
@@ -68,7 +68,7 @@ class GenAI:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, through the C interface, which costs no copy of the logits."""
+    """A GGUF file in llama.cpp, through the C interface, which does not copy the logits."""
 
     def __init__(self, path: str, threads: int, options: dict[str, Any]) -> None:
         self._api = import_module("llama_cpp")
@@ -120,7 +120,7 @@ def seconds(engine: Engine, measure: str, tokens: int) -> list[float]:
 
 
 def _prompt(length: int) -> list[int]:
-    # Any ordinary tokens: speed does not depend on which.
+    # Speed does not depend on the tokens; any ordinary ones will do.
     return [1000 + 7 * i % 4999 for i in range(length)]
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--option", action="append", default=[], metavar="NAME=JSON")
     arguments = parser.parse_args()
-    # Engines print; what they print must not get between the answers.
+    # Engines print to standard output; keep their text out of the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     named = (option.partition("=") for option in arguments.option)

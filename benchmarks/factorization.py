@@ -1,22 +1,22 @@
-"""Factorisations next to each other: perplexity at equal parameters.
+"""Compare factorisations: perplexity at equal parameters.
 
     python -m benchmarks.factorization
     python -m benchmarks.factorization --model gemma3 --samples 16 --windows 8
     python -m benchmarks.factorization --only "erc_svd{beta: adaptive}" --ratios 0.3 --json FILE
 
-Every variant removes the same share of the parameters of the decoder blocks' linears, from the same
-calibration windows, and is scored in float32 on held-out Wikipedia (the calibration's kind of text)
-and on C4, in the protocol of ``benchmarks.quality``. No artifact is written. What has been measured
-is kept in the JSON file, and is not measured again.
+Every variant removes the same share of the parameters of the decoder blocks' linears, is calibrated
+on the same windows, and is scored in float32 on held-out Wikipedia (the calibration's kind of text)
+and on C4, with the protocol of ``benchmarks.quality``. No artifact is written. Rows in the JSON
+file are not measured again.
 
 A variant is ``[last_k+|lastN+][allocated+|energy+][outputs+][unit+]PASS[{OPTIONS}]``:
 
-- ``last_k+`` compresses the last blocks alone, as many as 'select_last_k' chooses out of every
-  sixth of them; ``last20+`` compresses the last 20;
-- ``allocated+`` lets 'allocate_ratios' give each weight a ratio of its own, by SVD-LLM V2's rule,
-  ``energy+`` by the least sum of relative errors;
+- ``last_k+`` compresses the last blocks only; 'select_last_k' chooses their number, in steps of a
+  sixth of the blocks. ``last20+`` compresses the last 20;
+- ``allocated+`` gives each weight a ratio of its own with 'allocate_ratios', by SVD-LLM V2's rule;
+  ``energy+`` does so by the least sum of relative errors;
 - ``outputs+`` matches the original's outputs (``calibrate: {match: outputs}``);
-- ``unit+`` lets every token count alike (``calibrate: {tokens: unit}``).
+- ``unit+`` gives every token the same weight (``calibrate: {tokens: unit}``).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ METHODS = (
     "last_k+erc_svd",
 )
 CANDIDATES = 6
-"""How many k 'select_last_k' tries, all blocks the last of them."""
+"""The number of k that 'select_last_k' tries; the last one is all blocks."""
 RATIOS = (0.2, 0.3, 0.4)
 SAMPLES = 32
 WINDOWS = 16
@@ -69,7 +69,7 @@ _VARIANT = re.compile(
 
 @dataclass(frozen=True)
 class Variant:
-    """A pass with its options, and what stands before it."""
+    """A pass with its options, and flags for the passes before it."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Variant:
         """The variant written as ``text``.
 
         Raises:
-          ValueError: it is none.
+          ValueError: ``text`` is not a variant.
 
         >>> Variant.parse("last_k+erc_svd{beta: 0.1}")
         Variant(name='erc_svd', options={'beta': 0.1}, flags=('last_k',))
@@ -92,11 +92,11 @@ class Variant:
         return cls(found["name"], yaml.safe_load(found["options"] or "{}"), flags)
 
     def passes(self, ratio: float, *, blocks: int) -> list[Any]:
-        """For model.yaml.
+        """The list of passes for model.yaml.
 
         Args:
-          ratio: share of all parameters that is to be removed.
-          blocks: decoder blocks of the model, of one size where ``lastN`` is asked for.
+          ratio: share of all parameters to remove.
+          blocks: decoder blocks of the model, which must be of one size for ``lastN``.
         """
         found: list[Any] = []
         options = {"ratio": ratio, **self.options}
@@ -124,13 +124,13 @@ class Row:
     """One line of the table.
 
     Attributes:
-      variant: what was measured.
-      ratio: share of the parameters that was to be removed; 0 for the original.
-      removed: share that was.
+      variant: name of the variant.
+      ratio: target share of the parameters to remove; 0 for the original.
+      removed: share that was removed.
       wiki: perplexity on Wikipedia.
       c4: perplexity on C4.
       cpu_s: seconds of processor time that the compression took.
-      surveys: what surveys found.
+      surveys: findings of the surveys.
     """
 
     variant: str
@@ -144,7 +144,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A model and the texts that it is calibrated and scored on."""
+    """A model with its calibration and evaluation texts."""
 
     loaded: LoadedModel
     calibration: Windows
@@ -171,7 +171,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as work:
             compressed = compress(config, loaded, self.calibration, Path(work), self.progress)
             cpu_s = cpu_seconds() - begun
-            # Two matmuls each: to this view of the graph factors are weights like any other.
+            # A factorised weight is two matmuls; this view of the graph shows plain weights.
             executor = Executor(compressed.model)
             return self._row(variant, ratio, executor, cpu_s, compressed.surveys)
 
@@ -203,15 +203,17 @@ class Bench:
 
 
 def main() -> None:
-    """Compress, score, print."""
+    """Compress and score the variants, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2")
-    parser.add_argument("--checkpoint", type=Path, help="its folder, where it is at hand already")
+    parser.add_argument("--checkpoint", type=Path, help="local checkpoint, to skip the download")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", default=METHODS)
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="evaluation windows per text")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep the rows there for later runs"
+    )
     options = parser.parse_args()
     try:
         for variant in options.only:
@@ -252,7 +254,7 @@ def _parameters(executor: Executor) -> int:
 
 
 def _print(rows: Sequence[Row]) -> None:
-    """One line a variant, one pair of columns a ratio."""
+    """The table: one line per variant, one pair of columns per ratio."""
     ratios = sorted({row.ratio for row in rows} - {0.0})
     found = {(row.variant, row.ratio): row for row in rows}
     table = Table(box=box.MARKDOWN)

@@ -1,14 +1,14 @@
-"""Quality of GGUF files that llama.cpp has quantized, under the protocol of benchmarks.quality.
+"""Score GGUF files that llama.cpp has quantized, with the protocol of benchmarks.quality.
 
     python -m benchmarks.gguf_peers importance --model gemma3 --samples 16 MATRIX.safetensors
     python benchmarks/peer_models.py gguf SOURCE.gguf TARGET.gguf Q3_K_M [MATRIX.safetensors]
     python -m benchmarks.gguf_peers score --model gemma3 --windows 4 TARGET.gguf ...
 
-The first takes the importance matrix that llama.cpp's tool of that name takes, the mean square of
-every input of a linear, over the windows that calibrate our own builds. The last puts a file's
-dequantized linears into the same float32 graph, with the embedding of the checkpoint, and scores
-them as ``benchmarks.quality`` scores ours: both sides differ in these weights alone. llama.cpp
-itself also rounds activations to eight bits. Bits are per weight of the decoder blocks' linears.
+The first command computes the importance matrix of llama.cpp, the mean square of every input of a
+linear, over the calibration windows of our own builds. The last command puts a file's dequantized
+linears into the same float32 graph, with the embedding of the checkpoint, and scores them as
+``benchmarks.quality`` scores ours: only these weights differ. llama.cpp itself also rounds
+activations to eight bits. Bits are per weight of the decoder blocks' linears.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _ROLES = {
     "down_proj": "ffn_down",
 }
 _ROTATED = ("q_proj", "k_proj")
-"""Their rows lie in another order in files of Llama's architecture."""
+"""Linears whose rows have another order in files of Llama's architecture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class GgufLinears:
     """The linears of a GGUF file.
 
     Attributes:
-      weights: dequantized, ``float32 [N, K]``, by the name that they have in the graph.
+      weights: dequantized, ``float32 [N, K]``, by their name in the graph.
       bits: per weight, all of them together.
     """
 
@@ -68,10 +68,10 @@ class GgufLinears:
 
 
 def tensor_name(linear: Linear) -> str:
-    """What llama.cpp calls the weight of a decoder block's linear.
+    """The name of the weight of a decoder block's linear in llama.cpp.
 
     Raises:
-      KeyError: it has no name for it.
+      KeyError: llama.cpp has no name for it.
     """
     return f"blk.{linear.block}.{_ROLES[linear.name.rpartition('.')[2]]}.weight"
 
@@ -106,7 +106,7 @@ def read_linears(path: Path, linears: list[Linear]) -> GgufLinears:
 
 
 def _halves_apart(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows of each head with the two halves that rotate together one after the other again.
+    """Restore the rows of each head to two consecutive halves, the halves of the rotary embedding.
 
     >>> _halves_apart(np.array([[0.0], [2.0], [1.0], [3.0]], np.float32), 1).ravel().tolist()
     [0.0, 1.0, 2.0, 3.0]
@@ -125,7 +125,7 @@ def importance(
     Args:
       loaded: the original model.
       windows: text.
-      folder: for what is kept while it runs.
+      folder: for temporary activations.
       progress: shown one phase.
 
     Returns:
@@ -153,10 +153,10 @@ def importance(
 
 
 def main() -> None:
-    """Take the matrix, or score files."""
+    """Compute the importance matrix, or score files."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="gemma3")
-    parser.add_argument("--checkpoint", type=Path, help="its folder, where it is at hand already")
+    parser.add_argument("--checkpoint", type=Path, help="local checkpoint, to skip the download")
     steps = parser.add_subparsers(dest="step", required=True)
     take = steps.add_parser("importance")
     take.add_argument("matrix", type=Path)

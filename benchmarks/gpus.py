@@ -1,9 +1,9 @@
-"""What NVIDIA publishes of its GPUs, and what follows: occupancy, the least that a product takes.
+"""Published figures of NVIDIA GPUs, and bounds derived from them: occupancy and roofline.
 
-Limits of a multiprocessor are those of the CUDA C++ Programming Guide, "Technical Specifications
-per Compute Capability"; how registers and shared memory are handed out is that of the occupancy
-calculator in Nsight Compute. Rates are peaks of the data sheets and whitepapers: dense float16
-products with float32 sums, and boost clocks. What a real kernel reaches is less.
+Limits of a multiprocessor are from the CUDA C++ Programming Guide, "Technical Specifications per
+Compute Capability"; the allocation of registers and shared memory follows the occupancy calculator
+in Nsight Compute. Rates are peaks from data sheets and whitepapers: dense float16 products with
+float32 sums, and boost clocks. A real kernel reaches less.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _REGISTERS = 65536
 _REGISTER_UNIT = 256  # of a warp
 _SHARED_UNIT = 128
 _SHARED_RESERVED = 1024  # of a block, from capability 8.0 on
-_WARPS_TOGETHER = 4  # registers are handed out to the four partitions of a multiprocessor alike
+_WARPS_TOGETHER = 4  # registers are allocated equally to the four partitions of a multiprocessor
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a multiprocessor: resident warps and blocks, bytes of shared memory."""
+    """Limits of a multiprocessor: resident warps and blocks, bytes of shared memory."""
 
     warps: int
     blocks: int
@@ -42,7 +42,7 @@ LIMITS: Mapping[int, Limits] = {
 
 
 def occupancy(capability: int, *, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Of the warps that a multiprocessor can hold, those that fit with these resources, 0..1.
+    """Share of a multiprocessor's warps that fit with these resources, 0..1.
 
     Args:
       capability: one of :data:`LIMITS`.
@@ -72,7 +72,7 @@ def _ceil(value: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A product that stands for its capability.
+    """A GPU that represents its compute capability.
 
     Attributes:
       name: of the product.
@@ -94,8 +94,8 @@ class Gpu:
     def cache_bandwidth(self) -> float:
         """From the L2 cache, bytes a second.
 
-        The A100 whitepaper gives 5120 bytes a clock for 108 multiprocessors; the same for each
-        multiprocessor is assumed of the others, for which nothing is published.
+        The A100 whitepaper gives 5120 bytes a clock for 108 multiprocessors. NVIDIA publishes no
+        figure for the others, so the same rate per multiprocessor is assumed.
         """
         return 5120 / 108 * self.multiprocessors * self.clock
 
@@ -113,7 +113,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Product:
-    """One linear ``[N, K]``, M rows of 16-bit activations; 16 ``bits`` are a plain float16."""
+    """One linear ``[N, K]`` and M rows of 16-bit activations; 16 ``bits`` mean plain float16."""
 
     rows: int
     out_features: int
@@ -124,7 +124,7 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Of both terms."""
+        """Floating-point operations of both terms."""
         return (
             2
             * self.rows
@@ -136,7 +136,7 @@ class Product:
 
     @property
     def bytes(self) -> int:
-        """Each operand and the result once; one 16-bit scale a group, no zero points."""
+        """Bytes of each operand and the result, once; one 16-bit scale a group, no zero points."""
         n, k = self.out_features, self.in_features
         weight = n * k * self.bits // 8
         if self.bits < 16:
@@ -146,7 +146,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds that each resource is busy for at least; the longest bounds the product."""
+    """Least busy time of each resource in seconds; the longest bounds the product."""
 
     memory: float
     tensor_cores: float
@@ -154,12 +154,12 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Of the whole."""
+        """The lower bound in seconds."""
         return max(self.memory, self.tensor_cores, self.cache)
 
     @property
     def by(self) -> str:
-        """What it is bound by."""
+        """The resource that bounds the product."""
         named = {"memory": self.memory, "tensor cores": self.tensor_cores, "cache": self.cache}
         return max(named, key=named.__getitem__)
 
@@ -168,12 +168,12 @@ def bound(gpu: Gpu, product: Product, *, block_m: int = 0, block_n: int = 0) -> 
     """The roofline of ``product``.
 
     Args:
-      gpu: that it would run on.
-      product: what is multiplied.
-      block_m: rows of a program, with ``block_n`` its outputs: where programs of these tiles
-        multiply X with all of lora_a each (one launch), what they read of it comes from the cache,
-        and their products add to the others. 0 for a down-projection that is done once.
-      block_n: see there.
+      gpu: the GPU.
+      product: the product.
+      block_m: rows of a program's tile, for one launch: each program then multiplies X with all of
+        lora_a, reads lora_a from the cache, and adds these products to the others. 0 for a
+        down-projection that is computed once.
+      block_n: outputs of a program's tile, likewise.
     """
     cache, flops = 0.0, float(product.flops)
     if block_n:

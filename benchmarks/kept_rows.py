@@ -1,4 +1,4 @@
-"""Rows that a benchmark of hours keeps as it goes, so that it goes on where it was cut short."""
+"""Rows of a long benchmark, saved one by one so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ RowT = TypeVar("RowT", bound="DataclassInstance")
 
 
 class KeptRows(Generic[RowT]):
-    """The rows of a JSON file ``{"rows": [...]}``, written anew with every row that is added."""
+    """The rows of a JSON file ``{"rows": [...]}``, rewritten with every new row."""
 
     def __init__(self, path: Path | None, row_type: type[RowT]) -> None:
-        """Read what is there.
+        """Read the rows of an earlier run.
 
         Args:
-          path: the file, which need not be there yet; None keeps rows in memory alone.
+          path: the file, which need not exist yet; None keeps rows in memory only.
           row_type: a dataclass whose fields JSON can hold.
         """
         self._path = path
@@ -36,7 +36,7 @@ class KeptRows(Generic[RowT]):
         return iter(self._rows)
 
     def add(self, row: RowT) -> None:
-        """Append a row, and replace the file: it is whole whenever the benchmark is cut short."""
+        """Append a row and replace the file atomically."""
         self._rows.append(row)
         if self._path is not None:
             content = {"rows": [asdict(one) for one in self._rows]}

@@ -1,17 +1,17 @@
-"""Times the fused op against ONNX Runtime's MatMulNBits, and memory, in one interleaved run.
+"""Time the fused op against ONNX Runtime's MatMulNBits, and memory, in one interleaved run.
 
     python benchmarks/kernels.py [--json FILE] [--only TEXT ...] [--seconds S] [--threads N]
 
-Every contender is a graph of some copies of one linear, each with weights of its own, mapped from
-a file as those of an artifact are. Contenders take turns in one process and on one thread pool, so
-that ratios hold where absolute figures move; a time is that of a whole run divided by the copies.
-Suites *from memory* read a buffer larger than the last-level cache between turns, which is how the
-read bandwidth is taken, too. Peers run at ``accuracy_level`` 4, as ours do; their low-rank term is
-two products and a sum beside the linear. Shapes are those of real decoders (``shapes.json``).
-Adapters are a bank of four that a run may change; rows take turns to use them, and the peer is the
-same linear with room for an adapter and none in it.
+Every contender is a graph of several copies of one linear, each with its own weights, mapped from a
+file like those of an artifact. Contenders take turns in one process and on one thread pool, so that
+ratios are stable even if absolute figures move. A time is the time of a whole run divided by the
+number of copies. Suites *from memory* read a buffer larger than the last-level cache between turns;
+this also measures the read bandwidth. Peers run at ``accuracy_level`` 4, as ours do; their low-rank
+term is two products and a sum beside the linear. Shapes are those of real decoders
+(``shapes.json``). Adapters form a bank of four that can change between runs. Rows use them in turn,
+and the peer is the same linear with an empty slot for an adapter.
 
-The bars are in :data:`SQUARE_BARS`. Nothing is asserted: a bar that does not hold is reported.
+:data:`SQUARE_BARS` holds the bars. Nothing is asserted: a bar that does not hold is reported.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-# Run by path, a script sees its own folder only.
+# A script that runs by its path can import from its own folder only.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bandwidth import Reader
@@ -48,17 +48,17 @@ BANDWIDTH = "memory"
 PAGE = 4096
 INDEX = "adapter_index"
 SLAB = 256
-"""Rows of a weight that are drawn; the others repeat them, for speed does not depend on values."""
+"""Random rows of a weight; the others repeat them, because speed does not depend on values."""
 
 Factors = Literal["int8", "float32"]
 AdapterType = Literal["int8", "int4", "float16"]
 ADAPTERS = 4
-"""In a bank."""
+"""Adapters in a bank."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight matmul: its parts' output features, merged into one product, and its input's."""
+    """A weight matmul: output features of its merged parts, and input features."""
 
     name: str
     parts: tuple[int, ...]
@@ -77,9 +77,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who multiplies with what: ``rank`` 0 has no factors.
+    """An implementation and its operands: ``rank`` 0 has no factors.
 
-    ``adapter_rank`` is of the adapters in the bank; 0 leaves it empty, None does without one.
+    ``adapter_rank`` is the rank of the bank's adapters; 0 leaves the bank empty, None has no bank.
     """
 
     system: Literal["eoracc", "MatMulNBits"]
@@ -103,7 +103,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Bar:
-    """Ours may take ``limit`` times as long as ``peer``; None compares without a bar."""
+    """Our time may be at most ``limit`` times that of ``peer``; None compares without a bar."""
 
     ours: Contender
     peer: Contender | None
@@ -116,8 +116,8 @@ class Suite:
     """Comparisons over one linear, whose sessions are shared.
 
     Attributes:
-      linear: what is multiplied with.
-      bars: comparisons by rows of X. A peer of None is memory itself.
+      linear: the weight.
+      bars: comparisons by rows of X. A peer of None is the read bandwidth of memory.
       from_memory: read the weights from memory, not from a cache.
     """
 
@@ -126,7 +126,7 @@ class Suite:
     from_memory: bool
 
     def case(self, rows: int, ours: Contender) -> str:
-        """Name of a row of the table."""
+        """Name of the row in the table."""
         where = "memory" if self.from_memory else "cache"
         return f"{self.linear.label}, M={rows}, {ours.label}, from {where}"
 
@@ -176,11 +176,11 @@ SQUARE_BARS = (
     Suite(SQUARE, {1: [*_COMPENSATED, Bar(_ours(4), _peer(4))]}, from_memory=False),
     Suite(SQUARE, {128: _MANY_ROWS, 512: _BATCH}, from_memory=False),
 )
-"""The bars that the kernel was built for, stated for 4096 x 4096 and groups of 32."""
+"""The bars of the kernel, defined for 4096 x 4096 and groups of 32."""
 
 
 def layer_suites() -> list[Suite]:
-    """One suite for each linear of a layer, and the head, of the models in ``shapes.json``."""
+    """One suite for each linear of a layer, and the head, of each model in ``shapes.json``."""
     content = json.loads(SHAPES.read_text(encoding="utf-8"))
     bars = [Bar(_ours(4), _peer(4)), Bar(_ours(4, 64), _peer(4)), *_low_rank_peers(64)]
     return [
@@ -194,7 +194,7 @@ def layer_suites() -> list[Suite]:
 
 
 def adapter_suites() -> list[Suite]:
-    """What an adapter costs a linear of a layer of SmolLM2, and a larger one, in decoding."""
+    """Suites for the cost of an adapter in decoding: linears of SmolLM2, and a larger one."""
     layer = json.loads(SHAPES.read_text(encoding="utf-8"))["SmolLM2-135M"]
     linears = [
         Linear(f"adapters {name}", tuple(shape["parts"]), shape["in_features"])
@@ -217,7 +217,7 @@ def adapter_suites() -> list[Suite]:
 
 @dataclass(frozen=True)
 class Step:
-    """One node of a linear; ``inputs`` name its X, operands or the output of another step."""
+    """One node of a linear; ``inputs`` name X, operands or the output of another step."""
 
     op_type: str
     domain: str
@@ -228,7 +228,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a contender computes a linear: the steps, in order, and the operands they read."""
+    """A contender's computation of a linear: the steps, in order, and their operands."""
 
     steps: Sequence[Step]
     operands: Mapping[str, NDArray[Any]]
@@ -239,7 +239,7 @@ class Recipe:
         return sum(array.nbytes for array in self.operands.values())
 
     def bytes_read(self, rows: int) -> int:
-        """Those that one product reads: rows take turns to use the adapters."""
+        """Bytes of the adapters that one product reads: rows use the adapters in turn."""
         used = min(rows, ADAPTERS)
         return sum(
             array.nbytes * used // ADAPTERS if name.startswith("adapter_") else array.nbytes
@@ -313,7 +313,7 @@ def _separate(contender: Contender, linear: Linear) -> Recipe:
         weight = _slab(rng, how, in_features)
         names = f"{y}_B", f"{y}_scales"
         operands[names[0]] = _repeat(weight.packed, out_features)
-        # MatMulNBits wants its scales in X's type.
+        # MatMulNBits needs its scales in X's type.
         operands[names[1]] = _repeat(weight.scales, out_features).astype(np.float32)
         attributes = _attributes(in_features, out_features, how)
         return Step("MatMulNBits", "com.microsoft", (x, *names), y, attributes)
@@ -325,10 +325,10 @@ def _separate(contender: Contender, linear: Linear) -> Recipe:
     K, N, R = linear.in_features, linear.out_features, contender.rank
     if not R:
         return Recipe([n_bits("X", "Y", N, K, contender)], operands)
-    # Merged linears share a down-projection as wide as all of theirs.
+    # Merged linears share one down-projection, as wide as all their own together.
     down_rank = R * len(linear.parts)
     if contender.factors == "int8":
-        # The coarsest groups that it has are nearest to one scale a row.
+        # Its coarsest groups are the nearest to one scale a row.
         int8 = replace(contender, bits=8, group_size=min(256, _power_of_two(R)))
         factors = [n_bits("X", "T", down_rank, K, replace(int8, group_size=256))]
         factors.append(n_bits("T", "U", N, down_rank, int8))
@@ -354,7 +354,7 @@ def _attributes(in_features: int, out_features: int, contender: Contender) -> di
 
 def _slab(rng: np.random.Generator, contender: Contender, in_features: int) -> NBitsWeight:
     groups = -(-in_features // contender.group_size)
-    # Small enough that no sum leaves float16, whatever the shape.
+    # Small enough that no sum overflows float16 in any shape.
     scales = rng.uniform(0.5, 1.5, (SLAB, groups)) / (in_features * 2**contender.bits)
     return NBitsWeight.from_codes(
         rng.integers(0, 2**contender.bits, (SLAB, in_features), np.uint8),
@@ -382,14 +382,14 @@ def _repeat(array: NDArray[Any], rows: int) -> NDArray[Any]:
 
 
 _SHIFT = 4096
-"""Elements by which the weights of a copy are shifted against those of the one before."""
+"""Elements by which the weights of a copy are shifted against the previous copy's."""
 
 
 def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path:
     """Write a model of ``copies`` of a linear that all read ``X [M, K]``, and their weights.
 
-    The weights of each copy are its own, page by page, as in an artifact, and differ: ONNX Runtime
-    keeps equal packed weights only once.
+    Each copy has weights of its own on separate pages, as in an artifact. They differ, because ONNX
+    Runtime stores equal packed weights once.
     """
     data = folder / "weights"
     x = ir.Value(name="X", type=ir.TensorType(ir.DataType.FLOAT))
@@ -409,7 +409,7 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
                     continue
                 initializers.append(_initializer(_stored(array, f"{name}.{copy}", copy, file)))
                 values[name] = initializers[-1]
-                if name.startswith("adapter_"):  # a run may bring others
+                if name.startswith("adapter_"):  # a run can replace them
                     inputs.append(initializers[-1])
             for step in made.steps:
                 node = ir.node(
@@ -439,8 +439,8 @@ def write_model(made: Recipe, linear: Linear, copies: int, folder: Path) -> Path
 
 
 def _stored(array: NDArray[Any], name: str, copy: int, file: BufferedWriter) -> ir.TensorProtocol:
-    """The operand of a copy, on a page of its own of the file of weights."""
-    if array.size == 0:  # ONNX Runtime reads no empty tensor from a file
+    """The operand of a copy, on a page of its own in the weight file."""
+    if array.size == 0:  # ONNX Runtime cannot read an empty tensor from a file
         return ir.tensor(array, name=name)
     data = Path(file.name)
     file.seek(-(-file.tell() // PAGE) * PAGE)
@@ -481,7 +481,7 @@ class Runner:
         self._linear = linear
         options = ort.SessionOptions()
         options.use_per_session_threads = False
-        options.log_severity_level = 3  # it warns of each operand that a run may change
+        options.log_severity_level = 3  # it warns about each operand that a run can change
         options.register_custom_ops_library(str(library))
         model = write_model(made, linear, self.copies, folder)
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -501,31 +501,31 @@ class Runner:
         self.seconds()
 
     def seconds(self) -> float:
-        """Of one product."""
+        """Time of one product, in seconds."""
         start = time.perf_counter()
         self._session.run_with_iobinding(self._binding)
         return (time.perf_counter() - start) / self.copies
 
 
 SPIN_S = 0.05
-"""ONNX Runtime's threads spin for some time after a run; nobody else may be timed meanwhile."""
+"""ONNX Runtime's threads spin for some time after a run; nothing else is timed meanwhile."""
 
 CACHE_BYTES = 32 << 20
-"""Weights of one contender, over all of its copies, where they are read from a cache."""
+"""Bytes of one contender's weights, over all copies, for reads from a cache."""
 
 _CACHES_FULL = 2.5
-"""Weights of all contenders together, where each is to find its own gone from the last cache."""
+"""Bytes of all contenders' weights, so that each turn finds its own evicted from every cache."""
 
 
 def memory_bytes(contenders: int, cache: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Weights of one of ``contenders``, over all of its copies, read from memory turn by turn."""
+    """Weight bytes of one of ``contenders``, over all copies, so that every turn reads memory."""
     sizes = [path.read_text().strip() for path in cache.glob("index*/size")]
     last = max((int(size.removesuffix("K")) << 10 for size in sizes), default=0)
     return max(96 << 20, round(_CACHES_FULL * last / contenders))
 
 
 def measure(suite: Suite, reader: Reader, library: Path, seconds: float) -> Iterator[Row]:
-    """Time all contenders of a suite turn by turn, for about ``seconds`` for each row count."""
+    """Time all contenders of a suite in turn, for about ``seconds`` per row count."""
     bars = [bar for at in suite.bars.values() for bar in at]
     who = list(dict.fromkeys(one for bar in bars for one in (bar.ours, bar.peer) if one))
     nbytes = memory_bytes(len(who)) if suite.from_memory else CACHE_BYTES

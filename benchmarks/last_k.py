@@ -1,14 +1,14 @@
-"""How many of the last blocks to factorise: error of the last layer and perplexity for every k.
+"""Choose the number of last blocks to compress: last-layer error and perplexity for every k.
 
     python -m benchmarks.last_k --ratio 0.2 --step 5
     python -m benchmarks.last_k --average-bits 2.5
 
-The first prints the curve that 'select_last_k' chooses from, with the perplexities that it does not
-see. The second quantizes to 3 bits, with 2 bits in as many blocks as bring the average down: the
-last ones, a free set, the first ones, or none, with the gate and up projections of all blocks
-instead (half of the weights of each). Texts as in ``benchmarks.quality``; the forward
-passes run in bfloat16 where the processor has units for it. No artifact is written. With ``--work``
-an interrupted run goes on after the last candidate that was tried.
+The first command prints the curve from which 'select_last_k' chooses, with the perplexities, which
+it does not use. The second command quantizes to 3 bits, and to 2 bits in as many blocks as the
+average requires: the last ones, a free set, the first ones, or none; the last variant has 2 bits in
+the gate and up projections of all blocks instead (half of the weights of each). The texts are those
+of ``benchmarks.quality``; the forward passes run in bfloat16 where the processor has units for it.
+No artifact is written. With ``--work`` an interrupted run resumes after its last candidate.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ from eoracc.passes.plan.select_last_k import SelectLastK
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 
 CALIBRATE = Calibrate(tokens="equal")
-"""Statistics as ERC-SVD takes them."""
+"""The statistics of ERC-SVD."""
 
 HALF = ("*.gate_proj", "*.up_proj")
-"""They have half of the weights of a block of SmolLM2."""
+"""Linears with half of the weights of a block of SmolLM2."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A model and the texts that it is calibrated and scored on."""
+    """A model with its calibration and evaluation texts."""
 
     loaded: LoadedModel
     calibration: Windows
     held_out: Mapping[str, Windows]
     progress: Progress
     key: str = "benchmark"
-    """Of all that trials depend on: another one's are not taken up."""
+    """Digest of everything that trials depend on; trials of another digest are not reused."""
 
     def context(self, following: Sequence[LayerPass], folder: Path) -> SurveyContext:
-        """For a survey before ``following``."""
+        """The context of a survey before ``following``."""
         return SurveyContext(
             model=self.loaded.model,
             linears=find_linears(self.loaded.model),
@@ -79,10 +79,9 @@ class Bench:
     def measure(
         self, name: str, context: SurveyContext, option: str, course: Course
     ) -> dict[str, float]:
-        """Error of the last layer and perplexities, the option by block as ``course`` says.
+        """Last-layer error and perplexities with the option of each block from ``course``.
 
-        What an earlier run has kept in the context's folder, as the row ``name``, is taken from
-        there.
+        The row ``name`` is reused if an earlier run has kept it in the context's folder.
         """
         return context.remember(f"row-{name}", lambda: self._measured(context, option, course))
 
@@ -118,11 +117,11 @@ def curve(bench: Bench, ratio: float, step: int, folder: Path) -> Iterator[dict[
 
 
 def lower_bits(bench: Bench, average: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each way of taking 2 bits in place of 3."""
+    """A row for each choice of the weights that get 2 bits instead of 3."""
     context = bench.context([CALIBRATE, QuantizeGptq(bits=3)], folder)
     survey = SelectLastK(average_bits=average, blocks="free", step=step)
     found = survey.survey(context)
-    # What was planned would be what every trial starts from.
+    # Otherwise every trial would start from the plan of the last survey.
     context = bench.context(context.following, folder)
     last, free = found["curve"][1]["blocks"], found["free"][-1]["blocks"]
     for name, blocks in (("last", last), ("free", free), ("first", range(len(last)))):
@@ -134,16 +133,16 @@ def lower_bits(bench: Bench, average: float, step: int, folder: Path) -> Iterato
 
 
 def main() -> None:
-    """Try, score, print a JSON object a line."""
+    """Run and score the trials; print one JSON object per line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ratio", type=float, help="share of the parameters to remove")
-    what.add_argument("--average-bits", type=float, help="of codes")
+    what.add_argument("--average-bits", type=float, help="average bits of codes")
     parser.add_argument("--step", type=int, default=5)
-    parser.add_argument("--checkpoint", type=Path, help="its folder, where it is at hand already")
+    parser.add_argument("--checkpoint", type=Path, help="local checkpoint, to skip the download")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows per text")
-    parser.add_argument("--work", type=Path, help="folder that keeps what has been tried")
+    parser.add_argument("--work", type=Path, help="folder that keeps finished trials")
     options = parser.parse_args()
     bench = _bench(options)
     with contextlib.ExitStack() as stack:

@@ -1,17 +1,18 @@
-"""Accuracy on multiple-choice questions: the original model, and artifacts of it.
+"""Measure accuracy on multiple-choice questions: the original model and artifacts of it.
 
     python -m benchmarks.multiple_choice [--original DIR] [--artifact LABEL=DIR[,ADAPTER] ...]
                                          [--limit N] [--seed N] [--json FILE] [--tasks DIR]
 
-Sets are MMLU, Social IQa and LogiQA (``question_sets.py``). A choice's score is its log-likelihood
-after the prompt, whole (*plain*) or for each of its characters (*normalized*); the choice with the
-highest score is the answer, the first one among equals. That is what lm-eval calls ``acc`` and
-``acc_norm``, and ``--tasks`` writes the very same questions as its tasks.
+The sets are MMLU, Social IQa and LogiQA (``question_sets.py``). A choice's score is its
+log-likelihood after the prompt, whole (*plain*) or divided by its number of characters
+(*normalized*). The choice with the highest score is the answer, the first one among equals. In
+lm-eval these rules are ``acc`` and ``acc_norm``; ``--tasks`` writes the same questions as tasks of
+lm-eval.
 
 The original runs in eager PyTorch in float32, artifacts run in ONNX Runtime as they are deployed.
-Intervals hold 95%: Wilson's for a share, a paired bootstrap for the difference from the original,
-with the p-value of McNemar's exact test. Scores are kept in ``.cache`` as they come: what has been
-scored is not scored again.
+Intervals are 95% intervals: Wilson's for a share, a paired bootstrap for the difference from the
+original, with the p-value of McNemar's exact test. Scores are cached in ``.cache`` as they are
+computed, so no question is scored twice.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ RULES: Mapping[str, Callable[[Question], list[int]]] = {
     "plain": lambda question: [1] * len(question.choices),
     "normalized": lambda question: [len(choice) for choice in question.choices],
 }
-"""What the log-likelihood of each choice is divided by."""
+"""Divisor of the log-likelihood of each choice."""
 
 _BLOCK = 16
-"""Questions that are scored, and kept, together."""
+"""Number of questions that are scored and cached together."""
 
 Scores = list[list[float]]
 """Log-likelihood of every choice of every question, in nats."""
@@ -55,12 +56,12 @@ Scorer = Callable[[Sequence[Question]], Scores]
 
 @dataclass(frozen=True)
 class System:
-    """Something that answers.
+    """A model that answers questions.
 
     Attributes:
       label: for the table.
-      identity: digest of what its scores depend on besides the questions.
-      open: get it ready; not called where all scores are there.
+      identity: digest of everything that its scores depend on besides the questions.
+      open: load the model; not called if all scores are cached.
     """
 
     label: str
@@ -73,13 +74,13 @@ class Row:
     """One system on one set by one rule.
 
     Attributes:
-      system: what answered.
+      system: label of the model.
       questions: name of the set.
       rule: ``plain`` or ``normalized``.
       count: questions asked.
       accuracy: share of them that it answered correctly.
       interval: of the accuracy.
-      against_original: None for the original itself, and where that was not run.
+      against_original: difference from the original; None for the original, and without one.
     """
 
     system: str
@@ -92,7 +93,7 @@ class Row:
 
 
 def correct(questions: Sequence[Question], scores: Scores, rule: str) -> NDArray[np.bool_]:
-    """Which questions are answered correctly, ``[questions]``."""
+    """Whether each question is answered correctly, ``[questions]``."""
     chosen = [
         int(np.argmax(np.divide(one, RULES[rule](question))))
         for question, one in zip(questions, scores, strict=True)
@@ -128,7 +129,7 @@ def rows(
 
 
 def score_cached(system: System, questions: Sequence[Question], cache: Path) -> Scores:
-    """Scores of ``questions``, from ``cache`` as far as they are there, and kept in it."""
+    """Scores of ``questions``; cached ones come from ``cache``, new ones are added to it."""
     path = cache / f"scores-{system.identity[:32]}.json"
     known: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
     keys = [_digest([json.dumps(asdict(question))]) for question in questions]
@@ -190,7 +191,7 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def main() -> None:
-    """Ask, score, print."""
+    """Score the questions and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--original", type=Path, metavar="DIR", help="checkpoint, a Hugging Face folder"
@@ -204,7 +205,7 @@ def main() -> None:
         help="may be given again",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each set; default all")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of questions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw of questions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument(
         "--tasks", type=Path, metavar="DIR", help="also write the questions as lm-eval tasks"
@@ -228,7 +229,7 @@ def main() -> None:
 def score_all(
     systems: Sequence[System], questions: Mapping[str, Sequence[Question]], cache: Path
 ) -> dict[str, dict[str, Scores]]:
-    """Scores by label, then by set; each system is opened once, or not at all."""
+    """Scores by label, then by set; each system is opened at most once."""
     everything = [question for asked in questions.values() for question in asked]
     found: dict[str, dict[str, Scores]] = {}
     for system in systems:

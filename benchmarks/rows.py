@@ -1,4 +1,4 @@
-"""What both benchmarks report: one row for each comparison, as a table and as JSON."""
+"""The report of both benchmarks: one row for each comparison, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Row:
     """Ours against one peer.
 
     Attributes:
-      case: what was run.
-      ours_us: median time in microseconds; None where we could not be run.
-      peer: what it was compared with.
-      peer_us: its median time; None where the peer could not be run.
+      case: name of the case.
+      ours_us: our median time in microseconds; None where ours could not run.
+      peer: name of the peer.
+      peer_us: its median time; None where the peer could not run.
       ratio: median over the rounds of our time over the peer's in the same round: below 1 is
         faster.
-      bar: the ratio that must not be exceeded; None where there is none.
-      holds: whether it is not exceeded; None where there is no bar or no ratio.
-      ours_bandwidth: share of the machine's read bandwidth at which we read our weights.
-      peer_bandwidth: the peer's, likewise.
+      bar: largest ratio that is accepted; None without a bar.
+      holds: whether the ratio is within the bar; None without a bar or a ratio.
+      ours_bandwidth: rate at which we read our weights, as a share of the read bandwidth.
+      peer_bandwidth: the same of the peer.
       ours_bytes: weights read, in bytes: codes, scales, zero points and factors.
       peer_bytes: the peer's.
-      note: what else must be known about the row.
+      note: remarks on the row.
     """
 
     case: str
@@ -63,19 +63,19 @@ def compare(
     no_more_bytes: bool = False,
     note: str = "",
 ) -> Row:
-    """The row of two series that were taken turn by turn.
+    """The row of two series that were measured in turn.
 
     Args:
-      case: see :class:`Row`, as for all that is not explained here.
-      peer: likewise.
-      ours_s: our times in seconds, one a round; empty where we could not be run.
-      peer_s: the peer's, of the same rounds.
-      ours_bytes: likewise.
-      peer_bytes: likewise.
-      bandwidth: of this machine, in bytes a second.
-      bar: likewise.
-      no_more_bytes: the bar only holds where we read no more bytes than the peer.
-      note: likewise.
+      case: see :class:`Row`.
+      peer: see :class:`Row`.
+      ours_s: our times in seconds, one per round; empty where ours could not run.
+      peer_s: the peer's times in the same rounds.
+      ours_bytes: see :class:`Row`.
+      peer_bytes: see :class:`Row`.
+      bandwidth: read bandwidth of this machine, in bytes per second.
+      bar: see :class:`Row`.
+      no_more_bytes: the bar only holds if we read no more bytes than the peer.
+      note: see :class:`Row`.
 
     Returns:
       The row.
@@ -115,7 +115,7 @@ def _share(size: int | None, taken: Sequence[float], bandwidth: float | None) ->
 
 
 def show(rows: Sequence[Row], setting: Mapping[str, Any], missing: Mapping[str, str]) -> None:
-    """Print the setting, the table, and what could not be run."""
+    """Print the setting, the table, and the systems that could not run."""
     console = Console(highlight=False, width=220)
     console.print(", ".join(f"{name} {value}" for name, value in setting.items()) + "\n")
     table = Table(box=box.MARKDOWN)

@@ -1,15 +1,16 @@
-"""Times ``eoracc serve`` as its clients see it: throughput, and percentiles of how long they wait.
+"""Time ``eoracc serve`` from its clients' side: throughput, and percentiles of waiting times.
 
     python benchmarks/serving.py ARTIFACT [--clients 1 4 8 16] [--requests N] [--prompt-tokens N]
                                  [--new-tokens N] [--rows N] [--threads N] [--json FILE]
                                  [--llama-python PYTHON --gguf FILE]
 
-The server is a process of its own, and so are its clients: all share the machine. Each client sends
-one streamed request after the other; with adapters in the artifact, requests take them in turn, the
-backbone included. Every answer has all its tokens, and the first requests are not counted.
+The server runs in a process of its own, and so do its clients; all share the machine. Each client
+sends one streamed request after the other. If the artifact has adapters, requests use the backbone
+and the adapters in turn. Every answer has its full number of tokens, and the first requests are not
+counted.
 
-Percentiles are over requests: of the seconds to the first token, between two tokens, and to the
-last. The peer, llama-cpp-python's server, needs its ``server`` extra; it serves one request at a
+Percentiles are over requests: seconds to the first token, between two tokens, and to the last
+token. The peer, llama-cpp-python's server, needs its ``server`` extra and serves one request at a
 time.
 """
 
@@ -44,8 +45,8 @@ class Answer:
 
     Attributes:
       begin: when it was sent.
-      tokens: when each event with text came.
-      made: tokens, as the server counts them.
+      tokens: when each event with text arrived.
+      made: number of tokens, counted by the server.
     """
 
     begin: float
@@ -55,17 +56,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one number of clients saw of one server.
+    """Figures of one server for one number of clients.
 
     Attributes:
-      server: which.
-      clients: that asked at the same time.
-      requests: that all of them made.
-      tokens_per_s: tokens of all answers over the time from the first request to the last answer.
-      requests_per_s: likewise.
-      first_token_s: percentiles.
-      per_token_s: percentiles of the mean of a request.
-      request_s: percentiles.
+      server: name of the server.
+      clients: number of clients at the same time.
+      requests: number of requests of all clients.
+      tokens_per_s: tokens of all answers per second, from the first request to the last answer.
+      requests_per_s: the same for requests.
+      first_token_s: percentiles of the time to the first token.
+      per_token_s: percentiles of a request's mean time between two tokens.
+      request_s: percentiles of the time to the last token.
     """
 
     server: str
@@ -79,7 +80,7 @@ class Figures:
 
 
 def summarize(server: str, clients: int, answers: Sequence[Answer]) -> Figures:
-    """Figures of the ``answers`` that ``clients`` got."""
+    """Figures of the ``answers`` to ``clients``."""
     seconds = max(one.tokens[-1] for one in answers) - min(one.begin for one in answers)
     return Figures(
         server=server,
@@ -101,7 +102,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """A free port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port: int = taken.getsockname()[1]
     return port
@@ -109,7 +110,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(command: Sequence[str], port: int) -> Iterator[str]:
-    """Run a server as a child; yields its URL once it answers."""
+    """Run a server as a child process; yield its URL once it answers."""
     url = f"http://127.0.0.1:{port}"
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -130,7 +131,7 @@ def serving(command: Sequence[str], port: int) -> Iterator[str]:
 
 
 def prompt_of(number: int, tokens: int) -> str:
-    """About ``tokens`` tokens, different for every ``number``: no cache can know them."""
+    """About ``tokens`` tokens, different for every ``number``, so that no cache has them."""
     words = np.random.default_rng(number).choice(
         ["state", "union", "people", "congress", "nation", "years", "great", "war", "peace"], tokens
     )
@@ -152,14 +153,14 @@ async def ask(client: httpx.AsyncClient, body: Mapping[str, Any], begin: float) 
                 times.append(time.perf_counter() - begin)
             if event.get("usage"):
                 made = event["usage"]["completion_tokens"]
-    # A server that does not count sends an event a token.
+    # A server without a count sends one event per token.
     return Answer(sent, tuple(times), made or len(times))
 
 
 async def measure(
     url: str, models: Sequence[str], *, clients: int, requests: int, prompt_tokens: int, tokens: int
 ) -> list[Answer]:
-    """Let ``clients`` make ``requests`` between them."""
+    """Make ``requests`` with ``clients`` at the same time."""
     numbers = iter(range(requests))
     answers: list[Answer] = []
     begin = time.perf_counter()
@@ -219,20 +220,20 @@ def line_of(one: Figures) -> str:
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON if asked to."""
+    """Measure, print the table, and write JSON if a file is given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--requests", type=int, default=32, help="for each number of clients")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="about")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="approximate length")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--llama-python", help="interpreter with llama-cpp-python[server]")
-    parser.add_argument("--gguf", type=Path, help="what it serves")
+    parser.add_argument("--gguf", type=Path, help="the GGUF file that it serves")
     options = parser.parse_args()
 
     print(HEADING)

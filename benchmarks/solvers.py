@@ -1,16 +1,15 @@
-"""Time the solver of compensation against a full SVD, and compare the errors that both leave.
+"""Time the compensation solver against a full SVD, and compare their remaining errors.
 
     python -m benchmarks.solvers [--json FILE] [--repeats N] [--rank R] [--threads N]
                                  [--shapes 576x576,4096x4096] [--spectra white,decaying]
 
-Both are given the same weighted error, ``delta L`` in float32, and asked for its top left singular
-vectors: all that factors need (:mod:`eoracc.passes.solvers.factors`). The full SVD is
-torch.linalg.svd, optimal by Eckart and Young; the last column is by how much the error that ours
-leaves exceeds it.
+Both get the same weighted error, ``delta L`` in float32, and return its top left singular vectors,
+which are sufficient for the factors (:mod:`eoracc.passes.solvers.factors`). The full SVD is
+torch.linalg.svd, optimal by Eckart and Young. The last column is the excess of our error over it.
 
-The spectra are those that quantization errors lie between. *white*: independent entries, the
-flattest there is. *decaying*: the standard deviations of inputs span two decades, their Gram's
-eigenvalues four.
+The spectra are the two extremes of quantization errors. *white*: independent entries, the flattest
+spectrum. *decaying*: the standard deviations of inputs span two decades, their Gram's eigenvalues
+four.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ Float = NDArray[np.float32]
 
 SHAPES = "576x576,1536x576,576x1536,2048x2048,4096x4096"
 SPECTRA = {"white": 1.0, "decaying": 1e-2}
-"""Name to the standard deviation of the last input, that of the first being 1."""
+"""Standard deviation of the last input by name; that of the first is 1."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; seconds are the best of all repeats."""
+    """One line of the table; seconds are the minimum of all repeats."""
 
     rows: int
     columns: int
@@ -56,7 +55,7 @@ def weighted_error(rows: int, columns: int, spectrum: str) -> Float:
 
 
 def full_svd(matrix: Float, rank: int, threads: int) -> Float:
-    """Top left singular vectors ``[rows, rank]`` from all of the decomposition."""
+    """Top left singular vectors ``[rows, rank]`` from the full decomposition."""
     import torch
 
     torch.set_num_threads(threads)
@@ -73,7 +72,7 @@ def error_left(matrix: Float, vectors: NDArray[np.floating]) -> float:
 def timed(
     solve: Callable[[], NDArray[np.floating]], repeats: int
 ) -> tuple[float, NDArray[np.floating]]:
-    """Best time in seconds, and the vectors."""
+    """Minimum time in seconds, and the vectors."""
     best, vectors = float("inf"), None
     for _ in range(repeats):
         start = time.perf_counter()
@@ -110,7 +109,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shapes", default=SHAPES, help=f"ROWSxCOLUMNS, ... (default {SHAPES})")
     parser.add_argument("--spectra", default=",".join(SPECTRA))
-    parser.add_argument("--threads", type=int, default=1, help="of both; builds give solvers one")
+    parser.add_argument("--threads", type=int, default=1, help="of both solvers; builds use one")
     options = parser.parse_args()
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
     table = []

@@ -1,9 +1,9 @@
-"""Compiles the Triton kernels without a GPU and says what they need, and what a GPU would allow.
+"""Compile the Triton kernels without a GPU; print their resources and the bounds for GPUs.
 
     python benchmarks/triton_kernels.py [--json FILE]
 
-Registers, spills and shared memory are what ptxas reports; occupancy and the roofline follow from
-published figures (``gpus.py``). Nothing is run on a GPU and nothing is timed. Linears are those of
+Registers, spills and shared memory come from ptxas; occupancy and the roofline follow from
+published figures (``gpus.py``). Nothing runs on a GPU and nothing is timed. Linears are those of
 one block of Llama-3-8B (``shapes.json``), 4 bits in groups of 128.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Run by path, a script sees its own folder only.
+# A script that runs by its path can import from its own folder only.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpus import GPUS, Product, bound, occupancy
@@ -82,7 +82,7 @@ def products(rows: int, bits: int, rank: int) -> dict[str, Product]:
 
 
 def rooflines() -> Iterator[Row]:
-    """Each linear on each GPU, beside a float16 weight without a low-rank term."""
+    """Bounds of each linear on each GPU, next to a float16 weight without a low-rank term."""
     for gpu in GPUS:
         for rows in ROWS:
             plain = products(rows, 16, 0)
@@ -102,7 +102,7 @@ def rooflines() -> Iterator[Row]:
 
 
 def launches() -> Iterator[Row]:
-    """One row through ``o``: the low-rank term in one launch, or its down-projection before."""
+    """Bounds of one row through ``o``, with one launch and with a separate down-projection."""
     for gpu in GPUS:
         for rank in ONE_LAUNCH_RANKS:
             product = products(1, 4, rank)["o"]
@@ -173,7 +173,7 @@ def _show_rooflines(found: list[Row]) -> None:
 
 
 def _show_launches(found: list[Row]) -> None:
-    header = "GPU | rank | one launch | bound by | two launches, without what a launch costs"
+    header = "GPU | rank | one launch | bound by | two launches, without launch overhead"
     lines = (
         f"{row['gpu']} | {row['rank']} | {row['one_launch_seconds'] * 1e6:.1f} | "
         f"{row['bound_by']} | {row['two_launches_seconds'] * 1e6:.1f}"
@@ -183,9 +183,9 @@ def _show_launches(found: list[Row]) -> None:
 
 
 def main() -> None:
-    """Print the tables, and write them as JSON where a file is named."""
+    """Print the tables, and write them as JSON if a file is given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     arguments = parser.parse_args()
     tables = {
         "resources": list(resources()),

@@ -61,8 +61,8 @@ def test_every_kind_is_benched_on_a_copy(
     ("arguments", "message"),
     [
         (["nothing"], "'nothing' names no artifact: give LABEL=DIR"),
-        (["a={artifact}", "--kind", "int3:16"], "'int3:16' is no kind of factors"),
-        (["a={artifact}", "--kind", "int8:0"], "'int8:0' is no kind of factors"),
+        (["a={artifact}", "--kind", "int3:16"], "'int3:16' is not TYPE:RANK"),
+        (["a={artifact}", "--kind", "int8:0"], "'int8:0' is not TYPE:RANK"),
     ],
 )
 def test_a_bad_argument_is_told(
