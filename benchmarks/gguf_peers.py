@@ -34,7 +34,7 @@ from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import ConsoleProgress, Progress
 from eoracc.compiler.report.fidelity import Scorer, Scores, Variant
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Linear, find_linears
@@ -131,7 +131,7 @@ def importance(
     Returns:
       ``float32 [K]`` by llama.cpp's name of the weight.
     """
-    context = SurveyContext(
+    context = Survey(
         model=loaded.model,
         linears=find_linears(loaded.model),
         windows=windows,

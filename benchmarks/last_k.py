@@ -33,8 +33,8 @@ from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import ConsoleProgress, Progress
 from eoracc.compiler.report.fidelity import Variant, score_variants
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.sweep.survey import SurveyContext
-from eoracc.compiler.sweep.trials import Course, Trials
+from eoracc.compiler.sweep.products import resolve_precision
+from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
@@ -43,6 +43,7 @@ from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.plan.select_last_k import SelectLastK
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.survey import Course
 
 CALIBRATE = Calibrate(tokens="equal")
 """The statistics of ERC-SVD."""
@@ -62,9 +63,9 @@ class Bench:
     key: str = "benchmark"
     """Digest of everything that trials depend on; trials of another digest are not reused."""
 
-    def context(self, following: Sequence[LayerPass], folder: Path) -> SurveyContext:
+    def context(self, following: Sequence[LayerPass], folder: Path) -> Survey:
         """The context of a survey before ``following``."""
-        return SurveyContext(
+        return Survey(
             model=self.loaded.model,
             linears=find_linears(self.loaded.model),
             windows=self.calibration,
@@ -76,21 +77,21 @@ class Bench:
             progress=self.progress,
         )
 
-    def measure(
-        self, name: str, context: SurveyContext, option: str, course: Course
-    ) -> dict[str, float]:
+    def measure(self, name: str, context: Survey, option: str, course: Course) -> dict[str, float]:
         """Last-layer error and perplexities with the option of each block from ``course``.
 
         The row ``name`` is reused if an earlier run has kept it in the context's folder.
         """
         return context.remember(f"row-{name}", lambda: self._measured(context, option, course))
 
-    def _measured(self, context: SurveyContext, option: str, course: Course) -> dict[str, float]:
+    def _measured(self, context: Survey, option: str, course: Course) -> dict[str, float]:
         last = max(one.block for one in context.linears if one.block is not None)
-        with Trials(context, option, probes=[last], resume=()) as trials:
+        with context.trials(option, probes=[last], resume=()) as trials:
             error = trials.errors(course, along=course)[last]
             compressed = trials.compressed
-        executor = Executor(context.model, context.linears, precision=CALIBRATE.resolved_precision)
+        executor = Executor(
+            context.model, context.linears, precision=resolve_precision(CALIBRATE.precision)
+        )
 
         def weight_of(linear: Linear) -> NDArray[np.float32]:
             return compressed.get(linear.name, linear).effective_weight()

@@ -52,12 +52,12 @@ from eoracc.compiler.targets.parity_record import AdapterCases
 from eoracc.compiler.targets.tensorrt.engine_graph import check_contexts
 from eoracc.compiler.text.windows import calibration_windows, evaluation_windows
 from eoracc.errors import ArtifactError, EoraccError, GateError
-from eoracc.passes.base import SurveyPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.survey import SurveyPass
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.artifact.manifest import Manifest
 from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes

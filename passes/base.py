@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import onnx_ir as ir
 
-    from eoracc.compiler.sweep.survey import SurveyContext
     from eoracc.passes.graph.linears import LinearGroup
 
-__all__ = ["LayerPass", "ModelPass", "Pass", "SurveyPass", "pass_names", "pass_type", "register"]
+__all__ = ["LayerPass", "ModelPass", "Pass", "pass_names", "pass_type", "register"]
 
 _REGISTRY: dict[str, type[Pass]] = {}
 _P = TypeVar("_P", bound="type[Pass]")
@@ -36,28 +33,6 @@ class ModelPass(Pass):
     @abstractmethod
     def call(self, model: ir.Model) -> bool:
         """Change ``model`` in place; return whether anything changed."""
-
-
-class SurveyPass(Pass):
-    """A pass that looks at the whole model and the calibration text, and changes no weight.
-
-    What it finds steers the passes after it: options of single linears through
-    :attr:`~eoracc.passes.graph.linears.Linear.plan`, or what errors of outputs count for.
-    """
-
-    @abstractmethod
-    def survey(self, context: SurveyContext) -> dict[str, Any]:
-        """Look, and put the findings on the linears.
-
-        Returns:
-          What report.json shows of it, JSON-able.
-        """
-
-    @classmethod
-    def summary(cls, found: Mapping[str, Any]) -> str:
-        """What :meth:`survey` has found, for the console: a clause or two; empty for nothing."""
-        del found
-        return ""
 
 
 class LayerPass(Pass):

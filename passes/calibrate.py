@@ -16,13 +16,13 @@ from eoracc.passes.solvers.gram import accumulate_cross, accumulate_gram, output
 from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from eoracc.compiler.sweep.products import Precision
     from eoracc.passes.graph.linears import LinearGroup
     from eoracc.passes.solvers.gram import Activations, Gram
 
-__all__ = ["Calibrate"]
+__all__ = ["Calibrate", "Precision"]
+
+Precision = Literal["float32", "bfloat16"]
+"""What the products of a forward pass round their operands to; sums are float32."""
 
 
 @register
@@ -58,13 +58,6 @@ class Calibrate(LayerPass):
     tokens: Literal["unit", "equal", "gradients"] = "unit"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
-    @property
-    def resolved_precision(self) -> Precision:
-        """What ``precision`` comes to on this machine."""
-        if self.precision == "auto":
-            return "bfloat16" if _products().bfloat16_is_fast() else "float32"
-        return self.precision
-
     @override
     def requires(self, group: LinearGroup) -> None:
         if group.activations is None:
@@ -88,7 +81,7 @@ class Calibrate(LayerPass):
         gram = accumulate_gram(
             map(_unit, seen) if self.tokens == "unit" else seen,
             group.linears[0].in_features,
-            add=_products().add_outer_products if self.resolved_precision == "bfloat16" else None,
+            add=None if group.products is None else group.products.outer,
         )
         # One bad value anywhere reaches the diagonal: no need to scan every activation.
         if not np.isfinite(np.diag(gram.matrix)).all():
@@ -120,7 +113,7 @@ class Calibrate(LayerPass):
         cross = accumulate_cross(
             _differences(group, unit=self.tokens == "unit"),
             len(gram.matrix),
-            add=_products().add_cross_products if self.resolved_precision == "bfloat16" else None,
+            add=None if group.products is None else group.products.cross,
         )
         if not np.isfinite(cross).all():
             raise PassError(
@@ -184,10 +177,3 @@ def _unit_scale(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms != 0)
     shaped: NDArray[np.float32] = scale[:, None].astype(np.float32)
     return shaped
-
-
-def _products() -> ModuleType:
-    # Loads torch: a list of the passes, say, has no need of it.
-    from eoracc.compiler.sweep import products  # noqa: PLC0415
-
-    return products

@@ -24,8 +24,9 @@ from eoracc.compiler.adapters.restore import Backbone
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.progress import Progress, cpu_seconds
 from eoracc.compiler.sweep.executor import Executor, WeightOf, make_batches
+from eoracc.compiler.sweep.forward import ForwardPass, one_thread
+from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import AdapterCheckpoint
-from eoracc.compiler.sweep.run import ForwardPass, one_thread
 from eoracc.compiler.text.windows import Settings, Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ConfigError
 from eoracc.passes.calibrate import Calibrate
@@ -175,7 +176,9 @@ def solve_adapter(
         size=_BATCH,
         weights=calibration.weights,
     )
-    executor = Executor(backbone.model, backbone.linears, precision=calibrate.resolved_precision)
+    executor = Executor(
+        backbone.model, backbone.linears, precision=resolve_precision(calibrate.precision)
+    )
     found = _Found(weight_of)
     checkpoint = AdapterCheckpoint(work, _key(backbone, task, calibrate, weight_of))
     forward = ForwardPass(executor, batches, found.weight, match=calibrate.match)
@@ -283,7 +286,9 @@ def _key(backbone: Backbone, task: Task, calibrate: Calibrate, weight_of: Weight
     """Digest of everything that an adapter's factors depend on."""
     solver = TypeAdapter(AdapterSolver).dump_python(task.solver, mode="json")
     digest = hashlib.sha256(
-        json.dumps([__version__, solver, calibrate.resolved_precision, calibrate.match]).encode()
+        json.dumps(
+            [__version__, solver, resolve_precision(calibrate.precision), calibrate.match]
+        ).encode()
     )
     windows = task.calibration
     for array in (windows.input_ids, windows.attention_mask, windows.weights):

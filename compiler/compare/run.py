@@ -50,10 +50,11 @@ from eoracc.compiler.text.windows import (
     evaluation_windows,
 )
 from eoracc.errors import ConfigError, ModelError, PassError
-from eoracc.passes.base import ModelPass, Pass, SurveyPass
+from eoracc.passes.base import ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, block_of, find_linears
+from eoracc.passes.survey import SurveyPass
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["Comparison", "Original", "Row", "compare", "work_folder"]

@@ -19,9 +19,10 @@ from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import Progress, cpu_seconds
 from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.pipeline import stage_key, stages
+from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint
-from eoracc.compiler.sweep.run import ForwardPass, one_thread
 from eoracc.compiler.sweep.survey import calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
@@ -158,7 +159,7 @@ def _sweep(
     for item in changes:
         assert isinstance(item, ModelPass)  # noqa: S101 - _plan() takes no others
         item.call(model)
-    executor = Executor(model, precision=calibrate.resolved_precision)
+    executor = Executor(model, precision=resolve_precision(calibrate.precision))
     runs = [_Run(plan, find_linears(model.clone())) for plan in plans]
     shared = Counter(key for run in runs for key in run.prefixes)
     forward, kept, begin = _set_out(executor, calibration, folder, runs, plans[0].key)

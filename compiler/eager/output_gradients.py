@@ -36,7 +36,6 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from eoracc.compiler.eager.model import module_rows, positions
-from eoracc.compiler.sweep import products
 from eoracc.errors import ModelError
 from eoracc.passes.graph.linears import block_of
 from eoracc.passes.solvers.gram import GramSum
@@ -45,8 +44,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from eoracc.compiler.progress import Phase, Progress
-    from eoracc.compiler.sweep.products import Precision
     from eoracc.compiler.text.windows import Windows
+    from eoracc.passes.calibrate import Precision
+    from eoracc.passes.solvers.gram import AddOuterProducts
 
 __all__ = ["Labels", "draw_labels", "output_gradient_grams"]
 
@@ -71,6 +71,7 @@ def output_gradient_grams(
     draws: int,
     seed: int,
     precision: Precision,
+    add: AddOuterProducts | None = None,
     progress: Progress,
 ) -> None:
     """Write ``G = mean_t g_t g_t^T`` of every linear to a file of its own.
@@ -91,6 +92,7 @@ def output_gradient_grams(
       draws: labels a token; each takes a backward pass of its own.
       seed: of the draws. A window's depend on its place alone, not on how windows are batched.
       precision: of the passes.
+      add: how products of gradients are made; None makes them in float32.
       progress: shown a step a block.
 
     Raises:
@@ -103,7 +105,7 @@ def output_gradient_grams(
         _use_fast_attention(model)
         run.forward(phase)
         run.head(phase)
-        run.backward(phase, products.add_outer_products if precision == "bfloat16" else None)
+        run.backward(phase, add)
 
 
 def draw_labels(

@@ -476,7 +476,8 @@ def survey_lines(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each survey found, in one line."""
     # Loads the passes: what reads a report without surveys, say, has no need of them.
     from eoracc.passes import load_passes  # noqa: PLC0415
-    from eoracc.passes.base import SurveyPass, pass_type  # noqa: PLC0415
+    from eoracc.passes.base import pass_type  # noqa: PLC0415
+    from eoracc.passes.survey import SurveyPass  # noqa: PLC0415
 
     if surveys:
         load_passes()

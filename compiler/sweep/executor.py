@@ -24,8 +24,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from eoracc.compiler.sweep.products import Precision, attention, linear_products
+from eoracc.compiler.sweep.products import attention, linear_products
 from eoracc.errors import ModelError
+from eoracc.passes.calibrate import Precision
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.plugins.functions.overload import local_function
 from eoracc.plugins.op import DOMAIN
@@ -117,6 +118,7 @@ class Executor:
       linears: all linears in execution order.
       levels: groups of linears per level, in order.
       head_level: the level of the last linear, the language model head.
+      precision: of the linears and of attention.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Executor:
           precision: of the linears and of attention.
         """
         self._model = model
-        self._precision: Precision = precision
+        self.precision: Precision = precision
         self.linears = list(find_linears(model) if linears is None else linears)
         self._past = {
             value.name: _empty_past(value)
@@ -182,7 +184,7 @@ class Executor:
         groups = [
             (
                 group.linears,
-                linear_products([weight_of(linear) for linear in group.linears], self._precision),
+                linear_products([weight_of(linear) for linear in group.linears], self.precision),
             )
             for group in self.levels[level]
         ]
@@ -224,7 +226,7 @@ class Executor:
         """Logits ``[batch, sequence, vocabulary]`` of head inputs ``[batch, sequence, hidden]``."""
         head = self.levels[self.head_level][-1].linears[-1]
         batch = Batch(np.ones(hidden.shape[:2], np.int64))
-        multiply = linear_products([weight], self._precision)
+        multiply = linear_products([weight], self.precision)
         (product,) = multiply(hidden.reshape(-1, hidden.shape[-1]))
         batch.values[self._output_names[head]] = product.reshape(*hidden.shape[:-1], -1)
         self._runner(self.head_level + 1)(batch)
@@ -288,7 +290,7 @@ class Executor:
                 kv_heads=attributes["kv_num_heads"].as_int(),
                 causal="is_causal" in attributes and bool(attributes["is_causal"].as_int()),
                 scale=attributes["scale"].as_float() if "scale" in attributes else None,
-                precision=self._precision,
+                precision=self.precision,
             )
 
     def _input(self, linear: Linear, batch: Batch) -> Float:

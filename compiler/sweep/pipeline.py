@@ -20,12 +20,13 @@ from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
-from eoracc.compiler.sweep.survey import SurveyContext, calibration_batches
+from eoracc.compiler.sweep.survey import Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError
-from eoracc.passes.base import LayerPass, ModelPass, Pass, SurveyPass
+from eoracc.passes.base import LayerPass, ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.graph import spec
@@ -35,6 +36,7 @@ from eoracc.passes.overrides import Overridable
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.survey import SurveyPass
 
 __all__ = ["Compressed", "compress", "stage_key", "stages"]
 
@@ -99,7 +101,7 @@ def compress(
         kept = folder / str(position)
         first = members[0]
         if isinstance(first, SurveyPass):
-            context = SurveyContext(
+            context = Survey(
                 model=model,
                 linears=compressed.linears,
                 windows=calibration,
@@ -151,7 +153,7 @@ def _sweep(
         Executor(
             compressed.model,
             compressed.linears,
-            precision="float32" if calibrate is None else calibrate.resolved_precision,
+            precision="float32" if calibrate is None else resolve_precision(calibrate.precision),
         ),
         passes,
         batches,

@@ -16,17 +16,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eoracc.passes.calibrate import Precision
+from eoracc.passes.solvers.gram import GramProducts
+
 __all__ = [
-    "Precision",
     "add_cross_products",
     "add_outer_products",
     "attention",
     "bfloat16_is_fast",
+    "gram_products",
     "linear_products",
+    "resolve_precision",
 ]
 
 Float = NDArray[np.float32]
-Precision = Literal["float32", "bfloat16"]
 
 _STRIPS = 3
 """Strips of a symmetric product; what lies right of a strip's diagonal block is not made."""
@@ -36,6 +39,20 @@ def bfloat16_is_fast() -> bool:
     """Whether this processor has units (AMX) that multiply bfloat16."""
     # torch has no public name for it.
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(asked: Literal["auto", "float32", "bfloat16"]) -> Precision:
+    """The precision that an option asks for; ``auto`` depends on this processor."""
+    if asked == "auto":
+        return "bfloat16" if bfloat16_is_fast() else "float32"
+    return asked
+
+
+def gram_products(precision: Precision) -> GramProducts | None:
+    """How Grams are summed in ``precision``; None for NumPy's float32."""
+    if precision == "float32":
+        return None
+    return GramProducts(add_outer_products, add_cross_products)
 
 
 def linear_products(

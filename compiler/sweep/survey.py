@@ -1,26 +1,29 @@
-"""What a survey sees: the whole model, the calibration text, and the passes that it steers."""
+"""The compiler's implementation of :class:`~eoracc.passes.survey.SurveyContext`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
+from eoracc.compiler.eager.model import load_eager
+from eoracc.compiler.eager.output_gradients import Labels, output_gradient_grams
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep.executor import Batch, Executor, make_batches
-from eoracc.compiler.sweep.products import Precision
-from eoracc.compiler.sweep.run import ForwardPass, one_thread
+from eoracc.compiler.sweep.forward import ForwardPass, one_thread
+from eoracc.compiler.sweep.products import gram_products, resolve_precision
+from eoracc.compiler.sweep.trials import Trials
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.base import LayerPass
-from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.calibrate import Calibrate, Precision
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 
-__all__ = ["SurveyContext", "calibration_batches"]
+__all__ = ["Survey", "calibration_batches"]
 
 _BATCH = 4
 """Calibration windows per batch: enough to fill the cores, few enough to stay in cache."""
@@ -34,7 +37,7 @@ def calibration_batches(windows: Windows) -> list[Batch]:
 
 
 @dataclass(frozen=True, eq=False)
-class SurveyContext:
+class Survey:
     """One survey's view of a build.
 
     Attributes:
@@ -92,7 +95,7 @@ class SurveyContext:
           calibrate: takes the Grams, with its precision.
         """
         calibrate = replace(calibrate, through="original", match="weights")
-        executor = self.executor(precision=calibrate.resolved_precision)
+        executor = self.executor(precision=resolve_precision(calibrate.precision))
         forward = ForwardPass(executor, self.batches(), Linear.weight, match="weights")
         forward.start()
         with self.progress.phase(name, len(executor.levels)) as phase:
@@ -137,6 +140,48 @@ class SurveyContext:
         begun.write_text(json.dumps({"key": self.key, "found": found}), encoding="utf-8")
         begun.replace(path)
         return found
+
+    def trials(self, option: str, *, probes: Collection[int], resume: Iterable[int]) -> Trials:
+        """See :meth:`.SurveyContext.trials`."""
+        calibrate = next((item for item in self.following if isinstance(item, Calibrate)), None)
+        precision = "float32" if calibrate is None else resolve_precision(calibrate.precision)
+        return Trials(
+            Executor(self.model, self.linears, precision=precision),
+            self.following,
+            self.batches,
+            option,
+            folder=self.folder / "activations",
+            probes=probes,
+            resume=resume,
+        )
+
+    def output_gradients(
+        self,
+        names: Sequence[str],
+        *,
+        folder: Path,
+        labels: Labels,
+        draws: int,
+        seed: int,
+        precision: Literal["auto", "float32", "bfloat16"],
+    ) -> None:
+        """See :meth:`.SurveyContext.output_gradients`."""
+        assert self.windows is not None  # noqa: S101 - the survey has checked
+        resolved = resolve_precision(precision)
+        products = gram_products(resolved)
+        output_gradient_grams(
+            load_eager(self.checkpoint, {}, trust_remote_code=self.trust_remote_code),
+            names,
+            self.windows,
+            folder=folder,
+            key=self.key,
+            labels=labels,
+            draws=draws,
+            seed=seed,
+            precision=resolved,
+            add=None if products is None else products.outer,
+            progress=self.progress,
+        )
 
 
 def _as_found(make: Callable[[LinearGroup], list[Any]], group: LinearGroup) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -20,21 +21,17 @@ from numpy.typing import NDArray
 
 from eoracc.compiler.sweep.activation_store import ActivationStore
 from eoracc.compiler.sweep.executor import Batch, Executor
-from eoracc.compiler.sweep.run import inputs_over, one_thread, original_weight
-from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.sweep.forward import inputs_over, one_thread, original_weight
+from eoracc.compiler.sweep.products import gram_products
 from eoracc.errors import PassError
+from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.survey import Course, Errors
 from eoracc.runtime.memory import release_memory
 
-__all__ = ["Course", "Errors", "Trials"]
-
-Course = Mapping[int, float]
-"""What the option is, by decoder block; blocks that are not named keep what the passes say."""
-
-Errors = dict[int, float]
-"""Relative error of the output, by decoder block: ``||Y - Y~||_F / ||Y||_F`` over the tokens."""
+__all__ = ["Trials"]
 
 _Linears = Mapping[str, Linear]
 
@@ -87,34 +84,44 @@ class Trials:
     """
 
     def __init__(
-        self, context: SurveyContext, option: str, *, probes: Collection[int], resume: Iterable[int]
+        self,
+        executor: Executor,
+        passes: Sequence[LayerPass],
+        batches: Callable[[], list[Batch]],
+        option: str,
+        *,
+        folder: Path,
+        probes: Collection[int],
+        resume: Iterable[int],
     ) -> None:
         """Prepare; the text is gone through when the first trial asks for it.
 
         Args:
-          context: of the survey, whose ``following`` passes are tried.
+          executor: cut from the model that the survey sees.
+          passes: the layer passes that are tried.
+          batches: makes the calibration windows, graph inputs set.
           option: what courses are about, an option's name.
+          folder: for activations that do not fit in memory.
           probes: blocks whose outputs errors are measured at.
           resume: blocks before which activations of the course that was kept last are kept.
 
         Raises:
           PassError: the decoder blocks do not follow one another up to a head.
         """
-        calibrate = next((one for one in context.following if isinstance(one, Calibrate)), None)
+        calibrate = next((item for item in passes if isinstance(item, Calibrate)), None)
         self._calibrate = calibrate or Calibrate(precision="float32")  # as a sweep does without
-        self._context = context
+        self._executor = executor
+        self._passes = passes
+        self._batches = batches
         self._option = option
-        self._executor = Executor(
-            context.model, context.linears, precision=self._calibrate.resolved_precision
-        )
         self._levels = _levels_of_blocks(self._executor)
         self.blocks = tuple(self._levels)
         self._probes = frozenset(probes)
         self._resume = {self.blocks[0], *resume}
-        self._store = ActivationStore(context.folder / "activations")
+        self._store = ActivationStore(folder)
         # Of an earlier sweep's: the model that the survey finds is not the original one.
         self._is_compressed = any(
-            one.whole is not None or one.compressed is not None for one in context.linears
+            one.whole is not None or one.compressed is not None for one in executor.linears
         )
         self._gone: _Gone | None = None
 
@@ -174,7 +181,7 @@ class Trials:
 
     def _go_original(self) -> _Gone:
         """Go through the model as it is found; keep the original one's outputs at the probes."""
-        batches = self._context.batches()
+        batches = self._batches()
         self._executor.start(batches)
         originals = _copied(batches) if self._is_compressed else batches
         self._keep(self.blocks[0], _Point(batches, originals))
@@ -278,7 +285,8 @@ class Trials:
         on_trial.activations = inputs_over(self._executor, group, seen)
         if matched is not None:
             on_trial.originals = inputs_over(self._executor, group, matched)
-        for layer_pass in self._context.following:
+        on_trial.products = gram_products(self._executor.precision)
+        for layer_pass in self._passes:
             layer_pass.requires(on_trial)
             with one_thread(layer_pass):
                 layer_pass.call(on_trial)
@@ -332,7 +340,7 @@ class Trials:
 
     def _is_left_alone(self, block: int, course: Course) -> bool:
         """Whether all that passes do in ``block`` is to factorise nothing of it."""
-        changing = [one for one in self._context.following if not isinstance(one, Calibrate)]
+        changing = [one for one in self._passes if not isinstance(one, Calibrate)]
         if not all(isinstance(one, Factorization) for one in changing):
             return False
         copies = [self._copy(one, course.get(block)) for one in self._in(block)]
@@ -369,7 +377,7 @@ class Trials:
         # Masks and token weights are those of the text, whatever has become of its activations.
         return [
             replace(batch, values=values)
-            for batch, values in zip(self._context.batches(), self._store.batches(key), strict=True)
+            for batch, values in zip(self._batches(), self._store.batches(key), strict=True)
         ]
 
 

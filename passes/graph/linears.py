@@ -23,7 +23,7 @@ from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
 if TYPE_CHECKING:
-    from eoracc.passes.solvers.gram import Activations, Gram
+    from eoracc.passes.solvers.gram import Activations, Gram, GramProducts
 
 __all__ = [
     "Factorized",
@@ -347,12 +347,15 @@ class LinearGroup:
       activations: the shared input over the calibration text, taken through the prefix.
       originals: the same tokens' input in the original model; None where no pass asks for it.
       gram: set by ``calibrate``; None before.
+      products: how ``calibrate`` multiplies activations, in the precision of the forward pass; None
+        for float32.
     """
 
     linears: tuple[Linear, ...]
     activations: Activations | None = None
     originals: Activations | None = None
     gram: Gram | None = None
+    products: GramProducts | None = None
 
     @property
     def name(self) -> str:

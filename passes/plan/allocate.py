@@ -13,7 +13,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from eoracc.errors import ConfigError, PassError
-from eoracc.passes.base import SurveyPass, register
+from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation, Rank
 from eoracc.passes.overrides import Bits, GroupSize
@@ -29,10 +29,11 @@ from eoracc.passes.solvers.allocation import (
 from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
 from eoracc.passes.solvers.singular import top_left_vectors
 from eoracc.passes.statistics import output_root, require_gram, residual_of
+from eoracc.passes.survey import SurveyPass
 
 if TYPE_CHECKING:
-    from eoracc.compiler.sweep.survey import SurveyContext
     from eoracc.passes.graph.linears import Linear, LinearGroup
+    from eoracc.passes.survey import SurveyContext
 
 __all__ = ["Allocate"]
 

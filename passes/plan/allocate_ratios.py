@@ -11,18 +11,19 @@ import scipy.linalg
 from typing_extensions import override
 
 from eoracc.errors import PassError
-from eoracc.passes.base import SurveyPass, register
+from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import Factorization, factorized_rank
 from eoracc.passes.solvers.factors import gram_root
 from eoracc.passes.solvers.ratio_allocation import MAX_RATIO, ratios_by_energy, ratios_by_loss
 from eoracc.passes.statistics import require_gram
+from eoracc.passes.survey import SurveyPass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.compiler.sweep.survey import SurveyContext
     from eoracc.passes.graph.linears import Linear
+    from eoracc.passes.survey import SurveyContext
 
 __all__ = ["AllocateRatios"]
 

@@ -14,15 +14,15 @@ from safetensors.numpy import save_file
 from typing_extensions import override
 
 from eoracc.errors import PassError
-from eoracc.passes.base import SurveyPass, register
+from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.survey import SurveyPass
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.compiler.sweep.survey import SurveyContext
-    from eoracc.compiler.text.windows import Windows
     from eoracc.passes.graph.linears import Linear
+    from eoracc.passes.survey import SurveyContext
 
 __all__ = ["CalibrateOutputs"]
 
@@ -75,7 +75,7 @@ class CalibrateOutputs(SurveyPass):
         if not linears:
             raise PassError(self.name, "the model has no linear in a decoder block")
         take = self._of_gradients if self.by == "logits" else self._of_outputs
-        found = context.remember("output_grams", lambda: take(context, windows, linears))
+        found = context.remember("output_grams", lambda: take(context, linears))
         for linear in linears.values():
             linear.output_gram = self._gram_of(linear, linears, context.folder)
             if self.by == "logits":
@@ -88,30 +88,20 @@ class CalibrateOutputs(SurveyPass):
         return f"by {found['by']}, {found['linears']} linears over {found['tokens']:,} tokens"
 
     def _of_gradients(
-        self, context: SurveyContext, windows: Windows, linears: Mapping[str, Linear]
+        self, context: SurveyContext, linears: Mapping[str, Linear]
     ) -> dict[str, Any]:
-        # Load torch: a list of the passes, say, has no need of it.
-        from eoracc.compiler.eager.model import load_eager  # noqa: PLC0415
-        from eoracc.compiler.eager.output_gradients import output_gradient_grams  # noqa: PLC0415
-
-        output_gradient_grams(
-            load_eager(context.checkpoint, {}, trust_remote_code=context.trust_remote_code),
+        context.output_gradients(
             list(dict.fromkeys(_whole(linear) for linear in linears.values())),
-            windows,
             folder=context.folder / _FOLDER,
-            key=context.key,
             labels=self.labels,
             draws=self.samples,
             seed=self.seed,
-            precision=Calibrate(precision=self.precision).resolved_precision,
-            progress=context.progress,
+            precision=self.precision,
         )
         return {"labels": self.labels, "samples": self.samples, "seed": self.seed}
 
-    def _of_outputs(
-        self, context: SurveyContext, windows: Windows, linears: Mapping[str, Linear]
-    ) -> dict[str, Any]:
-        del windows, linears
+    def _of_outputs(self, context: SurveyContext, linears: Mapping[str, Linear]) -> dict[str, Any]:
+        del linears
         folder = context.folder / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         calibrate = Calibrate(tokens="equal", precision=self.precision)

@@ -10,17 +10,17 @@ from pydantic import Field
 from typing_extensions import override
 
 from eoracc.errors import ConfigError, PassError
-from eoracc.passes.base import SurveyPass, register
+from eoracc.passes.base import register
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.overrides import Bits
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.block_budget import BitsBudget, BlockBudget, Choice, RatioBudget
+from eoracc.passes.survey import SurveyPass
 
 if TYPE_CHECKING:
-    from eoracc.compiler.sweep.survey import SurveyContext
-    from eoracc.compiler.sweep.trials import Trials
     from eoracc.passes.graph.linears import Linear
+    from eoracc.passes.survey import SurveyContext, Trials
 
 __all__ = ["SelectLastK"]
 
@@ -80,23 +80,18 @@ class SelectLastK(SurveyPass):
 
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:
-        # Loads torch: a list of the passes, say, has no need of it.
-        from eoracc.compiler.sweep.trials import Trials  # noqa: PLC0415
-
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         steered = self._steered(context)
         budget = self._budget(context, steered)
         candidates, refused = self._candidates(budget)
         probes = self._probed(budget.blocks)
-        trials = Trials(
-            context,
+        with context.trials(
             budget.option,
             probes=list(probes),
             resume=budget.blocks if self.blocks == "free" else [c.blocks[0] for c in candidates],
-        )
-        search = _Search(context, budget, trials, probes)
-        with trials:
+        ) as trials:
+            search = _Search(context, budget, trials, probes)
             best, curve = search.best_of(candidates)
             found: dict[str, Any] = {"curve": curve}
             if refused:

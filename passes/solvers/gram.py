@@ -23,6 +23,7 @@ __all__ = [
     "AddCrossProducts",
     "AddOuterProducts",
     "Gram",
+    "GramProducts",
     "GramSum",
     "Residual",
     "accumulate_cross",
@@ -43,6 +44,19 @@ AddOuterProducts = Callable[[NDArray[np.float32], NDArray[np.float32]], None]
 
 AddCrossProducts = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]], None]
 """``add(left, right, total)`` adds ``left.T @ right`` to ``total [K, K]``."""
+
+
+@dataclass(frozen=True)
+class GramProducts:
+    """How the products of a Gram are made, in another precision than NumPy's float32.
+
+    Attributes:
+      outer: adds ``rows.T @ rows``.
+      cross: adds ``left.T @ right``.
+    """
+
+    outer: AddOuterProducts
+    cross: AddCrossProducts
 
 
 @dataclass(frozen=True, eq=False)

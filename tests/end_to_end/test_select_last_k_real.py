@@ -13,7 +13,7 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.run import run_sweep
-from eoracc.compiler.sweep.survey import SurveyContext, calibration_batches
+from eoracc.compiler.sweep.survey import Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.overrides import QuantizeOverride
@@ -41,7 +41,7 @@ def test_finds_the_last_blocks_of_a_real_model(smollm2_folder: Path, tmp_path: P
     ids = np.array(loaded.tokenizer()(TEXT * 4)["input_ids"])[None, :64]
     windows = Windows(ids, np.ones_like(ids))
     quantize = QuantizeRtn(bits=4, group_size=64)
-    context = SurveyContext(
+    context = Survey(
         model=loaded.model,
         linears=find_linears(loaded.model),
         windows=windows,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eoracc.compiler.sweep.products import gram_products
 from eoracc.errors import PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.eora import Eora
@@ -19,8 +20,8 @@ from eoracc.passes.solvers.gram import accumulate_gram, output_matching
 from tests.passes.groups import make_group, ones
 
 if TYPE_CHECKING:
-    from eoracc.compiler.sweep.products import Precision
     from eoracc.passes.base import LayerPass
+    from eoracc.passes.calibrate import Precision
     from eoracc.passes.graph.linears import LinearGroup
 
 WIDTH = 24
@@ -213,16 +214,19 @@ def test_inputs_that_are_always_zero_leave_the_weight() -> None:
 def test_where_nothing_drifts_the_target_is_the_weight_bit_for_bit(precision: Precision) -> None:
     original, _ = inputs()
     group = shown(original, original.copy())
-    Calibrate(match="outputs", precision=precision).call(group)
+    group.products = gram_products(precision)
+    Calibrate(match="outputs").call(group)
     np.testing.assert_array_equal(target(group), group.linears[0].weight())
 
 
 def test_bfloat16_gives_the_target_of_float32_but_for_rounding() -> None:
     original, seen = inputs()
     found = {}
-    for precision in ("float32", "bfloat16"):
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    for precision in precisions:
         group = shown(original, seen)
-        Calibrate(match="outputs", precision=precision).call(group)
+        group.products = gram_products(precision)
+        Calibrate(match="outputs").call(group)
         found[precision] = target(group) - group.linears[0].weight()
     error = np.linalg.norm(found["bfloat16"] - found["float32"])
     # Operands are off by 2^-9 each; the ridge, 1% of the mean, keeps that from growing far.

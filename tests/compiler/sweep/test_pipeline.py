@@ -16,15 +16,15 @@ from eoracc.compiler.config.sections import BuildConfig, load_config
 from eoracc.compiler.driver import BuildResult
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.pipeline import stages
+from eoracc.compiler.sweep.survey import Survey
 from eoracc.errors import ConfigError, PassError
-from eoracc.passes.base import SurveyPass
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.factorize.factorize_svd import FactorizeSvd
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.survey import SurveyContext, SurveyPass
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
-    from eoracc.compiler.sweep.survey import SurveyContext
     from eoracc.passes.graph.linears import LinearGroup
 
 QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
@@ -38,11 +38,12 @@ class Peek(SurveyPass):
     """Plans fewer bits for the down-projections; keeps what it was shown."""
 
     name: ClassVar[str] = "peek"
-    seen: ClassVar[list[SurveyContext]] = []
+    seen: ClassVar[list[Survey]] = []
     made: ClassVar[list[str]] = []
 
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:
+        assert isinstance(context, Survey)
         self.seen.append(context)
 
         def make() -> dict[str, Any]:
@@ -117,7 +118,7 @@ def test_a_plan_steers_the_linears_that_it_is_for(workspace: Path) -> None:
 def test_trials_leave_the_model_as_it_is(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     survey = Peek.survey
 
-    def trial(self: Peek, context: SurveyContext) -> dict[str, Any]:
+    def trial(self: Peek, context: Survey) -> dict[str, Any]:
         executor = context.executor()
         linear = executor.linears[0]
         linear.factorize(
@@ -139,7 +140,7 @@ def test_trials_know_what_the_graphs_linears_know(
     found: list[Linear] = []
     survey = Peek.survey
 
-    def trial(self: Peek, context: SurveyContext) -> dict[str, Any]:
+    def trial(self: Peek, context: Survey) -> dict[str, Any]:
         context.linears[0].output_gram = lambda: np.eye(1, dtype=np.float32)
         context.linears[0].plan["bits"] = 8
         found[:] = context.executor().linears[:2]

@@ -6,12 +6,12 @@ import torch
 from numpy.typing import NDArray
 
 from eoracc.compiler.sweep.products import (
-    Precision,
     add_cross_products,
     add_outer_products,
     attention,
     linear_products,
 )
+from eoracc.passes.calibrate import Precision
 
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 

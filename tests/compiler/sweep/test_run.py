@@ -14,6 +14,7 @@ from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.executor import Executor, make_batches
+from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
 from eoracc.passes.base import LayerPass
@@ -86,7 +87,7 @@ def sweep(
     calibrate = next((one for one in passes if isinstance(one, Calibrate)), None)
     executor = Executor(
         frontend.load(str(source), work=work).model,
-        precision="float32" if calibrate is None else calibrate.resolved_precision,
+        precision="float32" if calibrate is None else resolve_precision(calibrate.precision),
     )
     found = run_sweep(
         executor,

@@ -14,7 +14,7 @@ from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import linear_report
 from eoracc.compiler.sweep.pipeline import Compressed, compress
-from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
@@ -189,8 +189,8 @@ def test_group_sizes_can_be_chosen_too(
 
 def context(
     loaded: LoadedModel, windows: Windows | None, folder: Path, passes: Sequence[Any] = SWEEP
-) -> SurveyContext:
-    return SurveyContext(
+) -> Survey:
+    return Survey(
         model=loaded.model,
         linears=find_linears(loaded.model),
         windows=windows,
@@ -275,7 +275,7 @@ def test_goes_on_from_what_it_has_kept(
     survey = Allocate(bits_per_weight=6.4, distortion="relative")
     first = context(loaded, windows, tmp_path)
     found = survey.survey(first)
-    monkeypatch.setattr(SurveyContext, "walk", None)
+    monkeypatch.setattr(Survey, "walk", None)
     again = context(loaded, windows, tmp_path)
     assert survey.survey(again) == found
     assert [linear.plan for linear in again.linears] == [linear.plan for linear in first.linears]
@@ -286,7 +286,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(
 ) -> None:
     survey = Allocate(bits_per_weight=6.4, distortion="relative")
 
-    def refusal(survey: Allocate, seen: SurveyContext) -> str:
+    def refusal(survey: Allocate, seen: Survey) -> str:
         # A build has another key for each of these; here a folder does.
         with pytest.raises(PassError) as caught:
             survey.survey(replace(seen, folder=Path(mkdtemp(dir=tmp_path))))

@@ -11,7 +11,7 @@ from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.executor import Executor, make_batches
 from eoracc.compiler.sweep.pipeline import Compressed, compress
-from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
 from eoracc.passes.factorize.base import factorized_rank
@@ -123,7 +123,7 @@ def test_what_an_earlier_survey_has_planned_is_the_total(
 ) -> None:
     """Unlike ratios: each type and ratio is shared out by itself, or all by one total."""
     linears = find_linears(loaded.model)
-    context = SurveyContext(
+    context = Survey(
         model=loaded.model,
         linears=linears,
         windows=windows,

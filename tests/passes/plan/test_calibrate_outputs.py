@@ -15,12 +15,12 @@ from safetensors.numpy import load_file
 
 from eoracc.compiler.config.sections import load_config
 from eoracc.compiler.driver import build
-from eoracc.compiler.eager import output_gradients
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import report_lines
-from eoracc.compiler.sweep.survey import SurveyContext
+from eoracc.compiler.sweep import survey
+from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.calibrate import Calibrate
@@ -54,8 +54,8 @@ def loaded(tmp_path: Path) -> LoadedModel:
     return load(str(tiny_model("llama", tmp_path / "model")), work=tmp_path / "work")
 
 
-def context_of(loaded: LoadedModel, folder: Path, **changes: object) -> SurveyContext:
-    context = SurveyContext(
+def context_of(loaded: LoadedModel, folder: Path, **changes: object) -> Survey:
+    context = Survey(
         model=loaded.model,
         linears=find_linears(loaded.model),
         windows=windows(),
@@ -69,7 +69,7 @@ def context_of(loaded: LoadedModel, folder: Path, **changes: object) -> SurveyCo
     return replace(context, **changes)  # type: ignore[arg-type]
 
 
-def grams_of(context: SurveyContext) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+def grams_of(context: Survey) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     return {
         linear.name: linear.output_gram()
         for linear in context.linears
@@ -175,9 +175,7 @@ def test_a_finished_survey_is_not_made_again(
 ) -> None:
     first = context_of(loaded, tmp_path)
     found = CalibrateOutputs().survey(first)
-    monkeypatch.setattr(
-        output_gradients, "output_gradient_grams", lambda *_, **__: pytest.fail("made again")
-    )
+    monkeypatch.setattr(survey, "output_gradient_grams", lambda *_, **__: pytest.fail("made again"))
     again = context_of(loaded, tmp_path)
     assert CalibrateOutputs().survey(again) == found
     for name, gram in grams_of(again).items():

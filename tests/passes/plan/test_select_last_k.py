@@ -16,7 +16,7 @@ from eoracc.compiler.sweep import trials
 from eoracc.compiler.sweep.activation_store import ActivationStore
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
-from eoracc.compiler.sweep.survey import SurveyContext, calibration_batches
+from eoracc.compiler.sweep.survey import Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.calibrate import Calibrate
@@ -117,9 +117,9 @@ def error_of(
 
 def context(
     source: LoadedModel, windows: Windows | None, work: Path, following: Sequence[LayerPass]
-) -> SurveyContext:
+) -> Survey:
     model = source.model.clone()
-    return SurveyContext(
+    return Survey(
         model=model,
         linears=find_linears(model),
         windows=windows,

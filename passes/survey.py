@@ -1,0 +1,184 @@
+"""Surveys: passes that plan, and what the compiler lets them ask for.
+
+A survey sees the whole model and the calibration text before the sweep that it steers. The
+compiler implements :class:`SurveyContext`; nothing here knows how.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from eoracc.passes.base import LayerPass, Pass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph.linears import Linear, LinearGroup
+
+__all__ = [
+    "CalibrationWindows",
+    "Course",
+    "Errors",
+    "Phase",
+    "Progress",
+    "SurveyContext",
+    "SurveyPass",
+    "Trials",
+]
+
+Course = Mapping[int, float]
+"""The value of one option by decoder block; blocks that are not named keep what the passes say."""
+
+Errors = dict[int, float]
+"""Relative error of the output, by decoder block: ``||Y - Y~||_F / ||Y||_F`` over the tokens."""
+
+
+class CalibrationWindows(Protocol):
+    """The calibration text."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding left out."""
+
+
+class Phase(Protocol):
+    """A phase that is shown while it runs."""
+
+    def advance(self, note: str = "") -> None:
+        """One step is finished; ``note`` says where the phase is."""
+
+
+class Progress(Protocol):
+    """Shows how far a long piece of work has come."""
+
+    def phase(self, name: str, total: int) -> AbstractContextManager[Phase]:
+        """Show a phase of ``total`` steps."""
+
+
+class Trials(Protocol):
+    """Runs the passes of the next sweep on copies, with one option differing by decoder block."""
+
+    def errors(self, course: Course, *, along: Course, frozen: bool = False) -> Errors:
+        """Errors at the probes that ``course`` brings about.
+
+        Args:
+          course: the option by decoder block.
+          along: a course that this one departs from, maybe ``course`` itself. Its activations are
+            kept until another one is given.
+          frozen: compress only the first block in which ``course`` departs from ``along``; the
+            blocks after it stay as ``along`` left them.
+        """
+
+
+class SurveyContext(Protocol):
+    """One survey's view of a build.
+
+    Attributes:
+      linears: of the graph, in execution order.
+      windows: the calibration text; None where model.yaml gives none.
+      following: the layer passes of the next sweep, in order.
+      folder: where the survey may keep results that took long; it lasts until the build succeeds.
+      progress: shown a phase of the survey's own.
+    """
+
+    @property
+    def linears(self) -> Sequence[Linear]: ...  # noqa: D102 - see above
+
+    @property
+    def windows(self) -> CalibrationWindows | None: ...  # noqa: D102
+
+    @property
+    def following(self) -> Sequence[LayerPass]: ...  # noqa: D102
+
+    @property
+    def folder(self) -> Path: ...  # noqa: D102
+
+    @property
+    def progress(self) -> Progress: ...  # noqa: D102
+
+    def walk(self, name: str, calibrate: Calibrate) -> Iterator[LinearGroup]:
+        """Every group of linears of a copy of the graph, in execution order, with its Gram.
+
+        Linears and Grams are those of the original model. The forward pass ignores whatever the
+        caller does to a group's linears.
+
+        Args:
+          name: of the phase that is shown.
+          calibrate: takes the Grams, with its precision.
+        """
+
+    def each_group(
+        self, name: str, calibrate: Calibrate, make: Callable[[LinearGroup], list[Any]]
+    ) -> list[Any]:
+        """Concatenate what ``make`` returns for each group of :meth:`walk`.
+
+        Args:
+          name: as for :meth:`walk`.
+          calibrate: likewise.
+          make: JSON-able results of a group. An interrupted survey resumes after the last group.
+        """
+
+    def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The JSON-able result of ``make``, cached in :attr:`folder` across interrupted builds."""
+
+    def trials(
+        self, option: str, *, probes: Collection[int], resume: Iterable[int]
+    ) -> AbstractContextManager[Trials]:
+        """Prepare trials of courses of ``option``.
+
+        Args:
+          option: name of an option of the passes in :attr:`following`.
+          probes: decoder blocks at whose outputs errors are measured.
+          resume: decoder blocks before which activations are kept.
+
+        Raises:
+          PassError: the decoder blocks do not follow one another up to a head.
+        """
+
+    def output_gradients(
+        self,
+        names: Sequence[str],
+        *,
+        folder: Path,
+        labels: Literal["model", "text"],
+        draws: int,
+        seed: int,
+        precision: Literal["auto", "float32", "bfloat16"],
+    ) -> None:
+        """Write ``folder/NAME.safetensors`` for each linear of the original model in ``names``.
+
+        Each file has ``output_gram``, the Gram of the gradients of the model's predictions at the
+        linear's output (``float32 [N, N]``), and ``token_weights``, the squared norms of these
+        gradients (``float32 [tokens]``, padding included).
+
+        Args:
+          names: modules of the original model.
+          folder: is created.
+          labels: whose next token a gradient is of: drawn from the model, or the text's own.
+          draws: labels drawn for each token.
+          seed: of the draws.
+          precision: of the forward and backward passes.
+        """
+
+
+class SurveyPass(Pass):
+    """A pass that looks at the whole model and the calibration text, and changes no weight.
+
+    Its results steer later passes: options of single linears through
+    :attr:`~eoracc.passes.graph.linears.Linear.plan`, or weights of output errors.
+    """
+
+    @abstractmethod
+    def survey(self, context: SurveyContext) -> dict[str, Any]:
+        """Look, and put the results on the linears.
+
+        Returns:
+          The JSON-able entry of report.json.
+        """
+
+    @classmethod
+    def summary(cls, found: Mapping[str, Any]) -> str:
+        """One or two clauses for the console on the result of :meth:`survey`; empty for nothing."""
+        del found
+        return ""
