@@ -34,3 +34,12 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes minutes: where tests run side by side, none of it is left for last."""
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line how many tests were skipped, and why."""
+    from tests.skips import reason_of, summarize
+
+    reports = terminalreporter.getreports("skipped")
+    if reports:
+        terminalreporter.write_line(summarize(map(reason_of, reports)), yellow=True)

@@ -21,6 +21,7 @@ def require(package: str) -> None:
     Args:
       package: name by which it is imported: triton, tensorrt_rtx or tensorrt_bindings.
     """
+    __tracebackhide__ = True  # the caller is the place of the skip
     if find_spec(package) is not None:
         return
     problem = f"{package} is not installed: make setup-gpu"
