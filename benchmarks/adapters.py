@@ -154,14 +154,14 @@ def _print(reports: Sequence[dict[str, Any]]) -> None:
         none, *others = report["adapters"]
         bar = DECODE_BARS.get(report["rank"])
         switch = report["switch"]["adapter_switch_ms"]
-        for one in others:
-            ratio = one["decode_time_ratio"]
-            prefill = one["first_token_ms"]["median"] / none["first_token_ms"]["median"]
+        for adapter in others:
+            ratio = adapter["decode_time_ratio"]
+            prefill = adapter["first_token_ms"]["median"] / none["first_token_ms"]["median"]
             table.add_row(
-                f"{report['label']} + {one['adapter']}",
+                f"{report['label']} + {adapter['adapter']}",
                 f"{report['factor_type']} rank {report['rank']}",
                 f"{none['decode_tokens_per_s']['median']:.0f}",
-                f"{one['decode_tokens_per_s']['median']:.0f}",
+                f"{adapter['decode_tokens_per_s']['median']:.0f}",
                 f"{ratio['median']:.3f} ({ratio['low']:.3f} … {ratio['high']:.3f})",
                 "" if bar is None else f"≤ {bar}",
                 "" if bar is None else _holds(ratio["median"] <= bar),

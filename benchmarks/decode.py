@@ -180,20 +180,20 @@ def peers(name: str, llama_python: str, missing: dict[str, str]) -> list[Engine]
     (checkpoint,) = assemble([source], data)
     folder = CACHE / name
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    engines = []
     for size in GENAI_BLOCK_SIZES:
         engine = Engine(f"genai int4 block {size}", "genai", folder / f"genai-int4-{size}")
         if not (engine.path / "genai_config.json").is_file():
             hugging_face = load(str(checkpoint), work=folder / "model").folder
             if not _make(engine, "genai", hugging_face, str(size), missing):
                 continue
-        found.append(engine)
+        engines.append(engine)
     for kind in GGUF_TYPES:
         path = folder / f"{kind}.gguf"
         engine = Engine(f"llama.cpp {kind}", "llama_cpp", path, llama_python)
         if path.is_file() or _make(engine, "gguf", checkpoint, kind, missing):
-            found.append(engine)
-    return found
+            engines.append(engine)
+    return engines
 
 
 def _make(engine: Engine, tool: str, source: Path, setting: str, missing: dict[str, str]) -> bool:
@@ -256,9 +256,9 @@ def measure(
 def rows(model: str, measured: str, series: Series, missing: Mapping[str, str]) -> list[Row]:
     """Each of our artifacts against each peer; the fastest peer sets the bar."""
     medians = {engine: float(np.median(taken)) for engine, taken in series.seconds.items()}
-    others = sorted((one for one in medians if not one.ours), key=medians.__getitem__)
-    found = []
-    for ours in (one for one in medians if one.ours):
+    others = sorted((engine for engine in medians if not engine.ours), key=medians.__getitem__)
+    compared = []
+    for ours in (engine for engine in medians if engine.ours):
         case = f"{model} {measured} {TOKENS[measured]}, {ours.label}"
         for rank, peer in enumerate(others):
             row = compare(
@@ -276,8 +276,8 @@ def rows(model: str, measured: str, series: Series, missing: Mapping[str, str]) 
             )
             if missing and not rank:
                 row = replace(row, holds=None, note=f"{row.note} that ran")
-            found.append(row)
-    return found
+            compared.append(row)
+    return compared
 
 
 def main() -> None:
@@ -302,7 +302,7 @@ def main() -> None:
             parser.error(f"{text!r} names no artifact: give MODEL=DIR, as in smollm2=build/out")
         path = Path(folder).resolve()
         artifacts[name].append(Engine(f"eoracc {path.name}", "genai", path, ours=True))
-    found: list[Row] = []
+    table: list[Row] = []
     missing: dict[str, str] = {}
     versions: dict[str, str] = {}
     bandwidth = 0.0
@@ -317,7 +317,7 @@ def main() -> None:
             versions=versions,
         )
         for what, series in measured.items():
-            found += rows(MODELS[name][0], what, series, absent)
+            table += rows(MODELS[name][0], what, series, absent)
             bandwidth = series.bandwidth
         missing |= {f"{MODELS[name][0]} {label}": reason for label, reason in absent.items()}
     setting = {
@@ -326,9 +326,9 @@ def main() -> None:
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "engines": ", ".join(sorted(set(versions.values()))),
     }
-    show(found, setting, missing)
+    show(table, setting, missing)
     if arguments.json is not None:
-        write_json(arguments.json, found, setting, missing)
+        write_json(arguments.json, table, setting, missing)
 
 
 if __name__ == "__main__":

@@ -39,23 +39,23 @@ def open_eager(folder: Path) -> Callable[[Question], list[float]]:
 def _score(model: Any, tokenizer: Tokenizer, question: Question) -> list[float]:
     choices = encode_choices(tokenizer, question)
     # Each row keeps at least one token, whose logits predict the first token after the prompt.
-    shared = _common_length([one.tokens[: one.start] for one in choices]) - 1
+    shared = _common_length([choice.tokens[: choice.start] for choice in choices]) - 1
     cache = DynamicCache(config=model.config)
     if shared > 0:
         prefix = torch.tensor([choices[0].tokens[:shared]])
         cache = model(prefix, past_key_values=cache, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(choices))
-    longest = max(len(one.tokens) for one in choices)
-    rows = [one.tokens[shared:] for one in choices]
+    longest = max(len(choice.tokens) for choice in choices)
+    rows = [choice.tokens[shared:] for choice in choices]
     # Padding is on the right, where the attention of a valid token does not reach it.
     ids = torch.tensor([row + [0] * (longest - shared - len(row)) for row in rows])
     logits = model(ids, past_key_values=cache).logits
     scores = []
-    for row, one in enumerate(choices):
+    for row, choice in enumerate(choices):
         # The logits of a token are at the position before it.
-        places = slice(one.start - shared - 1, len(one.tokens) - shared - 1)
+        places = slice(choice.start - shared - 1, len(choice.tokens) - shared - 1)
         said = torch.log_softmax(logits[row, places].double(), dim=-1)
-        targets = torch.tensor(one.tokens[one.start :])[:, None]
+        targets = torch.tensor(choice.tokens[choice.start :])[:, None]
         scores.append(float(said.gather(1, targets).sum()))
     return scores
 

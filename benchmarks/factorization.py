@@ -85,11 +85,11 @@ class Variant:
         >>> Variant.parse("last_k+erc_svd{beta: 0.1}")
         Variant(name='erc_svd', options={'beta': 0.1}, flags=('last_k',))
         """
-        found = _VARIANT.fullmatch(text)
-        if found is None:
+        match = _VARIANT.fullmatch(text)
+        if match is None:
             raise ValueError(f"{text!r} is no variant: give one like last_k+erc_svd{{beta: 0.1}}")
-        flags = tuple(flag for flag in found["flags"].split("+") if flag)
-        return cls(found["name"], yaml.safe_load(found["options"] or "{}"), flags)
+        flags = tuple(flag for flag in match["flags"].split("+") if flag)
+        return cls(match["name"], yaml.safe_load(match["options"] or "{}"), flags)
 
     def passes(self, ratio: float, *, blocks: int) -> list[Any]:
         """The list of passes for model.yaml.
@@ -187,7 +187,7 @@ class Bench:
         cpu_s: float,
         surveys: list[dict[str, Any]],
     ) -> Row:
-        before, after = (_parameters(one) for one in (Executor(self.loaded.model), executor))
+        before, after = (_parameters(graph) for graph in (Executor(self.loaded.model), executor))
         return Row(
             variant=variant,
             ratio=ratio,

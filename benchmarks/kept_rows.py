@@ -39,7 +39,7 @@ class KeptRows(Generic[RowT]):
         """Append a row and replace the file atomically."""
         self._rows.append(row)
         if self._path is not None:
-            content = {"rows": [asdict(one) for one in self._rows]}
+            content = {"rows": [asdict(row) for row in self._rows]}
             partial = self._path.with_name(f"{self._path.name}.partial")
             partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             partial.replace(self._path)

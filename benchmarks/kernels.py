@@ -22,7 +22,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedWriter
 from pathlib import Path
@@ -524,21 +524,27 @@ def memory_bytes(contenders: int, cache: Path = Path("/sys/devices/system/cpu/cp
     return max(96 << 20, round(_CACHES_FULL * last / contenders))
 
 
+def _contenders(bars: Iterable[Bar]) -> list[Contender]:
+    """The contenders of ``bars``, each once, in order."""
+    sides = (side for bar in bars for side in (bar.ours, bar.peer))
+    return list(dict.fromkeys(side for side in sides if side is not None))
+
+
 def measure(suite: Suite, reader: Reader, library: Path, seconds: float) -> Iterator[Row]:
     """Time all contenders of a suite in turn, for about ``seconds`` per row count."""
     bars = [bar for at in suite.bars.values() for bar in at]
-    who = list(dict.fromkeys(one for bar in bars for one in (bar.ours, bar.peer) if one))
-    nbytes = memory_bytes(len(who)) if suite.from_memory else CACHE_BYTES
+    contenders = _contenders(bars)
+    nbytes = memory_bytes(len(contenders)) if suite.from_memory else CACHE_BYTES
     with tempfile.TemporaryDirectory() as folder:
         runners = {
-            one: Runner(one, suite.linear, nbytes, Path(folder) / str(i), library)
-            for i, one in enumerate(who)
+            contender: Runner(contender, suite.linear, nbytes, Path(folder) / str(i), library)
+            for i, contender in enumerate(contenders)
         }
         for rows, compared in suite.bars.items():
-            turn = {one: runners[one] for bar in compared for one in (bar.ours, bar.peer) if one}
+            turn = {contender: runners[contender] for contender in _contenders(compared)}
             for runner in turn.values():
                 runner.bind(rows)
-            taken: dict[Contender, list[float]] = {one: [] for one in turn}
+            taken: dict[Contender, list[float]] = {contender: [] for contender in turn}
             speeds: list[float] = []
             end = time.perf_counter() + seconds
             while time.perf_counter() < end or len(speeds) < 3:
@@ -547,8 +553,8 @@ def measure(suite: Suite, reader: Reader, library: Path, seconds: float) -> Iter
                     speeds.append(reader.bytes_per_second())
                 else:
                     speeds.append(speeds[-1])
-                for one, runner in turn.items():
-                    taken[one].append(runner.seconds())
+                for contender, runner in turn.items():
+                    taken[contender].append(runner.seconds())
             bandwidth = float(np.median(speeds))
             for bar in compared:
                 ours = turn[bar.ours]

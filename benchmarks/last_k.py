@@ -85,7 +85,7 @@ class Bench:
         return context.remember(f"row-{name}", lambda: self._measured(context, option, course))
 
     def _measured(self, context: Survey, option: str, course: Course) -> dict[str, float]:
-        last = max(one.block for one in context.linears if one.block is not None)
+        last = max(linear.block for linear in context.linears if linear.block is not None)
         with context.trials(option, probes=[last], resume=()) as trials:
             error = trials.errors(course, along=course)[last]
             compressed = trials.compressed
@@ -108,23 +108,33 @@ class Bench:
 def curve(bench: Bench, ratio: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for every ``k`` of erc_svd's curve."""
     context = bench.context([CALIBRATE, ErcSvd()], folder)
-    found = SelectLastK(ratio=ratio, step=step).survey(context)
-    blocks = sorted({one.block for one in context.linears if one.block is not None})
-    for one in found["curve"][1:]:
-        course = {block: one["ratio"] if block in one["blocks"] else 0.0 for block in blocks}
-        row = bench.measure(f"{one['k']}", context, "ratio", course)
-        chosen = one["k"] == found["chosen"]["k"]
-        yield {"ratio": ratio, "k": one["k"], "R_l": one["ratio"], **row, "chosen": chosen}
+    findings = SelectLastK(ratio=ratio, step=step).survey(context)
+    blocks = sorted(
+        {candidate.block for candidate in context.linears if candidate.block is not None}
+    )
+    for candidate in findings["curve"][1:]:
+        course = {
+            block: candidate["ratio"] if block in candidate["blocks"] else 0.0 for block in blocks
+        }
+        row = bench.measure(f"{candidate['k']}", context, "ratio", course)
+        chosen = candidate["k"] == findings["chosen"]["k"]
+        yield {
+            "ratio": ratio,
+            "k": candidate["k"],
+            "R_l": candidate["ratio"],
+            **row,
+            "chosen": chosen,
+        }
 
 
 def lower_bits(bench: Bench, average: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for each choice of the weights that get 2 bits instead of 3."""
     context = bench.context([CALIBRATE, QuantizeGptq(bits=3)], folder)
     survey = SelectLastK(average_bits=average, blocks="free", step=step)
-    found = survey.survey(context)
+    findings = survey.survey(context)
     # Otherwise every trial would start from the plan of the last survey.
     context = bench.context(context.following, folder)
-    last, free = found["curve"][1]["blocks"], found["free"][-1]["blocks"]
+    last, free = findings["curve"][1]["blocks"], findings["free"][-1]["blocks"]
     for name, blocks in (("last", last), ("free", free), ("first", range(len(last)))):
         row = bench.measure(name, context, "bits", dict.fromkeys(blocks, 2))
         yield {"set": name, "blocks": list(blocks), **row}

@@ -95,8 +95,8 @@ class Row:
 def correct(questions: Sequence[Question], scores: Scores, rule: str) -> NDArray[np.bool_]:
     """Whether each question is answered correctly, ``[questions]``."""
     chosen = [
-        int(np.argmax(np.divide(one, RULES[rule](question))))
-        for question, one in zip(questions, scores, strict=True)
+        int(np.argmax(np.divide(likelihoods, RULES[rule](question))))
+        for question, likelihoods in zip(questions, scores, strict=True)
     ]
     hits: NDArray[np.bool_] = np.equal([question.answer for question in questions], chosen)
     return hits
@@ -140,8 +140,8 @@ def score_cached(system: System, questions: Sequence[Question], cache: Path) -> 
     for start in range(0, len(missing), _BLOCK):
         assert scorer is not None
         block = missing[start : start + _BLOCK]
-        found = scorer([question for _, question in block])
-        known |= {key: one for (key, _), one in zip(block, found, strict=True)}
+        scores = scorer([question for _, question in block])
+        known |= {key: score for (key, _), score in zip(block, scores, strict=True)}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(known), encoding="utf-8")
         partial.replace(path)
@@ -175,9 +175,13 @@ def artifact_system(label: str, folder: Path, adapter: str | None) -> System:
         model = load(folder)
 
         def score(questions: Sequence[Question]) -> Scores:
-            pairs = [(one.prompt, f" {choice}") for one in questions for choice in one.choices]
+            pairs = [
+                (question.prompt, f" {choice}")
+                for question in questions
+                for choice in question.choices
+            ]
             scored = iter(model.score_continuations(pairs, adapter=adapter))
-            return [[next(scored).logprob for _ in one.choices] for one in questions]
+            return [[next(scored).logprob for _ in question.choices] for question in questions]
 
         return score
 
@@ -216,13 +220,13 @@ def main() -> None:
     if options.tasks is not None:
         names = ",".join(write_tasks(questions, options.tasks))
         sys.stderr.write(f"for lm-eval: --include_path {options.tasks} --tasks {names}\n")
-    systems = [artifact_system(*one) for one in options.artifact]
+    systems = [artifact_system(*artifact) for artifact in options.artifact]
     if options.original is not None:
         systems.insert(0, original_system(options.original))
-    found = rows(questions, score_all(systems, questions, CACHE))
-    _print(found)
+    lines = rows(questions, score_all(systems, questions, CACHE))
+    _print(lines)
     if options.json is not None:
-        content = {"limit": options.limit, "seed": options.seed, "rows": [*map(asdict, found)]}
+        content = {"limit": options.limit, "seed": options.seed, "rows": [*map(asdict, lines)]}
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -231,13 +235,13 @@ def score_all(
 ) -> dict[str, dict[str, Scores]]:
     """Scores by label, then by set; each system is opened at most once."""
     everything = [question for asked in questions.values() for question in asked]
-    found: dict[str, dict[str, Scores]] = {}
+    scores_of: dict[str, dict[str, Scores]] = {}
     for system in systems:
         scores = iter(score_cached(system, everything, cache))
-        found[system.label] = {
+        scores_of[system.label] = {
             name: [next(scores) for _ in asked] for name, asked in questions.items()
         }
-    return found
+    return scores_of
 
 
 def _artifact(text: str) -> tuple[str, Path, str | None]:
@@ -250,7 +254,7 @@ def _artifact(text: str) -> tuple[str, Path, str | None]:
     return label, Path(folder), adapter or None
 
 
-def _print(found: Sequence[Row]) -> None:
+def _print(lines: Sequence[Row]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     table = Table(box=box.MARKDOWN)
     table.add_column("set", no_wrap=True)
@@ -258,7 +262,7 @@ def _print(found: Sequence[Row]) -> None:
     table.add_column("system", no_wrap=True)
     for heading in ("n", "accuracy", "95%", "- original", "95%", "gained", "lost", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in found:
+    for row in lines:
         paired = row.against_original
         against: list[Any] = ["", "", "", "", ""]
         if paired is not None:

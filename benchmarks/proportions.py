@@ -95,9 +95,9 @@ def compare_paired(
     )
 
 
-def _sign_test(one: int, other: int) -> float:
+def _sign_test(first: int, second: int) -> float:
     """Two-sided probability of a split at least as unequal of as many fair coins."""
-    count = one + other
-    tail = sum(comb(count, index) for index in range(min(one, other) + 1))
+    count = first + second
+    tail = sum(comb(count, index) for index in range(min(first, second) + 1))
     # Integers until here: with hundreds of coins they overflow a float.
     return min(1.0, float(Fraction(2 * tail, 2**count)))

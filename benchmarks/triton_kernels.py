@@ -41,8 +41,8 @@ def resources() -> Iterator[Row]:
             for rows in ROWS if bits == 4 else ROWS[:1]:
                 listed = tactics(bits, GROUP, rows, capability, rank=RANK)
                 forms: dict[LowRankForm, Any] = {
-                    "one_launch": next(one for one in listed if one.down is None),
-                    "two_launches": next(one for one in listed if one.down is not None),
+                    "one_launch": next(tactic for tactic in listed if tactic.down is None),
+                    "two_launches": next(tactic for tactic in listed if tactic.down is not None),
                 }
                 for form, tactic in forms.items():
                     variant = Variant(bits=bits, group_size=GROUP, low_rank=form)
@@ -107,13 +107,13 @@ def launches() -> Iterator[Row]:
         for rank in ONE_LAUNCH_RANKS:
             product = products(1, 4, rank)["o"]
             listed = tactics(4, GROUP, 1, gpu.capability, rank=rank)
-            tactic = next(one for one in listed if one.down is None)
-            one = bound(gpu, product, block_m=tactic.block_m, block_n=tactic.block_n)
+            tactic = next(tactic for tactic in listed if tactic.down is None)
+            fused = bound(gpu, product, block_m=tactic.block_m, block_n=tactic.block_n)
             yield {
                 "gpu": gpu.name,
                 "rank": rank,
-                "one_launch_seconds": one.seconds,
-                "bound_by": one.by,
+                "one_launch_seconds": fused.seconds,
+                "bound_by": fused.by,
                 "two_launches_seconds": bound(gpu, product).seconds,
             }
 
@@ -137,7 +137,9 @@ def _show_resources(found: list[Row]) -> None:
         )
         return f"{form.replace('_', ' ')} | {bits or ''} | {rows} | {' | '.join(cells)}"
 
-    header = "kernel | bits | M | " + " | ".join(f"{one / 10:.1f}" for one in CAPABILITIES)
+    header = "kernel | bits | M | " + " | ".join(
+        f"{capability / 10:.1f}" for capability in CAPABILITIES
+    )
     title = (
         f"Registers of a thread, KiB of shared memory, occupancy, by capability; rank {RANK}. "
         f"Bytes spilled by all {len(found)} kernels: {sum(row['spill_bytes'] for row in found)}"
