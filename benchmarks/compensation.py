@@ -40,7 +40,7 @@ from eoracc.compiler.progress import ConsoleProgress
 GROUP_SIZE = 64
 
 BUDGET_BITS = 0.8
-"""Beyond those of the codes: scales, zero points, and rank 32 in four bits on SmolLM2-135M."""
+"""Bits per weight besides codes: scales, zero points, and four-bit rank 32 on SmolLM2-135M."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -288,7 +288,7 @@ def main() -> None:
         action="append",
         required=True,
         metavar="MODEL=DIR",
-        help=f"what eoracc built of a model ({', '.join(MODELS)}); may be given again",
+        help=f"artifact of a model ({', '.join(MODELS)}); may be given again",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")

@@ -54,9 +54,9 @@ def _score(model: Any, tokenizer: Tokenizer, question: Question) -> list[float]:
     for row, choice in enumerate(choices):
         # The logits of a token are at the position before it.
         places = slice(choice.start - shared - 1, len(choice.tokens) - shared - 1)
-        said = torch.log_softmax(logits[row, places].double(), dim=-1)
+        log_probabilities = torch.log_softmax(logits[row, places].double(), dim=-1)
         targets = torch.tensor(choice.tokens[choice.start :])[:, None]
-        scores.append(float(said.gather(1, targets).sum()))
+        scores.append(float(log_probabilities.gather(1, targets).sum()))
     return scores
 
 

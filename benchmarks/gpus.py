@@ -38,7 +38,7 @@ LIMITS: Mapping[int, Limits] = {
     100: Limits(64, 32, 228 * 1024),
     120: Limits(48, 24, 100 * 1024),
 }
-"""By compute capability, major * 10 + minor."""
+"""Limits by compute capability, major * 10 + minor."""
 
 
 def occupancy(capability: int, *, num_warps: int, registers: int, shared_bytes: int) -> float:

@@ -66,12 +66,12 @@ class Linear:
 
     @property
     def out_features(self) -> int:
-        """``N``."""
+        """``N``, all parts together."""
         return sum(self.parts)
 
     @property
     def label(self) -> str:
-        """Name and ``[N, K]``."""
+        """Name and ``[N, K]`` of the weight."""
         return f"{self.name} [{self.out_features}, {self.in_features}]"
 
 
@@ -92,7 +92,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """For the table."""
+        """Label in the table."""
         low_rank = f" + rank {self.rank} {self.factors}" if self.rank else ""
         prefix = "" if self.system == "eoracc" else "MatMulNBits "
         adapters = ""

@@ -102,7 +102,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """For the table."""
+        """Name in the table."""
         group = "whole row" if self.group_size == -1 else f"group {self.group_size}"
         added = f" + {_NAMES[self.compensation]} rank {self.rank}" if self.compensation else ""
         if self.factor_type != "float16":
@@ -114,7 +114,7 @@ class Setting:
         return f"eoracc {self.bits}-bit {group}, GPTQ{added}"
 
     def passes(self) -> list[Any]:
-        """For model.yaml."""
+        """The list of passes for model.yaml."""
         found: list[Any] = [
             {"calibrate": {"match": self.match, "tokens": self.tokens}},
             {"quantize_gptq": {"bits": self.bits, "group_size": self.group_size}},
@@ -135,7 +135,7 @@ class Recipe:
     rank: int = 0
 
     def passes(self) -> list[Any]:
-        """For model.yaml."""
+        """The list of passes for model.yaml."""
         return list(self.passes_)
 
 
@@ -278,7 +278,7 @@ RECIPES: dict[str, Recipe] = {
     "gemma3-allocated-4.3": _allocated(4.3, 128),
     "gemma3-allocated-5.5": _allocated(5.5, 128),
 }
-"""Mixtures of widths for a size: 8 bits where the model is small and the error large."""
+"""Mixtures of widths for a size: 8 bits in a small part with most of the error."""
 
 _COMPARED = ("svd", "lqer", "activation_scaled")
 """Compensations that are solved on EoRA's backbone, at its rank, and scored beside it."""
