@@ -1,8 +1,8 @@
 """Score GGUF files that llama.cpp has quantized, with the protocol of benchmarks.quality.
 
-    python -m benchmarks.gguf_peers importance --model gemma3 --samples 16 MATRIX.safetensors
+    python -m benchmarks.gguf_peers --model gemma3 importance --samples 16 MATRIX.safetensors
     python benchmarks/peer_models.py gguf SOURCE.gguf TARGET.gguf Q3_K_M [MATRIX.safetensors]
-    python -m benchmarks.gguf_peers score --model gemma3 --windows 4 TARGET.gguf ...
+    python -m benchmarks.gguf_peers --model gemma3 score --windows 4 TARGET.gguf ...
 
 The first command computes the importance matrix of llama.cpp, the mean square of every input of a
 linear, over the calibration windows of our own builds. The last command puts a file's dequantized
