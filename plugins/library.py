@@ -1,38 +1,40 @@
-"""Where the native op library is, and what it says of itself."""
+"""The native op library: its path, its version and the instruction set that it uses."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from eoracc.errors import PluginError
 
-__all__ = ["ABI_VERSION", "LibraryInfo", "library_info", "library_path"]
+__all__ = ["ABI_VERSION", "INSTRUCTION_SETS", "LibraryInfo", "library_info", "library_path"]
 
 ABI_VERSION = 3
 """Version of the library's C interface that this package was written for."""
 
-_ISA = {
-    1: "scalar",
-    2: "avx2",
-    3: "avx512",
-    4: "avx512_vnni",
-    5: "amx",
-    6: "neon_dotprod",
-    7: "neon_i8mm",
+INSTRUCTION_SETS: Mapping[str, int] = {
+    "scalar": 1,
+    "avx2": 2,
+    "avx512": 3,
+    "avx512_vnni": 4,
+    "amx": 5,
+    "neon_dotprod": 6,
+    "neon_i8mm": 7,
 }
+"""Instruction sets that the kernels are written for, by the numbers of ``eoracc_isa``."""
 
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """What a library says of itself.
+    """What a library reports about itself.
 
     Attributes:
-      version: of the eoracc that it was built in.
-      abi: of its C interface.
-      instruction_set: what it uses on this processor, such as ``avx512_vnni``.
+      version: version of eoracc that it was built from.
+      abi: version of its C interface.
+      instruction_set: the one that it uses on this processor, such as ``avx512_vnni``.
     """
 
     version: str
@@ -56,18 +58,19 @@ def library_path() -> Path:
 
 
 def library_info(path: Path) -> LibraryInfo:
-    """Load the library at ``path`` and ask it.
+    """Load the library at ``path`` and read its version and instruction set.
 
     Raises:
-      PluginError: it is no library of ours, or of an older or newer interface.
+      PluginError: it is not an eoracc library, or its interface is older or newer.
     """
+    names = {number: name for name, number in INSTRUCTION_SETS.items()}
     try:
         library = ctypes.CDLL(str(path))
         library.eoracc_version.restype = ctypes.c_char_p
         info = LibraryInfo(
             version=library.eoracc_version().decode(),
             abi=int(library.eoracc_abi_version()),
-            instruction_set=_ISA[int(library.eoracc_best_isa())],
+            instruction_set=names[int(library.eoracc_best_isa())],
         )
     except (OSError, AttributeError, KeyError) as error:
         raise PluginError(f"{path} is not an eoracc op library: {error}") from error

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from eoracc.plugins.library import library_path
+from eoracc.plugins.library import INSTRUCTION_SETS, library_path
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.fused_op import random_factors, random_weight
@@ -20,15 +22,12 @@ from tests.plugins.fused_op import random_factors, random_weight
 Array = NDArray[Any]
 
 OK, BAD_OPERAND, NO_SUCH_ISA = range(3)
-INSTRUCTION_SETS = {
-    "scalar": 1,
-    "avx2": 2,
-    "avx512": 3,
-    "avx512_vnni": 4,
-    "amx": 5,
-    "neon_dotprod": 6,
-    "neon_i8mm": 7,
-}
+# Those of the other architecture are tested where it runs (make test-aarch64).
+ISAS = tuple(
+    name
+    for name in INSTRUCTION_SETS
+    if name == "scalar" or name.startswith("neon") == (platform.machine() == "aarch64")
+)
 ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2}
 TILE = 16
 FEW_ROWS = 8
@@ -557,22 +556,38 @@ def multiply(
     instruction_set: str,
     order: Callable[[int], list[int]] | None = None,
     place: Callable[[Array], Array] = lambda array: array,
-) -> Array | None:
-    """The product, None where this processor lacks ``instruction_set``.
+) -> Array:
+    """The product; the test is skipped where this processor lacks ``instruction_set``.
 
     ``order`` maps the number of tasks to the order in which they run.
     """
+    require(instruction_set)
     prepared = prepare(case, place)
 
     def run(_pool: int, count: int, task: Callable[[int, int], None], data: int) -> None:
         for index in range(count) if order is None else order(count):
             task(data, index)
 
-    result = call(prepared.matmul, INSTRUCTION_SETS[instruction_set], Threads(Run(run), None))
-    if result == NO_SUCH_ISA:
-        return None
-    assert result == OK
+    threads = Threads(Run(run), None)
+    assert call(prepared.matmul, INSTRUCTION_SETS[instruction_set], threads) == OK
     return prepared.y
+
+
+@cache
+def supported() -> tuple[str, ...]:
+    """The instruction sets that this processor and this library have."""
+    matmul = prepare(random_case(np.random.default_rng(0), 1, (1, 8), group_size=8)).matmul
+    return tuple(name for name, isa in INSTRUCTION_SETS.items() if call(matmul, isa) != NO_SUCH_ISA)
+
+
+def require(instruction_set: str) -> None:
+    """Skip the test where this processor lacks ``instruction_set``.
+
+    All skips are raised here: pytest folds those of one line and reason into one line of its
+    summary.
+    """
+    if instruction_set not in supported():
+        pytest.skip(f"this processor has no {instruction_set}")
 
 
 def assert_case(actual: Array, case: Case) -> None:

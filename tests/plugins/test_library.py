@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -8,14 +9,35 @@ import pytest
 import eoracc
 from eoracc.errors import PluginError
 from eoracc.plugins import library
-from eoracc.plugins.library import ABI_VERSION, LibraryInfo, library_info, library_path
-from tests.plugins.native import INSTRUCTION_SETS
+from eoracc.plugins.library import (
+    ABI_VERSION,
+    INSTRUCTION_SETS,
+    LibraryInfo,
+    library_info,
+    library_path,
+)
 
 
 def test_installed_library_is_of_this_version() -> None:
     info = library_info(library_path())
     assert info == LibraryInfo(eoracc.__version__, ABI_VERSION, info.instruction_set)
     assert info.instruction_set in INSTRUCTION_SETS
+
+
+def test_instruction_sets_are_those_of_the_c_interface() -> None:
+    """The names in Python and in the C++ tests follow the enum, whose numbers are for good."""
+    root = Path(__file__).parents[2]
+    header = (root / "plugins/csrc/cpu/matmul_nbits_lowrank.h").read_text(encoding="utf-8")
+    numbers = {
+        name.lower(): int(number)
+        for name, number in re.findall(r"EORACC_ISA_(\w+) = (\d+)", header)
+        if name != "BEST"
+    }
+    assert numbers == INSTRUCTION_SETS
+    source = (root / "tests/native/call.h").read_text(encoding="utf-8")
+    entries = re.findall(r'{"(\w+)", EORACC_ISA_(\w+)}', source)
+    assert [name for name, _ in entries] == list(INSTRUCTION_SETS)
+    assert [isa.lower() for _, isa in entries] == list(INSTRUCTION_SETS)
 
 
 def test_missing_library_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
