@@ -31,8 +31,8 @@ class ModelPass(Pass):
     """A pass that sees the whole graph."""
 
     @abstractmethod
-    def call(self, model: ir.Model) -> bool:
-        """Change ``model`` in place; return whether anything changed."""
+    def call(self, model: ir.Model) -> None:
+        """Change ``model`` in place."""
 
 
 class LayerPass(Pass):
@@ -47,8 +47,8 @@ class LayerPass(Pass):
         """Raise :class:`~eoracc.errors.PassError` where the pass cannot run here."""
 
     @abstractmethod
-    def call(self, group: LinearGroup) -> bool:
-        """Change the linears of ``group``; return whether anything changed."""
+    def call(self, group: LinearGroup) -> None:
+        """Change the linears of ``group`` in place."""
 
 
 def register(cls: _P) -> _P:

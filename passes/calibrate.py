@@ -72,7 +72,7 @@ class Calibrate(LayerPass):
             )
 
     @override
-    def call(self, group: LinearGroup) -> bool:
+    def call(self, group: LinearGroup) -> None:
         assert group.activations is not None  # noqa: S101 - requires() has checked
         if self.tokens == "gradients":
             # For all that look at them in this sweep.
@@ -93,7 +93,6 @@ class Calibrate(LayerPass):
         group.gram = replace(
             gram, activations=group.activations, matching=self._matching(group, gram)
         )
-        return True
 
     def _matching(self, group: LinearGroup, gram: Gram) -> NDArray[np.float32] | None:
         """What takes the group's weights to their targets; None where they are the weights."""

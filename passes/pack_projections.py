@@ -40,19 +40,16 @@ class PackProjections(ModelPass):
     mlp: bool = True
 
     @override
-    def call(self, model: ir.Model) -> bool:
+    def call(self, model: ir.Model) -> None:
         wanted = {"qkv_proj": self.attention, "gate_up_proj": self.mlp}
         modules: dict[str, dict[str, Linear]] = defaultdict(dict)
         for linear in find_linears(model):
             modules[linear.name.rpartition(".")[0]][linear.role] = linear
-        modified = False
         for parent, members in modules.items():
             for whole, roles in PARTS.items():
                 parts = [members[role] for role in roles if role in members]
                 if wanted[whole] and len(parts) == len(roles) and _fits(parts):
                     _pack(model.graph, f"{parent}.{whole}", parts)
-                    modified = True
-        return modified
 
 
 def _fits(parts: Sequence[Linear]) -> bool:

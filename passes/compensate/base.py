@@ -88,8 +88,7 @@ class Compensation(Overridable, LayerPass):
         """
 
     @override
-    def call(self, group: LinearGroup) -> bool:
-        changed = False
+    def call(self, group: LinearGroup) -> None:
         for options, linears in self.partition(group):
             for linear in linears:
                 if linear.compressed is None and linear.errors:
@@ -106,8 +105,6 @@ class Compensation(Overridable, LayerPass):
                     linear.compensate(factors if factors.rank else None)
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
-                changed = True
-        return changed
 
     def solve(
         self,

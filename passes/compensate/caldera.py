@@ -72,16 +72,15 @@ class Caldera(Eora):
                 )
 
     @override
-    def call(self, group: LinearGroup) -> bool:
+    def call(self, group: LinearGroup) -> None:
         gram = require_gram(self.name, group)
-        changed = super().call(group)
+        super().call(group)
         if saw_too_few_tokens(gram):
-            return changed
+            return
         for options, linears in self.partition(group):
             for linear in linears:
                 if linear.factors is not None and linear.quantizer is not None:
                     options.alternate(linear, gram)
-        return changed
 
     def alternate(self, linear: Linear, gram: Gram) -> None:
         """Improve on the codes and factors of one linear."""

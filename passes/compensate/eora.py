@@ -66,16 +66,15 @@ class Eora(Compensation):
         require_gram(self.name, group)
 
     @override
-    def call(self, group: LinearGroup) -> bool:
+    def call(self, group: LinearGroup) -> None:
         gram = require_gram(self.name, group)
-        changed = super().call(group)
+        super().call(group)
         if saw_too_few_tokens(gram):
             for linear in group.linears:
                 if linear.factors is not None:
                     note_too_few_tokens(
                         self.name, linear, gram, instead="plain SVD of the error", asks="EoRA"
                     )
-        return changed
 
     @override
     def metric(self, gram: Gram | None) -> Gram | None:

@@ -67,18 +67,16 @@ class QuantizeFactors(Overridable, LayerPass):
                     )
 
     @override
-    def call(self, group: LinearGroup) -> bool:
-        changed = False
+    def call(self, group: LinearGroup) -> None:
         for options, linears in self.partition(group):
             for linear in linears:
-                changed |= options.round(linear, group.gram)
-        return changed
+                options.round(linear, group.gram)
 
-    def round(self, linear: Linear, gram: Gram | None) -> bool:
-        """Round the factors of one linear; return whether that changed them."""
+    def round(self, linear: Linear, gram: Gram | None) -> None:
+        """Round the factors of one linear, unless they have that type already."""
         factors = linear.factors
         if factors is None or factors.factor_type == _TYPES[self.bits]:
-            return False
+            return
         metric = None if gram is None or saw_too_few_tokens(gram) else gram
         weighted: NDArray[np.float32] | None = None
         if metric is not None and linear.source is not None:
@@ -94,4 +92,3 @@ class QuantizeFactors(Overridable, LayerPass):
         )
         if gram is not None:
             record_error(self.name, linear, gram)
-        return True

@@ -38,16 +38,15 @@ class ActivationAwareFactorization(Factorization):
         require_gram(self.name, group)
 
     @override
-    def call(self, group: LinearGroup) -> bool:
+    def call(self, group: LinearGroup) -> None:
         gram = require_gram(self.name, group)
-        changed = super().call(group)
+        super().call(group)
         if saw_too_few_tokens(gram):
             for linear in group.linears:
                 if linear.factorized is not None:
                     note_too_few_tokens(
                         self.name, linear, gram, instead="plain SVD of the weight", asks=self.name
                     )
-        return changed
 
     @override
     def solve(

@@ -87,8 +87,7 @@ class Factorization(Overridable, LayerPass):
         return weight if gram is None else gram.target(weight)
 
     @override
-    def call(self, group: LinearGroup) -> bool:
-        changed = False
+    def call(self, group: LinearGroup) -> None:
         for options, linears in self.partition(group):
             if options.ratio == 0:
                 continue
@@ -99,5 +98,3 @@ class Factorization(Overridable, LayerPass):
                 linear.factorize(u.astype(np.float32), v.astype(np.float32))
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
-                changed = True
-        return changed

@@ -21,14 +21,13 @@ def quantize_embedding_tables(
     layer_pass: QuantizeGptq | QuantizeRtn,
     embeddings: Iterable[Embedding],
     linears: Sequence[Linear],
-) -> bool:
-    """Round the tables that ``layer_pass``'s overrides name; return whether any was.
+) -> None:
+    """Round the tables that ``layer_pass``'s overrides name.
 
     Rows are looked up, not multiplied, so there is no Gram and rounding to nearest is all there is
     to do. A table that a tied head multiplies with is stored once where both have the same bits,
     groups and symmetry: the head's codes then serve both.
     """
-    changed = False
     for embedding in embeddings:
         options = layer_pass.options_for(embedding)
         if options is None:
@@ -47,5 +46,3 @@ def quantize_embedding_tables(
                 clip_search=options.clip_search,
             )
         embedding.quantize(weight, tied=head)
-        changed = True
-    return changed

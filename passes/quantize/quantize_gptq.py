@@ -68,7 +68,7 @@ class QuantizeGptq(Overridable, LayerPass):
         require_gram(self.name, group)
 
     @override
-    def call(self, group: LinearGroup) -> bool:
+    def call(self, group: LinearGroup) -> None:
         gram = require_gram(self.name, group)
         parts = self.partition(group)
         factored = self._feedback(gram) if parts else None
@@ -83,7 +83,6 @@ class QuantizeGptq(Overridable, LayerPass):
                 self._note(linear, gram, factored)
                 record_error(self.name, linear, gram)
         record_left_out(self.name, group)
-        return bool(parts)
 
     def requantize(self, weight: NDArray[np.float32], gram: Gram) -> NBitsWeight:
         """Quantize another weight ``[N, K]`` on the input of ``gram``."""

@@ -48,10 +48,9 @@ class QuantizeRtn(Overridable, LayerPass):
     overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
 
     @override
-    def call(self, group: LinearGroup) -> bool:
+    def call(self, group: LinearGroup) -> None:
         gram = group.gram
-        parts = self.partition(group)
-        for options, linears in parts:
+        for options, linears in self.partition(group):
             for linear in linears:
                 weight = linear.weight() if gram is None else gram.target(linear.weight())
                 linear.quantize(options.requantize(weight, gram))
@@ -59,7 +58,6 @@ class QuantizeRtn(Overridable, LayerPass):
                 if gram is not None:
                     record_error(self.name, linear, gram)
         record_left_out(self.name, group)
-        return bool(parts)
 
     def requantize(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
         """Round a weight ``[N, K]``, its columns weighed by ``gram`` where there is one."""

@@ -162,11 +162,11 @@ def test_interrupted_build_goes_on_and_ends_the_same(
     shutil.rmtree(whole.output)
     call, seen = Eora.call, []
 
-    def interrupted(self: Eora, group: LinearGroup) -> bool:
+    def interrupted(self: Eora, group: LinearGroup) -> None:
         seen.append(group.name)
         if group.linears[0].block == 1 and len(seen) <= 5:
             raise KeyboardInterrupt
-        return call(self, group)
+        call(self, group)
 
     monkeypatch.setattr(Eora, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):

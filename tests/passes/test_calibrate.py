@@ -103,7 +103,7 @@ def tolerance(weight: Float, original: Float, seen: Float, counts: Float) -> flo
 def test_target_is_the_ridge_regression_of_the_original_outputs(tokens: int) -> None:
     original, seen = inputs(tokens)
     group = shown(original, seen)
-    assert OUTPUTS.call(group)
+    OUTPUTS.call(group)
     weight = group.linears[0].weight()
     counts = ones(tokens)
     expected = oracle(weight, original, seen, counts)

@@ -141,9 +141,9 @@ def test_shared_statistics_change_nothing(workspace: Path, monkeypatch: pytest.M
     solved = []
     call = QuantizeGptq.call
 
-    def counted(self: QuantizeGptq, group: LinearGroup) -> bool:
+    def counted(self: QuantizeGptq, group: LinearGroup) -> None:
         solved.append(group.name)
-        return call(self, group)
+        call(self, group)
 
     monkeypatch.setattr(QuantizeGptq, "call", counted)
     methods, budgets = ["none", "lqer", "eora"], ["5.5", "6"]
@@ -187,12 +187,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
     call = Eora.call
     seen: list[str] = []
 
-    def interrupted(self: Eora, group: LinearGroup) -> bool:
+    def interrupted(self: Eora, group: LinearGroup) -> None:
         if len(seen) == times:
             seen.append("interrupted")
             raise KeyboardInterrupt
         seen.append(group.name)
-        return call(self, group)
+        call(self, group)
 
     monkeypatch.setattr(Eora, "call", interrupted)
     return seen

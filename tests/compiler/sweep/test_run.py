@@ -51,14 +51,13 @@ class Watch(LayerPass):
     stop_at: str = "nowhere"
 
     @override
-    def call(self, group: LinearGroup) -> bool:
+    def call(self, group: LinearGroup) -> None:
         if self.stop_at in group.name:
             raise KeyboardInterrupt
         self.seen.append((group.name, None if group.gram is None else group.gram.matrix))
         if group.activations is not None and group.originals is not None:
             both = (group.activations, group.originals)
             self.inputs.append(tuple(_kept_rows(each()) for each in both))
-        return False
 
 
 def _kept_rows(
@@ -250,9 +249,8 @@ def test_passes_run_in_order_on_every_group(source: Path, tmp_path: Path) -> Non
             calls.append(f"{self.label} requires")
 
         @override
-        def call(self, group: LinearGroup) -> bool:
+        def call(self, group: LinearGroup) -> None:
             calls.append(f"{self.label} {group.linears[0].role}")
-            return False
 
     sweep(source, tmp_path, Named(label="a"), Named(label="b"))
     block = ["q_proj", "o_proj", "gate_proj", "down_proj"]

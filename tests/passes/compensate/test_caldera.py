@@ -35,7 +35,7 @@ def test_is_never_worse_than_eora_and_says_what_it_leaves(
     Eora(rank=RANK, factor_type=factor_type).call(eora)
     pass_ = Caldera(rank=RANK, factor_type=factor_type)
     pass_.requires(caldera)
-    assert pass_.call(caldera)
+    pass_.call(caldera)
     gained = []
     for before, after in zip(eora.linears, caldera.linears, strict=True):
         assert before.compressed is not None

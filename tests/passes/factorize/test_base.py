@@ -74,7 +74,7 @@ def test_replaces_each_weight_by_two_of_the_rank_that_the_ratio_asks_for(
     group = group_of()
     factorize = method(ratio=0.4)
     factorize.requires(group)
-    assert factorize.call(group)
+    factorize.call(group)
     assert group.gram is not None
     for linear, rank in zip(group.linears, (15, 10), strict=True):
         assert linear.factorized is not None
@@ -106,7 +106,7 @@ def test_no_other_of_the_family_loses_less_output_than_the_whitened_ones(
 @pytest.mark.parametrize("method", METHODS)
 def test_a_ratio_of_zero_leaves_the_weight_as_it_is(method: type[Factorization]) -> None:
     group = group_of()
-    assert not method(ratio=0).call(group)
+    method(ratio=0).call(group)
     for linear in group.linears:
         assert linear.factorized is None
         assert linear.node.op_type == "MatMul"

@@ -11,7 +11,7 @@ from tests.passes.groups import make_group, qkv
 
 def test_rounds_each_linear_on_its_own_and_needs_no_gram() -> None:
     group = qkv(tokens=None)
-    assert QuantizeRtn(bits=3, group_size=24).call(group)
+    QuantizeRtn(bits=3, group_size=24).call(group)
     for linear in group.linears:
         weight = linear.weight()
         grid = find_grid(weight, bits=3, group_size=24)
@@ -39,8 +39,8 @@ def test_a_gram_guides_the_clipping_and_measures_the_error() -> None:
 def test_changes_nothing_where_all_is_skipped() -> None:
     group = qkv()
     nodes = [linear.node for linear in group.linears]
-    assert not QuantizeRtn(overrides={"*": QuantizeOverride(skip=True)}).call(group)
+    QuantizeRtn(overrides={"*": QuantizeOverride(skip=True)}).call(group)
     assert [linear.node for linear in group.linears] == nodes
     head = make_group({"lm_head": np.ones((16, 16), np.float32)})
-    assert not QuantizeRtn().call(head)
+    QuantizeRtn().call(head)
     assert head.linears[0].compressed is None
