@@ -148,6 +148,15 @@ class Linear:
         return (self.name,) if self.whole is None else (self.name, self.whole.name)
 
     @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """The nodes that compute it, in order: two matmuls once it is factorised, one otherwise."""
+        if self.factorized is None:
+            return (self.node,)
+        first = self.input.producer()
+        assert first is not None  # noqa: S101 - factorize() has put it there
+        return first, self.node
+
+    @property
     def input(self) -> ir.Value:
         """The value that the linear multiplies."""
         value = self.node.inputs[Input.X]
@@ -260,17 +269,11 @@ class Linear:
         """
         assert self.factorized is not None  # noqa: S101 - only of what has been factorised
         self.factorized = factorized
-        first, second = self._factor_nodes()
+        first, second = self.nodes
         for node, factor in ((first, factorized.v), (second, factorized.u)):
             value = node.inputs[1]
             assert value is not None  # noqa: S101 - a MatMul always has two inputs
             value.const_value = ir.tensor(factor.T, name=value.name)
-
-    def _factor_nodes(self) -> tuple[ir.Node, ir.Node]:
-        """The matmuls with ``v`` and with ``u`` of a linear that has been factorised."""
-        first = self.input.producer()
-        assert first is not None  # noqa: S101 - factorize() has put it there
-        return first, self.node
 
     def compensate(self, factors: LowRank | None) -> None:
         """Give the linear low-rank factors, or take them away with None."""
@@ -391,7 +394,7 @@ def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
         if linear.factorized is None:
             known[linear.node] = linear
         else:
-            wholes |= dict.fromkeys(linear._factor_nodes(), linear)
+            wholes |= dict.fromkeys(linear.nodes, linear)
     found = find_linears(model)
     for linear in found:
         whole = wholes.get(linear.node)

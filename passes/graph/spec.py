@@ -1,7 +1,7 @@
-"""What a graph may hold at each stage of the pipeline, as data, and a check of it.
+"""The operators and operands that a graph may hold at each stage, as data, and checks of them.
 
-The check runs after every pass, so that a mistake is reported with the pass that made it and not
-by a runtime that cannot load the result.
+:func:`check` looks at a whole graph, :func:`check_linears` at the nodes of a few linears. Both name
+the pass that made a mistake, which would otherwise show in a runtime that cannot load the result.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from eoracc.plugins.tensorrt.plugin import FIELDS as PLUGIN_FIELDS
 from eoracc.plugins.tensorrt.plugin import INPUTS as PLUGIN_INPUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["OPS", "Stage", "check"]
+    from eoracc.passes.graph.linears import Linear
+
+__all__ = ["OPS", "Stage", "check", "check_linears"]
 
 Op = tuple[str, str]
 
@@ -98,11 +100,11 @@ _SLOT = tuple(Input)[Input.adapter_a :]
 
 
 def check(model: ir.Model, stage: Stage, *, after: str) -> None:
-    """See that ``model`` is a valid graph of ``stage``.
+    """Check that ``model`` is a valid graph of ``stage``.
 
     Args:
       model: the graph; it is not changed.
-      stage: what may stand in it.
+      stage: the stage whose operators it may hold.
       after: the pass that produced it, for the message.
 
     Raises:
@@ -111,20 +113,13 @@ def check(model: ir.Model, stage: Stage, *, after: str) -> None:
     graph = model.graph
     defined: set[ir.Value] = {*graph.inputs, *graph.initializers.values()}
     for node in graph:
-        where = f"after {after}, node {node.name or node.op_type}"
-        if (node.domain, node.op_type) not in OPS[stage]:
-            op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            raise PassError(where, f"operator {op} may not stand in a graph of stage {stage.value}")
-        if node.domain not in graph.opset_imports:
-            raise PassError(where, f"the graph does not import the operators of {node.domain!r}")
+        where = _where(node, after)
+        _check_operator(node, graph, stage, where)
         for value in node.inputs:
             if value is not None and value not in defined:
                 raise PassError(where, f"reads {value.name!r}, which nothing before it defines")
         defined.update(node.outputs)
-        if node.domain == DOMAIN:
-            (_check_plugin if stage is Stage.TENSORRT else _check_fused)(node, where)
-        elif node.op_type == "MatMul":
-            _check_matmul(node, where)
+        _check_operands(node, stage, where)
         if stage in (Stage.ONNXRUNTIME, Stage.TENSORRT) and node.domain == DOMAIN:
             identifier = (node.domain, node.op_type, node.overload)
             if identifier not in model.functions:
@@ -132,22 +127,82 @@ def check(model: ir.Model, stage: Stage, *, after: str) -> None:
     for value in graph.outputs:
         if value not in defined:
             raise PassError(f"after {after}", f"output {value.name!r} is not computed")
-    _check_initializers(graph, after)
-
-
-def _check_initializers(graph: ir.Graph, after: str) -> None:
-    for name, value in graph.initializers.items():
-        where = f"after {after}, initializer {name}"
-        if value.const_value is None:
-            raise PassError(where, "holds no tensor")
+    for value in graph.initializers.values():
+        where = f"after {after}, initializer {value.name}"
+        _check_tensor(value, where)
         if not value.uses() and not value.is_graph_output():
             raise PassError(where, "is used by no node")
-        # A value that is an input too is a default: a run may give it other sizes.
-        fixed = value.shape is not None and not value.is_graph_input()
-        if fixed and value.shape != value.const_value.shape:
-            raise PassError(
-                where, f"is declared as {value.shape} and holds {value.const_value.shape}"
-            )
+
+
+def check_linears(linears: Iterable[Linear], stage: Stage, *, after: str) -> None:
+    """Check the nodes that compute ``linears``, in a time that does not grow with the graph.
+
+    :func:`check` sees more: the order of the nodes, the graph's outputs and unused initializers.
+
+    Args:
+      linears: of one graph, a group for example; they are not changed.
+      stage: the stage whose operators the graph may hold.
+      after: the pass that has just changed them, for the message.
+
+    Raises:
+      PassError: naming the pass and the node.
+    """
+    for linear in linears:
+        for node in linear.nodes:
+            where = _where(node, after)
+            graph = node.graph
+            if not isinstance(graph, ir.Graph):
+                raise PassError(where, "is not in the graph")
+            _check_operator(node, graph, stage, where)
+            for value in node.inputs:
+                if value is not None:
+                    _check_is_defined(value, graph, where)
+            _check_operands(node, stage, where)
+            for value in node.outputs:
+                if not value.uses() and not value.is_graph_output():
+                    raise PassError(where, f"nothing reads its output {value.name!r}")
+
+
+def _where(node: ir.Node, after: str) -> str:
+    return f"after {after}, node {node.name or node.op_type}"
+
+
+def _check_operator(node: ir.Node, graph: ir.Graph, stage: Stage, where: str) -> None:
+    if (node.domain, node.op_type) not in OPS[stage]:
+        op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        raise PassError(where, f"operator {op} may not stand in a graph of stage {stage.value}")
+    if node.domain not in graph.opset_imports:
+        raise PassError(where, f"the graph does not import the operators of {node.domain!r}")
+
+
+def _check_operands(node: ir.Node, stage: Stage, where: str) -> None:
+    if node.domain == DOMAIN:
+        (_check_plugin if stage is Stage.TENSORRT else _check_fused)(node, where)
+    elif node.op_type == "MatMul":
+        _check_matmul(node, where)
+
+
+def _check_is_defined(value: ir.Value, graph: ir.Graph, where: str) -> None:
+    """Check that ``graph`` itself holds what defines ``value``."""
+    producer = value.producer()
+    if producer is not None:
+        is_defined = producer.graph is graph
+    elif value.is_initializer():
+        is_defined = graph.initializers.get(str(value.name)) is value
+        _check_tensor(value, f"{where}, initializer {value.name}")
+    else:
+        is_defined = value.is_graph_input() and value.graph is graph
+    if not is_defined:
+        raise PassError(where, f"reads {value.name!r}, which the graph does not define")
+
+
+def _check_tensor(value: ir.Value, where: str) -> None:
+    if value.const_value is None:
+        raise PassError(where, "holds no tensor")
+    # A value that is an input too is a default: a run may give it other sizes.
+    fixed = value.shape is not None and not value.is_graph_input()
+    if fixed and value.shape != value.const_value.shape:
+        raise PassError(where, f"is declared as {value.shape} and holds {value.const_value.shape}")
 
 
 def _check_fused(node: ir.Node, where: str) -> None:

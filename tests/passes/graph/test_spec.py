@@ -10,7 +10,7 @@ from eoracc.compiler.frontend.load import load
 from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import Linear, find_linears
-from eoracc.passes.graph.spec import OPS, Stage, check
+from eoracc.passes.graph.spec import OPS, Stage, check, check_linears
 from eoracc.plugins.op import DOMAIN
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
@@ -52,6 +52,12 @@ def refused(model: ir.Model, stage: Stage, match: str) -> None:
     with pytest.raises(PassError, match=match) as caught:
         check(model, stage, after="some_pass")
     assert "after some_pass" in str(caught.value)
+
+
+def refused_linear(linear: Linear, match: str, stage: Stage = Stage.COMPRESSED) -> None:
+    with pytest.raises(PassError, match=match) as caught:
+        check_linears([linear], stage, after="some_pass")
+    assert "after some_pass, node model" in str(caught.value)
 
 
 def test_stages_allow_more_and_more() -> None:
@@ -215,3 +221,64 @@ def test_factors_in_tiles_of_another_form(
     assert value is not None
     value.shape = ir.Shape(shape)
     refused(lowered, Stage.ONNXRUNTIME, "has shape|do not fit")
+
+
+def test_linears_of_every_form_pass(model: ir.Model) -> None:
+    linears = find_linears(model)
+    check_linears(linears, Stage.FRONTEND, after="frontend")
+    compress(linears[0])
+    plain = linears[1]
+    plain.factorize(
+        np.ones((plain.out_features, 3), np.float32), np.ones((3, plain.in_features), np.float32)
+    )
+    assert [len(linear.nodes) for linear in linears[:3]] == [1, 2, 1]
+    check_linears(linears, Stage.COMPRESSED, after="some_pass")
+    check(model, Stage.COMPRESSED, after="some_pass")
+
+
+def test_linear_checks_name_the_pass_and_leave_other_linears_alone(model: ir.Model) -> None:
+    first, second = find_linears(model)[:2]
+    compress(first).attributes.add(ir.AttrInt64("bits", 5))
+    check_linears([second], Stage.COMPRESSED, after="some_pass")
+    refused_linear(first, "q_proj: bits=5 with block_size=16 is not a stored form")
+    refused_linear(first, "operator eoracc::MatMulNBitsLowRank may not stand", Stage.FRONTEND)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_linear_that_reads_what_is_not_in_the_graph(model: ir.Model, position: int) -> None:
+    linear = find_linears(model)[0]
+    compress(linear).replace_input_with(position, ir.Value(name="ghost"))
+    refused_linear(linear, "q_proj: reads 'ghost', which the graph does not define")
+
+
+def test_linear_whose_operand_was_removed_from_the_graph(model: ir.Model) -> None:
+    linear = find_linears(model)[0]
+    compress(linear)
+    del model.graph.initializers[f"{linear.name}.scales"]
+    refused_linear(linear, "reads 'model.layers.0.self_attn.q_proj.scales', which the graph does")
+
+
+def test_linear_whose_operand_has_no_tensor_or_another_shape(model: ir.Model) -> None:
+    linear = find_linears(model)[0]
+    scales = compress(linear).inputs[2]
+    assert scales is not None
+    scales.const_value = ir.tensor(np.zeros(3, np.float16), name=scales.name)
+    refused_linear(linear, "initializer model.layers.0.self_attn.q_proj.scales: is declared as")
+    scales.const_value = None
+    refused_linear(linear, "initializer model.layers.0.self_attn.q_proj.scales: holds no tensor")
+
+
+def test_linear_whose_output_nothing_reads(model: ir.Model) -> None:
+    linear = find_linears(model)[0]
+    compress(linear)
+    output = linear.node.outputs[0]
+    output.replace_all_uses_with(linear.input)
+    refused_linear(linear, "nothing reads its output")
+
+
+def test_linear_that_is_not_in_the_graph(model: ir.Model) -> None:
+    linear = find_linears(model)[0]
+    output = linear.node.outputs[0]
+    output.replace_all_uses_with(linear.input)
+    model.graph.remove(linear.node)
+    refused_linear(linear, "is not in the graph", Stage.FRONTEND)
