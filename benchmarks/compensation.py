@@ -33,7 +33,8 @@ from benchmarks.protocol import (
     WINDOWS,
     prepare,
 )
-from eoracc.compiler.compare.run import Comparison, compare
+from eoracc.compiler.compare.result import Comparison
+from eoracc.compiler.compare.run import compare
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.progress import ConsoleProgress
 

@@ -27,7 +27,6 @@ from eoracc.compiler.adapters.gates import (
     refuse_adapters,
     score_adapters,
 )
-from eoracc.compiler.adapters.restore import Backbone
 from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import load
@@ -44,6 +43,7 @@ from eoracc.compiler.report.content import (
     parity_line,
 )
 from eoracc.compiler.report.gates import fidelity_report
+from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import compress
 from eoracc.compiler.targets import TARGETS, Job

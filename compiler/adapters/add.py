@@ -23,12 +23,13 @@ from eoracc.compiler.adapters.gates import (
     refuse_adapters,
     score_adapters,
 )
-from eoracc.compiler.adapters.restore import Backbone, restore_backbone
+from eoracc.compiler.adapters.restore import restore_backbone
 from eoracc.compiler.adapters.solve import SolvedAdapter, load_task, solve_adapter
 from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import AdaptersReport
+from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.artifact import refuse_full_disk
 from eoracc.compiler.text.windows import Settings

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.compiler.adapters.restore import Backbone
 from eoracc.compiler.adapters.scores import Factors, perplexities
 from eoracc.compiler.adapters.solve import SolvedAdapter
 from eoracc.compiler.progress import Progress
@@ -20,6 +19,7 @@ from eoracc.compiler.report.content import (
     AdaptersReport,
     CompensationReport,
 )
+from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.parity_record import AdapterCases, adapter_cases
 from eoracc.passes.graph.linears import Linear

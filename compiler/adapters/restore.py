@@ -1,14 +1,13 @@
-"""The backbone: a compressed graph with its compensation, whether just built or out of an artifact.
+"""Restore the backbone of an artifact: the compressed graph, to solve further adapters on.
 
 :func:`restore_backbone` puts an artifact's weights back into the graph of the original checkpoint.
-The operands are those that the build had in hand, to the bit, and stand in the same graph at the
-same places, so whatever is solved on top of a backbone comes out the same either way.
+The operands are bit for bit those of the build and have the same places in the graph, so an adapter
+solved later equals one solved in the build.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.errors import ArtifactError
-from eoracc.passes.graph.embeddings import Embedding, find_embeddings
-from eoracc.passes.graph.linears import Linear, find_again, find_linears
+from eoracc.passes.graph.linears import find_again
 from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank
@@ -26,29 +25,9 @@ from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
-__all__ = ["Backbone", "restore_backbone"]
+__all__ = ["restore_backbone"]
 
 Array = NDArray[Any]
-
-
-@dataclass(eq=False)
-class Backbone:
-    """A compressed graph.
-
-    Attributes:
-      model: the graph.
-      linears: its linears in execution order, original weights still at hand.
-      embeddings: its embedding tables.
-    """
-
-    model: ir.Model
-    linears: list[Linear]
-    embeddings: list[Embedding]
-
-    @classmethod
-    def of(cls, model: ir.Model) -> Backbone:
-        """The view of ``model``, compressed or about to be."""
-        return cls(model, find_linears(model), find_embeddings(model))
 
 
 def restore_backbone(folder: Path, model: ir.Model) -> Backbone:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.compiler.progress import Progress
-from eoracc.compiler.sweep.executor import Batch, Executor, WeightOf, make_batches
+from eoracc.compiler.sweep.batch import Batch, WeightOf, make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.operands.low_rank import LowRank

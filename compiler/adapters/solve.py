@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from eoracc import __version__
-from eoracc.compiler.adapters.restore import Backbone
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.progress import Progress, cpu_seconds
-from eoracc.compiler.sweep.executor import Executor, WeightOf, make_batches
+from eoracc.compiler.sweep.backbone import Backbone
+from eoracc.compiler.sweep.batch import WeightOf, make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import AdapterCheckpoint

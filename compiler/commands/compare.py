@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from eoracc.compiler.compare.run import Comparison
+    from eoracc.compiler.compare.result import Comparison
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 

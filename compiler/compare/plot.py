@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-    from eoracc.compiler.compare.run import Comparison, Figures
+    from eoracc.compiler.compare.result import Comparison, Figures
 
 # ruff: noqa: PLC0415 - an optional package
 

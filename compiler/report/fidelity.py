@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.compiler.progress import Progress
-from eoracc.compiler.sweep.executor import Executor, WeightOf, make_batches
+from eoracc.compiler.sweep.batch import WeightOf, make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear
 

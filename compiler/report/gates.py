@@ -12,7 +12,8 @@ from eoracc.compiler.config.sections import Limits
 from eoracc.compiler.progress import Progress
 from eoracc.compiler.report.content import FidelityReport, FidelityRow
 from eoracc.compiler.report.fidelity import Scores, Variant, score_variants
-from eoracc.compiler.sweep.executor import Executor, WeightOf
+from eoracc.compiler.sweep.batch import WeightOf
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.run import Comparisons
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from eoracc.compiler.sweep.executor import Batch, Executor, WeightOf
+from eoracc.compiler.sweep.batch import Batch, WeightOf
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import gram_products
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from eoracc import __version__
-from eoracc.compiler.adapters.restore import Backbone
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import Progress
+from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from eoracc.compiler.sweep.executor import Batch
+from eoracc.compiler.sweep.batch import Batch
 from eoracc.passes.graph.linears import Factorized, Linear
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight

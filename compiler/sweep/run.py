@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from eoracc.compiler.progress import Progress
-from eoracc.compiler.sweep.executor import Batch, Executor
+from eoracc.compiler.sweep.batch import Batch
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.passes.base import LayerPass

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.eager.output_gradients import Labels, output_gradient_grams
 from eoracc.compiler.progress import Progress
-from eoracc.compiler.sweep.executor import Batch, Executor, make_batches
+from eoracc.compiler.sweep.batch import Batch, make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.products import gram_products, resolve_precision
 from eoracc.compiler.sweep.trials import Trials

@@ -20,7 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.compiler.sweep.activation_store import ActivationStore
-from eoracc.compiler.sweep.executor import Batch, Executor
+from eoracc.compiler.sweep.batch import Batch
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import inputs_over, one_thread, original_weight
 from eoracc.compiler.sweep.products import gram_products
 from eoracc.errors import PassError

@@ -35,7 +35,8 @@ from eoracc.compiler.eager.int8_activations import (
 )
 from eoracc.compiler.eager.model import load_eager, reference_logits, replace_weights
 from eoracc.compiler.progress import Phase
-from eoracc.compiler.sweep.executor import Executor, make_batches
+from eoracc.compiler.sweep.batch import make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
 from eoracc.compiler.targets.tensorrt.half_precision import round_to
 from eoracc.compiler.text.windows import Windows

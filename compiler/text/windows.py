@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
+from eoracc.compiler.text.sources import read_documents
+from eoracc.compiler.text.tokens import CHARACTERS_PER_TOKEN, MARGIN, bos_tokens, first_tokens
 from eoracc.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,19 +26,11 @@ __all__ = ["Settings", "Windows", "calibration_windows", "evaluation_windows", "
 
 _T = TypeVar("_T")
 
-_CHARACTERS_PER_TOKEN = 6
-"""First guess at how much text holds the tokens that are asked for; doubled until it does."""
-
-_MARGIN = 64
-"""Last tokens of a cut text, thrown away: what follows the cut could have changed them.
-
-Tokenizers decide within a word, or a run of blanks, and its neighbours, never far ahead.
-"""
 
 _BLANK = re.compile(r"\s")
 
 _SEPARATOR = "\n\n"
-"""Between documents that are packed, and between the documents of a plain text file."""
+"""Between documents that are packed into one window."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +197,7 @@ def load_windows(
     Raises:
       DataError: the text is missing, damaged, empty or too short.
     """
-    found = _documents(
+    found = read_documents(
         spec,
         tokenizer,
         config_dir,
@@ -214,7 +205,7 @@ def load_windows(
         separator=_SEPARATOR if layout == "packing" else "",
     )
     documents = islice(found, skip_documents, None)
-    bos = _bos(tokenizer)
+    bos = bos_tokens(tokenizer)
     room = sequence_length - len(bos)
     if layout == "padding":
         rows = _rows(documents, tokenizer, room)
@@ -262,7 +253,7 @@ def _pack(
         documents = iter([text])
     # Random windows come from all of the text; the first ones need only its beginning.
     wanted = needed if seed is None else limit
-    tokens = _first_tokens(documents, tokenizer, wanted)[:limit]
+    tokens = first_tokens(documents, tokenizer, wanted)[:limit]
     if not tokens:
         raise DataError(f"{spec.text}: is empty: give a text")
     if len(tokens) < needed:
@@ -283,7 +274,7 @@ def _scattered(
 
     Only what the windows hold is tokenized: of a book, or of a crawl of the web, next to nothing.
     """
-    stretch = (room + 2 * _MARGIN) * _CHARACTERS_PER_TOKEN
+    stretch = (room + 2 * MARGIN) * CHARACTERS_PER_TOKEN
     available = len(text) // stretch
     if available < samples:
         return None
@@ -292,9 +283,9 @@ def _scattered(
     for index in sorted(int(one) for one in picked):
         start = index * stretch
         # From the first blank on, if one is near, tokens are those of the whole text.
-        blank = _BLANK.search(text, start, start + _MARGIN * _CHARACTERS_PER_TOKEN)
+        blank = _BLANK.search(text, start, start + MARGIN * CHARACTERS_PER_TOKEN)
         begin = start if blank is None else blank.start()
-        tokens = _first_tokens(iter([text[begin : begin + 2 * stretch]]), tokenizer, room)
+        tokens = first_tokens(iter([text[begin : begin + 2 * stretch]]), tokenizer, room)
         if len(tokens) < room:
             return None
         windows.append(tokens[:room])
@@ -330,182 +321,6 @@ def _rows(
 ) -> Iterator[list[int]]:
     for document in documents:
         # A document may be a book; a window never needs all of it.
-        tokens = _first_tokens(iter([document]), tokenizer, room)[:room]
+        tokens = first_tokens(iter([document]), tokenizer, room)[:room]
         if tokens:
             yield tokens
-
-
-def _first_tokens(
-    pieces: Iterator[str], tokenizer: PreTrainedTokenizerBase, wanted: int | None
-) -> list[int]:
-    """At least the first ``wanted`` tokens of the joined pieces; all of them for None.
-
-    Equal to tokenizing everything and cutting, but reads and tokenizes only what is needed.
-    """
-    text, ended = "", False
-    target = None if wanted is None else max(wanted + _MARGIN, 1) * _CHARACTERS_PER_TOKEN
-    parts: list[str] = []
-    size = 0
-    while True:
-        while not ended and (target is None or size <= target):
-            piece = next(pieces, None)
-            if piece is None:
-                ended = True
-            else:
-                parts.append(piece)
-                size += len(piece)
-        text = "".join(parts)
-        whole = ended and (target is None or size <= target)
-        tokens = _encode(tokenizer, text if whole else text[:target])
-        if whole:
-            return tokens
-        if wanted is not None and len(tokens) - _MARGIN >= wanted:
-            return tokens[:-_MARGIN]
-        assert target is not None  # noqa: S101 - everything is read at once for None
-        target *= 2
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if not text:
-        return []
-    # verbose=False: a text longer than the model's context is no mistake here.
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-    return [int(token) for token in encoded["input_ids"]]
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text: ``[bos]`` or nothing."""
-    bos = tokenizer.bos_token_id
-    first = list(tokenizer("a")["input_ids"])[:1]
-    return [int(bos)] if bos is not None and first == [bos] else []
-
-
-def _documents(
-    spec: TextConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    config_dir: Path,
-    *,
-    split_text: bool,
-    separator: str,
-) -> Iterator[str]:
-    """Documents of ``spec``, each followed by ``separator``; a plain text unsplit in pieces."""
-    path = config_dir / Path(spec.text).expanduser()
-    if path.is_file() and path.suffix != ".jsonl":
-        for key in ("field", "messages", "split"):
-            if getattr(spec, key) is not None:
-                raise DataError(
-                    f"{spec.text}: is a plain text and has no '{key}': remove it from model.yaml"
-                )
-        if split_text:
-            yield from (paragraph + separator for paragraph in _paragraphs(path))
-        else:
-            yield from _pieces(path)
-        return
-    if path.is_file():
-        records = _jsonl(path)
-    elif path.is_dir() or _may_be_dataset_id(spec.text):
-        records = _dataset(spec, path)
-    else:
-        raise DataError(
-            f"{spec.text}: there is no such text: give a file, a data set folder or a hub id"
-        )
-    for where, record in records:
-        text = _record_text(spec, where, record, tokenizer)
-        # A chat template ends its last turn itself.
-        yield text if spec.messages is not None else text + separator
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    with _reading(path) as file:
-        while piece := file.read(1 << 20):
-            yield piece
-
-
-def _paragraphs(path: Path) -> Iterator[str]:
-    with _reading(path) as file:
-        for blank, lines in groupby(file, key=lambda line: not line.strip()):
-            if not blank:
-                yield "".join(lines).rstrip("\n")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield file
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text: convert it to UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    with _reading(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: is not JSON: {error.msg}") from None
-            yield f"{path}:{number}", record
-
-
-def _may_be_dataset_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).suffix
-
-
-def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        datasets = importlib.import_module("datasets")
-    except ModuleNotFoundError:
-        raise DataError(
-            f"{spec.text}: data sets need the package 'datasets': pip install datasets"
-        ) from None
-    split = spec.split or "train"
-    try:
-        saved = (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
-        if saved:
-            loaded = datasets.load_from_disk(str(path))
-            rows = loaded[split] if (path / "dataset_dict.json").exists() else loaded
-        else:
-            source = str(path) if path.is_dir() else spec.text
-            rows = datasets.load_dataset(source, split=split, streaming=True)
-        # Inside the try, since a streamed set is read, and can fail, only here.
-        for number, record in enumerate(rows):
-            yield f"{spec.text}, record {number}", record
-    except Exception as error:  # the package raises whatever its file systems and readers raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{spec.text}: split '{split}' of this data set cannot be read: {reason}"
-        ) from error
-
-
-def _record_text(
-    spec: TextConfig, where: str, record: object, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: must be a JSON object with a field of text")
-    key = spec.messages or spec.field or "text"
-    if key not in record:
-        option = "messages" if spec.messages else "field"
-        raise DataError(
-            f"{where}: has no field '{key}', only {', '.join(map(str, record))}: set '{option}'"
-        )
-    value = record[key]
-    if spec.messages is None:
-        if not isinstance(value, str):
-            raise DataError(
-                f"{where}: field '{key}' is no text: set 'field', or 'messages' for chat"
-            )
-        return value
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: the tokenizer has no chat template for '{key}': use 'field' with text"
-        )
-    try:
-        text = str(tokenizer.apply_chat_template(value, tokenize=False))
-    except Exception as error:  # templates raise their own complaints, through jinja's classes
-        raise DataError(f"{where}: '{key}' does not fit the chat template: {error}") from error
-    # Windows begin with BOS already where the tokenizer has one.
-    return text.removeprefix(tokenizer.bos_token) if _bos(tokenizer) else text

@@ -7,11 +7,12 @@ import onnx_ir as ir
 import pytest
 
 from eoracc.compiler import driver
-from eoracc.compiler.adapters.restore import Backbone, restore_backbone
+from eoracc.compiler.adapters.restore import restore_backbone
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.gates import fidelity_report
+from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.errors import ArtifactError
 from eoracc.passes.base import ModelPass
 from eoracc.plugins.op import DOMAIN

@@ -7,14 +7,15 @@ import pytest
 import torch
 from typing_extensions import override
 
-from eoracc.compiler.adapters.restore import Backbone
 from eoracc.compiler.adapters.scores import perplexities
 from eoracc.compiler.adapters.solve import SolvedAdapter, Task, solve_adapter
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.progress import Phase, SilentProgress
-from eoracc.compiler.sweep.executor import Executor, WeightOf, make_batches
+from eoracc.compiler.sweep.backbone import Backbone
+from eoracc.compiler.sweep.batch import WeightOf, make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.resume import AdapterCheckpoint, SweepCheckpoint
 from eoracc.compiler.sweep.run import run_sweep
 from eoracc.compiler.text.windows import Windows

@@ -15,7 +15,7 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.commands.common import make_console
 from eoracc.compiler.commands.compare import _fitting
 from eoracc.compiler.compare import run as module
-from eoracc.compiler.compare.run import Comparison
+from eoracc.compiler.compare.result import Comparison
 from tests.compiler.compare.test_plot import ROWS, comparison
 
 if TYPE_CHECKING:

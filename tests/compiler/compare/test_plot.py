@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from eoracc.compiler.compare.plot import check_plot, draw
-from eoracc.compiler.compare.run import Comparison, Figures, Original, Row
+from eoracc.compiler.compare.result import Comparison, Figures, Original, Row
 from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:

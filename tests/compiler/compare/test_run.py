@@ -11,7 +11,8 @@ import pytest
 from eoracc.compiler import driver
 from eoracc.compiler.compare import run as module
 from eoracc.compiler.compare.folder import WorkFolder
-from eoracc.compiler.compare.run import Comparison, Row, compare, work_folder
+from eoracc.compiler.compare.result import Comparison, Row
+from eoracc.compiler.compare.run import compare, work_folder
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.fidelity import Scorer
 from eoracc.compiler.sweep import pipeline

@@ -9,7 +9,8 @@ import pytest
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.sweep.executor import Batch, Executor, make_batches
+from eoracc.compiler.sweep.batch import Batch, make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.passes.graph.linears import Linear
 from tests.graph_session import assert_close, padded_mask
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
@@ -36,22 +37,6 @@ def run(executor: Executor, batches: list[Batch]) -> NDArray[np.float32]:
     return np.concatenate(
         [executor.logits(executor.head_input(batch), weight) for batch in batches]
     )
-
-
-def test_levels_and_groups_of_a_llama_block(tmp_path: Path) -> None:
-    executor = Executor(load(tmp_path).model)
-    roles = [
-        [tuple(linear.role for linear in group.linears) for group in level]
-        for level in executor.levels
-    ]
-    block = [
-        [("q_proj", "k_proj", "v_proj")],
-        [("o_proj",)],
-        [("gate_proj", "up_proj")],
-        [("down_proj",)],
-    ]
-    assert roles == [*block, *block, [("lm_head",)]]
-    assert executor.head_level == 8
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
@@ -138,9 +123,9 @@ def test_blocks_that_are_alike_share_a_session(tmp_path: Path) -> None:
     ids = tokens(1)
     run(executor, make_batches(ids, np.ones_like(ids), size=1))
     glue = sum(
-        bool(stage.nodes) and not stage.is_attention
-        for stages in executor._stages
-        for stage in stages
+        bool(segment.nodes) and not segment.is_attention
+        for segments in executor._segments
+        for segment in segments
     )
     # The second block repeats the glue between the linears of the first.
     assert len(executor._sessions) <= glue - 3
@@ -152,16 +137,6 @@ def test_parameter_bytes_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     loaded = load(tmp_path, "smollm")
     stored = load_file(loaded.folder / "model.safetensors")
     assert Executor(loaded.model).parameter_bytes == sum(a.nbytes for a in stored.values())
-
-
-def test_batches_hold_positions_that_do_not_count_padding() -> None:
-    ids = np.arange(15).reshape(3, 5)
-    mask = padded_mask([5, 2, 3], 5, left=True)
-    first, second = make_batches(ids, mask, size=2)
-    assert first.values["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
-    assert second.values["position_ids"].tolist() == [[0, 0, 0, 1, 2]]
-    assert second.token_weights.tolist() == [0, 0, 1, 1, 1]
-    assert make_batches(ids[:0], mask[:0], size=2) == []
 
 
 def _array(value: ir.Value) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from eoracc.compiler.sweep.executor import Batch
+from eoracc.compiler.sweep.batch import Batch
 from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepCheckpoint
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import Linear

@@ -13,7 +13,8 @@ from typing_extensions import override
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.sweep.executor import Executor, make_batches
+from eoracc.compiler.sweep.batch import make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.run import Comparisons, run_sweep

@@ -9,7 +9,8 @@ import pytest
 
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.sweep.executor import Executor, make_batches
+from eoracc.compiler.sweep.batch import make_batches
+from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
