@@ -9,9 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from eoracc.compiler.targets.tensorrt.lower_bundle import lower
 from eoracc.plugins.tensorrt.plugin import FIELDS, PLUGIN, PLUGIN_VERSION
-from tests.compiler.targets.tensorrt.test_lower_rtx import compress, loaded
 from tests.plugins.tensorrt import parser
 
 if TYPE_CHECKING:
@@ -24,6 +22,10 @@ pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder, its linears in 3 bits with zero points, some with factors."""
+    # The compiler imports torch: not while tests are collected.
+    from eoracc.compiler.targets.tensorrt.lower_bundle import lower
+    from tests.compiler.targets.tensorrt.test_lower_rtx import compress, loaded
+
     work: Path = tmp_path_factory.mktemp("graph")
     source = loaded("llama_bias", work)
     compress(source.model, bits=3, rank=40)
