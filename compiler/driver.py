@@ -3,8 +3,8 @@
     model.yaml -> load -> passes -> adapters -> fidelity gate -> each target: lower, write
                -> parity gate -> artifact
 
-What takes long (a converted GGUF, the blocks that a sweep has finished) is kept in a work folder
-beside the output until the build succeeds: a build that was interrupted goes on from there.
+Slow results (a converted GGUF, the finished blocks of a sweep) are kept in a work folder
+beside the output until the build succeeds: an interrupted build resumes from there.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from eoracc.compiler.adapters.gates import (
 )
 from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
 from eoracc.compiler.config.sections import BuildConfig
-from eoracc.compiler.frontend.load import load
-from eoracc.compiler.progress import Progress, SilentProgress, cpu_seconds
+from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.progress import PhaseTime, Progress, SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import (
     AdaptersReport,
     BuildReport,
@@ -38,19 +38,19 @@ from eoracc.compiler.report.content import (
     FidelityReport,
     LinearReport,
     Report,
-    factorized_reports,
-    linear_report,
-    parity_line,
 )
 from eoracc.compiler.report.gates import fidelity_report
+from eoracc.compiler.report.linears import factorized_reports, linear_report
+from eoracc.compiler.report.lines import parity_line
+from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.sweep.pipeline import compress
-from eoracc.compiler.targets import TARGETS, Job
+from eoracc.compiler.sweep.pipeline import Compressed, compress
+from eoracc.compiler.targets import TARGETS, Emitted, Job
 from eoracc.compiler.targets.artifact import ArtifactWriter, check_output, refuse_full_disk
 from eoracc.compiler.targets.parity_record import AdapterCases
 from eoracc.compiler.targets.tensorrt.engine_graph import check_contexts
-from eoracc.compiler.text.windows import calibration_windows, evaluation_windows
+from eoracc.compiler.text.windows import Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
@@ -87,6 +87,7 @@ def build(
     config_dir: Path,
     progress: SilentProgress,
     force: bool = False,
+    keep_graphs: Path | None = None,
 ) -> BuildResult:
     """Build the artifact that ``config`` describes.
 
@@ -95,6 +96,7 @@ def build(
       config_dir: what its relative paths are relative to.
       progress: shown the phases, and asked for their times.
       force: replace an artifact that is there.
+      keep_graphs: an empty or new folder for the graph of each stage; None keeps none.
 
     Raises:
       EoraccError: bad input, in one sentence; nothing is left half-written.
@@ -102,20 +104,27 @@ def build(
     """
     output = config.output_path(config_dir)
     check_output(output, force=force)
+    graphs = StageGraphs(keep_graphs)
     try:
-        return _build(config, config_dir, output, progress, force=force)
+        return _build(config, config_dir, output, progress, graphs, force=force)
     except Exception as error:
         refuse_full_disk(output, error)
         raise
 
 
 def _build(
-    config: BuildConfig, config_dir: Path, output: Path, progress: SilentProgress, *, force: bool
+    config: BuildConfig,
+    config_dir: Path,
+    output: Path,
+    progress: SilentProgress,
+    graphs: StageGraphs,
+    *,
+    force: bool,
 ) -> BuildResult:
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
     work = output.with_name(f".{output.name}.work")
     with ArtifactWriter(output, force=force) as writer:
-        made = _make(config, config_dir, work, writer, progress)
+        made = _make(config, config_dir, work, writer, progress, graphs)
         # The model and its weights are gone by now: checking needs the artifact alone.
         release_memory()
         parity, beside_bytes = (
@@ -133,6 +142,7 @@ def _build(
                 cpu_s=cpu_seconds() - begun_cpu_s,
                 peak_memory_bytes=max(peak_bytes(), beside_bytes),
                 phases=[asdict(phase_time) for phase_time in progress.times],
+                passes=[asdict(pass_time) for pass_time in made.times],
             ),
             adapters=adapters,
             targets=made.targets,
@@ -150,19 +160,20 @@ def _build(
 
 @dataclass(frozen=True)
 class _Made:
-    """What is left of a model once its artifact is written.
+    """The results of a build that outlive its model, which is freed before parity is checked.
 
     Attributes:
       digest: of the checkpoint.
-      fidelity: what was measured on held-out text.
-      linears: what became of each.
-      factorized: which weights became products of two of them.
-      surveys: what each found.
-      adapters: what was solved on top of it.
+      fidelity: scores on held-out text.
+      linears: a report of each.
+      factorized: a report of each weight that is now a product of two linears.
+      surveys: the result of each.
+      times: of the passes.
+      adapters: the solved ones.
       scores: of the adapters.
       slots: where the model takes adapters; None where it takes none.
-      cases: what it must compute with each; empty where parity is turned off.
-      targets: what each built, for the report.
+      cases: the outputs that parity expects by adapter; empty where parity is turned off.
+      targets: the part of the report of each.
     """
 
     digest: str
@@ -170,6 +181,7 @@ class _Made:
     linears: list[LinearReport]
     factorized: list[FactorizedReport]
     surveys: list[dict[str, Any]]
+    times: list[PhaseTime]
     adapters: list[SolvedAdapter]
     scores: AdaptersReport
     slots: AdapterSlots | None
@@ -178,11 +190,72 @@ class _Made:
 
 
 def _make(
-    config: BuildConfig, config_dir: Path, work: Path, writer: ArtifactWriter, progress: Progress
+    config: BuildConfig,
+    config_dir: Path,
+    work: Path,
+    writer: ArtifactWriter,
+    progress: Progress,
+    graphs: StageGraphs,
 ) -> _Made:
-    """Load, compress, score and write; record what parity will be checked against."""
+    """Load, compress, solve adapters and write; what parity will be checked against is recorded."""
     for name in config.targets:
         TARGETS[name].require()
+    inputs = _load(config, config_dir, work, progress)
+    graphs.keep("frontend", inputs.loaded.model)
+    original = Executor(inputs.loaded.model.clone())
+    compressed = compress(
+        config, inputs.loaded, inputs.calibration, work / "sweep", progress, graphs=graphs
+    )
+    release_memory()
+    solved = _solve(config, compressed, inputs.tasks, work / "adapters", progress)
+    fidelity = _score(config, original, compressed, inputs.held_out, progress)
+    scores = _score_adapters(config, original, compressed, solved, work / "alone", progress)
+    job = Job(
+        config=config,
+        loaded=inputs.loaded,
+        compressed=compressed,
+        original=original,
+        held_out=inputs.held_out,
+        writer=writer,
+        work=work,
+        progress=progress,
+        graphs=graphs,
+    )
+    emitted, cases = _emit(job, solved)
+    return _Made(
+        digest=inputs.loaded.digest,
+        fidelity=fidelity,
+        linears=[linear_report(linear) for linear in compressed.linears],
+        factorized=factorized_reports(compressed.linears),
+        surveys=compressed.surveys,
+        times=compressed.times,
+        adapters=solved,
+        scores=scores,
+        slots=next((target.slots for target in emitted.values()), None),
+        cases=cases,
+        targets={name: target.report for name, target in emitted.items() if target.report},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """Everything that a build reads.
+
+    Attributes:
+      loaded: the checkpoint.
+      held_out: text for fidelity and parity.
+      calibration: text for statistics; None where no pass takes any.
+      tasks: the adapters of model.yaml with their texts.
+    """
+
+    loaded: LoadedModel
+    held_out: Windows
+    calibration: Windows | None
+    tasks: list[Task]
+
+
+def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress) -> _Inputs:
+    """Read the checkpoint and all texts."""
     with progress.phase("load", 1) as phase:
         loaded = load(
             config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
@@ -205,60 +278,50 @@ def _make(
         for name, adapter in config.adapters.items()
     ]
     release_memory()
-    original = Executor(loaded.model.clone())
-    compressed = compress(config, loaded, calibration, work / "sweep", progress)
+    return _Inputs(loaded, held_out, calibration, tasks)
+
+
+def _score(
+    config: BuildConfig,
+    original: Executor,
+    compressed: Compressed,
+    held_out: Windows,
+    progress: Progress,
+) -> FidelityReport:
+    """Measure the compressed model against the original on held-out text."""
     compensations = [item.name for item in config.passes if isinstance(item, Compensation)]
-    shipped = " + ".join(compensations) or None
-    factorized = next((one.name for one in config.passes if isinstance(one, Factorization)), None)
-    release_memory()
-    solved = _solve(config, compressed, tasks, work / "adapters", progress)
-    fidelity = fidelity_report(
+    return fidelity_report(
         original,
         Executor(compressed.model, compressed.linears),
         held_out,
-        shipped=shipped,
-        factorized=factorized,
+        shipped=" + ".join(compensations) or None,
+        factorized=next(
+            (item.name for item in config.passes if isinstance(item, Factorization)), None
+        ),
         comparisons=compressed.comparisons,
         limits=config.verify.limits,
         progress=progress,
     )
-    scores = _score_adapters(config, original, compressed, solved, work / "alone", progress)
-    writer.copy(loaded.tokenizer_files())
-    job = Job(
-        config=config,
-        loaded=loaded,
-        compressed=compressed,
-        original=original,
-        held_out=held_out,
-        writer=writer,
-        work=work,
-        progress=progress,
+
+
+def _emit(
+    job: Job, solved: Sequence[SolvedAdapter]
+) -> tuple[dict[str, Emitted], Mapping[str, AdapterCases]]:
+    """Write every target; record what the model must compute with each adapter."""
+    config = job.config
+    job.writer.copy(job.loaded.tokenizer_files())
+    emitted: dict[str, Emitted] = {name: TARGETS[name].emit(job) for name in config.targets}
+    if not (config.verify.parity and solved and "onnxruntime" in emitted):
+        return emitted, {}
+    cases = record_adapters(
+        job.compressed,
+        solved,
+        folder=job.loaded.folder,
+        accuracy_level=config.onnxruntime.accuracy_level,
+        trust_remote_code=job.loaded.trust_remote_code,
+        progress=job.progress,
     )
-    emitted = {name: TARGETS[name].emit(job) for name in config.targets}
-    reports = [linear_report(linear) for linear in compressed.linears]
-    products = factorized_reports(compressed.linears)
-    cases: Mapping[str, AdapterCases] = {}
-    if config.verify.parity and solved and "onnxruntime" in emitted:
-        cases = record_adapters(
-            compressed,
-            solved,
-            folder=loaded.folder,
-            accuracy_level=config.onnxruntime.accuracy_level,
-            trust_remote_code=loaded.trust_remote_code,
-            progress=progress,
-        )
-    return _Made(
-        digest=loaded.digest,
-        fidelity=fidelity,
-        linears=reports,
-        factorized=products,
-        surveys=compressed.surveys,
-        adapters=solved,
-        scores=scores,
-        slots=next((one.slots for one in emitted.values()), None),
-        cases=cases,
-        targets={name: one.report for name, one in emitted.items() if one.report},
-    )
+    return emitted, cases
 
 
 # --- adapters -------------------------------------------------------------------------------------

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from eoracc.passes.base import Pass
+
 __all__ = [
     "ConsoleProgress",
+    "PassTimes",
     "Phase",
     "PhaseTime",
     "Progress",
@@ -53,7 +56,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """What one phase took.
+    """Duration of one phase, or of one pass.
 
     Attributes:
       name: the phase.
@@ -70,6 +73,32 @@ def cpu_seconds() -> float:
     """Processor time of this process, all threads, and of the children it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+class PassTimes:
+    """Sums the time of every pass of a build, over all linear groups that it was called for."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._wall_s: dict[int, float] = {}
+        self._cpu_s: dict[int, float] = {}
+
+    @contextmanager
+    def measure(self, layer_pass: Pass) -> Iterator[None]:
+        """Add the time that the context takes to that of ``layer_pass``, known by identity."""
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        yield
+        key = id(layer_pass)
+        self._names[key] = layer_pass.name
+        self._wall_s[key] = self._wall_s.get(key, 0.0) + time.perf_counter() - wall
+        self._cpu_s[key] = self._cpu_s.get(key, 0.0) + cpu_seconds() - cpu
+
+    def times(self) -> list[PhaseTime]:
+        """A time for each pass, in the order in which they were first called."""
+        return [
+            PhaseTime(name, self._wall_s[key], self._cpu_s[key])
+            for key, name in self._names.items()
+        ]
 
 
 class _SilentPhase:

@@ -140,13 +140,8 @@ def write_tiny_artifact(work: Path, *, adapter_type: str = "none") -> Path:
       adapter_type: of its slots: ``int8``, ``float16``, or ``none`` for an artifact without.
     """
     from eoracc.compiler.frontend import load as frontend
-    from eoracc.compiler.report.content import (
-        BuildReport,
-        FidelityReport,
-        FidelityRow,
-        Report,
-        linear_report,
-    )
+    from eoracc.compiler.report.content import BuildReport, FidelityReport, FidelityRow, Report
+    from eoracc.compiler.report.linears import linear_report
     from eoracc.compiler.targets.artifact import ArtifactWriter
     from eoracc.compiler.targets.genai_config import genai_config
     from eoracc.compiler.targets.onnxruntime.lower import lower

@@ -35,7 +35,7 @@ def adapter() -> None:
 @json_option
 def list_adapters(artifact: Path, as_json: bool) -> None:
     """Show the adapters of ARTIFACT, each compared with the manifest."""
-    from eoracc.compiler.report.content import format_bytes
+    from eoracc.compiler.report.lines import format_bytes
     from eoracc.runtime.adapters.files import adapter_names, read_adapter
 
     described = [_describe(read_adapter(artifact, name)) for name in adapter_names(artifact)]

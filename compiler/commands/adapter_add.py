@@ -155,7 +155,7 @@ def _describe(artifact: Path, added: AddedAdapter) -> dict[str, Any]:
 
 
 def _show(artifact: Path, added: AddedAdapter) -> None:
-    from eoracc.compiler.report.content import adapter_lines, adapter_tables
+    from eoracc.compiler.report.lines import adapter_lines, adapter_tables
 
     console = make_console()
     for table in adapter_tables(added.report):

@@ -75,7 +75,7 @@ def bench(
 
 
 def _show(report: BenchReport) -> None:
-    from eoracc.compiler.report.content import format_bytes
+    from eoracc.compiler.report.lines import format_bytes
 
     console = make_console()
     console.print(

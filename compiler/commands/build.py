@@ -24,8 +24,21 @@ __all__ = ["build"]
     help="Override a setting: calibration.samples=16, passes.eora.rank=0. May be repeated.",
 )
 @click.option("--force", is_flag=True, help="Replace the artifact that is there.")
+@click.option(
+    "--keep-graphs",
+    type=PATH,
+    metavar="DIR",
+    help="Write the graph after each stage to DIR, as .onnx files with their weights.",
+)
 @json_option
-def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json: bool) -> None:
+def build(
+    model_yaml: Path,
+    overrides: tuple[str, ...],
+    *,
+    force: bool,
+    keep_graphs: Path | None,
+    as_json: bool,
+) -> None:
     """Build the artifact that MODEL_YAML describes."""
     # Before NumPy and PyTorch are loaded: their threads spin for milliseconds after each product
     # unless told not to, and a build has many products with other work between them.
@@ -43,7 +56,7 @@ def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json:
 
     from eoracc.compiler.driver import build as run_build
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
-    from eoracc.compiler.report.content import (
+    from eoracc.compiler.report.lines import (
         adapter_tables,
         fidelity_table,
         format_bytes,
@@ -51,7 +64,9 @@ def build(model_yaml: Path, overrides: tuple[str, ...], *, force: bool, as_json:
     )
 
     progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
-    result = run_build(config, config_dir=config_dir, progress=progress, force=force)
+    result = run_build(
+        config, config_dir=config_dir, progress=progress, force=force, keep_graphs=keep_graphs
+    )
     manifest, report = result.manifest, result.report
     if as_json:
         print_json(

@@ -197,7 +197,7 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
     """Every row, in columns of which those named in ``without`` are left out."""
     from rich.markup import escape
 
-    from eoracc.compiler.report.content import format_bytes
+    from eoracc.compiler.report.lines import format_bytes
 
     original = comparison.original
     has_ood = original.perplexity_ood is not None

@@ -39,7 +39,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 def _show_artifact(summary: ArtifactSummary) -> None:
-    from eoracc.compiler.report.content import (
+    from eoracc.compiler.report.lines import (
         adapter_tables,
         fidelity_table,
         format_bytes,
@@ -66,7 +66,7 @@ def _show_artifact(summary: ArtifactSummary) -> None:
 
 
 def _linears_table(summary: ArtifactSummary) -> Table:
-    from eoracc.compiler.report.content import format_bytes
+    from eoracc.compiler.report.lines import format_bytes
 
     linears = summary.report.linears
     stages = _stages(linears)
@@ -121,7 +121,7 @@ def _errors(one: LinearReport | FactorizedReport, stages: Sequence[str]) -> list
 def _show_checkpoint(summary: CheckpointSummary) -> None:
     from rich.text import Text
 
-    from eoracc.compiler.report.content import format_bytes
+    from eoracc.compiler.report.lines import format_bytes
 
     table = make_table(f"{summary.path}: tensors")
     table.add_column("tensor", overflow="fold")

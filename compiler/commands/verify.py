@@ -32,7 +32,7 @@ __all__ = ["verify"]
 @click.pass_context
 def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: bool) -> None:
     """Check every byte of ARTIFACT, then that it still computes what it was built to compute."""
-    from eoracc.compiler.report.content import parity_line
+    from eoracc.compiler.report.lines import parity_line
     from eoracc.runtime.artifact.manifest import verify_manifest
 
     manifest = verify_manifest(artifact)

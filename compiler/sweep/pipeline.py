@@ -17,7 +17,8 @@ from typing import Any
 from eoracc import __version__
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.progress import Progress
+from eoracc.compiler.progress import PassTimes, PhaseTime, Progress
+from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
@@ -47,11 +48,13 @@ class Compressed(Backbone):
 
     Attributes:
       comparisons: factors that are scored and not shipped.
-      surveys: what each survey found, ``{"pass": name, ...}``, for the report.
+      surveys: the result of each survey, ``{"pass": name, ...}``, for the report.
+      times: of the passes, in order; an interrupted build counts from where it resumed.
     """
 
     comparisons: Comparisons = field(default_factory=dict)
     surveys: list[dict[str, Any]] = field(default_factory=list)
+    times: list[PhaseTime] = field(default_factory=list)
 
 
 def stages(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
@@ -79,6 +82,8 @@ def compress(
     calibration: Windows | None,
     folder: Path,
     progress: Progress,
+    *,
+    graphs: StageGraphs | None = None,
 ) -> Compressed:
     """Run the passes of ``config`` on ``loaded.model``, which they change in place.
 
@@ -87,7 +92,8 @@ def compress(
       loaded: the model.
       calibration: the text that statistics are taken over; None where no pass asks for any.
       folder: where finished work is kept, for a build that is interrupted.
-      progress: shown what each stage has to show.
+      progress: shown the phases of each stage.
+      graphs: given the graph after each stage.
 
     Raises:
       PassError: a pass cannot do what is asked of it.
@@ -95,6 +101,7 @@ def compress(
     """
     model = loaded.model
     compressed = Compressed(model, find_linears(model), find_embeddings(model))
+    graphs, times = graphs or StageGraphs(), PassTimes()
     all_stages = stages(config.passes)
     for position, members in enumerate(all_stages):
         key = stage_key(config, loaded, members, position, calibration)
@@ -112,15 +119,20 @@ def compress(
                 key=key,
                 progress=progress,
             )
-            compressed.surveys.append({"pass": first.name, **first.survey(context)})
+            with times.measure(first):
+                compressed.surveys.append({"pass": first.name, **first.survey(context)})
         elif isinstance(first, ModelPass):
-            first.call(model)
+            with times.measure(first):
+                first.call(model)
             spec.check(model, spec.Stage.FRONTEND, after=first.name)
             compressed.linears = find_linears(model)
+            graphs.keep(first.name, model)
         else:
             passes = [item for item in members if isinstance(item, LayerPass)]
             checkpoint = SweepCheckpoint(kept, key)
-            _sweep(config, compressed, passes, calibration, checkpoint, progress)
+            _sweep(config, compressed, passes, calibration, checkpoint, progress, times)
+            graphs.keep("+".join(item.name for item in passes), model)
+    compressed.times = times.times()
     return compressed
 
 
@@ -138,6 +150,7 @@ def _sweep(
     calibration: Windows | None,
     checkpoint: SweepCheckpoint,
     progress: Progress,
+    times: PassTimes,
 ) -> None:
     names = [table.name for table in compressed.embeddings]
     names += [name for linear in compressed.linears for name in linear.known_as]
@@ -160,6 +173,7 @@ def _sweep(
         comparators={name: compensation_solver(name) for name in config.verify.compare},
         checkpoint=checkpoint,
         progress=progress,
+        times=times,
     )
     for item in passes:
         if isinstance(item, QuantizeGptq | QuantizeRtn):

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from eoracc.compiler.progress import Progress
+from eoracc.compiler.progress import PassTimes, Progress
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.passes.solvers.gram import Gram
@@ -45,6 +46,7 @@ def run_sweep(
     comparators: Mapping[str, Comparator],
     checkpoint: SweepCheckpoint,
     progress: Progress,
+    times: PassTimes,
 ) -> Comparisons:
     """Apply ``passes`` to every group of linears, in execution order.
 
@@ -56,9 +58,13 @@ def run_sweep(
         stored in the same type.
       checkpoint: where finished blocks are kept; blocks that it holds are taken from it.
       progress: shown one step per group.
+      times: given the time of each pass.
 
     Returns:
       The comparators' factors.
+
+    Raises:
+      PassError: a pass cannot run on a group, or leaves nodes that the stage does not allow.
     """
     calibrate = next((p for p in passes if isinstance(p, Calibrate)), None)
     forward = None if calibrate is None else _forward(executor, calibrate, batches)
@@ -79,8 +85,9 @@ def run_sweep(
                     linear.output_norm = None  # of an earlier sweep's statistics
                 for layer_pass in passes:
                     layer_pass.requires(group)
-                    with one_thread(layer_pass):
+                    with one_thread(layer_pass), times.measure(layer_pass):
                         layer_pass.call(group)
+                    spec.check_linears(group.linears, spec.Stage.COMPRESSED, after=layer_pass.name)
                 with one_thread():
                     _compare(group, comparators, comparisons)
                 group.activations = group.originals = group.gram = None

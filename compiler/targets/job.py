@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import Progress
+from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed
 from eoracc.compiler.targets.artifact import ArtifactWriter
@@ -38,6 +39,7 @@ class Job:
       writer: collects the artifact's files.
       work: a folder for what takes long; it stays until the build has succeeded.
       progress: shown the phases.
+      graphs: given the lowered graph.
     """
 
     config: BuildConfig
@@ -48,6 +50,7 @@ class Job:
     writer: ArtifactWriter
     work: Path
     progress: Progress
+    graphs: StageGraphs
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eoracc.compiler.frontend.load import load
-from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.run import run_sweep
@@ -71,6 +71,7 @@ def test_finds_the_last_blocks_of_a_real_model(smollm2_folder: Path, tmp_path: P
         comparators={},
         checkpoint=SweepCheckpoint(tmp_path / "sweep", "key"),
         progress=SilentProgress(),
+        times=PassTimes(),
     )
     difference = head_input(executor, windows) - original
     error = np.linalg.norm(difference) / np.linalg.norm(original)

@@ -36,6 +36,7 @@ def emit(job: Job) -> Emitted:
         adapter_type=options.adapter_type,
     )
     spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
+    job.graphs.keep("onnxruntime", lowered)
     writer.write_model(lowered)
     writer.write_genai_config(
         genai_config(

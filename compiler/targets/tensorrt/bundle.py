@@ -49,6 +49,7 @@ def emit(job: Job) -> Emitted:
         positions=options.context_length,
     )
     spec.check(lowered, spec.Stage.TENSORRT, after="the lowering")
+    job.graphs.keep(_TARGET, lowered)
     cases = kernel_cases(lowered)
     graph = write_engine_graph(job, lowered, target=_TARGET, options=options)
     record_engine_graph(job, graph, weight_of=half_product)

@@ -57,6 +57,7 @@ def emit(job: Job) -> Emitted:
         capacity=options.context_length if options.cache == "in_place" else None,
     )
     spec.check(lowered, spec.Stage.TENSORRT_RTX, after="the lowering")
+    job.graphs.keep(_TARGET, lowered)
     graph = write_engine_graph(job, lowered, target=_TARGET, options=options)
     record_engine_graph(job, graph)
     built = build_engines(

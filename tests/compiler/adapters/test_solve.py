@@ -12,7 +12,7 @@ from eoracc.compiler.adapters.solve import SolvedAdapter, Task, solve_adapter
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend import load as frontend
-from eoracc.compiler.progress import Phase, SilentProgress
+from eoracc.compiler.progress import PassTimes, Phase, SilentProgress
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
@@ -60,6 +60,7 @@ def backbone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbone
         comparators={},
         checkpoint=SweepCheckpoint(work / "sweep", "key"),
         progress=SilentProgress(),
+        times=PassTimes(),
     )
     return found
 

@@ -12,12 +12,13 @@ from typing_extensions import override
 
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend import load as frontend
-from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.batch import make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
+from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import compensation_solver
@@ -96,6 +97,7 @@ def sweep(
         comparators=comparators or {},
         checkpoint=SweepCheckpoint(work / "sweep", key),
         progress=SilentProgress(),
+        times=PassTimes(),
     )
     return executor, found
 
@@ -211,6 +213,7 @@ def test_the_original_goes_beside_the_factors_of_an_earlier_sweep(
         comparators={},
         checkpoint=SweepCheckpoint(tmp_path / "second", "key"),
         progress=SilentProgress(),
+        times=PassTimes(),
     )
     by_name = {linear.name: linear for linear in linears}
     weights = {name: one.weight() for name, one in by_name.items() if one.whole is not None}
@@ -243,6 +246,7 @@ def test_passes_run_in_order_on_every_group(source: Path, tmp_path: Path) -> Non
 
     @dataclass(frozen=True, kw_only=True)
     class Named(LayerPass):
+        name: ClassVar[str] = "named"
         label: str
 
         @override
@@ -261,6 +265,23 @@ def test_passes_run_in_order_on_every_group(source: Path, tmp_path: Path) -> Non
         for text in ("a requires", f"a {role}", "b requires", f"b {role}")
     ]
     assert calls == expected
+
+
+def test_the_pass_that_breaks_the_graph_is_named(source: Path, tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Breaks(LayerPass):
+        name: ClassVar[str] = "breaks"
+
+        @override
+        def call(self, group: LinearGroup) -> None:
+            if group.linears[0].role == "o_proj":
+                group.linears[0].node.op_type = "Sin"
+
+    seen: list[tuple[str, NDArray[np.float64] | None]] = []
+    with pytest.raises(PassError, match=r"^after breaks, node .*: operator Sin may not stand in"):
+        sweep(source, tmp_path, QuantizeRtn(bits=4), Breaks(), Watch(seen=seen))
+    # The check is per group: the first group passed, and nothing after the fault was run.
+    assert len(seen) == 1
 
 
 def test_without_calibration_there_are_no_statistics(source: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report.content import linear_report
+from eoracc.compiler.report.linears import linear_report
 from eoracc.compiler.sweep.pipeline import Compressed, compress
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows

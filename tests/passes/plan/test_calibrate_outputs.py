@@ -18,7 +18,7 @@ from eoracc.compiler.driver import build
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report.content import report_lines
+from eoracc.compiler.report.lines import report_lines
 from eoracc.compiler.sweep import survey
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows

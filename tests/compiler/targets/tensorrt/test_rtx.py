@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from eoracc.compiler import driver
 from eoracc.compiler.cli import main
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report.content import Report, report_lines
+from eoracc.compiler.report.content import Report
+from eoracc.compiler.report.lines import report_lines
 from eoracc.errors import ConfigError, TargetError
 from eoracc.runtime.adapters.files import read_adapter
 from eoracc.runtime.artifact.manifest import verify_manifest

@@ -1,0 +1,63 @@
+"""The entries of linears, and of factorised weights, in report.json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eoracc.compiler.report.content import FactorizedReport, LinearReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from eoracc.passes.graph.linears import Linear
+
+__all__ = ["factorized_reports", "linear_report"]
+
+
+def linear_report(linear: Linear, *, stored_bytes: int | None = None) -> LinearReport:
+    """Describe ``linear`` as it stands in the graph.
+
+    Args:
+      linear: compressed or not.
+      stored_bytes: of an uncompressed weight; None takes float32.
+    """
+    weight, factors = linear.compressed, linear.factors
+    if weight is None:
+        plain = 4 * linear.in_features * linear.out_features
+        size = plain if stored_bytes is None else stored_bytes
+    else:
+        size = weight.nbytes
+    return LinearReport(
+        name=linear.name,
+        block=linear.block,
+        role=linear.role,
+        shape=(linear.out_features, linear.in_features),
+        bits=None if weight is None else weight.bits,
+        group_size=None if weight is None else weight.group_size,
+        rank=0 if factors is None else factors.rank,
+        bytes=size + (0 if factors is None else factors.nbytes),
+        errors=dict(linear.errors),
+        notes=list(linear.notes),
+        factor_of=None if linear.whole is None else linear.whole.name,
+    )
+
+
+def factorized_reports(linears: Iterable[Linear]) -> list[FactorizedReport]:
+    """Describe the weights that ``linears`` hold factors of, once each, in their order."""
+    wholes = dict.fromkeys(linear.whole for linear in linears if linear.whole is not None)
+    return [_factorized_report(whole) for whole in wholes]
+
+
+def _factorized_report(whole: Linear) -> FactorizedReport:
+    assert whole.factorized is not None  # noqa: S101 - it has factors
+    rows, columns, rank = whole.out_features, whole.in_features, whole.factorized.rank
+    return FactorizedReport(
+        name=whole.name,
+        block=whole.block,
+        role=whole.role,
+        shape=(rows, columns),
+        rank=rank,
+        removed=1 - rank * (rows + columns) / (rows * columns),
+        errors=dict(whole.errors),
+        notes=list(whole.notes),
+    )
