@@ -1,4 +1,4 @@
-"""The fused op in NumPy and float64: the oracle that every kernel and function is held against."""
+"""The fused op in NumPy and float64, the oracle for every kernel and function."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def fused_matmul(
     Args:
       x: ``[..., K]``.
       weight: ``W``, ``[N, K]``.
-      factors: the low-rank term, None for none. With P parts of rank R, ``lora_a`` is
-        ``[P * R, K]``, one part's rows after the other's, and ``lora_b`` ``[N, R]``.
+      factors: the low-rank term, None for none. With P parts of rank R, ``lora_a [P * R, K]`` holds
+        the rows of all parts in order, and ``lora_b`` is ``[N, R]``.
       bias: ``[N]``, None for none.
-      norm_weight: ``[K]``: x is RMS-normalised with it first; None for not.
+      norm_weight: ``[K]``, normalises x first (RMS); None for no norm.
       norm_epsilon: added to the mean of squares.
-      parts: rows of W in each of the linears that lie in it one after the other; none means one.
-      activation: "silu" or "gelu_tanh": of two equal parts, ``activation(first) * second`` is left.
-      residual: like the result, and added to it last; None for none.
-      adapters: further low-rank terms, shaped as ``factors``, to choose from; none means none.
-      adapter_scales: what values that each one's ``lora_a`` gives are multiplied with, ``[P * R]``
-        of its own R; None for 1.
+      parts: rows of each merged linear, in order; empty for a single linear.
+      activation: "silu" or "gelu_tanh" turns two equal parts into ``activation(first) * second``.
+      residual: added last, shaped as the result; None for none.
+      adapters: a bank of further low-rank terms, shaped as ``factors``.
+      adapter_scales: for each adapter ``[P * R]`` of its own R, multiplies the output of its
+        ``lora_a``; None for 1.
       adapter_index: the adapter of each row of the batch, ``[batch]``, or of all, ``[1]``; below 0
-        for none. The batch is all of x's dimensions before the last two, of a matrix its rows.
+        for none. The batch is every dimension of x but the last two, or the rows of a matrix.
 
     Returns:
       ``float64 [..., N]``, with an activation ``[..., N / 2]``.
@@ -73,10 +73,10 @@ def fused_matmul(
     if factors is not None:
         y = y + _low_rank(wide, factors, parts or (weight.out_features,))
     if adapters:
-        scales = adapter_scales or [np.ones(len(one.lora_a)) for one in adapters]
+        scales = adapter_scales or [np.ones(len(adapter.lora_a)) for adapter in adapters]
         terms = [
-            _low_rank(wide, one, parts or (weight.out_features,), scale.astype(np.float64))
-            for one, scale in zip(adapters, scales, strict=True)
+            _low_rank(wide, adapter, parts or (weight.out_features,), scale.astype(np.float64))
+            for adapter, scale in zip(adapters, scales, strict=True)
         ]
         y = y + _chosen(terms, adapter_index)
     if bias is not None:
@@ -132,7 +132,7 @@ def _low_rank(
 def _chosen(
     terms: Sequence[NDArray[np.float64]], index: Sequence[int] | NDArray[np.integer[Any]]
 ) -> NDArray[np.float64]:
-    """Of each row of the batch the term that ``index`` says, or zeros."""
+    """For each row of the batch the term that ``index`` picks, or zeros."""
     shape = terms[0].shape
     batch = shape[:1] if len(shape) <= 2 else shape[:-2]
     chosen = np.broadcast_to(np.asarray(index).reshape(-1 if len(index) == 1 else batch), batch)

@@ -1,1 +1,1 @@
-"""The ops as model-local functions of standard ops."""
+"""The ops as model-local functions of standard ops, for runtimes without the native library."""

@@ -1,4 +1,4 @@
-"""A function's body while it is written: its inputs, and the standard ops appended so far."""
+"""Builds the body of a function: its inputs, and the standard ops appended so far."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ Attribute = int | str | Sequence[int] | ir.TensorProtocol | ir.Attr
 
 
 class Body:
-    """A function's body while it is written."""
+    """A function's body under construction."""
 
     def __init__(self, inputs: Sequence[str], present: set[str]) -> None:
+        """Begin a body without nodes.
+
+        Args:
+          inputs: names of all inputs of the op, in order.
+          present: names of those that the node has.
+        """
         self.inputs = [ir.Value(name=name) for name in inputs]
         self.nodes: list[ir.Node] = []
         self._count = 0
         self._present = {value.name: value for value in self.inputs if value.name in present}
 
     def get(self, name: str) -> ir.Value | None:
-        """The input ``name``, None where the node has none."""
+        """The input ``name``; None if the node does not have it."""
         return self._present.get(name)
 
     def __getitem__(self, name: str) -> ir.Value:
-        """The input ``name``, which is known to be there."""
+        """The input ``name``, which the node has."""
         return self._present[name]
 
     def op(self, op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
@@ -55,7 +61,10 @@ class Body:
         return node.outputs
 
     def branch(self, name: str, build: Callable[[], ir.Value]) -> ir.Attr:
-        """What ``build`` appends as the branch ``name`` of an ``If``; it may read what is here."""
+        """The nodes that ``build`` appends, as the branch ``name`` of an ``If``.
+
+        A branch may read the values of this body.
+        """
         outer, self.nodes = self.nodes, []
         output = build()
         graph = ir.Graph([], [output], nodes=self.nodes, name=name)
@@ -71,13 +80,13 @@ class Body:
         return self.constant(np.array(values, np.int64))
 
     def attribute(self, name: str) -> ir.Value:
-        """The calling node's attribute of one integer or several, ``int64 [its length]``."""
+        """An integer attribute of the calling node, ``int64 [1]``, or all integers of ``parts``."""
         if name == "parts":
             return self.op("Constant", value_ints=ir.RefAttr("value_ints", name, _INTS))
         return self.op("Reshape", self.scalar(name), self.integers(1))
 
     def scalar(self, value: int | str) -> ir.Value:
-        """A constant, or the calling node's attribute of that name, ``int64 []``."""
+        """A constant, or the attribute ``value`` of the calling node, ``int64 []``."""
         if isinstance(value, int):
             return self.constant(np.array(value, np.int64))
         return self.op("Constant", value_int=ir.RefAttr("value_int", value, _INT))

@@ -1,4 +1,4 @@
-"""The low-rank terms, those of the linear and those of an adapter, in standard ops."""
+"""The low-rank terms of the linear and of its adapters, in standard ops."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["add_adapter", "plain_low_rank", "tiled_low_rank"]
 
 @dataclass(frozen=True)
 class _Width:
-    """Codes of integer factors in tiles, 8 or 4 bits each: which, the shapes tell at run time.
+    """How to unpack tiles of an integer factor; its shape distinguishes 8 from 4 bits at run time.
 
     Attributes:
-      shifts: of a byte, for each code in it, ``uint8 [1, 1]`` or ``[2, 1]``.
+      shifts: position of each code in a byte, ``uint8 [1, 1]`` or ``[2, 1]``.
       mask: of one code, ``uint8 []``.
       zero: code of the value 0, ``float32 []``.
     """
@@ -30,7 +30,7 @@ class _Width:
 
     @classmethod
     def of(cls, body: Body, tiled: ir.Value) -> _Width:
-        """That of ``tiled [..., chunks, 64]``, tiles of K columns."""
+        """The width of the codes in ``tiled [..., chunks, 64]``, tiles of K columns."""
         chunks = body.op("Shape", tiled, start=-2, end=-1)
         quad = body.scalar(QUAD)
         quads = body.op("Add", body.scalar("K"), body.scalar(QUAD - 1))
@@ -49,7 +49,7 @@ class _Width:
 
     @classmethod
     def int8(cls, body: Body) -> _Width:
-        """That of 8-bit codes."""
+        """The width of 8-bit codes, without a test at run time."""
         return cls(
             body.constant(np.zeros((1, 1), np.uint8)),
             body.constant(np.array(255, np.uint8)),
@@ -59,7 +59,7 @@ class _Width:
     def values(self, body: Body, tiled: ir.Value) -> ir.Value:
         """``uint8 [A, tiles, chunks, 64]`` to ``float32 [A, chunks, codes, 4, tiles, 16]``.
 
-        ``codes`` are those of a byte: the middle three make up the columns, the last two the rows.
+        ``codes`` counts those in a byte. The middle three axes are columns, the last two rows.
         """
         codes = body.op("Unsqueeze", tiled, body.integers(3))
         codes = body.op("BitShift", codes, self.shifts, direction="RIGHT")
@@ -74,7 +74,8 @@ def _tiled_factor(body: Body, name: str) -> ir.Value:
     scale = body.get(f"{name}_scale")
     if scale is None:
         return tile_columns(body, body[name])
-    # Both factors are stored alike, and lora_a has K columns to count; int4 is never beside floats.
+    # Both factors have one width, and the columns of lora_a are known: K. Beside a float factor
+    # integers always have 8 bits.
     is_integer = body.get("lora_a_scale") is not None
     width = _Width.of(body, body["lora_a"]) if is_integer else _Width.int8(body)
     values = width.values(body, body.op("Unsqueeze", body[name], body.integers(0)))
@@ -89,21 +90,36 @@ def tiled_low_rank(body: Body, x: ir.Value, parts: int) -> ir.Value:
     b = body.op("Slice", b, body.integers(0), body.attribute("N"), body.integers(1))
     down = body.op("MatMul", x, a)
     if parts > 1:
-        sizes = body.attribute("parts")
-        downs = body.ops("Split", parts, down, axis=-1, num_outputs=parts)
-        ups = body.ops("Split", parts, b, sizes, axis=1)
-        products = [body.op("MatMul", d, u) for d, u in zip(downs, ups, strict=True)]
-        return body.op("Concat", *products, axis=-1)
-    # The rows of A fill up tiles, those of B's transpose at most quads: what is beyond is zero.
+        return _up_by_part(body, down, b, body.attribute("parts"), parts, axis=1)
+    # Ranks of A are padded to tiles, those of B to quads; the padding is zero.
     rank = body.op("Shape", b, start=0, end=1)
     down = body.op("Slice", down, body.integers(0), rank, body.integers(-1))
     return body.op("MatMul", down, b)
 
 
-def add_adapter(body: Body, x: ir.Value, y: ir.Value, parts: int) -> ir.Value:
-    """``y`` and what the adapter of each row adds; ``x`` and ``y`` are float32.
+def _up_by_part(
+    body: Body, down: ir.Value, b: ir.Value, sizes: ir.Value, parts: int, *, axis: int
+) -> ir.Value:
+    """Up-projections of merged linears: each multiplies its own ranks with its own rows.
 
-    All of it is in a branch: at rank 0 a node costs the test and no more.
+    Args:
+      body: appended to.
+      down: ``[..., parts * rank]``.
+      b: transposed up-projections, rows of W along ``axis``.
+      sizes: rows of each part.
+      parts: their number.
+      axis: of the rows of W in ``b``.
+    """
+    downs = body.ops("Split", parts, down, axis=-1, num_outputs=parts)
+    ups = body.ops("Split", parts, b, sizes, axis=axis)
+    products = [body.op("MatMul", d, u) for d, u in zip(downs, ups, strict=True)]
+    return body.op("Concat", *products, axis=-1)
+
+
+def add_adapter(body: Body, x: ir.Value, y: ir.Value, parts: int) -> ir.Value:
+    """``y`` plus the term of each row's adapter; ``x`` and ``y`` are float32.
+
+    The term is in a branch, so a bank of rank 0 only costs the test.
     """
     columns, rows = body.attribute("K"), body.attribute("N")
     sizes = body.attribute("parts") if parts > 1 else None
@@ -126,10 +142,11 @@ def _adapted(
     rows: ir.Value,
     sizes: ir.Value | None,
 ) -> ir.Value:
+    """``y`` plus the adapter term; attributes are read outside of the branch."""
     index = body["adapter_index"]
     count = body.op("Shape", index)
     zero = body.op("CastLike", body.scalar(0), index)
-    place = body.op("Max", index, zero)  # what it picks for a row without adapter is scaled by 0
+    place = body.op("Max", index, zero)  # a row without adapter gets the first, scaled by 0
 
     def pick(name: str) -> ir.Value:
         return body.op("Gather", body[name], place, axis=0)
@@ -152,10 +169,7 @@ def _adapted(
     if sizes is None:
         up = body.op("MatMul", down, b)
     else:
-        downs = body.ops("Split", parts, down, axis=-1, num_outputs=parts)
-        ups = body.ops("Split", parts, b, sizes, axis=2)
-        products = [body.op("MatMul", d, u) for d, u in zip(downs, ups, strict=True)]
-        up = body.op("Concat", *products, axis=-1)
+        up = _up_by_part(body, down, b, sizes, parts, axis=2)
     if body.get("adapter_b_scale") is not None:
         up = body.op("Mul", up, body.op("Unsqueeze", pick("adapter_b_scale"), body.integers(1)))
     up = body.op("Slice", up, body.integers(0), rows, body.integers(2))
@@ -169,14 +183,14 @@ def _bank_columns(body: Body, tiled: ir.Value) -> ir.Value:
 
 
 def _bank_values(body: Body, values: ir.Value, count: ir.Value) -> ir.Value:
-    """What :meth:`_Width.values` gives of ``count`` adapters to ``float32 [A, columns, rows]``."""
+    """Values of ``count`` adapters from :meth:`_Width.values`, ``float32 [A, columns, rows]``."""
     flat = body.op("Flatten", values, axis=4)
     rows = body.op("Shape", flat, start=1, end=2)
     return body.op("Reshape", flat, body.op("Concat", count, body.integers(-1), rows, axis=0))
 
 
 def _factor(body: Body, name: str) -> ir.Value:
-    """A low-rank factor as float32, transposed."""
+    """A plain low-rank factor as float32, transposed."""
     values = body.as_float(body[name])
     scale = body.get(f"{name}_scale")
     if scale is not None:

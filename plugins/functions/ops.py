@@ -10,12 +10,14 @@ from eoracc.plugins.functions.body import Body
 from eoracc.plugins.functions.low_rank import add_adapter, plain_low_rank, tiled_low_rank
 from eoracc.plugins.functions.variant import Variant
 from eoracc.plugins.functions.weights import dequantize, quads_of, scaled, tiled_weight
+from eoracc.plugins.op import FUSED_OP, GATHER_OP
 from eoracc.plugins.operands.codes import CHUNK, QUAD, TILE
 
 __all__ = ["BUILDERS"]
 
 
 def _matmul(body: Body, variant: Variant) -> ir.Value:
+    """``MatMulNBitsLowRank``: the linear, and in this order what is fused with it."""
     bits = variant.bits
     x = body.as_float(body["X"])
     if (norm := body.get("norm_weight")) is not None:
@@ -37,18 +39,24 @@ def _matmul(body: Body, variant: Variant) -> ir.Value:
     if (bias := body.get("bias")) is not None:
         y = body.op("Add", y, body.as_float(bias))
     if variant.activation:
-        gate, up = body.ops("Split", 2, y, axis=-1, num_outputs=2)
-        if variant.activation == "silu":
-            gate = body.op("Mul", gate, body.op("Sigmoid", gate))
-        else:
-            gate = body.op("Gelu", gate, approximate="tanh")
-        y = body.op("Mul", gate, up)
+        y = _gated(body, y, variant.activation)
     if (residual := body.get("residual")) is not None:
         y = body.op("Add", y, body.as_float(residual))
     return body.op("CastLike", y, body["X"])
 
 
+def _gated(body: Body, y: ir.Value, activation: str) -> ir.Value:
+    """``activation(gate) * up`` of the two halves of ``y``."""
+    gate, up = body.ops("Split", 2, y, axis=-1, num_outputs=2)
+    if activation == "silu":
+        gate = body.op("Mul", gate, body.op("Sigmoid", gate))
+    else:
+        gate = body.op("Gelu", gate, approximate="tanh")
+    return body.op("Mul", gate, up)
+
+
 def _gather(body: Body, variant: Variant) -> ir.Value:
+    """``GatherNBits``: rows of a table."""
     indices = body["indices"]
     flat = body.op("Reshape", indices, body.integers(-1))
     values = (_gather_tiled if variant.tiles else _gather_plain)(body, flat, variant.bits)
@@ -57,6 +65,7 @@ def _gather(body: Body, variant: Variant) -> ir.Value:
 
 
 def _gather_plain(body: Body, flat: ir.Value, bits: int) -> ir.Value:
+    """Rows of a plain table: gather their codes, then dequantize."""
     zero_points = body.get("zero_points")
     packed, scales = (body.op("Gather", body[name], flat, axis=0) for name in ("B", "scales"))
     if zero_points is not None:
@@ -65,13 +74,13 @@ def _gather_plain(body: Body, flat: ir.Value, bits: int) -> ir.Value:
 
 
 def _gather_tiled(body: Body, flat: ir.Value, bits: int) -> ir.Value:
-    """Rows out of tiles: gather each one's tile, then pick the row from it."""
+    """Rows of a table in tiles: gather the tile of each, then pick the row from it."""
     size = body.scalar(TILE)
     tile = body.op("Div", flat, size)
     row = body.op("Unsqueeze", body.op("Sub", flat, body.op("Mul", tile, size)), body.integers(1))
 
     def pick(tiles: ir.Value, perm: Sequence[int]) -> ir.Value:
-        """From ``[n, ...]``, one tile per index, whose rows ``perm`` moves to the second place."""
+        """One row of each tile in ``[n, ...]``; ``perm`` moves the rows to the second axis."""
         rows_first = body.op("Transpose", tiles, perm=perm)
         return body.op("GatherND", rows_first, row, batch_dims=1)
 
@@ -89,6 +98,7 @@ def _gather_tiled(body: Body, flat: ir.Value, bits: int) -> ir.Value:
 
 
 BUILDERS: Mapping[str, Callable[[Body, Variant], ir.Value]] = {
-    "MatMulNBitsLowRank": _matmul,
-    "GatherNBits": _gather,
+    FUSED_OP: _matmul,
+    GATHER_OP: _gather,
 }
+"""Appends the body of an op and returns its output."""

@@ -1,11 +1,11 @@
 """The ops as model-local functions of standard ops, so that an artifact runs in any ONNX Runtime.
 
 A runtime without the native library inlines the function; one that has registered the library
-takes its kernel instead. Bodies differ by the node's code width and layout, by which optional
-inputs it has, and by what is fused with it: each variant is an *overload* of the op, named after
-what sets it apart (``bits3_tiles_zeros_lora_norm_parts3``). Sizes are read from the calling node,
-and values are computed in float32 whatever the operands' types. With constant operands everything
-up to the weight that ``X`` is multiplied with is folded when the model is loaded.
+uses its kernel instead. Bodies differ by code width, layout, optional inputs and fusions. Each
+variant is an *overload* of the op and has a name of its own
+(``bits3_tiles_zeros_lora_norm_parts3``). Sizes are read from the calling node, and values are
+computed in float32 whatever the operands' types. With constant operands, the runtime folds the
+dequantization of the weight when it loads the model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ __all__ = ["local_function"]
 def local_function(node: ir.Node) -> ir.Function:
     """The function that computes ``node``, a ``MatMulNBitsLowRank`` or ``GatherNBits``.
 
-    Nodes that differ only in sizes share one function: it is the same for equal overloads. The
-    caller adds it to the model's functions and names it on the node
-    (``node.overload = function.overload``).
+    Nodes with equal overloads share one function, whatever their sizes. The caller adds the
+    function to the model and names it on the node (``node.overload = function.overload``).
 
     Raises:
-      PluginError: the node is of another op, or its inputs or attributes are none that the op has.
+      PluginError: the node is of another op, or its inputs or attributes do not fit the op.
     """
     inputs = INPUTS.get(node.op_type)
     if node.domain != DOMAIN or inputs is None:

@@ -1,4 +1,4 @@
-"""What sets one body of an op apart from another, and the name of the overload."""
+"""The properties by which the bodies of an op differ, and the name of the overload."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ _OVERLOAD_PARTS = {
     "adapter_a": "slot",
     "adapter_b_scale": "slotscale",
 }
-"""How an optional input shows in the overload's name (others always come with one of these)."""
+"""Words of an overload's name by optional input; other inputs always accompany one of these."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What sets one body apart from another, beyond its inputs."""
+    """The properties by which bodies differ, apart from their inputs.
+
+    Attributes:
+      bits: code width.
+      tiles: whether the operands are tiled (``layout`` 1).
+      parts: number of merged linears, 0 for a single one.
+      activation: one of :data:`~eoracc.plugins.op.ACTIVATIONS`, empty for none.
+    """
 
     bits: int
     tiles: bool
@@ -37,7 +44,11 @@ class Variant:
 
     @classmethod
     def of(cls, node: ir.Node) -> Variant:
-        """The variant that ``node``'s attributes ask for, which are checked."""
+        """The variant of ``node``.
+
+        Raises:
+          PluginError: an attribute of ``node`` is missing or has a value that the op does not take.
+        """
         where = f"node {node.name}"
         bits = node.attributes["bits"].as_int() if "bits" in node.attributes else None
         if bits not in BITS:
@@ -65,7 +76,7 @@ class Variant:
         return cls(bits, bool(layout), len(parts), activation)
 
     def overload(self, present: set[str]) -> str:
-        """The overload's name, with the optional inputs that are ``present``."""
+        """The name of the overload of a node with the inputs ``present``."""
         words = [f"bits{self.bits}"]
         if self.tiles:
             words.append("tiles")

@@ -28,7 +28,7 @@ def _codes(body: Body, packed: ir.Value, bits: int) -> ir.Value:
 def _spread_three_bits(body: Body, packed: ir.Value) -> ir.Value:
     """``uint8 [rows, G, 3 * runs]`` to ``uint8 [rows, G, runs, 8]``, each code in its low bits.
 
-    Code i of a run begins at bit 3i of three bytes; codes 2 and 5 go on in the next byte.
+    Code i of a run begins at bit 3i of three bytes; codes 2 and 5 continue in the next byte.
     """
     byte, shift = np.divmod(3 * np.arange(8), 8)
     straddles = shift > 5
@@ -44,7 +44,7 @@ def _spread_three_bits(body: Body, packed: ir.Value) -> ir.Value:
 def dequantize(
     body: Body, packed: ir.Value, scales: ir.Value, zero_points: ir.Value | None, bits: int
 ) -> ir.Value:
-    """The rows as ``float32 [rows, K]``."""
+    """Rows of a weight of the plain layout, ``float32 [rows, K]``."""
     codes = body.as_float(_codes(body, packed, bits))
     if zero_points is None:
         zeros = body.constant(np.array(2 ** (bits - 1), np.float32))
@@ -60,7 +60,7 @@ def dequantize(
 def quads_of(body: Body, tiled: ir.Value, bits: int, width: int) -> ir.Value:
     """Tiles, ``uint8 [A, chunks, vectors, width]``, to codes, ``[A, chunks, quads, width]``.
 
-    ``width`` is 64, or 4 where one row of a tile has been picked.
+    ``width`` is 64 for whole tiles, and 4 for one row of each.
     """
     if bits == 8:
         return tiled
@@ -106,7 +106,19 @@ def scaled(
     bits: int,
     axis: int,
 ) -> ir.Value:
-    """Codes as ``float32``, of K columns along ``axis``, from float scales by group there."""
+    """Dequantize codes.
+
+    Args:
+      body: appended to.
+      codes: ``uint8``, at least K columns along ``axis``.
+      scales: ``float32``, one entry per group along ``axis``.
+      zero_points: ``float32``, likewise; None for symmetric codes.
+      bits: code width.
+      axis: 0 or 1.
+
+    Returns:
+      ``float32``, K columns along ``axis``.
+    """
     column = body.op("Range", body.scalar(0), body.scalar("K"), body.scalar(1))
     group = body.op("Div", column, body.scalar("block_size"))
 
@@ -123,7 +135,7 @@ def scaled(
 
 
 def tiled_weight(body: Body, bits: int) -> ir.Value:
-    """The weight from its tiles, transposed: ``float32 [K, N]``."""
+    """The weight of the tiled layout, transposed: ``float32 [K, N]``."""
     zero_points = body.get("zero_points")
     values = scaled(
         body,

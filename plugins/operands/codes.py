@@ -1,16 +1,16 @@
-"""Integer codes in the bits and the order in which they are stored.
+"""Integer codes as they are stored: packed into bytes, in one of two orders.
 
-There are two layouts. The **plain** one (``layout`` 0) is what the compiler works on: rows of W one
-after another, the codes of a group one little-endian bit stream, code ``i`` in the bits
-``[i*bits, (i+1)*bits)``. For 2, 4 and 8 bits this is ONNX Runtime's MatMulNBits layout; for 3 bits
+The **plain** layout (``layout`` 0) is the one that the compiler works on: rows of W one after
+another, the codes of a group one little-endian bit stream, code ``i`` in the bits
+``[i*bits, (i+1)*bits)``. For 2, 4 and 8 bits this is ONNX Runtime's MatMulNBits layout; at 3 bits
 eight codes take three bytes.
 
-The **tiled** one (``layout`` 1) is the order in which the kernels read. 16 rows of W form a tile,
-and a *quad* is 4 consecutive columns of it: 64 codes, one in each byte of a vector of 64 bytes, at
-``4 * row + column``. A *chunk* is the least run of quads that fills whole vectors:
+The **tiled** layout (``layout`` 1) is the order in which the kernels read. 16 rows of W form a
+tile, and a *quad* is 4 consecutive columns of it: 64 codes, one in each byte of a vector of 64
+bytes, at ``4 * row + column``. A *chunk* is the least run of quads that fills whole vectors:
 
 ====  ======  =======================  ====================================================
-bits  quads   vectors                  where a code lies in its bytes
+bits  quads   vectors                  position of a code in its bytes
 ====  ======  =======================  ====================================================
 8     1       1                        the byte
 4     2       1                        quad 0 in the low half, quad 1 in the high half
@@ -20,8 +20,8 @@ bits  quads   vectors                  where a code lies in its bytes
                                        quad ``q`` is bit ``q`` of vector 2
 ====  ======  =======================  ====================================================
 
-What goes by rows of W (scales, zero points, float factors) is tiled the same way, without quads:
-``[rows, columns]`` becomes ``[ceil(rows / 16), columns, 16]``. :func:`tile_codes` and
+Other arrays of rows of W (scales, zero points, float factors) are tiled the same way, without
+quads: ``[rows, columns]`` becomes ``[ceil(rows / 16), columns, 16]``. :func:`tile_codes` and
 :func:`tile_rows` convert, :func:`untile_codes` and :func:`untile_rows` convert back.
 """
 
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 BITS = (2, 3, 4, 8)
-"""Code widths that the op knows."""
+"""Code widths that the op supports."""
 
 TILE = 16
 """Rows of W in a tile."""
@@ -64,8 +64,8 @@ FACTOR_BITS = (8, 4)
 """Code widths of integer factors."""
 
 LARGEST: Mapping[int, int] = {8: 127, 4: 7}
-"""Largest magnitude of an integer factor's values by code width; the codes are symmetric about 0,
-which is stored as ``2**(bits - 1)``."""
+"""Largest magnitude of an integer factor's values by code width. Values are symmetric about 0;
+0 is stored as ``2**(bits - 1)``."""
 
 QUAD = 4
 """Consecutive columns of a tile whose codes share a vector."""
@@ -96,8 +96,7 @@ def pack_codes(codes: NDArray[np.uint8], *, bits: int, group_size: int) -> NDArr
     padded[:, :columns] = codes
     if bits == 8:
         return padded.reshape(rows, groups, group_size)
-    # Eight codes always fill whole bytes (`bits` of them), so one uint32 holds a run of eight
-    # for every width that is left.
+    # Eight codes always fill `bits` whole bytes, so a uint32 holds a run of eight at 2 to 4 bits.
     runs = padded.reshape(rows, groups * group_size // 8, 8).astype(np.uint32)
     words = (runs << np.arange(0, 8 * bits, bits, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
     stream = words[..., None].view(np.uint8)[..., :bits]
@@ -131,7 +130,7 @@ def tile_codes(codes: NDArray[np.uint8], *, bits: int, padding: int = 0) -> NDAr
     Args:
       codes: ``[N, K]``, each below ``2**bits``.
       bits: one of :data:`BITS`.
-      padding: code of the rows and columns that fill up tiles and chunks.
+      padding: code of the rows and columns that pad tiles and chunks.
 
     Returns:
       ``uint8 [ceil(N / 16), ceil(K / CHUNK[bits]), 64]``, at 3 bits ``192`` in the last place.
@@ -190,10 +189,10 @@ def _split_bits(stacked: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
 
 
 def tile_rows(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
-    """What belongs to rows of W, ``[rows, columns]``, as ``[ceil(rows / 16), columns, 16]``.
+    """Tile ``[rows, columns]`` of rows of W into ``[ceil(rows / 16), columns, 16]``.
 
     Scales and zero points ``[N, G]`` and float factors ``[R, K]`` and ``[N, R]`` are stored so.
-    Rows that fill up the last tile are 0.
+    Padding rows of the last tile are 0.
 
     >>> tile_rows(np.array([[1, 2], [3, 4]]))[0, :, :3].tolist()
     [[1, 3, 0], [2, 4, 0]]
@@ -213,7 +212,7 @@ def tile_integers(values: NDArray[np.int8], *, bits: int) -> NDArray[np.uint8]:
       bits: one of :data:`FACTOR_BITS`.
 
     Returns:
-      ``uint8 [ceil(rows / 16), ceil(columns / CHUNK[bits]), 64]``; what fills up tiles is 0 too.
+      ``uint8 [ceil(rows / 16), ceil(columns / CHUNK[bits]), 64]``; the padding is the value 0.
 
     >>> tile_integers(np.array([[-127, 0, 5]], np.int8), bits=8)[0, 0, :5].tolist()
     [1, 128, 133, 128, 128]

@@ -31,11 +31,11 @@ class LowRank:
     Attributes:
       lora_a: ``float16``, ``float32`` or ``int8 [R, K]``.
       lora_b: ``float16``, ``float32`` or ``int8 [N, R]``.
-      lora_a_scale: ``float32 [R]``, what a row of ``lora_a`` is multiplied with: integer ones have
-        a scale, float ones may have a weight; else None.
-      lora_b_scale: ``float32 [N]``, likewise of ``lora_b``.
-      bits: that an integer value is stored in. 4: both factors are of integers in -7..7, held here
-        as int8. Without meaning for float factors.
+      lora_a_scale: ``float32 [R]``, multiplies the rows of ``lora_a``: the scale of integer rows,
+        or a weight of float rows; None for none.
+      lora_b_scale: ``float32 [N]``, the scale of the integer rows of ``lora_b``; else None.
+      bits: stored width of an integer value. At 4, both factors hold integers in -7..7, as int8
+        here. Float factors ignore it.
     """
 
     lora_a: Factor
@@ -45,10 +45,10 @@ class LowRank:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        """Check that what is of integers has scales.
+        """Check types, scales and values.
 
         Raises:
-          PluginError: it is not so, or a value does not fit in ``bits``.
+          PluginError: an integer factor has no scale, or a value does not fit in ``bits``.
         """
         if self.bits not in FACTOR_BITS:
             raise PluginError(f"factors have 8 or 4 bits, not {self.bits}")
@@ -72,7 +72,7 @@ class LowRank:
 
     @property
     def factor_type(self) -> str:
-        """What ``lora_a`` is stored in: ``float32``, ``float16``, ``int8`` or ``int4``."""
+        """Stored type of ``lora_a``: ``float32``, ``float16``, ``int8`` or ``int4``."""
         return f"int{self.bits}" if self.lora_a.dtype == np.int8 else str(self.lora_a.dtype)
 
     @property
@@ -120,10 +120,10 @@ class LowRank:
 
 
 def split_rows(factors: LowRank, parts: Sequence[int]) -> list[LowRank]:
-    """Factors of one linear as those of ``parts`` of its rows, which share ``lora_a``.
+    """Split the rows of ``lora_b`` into ``parts``, which share ``lora_a``.
 
     Args:
-      factors: of ``sum(parts)`` rows.
+      factors: those of a linear with ``sum(parts)`` rows.
       parts: rows of each part.
     """
     edges = np.cumsum([0, *parts])
@@ -142,28 +142,28 @@ def split_rows(factors: LowRank, parts: Sequence[int]) -> list[LowRank]:
 def merge_factors(
     factors: Sequence[LowRank | None], parts: Sequence[int], *, in_features: int, rank: int
 ) -> LowRank:
-    """Factors of linears that share an input as those of the one linear of their stacked rows.
+    """Merge the factors of linears with one input into those of their stacked rows.
 
     Args:
-      factors: of each linear, of ranks up to ``rank``; None for one that has none. Integer ones of
-        8 and of 4 bits may stand side by side and are then stored in 8.
+      factors: one entry per linear, of rank ``rank`` at most; None for no factors. Integer factors
+        of 8 and 4 bits may be mixed and are then stored in 8.
       parts: rows of each linear, in the same order.
       in_features: ``K``.
       rank: ``R`` of each part.
 
     Returns:
-      ``lora_a [P * R, K]``, one part's rows after the other's, and ``lora_b [N, R]``, whose rows
-      multiply those of their own part; zero, scales included, beyond a part's own rank.
+      ``lora_a [P * R, K]``, the rows of all parts in order, and ``lora_b [N, R]``, whose rows
+      multiply those of their own part. Ranks beyond a part's own are zero, scales included.
 
     Raises:
-      PluginError: there are no factors at all, or float ones beside integer ones.
+      PluginError: there are no factors at all, or float and integer ones are mixed.
     """
-    if any(one is not None and one.lora_a_scale is not None for one in factors):
-        factors = [None if one is None else _with_scale(one) for one in factors]
-    present = [one for one in factors if one is not None]
-    kinds = {(one.lora_a.dtype, one.lora_b.dtype) for one in present}
+    if any(own is not None and own.lora_a_scale is not None for own in factors):
+        factors = [None if own is None else _with_scale(own) for own in factors]
+    present = [own for own in factors if own is not None]
+    kinds = {(own.lora_a.dtype, own.lora_b.dtype) for own in present}
     if len(kinds) != 1:
-        names = " and ".join(sorted({one.factor_type for one in present})) or "none"
+        names = " and ".join(sorted({own.factor_type for own in present})) or "none"
         raise PluginError(f"merged linears have factors of one type, not {names}")
 
     def stacked(name: str, rows: Sequence[int], columns: int | None = None) -> NDArray[Any] | None:
@@ -172,9 +172,9 @@ def merge_factors(
             return None
         inner = () if columns is None else (columns,)
         whole = np.zeros((sum(rows), *inner), like.dtype)
-        for start, one in zip(np.cumsum([0, *rows]), factors, strict=False):
-            if one is not None:
-                array = getattr(one, name)
+        for start, own in zip(np.cumsum([0, *rows]), factors, strict=False):
+            if own is not None:
+                array = getattr(own, name)
                 whole[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
         return whole
 
@@ -191,18 +191,18 @@ def merge_factors(
 
 
 def merged_bits(factors: Sequence[LowRank | None], in_features: int) -> int:
-    """Bits of a code when integer factors of linears with ``in_features`` columns are merged.
+    """Code width of merged integer factors of linears with ``in_features`` columns.
 
-    The widest that any has. In tiles of so few columns that codes of 4 bits would take as many
-    vectors as those of 8, nothing would tell them apart: they are stored in 8 as well.
+    The widest of all. With so few columns that 4 bits take as many vectors as 8, the shape could
+    not distinguish the two, so codes have 8 bits.
     """
     if in_features <= CHUNK[8]:
         return 8
-    return max((one.bits for one in factors if one is not None), default=8)
+    return max((own.bits for own in factors if own is not None), default=8)
 
 
 def _with_scale(factors: LowRank) -> LowRank:
-    """``factors`` with a scale of every row of ``lora_a``, 1 where they have none."""
+    """``factors`` with a scale for every row of ``lora_a``: their own, or 1."""
     if factors.lora_a_scale is not None:
         return factors
     return replace(factors, lora_a_scale=np.ones(factors.rank, np.float32))

@@ -55,7 +55,7 @@ class NBitsWeight:
         bits: int,
         group_size: int,
     ) -> NBitsWeight:
-        """Pack ``codes [N, K]`` and keep the rest as it is."""
+        """Pack ``codes [N, K]``; the other arrays are kept as they are."""
         return cls(
             packed=pack_codes(codes, bits=bits, group_size=group_size),
             scales=scales,
@@ -80,8 +80,8 @@ class NBitsWeight:
         """The weight in the tiled layout, by the names of the op's inputs.
 
         Returns:
-          ``B uint8 [ceil(N / 16), chunks, bytes]``, ``scales [ceil(N / 16), G, 16]`` and, where
-          there are any, ``zero_points uint8 [ceil(N / 16), G, 16]``.
+          ``B uint8 [ceil(N / 16), chunks, bytes]``, ``scales [ceil(N / 16), G, 16]`` and, if
+          present, ``zero_points uint8 [ceil(N / 16), G, 16]``.
         """
         tiled: dict[str, NDArray[np.generic]] = {
             "B": tile_codes(self.codes(), bits=self.bits),
