@@ -1,7 +1,5 @@
 """Log-likelihoods of choices in eager PyTorch: the original model, in float32."""
 
-# ruff: noqa: TID253 - this module needs PyTorch and is imported only where it is used
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -10,7 +8,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.question_sets import Question, encode_choices
 
@@ -25,6 +22,8 @@ def open_eager(folder: Path) -> Callable[[Question], list[float]]:
     Args:
       folder: a Hugging Face checkpoint, tokenizer included.
     """
+    from transformers import AutoModelForCausalLM
+
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     factory: Any = AutoModelForCausalLM
     model = factory.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
@@ -37,6 +36,8 @@ def open_eager(folder: Path) -> Callable[[Question], list[float]]:
 
 
 def _score(model: Any, tokenizer: Tokenizer, question: Question) -> list[float]:
+    from transformers import DynamicCache
+
     choices = encode_choices(tokenizer, question)
     # Each row keeps at least one token, whose logits predict the first token after the prompt.
     shared = _common_length([choice.tokens[: choice.start] for choice in choices]) - 1

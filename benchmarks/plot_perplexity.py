@@ -19,8 +19,6 @@ from benchmarks.measured_perplexity import FILE, MeasuredModel, read_measured
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# ruff: noqa: PLC0415 - matplotlib is an optional package
-
 __all__ = ["draw", "source_digest"]
 
 _STYLES: tuple[Mapping[str, Any], ...] = (

@@ -56,7 +56,7 @@ def weighted_error(rows: int, columns: int, spectrum: str) -> Float:
 
 def full_svd(matrix: Float, rank: int, threads: int) -> Float:
     """Top left singular vectors ``[rows, rank]`` from the full decomposition."""
-    import torch
+    import torch  # noqa: PLC0415 - slow to import
 
     torch.set_num_threads(threads)
     vectors: Float = torch.linalg.svd(torch.from_numpy(matrix), full_matrices=False)[0].numpy()

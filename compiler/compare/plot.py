@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.compare.result import Comparison, Figures
 
-# ruff: noqa: PLC0415 - an optional package
-
 __all__ = ["check_plot", "draw"]
 
 _SUFFIXES = (".svg", ".png")

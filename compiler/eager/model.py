@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
 from typing_extensions import override
 
 from eoracc.compiler.frontend.quiet import quiet
@@ -53,6 +52,8 @@ def load_eager(
     Raises:
       ModelError: a name that the model does not have, or a weight of another shape.
     """
+    from transformers import AutoModelForCausalLM
+
     # Its threads would hold much of the checkpoint twice, more or less of it from run to run.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     with quiet():
@@ -263,6 +264,8 @@ def reference_logits(
     Returns:
       ``float32 [B, S, V]``; rows of padding tokens hold no meaning.
     """
+    from transformers import DynamicCache
+
     length = input_ids.shape[1]
     chunks = (length,) if chunks is None else chunks
     if sum(chunks) != length:

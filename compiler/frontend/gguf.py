@@ -9,11 +9,9 @@ import shutil
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import torch
 from gguf import GGUFReader
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.tokenizer import DIGIT_PATTERN, GPT2_PATTERN
@@ -117,6 +115,9 @@ def _pre_tokenizer(path: Path) -> PreTokenizer | None:
 
 
 def _write(path: Path, folder: Path, pre_tokenizer: PreTokenizer | None) -> None:
+    import torch  # noqa: PLC0415 - slow to import
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mobius
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer
 
 from eoracc.compiler.frontend.files import (
     check_config_file,
@@ -84,6 +82,8 @@ class LoadedModel:
         Raises:
           ModelError: the folder holds none.
         """
+        from transformers import AutoTokenizer
+
         try:
             with quiet():
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -126,6 +126,8 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
 
 
 def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
     try:
         with quiet():
             config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -141,6 +143,8 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def _build(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> ir.Model:
+    import mobius
+
     unsupported = (
         f"{folder}: architecture {_architecture(config)} is not supported; supported are decoders "
         "of text with a key/value cache, such as Llama, Qwen2, Qwen3, Gemma3 (text), Phi-3, "

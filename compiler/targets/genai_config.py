@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig
-
 if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx_ir as ir
-    from transformers import PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
 __all__ = ["genai_config", "read_generation_config"]
 
@@ -85,6 +83,8 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     """The checkpoint's generation_config.json, None where it has none."""
     if not (folder / "generation_config.json").is_file():
         return None
+    from transformers import GenerationConfig
+
     return GenerationConfig.from_pretrained(folder)
 
 

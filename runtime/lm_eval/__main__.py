@@ -18,7 +18,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run lm-eval; an error that a user can cause is one sentence and exit code 2."""
     # Registers the model, and says so in a sentence where lm-eval is not installed.
-    from lm_eval.__main__ import cli_evaluate  # noqa: PLC0415 - slow to import
+    from lm_eval.__main__ import cli_evaluate
 
     import eoracc.runtime.lm_eval.model  # noqa: F401, PLC0415
 

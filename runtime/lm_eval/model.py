@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.api.model import TemplateLM  # noqa: TID253 - this is what lm-eval imports
+from lm_eval.api.registry import register_model  # noqa: TID253
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: TID253
+from lm_eval.utils import (  # noqa: TID253
+    get_rolling_token_windows,
+    make_disjoint_window,
+)
 from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import override
 

@@ -2,12 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from benchmarks.measured_perplexity import read_measured
 from benchmarks.plot_perplexity import draw, source_digest
-
-pytest.importorskip("matplotlib", reason="the plot needs the extra 'plot'")
 
 PLOT = Path(__file__).parents[2] / "docs" / "perplexity_by_size.svg"
 

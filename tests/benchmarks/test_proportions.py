@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from benchmarks.proportions import compare_paired, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 1), (1, 1), (3, 10), (127, 500), (500, 500)])
 def test_wilson_interval_is_where_the_score_test_rejects(correct: int, count: int) -> None:
+    from scipy import stats
+
     interval = wilson_interval(correct, count)
     expected = stats.binomtest(correct, count).proportion_ci(0.95, method="wilson")
     # A dozen operations on values near 1.
@@ -34,6 +35,8 @@ def answers(both: int, first: int, second: int, neither: int) -> tuple[np.ndarra
 
 
 def test_mcnemar_only_looks_at_questions_on_which_the_models_differ() -> None:
+    from scipy import stats
+
     found = compare_paired(*answers(30, 9, 2, 59))
     assert (found.gained, found.lost) == (2, 9)
     assert found.difference == pytest.approx(-0.07)

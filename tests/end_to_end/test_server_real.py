@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 import numpy as np
-import openai
 import pytest
 
 from eoracc.runtime import load
@@ -55,6 +54,8 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_many_clients_with_mixed_adapters_get_what_each_would_get_alone(artifact: Path) -> None:
+    import openai
+
     rng = np.random.default_rng(0)
     names = ("out", *ADAPTERS)
     asks = [

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -119,6 +118,8 @@ def test_peft_on_the_dequantized_model_gives_the_same_logits(
     *,
     even: bool,
 ) -> None:
+    import peft
+
     factors = tiny_factors(read_slots(artifact), rank=4, seed=3, size=1.0)
     if not even:
         factors = uneven(factors)
@@ -135,6 +136,8 @@ def test_peft_on_the_dequantized_model_gives_the_same_logits(
 
 
 def test_exported_config_says_ranks_by_module(artifact: Path, tmp_path: Path) -> None:
+    import peft
+
     factors = uneven(tiny_factors(read_slots(artifact), rank=4, seed=3))
     put(artifact, factors)
     export_peft(artifact, "math", tmp_path / "peft")
@@ -155,6 +158,8 @@ def test_a_fine_tune_starts_from_it(
     tmp_path: Path,
     backbone_weights: Mapping[str, NDArray[np.float32]],
 ) -> None:
+    import peft
+
     factors = tiny_factors(read_slots(artifact), rank=4, seed=3)
     put(artifact, factors)
     export_peft(artifact, "math", tmp_path / "peft")
@@ -229,6 +234,8 @@ def test_folder_that_is_there_is_not_written_over(artifact: Path, tmp_path: Path
 
 def train(work: Path, folder: Path, **options: Any) -> Any:  # noqa: ANN401 - of PEFT
     """An ordinary LoRA of the checkpoint, as PEFT makes and saves it, with random factors."""
+    import peft
+
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "r": 4,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from eoracc.compiler.eager.model import load_eager, reference_logits, replace_weights
@@ -48,6 +47,8 @@ def test_without_weights_it_is_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_weight_takes_the_place_of_the_modules_own(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     folder = tiny_model("llama", tmp_path)
     weight = draw(48, 88)
     name = "model.layers.1.mlp.down_proj"

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.text_windows import prose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 from tests.tiny_artifact import write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(write_byte_tokenizer(tmp_path_factory.mktemp("t")))
 
 
 @pytest.fixture(scope="module")
 def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     folder = write_byte_tokenizer(tmp_path_factory.mktemp("t"), bos=True, chat=True)
     return AutoTokenizer.from_pretrained(folder)
 

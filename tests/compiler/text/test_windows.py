@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 from eoracc.compiler.config.sections import BuildConfig, CalibrationConfig
 from eoracc.compiler.sweep.batch import make_batches
@@ -19,6 +18,8 @@ from tests.text_windows import prose, read, windows
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
 
 # Every token is a byte, and `<pad>`, `<s>`, `</s>` are 0, 1, 2: what a window holds can be read.
 
