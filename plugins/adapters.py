@@ -1,8 +1,8 @@
-"""Adapters as operands of the fused op: where a model takes them, packed, stacked into a bank.
+"""Adapters as operands of the fused op: the slots of a model, packing, and banks of adapters.
 
-An adapter is low-rank factors by linear. A lowered model takes them at its *slots*, one a fused
-node, as graph inputs that have an adapter of rank 0 for a default (docs/op.md has their shapes).
-The model's metadata say what slots there are, under :data:`SLOTS_KEY`; an array goes into the input
+An adapter consists of low-rank factors by linear. A lowered model has a *slot* at each fused node:
+graph inputs whose default is an adapter of rank 0 (docs/op.md has their shapes). The model's
+metadata list the slots under :data:`SLOTS_KEY`. An array goes into the input
 ``<slot>.<operand>``, ``operand`` out of :data:`~eoracc.plugins.op.ADAPTER_OPERANDS`, and the one
 input :data:`~eoracc.plugins.op.ADAPTER_INDEX` picks each row's adapter out of the bank.
 """
@@ -35,20 +35,20 @@ __all__ = [
 Array = NDArray[np.generic]
 
 SLOTS_KEY = "eoracc.adapters"
-"""Key of a model's metadata: its slots, as :meth:`AdapterSlots.to_json` writes them."""
+"""Key of the slots in a model's metadata; :meth:`AdapterSlots.to_json` is the value."""
 
 _TYPES = {"int8": ("int8", "int4"), "float16": ("float16",)}
-"""Type of slots to the factor types that they take."""
+"""Factor types that slots accept, by the type of the slots."""
 
 
 @dataclass(frozen=True)
 class AdapterSlot:
-    """Where one fused node takes an adapter.
+    """The place for an adapter at one fused node.
 
     Attributes:
-      name: of the node.
-      linears: in it, named as in the checkpoint, in the order of their rows.
-      parts: rows of each part of the node; one part a linear, or several of the only one.
+      name: name of the node.
+      linears: names of its linears in the checkpoint, in the order of their rows.
+      parts: rows of each part of the node: one part per linear, or several of a single linear.
       in_features: ``K``.
       out_features: ``N``, the sum of the parts.
     """
@@ -91,16 +91,16 @@ class AdapterSlots:
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """Operands that a slot of this type has."""
+        """Operands of a slot of this type."""
         return ADAPTER_OPERANDS if self.type == "int8" else ADAPTER_OPERANDS[:3]
 
     @property
     def factor_types(self) -> tuple[str, ...]:
-        """Types of factors that a slot takes."""
+        """Types of factors that a slot accepts."""
         return _TYPES[self.type]
 
     def to_json(self) -> str:
-        """What a model's metadata hold."""
+        """The slots as JSON, for the model's metadata."""
         slots = [
             {
                 "name": slot.name,
@@ -118,16 +118,16 @@ class AdapterSlots:
         """Inverse of :meth:`to_json`.
 
         Raises:
-          PluginError: ``text`` is something else.
+          PluginError: ``text`` is not the JSON of any slots.
         """
         try:
             content = json.loads(text)
-            found = cls(str(content["type"]), tuple(map(_slot_from, content["slots"])))
+            slots = cls(str(content["type"]), tuple(map(_slot_from, content["slots"])))
         except (ValueError, KeyError, TypeError):
             raise PluginError(f"metadata {SLOTS_KEY!r} of the model are damaged") from None
-        if found.type not in _TYPES:
-            raise PluginError(f"metadata {SLOTS_KEY!r} name an unknown type {found.type!r}")
-        return found
+        if slots.type not in _TYPES:
+            raise PluginError(f"metadata {SLOTS_KEY!r} name an unknown type {slots.type!r}")
+        return slots
 
 
 def _slot_from(content: Mapping[str, Any]) -> AdapterSlot:
@@ -147,24 +147,24 @@ def _slot_from(content: Mapping[str, Any]) -> AdapterSlot:
 
 
 def pack_adapter(slots: AdapterSlots, factors: Mapping[str, LowRank]) -> dict[str, Array]:
-    """An adapter's factors as arrays for the model's inputs, a bank of one.
+    """Pack an adapter's factors into arrays for the model's inputs, a bank of one.
 
     Linears of one slot are padded to the largest rank among them, and that to a multiple of 16.
 
     Args:
-      slots: of the model.
-      factors: by linear; a linear that is left out, or has rank 0, gets none.
+      slots: those of the model.
+      factors: by linear. A linear without an entry, or of rank 0, gets no factors.
 
     Returns:
-      By graph input, ``A = 1``. Slots none of whose linears has factors are left out: the model's
-      defaults stand for them.
+      Arrays by graph input, with ``A = 1``. A slot without any factors is left out: the model's
+      default applies.
 
     Raises:
-      PluginError: no slot takes these factors: an unknown linear, another shape or type, or a
-        number that is not finite.
+      PluginError: the factors do not fit the slots (an unknown linear, another shape or type) or
+        are not finite.
     """
-    for name, one in factors.items():
-        _check_factors(slots, name, one)
+    for name, own in factors.items():
+        _check_factors(slots, name, own)
     packed: dict[str, Array] = {}
     for slot in slots.slots:
         own = [_or_none(factors.get(name)) for name in slot.linears]
@@ -204,7 +204,7 @@ def _or_none(factors: LowRank | None) -> LowRank | None:
 def _pack_slot(slot: AdapterSlot, factors: Sequence[LowRank | None]) -> dict[str, Array]:
     if len(slot.linears) == 1 and len(slot.parts) > 1:
         factors = split_rows(factors[0], slot.parts)  # type: ignore[arg-type]
-    ranks = [0 if one is None else one.rank for one in factors]
+    ranks = [0 if own is None else own.rank for own in factors]
     rank = -(-max(ranks) // TILE) * TILE
     merged = merge_factors(factors, slot.parts, in_features=slot.in_features, rank=rank)
     tiled = merged.tiles()
@@ -219,17 +219,17 @@ def _pack_slot(slot: AdapterSlot, factors: Sequence[LowRank | None]) -> dict[str
 def unpack_adapter(slots: AdapterSlots, arrays: Mapping[str, Array]) -> dict[str, LowRank]:
     """Inverse of :func:`pack_adapter`.
 
-    Ranks that add nothing, at the end of a linear's own, count as padding and are left out.
+    Trailing ranks whose scale is 0 count as padding and are left out.
 
     Args:
-      slots: of the model.
+      slots: those of the model.
       arrays: by graph input, a bank of one.
 
     Returns:
       Factors by linear, for those that have any.
 
     Raises:
-      PluginError: the arrays are none that the model takes.
+      PluginError: the arrays do not fit the model's slots.
     """
     factors: dict[str, LowRank] = {}
     for slot, bank in _banks(slots, arrays):
@@ -284,30 +284,31 @@ def _unpack_slot(slot: AdapterSlot, bank: _Bank) -> dict[str, LowRank]:
 def stack_adapters(
     slots: AdapterSlots, adapters: Sequence[Mapping[str, Array]]
 ) -> dict[str, Array]:
-    """Several adapters as one bank, in their order.
+    """Stack adapters into one bank, in their order.
 
-    Ranks are padded to the largest of a slot; 4-bit codes are widened where 8-bit ones stand beside
-    them.
+    Ranks are padded to the largest of the slot. Where codes of 4 and 8 bits meet in a slot, all get
+    8 bits.
 
     Args:
-      slots: of the model.
-      adapters: what :func:`pack_adapter` gave, or banks of this function; none make a bank of one
-        adapter that adds nothing.
+      slots: those of the model.
+      adapters: results of :func:`pack_adapter`, or banks of this function. An empty sequence makes
+      a
+        bank of one adapter of rank 0.
 
     Returns:
       Arrays of every input of every slot, of rank 0 where no adapter has factors.
 
     Raises:
-      PluginError: some arrays are none that the model takes.
+      PluginError: some arrays do not fit the model's slots.
     """
-    found = [dict(_banks(slots, arrays)) for arrays in adapters]
-    # A bank that leaves a slot out has as many adapters there as elsewhere.
-    sizes = [max((bank.size for bank in banks.values()), default=1) for banks in found]
+    filled = [dict(_banks(slots, arrays)) for arrays in adapters]
+    # A bank that leaves a slot out has as many adapters there as at its other slots.
+    sizes = [max((bank.size for bank in banks.values()), default=1) for banks in filled]
     stacked: dict[str, Array] = {}
     for slot in slots.slots:
         banks = [
             banks.get(slot) or _empty_bank(slots, slot, size)
-            for banks, size in zip(found, sizes, strict=True)
+            for banks, size in zip(filled, sizes, strict=True)
         ]
         whole = _stack(slot, banks or [_empty_bank(slots, slot, 1)])
         arrays = (whole.a, whole.b, whole.a_scale, whole.b_scale)
@@ -319,13 +320,13 @@ def stack_adapters(
 
 @dataclass(frozen=True, eq=False)
 class _Bank:
-    """The operands of one slot, see docs/op.md for their shapes.
+    """The operands of one slot; docs/op.md has their shapes.
 
     Attributes:
       a, b, a_scale: as the op takes them.
-      b_scale: of integer factors, else None.
+      b_scale: scales of integer factors; None for float ones.
       rank: ``R``.
-      bits: of a code of integer factors.
+      bits: code width of integer factors.
     """
 
     a: NDArray[Any]
@@ -337,7 +338,7 @@ class _Bank:
 
     @classmethod
     def of(cls, operands: Mapping[str, NDArray[Any]], *, rank: int, bits: int) -> _Bank:
-        """That of arrays by operand, which have been checked."""
+        """The bank of checked arrays by operand."""
         return cls(
             a=operands["adapter_a"],
             b=operands["adapter_b"],
@@ -354,7 +355,7 @@ class _Bank:
 
 
 def _banks(slots: AdapterSlots, arrays: Mapping[str, Array]) -> Iterator[tuple[AdapterSlot, _Bank]]:
-    """The slots that ``arrays`` fill, checked."""
+    """The slots that ``arrays`` fill, each with its checked bank."""
     left = set(arrays)
     for slot in slots.slots:
         names = {operand: slot.input(operand) for operand in slots.operands}
@@ -413,13 +414,13 @@ def _bank_shapes(
 
 
 def _code_bits(a: Array, in_features: int) -> int:
-    """8 or 4, by the chunks of ``adapter_a``; 8 where nothing tells."""
+    """8 or 4, by the chunks of ``adapter_a``; 8 where both have as many."""
     chunks = a.shape[2]
     return 4 if chunks == -(-in_features // CHUNK[4]) != -(-in_features // CHUNK[8]) else 8
 
 
 def _empty_bank(slots: AdapterSlots, slot: AdapterSlot, size: int) -> _Bank:
-    """Adapters of rank 0, in 4 bits so that they widen nothing."""
+    """Adapters of rank 0; with 4 bits, so that no other bank is widened for them."""
     shapes = _bank_shapes(slots, slot, size, 0, 4)
     arrays = {operand: np.zeros(shape, dtype) for operand, (shape, dtype) in shapes.items()}
     return _Bank.of(arrays, rank=0, bits=4)
@@ -447,7 +448,7 @@ def _fit(slot: AdapterSlot, bank: _Bank, rank: int, bits: int) -> _Bank:
         if bits > bank.bits:
             a = _widen(a, -(-slot.in_features // CHUNK[8]))
             b = _widen(b, bank.rank // CHUNK[8])
-        zero = 128 if bits == 8 else 136  # of 4 bits: 8 in either half of the byte
+        zero = 128 if bits == 8 else 136  # at 4 bits: 8 in both halves of the byte
     parts = len(slot.parts)
     a = a.reshape(bank.size, parts, bank.rank // TILE, *a.shape[2:])
     a = _padded(a, 2, rank // TILE, zero)
@@ -467,12 +468,12 @@ def _widen(tiles: NDArray[np.uint8], chunks: int) -> NDArray[np.uint8]:
     """4-bit tiles ``[A, tiles, n, 64]`` as 8-bit ones ``[A, tiles, chunks, 64]``."""
     size, count, pairs, width = tiles.shape
     halves = np.stack([tiles & np.uint8(15), tiles >> np.uint8(4)], axis=3)
-    # 8 stood for 0 and 128 does now.
+    # The code of the value 0 becomes 128 from 8.
     return halves.reshape(size, count, 2 * pairs, width)[:, :, :chunks] + np.uint8(120)
 
 
 def _padded(array: NDArray[Any], axis: int, length: int, value: int) -> NDArray[Any]:
-    """``array`` with ``value`` at the end of ``axis``, up to ``length``."""
+    """``array`` padded with ``value`` to ``length`` at the end of ``axis``."""
     shape = list(array.shape)
     shape[axis] = length - shape[axis]
     return np.concatenate([array, np.full(shape, value, array.dtype)], axis=axis)

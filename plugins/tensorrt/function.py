@@ -1,7 +1,7 @@
 """The plugin's node as a model-local function of standard ops.
 
 TensorRT prefers a registered plugin to the function of the same name; a runtime without the plugin
-inlines the function. So the very graph that TensorRT is given runs in ONNX Runtime, too.
+inlines the function. The same graph therefore also runs in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def plugin_function(node: ir.Node) -> ir.Function:
     share one function: it is the same for equal overloads.
 
     Raises:
-      PluginError: the node is none of the plugin's.
+      PluginError: the node is not one of the plugin.
     """
     operands: Mapping[str, ir.Value | None] = dict(zip(INPUTS, node.inputs, strict=False))
     if (node.domain, node.op_type) != (DOMAIN, OP) or not all(map(operands.get, INPUTS)):
@@ -43,7 +43,7 @@ def plugin_function(node: ir.Node) -> ir.Function:
         for name, value in operands.items()
     }
     if present["down"] is not None:
-        present["lora_b"] = None  # of the op; what is added to its output is below
+        present["lora_b"] = None  # the op has no half of the term; _add_projection adds it
     plain = ir.node(
         OP,
         [value for name, value in present.items() if name != "down"],
@@ -71,7 +71,7 @@ def plugin_function(node: ir.Node) -> ir.Function:
 
 
 def _read_as_unsigned(graph: ir.Graph, value: ir.Value) -> None:
-    """Let who reads a signed byte see the unsigned one of the same bits."""
+    """Give all readers of signed bytes the unsigned ones of the same bits."""
     uses = list(value.uses())
     if not uses:
         return
@@ -103,13 +103,13 @@ def _add_projection(graph: ir.Graph, inputs: Mapping[str, ir.Value]) -> None:
 
 
 def _name(tape: ir.tape.Tape, prefix: str) -> None:
-    """Values of a function have names that no other value of it has."""
+    """Name the outputs of ``tape``: names are unique in a function."""
     for index, node in enumerate(tape.nodes):
         node.outputs[0].name = f"{prefix}_{index}"
 
 
 def _rank(value: ir.Value | None) -> int:
-    """How many dimensions; an operand that a linear does without is a scalar."""
+    """Number of dimensions; an absent operand is a scalar."""
     if value is None or value.shape is None:
         raise PluginError("an operand of the plugin has no known shape")
     return len(value.shape)

@@ -1,7 +1,7 @@
-"""Compile the kernels of a bundle, and write the table from which the plugin picks them.
+"""Compile the kernels of a bundle and write the table from which the plugin selects them.
 
-kernels.json lists for each kernel what it computes (a *case*: types, bits, group size, which
-operands there are), how it is launched and the file of its PTX::
+kernels.json lists each kernel with its *case* (types, bits, group size, operands), its launch and
+the file of its PTX::
 
     {"format": "eoracc kernels", "schema": 1, "kernels": [
       {"compute_capability": "8.0", "forward_compatible": true,
@@ -36,10 +36,10 @@ from eoracc.plugins.triton.tactics import (
 __all__ = ["Case", "count_kernel_sets", "in_one_launch", "write_kernels"]
 
 _LARGEST_STEP = 64
-"""Along R, of kernels that get ``down``: they take any rank in such steps."""
+"""Largest step along R of kernels with ``down``: beyond it, one kernel serves every rank."""
 
 _NUMBERS = ("M", "N", "K", "R", 1)
-"""What a launch passes after its inputs; the last is in how many parts ``down`` comes."""
+"""Integers that a launch passes after its inputs; the last is the number of parts of ``down``."""
 
 _ROLES = {
     "x": "X",
@@ -51,31 +51,32 @@ _ROLES = {
     "down": "down",
     "lora_b": "lora_b",
 }
-"""Argument of the Triton kernel to input of the plugin."""
+"""Inputs of the plugin by argument of the Triton kernel."""
 
 
 def in_one_launch(rank: int) -> bool:
-    """Whether one launch had better compute all of a low-rank term; the graph says it once.
+    """Whether one launch should compute the whole low-rank term.
 
-    With few ranks, decoding gains more by that than prefill loses.
+    The graph fixes this for all numbers of rows. With few ranks, decoding gains more by one launch
+    than prefill loses.
     """
     return 0 < rank <= FEW_RANKS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one kernel after the other of a bundle computes; linears of a model have few of them.
+    """The computation of a kernel, apart from its sizes; the linears of a model share a few.
 
     Attributes:
-      dtype: of X, scales, factors and Y.
-      bits: of a code.
-      block_size: codes of a scale.
-      zero_points: there are any.
-      bias: there is one.
-      lora_a: the low-rank term is computed in one launch.
-      down: the first half of the low-rank term comes with the inputs.
-      aligned: K is a multiple of 16.
-      rank: the largest of the low-rank term, 0 without one.
+      dtype: type of X, scales, factors and Y.
+      bits: code width.
+      block_size: codes per scale.
+      zero_points: whether there are zero points.
+      bias: whether there is a bias.
+      lora_a: whether one launch computes the low-rank term.
+      down: whether the first half of the low-rank term is an input.
+      aligned: whether K is a multiple of 16.
+      rank: largest rank of the low-rank term, 0 without one.
     """
 
     dtype: Literal["float16", "bfloat16"]
@@ -92,7 +93,7 @@ class Case:
         """Check the rank.
 
         Raises:
-          PluginError: no kernel takes it.
+          PluginError: no kernel supports it.
         """
         if not 0 <= self.rank <= LARGEST_RANK or self.rank % 16:
             raise PluginError(
@@ -102,7 +103,7 @@ class Case:
 
     @property
     def variant(self) -> Variant:
-        """What Triton's kernel is compiled for.
+        """The variant of the Triton kernel that computes this.
 
         Raises:
           PluginError: no kernel computes this.
@@ -129,14 +130,14 @@ def write_kernels(
     rows: Sequence[int],
     advance: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
-    """Compile what ``cases`` need and write it, the table included, into ``folder``.
+    """Compile the kernels for ``cases`` and write them, with their table, into ``folder``.
 
     Args:
-      folder: of the bundle.
-      cases: of all linears of a model; equal ones count once.
-      compute_capabilities: of the GPUs, ``8.6`` for example.
-      rows: numbers of rows that kernels are to be fast for; every kernel takes any.
-      advance: told of each case and capability that is done.
+      folder: the bundle.
+      cases: those of all linears of a model; equal ones count once.
+      compute_capabilities: those of the GPUs, ``8.6`` for example.
+      rows: numbers of rows to tile for; every kernel accepts any number.
+      advance: called after each case and capability, with a text for progress.
 
     Returns:
       Names of the files written.
@@ -180,25 +181,25 @@ def write_kernels(
 
 
 def count_kernel_sets(cases: Iterable[Case], compute_capabilities: Sequence[str]) -> int:
-    """How often :func:`write_kernels` will call ``advance``."""
+    """Number of times that :func:`write_kernels` calls ``advance``."""
     return len(_distinct(cases)) * len(compute_capabilities)
 
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:
-    """Cases that have kernels of their own: a kernel takes lower ranks than it is compiled for."""
+    """The cases to compile: a kernel also accepts lower ranks than its own."""
 
-    def held(case: Case) -> Case:
+    def covering(case: Case) -> Case:
         rank = 1 << (case.rank - 1).bit_length() if case.rank else 0
         return replace(case, rank=LARGEST_RANK if case.down and rank >= _LARGEST_STEP else rank)
 
-    return sorted({held(case) for case in cases}, key=repr)
+    return sorted({covering(case) for case in cases}, key=repr)
 
 
 def _compile_case(
     case: Case, compute_capability: str, rows: Sequence[int]
 ) -> list[tuple[Compiled, Tactic]]:
     capability = int(compute_capability.replace(".", ""))
-    # The launch before ``down`` is the graph's, so it sets no two tactics apart.
+    # The graph computes ``down``, so tactics that differ only there are equal.
     wanted = {
         replace(tactic, down=None): None
         for count in rows
@@ -217,7 +218,7 @@ def _compile_case(
 
 
 def _name(case: Case) -> str:
-    """A short name that no other case has."""
+    """A short name, unique to the case."""
     words = [f"w{case.bits}g{case.block_size}", {"float16": "f16", "bfloat16": "bf16"}[case.dtype]]
     words += [word for word in ("zero_points", "bias", "lora_a", "down") if getattr(case, word)]
     if case.rank:

@@ -1,8 +1,8 @@
 """Give PTX the parameters with which TensorRT launches a kernel.
 
 TensorRT passes a pointer to every input of a plugin, then the plugin's numbers, then a pointer to
-every output. Triton's kernel has no parameter for an operand that it does without: that one is
-declared here. No instruction changes.
+every output. Triton's kernel has no parameter for an absent operand, so that parameter is declared
+here. No instruction changes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def launch_form(ptx: str, *, entry: str, present: Sequence[bool]) -> str:
     """``ptx`` with the parameters that TensorRT passes.
 
     Args:
-      ptx: of one kernel whose parameters are pointers to its inputs, then all others.
-      entry: the kernel's new name; TensorRT has kernels of several plugins beside one another.
-      present: of each of the plugin's inputs, whether the kernel has a parameter for it.
+      ptx: one kernel whose parameters are pointers to its inputs, then all others.
+      entry: the kernel's new name, unique among all plugins of an engine.
+      present: for each input of the plugin, whether the kernel has a parameter for it.
 
     Raises:
-      PluginError: ``ptx`` is no such kernel.
+      PluginError: ``ptx`` does not hold such a kernel.
     """
     found = list(_ENTRY.finditer(ptx))
     if len(found) != 1:
@@ -44,5 +44,5 @@ def launch_form(ptx: str, *, entry: str, present: Sequence[bool]) -> str:
     parameters = ",\n".join([*declared, *given[len(inputs) :]])
     head = f".visible .entry {kernel['name']}(\n{parameters}\n)"
     arranged = ptx[: kernel.start()] + head + ptx[kernel.end() :]
-    # The names of parameters and some comments hold the kernel's.
+    # The names of parameters and some comments contain the name of the kernel.
     return re.sub(rf"\b{kernel['name']}(?=\b|_param_)", entry, arranged)

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels to PTX and machine code, on a machine without a GPU."""
+"""Compile the Triton kernels to PTX and machine code; no GPU is needed."""
 
 # ruff: noqa: PLC0415 - Triton is an extra, and takes long to import.
 
@@ -37,17 +37,17 @@ class Compiled:
     """A kernel for one compute capability.
 
     Attributes:
-      name: of the entry in the PTX.
+      name: name of the entry in the PTX.
       capability: major * 10 + minor.
-      architecture: what the PTX was compiled for. Where it ends in ``a``, it runs on that
-        capability only; other PTX also on later ones.
-      ptx: its entry takes ``arguments``, in order, and nothing else.
+      architecture: target of the PTX. If it ends in ``a``, the PTX runs on that capability only;
+        otherwise it also runs on later ones.
+      ptx: code whose entry takes exactly ``arguments``, in order.
       cubin: the same as machine code.
       arguments: names and types, as :attr:`~eoracc.plugins.triton.tactics.Variant.arguments`.
-      num_warps: of a program; a thread block has 32 times as many threads.
-      shared_bytes: dynamic shared memory that a launch has to ask for.
-      registers: of a thread.
-      spill_bytes: that a thread stores to and loads from memory for want of registers.
+      num_warps: warps of a program; a thread block has 32 times as many threads.
+      shared_bytes: dynamic shared memory that a launch has to request.
+      registers: registers of a thread.
+      spill_bytes: bytes that a thread stores to and loads from memory when registers run out.
     """
 
     name: str
@@ -72,9 +72,9 @@ def compile_kernel(variant: Variant, tactic: Tactic, capability: int) -> Compile
     """Compile the fused kernel.
 
     Args:
-      variant: what for.
-      tactic: how it is tiled, from :func:`~eoracc.plugins.triton.tactics.tactics`.
-      capability: of the GPU that it is to run on.
+      variant: the types and operands to compile for.
+      tactic: the tiling, from :func:`~eoracc.plugins.triton.tactics.tactics`.
+      capability: that of the GPU.
 
     Raises:
       PluginError: Triton is not installed or cannot compile this.
@@ -104,11 +104,11 @@ def compile_down(
     """Compile the first of two launches.
 
     Args:
-      tactic: how it is tiled.
-      capability: of the GPU that it is to run on.
-      dtype: of X.
-      factor_dtype: of ``lora_a``.
-      aligned: K and R are multiples of 16.
+      tactic: the tiling.
+      capability: that of the GPU.
+      dtype: type of X.
+      factor_dtype: type of ``lora_a``.
+      aligned: whether K and R are multiples of 16.
 
     Raises:
       PluginError: Triton is not installed or cannot compile this.
@@ -142,7 +142,7 @@ def _compile(
         name if dtype == "int32" else f"{name}_ptr": _TYPES[dtype] for name, dtype in arguments
     }
     function = getattr(kernel, kernel_name)
-    # Parameters that no argument stands for are absent operands.
+    # Parameters without an argument are absent operands.
     constants = {name: meta.get(name) for name in function.arg_names if name not in given}
     signature = {name: given.get(name, "constexpr") for name in function.arg_names}
     attributes = {
@@ -151,8 +151,8 @@ def _compile(
         if type_name.startswith("*") or name in divisible
     }
     source = ASTSource(function, signature, constants, attributes)
-    # ptxas uses fewer registers than it may, for occupancy, and at times spills a few bytes for it,
-    # which it does not where a limit is stated.
+    # For occupancy, ptxas uses fewer registers than it may, and at times spills a few bytes. With
+    # an explicit limit it does not.
     for limit in (None, 128, 255):
         compiled = _compile_once(source, arguments, {**options, "maxnreg": limit}, capability)
         if compiled.spill_bytes == 0:
@@ -171,7 +171,7 @@ def _compile_once(
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     with tempfile.TemporaryDirectory() as folder, triton.knobs.compilation.scope():
-        # Nothing of this machine's paths in the PTX: the same source gives the same bytes.
+        # Keep the paths of this machine out of the PTX: equal sources give equal bytes.
         triton.knobs.compilation.disable_line_info = True
         with triton.knobs.cache.scope():
             triton.knobs.cache.dir = folder
@@ -204,9 +204,9 @@ def _compile_once(
 
 
 def _without_scratch(ptx: str, count: int) -> str:
-    """The PTX without Triton's two last parameters, scratch memory that these kernels do not use.
+    """The PTX without Triton's last two parameters, scratch memory that these kernels do not use.
 
-    Whoever launches the kernel would have to pass them, and TensorRT does not.
+    TensorRT does not pass them.
     """
     parameters = re.findall(r"^\t\.param [^\n]*?(\w+_param_\d+),?\n", ptx, re.MULTILINE)
     for name in parameters[count:]:
@@ -217,7 +217,7 @@ def _without_scratch(ptx: str, count: int) -> str:
 
 
 def _assemble(ptxas: str, ptx: str, architecture: str, folder: Path) -> tuple[bytes, str]:
-    """Machine code of ``ptx``, and what the assembler says of its resources."""
+    """Machine code of ``ptx``, and the assembler's report of its resources."""
     source, target = folder / "kernel.ptx", folder / "kernel.cubin"
     source.write_text(ptx, encoding="utf-8")
     command = [

@@ -1,4 +1,4 @@
-"""What is compiled of the Triton kernels, and how each is tiled and launched. Needs no Triton."""
+"""Variants and tilings of the Triton kernels. Works without Triton."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ CAPABILITIES = (80, 86, 87, 89, 90, 100, 120)
 """Compute capabilities that kernels are compiled and checked for, major * 10 + minor."""
 
 LARGEST_RANK = 256
-"""Of a low-rank term; ranks are multiples of 16."""
+"""Largest rank of a low-rank term; ranks are multiples of 16."""
 
 FEW_ROWS = 16
-"""Up to which a product is bound by the bytes of its weight."""
+"""Largest number of rows at which reading the weight bounds the product."""
 
 FEW_RANKS = 32
-"""Up to which one launch is expected to be the faster one with few rows: beyond, what its programs
-read of lora_a from the L2 cache takes longer than what they read of the weight from memory."""
+"""Largest rank at which one launch should be faster with few rows. Beyond, its programs take longer
+to read lora_a from the L2 cache than to read the weight from memory."""
 
 SHARED_BYTES = 48 * 1024
-"""Shared memory that a launch gets without asking the driver for more, which TensorRT's plugins
-cannot."""
+"""Shared memory of a launch by default; TensorRT's plugins cannot request more."""
 
 _WARP_GROUP_PRODUCTS = (90, 100)
 """Capabilities whose tensor cores multiply tiles of 64 rows of W or more at a time."""
@@ -50,22 +49,22 @@ LowRankForm = Literal["none", "one_launch", "two_launches"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What :func:`~eoracc.plugins.triton.kernel.matmul_nbits_low_rank` is compiled for.
+    """Types and operands for :func:`~eoracc.plugins.triton.kernel.matmul_nbits_low_rank`.
 
-    Sizes (M, N, K, R) are arguments of a launch: one variant serves every linear of a model that
-    is stored alike.
+    Sizes (M, N, K, R) are arguments of a launch: one variant serves all linears of a model that are
+    stored alike.
 
     Attributes:
       bits: 2, 3, 4 or 8.
-      group_size: columns of a scale, a multiple of 16.
-      dtype: of X and Y, ``float16`` or ``bfloat16``.
-      scale_dtype: of the scales.
-      factor_dtype: of ``lora_a`` and ``lora_b``; products take ``dtype``.
-      zero_points: there are any; else ``2**(bits - 1)``.
-      bias: there is one, of ``dtype``.
-      low_rank: no low-rank term, in this launch, or from the sums of a launch before.
-      down_dtype: of the sums of a launch before.
-      aligned: K and R are multiples of 16, which lets loads be wide. Pointers always are.
+      group_size: columns per scale, a multiple of 16.
+      dtype: type of X and Y, ``float16`` or ``bfloat16``.
+      scale_dtype: type of the scales.
+      factor_dtype: stored type of ``lora_a`` and ``lora_b``; they are multiplied in ``dtype``.
+      zero_points: whether there are zero points; without them they are ``2**(bits - 1)``.
+      bias: whether there is a bias, of ``dtype``.
+      low_rank: no low-rank term, one in this launch, or one from the sums of a previous launch.
+      down_dtype: type of those sums.
+      aligned: whether K and R are multiples of 16, which allows wide loads. Pointers always are.
     """
 
     bits: int
@@ -80,10 +79,10 @@ class Variant:
     aligned: bool = True
 
     def __post_init__(self) -> None:
-        """Check what the kernel takes.
+        """Check the types and sizes.
 
         Raises:
-          PluginError: it does not take this.
+          PluginError: the kernel does not support them.
         """
         if self.bits not in BITS:
             raise PluginError(f"bits is {self.bits}: the Triton kernel knows 2, 3, 4 and 8")
@@ -98,15 +97,15 @@ class Variant:
 
     @property
     def code_dtype(self) -> Literal["uint8", "uint32"]:
-        """What ``codes`` is passed as: 3-bit rows that are whole words are read in words."""
+        """Element type of the pointer to ``codes``: 3-bit rows of whole words are read in words."""
         return "uint32" if self.bits == 3 and self.group_size % 32 == 0 else "uint8"
 
     @property
     def arguments(self) -> tuple[tuple[str, str], ...]:
-        """Names and types of what a launch passes, in order: inputs, integers, the output.
+        """Names and types of the arguments of a launch, in order: inputs, integers, the output.
 
-        Types are those of the elements behind a pointer, ``int32`` for the integers ``M``, ``N``,
-        ``K``, ``R`` and ``splits``, which are there in every form.
+        The type of a pointer is that of its elements. The integers ``M``, ``N``, ``K``, ``R`` and
+        ``splits`` are passed in every form, as ``int32``.
         """
         one, two = self.low_rank == "one_launch", self.low_rank == "two_launches"
         operands = (
@@ -125,14 +124,14 @@ class Variant:
 
 
 def down_arguments(dtype: Dtype, factor_dtype: Dtype) -> tuple[tuple[str, str], ...]:
-    """As :attr:`Variant.arguments`, of :func:`~eoracc.plugins.triton.kernel.low_rank_down`."""
+    """Arguments of :func:`~eoracc.plugins.triton.kernel.low_rank_down`, in order."""
     integers = tuple((name, "int32") for name in ("M", "K", "R", "span"))
     return (("x", dtype), ("lora_a", factor_dtype), *integers, ("down", "float32"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownTactic:
-    """How the first of two launches is tiled: ``down = X lora_a^T`` in parts along K."""
+    """Tiling of the first of two launches: ``down = X lora_a^T`` in parts along K."""
 
     block_m: int
     block_r: int
@@ -143,7 +142,7 @@ class DownTactic:
     num_stages: int
 
     def splits(self, columns: int) -> int:
-        """Parts of ``K`` columns: the first dimension of ``down``, ``float32 [splits, M, R]``."""
+        """Number of parts for K ``columns``, the first axis of ``down float32 [splits, M, R]``."""
         return -(-columns // self.span)
 
     def grid(self, rows: int, rank: int, columns: int) -> tuple[int, int, int]:
@@ -153,9 +152,9 @@ class DownTactic:
 
 @dataclass(frozen=True, kw_only=True)
 class Tactic:
-    """How the fused kernel is tiled, and with ``down`` the launch before it.
+    """Tiling of the fused kernel, and with ``down`` of the launch before it.
 
-    ``block_r`` is the step along R; in one launch it holds the whole rank.
+    ``block_r`` is the step along R; in one launch it covers the whole rank.
     """
 
     block_m: int
@@ -181,21 +180,21 @@ class Tactic:
 def tactics(
     bits: int, group_size: int, rows: int, capability: int, *, rank: int = 0
 ) -> list[Tactic]:
-    """Tilings worth trying, the likeliest first.
+    """Tilings worth timing, the most promising first.
 
     Args:
-      bits: of a weight.
-      group_size: columns of a scale, a multiple of 16.
-      rows: M, the largest of the range that they are for.
-      capability: of the GPU, as in :data:`CAPABILITIES`.
-      rank: R, the largest that is to be run, a multiple of 16 up to 256; 0 for no low-rank term.
+      bits: code width of the weight.
+      group_size: columns per scale, a multiple of 16.
+      rows: M, the largest of the range to tile for.
+      capability: that of the GPU, as in :data:`CAPABILITIES`.
+      rank: R, the largest to be run, a multiple of 16 up to 256; 0 for no low-rank term.
 
     Returns:
-      those in one launch (``down`` is None) and, with a rank, as many in two. Each needs at most
+      Tilings of one launch (``down`` is None) and, with a rank, also of two. Each needs at most
       :data:`SHARED_BYTES` of shared memory.
 
     Raises:
-      PluginError: no kernel takes these.
+      PluginError: no kernel supports these.
     """
     Variant(bits=bits, group_size=group_size)
     if not 0 <= rank <= LARGEST_RANK or rank % 16:
@@ -218,7 +217,7 @@ def tactics(
 
 
 def _tilings(rows: int, capability: int) -> list[Tactic]:
-    """For few rows many programs of few outputs, then larger tiles that share what they load."""
+    """Few rows get many programs of few outputs, more rows larger tiles that share their loads."""
     if rows <= FEW_ROWS:
         block_m = 8 if rows <= 8 else 16
         return [
@@ -244,7 +243,7 @@ def _tilings(rows: int, capability: int) -> list[Tactic]:
 
 
 def _one_launch_tilings(rows: int, block_r: int, capability: int) -> list[Tactic]:
-    """Those of :func:`_tilings` with few rows; else tiles that leave registers for the rank."""
+    """As :func:`_tilings` with few rows, otherwise tiles that leave registers for the rank."""
     if rows <= FEW_ROWS or block_r == 0:
         return [replace(tactic, block_r=max(block_r, 16)) for tactic in _tilings(rows, capability)]
     candidates = [
@@ -277,9 +276,9 @@ def _tactic(block_m: int, block_n: int, block_k: int, *, num_warps: int, num_sta
 
 
 def _fitted(tactic: Tactic, bits: int, group_size: int, rank: int) -> Tactic:
-    """With steps along K that suit the groups, and no more of them in flight than there is room."""
+    """``tactic`` with steps along K that fit the groups, and as many stages as memory holds."""
     block_k, stages = _block_k(group_size, tactic.block_k), tactic.num_stages
-    # Of one column: X and the codes, in one launch X again and lora_a.
+    # Bytes of one column: X and the codes, in one launch also lora_a and X once more.
     column = 2 * tactic.block_m + tactic.block_n * bits // 8
     if rank:
         column += 2 * tactic.block_m + 2 * tactic.block_r
@@ -291,7 +290,7 @@ def _fitted(tactic: Tactic, bits: int, group_size: int, rank: int) -> Tactic:
 
 
 def _down_tactic(rows: int, rank: int) -> DownTactic:
-    """Few rows are split along K into many programs, many are enough programs as they are."""
+    """Few rows are split along K into many programs; many rows are enough programs already."""
     few = rows <= FEW_ROWS
     return DownTactic(
         block_m=16 if few else 32,
@@ -304,9 +303,9 @@ def _down_tactic(rows: int, rank: int) -> DownTactic:
 
 
 def _block_k(group_size: int, wanted: int) -> int:
-    """A step along K of up to ``wanted`` columns, part of one group or else several whole ones.
+    """A step along K of up to ``wanted`` columns: part of one group, or several whole groups.
 
-    Within a group nothing is rounded; where that makes for steps below 64, speed goes first.
+    A step within a group rounds nothing. If that means steps below 64, speed takes precedence.
     """
     within = min(wanted, group_size & -group_size)
     return wanted if within < 64 and wanted % group_size == 0 else within
