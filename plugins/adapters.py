@@ -163,8 +163,8 @@ def pack_adapter(slots: AdapterSlots, factors: Mapping[str, LowRank]) -> dict[st
       PluginError: the factors do not fit the slots (an unknown linear, another shape or type) or
         are not finite.
     """
-    for name, own in factors.items():
-        _check_factors(slots, name, own)
+    for name, low_rank in factors.items():
+        _check_factors(slots, name, low_rank)
     packed: dict[str, Array] = {}
     for slot in slots.slots:
         own = [_or_none(factors.get(name)) for name in slot.linears]

@@ -44,7 +44,7 @@ inline eoracc_bank bank_of(const Shape& shape, const Operands& operands) {
   return bank;
 }
 
-// `bank` is what bank_of gave, and must outlive the result.
+// `bank` is a result of bank_of and must outlive the result.
 inline eoracc_matmul matmul_of(const Shape& shape, const Operands& operands, const Operand& y,
                                const eoracc_bank& bank) {
   eoracc_matmul m{};

@@ -1,4 +1,4 @@
-// Holds every instruction set of this processor against the reference, over seeded random shapes.
+// Compares every instruction set of this processor with the reference, over seeded random shapes.
 //
 //   check_kernels [CASES [SEED [INSTRUCTION_SET...]]]
 //

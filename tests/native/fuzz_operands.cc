@@ -1,5 +1,5 @@
-// Hands operands to the C interface that no kernel may take: each must be refused, and nothing be
-// written. Meant to be built with sanitizers.
+// Passes invalid operands to the C interface: each must be refused, and nothing may be written.
+// Meant to be built with sanitizers.
 //
 //   fuzz_operands [CASES [SEED]]
 

@@ -1,6 +1,6 @@
-// A random product of plain matrices of doubles: what the kernels are held against.
+// A random product of plain matrices of doubles, the reference for the kernels.
 //
-// Nothing here is shared with the kernels: packing, rounding and the product are written anew.
+// It shares no code with the kernels: packing, rounding and the product are written anew.
 
 #ifndef EORACC_TESTS_NATIVE_PROBLEM_H_
 #define EORACC_TESTS_NATIVE_PROBLEM_H_
@@ -16,7 +16,7 @@ namespace eoracc::testing {
 enum class Type { kFloat32, kFloat16, kBfloat16, kInt8, kInt4 };
 enum class Activation { kNone, kSilu, kGeluTanh };
 
-// What a product is asked to do. The rank is that of each part.
+// Sizes and options of a product. The rank is that of each part.
 struct Shape {
   int64_t rows = 1;
   int64_t in_features = 1;
@@ -84,7 +84,7 @@ constexpr float kNormEpsilon = 1e-5F;
 // A shape that every kernel must take; sizes lean to the edges of tiles, blocks and chunks.
 Shape draw_shape(std::mt19937_64& random);
 
-// Draws operands of `shape` and computes what they give.
+// Draws operands of `shape` and computes their product.
 void draw_operands(const Shape& shape, std::mt19937_64& random, Operands* operands,
                    Expected* expected);
 

@@ -1,15 +1,14 @@
 // Few rows of X: lays out scratch, orders the steps and hands them to threads.
 //
-// A call is one parallel region. Its tasks take work items by an atomic counter: first rows of X to
-// be prepared, then tiles of lora_a (of the factors that all rows share, and of each adapter that a
-// row uses), then runs of tiles of the weight, long ones first, since
-// memory is read fastest in long runs, and short ones last, so that all tasks end together. An item
-// that needs what earlier ones make waits for it by spinning; those were taken before it, so that
-// running threads hold them, and it cannot wait forever even if the tasks run one after another. A
-// weight tile needs the down-projected X only when its own product is done, so that it hardly ever
-// waits.
+// A call is one parallel region. Its tasks take work items from an atomic counter: first rows of X
+// to prepare, then tiles of lora_a (of the shared factors, and of each adapter in use), then runs
+// of tiles of the weight. Long runs come first, since memory is read fastest in them, and short
+// ones last, so that all tasks end together. An item spins until its inputs are ready. Running
+// threads have taken the items that make these inputs, so the wait ends even if the tasks run one
+// after another. A weight tile needs the down-projected X only after its own product, and hardly
+// ever waits.
 //
-// No item's result depends on the thread that computes it or on the size of the runs.
+// The result of an item depends neither on its thread nor on the size of the runs.
 
 #include <stdlib.h>
 #include <string.h>
@@ -65,7 +64,7 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// Rows of activations while they are made.
+// Rows of activations under preparation.
 struct Buffer {
   int64_t stride, block;
   float* values;
@@ -95,19 +94,19 @@ struct Buffer {
   }
 };
 
-// Rows of the block at hand, one after another, that use the same adapter.
+// Consecutive rows of the current block that use the same adapter.
 struct Run {
   int64_t adapter, first, rows;
 };
 
-// A low-rank term and what it takes to add it.
+// A low-rank term with its scratch.
 struct Term {
   LowRank factors;
   Buffer down;           // down-projected rows, each by the adapter that it uses
   int64_t part_stride;   // columns of `down` between parts
   int64_t rows_at_once;  // most rows that are multiplied together
 
-  // Of the block at hand.
+  // For the current block.
   int64_t run_count, used_count;
   Run runs[kFewRows];
   int64_t used[kFewRows];                     // the adapters of the runs, each once
@@ -137,7 +136,7 @@ struct Product {
   std::atomic<bool> down_ready;
 };
 
-// Spins until the condition holds, and gives the processor away where that takes long.
+// Spins until the condition holds, and yields the processor if that takes long.
 template <typename Condition>
 void wait_for(Condition condition) {
   for (int64_t spins = 0; !condition(); ++spins) {
@@ -253,8 +252,8 @@ void fetch_tile(const Weight& factor, int64_t tile) {
   for (int64_t line = 0; line < bytes; line += kAlignment) __builtin_prefetch(from + line);
 }
 
-// One item of the terms' lora_a: a tile of one adapter. Whoever finishes the last one rounds the
-// down-projected rows to int8.
+// One item of the terms' lora_a: a tile of one adapter. The task that finishes the last one rounds
+// the down-projected rows to int8.
 void project_down(Product& p, int64_t item) {
   const Term* of_item = p.terms;
   for (; item >= of_item->items; ++of_item) item -= of_item->items;
@@ -284,7 +283,7 @@ void project_down(Product& p, int64_t item) {
   p.down_ready.store(true, std::memory_order_release);
 }
 
-// Adds what one adapter gives for some tiles to sums [count, rows, 16].
+// Adds the term of one adapter for some tiles to sums [count, rows, 16].
 void add_up(const Product& p, const Term& term, int64_t user, const Streams& tiles, float* sums) {
   const int64_t adapter = term.used[user];
   Weight factor = up_factor(term.factors, adapter);
@@ -336,7 +335,7 @@ void multiply_and_finish(const Product& p, const Streams& tiles) {
   }
 }
 
-// A run is read in streams that each go on from tile to tile, so that none ever starts anew.
+// A run is read in streams that each continue from tile to tile and never restart.
 void multiply_run(const Product& p, int64_t first, int64_t last) {
   wait_for_rows(p);
   const int64_t length = p.at_once ? (last - first) / kTilesAtOnce : 0;
@@ -348,7 +347,7 @@ void multiply_run(const Product& p, int64_t first, int64_t last) {
   }
 }
 
-// Takes half of a task's share of the tiles that are left; false where none are.
+// Takes half of a task's share of the remaining tiles; false if there are none.
 bool take_run(Product& p, int64_t* first, int64_t* last) {
   *first = p.next_tile.load(std::memory_order_relaxed);
   do {
@@ -389,14 +388,14 @@ void add_term(Product& p, const LowRank& factors) {
   term.part_stride = round_up(factors.rank, kUnit);
   term.down.stride = p.parts * term.part_stride;
   term.down.block = kUnit;
-  // Kernels may sum floats in another order for more rows. What an adapter gives must not depend on
-  // how many rows beside it use the same one: two of them are summed like one.
+  // Kernels may sum floats in another order for more rows. An adapter's term must not depend on how
+  // many other rows use the same adapter: two rows are summed like one.
   const bool exact = p.int8 && !factors.a.is_dense();
   term.rows_at_once = factors.bank == nullptr || exact ? kFewRows : 2;
 }
 
-// Finds out which adapters the rows of the block at hand use. One whose ranks all fill it up is as
-// good as none.
+// Determines which adapters the rows of the current block use. An adapter of padding ranks alone
+// counts as none.
 void find_users(const Product& p, Term& term) {
   term.run_count = term.used_count = 0;
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -476,7 +475,7 @@ eoracc_result multiply_few_rows(const FewRows& kernels, const eoracc_matmul& m,
     p.down_items = 0;
     for (int64_t i = 0; i < p.term_count; ++i) {
       Term& term = p.terms[i];
-      // The ranks that fill up a part, and rows without an adapter.
+      // The padding ranks of a part, and rows without an adapter.
       memset(term.down.values, 0, sizeof(float) * (size_t)(p.rows * term.down.stride));
       find_users(p, term);
       term.items = term.used_count * term.factors.tiles;

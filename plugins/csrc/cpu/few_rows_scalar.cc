@@ -1,5 +1,5 @@
-// Few rows of X in plain C++: what every processor of the architecture runs, and the plainest
-// statement of what the other kernels compute.
+// Few rows of X in plain C++: runs on every processor of the architecture, and is the simplest
+// description of what the other kernels compute.
 
 #include "cpu/rows.inl"
 
@@ -31,7 +31,7 @@ void unpack(const uint8_t* packed, int32_t bits, uint8_t codes[kQuads][kVector])
   }
 }
 
-// Unit u of a tile. The last one may be cut off behind a chunk; the rest counts as code 0.
+// Unit u of a tile. The last unit may end after any chunk; the rest counts as code 0.
 void unpack_unit(const Tiles& w, int64_t tile, int64_t u, uint8_t codes[kQuads][kVector]) {
   const int64_t unit_bytes = kUnit * kTile * w.bits / 8;
   const uint8_t* packed = w.codes + tile * w.tile_bytes + u * unit_bytes;

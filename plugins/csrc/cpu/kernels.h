@@ -1,14 +1,15 @@
-// What an instruction set plugs into the driver.
+// The functions that a kernel for an instruction set provides.
 //
-// To add one: a file few_rows_<name>.cc that defines a FewRows table (it includes rows.inl for the
-// functions that plain loops do well), optionally a file many_rows_<name>.cc with a ManyRows, and a
-// line for each in dispatch.cc. The suffix of a file's name gives its compiler flags, see
-// CMakeLists.txt. No templates of the standard library in those files: the linker would keep one
-// copy of an instance for all instruction sets, possibly one that this processor cannot run.
+// A new kernel consists of a file few_rows_<name>.cc that defines a FewRows table (rows.inl has the
+// functions for which plain loops suffice), optionally a file many_rows_<name>.cc with a ManyRows,
+// and its lines in dispatch.cc and many_rows.cc. The suffix of a file's name selects its compiler
+// flags, see CMakeLists.txt. These files must not use templates of the standard library: the linker
+// keeps one copy of an instance for all instruction sets, possibly one that this processor cannot
+// run.
 //
-// A FewRows function is handed one row of X or one tile of the weight and knows no threads: the
-// driver (driver.cc) lays out scratch, hands work to threads and orders the steps. A ManyRows does
-// the whole product by itself.
+// A FewRows function gets one row of X or one tile of the weight and does not deal with threads:
+// the driver (driver.cc) lays out scratch, distributes work to threads and orders the steps. A
+// ManyRows computes the whole product by itself.
 
 #ifndef EORACC_CPU_KERNELS_H_
 #define EORACC_CPU_KERNELS_H_
@@ -55,7 +56,7 @@ struct DenseTiles {
   const void* values;
 };
 
-// Where finished sums go.
+// The destination of finished sums.
 struct Output {
   int32_t type;        // of y, bias and residual
   int32_t activation;  // eoracc_activation
@@ -90,21 +91,21 @@ struct FewRows {
                       int64_t count, const float* gates, const float* sums);
 
   // int8_tile for one row of X and the kTilesAtOnce tiles tile, tile + stride, and so on, to sums
-  // [kTilesAtOnce, 16]: memory is read fastest in several streams. Null where one tile after the
-  // other will do.
+  // [kTilesAtOnce, 16]: memory is read fastest in several streams. Null if reading one tile after
+  // another is as fast.
   void (*int8_tiles)(const Activations& x, const Tiles& w, int64_t tile, int64_t stride,
                      float* sums);
 
   // int8_tile for one row of X and a tile of an integer factor, which has one group and no zero
-  // points, likewise in several streams. Null where int8_tile will do.
+  // points, also in several streams. Null if int8_tile is as fast.
   void (*int8_factor_tile)(const Activations& x, const Tiles& w, int64_t tile, float* sums);
 };
 
 // The whole product. Operands are checked, and there is at least one row.
 typedef eoracc_result (*ManyRows)(const eoracc_matmul& m, const eoracc_threads& threads);
 
-// The ManyRows of an instruction set for this product, null where the FewRows, kFewRows rows at a
-// time, are better or all there is. Defined in many_rows.cc.
+// The ManyRows of an instruction set for this product; null if there is none, or if the FewRows,
+// kFewRows rows at a time, are faster. Defined in many_rows.cc.
 ManyRows find_many_rows(eoracc_isa isa, const eoracc_matmul& m);
 
 extern const FewRows few_rows_scalar;

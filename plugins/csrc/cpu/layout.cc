@@ -1,4 +1,4 @@
-// Plain <-> tiled, code by code: done once for an old artifact, so that clarity comes first.
+// Plain <-> tiled, code by code. It runs once, for an old artifact, so clarity comes before speed.
 
 #include "cpu/layout.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where a code lies: `low` takes its low bits, and at 3 bits `high` the third one.
+// The place of a code: `low` has its low bits, and at 3 bits `high` the third one.
 struct Place {
   int64_t low;  // byte within the tile
   int low_shift;

@@ -1,5 +1,5 @@
-// The low-rank terms as both drivers take them: one kind of term, whose factors are those that all
-// rows share (lora_a, lora_b) or those of the adapters in a bank.
+// The low-rank terms for both drivers: one kind of term, with the factors that all rows share
+// (lora_a, lora_b) or with those of the adapters in a bank.
 
 #include "cpu/kernels.h"
 #include "cpu/numbers.inl"
@@ -109,9 +109,8 @@ inline int64_t adapter_of(const LowRank& term, int64_t row) {
   return adapter;
 }
 
-// Reads what the down-projected values of a tile of an adapter's lora_a are multiplied with.
-// Returns false where all of it is 0: such a tile only fills the adapter up to the rank of its
-// bank.
+// Reads the scales of the down-projected values of a tile of an adapter's lora_a. Returns false if
+// all are 0: such a tile only pads the adapter to the rank of its bank.
 inline bool read_down_scales(const LowRank& term, int64_t adapter, int64_t tile, float* scales) {
   memcpy(scales, term.bank->a_scale + adapter * term.a_scales + tile * kTile,
          kTile * sizeof(float));
@@ -120,7 +119,7 @@ inline bool read_down_scales(const LowRank& term, int64_t adapter, int64_t tile,
   return any;
 }
 
-// Ranks of a part of an adapter, without the tiles at their end that only fill it up.
+// Ranks of a part of an adapter, without its trailing tiles of padding.
 inline int64_t ranks_of(const LowRank& term, int64_t adapter, int64_t part) {
   if (term.bank == nullptr) return term.rank;
   const int64_t tiles = term.rank / kTile;

@@ -1,4 +1,4 @@
-// Picks the kernel for many rows of X, and says whether this process may use AMX.
+// Selects the kernel for many rows of X, and tests whether this process may use AMX.
 
 #include "cpu/many_rows.h"
 
@@ -11,7 +11,7 @@ namespace eoracc {
 
 #if defined(__x86_64__)
 
-// The kernel saves tile registers only for processes that ask: they are 8 KiB a thread.
+// Linux saves tile registers, 8 KiB per thread, only for processes that request it.
 bool has_amx() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM

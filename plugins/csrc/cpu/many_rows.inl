@@ -4,23 +4,22 @@
 // order and the type that the arithmetic multiplies with, and each panel is used for all rows of an
 // item. X is converted ("packed") once, after the norm. The down-projection is a product of the
 // same kind with lora_a for a weight, its result is packed like X, and the up-projection adds
-// lora_b's product to the sums of the backbone before they are finished and stored. With a bank of
-// adapters, each that a row uses is such a product: of whole row blocks, from one with rows of
-// several adapters each takes its own.
+// lora_b's product to the sums of the backbone before they are finished and stored. Each adapter in
+// use is another such product of whole row blocks; in a block with rows of several adapters, every
+// row keeps the sums of its own.
 //
-// All of it is one list of items in four stages: pack X, project down, pack what came out, and
-// finish ranges of tiles. Tasks take items in order from a counter and wait where one needs the
-// results of a stage before: those items have all been taken by tasks that run, so nothing
-// deadlocks, even if the tasks run one after another. What an item computes does not depend on how
-// many tasks there are.
+// The product is one list of items in four stages: pack X, project down, pack the result, and
+// finish ranges of tiles. Tasks take items in order from a counter. An item that needs an earlier
+// stage waits for it; running tasks have taken all items of that stage, so nothing deadlocks, even
+// if the tasks run one after another. The result of an item does not depend on the number of tasks.
 //
 // The including file defines, in an unnamed namespace of eoracc:
 //
-//   kRowBlock      rows of X that `multiply` is handed
-//   kPanelTiles    tiles of the weight that `multiply` is handed, each a panel
-//   kDensePasses   panels that it takes to hold a float factor exactly enough
-//   Guard          what a task holds while it multiplies
-//   Shape          shape_of(m): the unit, that is the columns that X and panels are padded to, and
+//   kRowBlock      rows of X in a call of `multiply`
+//   kPanelTiles    tiles of the weight in a call of `multiply`, each a panel
+//   kDensePasses   panels that hold a float factor exactly enough
+//   Guard          state of a thread while it multiplies
+//   Shape          from shape_of(m): the unit (X and panels are padded to this many columns) and
 //                  the sizes of blocks and panels
 //   pack_row       a row of floats to its place in a row block
 //   fill           columns of a tile to a panel
@@ -75,7 +74,7 @@ struct Users {
   }
 };
 
-// A low-rank term and what it takes to add it.
+// A low-rank term with its scratch.
 struct Term {
   LowRank factors;
   Users users;
@@ -113,7 +112,7 @@ struct Product {
   int64_t scratch_bytes, panels_bytes;
 };
 
-// Spins until that many items are done, and gives the processor away where that takes long.
+// Spins until that many items are done, and yields the processor if that takes long.
 inline void wait_for(const Product& p, int64_t items) {
   for (int64_t spins = 0; __atomic_load_n(&p.done, __ATOMIC_ACQUIRE) < items; ++spins) {
     if (spins > 4096) {
@@ -124,7 +123,7 @@ inline void wait_for(const Product& p, int64_t items) {
   }
 }
 
-// Some rows of packed activations, whole blocks of them but for the last.
+// Rows of packed activations in whole blocks; the last one may be cut off.
 struct Rows {
   const Packed* from;
   int64_t unit_offset, units;  // columns
@@ -219,7 +218,7 @@ inline void pack_item(Product& p, int64_t block, uint8_t* scratch) {
     }
     pack_row(values, p.x.unit, p.x.units, row, out);
   }
-  // What no adapter gives.
+  // The values of rows without an adapter.
   for (int64_t i = 0; i < p.term_count; ++i) {
     const Term& term = p.terms[i];
     if (term.factors.bank == nullptr) continue;
@@ -309,7 +308,7 @@ inline Lanes activate_lanes(int32_t activation, Lanes gate) {
   return load_sums(values);
 }
 
-// Sixteen elements of which only `count` are there.
+// Up to sixteen elements, `count` of which exist.
 inline Lanes load_elements(int32_t type, const void* data, int64_t index, int64_t count) {
   Lanes lanes = {};
   if (count == kTile && type == EORACC_FLOAT32) {
@@ -363,8 +362,8 @@ struct Range {
   int64_t part, first, count;
 };
 
-// The ranges of an item: one, or with an activation one of each part. Every part is cut into ranges
-// of item_tiles by itself.
+// The ranges of an item: one, or with an activation one of each part. Each part is split into
+// ranges of item_tiles separately.
 inline int64_t ranges_of(const Product& p, int64_t item, Range* ranges) {
   if (p.half > 0) {
     const int64_t first = item * p.item_tiles;
@@ -485,8 +484,8 @@ inline void describe(const eoracc_matmul& m, Product* p) {
   w.zero_points = m.zero_points;
 }
 
-// Finds out which adapters the rows use, in `memory` for a row block's and twice a row's int32. One
-// whose ranks all fill it up is as good as none.
+// Determines which adapters the rows use, in `memory` for one int32 per row block and two per row.
+// An adapter of padding ranks alone counts as none.
 inline void find_users(const Product& p, Term* term, int32_t* memory) {
   const int64_t rows = p.m.rows;
   term->users = {memory, memory + rows};
@@ -513,7 +512,7 @@ inline void find_users(const Product& p, Term* term, int32_t* memory) {
   }
 }
 
-// Takes up the low-rank terms that there are.
+// Sets up the low-rank terms that are present.
 inline void add_terms(Product* p, int32_t* memory) {
   static const int32_t kShared[] = {0};
   Term shared{}, bank{};
@@ -608,7 +607,7 @@ inline eoracc_result multiply_packed(Product& p, const eoracc_threads& threads) 
   return EORACC_OK;
 }
 
-// Rows from `first_row` on of what the caller asked for.
+// The rows from `first_row` on of the caller's product.
 inline eoracc_result multiply_rows(const eoracc_matmul& m, int64_t first_row,
                                    const eoracc_threads& threads) {
   Product p{};
@@ -627,7 +626,7 @@ inline eoracc_result multiply_rows(const eoracc_matmul& m, int64_t first_row,
   return result;
 }
 
-// A few thousand rows at a time, which bounds the memory that X takes when it is packed.
+// A few thousand rows at a time, which bounds the memory of packed X.
 inline eoracc_result many_rows(const eoracc_matmul& m, const eoracc_threads& threads) {
   const int64_t element = m.x_type == EORACC_FLOAT32 ? 4 : 2;
   const int64_t width = m.activation != EORACC_IDENTITY ? m.out_features / 2 : m.out_features;

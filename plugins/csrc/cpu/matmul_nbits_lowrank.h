@@ -1,10 +1,10 @@
 // Y = act(norm(X) * dequant(W)^T + (norm(X) * A^T) * B^T + (norm(X) * Ai^T) * Bi^T + bias)
 //     + residual, behind a C ABI.
 //
-// W has 2, 3, 4 or 8 bits a weight, A (lora_a) and B (lora_b) are the low-rank factors that give
-// back what quantization took, Ai and Bi those of the adapter that a row uses. Nothing here knows
-// ONNX Runtime: the caller lends operands and threads. Operands are read where they lie, with no
-// alignment asked for, and never kept.
+// W has 2, 3, 4 or 8 bits per weight. A (lora_a) and B (lora_b) are low-rank factors that
+// compensate for quantization, Ai and Bi those of the adapter that a row uses. The interface does
+// not depend on ONNX Runtime: the caller lends operands and threads. Operands are read in place,
+// need no alignment and are not kept after a call.
 //
 // The tiled layout. Sixteen rows of a weight form a tile; rows are padded to whole tiles. A quad is
 // four consecutive columns. In a 64-byte vector of codes, byte 4 * r + i belongs to row r of the
@@ -71,23 +71,22 @@ typedef enum eoracc_activation {
 
 typedef enum eoracc_result {
   EORACC_OK = 0,
-  EORACC_BAD_OPERAND = 1,    // sizes, attributes or types are none that the kernel knows
+  EORACC_BAD_OPERAND = 1,    // sizes, attributes or types that no kernel supports
   EORACC_NO_SUCH_ISA = 2,    // this processor or this build lacks the instruction set
   EORACC_OUT_OF_MEMORY = 3,  // scratch
 } eoracc_result;
 
-// Adapters: a second low-rank term, of which each row of x uses the factors of its own adapter, or
-// none. Factors lie one adapter behind the other, each as lora_a and lora_b do, and are of one
-// type:
+// Adapters: a second low-rank term. Each row of x uses the factors of its own adapter, or none. The
+// factors of all adapters have one type and follow one another, each laid out as lora_a and lora_b:
 //
 //   a        [count] times lora_a of `rank`
 //   b        [count] times lora_b of `rank`
-//   a_scale  [count, P * rank] floats, for factors of any type: what a down-projected value is
-//            multiplied with. 0 marks a rank that only fills the adapter up to `rank`; a tile of 16
-//            of them is not read
+//   a_scale  [count, P * rank] floats, for factors of any type: multiplies the down-projected
+//            values. 0 marks a rank that pads the adapter to `rank`; a tile of 16 padding ranks is
+//            not read
 //   b_scale  [count, tiles(out_features) * 16] floats, for int8 or int4
-//   index    [index_count] which adapter `index_rows` rows of x after the other use: each below
-//            count, negative for none
+//   index    [index_count] the adapter of each run of `index_rows` rows of x: below count,
+//            negative for none
 typedef struct eoracc_bank {
   int64_t count;        // positive, below 2^31
   int64_t rank;         // of each part, a multiple of 16; 0 turns the term off
@@ -106,7 +105,7 @@ typedef struct eoracc_bank {
 //
 //   x             [rows, in_features], x_type
 //   norm_weight   [in_features] floats, or null: x is first divided by the root of its row's mean
-//                 square plus norm_epsilon, and multiplied with this
+//                 square plus norm_epsilon, then multiplied with norm_weight
 //   codes         [tiles(out_features), chunks, bytes of a chunk] bytes
 //   scales        [tiles(out_features), G, 16], scales_type (float32 or float16)
 //   zero_points   [tiles(out_features), G, 16] bytes, or null for 2^(bits - 1) everywhere
@@ -116,7 +115,7 @@ typedef struct eoracc_bank {
 //   lora_b        [tiles(out_features), rank, 16] of float32 or float16, or
 //                 [tiles(out_features), ceil(rank / 4), 64] bytes for int8, / 8 for int4
 //   lora_b_scale  [tiles(out_features) * 16] floats, for int8 or int4 lora_b
-//   bank          adapters of single rows, or null
+//   bank          the adapters of the rows, or null
 //   bias          [out_features], x_type, or null
 //   residual      [rows, width of y], x_type, or null; may be y itself
 //   y             [rows, out_features], or [rows, out_features / 2] with an activation; x_type,
@@ -124,9 +123,9 @@ typedef struct eoracc_bank {
 //
 // A weight is (code - zero_point) * scale. Padding rows have scale 0, those of factors value 0.
 //
-// Parts are linears of one input that were merged by stacking their rows. With more than one, each
-// has `rank` rows of lora_a, which must be a multiple of 16, and rows of lora_b of part p multiply
-// with those of part p. An activation asks for exactly two equal parts: y = act(part 0) * part 1.
+// Parts are linears of one input whose rows are stacked. With more than one part, each has `rank`
+// rows of lora_a, a multiple of 16, and its rows of lora_b multiply only those. An activation needs
+// exactly two equal parts: y = act(part 0) * part 1.
 //
 // accuracy_level 0: sums and operands in float32. accuracy_level 4: activations may be rounded to
 // int8 with a scale for each block of gcd(group_size, 32) columns, or to bfloat16. NaN and infinity
@@ -174,13 +173,13 @@ typedef struct eoracc_threads {
 EORACC_API eoracc_result eoracc_matmul_nbits_lowrank(const eoracc_matmul* matmul,
                                                      const eoracc_threads* threads, eoracc_isa isa);
 
-// The instruction set that EORACC_ISA_BEST stands for here.
+// The instruction set that EORACC_ISA_BEST selects on this processor.
 EORACC_API eoracc_isa eoracc_best_isa(void);
 
 // EORACC_ABI_VERSION of the library, which may be older than the header.
 EORACC_API int32_t eoracc_abi_version(void);
 
-// Version of the eoracc that the library was built in, such as "0.1.0".
+// Version of eoracc that the library was built from, such as "0.1.0".
 EORACC_API const char* eoracc_version(void);
 
 #ifdef __cplusplus
