@@ -34,6 +34,8 @@ __all__ = [
     "export_onnx",
     "export_peft",
     "import_adapter",
+    "import_onnx",
+    "import_peft",
     "relative_error",
     "round_factors",
 ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
-__all__ = ["adapter"]
+__all__ = ["adapter", "export", "import_", "list_adapters", "remove"]
 
 
 @click.group()

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PARITY_STEPS",
     "AdapterCases",
+    "WeightOf",
     "adapter_cases",
     "logits_tolerance",
     "record_graph_parity",

@@ -15,6 +15,8 @@ __all__ = [
     "LARGEST_RANK",
     "SHARED_BYTES",
     "DownTactic",
+    "Dtype",
+    "LowRankForm",
     "Tactic",
     "Variant",
     "down_arguments",

@@ -42,7 +42,7 @@ from eoracc.plugins.tensorrt.plugin import INPUTS, PLUGIN, PLUGIN_VERSION
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["RANK_STEP", "PluginWriter", "half_product", "kernel_cases", "lower"]
+__all__ = ["RANK_STEP", "PluginWriter", "half_factors", "half_product", "kernel_cases", "lower"]
 
 RANK_STEP = 16
 """The kernels take ranks that are multiples of it."""

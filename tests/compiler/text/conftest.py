@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.text_windows import prose
+from tests.tiny_artifact import write_byte_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from tests.tiny_artifact import write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from eoracc.compiler.targets.tensorrt.engines.task import PARTIAL, EngineTask, p
 from eoracc.plugins.tensorrt.plugin import register
 from eoracc.runtime.memory import peak_bytes
 
-__all__ = ["CANCELLED", "build_engine"]
+__all__ = ["CANCELLED", "build_engine", "main"]
 
 CANCELLED = 3
 """Exit status of a build that was cancelled."""
