@@ -32,7 +32,7 @@ __all__ = [
     "unpack_adapter",
 ]
 
-Array = NDArray[np.generic]
+_Array = NDArray[np.generic]
 
 SLOTS_KEY = "eoracc.adapters"
 """Key of the slots in a model's metadata; :meth:`AdapterSlots.to_json` is the value."""
@@ -146,7 +146,7 @@ def _slot_from(content: Mapping[str, Any]) -> AdapterSlot:
 # --- one adapter ----------------------------------------------------------------------------------
 
 
-def pack_adapter(slots: AdapterSlots, factors: Mapping[str, LowRank]) -> dict[str, Array]:
+def pack_adapter(slots: AdapterSlots, factors: Mapping[str, LowRank]) -> dict[str, _Array]:
     """Pack an adapter's factors into arrays for the model's inputs, a bank of one.
 
     Linears of one slot are padded to the largest rank among them, and that to a multiple of 16.
@@ -165,7 +165,7 @@ def pack_adapter(slots: AdapterSlots, factors: Mapping[str, LowRank]) -> dict[st
     """
     for name, low_rank in factors.items():
         _check_factors(slots, name, low_rank)
-    packed: dict[str, Array] = {}
+    packed: dict[str, _Array] = {}
     for slot in slots.slots:
         own = [_or_none(factors.get(name)) for name in slot.linears]
         if any(own):
@@ -201,7 +201,7 @@ def _or_none(factors: LowRank | None) -> LowRank | None:
     return factors if factors is not None and factors.rank else None
 
 
-def _pack_slot(slot: AdapterSlot, factors: Sequence[LowRank | None]) -> dict[str, Array]:
+def _pack_slot(slot: AdapterSlot, factors: Sequence[LowRank | None]) -> dict[str, _Array]:
     if len(slot.linears) == 1 and len(slot.parts) > 1:
         factors = split_rows(factors[0], slot.parts)  # type: ignore[arg-type]
     ranks = [0 if own is None else own.rank for own in factors]
@@ -216,7 +216,7 @@ def _pack_slot(slot: AdapterSlot, factors: Sequence[LowRank | None]) -> dict[str
     }
 
 
-def unpack_adapter(slots: AdapterSlots, arrays: Mapping[str, Array]) -> dict[str, LowRank]:
+def unpack_adapter(slots: AdapterSlots, arrays: Mapping[str, _Array]) -> dict[str, LowRank]:
     """Inverse of :func:`pack_adapter`.
 
     Trailing ranks whose scale is 0 count as padding and are left out.
@@ -282,8 +282,8 @@ def _unpack_slot(slot: AdapterSlot, bank: _Bank) -> dict[str, LowRank]:
 
 
 def stack_adapters(
-    slots: AdapterSlots, adapters: Sequence[Mapping[str, Array]]
-) -> dict[str, Array]:
+    slots: AdapterSlots, adapters: Sequence[Mapping[str, _Array]]
+) -> dict[str, _Array]:
     """Stack adapters into one bank, in their order.
 
     Ranks are padded to the largest of the slot. Where codes of 4 and 8 bits meet in a slot, all get
@@ -304,7 +304,7 @@ def stack_adapters(
     filled = [dict(_banks(slots, arrays)) for arrays in adapters]
     # A bank that leaves a slot out has as many adapters there as at its other slots.
     sizes = [max((bank.size for bank in banks.values()), default=1) for banks in filled]
-    stacked: dict[str, Array] = {}
+    stacked: dict[str, _Array] = {}
     for slot in slots.slots:
         banks = [
             banks.get(slot) or _empty_bank(slots, slot, size)
@@ -354,7 +354,9 @@ class _Bank:
         return len(self.a)
 
 
-def _banks(slots: AdapterSlots, arrays: Mapping[str, Array]) -> Iterator[tuple[AdapterSlot, _Bank]]:
+def _banks(
+    slots: AdapterSlots, arrays: Mapping[str, _Array]
+) -> Iterator[tuple[AdapterSlot, _Bank]]:
     """The slots that ``arrays`` fill, each with its checked bank."""
     left = set(arrays)
     for slot in slots.slots:
@@ -370,7 +372,7 @@ def _banks(slots: AdapterSlots, arrays: Mapping[str, Array]) -> Iterator[tuple[A
         raise PluginError(f"operand '{min(left)}': the model has no slot that takes it")
 
 
-def _bank(slots: AdapterSlots, slot: AdapterSlot, given: Mapping[str, Array]) -> _Bank:
+def _bank(slots: AdapterSlots, slot: AdapterSlot, given: Mapping[str, _Array]) -> _Bank:
     a, parts = given["adapter_a"], len(slot.parts)
     if a.ndim != 4 or not len(a) or a.shape[1] % parts:
         raise PluginError(
@@ -413,7 +415,7 @@ def _bank_shapes(
     }
 
 
-def _code_bits(a: Array, in_features: int) -> int:
+def _code_bits(a: _Array, in_features: int) -> int:
     """8 or 4, by the chunks of ``adapter_a``; 8 where both have as many."""
     chunks = a.shape[2]
     return 4 if chunks == -(-in_features // CHUNK[4]) != -(-in_features // CHUNK[8]) else 8

@@ -14,22 +14,22 @@ from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["activate", "fused_matmul", "rms_norm"]
 
-Float = NDArray[np.floating[Any]]
+_Float = NDArray[np.floating[Any]]
 
 
 def fused_matmul(
-    x: Float,
+    x: _Float,
     weight: NBitsWeight,
     factors: LowRank | None,
-    bias: Float | None = None,
+    bias: _Float | None = None,
     *,
-    norm_weight: Float | None = None,
+    norm_weight: _Float | None = None,
     norm_epsilon: float = 0.0,
     parts: Sequence[int] = (),
     activation: str = "",
-    residual: Float | None = None,
+    residual: _Float | None = None,
     adapters: Sequence[LowRank] = (),
-    adapter_scales: Sequence[Float] | None = None,
+    adapter_scales: Sequence[_Float] | None = None,
     adapter_index: Sequence[int] | NDArray[np.integer[Any]] = (0,),
 ) -> NDArray[np.float64]:
     """``x @ W.T + (x @ lora_a.T) @ lora_b.T + bias`` and its fusions, operands widened before use.
@@ -87,7 +87,7 @@ def fused_matmul(
     return y if residual is None else y + residual
 
 
-def rms_norm(x: Float, weight: Float, epsilon: float) -> NDArray[np.float64]:
+def rms_norm(x: _Float, weight: _Float, epsilon: float) -> NDArray[np.float64]:
     """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis, in float64."""
     x = x.astype(np.float64)
     normalised: NDArray[np.float64] = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)

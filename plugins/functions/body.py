@@ -14,7 +14,7 @@ OPSET = 24
 
 _INT, _INTS = ir.AttributeType.INT, ir.AttributeType.INTS
 
-Attribute = int | str | Sequence[int] | ir.TensorProtocol | ir.Attr
+_Attribute = int | str | Sequence[int] | ir.TensorProtocol | ir.Attr
 
 
 class Body:
@@ -40,12 +40,12 @@ class Body:
         """The input ``name``, which the node has."""
         return self._present[name]
 
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: _Attribute) -> ir.Value:
         """Append a standard op of one output."""
         return self.ops(op_type, 1, *inputs, **attributes)[0]
 
     def ops(
-        self, op_type: str, count: int, *inputs: ir.Value, **attributes: Attribute
+        self, op_type: str, count: int, *inputs: ir.Value, **attributes: _Attribute
     ) -> Sequence[ir.Value]:
         """Append a standard op of ``count`` outputs."""
         converted = [

@@ -13,13 +13,10 @@ import onnx_ir as ir
 
 from eoracc.errors import PluginError
 from eoracc.plugins.functions.overload import local_function
-from eoracc.plugins.op import DOMAIN
+from eoracc.plugins.op import DOMAIN, FUSED_OP
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS, PLUGIN
 
-__all__ = ["OP", "plugin_function"]
-
-OP = PLUGIN.partition("::")[2]
-"""Type of the node, and the plugin's name."""
+__all__ = ["plugin_function"]
 
 _BYTES = ("B", "zero_points")
 _REQUIRED = ("X", "B", "scales")
@@ -36,7 +33,7 @@ def plugin_function(node: ir.Node) -> ir.Function:
       PluginError: the node is not one of the plugin.
     """
     operands: Mapping[str, ir.Value | None] = dict(zip(INPUTS, node.inputs, strict=False))
-    if (node.domain, node.op_type) != (DOMAIN, OP) or not all(map(operands.get, INPUTS)):
+    if (node.domain, node.op_type) != (DOMAIN, FUSED_OP) or not all(map(operands.get, INPUTS)):
         raise PluginError(f"node {node.name}: is none of the plugin {PLUGIN}")
     present = {
         name: value if name in _REQUIRED or _rank(value) else None
@@ -45,7 +42,7 @@ def plugin_function(node: ir.Node) -> ir.Function:
     if present["down"] is not None:
         present["lora_b"] = None  # the op has no half of the term; _add_projection adds it
     plain = ir.node(
-        OP,
+        FUSED_OP,
         [value for name, value in present.items() if name != "down"],
         {name: node.attributes[name] for name in FIELDS},
         domain=DOMAIN,
@@ -63,7 +60,7 @@ def plugin_function(node: ir.Node) -> ir.Function:
     graph.inputs[:] = [inputs[name] for name in INPUTS]
     return ir.Function(
         DOMAIN,
-        OP,
+        FUSED_OP,
         overload,
         graph=graph,
         attributes=[ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in _ATTRIBUTES],

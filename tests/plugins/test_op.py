@@ -20,6 +20,8 @@ from eoracc.plugins.op import (
     TOGETHER,
     Input,
 )
+from eoracc.plugins.tensorrt.plugin import FIELDS, PLUGIN
+from eoracc.plugins.tensorrt.plugin import INPUTS as PLUGIN_INPUTS
 
 SOURCES = Path(__file__).parents[2] / "plugins" / "csrc" / "onnxruntime"
 
@@ -60,6 +62,13 @@ def test_attributes_are_those_of_the_native_op(source: str) -> None:
 def test_required_inputs_are_those_of_the_native_op(source: str) -> None:
     last = _only(r"index <= k(\w+) \? kRequired", source)
     assert Input[last.lower()] == REQUIRED - 1
+
+
+def test_the_plugin_of_tensorrt_takes_part_of_the_op() -> None:
+    """It repeats the names, since its file runs where eoracc is not installed."""
+    assert f"{DOMAIN}::{FUSED_OP}" == PLUGIN
+    assert set(PLUGIN_INPUTS) - {"down"} <= set(INPUTS[FUSED_OP])
+    assert set(FIELDS) <= set(ATTRIBUTES[FUSED_OP])
 
 
 def test_inputs_are_told_apart_by_position() -> None:

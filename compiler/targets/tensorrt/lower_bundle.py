@@ -32,10 +32,10 @@ from eoracc.compiler.targets.tensorrt.lower_rtx import DequantizeWriter
 from eoracc.errors import PassError, PluginError
 from eoracc.passes.graph.linears import stored_factors, stored_weight
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.op import DOMAIN
+from eoracc.plugins.op import DOMAIN, FUSED_OP
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
-from eoracc.plugins.tensorrt.function import OP, plugin_function
+from eoracc.plugins.tensorrt.function import plugin_function
 from eoracc.plugins.tensorrt.kernels import Case, in_one_launch
 from eoracc.plugins.tensorrt.plugin import INPUTS, PLUGIN, PLUGIN_VERSION
 
@@ -134,7 +134,7 @@ class PluginWriter(DequantizeWriter):
                 product.shape = ir.Shape([*x.shape[:-1], len(lora_a)])
                 operands["down"] = product
         return tape.op(
-            OP,
+            FUSED_OP,
             [x, *(self._operand(name, part, given) for part, given in operands.items())],
             {
                 "K": weight.in_features,
