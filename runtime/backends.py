@@ -1,7 +1,7 @@
-"""What an artifact can be run with, and which of that is taken.
+"""Choose the backend of an artifact and open it.
 
-``onnxruntime`` runs what lies at the artifact's root, on the CPU. ``tensorrt_rtx`` and ``tensorrt``
-run engines, from the folders of these names, on an NVIDIA GPU.
+``onnxruntime`` runs the model at the artifact's root on the CPU. ``tensorrt_rtx`` and ``tensorrt``
+run TensorRT engines, from the folders of these names, on an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "BackendChoice", "Opened", "backends_of", "open_backend"]
 
 Backend: TypeAlias = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
-"""What runs a model."""
+"""A runtime for models."""
 
 BackendChoice: TypeAlias = Literal["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]
-"""A backend, or the one that this machine is best used with."""
+"""A backend, or ``auto`` for the best one that this machine can run."""
 
 _ENGINES: tuple[Backend, ...] = ("tensorrt_rtx", "tensorrt")
 
@@ -45,12 +45,12 @@ class Opened:
     """A model that is ready to run.
 
     Attributes:
-      backend: what runs it.
-      device: what it runs on, in words.
-      decoder: itself.
+      backend: that runs it.
+      device: description of the CPU or GPU that it runs on.
+      decoder: the model.
       fallback_reason: why ONNX Runtime runs an artifact that has TensorRT engines, where
         :func:`open_backend` made that choice; else None.
-      device_bytes: says how much of the GPU's memory is held; None without a GPU.
+      device_bytes: measures the GPU memory in use; gives None without a GPU.
     """
 
     backend: Backend
@@ -61,9 +61,9 @@ class Opened:
 
 
 def backends_of(manifest: Manifest) -> tuple[Backend, ...]:
-    """What an artifact has been built for, engines first.
+    """Backends that an artifact has been built for, TensorRT first.
 
-    A target ``tensorrt`` counts once ``eoracc engine`` has made engines of it.
+    A target ``tensorrt`` counts once ``eoracc engine`` has built its engines.
     """
     engines = tuple(name for name in _ENGINES if f"{name}/{ENGINES_FILE}" in manifest.files)
     return (*engines, "onnxruntime") if "model.onnx" in manifest.files else engines
@@ -77,20 +77,20 @@ def open_backend(
     threads: int,
     adapters: Sequence[str] | None,
 ) -> Opened:
-    """Make a verified artifact ready to run.
+    """Open a verified artifact.
 
     Args:
       folder: the artifact.
-      manifest: what it says of itself, verified.
-      choice: the backend. ``auto`` takes engines where this machine can run those that there are,
-        else ONNX Runtime.
-      threads: of one operator on the CPU.
-      adapters: which to load; None for all.
+      manifest: of the artifact, verified.
+      choice: the backend. ``auto`` chooses the artifact's TensorRT engines where this machine can
+        run them, else ONNX Runtime.
+      threads: that one operator uses on the CPU.
+      adapters: names of the adapters to load; None for all.
 
     Raises:
-      ArtifactError: it has not been built for the backend, or for this GPU, is damaged, or has no
-        adapter of that name.
-      BackendError: this machine cannot run it.
+      ArtifactError: the artifact has not been built for the backend or for this GPU, is damaged, or
+        lacks an adapter.
+      BackendError: this machine cannot run the backend.
     """
     if choice not in get_args(BackendChoice):
         known = ", ".join(get_args(BackendChoice))
@@ -151,7 +151,7 @@ def _open(
 
 
 def _factors_in(folder: Path) -> FactorsOf:
-    """Reads weighted sums of the adapters of ``folder``."""
+    """Make a function that reads weighted sums of the adapters of ``folder``."""
 
     def load(weights: Weights) -> Mapping[str, LowRank]:
         adapters = [(read_adapter(folder, name), weight) for name, weight in weights]

@@ -1,4 +1,4 @@
-"""An engine serves requests of many threads together, from a thread of its own."""
+"""The serving engine: requests of many threads, served together in a thread of its own."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class EngineLoad:
     """How busy an engine is.
 
     Attributes:
-      active: requests whose prompt is being processed or whose tokens are being made.
-      waiting: requests that no row is free for.
+      active: requests that have a row: in prefill or decoding.
+      waiting: requests that wait for a row.
     """
 
     active: int
@@ -35,7 +35,7 @@ class EngineLoad:
 
 
 class Generation:
-    """A text that an engine is making. Threads may share it.
+    """A text that an engine generates. Threads may share it.
 
     Attributes:
       prompt_tokens: length of the prompt.
@@ -50,7 +50,7 @@ class Generation:
         self._continuation: Continuation | None = None
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces from the first to the last, waiting for those to come.
+        """All pieces from the first to the last; blocks until the next one is there.
 
         Raises:
           EoraccError: the request failed.
@@ -69,7 +69,7 @@ class Generation:
             place += 1
 
     def result(self) -> Completion:
-        """The whole text, once it has ended.
+        """The whole text; blocks until it has ended.
 
         Raises:
           EoraccError: the request failed.
@@ -78,24 +78,24 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """Whether the text has ended, for whatever reason."""
+        """Whether the text has ended, normally or not."""
         with self._changed:
             return self._error is not None or bool(
                 self._pieces and self._pieces[-1].finish_reason is not None
             )
 
     def cancel(self) -> None:
-        """Ask for no more: the text ends soon, as ``cancelled`` if it has not ended by then."""
+        """Stop generating: the text ends soon, as ``cancelled`` if it has not ended before."""
         if self._continuation is not None:
             self._continuation.cancelled = True
 
     def follow(self, continuation: Continuation) -> None:
-        """Be the text that ``continuation`` makes."""
+        """Set the continuation that generates the text."""
         self.prompt_tokens = len(continuation.prompt)
         self._continuation = continuation
 
     def take(self, event: Piece | Exception) -> None:
-        """Add what is new; called by the engine."""
+        """Add a piece or an error; called by the engine."""
         with self._changed:
             if isinstance(event, Piece):
                 self._pieces.append(event)
@@ -107,9 +107,9 @@ class Generation:
 
 
 class Engine:
-    """Serves requests together: those that come while others are being served join them.
+    """Serves requests in one batch, which new requests join at any time.
 
-    Memory is bounded: at most ``max_rows`` texts of at most ``max_tokens`` tokens are in the cache.
+    Memory is bounded: the cache holds at most ``max_rows`` texts of at most ``max_tokens`` tokens.
     """
 
     def __init__(
@@ -124,11 +124,12 @@ class Engine:
         """Start the thread; :meth:`close` ends it.
 
         Args:
-          model: what to serve with; others may use it at the same time.
-          max_rows: texts that are made at a time.
+          model: to serve; it may be used otherwise at the same time.
+          max_rows: texts that are generated at a time.
           max_waiting: requests that may wait for a row; None for any number.
-          max_tokens: of a prompt and its answer together; None for the model's context.
-          prefill_chunk: tokens of a prompt that are processed while others wait for a token.
+          max_tokens: most tokens of a prompt and its answer together; None for the model's context.
+          prefill_chunk: prompt tokens of one step; the other texts wait for their next token
+            meanwhile.
         """
         self.model = model
         self._max_waiting = max_waiting
@@ -154,55 +155,54 @@ class Engine:
 
     @property
     def load(self) -> EngineLoad:
-        """How busy it is."""
+        """Numbers of active and waiting requests."""
         with self._changed:
             waiting = self._scheduler.waiting + len(self._arrived)
             return EngineLoad(self._scheduler.active, waiting)
 
     @property
     def alive(self) -> bool:
-        """Whether its thread still works: it ends when the engine is closed or has failed."""
+        """Whether the thread runs: it ends when the engine is closed or has failed."""
         return self._thread.is_alive()
 
     def submit(self, request: Request, *, listener: Listener | None = None) -> Generation:
-        """Have ``request`` served.
+        """Start to serve ``request``.
 
         Args:
-          request: what to make.
-          listener: called in the engine's thread with each piece as it is made; the last one has a
-            finish reason, or is an exception. It must not wait. What it raises cancels the request.
+          request: prompt and options.
+          listener: called in the engine's thread with each piece; the last one has a finish reason,
+            or is an exception. It must not block. An exception that it raises cancels the request.
 
         Returns:
-          The text, which is being made from now on.
+          The text, generated from now on.
 
         Raises:
-          RequestError: the request cannot be served: no room, no such adapter, bad messages.
-          BusyError: too many wait already, or the engine is closed.
+          RequestError: the prompt is too long, the adapter unknown, or the messages are invalid.
+          BusyError: too many requests are waiting, or the engine is closed.
         """
         self._check_open()
         generation = Generation(listener)
-        one = self.model.prepare(request, generation.take, max_tokens=self._max_tokens)
-        generation.follow(one)
+        continuation = self.model.prepare(request, generation.take, max_tokens=self._max_tokens)
+        generation.follow(continuation)
         with self._changed:
             try:
                 self._check_open()
             except BusyError:
                 self.model.bank.release(request.adapter)
                 raise
-            self._arrived.append(one)
+            self._arrived.append(continuation)
             self._changed.notify_all()
         return generation
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> bool:
-        """Take no more requests and end the thread.
+        """Accept no more requests and end the thread.
 
         Args:
-          drain: serve what has been submitted first; otherwise cancel it.
-          timeout: seconds to wait for that; what is not ready by then is cancelled. None for as
-            long as it takes.
+          drain: first serve the submitted requests; otherwise cancel them.
+          timeout: seconds to wait for them before they are cancelled; None for no limit.
 
         Returns:
-          Whether nothing had to be cancelled.
+          Whether no request had to be cancelled.
         """
         with self._changed:
             self._closed = True
@@ -217,13 +217,13 @@ class Engine:
         return served
 
     def _check_open(self) -> None:
-        """Raises BusyError where a request would be turned away."""
+        """Raise BusyError if a request would be rejected."""
         with self._changed:
             if self._closed:
                 raise BusyError("the engine is closed: it takes no more requests")
             if self._max_waiting is None:
                 return
-            # A request that has just come is nowhere yet, though a row may be free for it.
+            # A request that has just arrived has no row yet, although one may be free.
             waiting = self._scheduler.waiting + len(self._arrived)
             waiting -= max(0, self._max_rows - self._scheduler.active)
             if waiting >= self._max_waiting:
@@ -242,7 +242,7 @@ class Engine:
                     while self._arrived:
                         self._scheduler.add(self._arrived.popleft())
                 busy = self._scheduler.step()
-        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
+        except Exception as error:  # noqa: BLE001 - every waiting request gets it
             failure = BackendError(f"the engine has failed: {reason(error)}")
         with self._changed:
             self._closed = True

@@ -1,4 +1,4 @@
-"""Memory of this process: give back what is free, say what is held."""
+"""Memory of this process: release what is free, measure what is in use."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _MADV_DONTNEED = 4
 
 
 def release_memory() -> None:
-    """Collect garbage and, on Linux, return the heap's free pages and the checkpoint's.
+    """Collect garbage and, on Linux, return free pages of the heap and mapped weights.
 
-    glibc keeps what a stage has freed: tokenizing a book leaves 0.4 GB behind, which would count
-    for the rest of the build.
+    glibc keeps freed pages: tokenizing a book leaves 0.4 GB behind, which would count as memory of
+    the process for the rest of the build.
     """
     gc.collect()
-    # Only glibc has malloc_trim: musl has no need of it.
+    # Only glibc has malloc_trim; musl does not need it.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -32,9 +32,9 @@ def release_memory() -> None:
 
 
 def release_weights() -> None:
-    """On Linux, let go of the pages of checkpoints that were read through a mapping.
+    """On Linux, release the pages of safetensors files that were read through a mapping.
 
-    They stay in the system's cache anyway; until they are let go, they count as this process's too.
+    The system's cache keeps them anyway; until released, they count as memory of the process too.
     """
     if sys.platform != "linux":
         return
@@ -44,9 +44,9 @@ def release_weights() -> None:
 
 
 def _clean_weights() -> list[tuple[int, int]]:
-    """Address ranges of mapped safetensors files that nobody has written to.
+    """Address ranges of mapped safetensors files without writes.
 
-    What has been written to a private mapping exists nowhere else: such a range is left alone.
+    Data written to a private mapping exists nowhere else, so such a range is left out.
     """
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -67,12 +67,12 @@ def _clean_weights() -> list[tuple[int, int]]:
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now; its peak where the system does not say (no /proc)."""
+    """Memory in use by this process; its peak on systems without /proc."""
     return _status_bytes("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that this process has held in memory."""
+    """Largest memory that this process has used."""
     return _status_bytes("VmHWM")
 
 
@@ -82,6 +82,6 @@ def _status_bytes(field: str) -> int:
             name, _, value = line.partition(":")
             if name == field:
                 return int(value.split()[0]) * 1024
-    # Not the first choice on Linux: there a child starts with the peak of its parent.
+    # Second choice on Linux, where a child starts with the peak of its parent.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -39,13 +39,13 @@ class Model:
 
     Attributes:
       folder: the artifact.
-      manifest: what it says of itself, verified.
+      manifest: of the artifact, verified.
       tokenizer: between text and tokens.
-      bank: its adapters.
-      context_length: tokens that it takes at most, prompt and answer together.
-      threads: of one operator on the CPU.
-      backend: what runs it.
-      device: what it runs on, in words.
+      bank: the loaded adapters.
+      context_length: most tokens of a prompt and its answer together.
+      threads: that one operator uses on the CPU.
+      backend: that runs the model.
+      device: description of the CPU or GPU that it runs on.
       fallback_reason: why ONNX Runtime runs an artifact that has TensorRT engines, where
         :func:`load` made that choice; else None.
     """
@@ -59,24 +59,24 @@ class Model:
         adapters: Sequence[str] | None = None,
         backend: BackendChoice = "auto",
     ) -> None:
-        """Open a verified artifact; :func:`load` is the way in.
+        """Open a verified artifact; :func:`load` verifies it first.
 
         Args:
           folder: the artifact.
-          manifest: what it says of itself.
-          threads: of one operator; None for one a processor that this process may use.
-          adapters: which of its adapters to load; None for all.
+          manifest: of the artifact.
+          threads: that one operator uses; None for one for each processor available to the process.
+          adapters: names of the adapters to load; None for all.
           backend: see :func:`load`.
 
         Raises:
-          BackendError: the machine lacks what runs the artifact, or that refuses it.
-          ArtifactError: an adapter is damaged, there is none of that name, or the artifact has not
-            been built for the backend.
+          BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
+          ArtifactError: an adapter is damaged or unknown, or the artifact has not been built for
+            the backend.
         """
         self.folder = folder
         self.manifest = manifest
-        # Left to itself, ONNX Runtime may take one of a virtual machine's two processors for the
-        # sibling of the other, and leave it idle.
+        # By default, ONNX Runtime may take one of a virtual machine's two processors for the
+        # hyperthread of the other and leave it idle.
         self.threads = threads or _processors()
         opened = open_backend(folder, manifest, backend, threads=self.threads, adapters=adapters)
         self.backend: Backend = opened.backend
@@ -97,13 +97,13 @@ class Model:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the artifact knows how its model wants to be talked to."""
+        """Whether the artifact has a chat template."""
         return self.tokenizer.has_chat_template
 
     def device_bytes(self) -> int | None:
-        """Bytes of the GPU's memory that are held more than before loading; None without a GPU.
+        """Growth of the GPU memory in use since loading, in bytes; None without a GPU.
 
-        By all processes, but for what CUDA takes for itself.
+        Counts all processes, without the memory of CUDA itself.
         """
         return self._device_bytes()
 
@@ -172,25 +172,25 @@ class Model:
         logprobs: int | None = None,
         ignore_end: bool = False,
     ) -> Completion | Iterator[Piece]:
-        """Continue one text; :class:`Request` says what the options mean.
+        """Continue one text; :class:`Request` describes the options.
 
         Args:
           prompt: text, tokens or the messages of a chat.
-          max_new_tokens: at most.
-          stream: give pieces as they are made, whose texts add up to that of the completion.
-          chat: take a text for the user's turn of a chat.
+          max_new_tokens: most tokens to generate.
+          stream: yield pieces as they are generated; their texts add up to the completion's.
+          chat: treat a text as the user's turn of a chat.
           adapter: a name, or weights by name, or None.
-          temperature: 0 is greedy.
-          top_k: 0 for all.
-          top_p: 1 for all.
-          min_p: 0 for all.
+          temperature: 0 for greedy decoding.
+          top_k: 0 for all tokens.
+          top_p: 1 for all tokens.
+          min_p: 0 for all tokens.
           seed: makes sampling repeatable.
           stop: strings that end the text.
-          logprobs: how many most likely tokens to list; None for no probabilities.
-          ignore_end: go on after the token that ends the text.
+          logprobs: number of most likely tokens to list; None for no probabilities.
+          ignore_end: continue after the token that ends the text.
 
         Raises:
-          RequestError: a value is out of range, there is no such adapter, or no room.
+          RequestError: a value is out of range, the adapter is unknown, or the prompt too long.
           BackendError: a run fails.
         """
         request = Request(
@@ -217,66 +217,67 @@ class Model:
         """Continue many texts, ``max_rows`` at a time, each with its own options and adapter.
 
         Returns:
-          A completion for each request: what it would have been given by itself.
+          A completion for each request, the same as from a call of its own.
 
         Raises:
-          RequestError: a request cannot be served; none is.
+          RequestError: a request cannot be served; then none is.
           BackendError: a run fails.
         """
         scheduler = self.scheduler(max_rows=max_rows)
         events: list[list[Piece | Exception]] = [[] for _ in requests]
         prompts = []
         try:
-            for request, heard in zip(requests, events, strict=True):
-                one = self.prepare(request, heard.append)
-                prompts.append(len(one.prompt))
-                scheduler.add(one)
+            for request, own_events in zip(requests, events, strict=True):
+                continuation = self.prepare(request, own_events.append)
+                prompts.append(len(continuation.prompt))
+                scheduler.add(continuation)
             while scheduler.step():
                 pass
         finally:
             scheduler.close()
         return [
-            complete(_pieces(heard), length) for heard, length in zip(events, prompts, strict=True)
+            complete(_pieces(own_events), length)
+            for own_events, length in zip(events, prompts, strict=True)
         ]
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """Continue one text piece by piece, as far as pieces are asked for.
+        """Continue one text piece by piece; no further than the caller iterates.
 
         Raises:
-          RequestError: the request cannot be served; at once, not at the first piece.
+          RequestError: the request cannot be served; raised by the call, not by the first piece.
           BackendError: a run fails.
         """
         scheduler = self.scheduler(max_rows=1)
-        heard: list[Piece | Exception] = []
-        scheduler.add(self.prepare(request, heard.append))
-        pieces = self._pieces_of(scheduler, heard)
-        # A generator that nobody begins runs no ``finally``.
+        events: list[Piece | Exception] = []
+        scheduler.add(self.prepare(request, events.append))
+        pieces = self._pieces_of(scheduler, events)
+        # A generator that is never started runs no ``finally``.
         weakref.finalize(pieces, scheduler.close).atexit = False
         return pieces
 
-    def _pieces_of(self, scheduler: Scheduler, heard: list[Piece | Exception]) -> Iterator[Piece]:
+    def _pieces_of(self, scheduler: Scheduler, events: list[Piece | Exception]) -> Iterator[Piece]:
         try:
             more = True
             while more:
                 more = scheduler.step()
-                yield from _pieces(heard)
-                heard.clear()
+                yield from _pieces(events)
+                events.clear()
         finally:
             scheduler.close()
 
     def prepare(
         self, request: Request, listener: Listener, *, max_tokens: int | None = None
     ) -> Continuation:
-        """Make a request ready for a :meth:`scheduler`, which has to be given it.
+        """Prepare a request for :meth:`Scheduler.add`, which releases its adapter at the end.
 
         Args:
-          request: what to make.
-          listener: takes the pieces.
-          max_tokens: of prompt and answer together; None for the model's context.
+          request: prompt and options.
+          listener: called with each piece.
+          max_tokens: most tokens of prompt and answer together; None for the model's context.
 
         Raises:
-          RequestError: there is nothing to continue, no room for more, or no such adapter.
-          ArtifactError: a chat without a chat template.
+          RequestError: the prompt is empty or too long, or the adapter unknown.
+          ArtifactError: the request is a chat and the artifact has no chat template.
         """
         room = self.context_length if max_tokens is None else max_tokens
         prompt = self.encode(request.prompt, chat=request.chat)
@@ -298,20 +299,20 @@ class Model:
         )
 
     def scheduler(self, *, max_rows: int, chunk: int = PREFILL_CHUNK) -> Scheduler:
-        """Serves requests ``max_rows`` at a time; see :class:`eoracc.runtime.engine.Engine`."""
+        """A scheduler that serves ``max_rows`` requests at a time."""
         return Scheduler(self._decoder, max_rows=max_rows, chunk=chunk)
 
     # --- scores -----------------------------------------------------------------------------------
 
     def score(self, text: str | Sequence[int], *, adapter: AdapterChoice = None) -> Score:
-        """How well the model predicts a text.
+        """Log-probability of each token of a text.
 
         Args:
-          text: itself or its tokens, at most as many as the model takes.
+          text: a text or its tokens, at most as many as the context.
           adapter: a name, or weights by name, or None.
 
         Raises:
-          RequestError: the text is empty or too long, or there is no such adapter.
+          RequestError: the text is empty or too long, or the adapter unknown.
           BackendError: a run fails.
         """
         tokens = self.encode(text) if isinstance(text, str) else list(text)
@@ -329,20 +330,20 @@ class Model:
         *,
         adapter: AdapterChoice = None,
     ) -> list[ContinuationScore]:
-        """How likely each continuation is after its context, in batches.
+        """Log-probability of each continuation after its context, in batches.
 
-        A text pair is tokenized as one text and cut where the tokens of the context end. After an
-        empty context comes what the model takes for the beginning of a text.
+        A pair of texts is tokenized as one text and split where the tokens of the context end. An
+        empty context becomes BOS, or EOS in a model without BOS.
 
         Args:
-          pairs: of context and continuation, each a text or tokens.
+          pairs: context and continuation, each a text or tokens.
           adapter: a name, or weights by name, or None.
 
         Raises:
-          RequestError: a continuation is empty, a pair too long, or there is no such adapter.
+          RequestError: a continuation is empty, a pair too long, or the adapter unknown.
           BackendError: a run fails.
         """
-        jobs = []
+        queries = []
         for index, pair in enumerate(pairs):
             context, continuation = self.split(*pair)
             if not continuation:
@@ -352,20 +353,20 @@ class Model:
                 self._check_tokens(whole)
             except RequestError as error:
                 raise RequestError(f"pair {index}: {error}") from None
-            jobs.append((whole[:-1], continuation))
+            queries.append((whole[:-1], continuation))
         return [
             ContinuationScore(tuple(targets), tuple(logprobs.tolist()), bool(greedy.all()))
             for (_, targets), (logprobs, greedy) in zip(
-                jobs, self._score(jobs, adapter), strict=True
+                queries, self._score(queries, adapter), strict=True
             )
         ]
 
     def split(
         self, context: str | Sequence[int], continuation: str | Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Tokens of a context, at least one, and of what follows it."""
+        """Tokens of a context, at least one, and of its continuation."""
         if isinstance(context, str) and isinstance(continuation, str) and context:
-            # Blanks between the two belong to the continuation's first word.
+            # Blanks between the two belong to the first word of the continuation.
             stripped = context.rstrip()
             continuation = context[len(stripped) :] + continuation
             if stripped:
@@ -382,19 +383,19 @@ class Model:
         return first or [self.tokenizer.beginning], following
 
     def _score(
-        self, jobs: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: AdapterChoice
+        self, queries: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: AdapterChoice
     ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
         place = self.bank.acquire(adapter)
         try:
             return score_targets(
                 self._decoder,
-                [Targets(tuple(inputs), tuple(targets), place) for inputs, targets in jobs],
+                [Targets(tuple(inputs), tuple(targets), place) for inputs, targets in queries],
             )
         finally:
             self.bank.release(adapter)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
-        # The last token of a text that is scored is predicted and never read.
+        # The last token of a scored text is predicted and never an input.
         if len(tokens) > self.context_length + 1:
             raise RequestError(
                 f"the text has {len(tokens)} tokens, the model takes {self.context_length}: "
@@ -412,19 +413,20 @@ def load(
     adapters: Sequence[str] | None = None,
     backend: BackendChoice = "auto",
 ) -> Model:
-    """Verify the artifact in ``path`` byte by byte, then open it.
+    """Verify every byte of the artifact in ``path``, then open it.
 
     Args:
       path: the artifact's folder.
-      threads: of one operator on the CPU; None for one a processor that this process may use.
-      adapters: which of its adapters to load; None for all.
-      backend: what to run it with. ``auto`` takes the artifact's engines where this machine can run
-        them, else ONNX Runtime; :attr:`Model.backend` says what was taken.
+      threads: that one operator uses on the CPU; None for one for each processor available to the
+        process.
+      adapters: names of the adapters to load; None for all.
+      backend: that runs the model. ``auto`` chooses the artifact's TensorRT engines where this
+        machine can run them, else ONNX Runtime; :attr:`Model.backend` is the choice.
 
     Raises:
-      ArtifactError: it is damaged or no artifact, has no such adapter, or has not been built for
-        the backend or for this GPU.
-      BackendError: the machine lacks a package, a driver or a GPU, or the backend refuses it.
+      ArtifactError: the folder is damaged or no artifact, an adapter is unknown, or the artifact
+        has not been built for the backend or for this GPU.
+      BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
     """
     folder = Path(path)
     manifest = verify_manifest(folder)
@@ -439,7 +441,7 @@ def _pieces(events: Sequence[Piece | Exception]) -> Iterator[Piece]:
 
 
 def _processors() -> int:
-    """Processors that this process may use."""
+    """Number of processors available to the process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back: plain data, no ONNX Runtime."""
+"""Requests to a model and its results, as plain data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 NO_ADAPTER = "none"
-"""The name that no adapter can have: it stands for the backbone alone."""
+"""Reserved adapter name: the backbone alone."""
 
 Message: TypeAlias = Mapping[str, str]
 """One turn of a chat: ``{"role": "user", "content": "…"}``."""
@@ -37,26 +37,28 @@ AdapterChoice: TypeAlias = str | Mapping[str, float] | None
 """An adapter's name, several with their weights, or none."""
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
-"""Why a text ended: the model or a stop string ended it, no room is left, nobody wants more."""
+"""Why a text ended: an end token or stop string, the limit on tokens, or cancellation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A text to continue, and how.
+    """A text to continue, with the options of generation.
 
     Attributes:
       prompt: text, tokens, or messages; messages go through the chat template.
-      chat: take a text for the user's turn of a chat.
+      chat: treat a text as the user's turn of a chat.
       adapter: its name, or a weight for each of several, or None for the backbone alone.
-      max_new_tokens: at most; the model's context bounds it too.
-      temperature: 0 takes the most likely token every time, the lowest id where several are.
-      top_k: of how many most likely tokens one is drawn; 0 for all.
-      top_p: then, smallest share of probability that is drawn from, in (0, 1].
-      min_p: then, least probability of a token as a share of the most likely one's, in [0, 1].
-      seed: makes sampling repeatable, whatever else is served at the time.
+      max_new_tokens: most tokens to generate; the model's context is a limit too.
+      temperature: 0 chooses the most likely token every time, among equals the lowest id.
+      top_k: draw from that many most likely tokens; 0 for all.
+      top_p: of those, draw from the most likely ones that make up this share of probability, in
+        (0, 1].
+      min_p: of those, draw from tokens with at least this share of the highest probability, in
+        [0, 1].
+      seed: makes sampling repeatable, independent of other requests.
       stop: strings that end the text; they are not part of it.
-      logprobs: how many most likely tokens to list beside each token; None for no probabilities.
-      ignore_end: go on after the token that ends the text, which benchmarks need.
+      logprobs: number of most likely tokens to list beside each token; None for no probabilities.
+      ignore_end: continue after the token that ends the text, as benchmarks need.
     """
 
     prompt: Prompt
@@ -97,7 +99,7 @@ class Request:
 
 
 def adapter_weights(adapter: AdapterChoice) -> tuple[tuple[str, float], ...]:
-    """What ``adapter`` asks for: names with their weights, sorted, weights of 0 left out.
+    """Names of adapters with their weights, sorted, without weights of 0.
 
     Raises:
       RequestError: a weight is not finite.
@@ -119,12 +121,12 @@ def adapter_weights(adapter: AdapterChoice) -> tuple[tuple[str, float], ...]:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a token was, by the model itself: before temperature and filters.
+    """Log-probability of a token under the model, before temperature and filters.
 
     Attributes:
       token: its id.
       logprob: natural logarithm of its probability.
-      top: the most likely tokens with theirs, most likely first, as many as were asked for.
+      top: the most likely tokens with their logarithms, most likely first, as many as requested.
     """
 
     token: int
@@ -134,13 +136,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a text that is being made; all texts, one after the other, are the whole one.
+    """Part of a text that is being generated; the texts of all pieces add up to the whole.
 
     Attributes:
-      text: whole characters; may be empty in the last piece, which may hold tokens of no text.
-      tokens: that were made since the piece before.
-      logprobs: one a token; None unless asked for.
-      finish_reason: of the last piece, and None of every other.
+      text: whole characters; may be empty in the last piece.
+      tokens: generated since the piece before.
+      logprobs: one for each token; None unless requested.
+      finish_reason: of the text in its last piece; None in every other.
     """
 
     text: str
@@ -154,13 +156,13 @@ class Completion:
     """A finished text.
 
     Attributes:
-      text: what was made; a stop string and what would follow it is left out, as is a character
-        whose last bytes are missing.
-      tokens: what the model chose, without the token that ended the text, with those of a stop
+      text: the generated text, without the stop string and without a character whose last bytes
+        are missing.
+      tokens: chosen by the model, without the token that ended the text, with those of a stop
         string.
-      finish_reason: why it ended.
+      finish_reason: why the text ended.
       prompt_tokens: length of the prompt.
-      logprobs: one a token; None unless asked for.
+      logprobs: one for each token; None unless requested.
     """
 
     text: str
@@ -172,11 +174,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text.
+    """Log-probabilities of a text's tokens.
 
     Attributes:
-      tokens: of the text, BOS included where the tokenizer begins a text with it.
-      logprobs: natural logarithms, one for each token but the first, which nothing predicts.
+      tokens: of the text, with BOS if the tokenizer adds it.
+      logprobs: natural logarithms, one for each token but the first, which has no context.
     """
 
     tokens: tuple[int, ...]
@@ -184,7 +186,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of the mean negative logarithm; nan where there is but one token."""
+        """``exp`` of the mean negative logarithm; nan for a single token."""
         if not self.logprobs:
             return math.nan
         return math.exp(-math.fsum(self.logprobs) / len(self.logprobs))
@@ -192,12 +194,12 @@ class Score:
 
 @dataclass(frozen=True)
 class ContinuationScore:
-    """How likely a continuation is after its context.
+    """Log-probabilities of a continuation after its context.
 
     Attributes:
       tokens: of the continuation.
-      logprobs: natural logarithms, one a token.
-      greedy: whether each token is the most likely one, as greedy decoding would take it.
+      logprobs: natural logarithms, one for each token.
+      greedy: whether each token is the most likely one, so that greedy decoding chooses it.
     """
 
     tokens: tuple[int, ...]

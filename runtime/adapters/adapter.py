@@ -28,9 +28,9 @@ class Adapter:
 
     Attributes:
       name: in the artifact, see :func:`check_adapter_name`.
-      factors: by linear, named as in the checkpoint; a linear that is left out has none.
-      backbone: digest of the backbone that it is for, :attr:`Manifest.digest`.
-      details: what JSON can hold: where it comes from, the text, figures.
+      factors: by linear, named as in the checkpoint; linears without factors are left out.
+      backbone: digest of its backbone, :attr:`Manifest.digest`.
+      details: JSON values: origin, calibration text, figures.
     """
 
     name: str
@@ -40,25 +40,25 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest of a linear."""
+        """Largest rank of a linear."""
         return max((factors.rank for factors in self.factors.values()), default=0)
 
     @property
     def factor_types(self) -> tuple[str, ...]:
-        """What factors are stored in, mostly one type."""
+        """Types of the stored factors, usually one."""
         return tuple(sorted({factors.factor_type for factors in self.factors.values()}))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors, without what fills up tiles."""
+        """Bytes of all factors, without the padding of tiles."""
         return sum(factors.nbytes for factors in self.factors.values())
 
 
 def check_adapter_name(name: str) -> None:
-    """See that ``name`` may be an adapter's: it is part of paths, model names and graph feeds.
+    """Check the name of an adapter, which becomes part of paths, model names and graph feeds.
 
     Raises:
-      ArtifactError: it may not.
+      ArtifactError: the name is not allowed.
     """
     if name == _RESERVED or not _NAME.fullmatch(name):
         raise ArtifactError(
@@ -72,33 +72,33 @@ def combine(terms: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
 
     Args:
       terms: adapters of one backbone with finite weights. Those of weight 0 add nothing.
-      name: of the new one; a name that is no :func:`check_adapter_name` cannot be stored.
+      name: of the new adapter; it can be stored only if it passes :func:`check_adapter_name`.
 
     Returns:
-      An adapter of the ranks of all terms together, exact but for what
-      :func:`eoracc.runtime.adapters.weighted_sum.weighted_sum` says of integer factors.
+      An adapter with the ranks of all terms together. Integer factors are rounded, see
+      :func:`eoracc.runtime.adapters.weighted_sum.weighted_sum`.
 
     Raises:
       ArtifactError: there are no terms, a weight is not finite, or they are of several backbones.
     """
     if not terms:
         raise ArtifactError(f"adapter {name!r}: is a sum of no adapters: give at least one")
-    for one, weight in terms:
+    for adapter, weight in terms:
         if not math.isfinite(weight):
-            raise ArtifactError(f"adapter {name!r}: the weight of '{one.name}' is {weight}")
-    backbones = {one.backbone for one, _ in terms}
+            raise ArtifactError(f"adapter {name!r}: the weight of '{adapter.name}' is {weight}")
+    backbones = {adapter.backbone for adapter, _ in terms}
     if len(backbones) > 1:
         raise ArtifactError(
             f"adapter {name!r}: is a sum of adapters of several backbones: "
             f"{', '.join(sorted(digest[:12] for digest in backbones))}"
         )
     by_linear: dict[str, list[tuple[LowRank, float]]] = {}
-    for one, weight in terms:
-        for linear, own in one.factors.items():
+    for adapter, weight in terms:
+        for linear, own in adapter.factors.items():
             by_linear.setdefault(linear, []).append((own, weight))
     try:
         factors = {linear: weighted_sum(parts) for linear, parts in by_linear.items()}
     except PluginError as error:
         raise ArtifactError(f"adapter {name!r}: {error}") from error
-    details = {"sum_of": [{"adapter": one.name, "weight": weight} for one, weight in terms]}
+    details = {"sum_of": [{"adapter": adapter.name, "weight": weight} for adapter, weight in terms]}
     return Adapter(name, factors, backbones.pop(), details)

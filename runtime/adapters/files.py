@@ -67,10 +67,10 @@ def listed_adapters(manifest: Manifest) -> list[str]:
 
 
 def check_adapter_exists(folder: Path, manifest: Manifest, name: str) -> None:
-    """See that the artifact has an adapter ``name``.
+    """Check that the artifact has an adapter ``name``.
 
     Raises:
-      ArtifactError: it has not; the text says which ones it has.
+      ArtifactError: it does not; the text lists its adapters.
     """
     known = listed_adapters(manifest)
     if name not in known:
@@ -82,8 +82,8 @@ def read_adapter(folder: Path, name: str) -> Adapter:
     """One adapter of an artifact, every byte compared with the manifest.
 
     Raises:
-      ArtifactError: there is no such adapter, it is for another backbone, a byte has changed, or it
-        does not fit the model.
+      ArtifactError: the adapter is unknown, belongs to another backbone, has changed, or does not
+        fit the model.
     """
     with reading(folder):
         manifest = read_manifest(folder)
@@ -114,7 +114,8 @@ def encode_adapter(adapter: Adapter, slots: AdapterSlots) -> dict[str, bytes]:
     """The content of an adapter's files by path in the artifact; equal adapters give equal bytes.
 
     Raises:
-      ArtifactError: its name is none, its details are no JSON, or the model does not take it.
+      ArtifactError: the name is not allowed, the details are no JSON, or the factors do not fit the
+        model.
     """
     check_adapter_name(adapter.name)
     try:
@@ -147,15 +148,15 @@ def decode_adapter(
     """Inverse of :func:`encode_adapter`.
 
     Args:
-      description: content of the ``.json``; None where there is only the other file, which is then
-        bound to its backbone by the 31 bits that it carries, and has neither name nor details.
+      description: content of the ``.json``. None if there is only the other file: then the 31 bits
+        in it are compared with the backbone's digest, and there is no name and no details.
       factors: content of the ``.onnx_adapter``.
-      slots: of the model that shall take it.
-      backbone: digest of that model.
-      place: what an error names: the ``.onnx_adapter``.
+      slots: of the model.
+      backbone: digest of the model.
+      place: path of the ``.onnx_adapter``, for errors.
 
     Raises:
-      ArtifactError: the files are damaged, not for this backbone or do not fit each other.
+      ArtifactError: the files are damaged, belong to another backbone or do not fit each other.
     """
     name, details = "", {}
     if description is not None:
@@ -178,13 +179,13 @@ def decode_adapter(
 
 def _description(content: bytes, place: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
-        schema = found["schema"] if found["format"] == _FORMAT else None
-        strings = [found[key] for key in ("name", "backbone", "sha256")]
+        values = json.loads(content)
+        schema = values["schema"] if values["format"] == _FORMAT else None
+        strings = [values[key] for key in ("name", "backbone", "sha256")]
         complete = all(isinstance(value, str) for value in strings)
-        complete = complete and isinstance(found["details"], dict)
+        complete = complete and isinstance(values["details"], dict)
     except (ValueError, KeyError, TypeError):
-        schema, complete, found = None, False, {}
+        schema, complete, values = None, False, {}
     if schema not in (None, _SCHEMA):
         raise ArtifactError(
             f"{place}: its .json has schema {schema}, this eoracc reads {_SCHEMA}: use the eoracc "
@@ -192,7 +193,7 @@ def _description(content: bytes, place: str) -> dict[str, Any]:
         )
     if schema is None or not complete:
         raise ArtifactError(f"{place}: its .json does not describe an eoracc adapter")
-    return dict(found)
+    return dict(values)
 
 
 def _wrong_backbone(place: str, own: str, backbone: str) -> ArtifactError:
@@ -203,5 +204,5 @@ def _wrong_backbone(place: str, own: str, backbone: str) -> ArtifactError:
 
 
 def model_version(backbone: str) -> int:
-    """What an ``.onnx_adapter`` carries of the backbone's digest: its first 31 bits."""
+    """The first 31 bits of the backbone's digest, which an ``.onnx_adapter`` holds."""
     return int(backbone[:8], 16) >> 1

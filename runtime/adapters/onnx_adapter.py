@@ -1,10 +1,10 @@
 """ONNX Runtime's ``.onnx_adapter``: arrays for a model's inputs, by their names.
 
-ONNX Runtime's own writer (``onnxruntime.AdapterFormat``) puts arrays in the order of a hash table,
-which is another one in every process; this one sorts them, so that one adapter is one file. And it
-begins every array at a multiple of 64 bytes, so that no vector of a mapped file crosses a cache
-line. Files are read from bytes that have been compared with their digest, not from a path behind
-which they may change meanwhile.
+ONNX Runtime's own writer (``onnxruntime.AdapterFormat``) writes arrays in the order of a hash
+table, which varies from process to process. This one sorts them, so that equal adapters give equal
+files, and aligns every array to 64 bytes, so that no vector of a mapped file crosses a cache line.
+Files are read from bytes that have been compared with their digest, not from a path whose content
+may change meanwhile.
 
 The format is a FlatBuffer with the schema
 
@@ -49,17 +49,17 @@ _TYPES: Mapping[int, type[np.generic]] = {
     7: np.int64,
     10: np.float16,
 }
-"""ONNX's numbers of the types that inputs of an adapter may have."""
+"""ONNX's number of each type that the inputs of an adapter may have."""
 
 
 @dataclass(frozen=True, eq=False)
 class OnnxAdapter:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
       arrays: by the name of the graph input; read-only views of the file's bytes.
-      adapter_version: of whoever wrote it.
-      model_version: of the model that it is for.
+      adapter_version: chosen by the writer.
+      model_version: of the model that the adapter belongs to.
     """
 
     arrays: Mapping[str, NDArray[np.generic]]
@@ -70,7 +70,7 @@ class OnnxAdapter:
 def write_onnx_adapter(
     arrays: Mapping[str, NDArray[np.generic]], *, adapter_version: int, model_version: int
 ) -> bytes:
-    """The content of the file; the order of ``arrays`` does not matter to it.
+    """The content of the file, independent of the order of ``arrays``.
 
     Args:
       arrays: by graph input, of any of the types float32, float16, uint8, int8, int32 and int64.
@@ -78,7 +78,7 @@ def write_onnx_adapter(
       model_version: likewise.
 
     Raises:
-      ArtifactError: it would be larger than the format can be.
+      ArtifactError: the file would be too large for the format.
     """
     size = sum(array.nbytes + len(name) + 4 * _ALIGNMENT for name, array in arrays.items())
     if size > _LARGEST_FILE:
@@ -87,7 +87,7 @@ def write_onnx_adapter(
             f"{_LARGEST_FILE:,}: use a smaller rank or factor type"
         )
     builder: Any = flatbuffers.Builder(size + 4 * _ALIGNMENT)
-    # A FlatBuffer grows from its end to its beginning.
+    # A FlatBuffer is built from its end to its beginning.
     tables = [_write_parameter(builder, name, arrays[name]) for name in sorted(arrays)]
     builder.StartVector(4, len(tables), 4)
     for table in reversed(tables):
@@ -121,10 +121,10 @@ def read_onnx_adapter(content: bytes, place: str) -> OnnxAdapter:
 
     Args:
       content: of the file.
-      place: what an error names.
+      place: path of the file, for errors.
 
     Raises:
-      ArtifactError: it is something else.
+      ArtifactError: the file is damaged or of another format.
     """
     try:
         if content[4:8] != _IDENTIFIER:
@@ -163,14 +163,14 @@ class _Table:
         return offset
 
     def integer(self, field: int) -> int:
-        """An int32; 0 where it is left out."""
+        """An int32; 0 if absent."""
         offset = self._offset(field)
         if not offset:
             return 0
         return int(self._table.Get(number_types.Int32Flags, self._table.Pos + offset))
 
     def data(self, field: int, dtype: type[np.generic] = np.uint8) -> NDArray[Any]:
-        """A vector or string; empty where it is left out."""
+        """A vector or string; empty if absent."""
         offset = self._offset(field)
         if not offset:
             return np.empty(0, dtype)
@@ -181,7 +181,7 @@ class _Table:
     def tables(self, field: int) -> Iterator[_Table]:
         """A vector of tables."""
         offset = self._offset(field)
-        # As offsets first, so that a length beyond the file's end is seen at once.
+        # Reading all offsets first detects a length beyond the file's end.
         offsets = self.data(field, np.uint32)
         start: int = self._table.Vector(offset) if offset else 0
         for index, relative in enumerate(offsets):

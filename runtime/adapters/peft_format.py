@@ -1,9 +1,9 @@
 """Adapters in PEFT's form: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Modules are named as in transformers, factors are plain floats, and what PEFT multiplies their
-product with (``lora_alpha / r``) is part of ``lora_b`` once they are read, and 1 where they are
-written. PEFT has many kinds of LoRA that are no plain sum ``W + B A``, and kinds that touch more
-than weights: whatever of it a config asks for is refused by name.
+Modules are named as in transformers and factors are plain floats. PEFT multiplies their product by
+``lora_alpha / r``: reading moves that factor into ``lora_b``, and files are written with 1. PEFT
+has many kinds of LoRA that are no plain sum ``W + B A``, or that change more than weights: reading
+rejects each of them by name.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _PLAIN = frozenset(
         "use_rslora",
     }
 )
-"""Options under which an adapter is a plain sum, or that are looked at one by one."""
+"""Options that leave an adapter a plain sum, or that have a check of their own."""
 
 _REFUSED: Mapping[str, str] = {
     "alora_invocation_tokens": "it acts from some token of the text on (aLoRA)",
@@ -77,10 +77,10 @@ _REFUSED: Mapping[str, str] = {
     "use_dora": "it scales the weights themselves (DoRA)",
     "use_qalora": "it pools its inputs (QALoRA)",
 }
-"""Options with which an adapter is more than low-rank factors, and why."""
+"""Options that make an adapter more than low-rank factors, with the reason."""
 
 _CHANGES_WEIGHTS = ("corda", "loftq", "lora_ga", "olora", "pissa")
-"""Initializations that take the adapter's first state out of the weights of the model."""
+"""Initializations that subtract the adapter's first state from the model's weights."""
 
 _DTYPES: Mapping[str, type[np.generic]] = {
     "F16": np.float16,
@@ -91,7 +91,7 @@ _DTYPES: Mapping[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class _Scaling:
-    """What PEFT multiplies ``lora_B lora_A`` with."""
+    """The factor by which PEFT multiplies ``lora_B lora_A``."""
 
     config: Mapping[str, Any]
 
@@ -114,10 +114,11 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
     """Factors of a LoRA adapter that PEFT has saved.
 
     Returns:
-      Float32 factors by module, their scaling in ``lora_b``.
+      Float32 factors by module, with the scaling in ``lora_b``.
 
     Raises:
-      ArtifactError: it is no plain LoRA, a file is missing or damaged, or a value is not finite.
+      ArtifactError: the adapter is no plain LoRA, a file is missing or damaged, or a value is not
+        finite.
     """
     scaling = _Scaling(_read_config(folder / PEFT_CONFIG))
     path = folder / PEFT_WEIGHTS
@@ -141,7 +142,7 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
         else:
             modules.setdefault(match["module"], {})[match["factor"]] = array
     if foreign:
-        # The file keeps no order. A weight goes along with the factors that tell why it is there.
+        # The file has no order. Factors explain more than the base weight beside them.
         key = min(foreign, key=lambda key: (_BASE_LAYER in key, key))
         raise ArtifactError(f"{path}: holds '{key}', {_reason(key)}")
     return {
@@ -235,23 +236,23 @@ def encode_peft(factors: Mapping[str, LowRank]) -> dict[str, bytes]:
     """An adapter's files in PEFT's form, by name; equal adapters give equal bytes.
 
     Args:
-      factors: by module. Ones of rank 0 are left out.
+      factors: by module. Modules of rank 0 are left out.
 
     Returns:
       ``adapter_config.json``, with the rank of each module and no scaling, and
       ``adapter_model.safetensors``: float16 where all factors are float16, float32 otherwise.
     """
-    used = {module: one for module, one in sorted(factors.items()) if one.rank}
-    half = all(one.factor_type == "float16" and one.lora_a_scale is None for one in used.values())
+    used = {module: own for module, own in sorted(factors.items()) if own.rank}
+    half = all(own.factor_type == "float16" and own.lora_a_scale is None for own in used.values())
     dtype = np.float16 if half else np.float32
     tensors = {
         f"{_PREFIX}{module}.lora_{factor}.weight": np.ascontiguousarray(values, dtype)
-        for module, one in used.items()
-        for factor, values in (("A", one.down()), ("B", one.up()))
+        for module, own in used.items()
+        for factor, values in (("A", own.down()), ("B", own.up()))
     }
-    ranks = {module: one.rank for module, one in used.items()}
+    ranks = {module: own.rank for module, own in used.items()}
     ((common, _),) = Counter(ranks.values()).most_common(1) or [(1, 0)]
-    # PEFT takes keys for regular expressions that match the end of a name.
+    # PEFT reads keys as regular expressions for the end of a name.
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     config = {
         "peft_type": "LORA",

@@ -1,10 +1,9 @@
-"""Names of linears in an artifact, and of modules in transformers, which PEFT goes by.
+"""Convert factors between linears of an artifact and modules of transformers, which PEFT uses.
 
-Mostly they are the same. But some families store query, key and value, or gate and up, as one
-module that the compiler takes apart, and ``pack_projections`` makes one linear of what they store
-as several modules. Factors follow: a whole that is taken apart leaves its ``lora_a`` to every part,
-and parts that are joined have their ranks side by side, each acting on its own rows, unless they
-share their ``lora_a``.
+Most of them correspond one to one. But some families store query, key and value, or gate and up, as
+one module that the compiler splits, and ``pack_projections`` joins several modules into one linear.
+Factors are converted likewise. Splitting gives every part the whole ``lora_a``. Joining puts ranks
+side by side, each acting on the rows of its part, unless the parts share one ``lora_a``.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ _PARTS = MappingProxyType(
     }
 )
 _FACTORS = ("v", "u")
-"""Roles of the two linears that a factorised weight is."""
+"""Roles of the two linears of a factorised weight."""
 _STORED_WHOLE = ("phi3",)
-"""Families whose modules are the wholes."""
+"""Families that store joined projections as one module."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ModuleLayout:
     Attributes:
       stores_whole: whether query, key and value, and gate and up, are one module each.
       query_rows: outputs of the query's projection.
-      key_rows: outputs of the key's, and of the value's.
+      key_rows: outputs of the key's projection, and of the value's.
     """
 
     stores_whole: bool
@@ -54,14 +53,14 @@ class ModuleLayout:
     key_rows: int
 
     def rows(self, whole: str, total: int) -> tuple[int, ...]:
-        """Rows of each part of ``whole``, which has ``total`` of them."""
+        """Rows of each part of ``whole``, which has ``total`` rows."""
         if whole == "gate_up_proj":
             return (total // 2, total // 2)
         return (self.query_rows, self.key_rows, self.key_rows)
 
 
 def read_layout(folder: Path) -> ModuleLayout:
-    """The layout of the model that an artifact was built from.
+    """Layout of the model that an artifact was built from.
 
     Raises:
       ArtifactError: genai_config.json is missing or damaged.
@@ -83,14 +82,14 @@ def read_layout(folder: Path) -> ModuleLayout:
 
 
 def linears_to_modules(factors: Mapping[str, LowRank], layout: ModuleLayout) -> dict[str, LowRank]:
-    """Factors by linear of an artifact as those by module of transformers.
+    """Convert factors by linear of an artifact to factors by module of transformers.
 
     Raises:
-      ArtifactError: a linear is itself a factor of a module's weight.
+      ArtifactError: a linear is a factor of a factorised weight.
     """
-    found: dict[str, LowRank] = {}
+    converted: dict[str, LowRank] = {}
     joined: dict[str, dict[str, LowRank]] = defaultdict(dict)
-    for name, one in factors.items():
+    for name, own in factors.items():
         parent, role = _split_name(name)
         if role in _FACTORS:
             raise ArtifactError(
@@ -98,18 +97,18 @@ def linears_to_modules(factors: Mapping[str, LowRank], layout: ModuleLayout) -> 
                 "piece: such an adapter can be written as .onnx_adapter only"
             )
         if layout.stores_whole and (whole := _whole_of(role)):
-            joined[f"{parent}.{whole}"][role] = one
+            joined[f"{parent}.{whole}"][role] = own
         elif not layout.stores_whole and role in _PARTS:
-            parts = split_rows(one, layout.rows(role, len(one.lora_b)))
+            parts = split_rows(own, layout.rows(role, len(own.lora_b)))
             names = [f"{parent}.{part}" for part in _PARTS[role]]
-            found |= dict(zip(names, parts, strict=True))
+            converted |= dict(zip(names, parts, strict=True))
         else:
-            found[name] = one
+            converted[name] = own
     for name, roles in joined.items():
         _, whole = _split_name(name)
         total = len(_PARTS[whole]) * len(next(iter(roles.values())).lora_b)
-        found[name] = _join(roles, whole, layout.rows(whole, total))
-    return found
+        converted[name] = _join(roles, whole, layout.rows(whole, total))
+    return converted
 
 
 def modules_to_linears(
@@ -119,36 +118,36 @@ def modules_to_linears(
     *,
     place: str,
 ) -> dict[str, LowRank]:
-    """Factors by module of transformers as those by linear of an artifact.
+    """Convert factors by module of transformers to factors by linear of an artifact.
 
     Args:
       factors: by module.
-      linears: ``(out_features, in_features)`` of all that take an adapter.
+      linears: ``(out_features, in_features)`` of each linear with a slot.
       layout: of the model.
-      place: what an error names.
+      place: path of the adapter, for errors.
 
     Raises:
-      ArtifactError: a module takes no adapter, or its factors do not fit its weight.
+      ArtifactError: a module has no slot, or its factors do not fit its weight.
     """
-    found: dict[str, LowRank] = {}
+    converted: dict[str, LowRank] = {}
     joined: dict[str, dict[str, LowRank]] = defaultdict(dict)
-    for name, one in factors.items():
+    for name, own in factors.items():
         parent, role = _split_name(name)
         whole = f"{parent}.{_whole_of(role)}"
         parts = [f"{parent}.{part}" for part in _PARTS.get(role, ())]
         if name in linears:
-            _check_shape(place, name, one, linears[name])
-            found[name] = one
+            _check_shape(place, name, own, linears[name])
+            converted[name] = own
         elif parts and set(parts) <= set(linears):
             rows = [linears[part][0] for part in parts]
-            _check_shape(place, name, one, (sum(rows), linears[parts[0]][1]))
-            found |= dict(zip(parts, split_rows(one, rows), strict=True))
+            _check_shape(place, name, own, (sum(rows), linears[parts[0]][1]))
+            converted |= dict(zip(parts, split_rows(own, rows), strict=True))
         elif whole in linears:
             total, columns = linears[whole]
             _, whole_role = _split_name(whole)
             rows_of = dict(zip(_PARTS[whole_role], layout.rows(whole_role, total), strict=True))
-            _check_shape(place, name, one, (rows_of[role], columns))
-            joined[whole][role] = one
+            _check_shape(place, name, own, (rows_of[role], columns))
+            joined[whole][role] = own
         elif {f"{name}.v", f"{name}.u"} & set(linears):
             raise ArtifactError(
                 f"{place}: has factors of '{name}', which is a product of two matrices here, and "
@@ -161,8 +160,8 @@ def modules_to_linears(
             )
     for name, roles in joined.items():
         _, whole = _split_name(name)
-        found[name] = _join(roles, whole, layout.rows(whole, linears[name][0]))
-    return found
+        converted[name] = _join(roles, whole, layout.rows(whole, linears[name][0]))
+    return converted
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -184,8 +183,8 @@ def _check_shape(place: str, name: str, factors: LowRank, shape: tuple[int, int]
 
 
 def _join(parts: Mapping[str, LowRank], whole: str, rows: tuple[int, ...]) -> LowRank:
-    """Factors of some parts, by role, as those of their whole; one ``lora_a`` is shared."""
-    downs = [one.down() for one in parts.values()]
+    """Join factors of parts, by role, into those of the whole; equal ``lora_a`` are stored once."""
+    downs = [part.down() for part in parts.values()]
     if all(np.array_equal(down, downs[0]) for down in downs):
         columns = [slice(0, len(downs[0]))] * len(downs)
         lora_a = downs[0]
@@ -195,7 +194,7 @@ def _join(parts: Mapping[str, LowRank], whole: str, rows: tuple[int, ...]) -> Lo
         lora_a = np.concatenate(downs)
     lora_b = np.zeros((sum(rows), len(lora_a)), np.float32)
     starts = dict(zip(_PARTS[whole], np.cumsum([0, *rows]), strict=False))
-    for (role, one), ranks in zip(parts.items(), columns, strict=True):
+    for (role, part), ranks in zip(parts.items(), columns, strict=True):
         start = starts[role]
-        lora_b[start : start + len(one.lora_b), ranks] = one.up()
+        lora_b[start : start + len(part.lora_b), ranks] = part.up()
     return LowRank(lora_a=lora_a, lora_b=lora_b)

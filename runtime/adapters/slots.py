@@ -17,14 +17,14 @@ __all__ = ["find_slots", "parse_slots", "read_slots"]
 
 
 def read_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots:
-    """Where the artifact's model takes adapters.
+    """Slots of the artifact's model.
 
     Args:
       folder: the artifact.
-      manifest: its manifest, where that is at hand.
+      manifest: of the artifact, if already read.
 
     Raises:
-      ArtifactError: it is damaged, or takes none.
+      ArtifactError: the artifact is damaged or has no slots.
     """
     slots = find_slots(folder, manifest)
     if slots is None:
@@ -36,21 +36,21 @@ def read_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots:
 
 
 def find_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots | None:
-    """Like :func:`read_slots`; None where the artifact takes no adapters."""
+    """Like :func:`read_slots`; None if the artifact has no slots."""
     path = read_model_files(folder).model
     name = path.relative_to(folder).as_posix()
     return parse_slots(read_listed(folder, manifest or read_manifest(folder), name), path)
 
 
 def parse_slots(model: bytes, path: Path) -> AdapterSlots | None:
-    """The slots that an ONNX file lists; None where it lists none.
+    """Slots listed in an ONNX file; None if it lists none.
 
     Args:
       model: content of the file.
-      path: what an error names.
+      path: of the file, for errors.
 
     Raises:
-      ArtifactError: it is damaged.
+      ArtifactError: the file is damaged.
     """
     try:
         metadata = read_metadata(model)

@@ -1,8 +1,7 @@
-"""Put adapters into a finished artifact and take them out, its backbone untouched.
+"""Add adapters to a finished artifact and remove them; the backbone does not change.
 
-A change is all or nothing, whatever happens meanwhile
-(:mod:`eoracc.runtime.artifact.folder_change`), and changes of several processes come one after the
-other.
+Each change is atomic (:mod:`eoracc.runtime.artifact.folder_change`), and several processes change
+an artifact one after the other.
 """
 
 from __future__ import annotations
@@ -52,15 +51,16 @@ def add_adapter(
     Args:
       folder: the artifact.
       adapter: for its backbone.
-      force: replace an adapter of the same name; what the report says of that is dropped.
-      edit_report: changes the content of report.json, as it is then, in place. The artifact is
-        locked meanwhile: it must not read adapters or verify.
+      force: replace an adapter of the same name and drop its figures from the report.
+      edit_report: edits the current content of report.json in place. It must not read adapters or
+        verify the artifact, which is locked meanwhile.
 
     Returns:
       The artifact's new manifest.
 
     Raises:
-      ArtifactError: the adapter is for another backbone, does not fit, or is there already; or the
+      ArtifactError: the adapter belongs to another backbone, does not fit, or exists already; or
+      the
         artifact is damaged or cannot be written to. Nothing has changed then.
     """
     check_adapter_name(adapter.name)
@@ -82,13 +82,13 @@ def add_adapter(
 
 
 def remove_adapter(folder: Path, name: str) -> Manifest:
-    """Take an adapter, and what the report says of it, out of an artifact.
+    """Remove an adapter and its figures in the report from an artifact.
 
     Returns:
       The artifact's new manifest.
 
     Raises:
-      ArtifactError: there is no such adapter, or the artifact cannot be written to.
+      ArtifactError: the adapter is unknown, or the artifact cannot be written to.
     """
     with changing(folder):
         manifest = read_manifest(folder)
@@ -110,7 +110,7 @@ def _change(
 def _edited_report(
     folder: Path, manifest: Manifest, name: str, edit: Callable[[_Report], None] | None
 ) -> dict[str, bytes]:
-    """report.json where it changes: without the old figures of adapter ``name``, then edited."""
+    """report.json if it changes: without the old figures of adapter ``name``, then edited."""
     if REPORT_FILE not in manifest.files:
         return {}
     before = read_listed(folder, manifest, REPORT_FILE)
@@ -126,7 +126,7 @@ def _edited_report(
 
 
 def _forget(report: _Report, name: str) -> None:
-    """Drop what the report says of adapter ``name``, and of every adapter on its text."""
+    """Drop the figures of adapter ``name``, and those of every adapter on its text."""
     section = report.get("adapters") or {}
     for figures in section.values():
         figures.pop(name, None)

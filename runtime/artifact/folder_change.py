@@ -1,9 +1,9 @@
-"""Change several files of a folder as if at once, whatever happens meanwhile.
+"""Change several files of a folder atomically.
 
-The new files are written in full into a folder of their own, which is then renamed: from then on
-the change is made. What is left, moving the files to their places, is finished by whoever comes
-next if this process ends before it is done. So a full disk or a crash leaves either the old files
-or the new ones, never some of each.
+The new files are first written in full into a staging folder, which is then renamed: this commits
+the change. Then the files move to their places. If the process ends before they have all moved,
+the next reader or writer finishes the change. A full disk or a crash therefore leaves either the
+old files or the new ones, never a mixture.
 
 Readers share a lock and a writer excludes them. The lock is on the folder itself: it leaves no
 file, ends with its process, and needs no permission to write.
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["PENDING", "STAGED", "change_files", "changing", "reading"]
 
 STAGED = ".change.partial"
-"""A change that is being written: without meaning until it is renamed."""
+"""Folder of a change that is being written, ignored until it is renamed."""
 
 PENDING = ".change"
-"""A change that is complete, and whose files are being moved to their places."""
+"""Folder of a committed change, whose files are moving to their places."""
 
 _FILES = "files"
 _REMOVED = "removed.json"
@@ -38,10 +38,10 @@ _REMOVED = "removed.json"
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Keep the files of ``folder`` from being changed; a folder that is not there is not locked.
+    """Lock ``folder`` against changes; a missing folder is not locked.
 
     Raises:
-      ArtifactError: a change was interrupted and cannot be finished here.
+      ArtifactError: an interrupted change cannot be finished.
     """
     if not folder.is_dir():
         yield
@@ -55,13 +55,13 @@ def reading(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def changing(folder: Path) -> Iterator[None]:
-    """Keep everybody else from reading and changing the files of ``folder``.
+    """Lock ``folder`` against other readers and writers.
 
-    Inside, :func:`change_files` may be called, and :func:`reading` not: it would wait forever.
+    :func:`change_files` may be called inside, but not :func:`reading`, which would wait forever.
 
     Raises:
-      ArtifactError: there is no such folder, it cannot be locked, or a change that was interrupted
-        cannot be finished here.
+      ArtifactError: the folder is missing or cannot be locked, or an interrupted change cannot be
+        finished.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no such folder")
@@ -71,16 +71,16 @@ def changing(folder: Path) -> Iterator[None]:
 
 
 def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection[str] = ()) -> None:
-    """Write some files of ``folder`` and remove others, all of it or nothing.
+    """Write some files of ``folder`` and remove others, all or nothing.
 
     Args:
       folder: locked by :func:`changing`.
       written: content by path in the folder, with forward slashes.
-      removed: paths likewise; what is not there is removed already.
+      removed: paths likewise; they may be missing.
 
     Raises:
       ArtifactError: a path leaves the folder, the disk is full, or the folder cannot be written
-        to. Nothing has changed, or the text says that the change is kept.
+        to. Nothing has changed then, unless the text says that the change is committed.
     """
     for name in (*written, *removed):
         _inside(folder, name)
@@ -108,7 +108,7 @@ def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection
 
 
 def _finish(folder: Path) -> None:
-    """Move the files of a complete change to their places; begun anew, it comes to the same end."""
+    """Move the files of a committed change to their places; may be repeated."""
     pending = folder / PENDING
     if not pending.exists():
         return
@@ -117,7 +117,7 @@ def _finish(folder: Path) -> None:
     touched: set[Path] = {folder}
     try:
         removed = [str(name) for name in json.loads((pending / _REMOVED).read_bytes())]
-        # What lies deepest first: an artifact's manifest is not before the files that it lists.
+        # Deepest paths first: an artifact's manifest moves after the files that it lists.
         paths = [path for path in files.rglob("*") if not path.is_dir()]
         for path in sorted(paths, key=lambda path: (-len(path.parts), path)):
             target = _inside(folder, path.relative_to(files).as_posix())
@@ -131,7 +131,7 @@ def _finish(folder: Path) -> None:
             _sync(parent)
             if not any(parent.iterdir()):
                 parent.rmdir()
-        # The list of what is removed goes last: without it a change that is made looks damaged.
+        # The list of removed files goes last: without it the change would look damaged.
         shutil.rmtree(files, ignore_errors=True)
         shutil.rmtree(folder / STAGED, ignore_errors=True)
         pending.rename(folder / STAGED)
@@ -146,7 +146,7 @@ def _finish(folder: Path) -> None:
 
 
 def _refuse_links(pending: Path) -> None:
-    """Through a link, files from elsewhere would be moved into the folder."""
+    """Reject links, through which files from elsewhere would move into the folder."""
     for parent, folders, files in os.walk(pending):
         for path in (Path(parent), *(Path(parent) / name for name in (*folders, *files))):
             if path.is_symlink():
@@ -179,7 +179,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[int]:
-    """Hold a lock on ``folder``; gives the descriptor that it is on."""
+    """Hold a lock on ``folder``; yields the descriptor of the lock."""
     while True:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -187,7 +187,7 @@ def _locked(folder: Path, kind: int) -> Iterator[int]:
             raise ArtifactError(f"{folder}: cannot be read: {error.strerror}") from None
         try:
             _lock(descriptor, kind)
-            # Another folder may have been put in the place of this one while it waited.
+            # The folder may have been replaced by another one meanwhile.
             moved = not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat())
             if not moved:
                 yield descriptor
@@ -202,4 +202,4 @@ def _lock(descriptor: int, kind: int) -> None:
     except OSError as error:
         if kind == fcntl.LOCK_EX:
             raise ArtifactError(f"the folder cannot be locked: {error.strerror}") from None
-        # A file system without locks: what is read is compared with its digest all the same.
+        # A file system without locks: every file is compared with its digest anyway.

@@ -22,9 +22,9 @@ class ModelFiles:
 
     Attributes:
       model: the ONNX file.
-      library: the native library with the fused op's kernel; None where there is none.
-      context_length: tokens that it takes at most.
-      shares_cache: whether its attention writes new keys and values into the buffers of the old.
+      library: the native library with the kernel of the fused op; None if there is none.
+      context_length: most tokens of a text.
+      shares_cache: whether attention writes new keys and values into the buffers of the past.
     """
 
     model: Path
@@ -34,7 +34,7 @@ class ModelFiles:
 
 
 def read_model_files(folder: Path) -> ModelFiles:
-    """Read from genai_config.json what ONNX Runtime must load.
+    """Read the files that ONNX Runtime must load from genai_config.json.
 
     Raises:
       ArtifactError: the file is missing or damaged.

@@ -1,11 +1,11 @@
-"""manifest.json: what an artifact is made of, and whether it still is.
+"""manifest.json: the list of an artifact's files, and the check that none has changed.
 
-Every file of the artifact is listed with its sha256 and size, and nothing is loaded, the native
-library least of all, before every byte has been compared. The same inputs give the same bytes in
-every file but what tells of the build itself (report.json, builder.log), engines, in which TensorRT
-numbers its values as it comes to them, and manifest.json, which holds their hashes.
-:attr:`Manifest.digest` covers none of those, nor adapters, which come and go: it names the backbone
-that was built, and is what adapters are bound to.
+The manifest lists every file with its sha256 and size. Every byte is compared before anything is
+loaded, the native library above all. The same inputs give the same bytes in every file, except for
+the records of the build (report.json, builder.log), TensorRT engines, whose internal numbering
+varies, and manifest.json, which holds their hashes. :attr:`Manifest.digest` covers none of these,
+nor adapters, which may be added and removed: it identifies the backbone, which adapters are bound
+to.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _BLOCK = 1 << 20
 _SECTIONS = ("source", "config", "packages", "parity")
 _ADAPTER_FILE = re.compile(rf"{ADAPTERS_FOLDER}/[^/]+\.(onnx_adapter|json)")
 _ENGINE_FILE = re.compile(r"tensorrt(_rtx)?/(engines\.json|[^/]+\.(engine|log))")
-"""What TensorRT makes of a graph, with the build or where the GPU is."""
+"""Files that TensorRT builds from a graph, during the build or later on the GPU's machine."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says.
+    """The content of manifest.json.
 
     Attributes:
       files: every other file of the artifact by its path in it, with forward slashes.
-      source: the checkpoint: ``model`` as configured and ``digest`` over its weights.
+      source: the original checkpoint: ``model`` as configured and ``digest`` over its weights.
       config: the resolved model.yaml.
       packages: versions of the packages that the build used.
-      parity: figures of the parity gate, empty where it was turned off.
+      parity: figures of the parity gate; empty if it was turned off.
       digest: of the backbone, see :func:`backbone_digest`.
     """
 
@@ -97,12 +97,12 @@ class Manifest:
         packages: Mapping[str, str],
         parity: Mapping[str, Any],
     ) -> Manifest:
-        """The manifest of ``files``, its digest computed."""
+        """The manifest of ``files``, with the digest computed from them."""
         files = dict(sorted(files.items()))
         return cls(files, source, config, packages, parity, backbone_digest(files))
 
     def with_files(self, files: Mapping[str, FileEntry | None]) -> Manifest:
-        """The manifest after files were written, or removed where there is None."""
+        """The manifest with files added, replaced or (None) removed."""
         left = {name: entry for name, entry in self.files.items() if name not in files}
         left |= {name: entry for name, entry in files.items() if entry is not None}
         sections = {name: getattr(self, name) for name in _SECTIONS}
@@ -122,8 +122,8 @@ def describe_bytes(content: bytes) -> FileEntry:
 def backbone_digest(files: Mapping[str, FileEntry]) -> str:
     """sha256 over paths and hashes of ``files``.
 
-    Left out are the report, what is added later (adapters), and what TensorRT makes of a graph that
-    is covered: engines, their description and the builder's logs.
+    Leaves out the report, adapters, and the files that TensorRT builds from a graph that the digest
+    covers: engines, their description and the builder's logs.
     """
     digest = hashlib.sha256()
     for name, entry in sorted(files.items()):
@@ -134,10 +134,10 @@ def backbone_digest(files: Mapping[str, FileEntry]) -> str:
 
 
 def describe_folder(folder: Path) -> dict[str, FileEntry]:
-    """Hash every file under ``folder`` but the manifest, sorted by path.
+    """Hash every file under ``folder`` except the manifest, sorted by path.
 
     Raises:
-      ArtifactError: there is something else than plain files and folders.
+      ArtifactError: an entry is neither a plain file nor a folder.
     """
     return {
         name: describe_file(folder / name) for name in _listing(folder) if name != MANIFEST_FILE
@@ -145,7 +145,7 @@ def describe_folder(folder: Path) -> dict[str, FileEntry]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json itself; no other file is looked at.
+    """Read and check manifest.json, without looking at any other file.
 
     Raises:
       ArtifactError: ``folder`` is no artifact, or its manifest is damaged.
@@ -182,10 +182,10 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_manifest(folder: Path) -> Manifest:
     """Compare every byte of the artifact in ``folder`` with its manifest.
 
-    A change that was interrupted is finished first.
+    An interrupted change is finished first.
 
     Returns:
-      The manifest, which holds.
+      The manifest.
 
     Raises:
       ArtifactError: a file is missing, changed, not listed, or not inside the folder.
@@ -212,7 +212,7 @@ def verify_manifest(folder: Path) -> Manifest:
 
 
 def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
-    """The content of one file, which is what the manifest says.
+    """The content of one file, compared with the manifest.
 
     Raises:
       ArtifactError: it is not listed, missing or changed.
@@ -252,9 +252,9 @@ def _is_inside(name: str) -> bool:
 
 
 def _listing(folder: Path) -> list[str]:
-    """Paths of all files, sorted; symbolic links that leave the folder are refused.
+    """Paths of all files, sorted; a symbolic link that leaves the folder is an error.
 
-    What an interrupted change has left half-written is no file of the artifact.
+    A half-written change is not part of the artifact.
     """
     root = folder.resolve()
     names = []

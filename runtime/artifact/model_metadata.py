@@ -1,7 +1,7 @@
 """The metadata of an ONNX file, read without ONNX Runtime and without the graph.
 
-``session.get_modelmeta().custom_metadata_map`` says the same of a session that is open. Opening one
-takes half a second and the weights; this reads a few bytes.
+An open session has the same in ``session.get_modelmeta().custom_metadata_map``. But opening one
+takes half a second and reads the weights; this reads a few bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON files that say what they are: a format, and a schema that only some versions read."""
+"""JSON files that name their format and schema version."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["check_versioned", "is_file_name", "read_versioned"]
 def read_versioned(
     path: Path, *, file_format: str, schema: int, missing: str, foreign: str
 ) -> dict[str, Any]:
-    """Read a file, and see that it is of ``file_format`` and ``schema``.
+    """Read a file and check its format and schema.
 
     Args:
       path: of the file.
-      file_format: what it must say that it is.
-      schema: the one that is read.
-      missing: the whole message where there is no file.
-      foreign: what is wrong with a file of another format, for behind its path.
+      file_format: required value of ``format``.
+      schema: required value of ``schema``.
+      missing: error text for a missing file.
+      foreign: error text for a file of another format, without its path.
 
     Raises:
-      ArtifactError: it is missing, no JSON, of another format or schema.
+      ArtifactError: the file is missing, no JSON, or of another format or schema.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -38,10 +38,10 @@ def read_versioned(
 def check_versioned(
     content: object, path: Path, *, file_format: str, schema: int, foreign: str
 ) -> dict[str, Any]:
-    """See that what was read at ``path`` is of ``file_format`` and ``schema``.
+    """Check the format and schema of ``content``, read from ``path``.
 
     Raises:
-      ArtifactError: it is not.
+      ArtifactError: one of them differs.
     """
     if not isinstance(content, dict) or content.get("format") != file_format:
         raise ArtifactError(f"{path}: {foreign}")
@@ -54,5 +54,5 @@ def check_versioned(
 
 
 def is_file_name(name: str) -> bool:
-    """Whether ``name`` is that of a file in the folder it is read in, and leads nowhere else."""
+    """Whether ``name`` is a plain file name, without any folder."""
     return PurePosixPath(name).name == name and "\\" not in name and name not in ("", "..")

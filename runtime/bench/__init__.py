@@ -1,4 +1,4 @@
-"""Measure an artifact: speed, start, memory, and what adapters cost."""
+"""Measure an artifact: speed, start, memory, and the cost of adapters."""
 
 from __future__ import annotations
 

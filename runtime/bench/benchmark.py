@@ -1,4 +1,4 @@
-"""``eoracc bench``: everything that is measured of an artifact, in order."""
+"""``eoracc bench``: all measurements of an artifact, in order."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _BATCH_ROWS = (1, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure.
+    """Options of a benchmark.
 
     Attributes:
-      adapters: to compare with none; None for all that the artifact has.
-      threads: of one operator; None for one a processor that this process may use.
-      prompt_tokens: of the long prompt.
-      new_tokens: to decode.
-      repeats: of everything.
-      backend: what to run it with, see :func:`eoracc.runtime.load`.
+      adapters: to compare with the backbone alone; None for all adapters of the artifact.
+      threads: that one operator uses; None for one for each processor available to the process.
+      prompt_tokens: length of the long prompt.
+      new_tokens: number of tokens to decode.
+      repeats: of every measurement.
+      backend: that runs the artifact, see :func:`eoracc.runtime.load`.
     """
 
     adapters: Sequence[str] | None = None
@@ -47,12 +47,12 @@ class BenchOptions:
 
 
 def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
-    """Measure the artifact in ``folder``; nothing else should run meanwhile.
+    """Measure the artifact in ``folder``; the machine should be idle.
 
     Raises:
-      ArtifactError: it is damaged or no artifact.
-      RequestError: it has no such adapter, or no room for so many tokens.
-      BackendError: the machine lacks what runs it, or that refuses it.
+      ArtifactError: the folder is damaged or no artifact.
+      RequestError: an adapter is unknown, or the tokens exceed the context.
+      BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
     """
     model = load(folder, threads=options.threads, backend=options.backend)
     adapters = _adapters(model, options.adapters)
@@ -118,7 +118,7 @@ def _rows_alone(
             first_token_ms=Measurement.of([1e3 * seconds for seconds in first[name]]),
             prefill_tokens_per_s=Measurement.of([len(long) / seconds for seconds in first[name]]),
             decode_tokens_per_s=Measurement.of(decode[name]),
-            # Of speeds, turned round: that is the ratio of times.
+            # The ratio of times is the inverse ratio of speeds.
             decode_time_ratio=None
             if name == NO_ADAPTER
             else ratios(decode[NO_ADAPTER], decode[name]),
@@ -128,7 +128,7 @@ def _rows_alone(
 
 
 def _batch(model: Model, adapters: Sequence[str], rows: int, options: BenchOptions) -> BatchFigures:
-    # Adapters where there are some: a batch in which every row has another one is the hard case.
+    # The hard case is a batch in which rows have different adapters.
     turns = [name for name in adapters if name != NO_ADAPTER] or [NO_ADAPTER]
     used = [turns[row % len(turns)] for row in range(rows)]
     prompt = workloads.prompt_tokens(model, workloads.DECODE_PROMPT_TOKENS)
@@ -142,7 +142,7 @@ def _switch(model: Model, adapters: Sequence[str], options: BenchOptions) -> Swi
     expected = {name: workloads.first_logprob(model, prompt, name) for name in adapters}
     after, more, same = [], [], True
     for name in list(adapters) * options.repeats:
-        # Every adapter follows another one; what it gives is checked between the two timed runs.
+        # Every adapter follows another one; its output is checked between the two timed runs.
         seconds = workloads.first_token_s(model, prompt, name)
         same &= workloads.first_logprob(model, prompt, name) == expected[name]
         again = workloads.first_token_s(model, prompt, name)

@@ -13,15 +13,15 @@ __all__ = ["AdapterFigures", "BatchFigures", "BenchReport", "SwitchFigures"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFigures:
-    """One row alone, with one adapter.
+    """Speed of a single row with one adapter.
 
     Attributes:
       adapter: its name, or ``none``.
-      first_token_ms: from the request to its first token, the whole prompt between.
-      prefill_tokens_per_s: tokens of the prompt over that time.
+      first_token_ms: time from the request with the long prompt to its first token.
+      prefill_tokens_per_s: tokens of the prompt divided by that time.
       decode_tokens_per_s: after a short prompt.
-      decode_time_ratio: time of a token over that without an adapter in the same round; None for
-        ``none``.
+      decode_time_ratio: time per token divided by that without an adapter in the same round; None
+        for ``none``.
     """
 
     adapter: str
@@ -33,12 +33,12 @@ class AdapterFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchFigures:
-    """Several rows at once.
+    """Speed of several rows at once.
 
     Attributes:
-      rows: requests that are served together.
-      adapters: those of the rows, in turn.
-      tokens_per_s: new tokens of all rows over the time of all, prompts included.
+      rows: number of requests served together.
+      adapters: of the rows, in order.
+      tokens_per_s: new tokens of all rows divided by the total time, with prompts.
     """
 
     rows: int
@@ -48,14 +48,14 @@ class BatchFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchFigures:
-    """What it costs that a request uses another adapter than the one before.
+    """Cost of a request with another adapter than the previous one.
 
     Attributes:
-      adapter_switch_ms: time of a one-token request just after the switch, less that of the same
-        request once more.
-      request_ms: time of the request after the switch.
-      outputs_differ: whether every two adapters gave different outputs for one prompt, and each
-        adapter the same one every time.
+      adapter_switch_ms: time of a one-token request just after the switch, minus that of the same
+        request again.
+      request_ms: time of the request just after the switch.
+      outputs_differ: whether any two adapters gave different outputs for one prompt, and each
+        adapter the same output every time.
     """
 
     adapter_switch_ms: Measurement
@@ -65,22 +65,22 @@ class SwitchFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """All that was measured of an artifact.
+    """All measurements of an artifact.
 
     Attributes:
       artifact: its folder.
       digest: of its backbone.
-      backend: what ran it.
-      device: what that ran on, in words.
-      threads: of one operator on the CPU.
-      prompt_tokens: of the prompt that ``first_token_ms`` and ``prefill_tokens_per_s`` are for.
-      decode_prompt_tokens: of the prompt before decoding and of those in a batch.
-      new_tokens: that are decoded.
-      repeats: of everything, turn by turn.
-      start: a new process.
+      backend: that ran it.
+      device: description of the CPU or GPU that it ran on.
+      threads: that one operator used on the CPU.
+      prompt_tokens: length of the prompt of ``first_token_ms`` and ``prefill_tokens_per_s``.
+      decode_prompt_tokens: length of the prompt before decoding and of those in a batch.
+      new_tokens: number of tokens decoded.
+      repeats: of every measurement.
+      start: of a new process.
       adapters: ``none`` first.
-      batches: by their rows.
-      switch: None where there is nothing to switch between.
+      batches: by number of rows.
+      switch: None without two adapters to switch between.
     """
 
     artifact: str

@@ -1,4 +1,4 @@
-"""Repeated measurements: taken turn by turn, told by their median and spread."""
+"""Repeated measurements, interleaved, with their median and spread."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _Key = TypeVar("_Key")
 
 @dataclass(frozen=True)
 class Measurement:
-    """A quantity that was measured several times.
+    """Quartiles of a quantity that was measured several times.
 
     Attributes:
       median: of the repeats.
-      low: the quarter of them that lies lowest ends here.
-      high: the quarter that lies highest begins here.
-      repeats: how many there are.
+      low: first quartile.
+      high: third quartile.
+      repeats: number of values.
     """
 
     median: float
@@ -31,7 +31,7 @@ class Measurement:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Measurement:
-        """Of at least one value.
+        """Summarize at least one value.
 
         >>> Measurement.of([3.0, 1.0, 2.0])
         Measurement(median=2.0, low=1.5, high=2.5, repeats=3)
@@ -43,13 +43,12 @@ class Measurement:
 def interleave(
     measures: Mapping[_Key, Callable[[], float]], repeats: int
 ) -> dict[_Key, list[float]]:
-    """Let ``measures`` take turns, ``repeats`` times each, after one turn that does not count.
+    """Take ``measures`` in turn, ``repeats`` times each, after one round of warm-up.
 
-    Whatever else the machine does then falls on all of them alike; who comes first moves on with
-    every round.
+    Other load on the machine then affects all of them alike. Each round starts with another one.
 
     Returns:
-      What each gave, by round: values at one place were taken one after the other.
+      Values of each measure by round; values of one round were measured in succession.
     """
     order = list(measures)
     for key in order:
@@ -63,9 +62,9 @@ def interleave(
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> Measurement:
-    """``values`` over ``base``, round by round.
+    """``values`` divided by ``base``, round by round.
 
     >>> ratios([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]).median
     2.0
     """
-    return Measurement.of([float(one) for one in np.divide(values, base)])
+    return Measurement.of([float(ratio) for ratio in np.divide(values, base)])

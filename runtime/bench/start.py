@@ -1,7 +1,7 @@
-"""What it takes to start: load time and memory, measured in a process of its own.
+"""Cost of starting: load time and memory, measured in a process of its own.
 
-A process's peak of memory never falls, and what has been loaded is there: only a new process can
-say what an artifact needs.
+The peak memory of a process never falls, and loaded libraries stay. So only a new process shows
+what an artifact needs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PROCESS = "eoracc.runtime.bench.start_process"
 
 @dataclass(frozen=True)
 class Start:
-    """What a new process needed.
+    """Time and memory of a new process.
 
     Attributes:
-      load_s: from the call of ``load`` until it returned; the manifest was verified meanwhile.
-      loaded_memory_bytes: held after loading.
-      peak_memory_bytes: the most it held, a prompt and some decoding included.
-      device_memory_bytes: of the GPU that all processes together held more after that than before,
-        CUDA's own share left out; None without a GPU.
+      load_s: seconds that ``load`` took, with verification of the manifest.
+      loaded_memory_bytes: memory of the process after loading.
+      peak_memory_bytes: largest memory of the process, with a prompt and some decoding.
+      device_memory_bytes: growth of the GPU memory in use by all processes, without the memory of
+        CUDA itself; None without a GPU.
     """
 
     load_s: float
@@ -44,7 +44,7 @@ def measure_start(
     """Load the artifact in a new process, and run a prompt and some decoding there.
 
     Raises:
-      EoraccError: what went wrong there.
+      BackendError: the process failed; the text is its last line of error output.
     """
     numbers = (threads, prompt_tokens, new_tokens)
     done = subprocess.run(  # noqa: S603 - a module of this package

@@ -2,7 +2,7 @@
 
     python -m eoracc.runtime.bench.start_process ARTIFACT BACKEND THREADS PROMPT_TOKENS NEW_TOKENS
 
-Prints one JSON object, or a sentence on standard error.
+Prints one JSON object, or an error text on standard error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["start"]
 def start(
     folder: Path, backend: BackendChoice, threads: int, prompt_tokens: int, new_tokens: int
 ) -> Start:
-    """Load the artifact, run a prompt and some decoding, and say what that took.
+    """Load the artifact, run a prompt and some decoding, and measure time and memory.
 
     Raises:
-      EoraccError: it cannot be loaded or run.
+      EoraccError: the artifact cannot be loaded or run.
     """
     began = time.perf_counter()
-    model = load(folder, threads=threads, backend=backend)  # imports what runs it, too
+    model = load(folder, threads=threads, backend=backend)  # also imports the backend
     load_s = time.perf_counter() - began
     held = resident_bytes()
     prompt = workloads.prompt_tokens(model, prompt_tokens)
@@ -46,8 +46,8 @@ def start(
 if __name__ == "__main__":
     try:
         chosen = cast("BackendChoice", sys.argv[2])
-        begun = start(Path(sys.argv[1]), chosen, *map(int, sys.argv[3:]))
-        sys.stdout.write(json.dumps(asdict(begun)))
+        measured = start(Path(sys.argv[1]), chosen, *map(int, sys.argv[3:]))
+        sys.stdout.write(json.dumps(asdict(measured)))
     except EoraccError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""What is timed of a model: a prompt, a stretch of decoding, a batch, a change of adapter."""
+"""Workloads to time: a prompt, decoding, a batch, a change of adapter."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = [
 ]
 
 DECODE_PROMPT_TOKENS = 32
-"""Tokens before a stretch of decoding: few, so that it is weights that are read, not the cache."""
+"""Length of the prompt before decoding: short, so that reading weights dominates the cache."""
 
 _TEXT = "Speed does not depend on what a text says, only on how long it is. "
 
 
 def prompt_tokens(model: Model, length: int) -> list[int]:
-    """A prompt of ``length`` tokens; ordinary text, again and again."""
+    """A prompt of ``length`` tokens of ordinary text, repeated."""
     once = model.tokenizer.encode(_TEXT, special=False)
     return (once * (length // len(once) + 1))[:length]
 
@@ -43,7 +43,7 @@ def first_token_s(model: Model, prompt: Sequence[int], adapter: AdapterChoice) -
 def decode_tokens_per_s(
     model: Model, prompt: Sequence[int], new_tokens: int, adapter: AdapterChoice
 ) -> float:
-    """Tokens a second after the first one, one row alone."""
+    """Tokens per second of a single row, after the first token."""
     pieces = model.generate(
         prompt, adapter=adapter, max_new_tokens=new_tokens + 1, ignore_end=True, stream=True
     )
@@ -57,19 +57,19 @@ def decode_tokens_per_s(
 def batch_tokens_per_s(
     model: Model, prompt: Sequence[int], new_tokens: int, adapters: Sequence[AdapterChoice]
 ) -> float:
-    """Tokens a second of all rows together, their prompts' time included; a row an adapter."""
+    """Tokens per second of all rows together, with prompts; one row for each adapter."""
     requests = [
         Request(prompt=prompt, adapter=adapter, max_new_tokens=new_tokens, ignore_end=True)
         for adapter in adapters
     ]
     start = time.perf_counter()
     completions = model.generate_batch(requests)
-    made = sum(len(one.tokens) for one in completions)
+    made = sum(len(completion.tokens) for completion in completions)
     return made / (time.perf_counter() - start)
 
 
 def first_logprob(model: Model, prompt: Sequence[int], adapter: AdapterChoice) -> tuple[int, float]:
-    """The first token after ``prompt`` and its log-probability: two adapters hardly share both."""
+    """The first token after ``prompt`` and its log-probability, which identify an adapter."""
     completion = model.generate(
         prompt, adapter=adapter, max_new_tokens=1, ignore_end=True, logprobs=0
     )

@@ -1,7 +1,7 @@
-"""Adapters and their places.
+"""The bank of a model's adapters, each at a place of its own.
 
-ONNX Runtime takes all adapters stacked: switching from one to another is changing an index
-(:class:`AdapterBank`). What else keeps adapters, on a GPU for example, gives them places alike.
+For ONNX Runtime, all adapters are stacked (:class:`AdapterBank`): switching adapters changes an
+index. Other backends keep adapters differently, on a GPU for example, but number places alike.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from eoracc.runtime.request import AdapterChoice, adapter_weights
 __all__ = ["NO_PLACE", "SUMS", "AdapterBank", "AdapterPlaces", "FactorsOf", "Weights"]
 
 NO_PLACE = -1
-"""The place of no adapter: the index of a row that is served by the backbone alone."""
+"""Place of rows without an adapter, which run on the backbone alone."""
 
 SUMS = 8
-"""Weighted sums of adapters that are kept while nobody uses them."""
+"""Number of unused weighted sums of adapters that are kept."""
 
 _ALIGNMENT = 64
-"""Bytes of a vector, and of a line of the cache."""
+"""Bytes of a cache line and of a vector register."""
 
 Weights: TypeAlias = tuple[tuple[str, float], ...]
-"""Names of adapters with the weights that they are summed with."""
+"""Names of adapters with their weights in a sum."""
 
 FactorsOf: TypeAlias = Callable[[Weights], Mapping[str, LowRank]]
-"""Gives the factors of a weighted sum of adapters, by linear."""
+"""Reads the factors of a weighted sum of adapters, by linear."""
 
 _Packed: TypeAlias = Mapping[str, NDArray[np.generic]]
 """Operands of adapters by graph input."""
 
 _PackedT = TypeVar("_PackedT")
-"""An adapter, ready to be put at a place."""
+"""An adapter in the form that the backend stores."""
 
 
 class AdapterPlaces(ABC, Generic[_PackedT]):
     """Adapters, each at its place. Threads may share it.
 
-    An adapter keeps its place for as long as the bank lives. A weighted sum of adapters gets one
-    when it is first asked for; there it stays after its last request has ended, until too many
-    sums are unused: then the one that was used longest ago makes room.
+    An adapter keeps its place for the lifetime of the bank. A weighted sum of adapters gets a place
+    with its first request and keeps it after its last one, until there are too many unused sums:
+    then the least recently used one is replaced.
 
     Attributes:
       names: of the adapters.
-      takes_adapters: whether the model has inputs for them.
-      option: what to build with for a model that has.
+      takes_adapters: whether the model has inputs for adapters.
+      option: of model.yaml that builds a model with such inputs.
     """
 
     option: str
 
     def __init__(self, names: Sequence[str], *, takes_adapters: bool, sums: int = SUMS) -> None:
-        """Give every adapter its place; a subclass puts them there.
+        """Assign a place to every adapter; a subclass stores them.
 
         Args:
           names: of the adapters.
-          takes_adapters: whether the model has inputs for them.
-          sums: how many weighted sums that are not in use to keep.
+          takes_adapters: whether the model has inputs for adapters.
+          sums: number of unused weighted sums to keep.
         """
         self.names = tuple(names)
         self.takes_adapters = takes_adapters
@@ -74,25 +74,25 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
         self._lock = threading.Lock()
         self._users: Counter[Weights] = Counter()
         singles = self._singles() if takes_adapters else []
-        self._places = {one: place for place, one in enumerate(singles)}
+        self._places = {weights: place for place, weights in enumerate(singles)}
 
     def _singles(self) -> list[Weights]:
-        """Every adapter by itself, in the order of their places."""
+        """Each adapter alone, in the order of places."""
         return [((name, 1.0),) for name in self.names]
 
     @abstractmethod
     def _pack(self, weights: Weights) -> _PackedT:
-        """Read what ``weights`` asks for. Called without the lock: it may take its time."""
+        """Read a weighted sum of adapters. Called without the lock, as it may be slow."""
 
     @abstractmethod
     def _put(self, place: int, packed: _PackedT) -> None:
-        """Put it at a place: the first free one, or one whose adapter nobody uses any more."""
+        """Store an adapter at a place: the first free one, or one with an unused sum."""
 
     def check(self, adapter: AdapterChoice) -> Weights:
-        """What ``adapter`` asks for.
+        """Names and weights of ``adapter``.
 
         Raises:
-          RequestError: there is no such adapter.
+          RequestError: an adapter is unknown.
         """
         weights = adapter_weights(adapter)
         for name, _ in weights:
@@ -109,11 +109,11 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
         return weights
 
     def acquire(self, adapter: AdapterChoice) -> int:
-        """The place of ``adapter``, which it keeps until :meth:`release`.
+        """The place of ``adapter``, reserved until :meth:`release`.
 
         Raises:
-          RequestError: there is no such adapter.
-          EoraccError: it cannot be read, or the sum does not fit the model.
+          RequestError: an adapter is unknown.
+          EoraccError: an adapter cannot be read, or the sum does not fit the model.
         """
         weights = self.check(adapter)
         if not weights:
@@ -126,15 +126,15 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
                     place = self._add(weights, packed)
                 if place is not None:
                     if place >= len(self.names):
-                        # A sum becomes the one used last.
+                        # The sum becomes the most recently used one.
                         self._places[weights] = self._places.pop(weights)
                     self._users[weights] += 1
                     return place
-            # Without the lock: others need not wait while files are read.
+            # Without the lock: other threads need not wait while files are read.
             packed = self._pack(weights)
 
     def release(self, adapter: AdapterChoice) -> None:
-        """End what :meth:`acquire` began."""
+        """Give up the reservation of :meth:`acquire`."""
         weights = adapter_weights(adapter)
         with self._lock:
             self._users[weights] -= 1
@@ -142,7 +142,8 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
                 del self._users[weights]
 
     def _add(self, weights: Weights, packed: _PackedT) -> int:
-        unused = [one for one in list(self._places)[len(self.names) :] if not self._users[one]]
+        sums = list(self._places)[len(self.names) :]
+        unused = [weighted for weighted in sums if not self._users[weighted]]
         oldest = unused[0] if len(unused) >= self._sums else None
         place = len(self._places) if oldest is None else self._places[oldest]
         self._put(place, packed)
@@ -153,7 +154,7 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
 
 
 class AdapterBank(AdapterPlaces[_Packed]):
-    """Adapters as operands of the fused op: stacked, an index picks each row's."""
+    """Adapters as operands of the fused op: stacked, with an index for each row."""
 
     option = "onnxruntime.adapter_type: int8"
 
@@ -168,10 +169,10 @@ class AdapterBank(AdapterPlaces[_Packed]):
         """Load all adapters.
 
         Args:
-          slots: of the model; None where it has none.
+          slots: of the model; None if it has none.
           names: of the adapters.
-          load: gives the factors of a weighted sum of adapters, by linear.
-          sums: how many weighted sums that are not in use to keep.
+          load: reads the factors of a weighted sum of adapters, by linear.
+          sums: number of unused weighted sums to keep.
 
         Raises:
           EoraccError: an adapter is damaged or does not fit.
@@ -182,42 +183,43 @@ class AdapterBank(AdapterPlaces[_Packed]):
         self._inputs: tuple[int, dict[str, NDArray[np.generic]]] = (0, {})
         singles = self._singles()
         if slots is not None and load is not None and singles:
-            stacked = stack_adapters(slots, [pack_adapter(slots, load(one)) for one in singles])
-            self._inputs = (1, _in_one_piece(stacked))
+            packed = [pack_adapter(slots, load(weights)) for weights in singles]
+            self._inputs = (1, _in_one_piece(stack_adapters(slots, packed)))
 
     @property
     def inputs(self) -> tuple[int, dict[str, NDArray[np.generic]]]:
-        """A number that changes with the bank, and its arrays by graph input.
+        """A version number of the bank, and its arrays by graph input.
 
-        The arrays are never written to: who has them may go on with them.
+        The arrays are never written to, so a caller may keep them.
         """
         return self._inputs
 
     @override
     def _pack(self, weights: Weights) -> _Packed:
-        # What has no slots or no files has no names, and nothing can be asked of it.
+        # Without slots or files there are no names, so that every request fails before.
         assert self._slots is not None  # noqa: S101
         assert self._load is not None  # noqa: S101
         return pack_adapter(self._slots, self._load(weights))
 
     @override
     def _put(self, place: int, packed: _Packed) -> None:
-        assert self._slots is not None  # noqa: S101 - or there was nothing to pack
+        assert self._slots is not None  # noqa: S101 - see _pack
         version, arrays = self._inputs
         banks = [
             {name: array[:place] for name, array in arrays.items()},
             packed,
             {name: array[place + 1 :] for name, array in arrays.items()},
         ]
-        stacked = stack_adapters(self._slots, [one for one in banks if one is packed or _size(one)])
+        used = [bank for bank in banks if bank is packed or _size(bank)]
+        stacked = stack_adapters(self._slots, used)
         self._inputs = (version + 1, _in_one_piece(stacked))
 
 
 def _in_one_piece(arrays: _Packed) -> dict[str, NDArray[np.generic]]:
-    """The same arrays in one piece of memory, in their order, which is that of a run.
+    """Copy arrays into one block of memory, aligned, in their order, which is that of a run.
 
-    A step reads hundreds of small ones: one after the other they take fewer pages, large ones where
-    the system has them, and each begins where a vector may.
+    A step reads hundreds of small arrays. In one block they take fewer pages, which may be huge
+    ones.
     """
     sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays.values()]
     memory = np.empty(sum(sizes) + _ALIGNMENT, np.uint8)
@@ -232,5 +234,5 @@ def _in_one_piece(arrays: _Packed) -> dict[str, NDArray[np.generic]]:
 
 
 def _size(bank: _Packed) -> int:
-    """Adapters in a bank; none in one without arrays."""
+    """Number of adapters in a bank."""
     return max(map(len, bank.values()), default=0)

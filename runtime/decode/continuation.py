@@ -1,4 +1,4 @@
-"""One request while it is served: from logits to tokens, to text, to the end."""
+"""The state of one request while it is served: from logits to tokens to text."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 __all__ = ["Continuation", "Listener", "complete"]
 
 Listener: TypeAlias = Callable[[Piece | Exception], None]
-"""Takes the pieces of a text as they are made; the last one has a finish reason, or is an error."""
+"""Called with each piece of a text; the last one has a finish reason, or is an error."""
 
 
 class Continuation:
-    """What is known of a request that is being served.
+    """A request that is being served.
 
     Attributes:
-      request: as it was made.
-      prompt: its tokens.
-      place: of its adapter in the bank.
-      tokens: that were made so far.
+      request: prompt and options.
+      prompt: tokens of the prompt.
+      place: of the adapter in the bank.
+      tokens: generated so far.
       finish_reason: None until the text has ended.
-      cancelled: whether nobody wants more of it; any thread may set it.
+      cancelled: whether to stop; any thread may set it.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Continuation:
         place: int,
         listener: Listener,
     ) -> None:
-        """``limit``: of how many tokens to make; 0 ends the text before it begins."""
+        """``limit`` is the number of tokens to generate; 0 ends the text at once."""
         self.request = request
         self.prompt = prompt
         self.place = place
@@ -67,26 +67,26 @@ class Continuation:
           logits: ``float32 [V]``.
 
         Returns:
-          What is new of the text: a piece with text, or the last one; None where it has to wait.
+          A piece with new text, or the last piece; None while no text is certain.
 
         Raises:
           BackendError: the logits are not finite.
         """
-        asked = self.request
+        request = self.request
         token = choose(
             logits,
             self._rng,
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            min_p=asked.min_p,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
         )
         if token in self._ends:
             return self.end("stop")
         self.tokens.append(token)
         self._pending.append(token)
-        if asked.logprobs is not None:
-            self._logprobs.append(token_logprob(logits, token, asked.logprobs))
+        if request.logprobs is not None:
+            self._logprobs.append(token_logprob(logits, token, request.logprobs))
         text = self._stops.push(self._stream.decode(token))
         if self._stops.found:
             return self.end("stop", text)
@@ -94,9 +94,9 @@ class Continuation:
             return self.end("length", text)
         return self._piece(text) if text else None
 
-    def end(self, why: FinishReason, text: str = "") -> Piece:
-        """The last piece."""
-        self.finish_reason = why
+    def end(self, finish_reason: FinishReason, text: str = "") -> Piece:
+        """End the text; returns its last piece."""
+        self.finish_reason = finish_reason
         return self._piece(text + self._stops.flush())
 
     def _piece(self, text: str) -> Piece:
@@ -107,7 +107,11 @@ class Continuation:
 
 
 def complete(pieces: Iterable[Piece], prompt_tokens: int) -> Completion:
-    """All pieces of a text as one."""
+    """Join all pieces of a text.
+
+    Raises:
+      ValueError: the last piece is missing.
+    """
     whole = list(pieces)
     logprobs = [piece.logprobs for piece in whole if piece.logprobs is not None]
     reason = whole[-1].finish_reason
@@ -118,5 +122,5 @@ def complete(pieces: Iterable[Piece], prompt_tokens: int) -> Completion:
         tokens=tuple(token for piece in whole for token in piece.tokens),
         finish_reason=reason,
         prompt_tokens=prompt_tokens,
-        logprobs=tuple(one for part in logprobs for one in part) if logprobs else None,
+        logprobs=tuple(logprob for part in logprobs for logprob in part) if logprobs else None,
     )

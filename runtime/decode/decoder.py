@@ -1,4 +1,4 @@
-"""What generating and scoring ask of a model, whichever backend runs it."""
+"""The interface of a backend to generation and scoring."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class Decoder(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """Width of the logits."""
+        """Number of logits of a token."""
 
     @property
     def bank(self) -> AdapterPlaces[Any]:
-        """Its adapters."""
+        """The loaded adapters."""
 
     def new_rows(self) -> Rows:
-        """A cache of its own, without a row yet."""
+        """A new cache without rows."""
 
 
 class Rows(Protocol):
-    """Texts of any lengths, their keys and values in a cache. For one thread at a time.
+    """Texts of any lengths with their keys and values in a cache. For one thread at a time.
 
-    Rows are numbered from 0; whose text is in which is the caller's business. The adapter of a row
-    is its place in the decoder's bank, negative for none.
+    Rows are numbered from 0 and assigned to texts by the caller. The adapter of a row is a place in
+    the decoder's bank, negative for none.
     """
 
     def length(self, row: int) -> int:
         """Tokens in the cache of ``row``."""
 
     def clear(self, row: int) -> None:
-        """Begin a new text in ``row``."""
+        """Start a new text in ``row``."""
 
     def move(self, source: int, target: int) -> None:
-        """Put the text of row ``source`` into row ``target``; ``source`` has none afterwards."""
+        """Move the text of row ``source`` to row ``target``; ``source`` is empty afterwards."""
 
     def prefill(
         self, row: int, tokens: Sequence[int], *, adapter: int, keep: int = 1
@@ -55,30 +55,30 @@ class Rows(Protocol):
         """Append ``tokens`` to the text of ``row``.
 
         Args:
-          row: one that has been cleared.
-          tokens: at least one; with those that are there already at most the model's context.
-          adapter: its place in the bank.
-          keep: of how many last tokens to give the logits.
+          row: cleared before its first tokens.
+          tokens: at least one; the whole text must fit the model's context.
+          adapter: place in the bank.
+          keep: number of last tokens to return logits of.
 
         Returns:
           Logits, ``float32 [keep, V]``.
 
         Raises:
-          BackendError: the run fails; the row is as it was.
+          BackendError: the run fails; the row has not changed.
         """
 
     def process(
         self, texts: Sequence[Sequence[int]], *, adapters: Sequence[int], keep: int
     ) -> NDArray[np.float32]:
-        """Begin the first rows anew with ``texts``.
+        """Start new texts in the first rows.
 
         Args:
           texts: tokens of each row, at least one each.
           adapters: a place in the bank for each.
-          keep: of how many last tokens of each row to give the logits.
+          keep: number of last tokens of each row to return logits of.
 
         Returns:
-          Logits, ``float32 [len(texts), keep, V]``; those before a text's beginning are undefined.
+          Logits, ``float32 [len(texts), keep, V]``; undefined before the first token of a text.
 
         Raises:
           BackendError: the run fails.
@@ -98,5 +98,5 @@ class Rows(Protocol):
           Logits, ``float32 [len(tokens), V]``, valid until the next call.
 
         Raises:
-          BackendError: the run fails, or memory is out; the rows are as they were.
+          BackendError: the run fails, or memory is exhausted; the rows have not changed.
         """

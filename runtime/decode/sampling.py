@@ -1,7 +1,7 @@
-"""Choosing the next token, on arrays: greedy, or drawn from a filtered distribution.
+"""Choose the next token, on arrays: greedily, or from a filtered distribution.
 
-Nothing here keeps a state but the generator of random numbers that is handed in, one a request, of
-which each token takes one number: a request's tokens do not depend on what else is in its batch.
+The only state is the caller's generator of random numbers, one for each request. Each token draws
+one number, so that the tokens of a request do not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["choose", "distribution", "log_normalizer", "target_logprobs", "token_logprob"]
 
 _DEPTHS = (2.0, 4.0, 8.0, 16.0, np.inf)
-"""How far below the highest logit to look for the most likely tokens, until there are enough."""
+"""Distances below the highest logit in which to search for the most likely tokens, in turn."""
 
 _COLDEST = 1e-30
-"""A temperature at which any two logits that differ at all are as good as certain."""
+"""Lowest temperature to divide by; there the most likely token is practically certain."""
 
 
 def choose(
@@ -40,7 +40,7 @@ def choose(
     Args:
       logits: ``float32 [V]``.
       rng: of the request; one number is drawn unless ``temperature`` is 0.
-      temperature: 0 takes the most likely token, the lowest id where several are.
+      temperature: 0 chooses the most likely token, among equals the lowest id.
       top_k: see :func:`distribution`.
       top_p: see :func:`distribution`.
       min_p: see :func:`distribution`.
@@ -57,7 +57,7 @@ def choose(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
     cumulative = probabilities.cumsum()
-    # Not a product with 1: rounding may leave the last sum below it.
+    # The last sum may be below 1 by rounding.
     place = cumulative.searchsorted(rng.random() * cumulative[-1], side="right")
     return int(ids[min(place, len(ids) - 1)])
 
@@ -71,12 +71,12 @@ def distribution(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """What a token is drawn from.
+    """The distribution that the next token is drawn from.
 
-    The filters follow each other as in transformers: of the softmax of ``logits / temperature`` the
+    The filters apply in the order of transformers: of the softmax of ``logits / temperature`` the
     ``top_k`` most likely tokens; of those, normalised, the fewest most likely ones that make up
-    ``top_p``; and of those the ones that are at least ``min_p`` times as likely as the first. Of
-    equally likely tokens lower ids come first. At least one token is left.
+    ``top_p``; and of those the ones at least ``min_p`` times as likely as the first. Among equally
+    likely tokens lower ids come first. At least one token is left.
 
     Args:
       logits: ``float32 [V]``, one of them finite, none NaN.
@@ -99,7 +99,7 @@ def distribution(
     elif top_p < 1:
         ids = _head(logits, temperature, top_p)
     elif min_p > 0:
-        # A few too many: what is too unlikely among them goes below.
+        # A few too many; those that are too unlikely are removed below.
         ids = np.flatnonzero(logits >= highest + 1.01 * temperature * math.log(min_p))
     else:
         weights = _weights(logits, highest, temperature)
@@ -127,7 +127,7 @@ def _total(weights: NDArray[np.float32]) -> np.float64:
 def _weights(
     logits: NDArray[np.float32], highest: np.float32, temperature: float
 ) -> NDArray[np.float32]:
-    """``exp((logits - highest) / temperature)``, in float32: it is a whole vocabulary wide."""
+    """``exp((logits - highest) / temperature)``, in float32 for speed: ``[V]`` is large."""
     scaled = logits - highest
     scaled /= np.float32(max(temperature, _COLDEST))
     weights: NDArray[np.float32] = np.exp(scaled, out=scaled)
@@ -137,7 +137,7 @@ def _weights(
 def _head(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDArray[np.intp]:
     """The fewest most likely tokens that make up ``top_p``, most likely first.
 
-    Only what is not far below the most likely token is sorted, which is mostly little.
+    Sorts only tokens close to the most likely one, which are usually few.
     """
     highest = logits.max()
     wanted = top_p * _total(_weights(logits, highest, temperature))
@@ -151,7 +151,7 @@ def _head(logits: NDArray[np.float32], temperature: float, top_p: float) -> NDAr
 
 
 def _count(descending: NDArray[np.float32], wanted: float) -> int:
-    """How many it takes until their sum is ``wanted``; all of them where it never is."""
+    """Number of leading values whose sum reaches ``wanted``; all if it never does."""
     cumulative = descending.cumsum(dtype=np.float64)
     return min(int(cumulative.searchsorted(wanted)) + 1, len(descending))
 
@@ -183,34 +183,34 @@ def log_normalizer(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
-    """How likely ``token`` is, and the ``top`` most likely tokens.
+    """Log-probabilities of ``token`` and of the ``top`` most likely tokens.
 
     Args:
       logits: ``float32 [V]``.
       token: its id.
-      top: how many others to list, the token itself among them where it is one of them.
+      top: number of most likely tokens to list, which may include ``token``.
     """
     normalizer = float(log_normalizer(logits))
     listed = _largest(logits, min(top, len(logits))) if top else ()
     return TokenLogprob(
         token,
         float(logits[token]) - normalizer,
-        tuple((int(one), float(logits[one]) - normalizer) for one in listed),
+        tuple((int(index), float(logits[index]) - normalizer) for index in listed),
     )
 
 
 def target_logprobs(
     logits: NDArray[np.float32], targets: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """How likely given tokens are.
+    """Log-probabilities of given tokens.
 
     Args:
       logits: ``float32 [N, V]``.
       targets: ``int64 [N]``.
 
     Returns:
-      Natural logarithms of their probabilities, ``float64 [N]``, and whether greedy decoding takes
-      them, ``bool [N]``.
+      Natural logarithms of probabilities, ``float64 [N]``, and whether greedy decoding chooses the
+      token, ``bool [N]``.
     """
     logprobs = logits[np.arange(len(targets)), targets] - log_normalizer(logits)
     return logprobs, logits.argmax(axis=-1) == targets

@@ -1,8 +1,8 @@
-"""Continuous batching: requests come and go while others are decoded.
+"""Continuous batching: requests start and end while others are decoded.
 
-A step processes some of a prompt and then decodes one token of every text that is being made, all
-in one run. A prompt is processed by itself and in chunks whose ends it alone decides, and its
-tokens are drawn with numbers of its own: what comes out does not depend on what else is served.
+A step processes part of a prompt and then decodes one token of every active text in one run. Each
+prompt is processed alone, in chunks whose ends depend on nothing else, and its tokens are drawn
+with random numbers of its own: the result of a request does not depend on other requests.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["PREFILL_CHUNK", "Scheduler"]
 
 PREFILL_CHUNK = 256
-"""Tokens of a prompt that are processed at once, while others wait for their next token."""
+"""Tokens of a prompt in one step; other texts wait for their next token meanwhile."""
 
 
 class Scheduler:
-    """Serves any number of requests, so many at a time. For one thread at a time."""
+    """Serves any number of requests, ``max_rows`` at a time. For one thread at a time."""
 
     def __init__(self, decoder: Decoder, *, max_rows: int, chunk: int = PREFILL_CHUNK) -> None:
-        """``max_rows`` texts are made at a time, prompts processed ``chunk`` tokens at a time.
+        """Generate ``max_rows`` texts at a time and process prompts in chunks of ``chunk`` tokens.
 
         Raises:
-          RequestError: one of them is below 1.
+          RequestError: one of the numbers is below 1.
         """
         for name, value in (("max_rows", max_rows), ("prefill_chunk", chunk)):
             if value < 1:
@@ -43,31 +43,31 @@ class Scheduler:
         self._max_rows = max_rows
         self._chunk = chunk
         self._waiting: deque[Continuation] = deque()
-        # The first rows of the batch are decoded; behind them is the prompt that is processed.
+        # The first rows of the batch are in decoding; the next one is the prompt in prefill.
         self._rows: list[Continuation] = []
         self._filling: Continuation | None = None
 
     @property
     def waiting(self) -> int:
-        """Requests whose prompt nobody has looked at yet."""
+        """Number of requests that wait for a row."""
         return len(self._waiting)
 
     @property
     def active(self) -> int:
-        """Requests that have a row."""
+        """Number of requests that have a row."""
         return len(self._rows) + (self._filling is not None)
 
     def add(self, continuation: Continuation) -> None:
-        """Take a request in; its adapter is acquired, and released when it ends."""
+        """Add a request whose adapter is acquired; it is released when the request ends."""
         self._waiting.append(continuation)
 
     def step(self) -> bool:
-        """Do the least that brings every active request forward.
+        """Process some of a prompt and decode a token of every active text.
 
-        Whatever goes wrong with a request ends that request: its listener gets the error.
+        An error in one request ends that request, and its listener gets the error.
 
         Returns:
-          Whether there is anything left to do.
+          Whether requests are left.
         """
         self._drop_cancelled()
         self._process_prompts()
@@ -76,20 +76,20 @@ class Scheduler:
         return bool(self._rows or self._filling or self._waiting)
 
     def close(self, error: Exception | None = None) -> None:
-        """End whatever is left: as cancelled, or with ``error``."""
+        """End all requests that are left: as cancelled, or with ``error``."""
         left = [*self._waiting, *self._rows]
         if self._filling is not None:
             left.append(self._filling)
         self._waiting.clear()
         self._rows.clear()
         self._filling = None
-        for one in left:
-            self._end(one, error or one.end("cancelled"))
+        for continuation in left:
+            self._end(continuation, error or continuation.end("cancelled"))
 
     # --- prompts ----------------------------------------------------------------------------------
 
     def _process_prompts(self) -> None:
-        """Process about a chunk: one of a long prompt, or several short prompts."""
+        """Process about one chunk: part of a long prompt, or several short prompts."""
         budget = self._chunk
         while budget > 0:
             if self._filling is None and not self._admit():
@@ -98,94 +98,98 @@ class Scheduler:
 
     def _admit(self) -> bool:
         while self._waiting and len(self._rows) < self._max_rows:
-            one = self._waiting.popleft()
-            if one.finish_reason is not None:  # it asks for no tokens at all
-                self._end(one, one.end(one.finish_reason))
+            continuation = self._waiting.popleft()
+            if continuation.finish_reason is not None:  # a limit of 0 tokens
+                self._end(continuation, continuation.end(continuation.finish_reason))
                 continue
-            self._filling = one
+            self._filling = continuation
             self._batch.clear(len(self._rows))
             return True
         return False
 
     def _fill(self) -> int:
-        """Process a chunk of the prompt; how many tokens that were."""
-        one = self._filling
-        assert one is not None  # noqa: S101 - the caller has admitted it
+        """Process a chunk of the prompt; returns its number of tokens."""
+        continuation = self._filling
+        assert continuation is not None  # noqa: S101 - the caller has admitted it
         row = len(self._rows)
         done = self._batch.length(row)
-        chunk = one.prompt[done : done + self._chunk]
+        chunk = continuation.prompt[done : done + self._chunk]
         try:
-            logits = self._batch.prefill(row, chunk, adapter=one.place)
+            logits = self._batch.prefill(row, chunk, adapter=continuation.place)
         except BackendError as error:
             self._filling = None
-            self._end(one, error)
+            self._end(continuation, error)
             return len(chunk)
-        if done + len(chunk) == len(one.prompt):
+        if done + len(chunk) == len(continuation.prompt):
             self._filling = None
-            self._rows.append(one)
-            if self._advance(one, logits[0]):
+            self._rows.append(continuation)
+            if self._advance(continuation, logits[0]):
                 self._remove(row)
         return len(chunk)
 
     # --- decoding ---------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        tokens = [one.tokens[-1] for one in self._rows]
-        places = [one.place for one in self._rows]
+        tokens = [continuation.tokens[-1] for continuation in self._rows]
+        places = [continuation.place for continuation in self._rows]
         try:
             logits = self._batch.decode(tokens, places)
         except BackendError:
             ended = self._decode_singly(tokens, places)
         else:
-            ended = [row for row, one in enumerate(self._rows) if self._advance(one, logits[row])]
+            ended = [
+                row
+                for row, continuation in enumerate(self._rows)
+                if self._advance(continuation, logits[row])
+            ]
         for row in reversed(ended):
             self._remove(row)
 
     def _decode_singly(self, tokens: list[int], places: list[int]) -> list[int]:
-        """After a run has failed: whoever fails by itself is to blame, nobody else."""
+        """Decode row by row after a failed run; only rows that fail alone end."""
         ended = []
-        for row, one in enumerate(self._rows):
+        for row, continuation in enumerate(self._rows):
             try:
                 logits = self._batch.decode([tokens[row]], [places[row]], first=row)
             except BackendError as error:
-                self._end(one, error)
+                self._end(continuation, error)
                 ended.append(row)
                 continue
-            if self._advance(one, logits[0]):
+            if self._advance(continuation, logits[0]):
                 ended.append(row)
         return ended
 
-    def _advance(self, one: Continuation, logits: NDArray[np.float32]) -> bool:
-        """Make a token; whether the text has ended."""
+    def _advance(self, continuation: Continuation, logits: NDArray[np.float32]) -> bool:
+        """Choose a token; returns whether the text has ended."""
         try:
-            piece = one.push(logits)
+            piece = continuation.push(logits)
         except Exception as error:  # noqa: BLE001 - it must not reach the other requests
-            self._end(one, error)
+            self._end(continuation, error)
             return True
-        if one.finish_reason is not None:
-            assert piece is not None  # noqa: S101 - an end is a piece
-            self._end(one, piece)
+        if continuation.finish_reason is not None:
+            assert piece is not None  # noqa: S101 - the end of a text has a piece
+            self._end(continuation, piece)
             return True
         if piece is not None:
-            self._tell(one, piece)
+            self._notify(continuation, piece)
         return False
 
     # --- ends -------------------------------------------------------------------------------------
 
     def _drop_cancelled(self) -> None:
-        for one in [one for one in self._waiting if one.cancelled]:
-            self._waiting.remove(one)
-            self._end(one, one.end("cancelled"))
+        for continuation in [waiting for waiting in self._waiting if waiting.cancelled]:
+            self._waiting.remove(continuation)
+            self._end(continuation, continuation.end("cancelled"))
         for row in reversed(range(len(self._rows))):
             if self._rows[row].cancelled:
                 self._end(self._rows[row], self._rows[row].end("cancelled"))
                 self._remove(row)
         if self._filling is not None and self._filling.cancelled:
-            one, self._filling = self._filling, None
-            self._end(one, one.end("cancelled"))
+            continuation, self._filling = self._filling, None
+            self._end(continuation, continuation.end("cancelled"))
 
     def _remove(self, row: int) -> None:
-        """Close the gap in the rows that are decoded."""
+        """Remove a row from decoding and close the gap."""
         last = len(self._rows) - 1
         if row < last:
             self._batch.move(last, row)
@@ -194,12 +198,12 @@ class Scheduler:
         if self._filling is not None:
             self._batch.move(last + 1, last)
 
-    def _end(self, one: Continuation, last: Piece | Exception) -> None:
-        self._bank.release(one.request.adapter)
-        self._tell(one, last)
+    def _end(self, continuation: Continuation, last: Piece | Exception) -> None:
+        self._bank.release(continuation.request.adapter)
+        self._notify(continuation, last)
 
-    def _tell(self, one: Continuation, event: Piece | Exception) -> None:
+    def _notify(self, continuation: Continuation, event: Piece | Exception) -> None:
         try:
-            one.listener(event)
-        except Exception:  # noqa: BLE001 - a listener that fails has nobody to tell
-            one.cancelled = True
+            continuation.listener(event)
+        except Exception:  # noqa: BLE001 - no caller could handle it
+            continuation.cancelled = True

@@ -1,4 +1,4 @@
-"""How likely given tokens are: short texts in batches, long ones in chunks through the cache."""
+"""Log-probabilities of given tokens: short texts in batches, long ones in chunks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["Targets", "score_targets"]
 
 _RUN_TOKENS = 512
-"""Of one run, padding included: more would need much memory and be no faster."""
+"""Tokens of one run, with padding: more would need much memory and be no faster."""
 
 _LOGITS_BYTES = 64 << 20
-"""Of one run, at most."""
+"""Most bytes of the logits of one run."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Tokens whose probability is asked for.
+    """Tokens to score after a context.
 
     Attributes:
-      inputs: what the model sees, at least one token, at most its context.
-      targets: what follows each of the last ``len(targets)`` tokens of it; at least one.
+      inputs: of the model; at least one token, at most its context.
+      targets: the token after each of the last ``len(targets)`` inputs; at least one.
       place: of the adapter in the bank.
     """
 
@@ -43,47 +43,47 @@ class Targets:
 
 
 def score_targets(
-    decoder: Decoder, jobs: Sequence[Targets]
+    decoder: Decoder, queries: Sequence[Targets]
 ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-    """How likely the targets of each job are.
+    """Score the targets of each query.
 
-    Jobs that see the same tokens are computed once: the choices of a question, for one.
+    Queries with equal inputs are computed once, for example the choices of a question.
 
     Returns:
-      For each job natural logarithms of probabilities, ``float64 [targets]``, and whether greedy
-      decoding takes the target, ``bool [targets]``.
+      For each query natural logarithms of probabilities, ``float64 [targets]``, and whether greedy
+      decoding chooses the target, ``bool [targets]``.
 
     Raises:
       BackendError: a run fails.
     """
     alike: dict[tuple[tuple[int, ...], int], list[_Answer]] = defaultdict(list)
-    answers = [_Answer(job) for job in jobs]
-    for job, answer in zip(jobs, answers, strict=True):
-        alike[job.inputs, job.place].append(answer)
-    texts = [_Text(inputs, place, wanted) for (inputs, place), wanted in alike.items()]
-    batch = decoder.new_rows()
-    # No more tokens in a run than have room for their logits.
+    answers = [_Answer(query) for query in queries]
+    for query, answer in zip(queries, answers, strict=True):
+        alike[query.inputs, query.place].append(answer)
+    texts = [_Text(inputs, place, own) for (inputs, place), own in alike.items()]
+    rows = decoder.new_rows()
+    # The logits of a run must fit the limit.
     chunk = max(1, min(PREFILL_CHUNK, _LOGITS_BYTES // (4 * decoder.vocabulary)))
     for group in _groups(texts, chunk):
         if len(group) > 1 or len(group[0].inputs) <= chunk:
-            _score_group(batch, group)
+            _score_group(rows, group)
         else:
-            _score_long(batch, group[0], chunk)
+            _score_long(rows, group[0], chunk)
     return [(answer.logprobs, answer.greedy) for answer in answers]
 
 
 class _Answer:
-    """What is to be found out for one job."""
+    """The scores of one query."""
 
-    def __init__(self, job: Targets) -> None:
-        self.targets = np.array(job.targets)
-        self.first = len(job.inputs) - len(job.targets)
-        """Position in the inputs of what the first target follows."""
-        self.logprobs = np.zeros(len(job.targets))
-        self.greedy = np.zeros(len(job.targets), np.bool_)
+    def __init__(self, query: Targets) -> None:
+        self.targets = np.array(query.targets)
+        self.first = len(query.inputs) - len(query.targets)
+        """Position of the input before the first target."""
+        self.logprobs = np.zeros(len(query.targets))
+        self.greedy = np.zeros(len(query.targets), np.bool_)
 
     def take(self, start: int, logits: NDArray[np.float32]) -> None:
-        """Use the ``logits [n, V]`` of the positions from ``start``."""
+        """Score targets with the ``logits [n, V]`` of the positions from ``start``."""
         begin, end = max(self.first, start), start + len(logits)
         if begin < end:
             part = slice(begin - self.first, end - self.first)
@@ -94,7 +94,7 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Text:
-    """Tokens to run the model on, once for all that is asked of them."""
+    """Inputs of the model, shared by all queries that have them."""
 
     inputs: tuple[int, ...]
     place: int
@@ -102,15 +102,15 @@ class _Text:
 
     @property
     def first(self) -> int:
-        """The first position whose logits are needed."""
+        """First position whose logits are needed."""
         return min(answer.first for answer in self.answers)
 
 
 def _groups(texts: Sequence[_Text], chunk: int) -> Iterator[list[_Text]]:
-    """Texts to run together: of like length, so that there is little padding; long ones alone."""
+    """Group texts of similar length, for little padding; long ones are alone."""
     group: list[_Text] = []
     kept = 0
-    for text in sorted(texts, key=lambda one: len(one.inputs), reverse=True):
+    for text in sorted(texts, key=lambda text: len(text.inputs), reverse=True):
         kept = max(kept, len(text.inputs) - text.first)
         # The first of a group is its longest.
         longest = len(group[0].inputs) if group else len(text.inputs)
@@ -123,9 +123,9 @@ def _groups(texts: Sequence[_Text], chunk: int) -> Iterator[list[_Text]]:
         yield group
 
 
-def _score_group(batch: Rows, group: Sequence[_Text]) -> None:
+def _score_group(rows: Rows, group: Sequence[_Text]) -> None:
     keep = max(len(text.inputs) - text.first for text in group)
-    logits = batch.process(
+    logits = rows.process(
         [text.inputs for text in group], adapters=[text.place for text in group], keep=keep
     )
     for row, text in enumerate(group):
@@ -134,11 +134,11 @@ def _score_group(batch: Rows, group: Sequence[_Text]) -> None:
             answer.take(text.first, logits[row, keep - own :])
 
 
-def _score_long(batch: Rows, text: _Text, chunk: int) -> None:
-    batch.clear(0)
+def _score_long(rows: Rows, text: _Text, chunk: int) -> None:
+    rows.clear(0)
     for start in range(0, len(text.inputs), chunk):
         tokens = text.inputs[start : start + chunk]
         keep = min(len(tokens), max(1, start + len(tokens) - text.first))
-        logits = batch.prefill(0, tokens, adapter=text.place, keep=keep)
+        logits = rows.prefill(0, tokens, adapter=text.place, keep=keep)
         for answer in text.answers:
             answer.take(start + len(tokens) - keep, logits)

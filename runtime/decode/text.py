@@ -1,7 +1,7 @@
 """Between text and tokens: the tokenizer, the chat template, stop strings.
 
-onnxruntime-genai has the tokenizer and the template engine; both are opened from the folder alone,
-without its model.
+onnxruntime-genai has the tokenizer and the template engine, which need only the artifact's folder
+and not its model.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Tokenizer:
 
     Attributes:
       folder: the artifact.
-      begin: the token that a text may begin with; None where there is none.
+      begin: BOS; None if there is none.
       ends: tokens that end a text.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open it.
+        """Open the tokenizer.
 
         Raises:
-          BackendError: onnxruntime-genai is missing or refuses it.
+          BackendError: onnxruntime-genai is missing or rejects the folder.
         """
         self.folder = folder
         genai = import_package("onnxruntime_genai")
@@ -52,17 +52,17 @@ class Tokenizer:
 
     @property
     def beginning(self) -> int:
-        """What stands for nothing before a text: BOS, or the end of the text before it."""
+        """The token of an empty context: BOS, or EOS if there is no BOS."""
         return min(self.ends, default=0) if self.begin is None else self.begin
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the artifact knows how its model wants to be talked to."""
+        """Whether the artifact has a chat template."""
         return self.chat_template is not None
 
     @cached_property
     def chat_template(self) -> str | None:
-        """How the model wants to be talked to, in Jinja; None where the artifact does not say."""
+        """The chat template, in Jinja; None if the artifact has none."""
         file, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
         if file.is_file():
             return file.read_text(encoding="utf-8")
@@ -72,46 +72,45 @@ class Tokenizer:
         return template if isinstance(template, str) else None
 
     def encode_prompt(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
-        """Tokens of a text, of messages, or the tokens that ``prompt`` is already.
+        """Tokens of a text or of messages; tokens are returned as they are.
 
         Args:
-          prompt: messages go through the chat template, with the beginning of an answer behind
-            them.
-          chat: take a text for the user's turn.
+          prompt: messages go through the chat template, followed by the beginning of an answer.
+          chat: treat a text as the user's turn.
 
         Raises:
-          RequestError: a message lacks its role or content, or the template refuses it.
-          ArtifactError: a chat without a chat template.
+          RequestError: a message lacks its role or content, or the template rejects it.
+          ArtifactError: a chat, and there is no chat template.
         """
         if isinstance(prompt, str):
             if not chat:
                 return self.encode(prompt)
             return self.encode_chat([{"role": "user", "content": prompt}])
-        tokens = [int(one) for one in prompt if isinstance(one, Integral)]  # NumPy's, too
+        tokens = [int(item) for item in prompt if isinstance(item, Integral)]  # NumPy's too
         if len(tokens) == len(prompt):
             return tokens
-        return self.encode_chat([one for one in prompt if not isinstance(one, int)])
+        return self.encode_chat([item for item in prompt if not isinstance(item, int)])
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of ``text``.
 
         Args:
-          text: any; special tokens that are spelled out in it become special tokens.
-          special: begin with BOS where the tokenizer begins a text with it.
+          text: any; special tokens spelled out in it become special tokens.
+          special: add BOS if the tokenizer does so.
         """
         with self._lock:
-            # genai leaves it out unless it is told, and Gemma is lost without its BOS.
+            # genai leaves BOS out by default, and Gemma fails without it.
             self._tokenizer.update_options(add_special_tokens="true" if special else "false")
             return [int(token) for token in self._tokenizer.encode(text)]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a chat, with the beginning of the assistant's answer behind it.
+        """Tokens of a chat, followed by the beginning of the assistant's answer.
 
         Raises:
-          RequestError: a message lacks its role or content, or the template refuses it.
+          RequestError: a message lacks its role or content, or the template rejects it.
           ArtifactError: there is no chat template.
         """
-        # A template says itself what a text begins with.
+        # The template itself adds BOS.
         return self.encode(self.render_chat(messages), special=False)
 
     def render_chat(
@@ -124,7 +123,7 @@ class Tokenizer:
           add_generation_prompt: whether the beginning of the assistant's answer follows.
 
         Raises:
-          RequestError: a message lacks its role or content, or the template refuses it.
+          RequestError: a message lacks its role or content, or the template rejects it.
           ArtifactError: there is no chat template.
         """
         if not self.has_chat_template:
@@ -154,7 +153,7 @@ class Tokenizer:
             return str(self._tokenizer.decode(list(tokens)))
 
     def stream(self) -> TextStream:
-        """Decode token by token."""
+        """A decoder of one text, token by token."""
         return TextStream(self._tokenizer.create_stream())
 
 
@@ -165,15 +164,15 @@ class TextStream:
         self._stream = stream
 
     def decode(self, token: int) -> str:
-        """What ``token`` adds; empty where a character's last bytes are still to come."""
+        """The text that ``token`` adds; empty while a character is incomplete."""
         return str(self._stream.decode(token))
 
 
 class StopStrings:
-    r"""Ends a text before the first stop string in it, and holds back what may become one.
+    r"""Ends a text before its first stop string, and holds back what may become one.
 
-    What comes out does not depend on how the text is cut into pieces: the stop string that is
-    complete first counts, the longest of those that end together.
+    The result does not depend on the pieces that the text comes in: the first stop string to be
+    complete counts, and the longest of those that end together.
 
     >>> stops = StopStrings(["\n\n"])
     >>> stops.push("one\n"), stops.push("two\n"), stops.push("\nthree"), stops.found
@@ -186,7 +185,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Take ``text`` in and give what is certain to be part of the whole."""
+        """Add ``text``; returns the text that is certainly before any stop string."""
         if not self._stops:
             return text
         buffer = self._held + text
@@ -202,13 +201,13 @@ class StopStrings:
         return buffer[: len(buffer) - keep]
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows."""
+        """The text held back, at the end of the whole."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that ``stop`` begins with, ``stop`` itself aside."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -220,7 +219,7 @@ def _field(message: object, key: str) -> object:
 
 
 def _refusal(folder: Path, error: Exception) -> BackendError:
-    """What onnxruntime-genai says against ``folder``, as one sentence."""
+    """The error of onnxruntime-genai, as one sentence."""
     return BackendError(f"{folder}: ONNX Runtime GenAI fails: {reason(error)}")
 
 

@@ -3,7 +3,7 @@
     python -m eoracc.runtime.lm_eval --model eoracc --model_args pretrained=ARTIFACT,adapter=NAME
                                      --include_path TASKS --tasks TASK
 
-lm-eval looks for models of other packages nowhere: they are there once they have been imported.
+lm-eval does not search other packages for models; importing the module registers ``eoracc``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run lm-eval; an error that a user can cause is one sentence and exit code 2."""
-    # Registers the model, and says so in a sentence where lm-eval is not installed.
+    """Run lm-eval; an error of the user ends it with one sentence and exit code 2."""
     from lm_eval.__main__ import cli_evaluate
 
+    # The import registers the model.
     import eoracc.runtime.lm_eval.model  # noqa: F401, PLC0415
 
     try:

@@ -31,7 +31,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 """Generation arguments that are fields of a request under the same name."""
 
 _Pair = tuple[tuple[str, str] | None, list[int], list[int]]
-"""The texts that a cache of results knows it by, tokens of the context, of the continuation."""
+"""Key in the cache of results (two texts, or None), tokens of context and of continuation."""
 
 
 @register_model("eoracc")
@@ -39,9 +39,9 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """An artifact, on its own or with one of its adapters.
 
     Attributes:
-      max_length: tokens of context and continuation; longer ones lose their beginning.
-      max_gen_toks: new tokens where a task does not say how many.
-      batch_size: texts that are run together.
+      max_length: most tokens of context and continuation; longer texts lose their beginning.
+      max_gen_toks: number of new tokens if a task does not give it.
+      batch_size: number of texts run together.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         Args:
           pretrained: the artifact's folder.
           adapter: name of an adapter; None, or ``none``, for the backbone alone.
-          batch_size: texts that are run together.
-          max_length: tokens at most; None for what the model takes.
-          max_gen_toks: new tokens where a task does not say how many.
-          threads: of one operator; None for one a processor that this process may use.
-          device: lm-eval's, which says cuda:0 by itself: an artifact runs on the processor anyway.
-          max_batch_size: lm-eval's; an automatic batch size ends here.
+          batch_size: number of texts run together.
+          max_length: most tokens of a text; None for the model's context.
+          max_gen_toks: number of new tokens if a task does not give it.
+          threads: that one operator uses; None for one for each processor available to the process.
+          device: ignored; lm-eval passes cuda:0 by default.
+          max_batch_size: used if ``batch_size`` is ``auto``.
 
         Raises:
           ArtifactError: ``pretrained`` is damaged or no artifact.
-          RequestError: it has no such adapter, or an argument is out of range.
-          BackendError: ONNX Runtime is missing or refuses it.
+          RequestError: the adapter is unknown, or an argument is out of range.
+          BackendError: ONNX Runtime is missing or rejects the model.
         """
         super().__init__()
         self.model = load(Path(pretrained), threads=threads)
@@ -96,22 +96,22 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     @property
     @override
     def prefix_token_id(self) -> int:
-        """What comes before a text without context: BOS, or EOS where there is none."""
+        """The token of an empty context: BOS, or EOS if there is no BOS."""
         return self.model.tokenizer.beginning
 
     @property
     @override
     def tokenizer_name(self) -> str:
-        """Tells caches of requests apart."""
+        """Identifies the artifact in caches of requests."""
         return f"{self.model.folder.resolve().name}-{self.model.manifest.digest[:16]}"
 
     @override
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Tokens of ``string``, with BOS where the tokenizer begins a text with it.
+        """Tokens of ``string``, with BOS if the tokenizer adds it.
 
-        A text that spells BOS out, as chat templates do, gets no second one unless it is asked for.
+        A text that spells BOS out, as chat templates do, gets no second BOS by default.
         """
         tokenizer = self.model.tokenizer
         tokens = tokenizer.encode(string, special=add_special_tokens is not False)
@@ -122,8 +122,8 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[_Pair], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        # Longest first: texts of a batch are of one length, nearly, and padding costs little.
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        # Longest first: texts of a batch have similar lengths, so that padding costs little.
         order = sorted(
             (index for index, request in enumerate(requests) if request[2]),
             key=lambda index: -len(requests[index][1]) - len(requests[index][2]),
@@ -133,18 +133,18 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             batch = order[start : start + self.batch_size]
             scores = self._score([requests[index] for index in batch])
             for index, score in zip(batch, scores, strict=True):
-                found[index] = score.logprob, score.greedy
+                results[index] = score.logprob, score.greedy
                 texts = requests[index][0]
                 if texts is not None:
-                    self.cache_hook.add_partial("loglikelihood", texts, found[index])
+                    self.cache_hook.add_partial("loglikelihood", texts, results[index])
             progress.update(len(batch))
         progress.close()
-        return found
+        return results
 
     def _score(self, requests: Sequence[_Pair]) -> list[ContinuationScore]:
         pairs = []
         for _, context, continuation in requests:
-            # The last token is only predicted, never read: one more fits.
+            # The last token is only predicted and never an input, so that one more fits.
             kept = (context + continuation)[-(self.max_length + 1) :]
             if len(kept) <= len(continuation):
                 raise RequestError(
@@ -158,11 +158,11 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows that each predict other tokens.
+        """Log-likelihood of whole texts, in windows that predict each token once.
 
         Args:
-          requests: one text each.
-          disable_tqdm: show no progress.
+          requests: with one text each.
+          disable_tqdm: do not show progress.
         """
         pairs: list[_Pair] = []
         owners: list[int] = []
@@ -189,26 +189,28 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Continue texts until a stop string.
 
         Args:
-          requests: a text and lm-eval's generation arguments each.
-          disable_tqdm: show no progress.
+          requests: with a text and lm-eval's generation arguments each.
+          disable_tqdm: do not show progress.
         """
-        found: list[str] = []
+        texts: list[str] = []
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Generating")
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            completions = self.model.generate_batch([self._request(*one.args) for one in batch])
-            for one, completion in zip(batch, completions, strict=True):
-                found.append(completion.text)
-                self.cache_hook.add_partial("generate_until", one.args, completion.text)
+            completions = self.model.generate_batch(
+                [self._request(*request.args) for request in batch]
+            )
+            for request, completion in zip(batch, completions, strict=True):
+                texts.append(completion.text)
+                self.cache_hook.add_partial("generate_until", request.args, completion.text)
             progress.update(len(batch))
         progress.close()
-        return found
+        return texts
 
     def _request(self, context: str, arguments: Mapping[str, Any]) -> Request:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
-        stop = [one for one in kwargs.pop("until", None) or () if one]
+        stop = [string for string in kwargs.pop("until", None) or () if string]
         new_tokens = kwargs.pop("max_gen_toks")
-        kwargs.pop("do_sample", None)  # temperature says so, too
+        kwargs.pop("do_sample", None)  # implied by temperature
         if unknown := kwargs.keys() - set(_SAMPLING):
             raise RequestError(
                 f"generation argument '{min(unknown)}': is none of "
@@ -232,21 +234,21 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat, with the beginning of an answer behind it where that is asked for."""
+        """The text of a chat, followed by the beginning of an answer if requested."""
         return self.model.tokenizer.render_chat(
             chat_history, add_generation_prompt=add_generation_prompt
         )
 
     @override
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's source; the artifact has one at most, whatever it is called."""
+        """Source of the artifact's only template, whatever its name."""
         return self.model.tokenizer.chat_template if chat_template else None
 
 
-def _batch_size(asked: int | str, most: int | None) -> int:
-    if isinstance(asked, str) and asked.startswith("auto"):
-        return most or 8
-    size = int(asked)
+def _batch_size(batch_size: int | str, largest: int | None) -> int:
+    if isinstance(batch_size, str) and batch_size.startswith("auto"):
+        return largest or 8
+    size = int(batch_size)
     if size < 1:
-        raise RequestError(f"batch_size={asked}: must be 1 or more")
+        raise RequestError(f"batch_size={batch_size}: must be 1 or more")
     return size

@@ -1,4 +1,4 @@
-"""A model in ONNX Runtime with the adapters that it runs with."""
+"""The ONNX Runtime backend: a model with its bank of adapters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["GraphDecoder"]
 
 
 class GraphDecoder:
-    """A graph and the adapters that it runs with, as generating and scoring want it.
+    """A :class:`eoracc.runtime.decode.decoder.Decoder` in ONNX Runtime.
 
     Attributes:
       bank: the adapters.
-      context_length: tokens of a row at most.
-      vocabulary: width of the logits.
+      context_length: most tokens of a row.
+      vocabulary: number of logits of a token.
     """
 
     def __init__(self, graph: Graph, bank: AdapterBank) -> None:
@@ -29,5 +29,5 @@ class GraphDecoder:
         self.vocabulary = graph.vocabulary
 
     def new_rows(self) -> GraphRows:
-        """A cache of its own, without a row yet."""
+        """A new cache without rows."""
         return GraphRows(self._graph, self.bank)

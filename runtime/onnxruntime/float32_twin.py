@@ -1,12 +1,11 @@
-"""The float32 twin of a float16 or bfloat16 graph: the same nodes and constants, computed widely.
+"""The float32 twin of a float16 or bfloat16 graph: the same nodes and constants in float32.
 
 ONNX Runtime has few CPU kernels for the narrow types, and rounding at every node would hide small
-mistakes. So a graph that is made for a GPU is checked in this form: every narrow value becomes
-float32, every stored number keeps the value that it was rounded to. What is left to differ from a
-reference is the rounding of float32.
+errors. So a graph for a GPU is checked in this form: every narrow value becomes float32, and stored
+numbers keep their rounded values. It differs from a reference only by the rounding of float32.
 
-What a GPU's rounding does can be seen in a second form. It rounds what each node gives to the
-narrow type, as kernels do that sum in float32 and store narrow results.
+A second form shows the effect of a GPU's rounding. It rounds the result of each node to the narrow
+type, like kernels that sum in float32 and store narrow results.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ __all__ = ["float32_twin"]
 _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _WIDE = ir.DataType.FLOAT
 _SHAPING = ("Concat", "Gather", "GatherND", "Reshape", "Slice", "TensorScatter", "Transpose")
-"""Operators that compute nothing: what they give needs no rounding."""
+"""Operators that only move values, whose results need no rounding."""
 
 
 def float32_twin(model: ir.Model, *, rounded: bool = False) -> ir.Model:
     """A copy of ``model`` that computes in float32.
 
     Args:
-      model: of standard operators, and of functions of them. It is left as it is. Its tensors are
-        shared: narrow ones are widened by a node each, so that what lies in a file stays there.
-      rounded: round what each node gives to the type that it has in ``model``.
+      model: of standard operators and functions of them; it is not changed. Its tensors are shared:
+        a node widens each narrow one, so that data in a file stays there.
+      rounded: round the result of each node to its type in ``model``.
     """
     twin = model.clone()
     graph = twin.graph
@@ -52,18 +51,18 @@ def float32_twin(model: ir.Model, *, rounded: bool = False) -> ir.Model:
 
 
 def _widen_attributes(nodes: Iterable[ir.Node]) -> None:
-    """Let casts and dequantization give float32 where they gave a narrow type."""
+    """Make casts and dequantization to a narrow type give float32."""
     for node in nodes:
         for name in ("to", "output_dtype"):
             attribute = node.attributes.get(name)
-            if attribute is None or attribute.is_ref():  # a function may take it from its caller
+            if attribute is None or attribute.is_ref():  # an attribute of the caller of a function
                 continue
             if attribute.value in _NARROW:
                 node.attributes[name] = ir.AttrInt64(name, int(_WIDE))
 
 
 def _widen(value: ir.Value) -> ir.DataType | None:
-    """Make ``value`` float32; the type that it had where that is a narrow one."""
+    """Make a narrow ``value`` float32; returns its former type, or None if it was not narrow."""
     narrow = value.dtype
     if narrow not in _NARROW:
         return None
@@ -74,7 +73,7 @@ def _widen(value: ir.Value) -> ir.DataType | None:
 def _insert(
     graph: ir.Graph, value: ir.Value, dtypes: tuple[ir.DataType, ...], *, after: ir.Node | None
 ) -> None:
-    """Cast ``value`` to one type after the other for all that read it."""
+    """Insert casts of ``value`` to one type after the other before its readers."""
     readers = list(value.uses())
     result = value
     for position, dtype in enumerate(dtypes):

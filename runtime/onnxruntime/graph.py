@@ -19,14 +19,14 @@ __all__ = ["Binding", "Graph"]
 
 
 class Graph:
-    """A decoder in ONNX Runtime, and what is to be known of its inputs and outputs.
+    """A model in ONNX Runtime, with the properties of its inputs and outputs.
 
     Attributes:
-      context_length: tokens that it takes at most.
-      in_place: whether its attention writes into the buffers that it reads its past from.
-      vocabulary: width of the logits.
-      trims_logits: whether it can be told of how many tokens to compute the logits.
-      needs_positions: whether it must be told the tokens' positions.
+      context_length: most tokens of a row.
+      in_place: whether attention writes into the buffers that it reads its past from.
+      vocabulary: number of logits of a token.
+      trims_logits: whether there is an input for the number of tokens that get logits.
+      needs_positions: whether there is an input for the positions of tokens.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Graph:
         in_place: bool,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """Look at what there is.
+        """Read the properties of a session.
 
         Args:
           inference: the session.
-          context_length: tokens that it takes at most.
-          in_place: whether its attention writes into the buffers that it reads its past from.
-          defaults: what the session has been opened with, kept here for as long as it lives.
+          context_length: most tokens of a row.
+          in_place: whether attention writes into the buffers that it reads its past from.
+          defaults: that the session was opened with, kept here for as long as it lives.
         """
         self._inference = inference
         self._defaults = dict(defaults or {})
@@ -70,21 +70,21 @@ class Graph:
         }
 
     def new_logits(self, rows: int, tokens: int) -> NDArray[np.generic]:
-        """A buffer ``[rows, tokens, V]`` of the type that the model gives."""
+        """A buffer ``[rows, tokens, V]`` of the model's type of logits."""
         return np.empty((rows, tokens, self.vocabulary), self._logits_type)
 
     def bind(self) -> Binding:
-        """Something to bind the inputs and outputs of runs to."""
+        """A new binding of inputs and outputs to arrays."""
         return Binding(self._inference)
 
-    def reads(self, name: str, array: NDArray[np.generic]) -> bool:
-        """Whether a run that is told nothing of input ``name`` reads this very ``array``."""
+    def reads_by_default(self, name: str, array: NDArray[np.generic]) -> bool:
+        """Whether a run without a binding of input ``name`` reads this very ``array``."""
         default = self._defaults.get(name)
         return default is not None and default.data_ptr() == _address(array)
 
 
 class Binding:
-    """Arrays that ONNX Runtime reads from and writes to, where they lie."""
+    """Arrays that ONNX Runtime reads from and writes to in place."""
 
     def __init__(self, inference: Any) -> None:  # noqa: ANN401 - onnxruntime has no types
         self._inference = inference
@@ -92,21 +92,21 @@ class Binding:
         self._arrays: dict[str, NDArray[np.generic]] = {}
 
     def read(self, name: str, array: NDArray[np.generic]) -> None:
-        """Let the model's input ``name`` be a C-contiguous ``array``."""
-        self._arrays[name] = array  # ONNX Runtime keeps its address only
+        """Bind input ``name`` to a C-contiguous ``array``."""
+        self._arrays[name] = array  # ONNX Runtime keeps only its address
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
 
     def write(self, name: str, array: NDArray[np.generic]) -> None:
-        """Let the model's output ``name`` be written into a C-contiguous ``array``."""
+        """Bind output ``name`` to a C-contiguous ``array``."""
         self._arrays[name] = array
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
 
     def make(self, name: str) -> None:
-        """Let ONNX Runtime make an array for the model's output ``name``, see :meth:`made`."""
+        """Let ONNX Runtime allocate output ``name``, see :meth:`made`."""
         self._binding.bind_output(name, "cpu")
 
     def made(self) -> NDArray[np.generic]:
-        """What the last run made for :meth:`make`, which was bound before all other outputs."""
+        """The array of :meth:`make` after a run; it must have been bound before other outputs."""
         array: NDArray[np.generic] = self._binding.get_outputs()[0].numpy()
         return array
 

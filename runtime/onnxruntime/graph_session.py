@@ -1,7 +1,7 @@
-"""A graph that is made for TensorRT, run by ONNX Runtime on the CPU as its float32 twin.
+"""A graph for TensorRT, run by ONNX Runtime on the CPU as its float32 twin.
 
-This is how such a graph is checked where no GPU is: one call after the other through the cache, in
-the layout that the graph has. docs/targets.md lists its inputs and outputs.
+This checks such a graph without a GPU: call after call through the cache, in the graph's layout.
+docs/targets.md lists its inputs and outputs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = ["GraphSession"]
 
 
 class GraphSession:
-    """A lowered decoder, see the module's text.
+    """A decoder lowered for TensorRT, as its float32 twin.
 
     Attributes:
       operands: further inputs of every call by name: factors of an adapter, ``float32``,
-        ``<linear>.lora_a [R, K]`` and ``.lora_b [N, R]``. Those that are not given have rank 0.
+        ``<linear>.lora_a [R, K]`` and ``.lora_b [N, R]``. Missing ones have rank 0.
     """
 
     def __init__(self, inference: Any) -> None:  # noqa: ANN401 - onnxruntime has no types
@@ -65,20 +65,20 @@ class GraphSession:
         """Open the graph at ``path``, its weights beside it.
 
         Args:
-          path: an ONNX file. A manifest that covers it is the caller's to verify.
+          path: an ONNX file; the caller has verified the manifest.
           rounded: see :func:`eoracc.runtime.onnxruntime.float32_twin.float32_twin`.
-          threads: of one operator; None leaves the choice to ONNX Runtime.
+          threads: that one operator uses; None for ONNX Runtime's default.
 
         Raises:
-          ArtifactError: it cannot be read.
-          BackendError: ONNX Runtime is missing or refuses it.
+          ArtifactError: the file cannot be read.
+          BackendError: ONNX Runtime is missing or rejects the graph.
         """
         try:
             model = ir.load(path)
         except Exception as error:
             raise ArtifactError(f"{path}: cannot be read: {error}") from error
         proto = ir.to_proto(float32_twin(model, rounded=rounded)).SerializeToString()
-        # Lean: weights are widened as they are read, so that they stay in the file's memory.
+        # Lean: weights are widened at every call and stay in the mapped file.
         inference = open_inference(
             proto, None, threads, str(path), lean=True, weights=path.resolve().parent
         )
@@ -126,5 +126,5 @@ class GraphSession:
 
 
 def _cache_shape(shape: Sequence[int | str]) -> tuple[int, ...]:
-    """``[heads, P, D]`` of an empty cache: a capacity stands in the graph, a past is 0 long."""
+    """``[heads, P, D]`` of an empty cache: P is the graph's capacity, or 0 for a past."""
     return tuple(size if isinstance(size, int) else 0 for size in shape)

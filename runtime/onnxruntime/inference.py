@@ -36,21 +36,21 @@ def open_inference(
     weights: Path | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    """An ``onnxruntime.InferenceSession``.
+    """Open an ``onnxruntime.InferenceSession``.
 
     Args:
-      model: its path, or itself.
+      model: its path, or its content.
       library: the native library to register, or None.
-      threads: of one operator; None leaves the choice to ONNX Runtime.
-      name: what to call the model in an error.
+      threads: that one operator uses; None for ONNX Runtime's default.
+      name: of the model, for errors.
       lean: see :func:`eoracc.runtime.onnxruntime.session.open_session`.
-      weights: the folder of the files that ``model``, given as bytes, has its weights in.
+      weights: folder of the weight files of a ``model`` given as bytes.
       defaults: of optional inputs, in place of the model's own (:func:`ort_values`). A run that
-        is content with them names none of them, which spares it half a microsecond each. They must
-        live as long as the session.
+        uses them need not bind them, which saves half a microsecond each. They must live as long as
+        the session.
 
     Raises:
-      BackendError: ONNX Runtime is missing or refuses the model.
+      BackendError: ONNX Runtime is missing or rejects the model.
     """
     onnxruntime = import_package("onnxruntime")
     options = onnxruntime.SessionOptions()
@@ -60,14 +60,14 @@ def open_inference(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
-        # DequantizeLinear and MatMul would become a product that rounds activations to int8.
+        # Otherwise DequantizeLinear and MatMul become a product that rounds activations to int8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         if weights is not None:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights))
         for optional, value in (defaults or {}).items():
             options.add_initializer(optional, value)
         if lean:
-            # An arena would keep the largest of everything, and idle threads would spin.
+            # An arena would keep the peak of memory, and idle threads would spin.
             options.enable_cpu_mem_arena = False
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return onnxruntime.InferenceSession(
@@ -82,7 +82,7 @@ def open_inference(
 
 
 def ort_values(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
-    """C-contiguous arrays as ONNX Runtime's values, which read the arrays' memory and keep them.
+    """Wrap C-contiguous arrays as ONNX Runtime's values, which share and keep their memory.
 
     Raises:
       BackendError: ONNX Runtime is missing.

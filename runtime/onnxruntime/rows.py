@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["GraphRows"]
 
 _SMALLEST = 128
-"""Tokens that a new cache has room for; the room doubles when it is used up."""
+"""Capacity of a new cache in tokens; it doubles when it is full."""
 
 
 class GraphRows:
     """A key/value cache of several rows, and the runs that fill it.
 
-    :class:`eoracc.runtime.decode.decoder.Rows` says what its methods do.
+    :class:`eoracc.runtime.decode.decoder.Rows` describes the methods.
     """
 
     def __init__(self, graph: Graph, bank: AdapterBank) -> None:
@@ -50,12 +50,12 @@ class GraphRows:
         return int(self._lengths[row])
 
     def clear(self, row: int) -> None:
-        """Begin a new text in ``row``."""
+        """Start a new text in ``row``."""
         self._reserve(row + 1, 1)
         self._lengths[row] = 0
 
     def move(self, source: int, target: int) -> None:
-        """Put the text of row ``source`` into row ``target``."""
+        """Move the text of row ``source`` to row ``target``."""
         length = self._lengths[source]
         for cache in self._caches.values():
             cache[target, :, :length] = cache[source, :, :length]
@@ -69,10 +69,10 @@ class GraphRows:
         """Append ``tokens`` to the text of ``row``.
 
         Args:
-          row: of the batch.
-          tokens: at least one; with those that are there already at most the model's context.
-          adapter: its place in the bank; negative for none.
-          keep: of how many last tokens to give the logits.
+          row: cleared before its first tokens.
+          tokens: at least one; the whole text must fit the model's context.
+          adapter: place in the bank; negative for none.
+          keep: number of last tokens to return logits of.
 
         Returns:
           Logits, ``float32 [keep, V]``.
@@ -86,15 +86,15 @@ class GraphRows:
     def process(
         self, texts: Sequence[Sequence[int]], *, adapters: Sequence[int], keep: int
     ) -> NDArray[np.float32]:
-        """Begin the first rows anew with ``texts``, all in one run.
+        """Start new texts in the first rows, all in one run.
 
         Args:
           texts: tokens of each row, at least one each.
           adapters: a place in the bank for each; negative for none.
-          keep: of how many last tokens of each row to give the logits.
+          keep: number of last tokens of each row to return logits of.
 
         Returns:
-          Logits, ``float32 [len(texts), keep, V]``; those before a text's beginning are undefined.
+          Logits, ``float32 [len(texts), keep, V]``; undefined before the first token of a text.
 
         Raises:
           BackendError: ONNX Runtime fails.
@@ -117,7 +117,7 @@ class GraphRows:
           Logits, ``float32 [len(tokens), V]``, valid until the next call.
 
         Raises:
-          BackendError: ONNX Runtime fails, or memory is out; the rows are as they were.
+          BackendError: ONNX Runtime fails, or memory is exhausted; the rows have not changed.
         """
         rows = slice(first, first + len(tokens))
         self._reserve(rows.stop, int(self._lengths[rows].max()) + 1)
@@ -135,7 +135,7 @@ class GraphRows:
     def _decode_singly(
         self, rows: slice, tokens: Sequence[int], adapters: Sequence[int]
     ) -> NDArray[np.float32]:
-        """For an attention that copies its past: rows of different lengths do not fit one array."""
+        """Decode row by row: attention that copies its past needs rows of one length."""
         lengths = self._lengths[rows].copy()
         parts = zip(range(rows.start, rows.stop), tokens, adapters, strict=True)
         try:
@@ -149,7 +149,7 @@ class GraphRows:
     def _process(
         self, first: int, texts: Sequence[Sequence[int]], adapters: Sequence[int], keep: int
     ) -> NDArray[np.float32]:
-        """Append to one row, or begin several: what the fused attention can do with many tokens."""
+        """Append to one row or start several, which is all that the fused attention supports."""
         count, longest = len(texts), max(map(len, texts))
         rows = slice(first, first + count)
         past = int(self._lengths[first])
@@ -160,7 +160,7 @@ class GraphRows:
             ids[row, : len(text)] = text
         mask = (np.arange(past + longest) < past + lengths[:, None]).astype(np.int64)
         binding = self._graph.bind()
-        # The model declares them for one token a row: more do not go into an array of ours.
+        # The declared shape is one token a row: more do not fit an array bound by us.
         binding.make("logits")
         binding.read("input_ids", ids)
         binding.read("attention_mask", mask)
@@ -179,7 +179,7 @@ class GraphRows:
         if self._decoding is not None:
             for row in range(rows.start, rows.stop):
                 self._decoding.forget(row)
-        if not self._graph.trims_logits:  # of an older artifact: all are there
+        if not self._graph.trims_logits:  # an older artifact computes all logits
             ends = np.maximum(lengths[:, None] - keep + np.arange(keep), 0)
             logits = logits[np.arange(count)[:, None], ends]
         return logits.astype(np.float32, copy=False)
@@ -187,7 +187,7 @@ class GraphRows:
     def _bind_caches(
         self, binding: Binding, rows: slice, past: int, total: int
     ) -> dict[str, NDArray[np.generic]]:
-        """Bind the caches of ``rows``; what must be copied into them after the run, if anything."""
+        """Bind the caches of ``rows``; returns arrays to copy into them after the run, if any."""
         if self._graph.in_place:
             _bind_in_place(binding, self._caches, rows)
             return {}
@@ -200,14 +200,14 @@ class GraphRows:
         return presents
 
     def _reserve(self, rows: int, tokens: int) -> None:
-        """Make room: both sizes double, so that growing costs little in all."""
+        """Grow the cache; both sizes double, so that the total cost of growing is low."""
         held = len(self._lengths)
         if rows <= held and tokens <= self._capacity:
             return
         capacity = max(self._capacity, _SMALLEST)
         while capacity < tokens:
             capacity *= 2
-        # Beyond the context there are no angles for the rotary embedding.
+        # The rotary embedding has no angles beyond the context.
         capacity = min(capacity, max(self._graph.context_length, tokens))
         count = held if rows <= held else max(rows, 2 * held)
         try:
@@ -225,7 +225,7 @@ class GraphRows:
 
 
 class _DecodeStep:
-    """One token for each of some rows, bound once and run many times."""
+    """Decoding of one token for each of some rows, bound once and run many times."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class _DecodeStep:
         capacity = next(iter(caches.values())).shape[2]
         self._rows = rows
         self._version = version
-        # The mask is as wide as the cache: no shape changes from run to run.
+        # The mask is as wide as the cache, so that no shape changes between runs.
         self._ids = np.zeros((count, 1), np.int64)
         self._mask = np.zeros((count, capacity), np.int64)
         self._positions = np.zeros((count, 1), np.int64)
@@ -256,11 +256,11 @@ class _DecodeStep:
         _bind_in_place(binding, caches, rows)
 
     def fits(self, rows: slice, version: int) -> bool:
-        """Whether these are the rows, and this the bank, that are bound."""
+        """Whether these rows and this version of the bank are bound."""
         return self._rows == rows and self._version == version
 
     def forget(self, row: int) -> None:
-        """Another text is in ``row`` from now on."""
+        """Reset the mask of ``row``, which has another text now."""
         if self._rows.start <= row < self._rows.stop:
             self._known[row - self._rows.start] = 0
             self._mask[row - self._rows.start] = 0
@@ -268,7 +268,7 @@ class _DecodeStep:
     def run(
         self, tokens: Sequence[int], adapters: Sequence[int], lengths: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        """Logits ``[rows, V]``; ``lengths`` are those before these tokens."""
+        """Logits ``[rows, V]``; ``lengths`` are without the new tokens."""
         for row in np.flatnonzero(self._known <= lengths):
             self._mask[row, self._known[row] : lengths[row] + 1] = 1
         self._known[:] = lengths + 1
@@ -291,13 +291,13 @@ def _bind_bank(
     bank: dict[str, NDArray[np.generic]],
     adapters: NDArray[np.int32],
 ) -> None:
-    """Without a bank the model's defaults stand: an adapter of rank 0.
+    """Bind the bank; without one the model's defaults remain, an adapter of rank 0.
 
-    Every input that is bound costs every run, and there are four a fused linear: a bank that the
-    session has for its defaults is not bound.
+    Each bound input costs time in every run, and there are four for each fused linear. So arrays
+    that are the session's defaults are not bound.
     """
     for name, array in bank.items():
-        if not graph.reads(name, array):
+        if not graph.reads_by_default(name, array):
             binding.read(name, array)
     if bank:
         binding.read(ADAPTER_INDEX, adapters)

@@ -1,6 +1,6 @@
 """An artifact in plain ONNX Runtime: logits and a key/value cache, in NumPy.
 
-Parity is checked in this form, and servers of other kinds may build on it;
+The parity check runs artifacts in this form, and other servers may build on it;
 :mod:`eoracc.runtime.model` generates text. Rows of a batch are padded on the right: the fused
 attention counts the ones of the mask and takes them to be the first positions of a row.
 """
@@ -30,7 +30,7 @@ class Session:
     """A decoder in ONNX Runtime.
 
     Attributes:
-      operands: further inputs of every call by name, those of an adapter for example
+      operands: further inputs of every call by name, for example those of an adapter
         (:func:`eoracc.plugins.adapters.pack_adapter`).
     """
 
@@ -56,17 +56,17 @@ class Session:
         *,
         last_only: bool = False,
     ) -> tuple[NDArray[np.float32], Cache]:
-        """One call of the model.
+        """Call the model once.
 
         Args:
           input_ids: ``[B, S]``, the tokens after the past.
           attention_mask: ``[B, P + S]``, past included, padded on the right; None means all ones.
-          past: what the call before returned; None at the beginning.
-          last_only: compute the logits of each row's last token and no others.
+          past: returned by the previous call; None in the first one.
+          last_only: compute only the logits of each row's last token.
 
         Returns:
-          Logits ``float32 [B, S, V]``, those of padding undefined, or ``[B, 1, V]``; and the cache,
-          grown by S.
+          Logits ``float32 [B, S, V]``, undefined at padding, or ``[B, 1, V]``; and the cache, S
+          tokens longer.
         """
         batch, length = input_ids.shape
         past = self._no_past(batch) if past is None else past
@@ -93,10 +93,10 @@ class Session:
         logits: NDArray[np.float32] = results["logits"].astype(np.float32, copy=False)
         last = np.clip(attention_mask.sum(axis=1) - 1 - past_length, 0, length - 1)
         if last_only:
-            if not self._trims_logits:  # of an older artifact
+            if not self._trims_logits:  # an older artifact
                 logits = logits[np.arange(batch), last][:, None]
         elif self._trims_logits:
-            # They come as the last tokens of each row, which padding may follow.
+            # Logits come as those of the last tokens of each row; padding may follow them.
             for row in np.flatnonzero(last < length - 1):
                 logits[row] = np.roll(logits[row], last[row] + 1, axis=0)
         return logits, present
@@ -131,7 +131,7 @@ class Session:
 
         Args:
           prompts: token ids, at least one each.
-          max_new_tokens: per prompt.
+          max_new_tokens: of each continuation.
           stop: token ids that end a continuation; they are not part of it.
         """
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -179,13 +179,13 @@ def open_session(
       folder: the artifact.
       library: register the native library; without it the fused op runs through its model-local
         function, in any ONNX Runtime.
-      threads: of one operator; None leaves the choice to ONNX Runtime.
-      lean: spare memory and processor time. Without the library, ONNX Runtime would dequantize all
-        weights at load, in several times their memory, and be fast from then on; lean, it does so
-        at every call.
+      threads: that one operator uses; None for ONNX Runtime's default.
+      lean: save memory. Without the library, ONNX Runtime would dequantize all weights at load,
+        which takes several times their memory and makes calls fast; if lean, it dequantizes them
+        in every call.
 
     Raises:
-      BackendError: ONNX Runtime is missing or refuses the model.
+      BackendError: ONNX Runtime is missing or rejects the model.
       ArtifactError: genai_config.json is missing or damaged.
     """
     files = read_model_files(folder)

@@ -1,4 +1,4 @@
-"""Single linears of an artifact, each in a session of its own: what parity checks one by one."""
+"""Single linears of an artifact, each in a session of its own, for the parity check."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _FUSED_ATTRIBUTES = ("activation", "norm_epsilon")
 def open_linears(
     folder: Path, names: Sequence[str], *, library: bool = True, threads: int | None = None
 ) -> Iterator[Callable[[Mapping[int, NDArray[np.float32]]], NDArray[np.float32]]]:
-    """Single linears of the artifact, to be run on their own, from the operands that it stores.
+    """Open single linears of the artifact, with their stored operands.
 
     Args:
       folder: the artifact.
       names: of the linears.
-      library: see :func:`open_session`.
-      threads: see :func:`open_session`.
+      library: see :func:`eoracc.runtime.onnxruntime.session.open_session`.
+      threads: likewise.
 
     Yields:
       For each name a function from inputs by width, ``{K: [rows, K]}``, to the linear's outputs,
-      ``float32 [rows, N]``, without what is fused with it: norm, bias, activation, residual.
+      ``float32 [rows, N]``, without the fused parts: norm, bias, activation, residual.
 
     Raises:
-      ArtifactError: there is no such linear.
-      BackendError: ONNX Runtime is missing or refuses the op.
+      ArtifactError: a linear is unknown.
+      BackendError: ONNX Runtime is missing or rejects the op.
     """
     files = read_model_files(folder)
     try:
@@ -61,7 +61,7 @@ def open_linears(
         if name not in places:
             raise ArtifactError(f"{files.model}: has no linear '{name}'")
         node, part = places[name]
-        if opened is None or opened[0] is not node:  # merged linears come one after the other
+        if opened is None or opened[0] is not node:  # merged linears are adjacent
             proto = ir.to_proto(_single(model, node)).SerializeToString()
             opened = node, open_inference(proto, native, threads, f"{folder}: {name}")
         sizes = node.attributes.get_ints("parts", ()) if len(_linear_names(node)) > 1 else ()
@@ -75,7 +75,7 @@ def _linear_names(node: ir.Node) -> list[str]:
 
 
 def _single(model: ir.Model, node: ir.Node) -> ir.Model:
-    """A model of ``node`` alone, weights included, without what is fused with its linears."""
+    """A model of ``node`` alone with its weights, without the parts fused with its linears."""
     source = node.inputs[0]
     dtype = (source.dtype if source is not None else None) or ir.DataType.FLOAT
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(["rows", None]))
@@ -91,7 +91,7 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
             raise ArtifactError(f"node {node.name}: its operand {value.name} is no initializer")
         try:
             array = constant.numpy()
-        except (OSError, ValueError) as error:  # no such file, or one that is linked from elsewhere
+        except (OSError, ValueError) as error:  # the file is missing, or a link to elsewhere
             raise ArtifactError(
                 f"{value.name}: cannot be read: {error}: copy or build the artifact again"
             ) from error
@@ -100,7 +100,7 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
         operands.pop()
     attributes = [a for a in node.attributes.values() if a.name not in _FUSED_ATTRIBUTES]
     single = ir.Node(node.domain, node.op_type, operands, attributes, name=node.name)
-    # The artifact has the body for its own combination of fusions; without any it is another one.
+    # The artifact's function body is for its own combination of fused parts.
     alike = len(attributes) == len(node.attributes) and [value is None for value in operands] == [
         value is None for value in node.inputs
     ]

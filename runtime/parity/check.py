@@ -1,8 +1,9 @@
 """Check that an artifact computes what the compressed model computed in eager PyTorch.
 
-The artifact carries the record to compare with, so this needs neither PyTorch nor the original
-model. Every figure is taken twice: with the native library, and without it, through the model-local
-functions that any ONNX Runtime can run.
+The artifact contains the reference values (the record), so the check needs neither PyTorch nor the
+original model. Every figure is measured twice: with the native library, and without it, through the
+model-local functions that any ONNX Runtime can run. :mod:`eoracc.runtime.parity.engines` checks the
+TensorRT engines of an artifact against the same record.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 PARITY_FILE = "parity.safetensors"
-"""The record: at the artifact's root, and in the folder of a target that engines are built for."""
+"""File of a record, at the artifact's root and in the folder of each TensorRT target."""
 
 _GRAPHS = ("tensorrt_rtx", "tensorrt")
 _GRAPH_FILE = "model.onnx"
@@ -47,7 +48,7 @@ _GRAPH_FILE = "model.onnx"
 
 @dataclass(frozen=True, eq=False)
 class ParityLinear:
-    """What one linear computes.
+    """Reference outputs of one linear.
 
     Attributes:
       name: of the linear and of its node.
@@ -62,7 +63,7 @@ class ParityLinear:
 
 @dataclass(frozen=True, eq=False)
 class ParityCase:
-    """What the whole model computes when called in one particular way.
+    """Reference logits of the whole model for one way of calling it.
 
     Attributes:
       name: for the report.
@@ -73,8 +74,8 @@ class ParityCase:
       columns: position of each kept token, ``int64 [P]``.
       logits: ``float32 [P, V]``.
       tolerance: largest allowed deviation of a logit.
-      rounding: what may come on top where every value is rounded to the graph's narrow type, as a
-        GPU does; 0 of a graph that computes in float32.
+      rounding: further deviation allowed where every value is rounded to the graph's narrow type,
+        as on a GPU; 0 for a graph that computes in float32.
     """
 
     name: str
@@ -90,14 +91,14 @@ class ParityCase:
 
 @dataclass(frozen=True, eq=False)
 class ParityRecord:
-    """All that parity is checked against.
+    """All reference values of a parity check.
 
     Attributes:
       inputs: of linears by width K, ``float32 [rows, K]``.
       linears: one per compressed linear.
       cases: one per way of calling the model.
-      compression_effect: largest change that compression itself made to a logit of the first case:
-        a tolerance that is not far below it would prove nothing.
+      compression_effect: largest change of a logit of the first case by compression itself; a
+        tolerance must be far below it to prove anything.
     """
 
     inputs: Mapping[int, NDArray[np.float32]]
@@ -156,7 +157,7 @@ class ParityRecord:
                         name=case["name"],
                         chunks=tuple(case["chunks"]),
                         tolerance=case["tolerance"],
-                        rounding=case.get("rounding", 0.0),  # not in artifacts of old
+                        rounding=case.get("rounding", 0.0),  # absent in older artifacts
                         **{
                             part: file.get_tensor(f"case/{i}/{part}")
                             for part in ("input_ids", "attention_mask", "rows", "columns", "logits")
@@ -170,13 +171,14 @@ class ParityRecord:
 
 @dataclass(frozen=True)
 class LinearParity:
-    """The linear that comes nearest to its tolerance.
+    """The linear with the largest share of its tolerance.
 
     Attributes:
       through: ``library`` or ``function``.
-      linears: how many were checked.
+      linears: number of linears checked.
       worst: name of the linear with the largest share.
-      tolerance_share: its largest deviation as a share of the tolerance there; at most 1 passes.
+      tolerance_share: its largest deviation as a share of the tolerance; at most 1 passes.
+      passed: whether all linears are within their tolerances.
     """
 
     through: str
@@ -188,13 +190,14 @@ class LinearParity:
 
 @dataclass(frozen=True)
 class CaseParity:
-    """One way of calling the model.
+    """Deviation of the logits for one way of calling the model.
 
     Attributes:
       through: ``library`` or ``function``, or the target whose graph it is.
       name: of the case.
       max_error: largest deviation of a logit.
-      tolerance: largest allowed one.
+      tolerance: largest allowed deviation.
+      passed: whether all logits are within it.
     """
 
     through: str
@@ -206,12 +209,12 @@ class CaseParity:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Outcome of the gate.
+    """Result of the parity gate.
 
     Attributes:
-      passed: whether everything did.
-      linears: per linear.
-      logits: per way of calling the model.
+      passed: whether every check passed.
+      linears: by ``through``.
+      logits: by way of calling the model.
       compression_effect: see :class:`ParityRecord`.
     """
 
@@ -236,15 +239,14 @@ class ParityReport:
 
 
 def check_parity(folder: Path) -> ParityReport:
-    """Compare the artifact in ``folder`` with its records, one of each target.
+    """Compare the artifact in ``folder`` with the record of each target.
 
-    What ONNX Runtime runs is checked with and without the native library. The graph that engines
-    are built of is checked as its float32 twin; no engine is run.
-
-    The manifest is the caller's to verify first.
+    The model for ONNX Runtime is checked with and without the native library. The graph of a
+    TensorRT target is checked as its float32 twin; no engine is run. The caller has verified the
+    manifest.
 
     Raises:
-      ArtifactError: there is no record, or a record or a model cannot be read.
+      ArtifactError: the record is missing, or a record or a model cannot be read.
     """
     graphs = [name for name in _GRAPHS if (folder / name / PARITY_FILE).is_file()]
     linears: list[LinearParity] = []
@@ -277,7 +279,7 @@ def _check_linears(folder: Path, record: ParityRecord, *, library: bool) -> Line
     for linear, run in zip(record.linears, computed, strict=True):
         outputs = run(record.inputs)
         error = np.abs(outputs.astype(np.float64) - linear.outputs)
-        # NaN must not compare as small: anything that is not within tolerance fails.
+        # Written so that NaN fails: only a value within tolerance passes.
         ratio = np.where(error <= linear.tolerance, error / (linear.tolerance + 1e-45), np.inf)
         if ratio.max() >= share:
             worst, share = linear.name, float(ratio.max())
@@ -293,15 +295,18 @@ def check_cases(
     library: bool,
     operands: Iterable[Mapping[str, NDArray[np.generic]]] = repeat({}),
 ) -> Iterator[CaseParity]:
-    """Compare whole calls of the artifact in ``folder`` with what they should give.
+    """Compare calls of the artifact in ``folder`` with reference logits.
 
     Args:
-      folder: the artifact, its model at least.
-      cases: what the calls are, and their logits.
-      library: whether the native library computes them, or the model-local functions.
-      operands: further inputs of each case, those of an adapter.
+      folder: the artifact, or at least its model.
+      cases: calls and their logits.
+      library: use the native library, not the model-local functions.
+      operands: further inputs of each case, for example those of an adapter.
+
+    Yields:
+      The deviation of each case.
     """
-    # Lean: the gate must not need the memory of the uncompressed model.
+    # Lean: the check must not need the memory of the uncompressed model.
     session = open_session(folder, library=library, lean=True)
     for case, session.operands in zip(cases, operands, strict=False):
         yield _compare(session, case, through="library" if library else "function")
@@ -320,7 +325,7 @@ def _compare(session: Session | GraphSession, case: ParityCase, *, through: str)
 
 
 if __name__ == "__main__":
-    # A build checks its artifact in a process of its own, which holds nothing but the artifact.
+    # A build runs the check in a process of its own, to measure the memory of the artifact alone.
     try:
         checked = check_parity(Path(sys.argv[1])).as_dict()
         sys.stdout.write(json.dumps({"report": checked, "peak_memory_bytes": peak_bytes()}) + "\n")

@@ -1,8 +1,8 @@
-"""Check that engines compute what the compressed model computed in eager PyTorch.
+"""Check that TensorRT engines compute what the compressed model computed in eager PyTorch.
 
-The record is the one that the graph was checked with when the artifact was built, beside it. An
-engine may be off by more than the graph's float32 twin: by what rounding every value to its type
-does, which has been measured then and is part of the record.
+The record is that of :mod:`eoracc.runtime.parity.check`, which compares the graph's float32 twin
+with it during the build. An engine may deviate more than the twin, because it rounds every value to
+a narrow type. The build has measured the effect of that rounding, which is part of the record.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["EngineParity", "check_engines"]
 
 @dataclass(frozen=True)
 class EngineParity:
-    """What the engines of a target compute on this machine.
+    """Deviation of the engines of a target on this machine.
 
     Attributes:
       backend: the target.
-      device: the GPU, in words; empty where they were not run.
-      not_run: why they were not; None where they were.
-      logits: per way of calling the model.
+      device: description of the GPU; empty if the engines did not run.
+      not_run: reason why the engines did not run; None if they did.
+      logits: by way of calling the model.
     """
 
     backend: Backend
@@ -46,7 +46,7 @@ class EngineParity:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing that was run is off; also where nothing was run."""
+        """Whether all logits are within tolerance; true also if nothing ran."""
         return all(case.passed for case in self.logits)
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,39 +59,39 @@ def check_engines(folder: Path, manifest: Manifest, choice: BackendChoice) -> li
 
     Args:
       folder: the artifact.
-      manifest: what it says of itself, verified.
-      choice: whose engines: of one backend, which must run then, or with ``auto`` of every one,
-        where those that do not run here say why.
+      manifest: of the artifact, verified.
+      choice: the backend whose engines to run. ``auto`` tries all of them, and the result holds the
+        reason for each one that does not run here.
 
     Raises:
-      EoraccError: the engines that were asked for do not run on this machine.
+      EoraccError: the engines of the chosen backend do not run on this machine.
     """
     if choice == "onnxruntime":
         return []
     wanted: Sequence[Backend] = [name for name in backends_of(manifest) if name != "onnxruntime"]
     if choice != "auto":
         wanted = [choice]
-    found = []
+    results = []
     for backend in wanted:
         try:
             opened = open_backend(folder, manifest, backend, threads=1, adapters=())
         except EoraccError as error:
             if choice != "auto":
                 raise
-            found.append(EngineParity(backend, "", str(error), ()))
+            results.append(EngineParity(backend, "", str(error), ()))
             continue
         record = ParityRecord.load(folder / backend / PARITY_FILE)
         logits = tuple(_check_engine(opened.decoder, record.cases))
-        found.append(EngineParity(backend, opened.device, None, logits))
-    return found
+        results.append(EngineParity(backend, opened.device, None, logits))
+    return results
 
 
 def _check_engine(decoder: Decoder, cases: Iterable[ParityCase]) -> Iterator[CaseParity]:
-    """Compare calls of ``decoder`` with what they should give.
+    """Compare calls of ``decoder`` with reference logits.
 
     Args:
-      decoder: engines, opened.
-      cases: what the calls are, and their logits.
+      decoder: opened engines.
+      cases: calls and their logits.
 
     Raises:
       BackendError: a call fails.
@@ -111,10 +111,10 @@ def _check_engine(decoder: Decoder, cases: Iterable[ParityCase]) -> Iterator[Cas
 
 
 def _run(rows: Rows, case: ParityCase, vocabulary: int) -> NDArray[np.float32]:
-    """Logits ``[B, S, V]``, NaN at padding: calls as generating makes them.
+    """Logits ``[B, S, V]``, NaN at padding, from the calls that generation makes.
 
-    A chunk of one token is decoded, all rows that have one in a call; longer ones are processed row
-    by row.
+    A chunk of one token is decoded for all rows in one call; longer chunks are processed row by
+    row.
     """
     batch, length = case.input_ids.shape
     lengths = case.attention_mask.sum(axis=1)
@@ -123,7 +123,7 @@ def _run(rows: Rows, case: ParityCase, vocabulary: int) -> NDArray[np.float32]:
         rows.clear(row)
     start = 0
     for size in case.chunks:
-        # Rows are padded on the right: whoever has tokens here has them from the chunk's beginning.
+        # Rows are padded on the right, so that their tokens are at the beginning of the chunk.
         own = np.clip(lengths - start, 0, size)
         together = bool(start) and size == 1 and bool((own == 1).all())
         if together:

@@ -22,8 +22,8 @@ __all__ = ["create_app"]
 
 
 def create_app(service: Service) -> Observe:
-    """The ASGI application of ``service``, with everything that a request passes on its way."""
-    # No pages for browsers: FastAPI's load scripts from elsewhere.
+    """The ASGI application of ``service``, with all middleware."""
+    # No documentation pages: FastAPI's load scripts from other servers.
     app = FastAPI(title="eoracc", version=__version__, docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_generation(app, service)
@@ -34,32 +34,32 @@ def create_app(service: Service) -> Observe:
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_class=JSONResponse, tags=["text"])
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
+    async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue text."""
-        return await service.complete(asked, RequestRecord.of(request.scope))
+        return await service.complete(body, RequestRecord.of(request.scope))
 
     @app.post("/v1/chat/completions", response_class=JSONResponse, tags=["text"])
-    async def chat_completions(asked: ChatCompletionRequest, request: Request) -> Response:
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer in a chat."""
-        return await service.chat(asked, RequestRecord.of(request.scope))
+        return await service.chat(body, RequestRecord.of(request.scope))
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["models"])
     async def models() -> dict[str, Any]:
-        """The backbone and its adapters."""
+        """List the backbone and its adapters."""
         return service.catalog.as_dict()
 
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str) -> dict[str, Any]:
-        """One of them."""
+        """Describe one of the models."""
         return service.catalog.card(name)
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/health/live", tags=["operation"])
     async def live() -> Response:
-        """Whether the process should go on: 500 once the engine has failed for good."""
+        """Whether the process works: 500 once the engine has failed."""
         if service.alive:
             return JSONResponse({"status": "live"})
         return JSONResponse({"status": "failed"}, HTTPStatus.INTERNAL_SERVER_ERROR)
@@ -67,7 +67,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["operation"])
     @app.get("/health/ready", tags=["operation"])
     async def ready() -> Response:
-        """Whether requests are taken: 503 while shutting down."""
+        """Whether requests are accepted: 503 while shutting down."""
         if service.draining:
             return JSONResponse({"status": "draining"}, HTTPStatus.SERVICE_UNAVAILABLE)
         if not service.alive:
@@ -76,7 +76,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["operation"])
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(service.metrics.render(), media_type=service.metrics.content_type)
 
 
@@ -110,7 +110,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _first_problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """The first of pydantic's findings, as a sentence, and the field that it is about."""
+    """The first error of pydantic as a sentence, and its field."""
     error = errors[0]
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "it cannot be read")
@@ -118,7 +118,7 @@ def _first_problem(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None
     location = error["loc"][1:]
     if not location:
         return "the body must be a JSON object", None
-    # Behind the field, pydantic names the alternative of a union that did not fit: of no use.
+    # After the field, pydantic names the member of a union, which does not help a client.
     param = ".".join(str(part) for part in location if _is_field(part))
     text = str(error["msg"]).removeprefix("Value error, ")
     return f"{param}: {text[0].lower()}{text[1:]}", param

@@ -1,4 +1,4 @@
-"""Opens an artifact for serving."""
+"""Open an artifact for serving."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def open_artifact(
 
     Args:
       folder: the artifact.
-      rows: texts that are made at a time.
-      context_length: tokens of a prompt and its answer; None for what the model takes. Bounds the
-        memory of the key/value cache.
-      threads: of one operator; None for one a processor that this process may use.
-      backend: what to run it with, see :func:`eoracc.runtime.load`.
-      on_load: is given the model once it is loaded.
+      rows: texts that are generated at a time.
+      context_length: most tokens of a prompt and its answer; None for the model's context. Bounds
+        the memory of the key/value cache.
+      threads: that one operator uses; None for one for each processor available to the process.
+      backend: that runs the model, see :func:`eoracc.runtime.load`.
+      on_load: called with the model once it is loaded.
 
     Raises:
-      ArtifactError: it is damaged or no artifact.
-      BackendError: the machine lacks what runs it, or that refuses it.
+      ArtifactError: the folder is damaged or no artifact.
+      BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
     """
     model = load(folder, threads=threads, backend=backend)
     on_load(model)

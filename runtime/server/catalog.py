@@ -1,4 +1,4 @@
-"""The names that a server answers to: the backbone's and its adapters'.
+"""The model names of a server: the backbone and its adapters.
 
 As in vLLM, an adapter is a model: ``model: "math"`` is the backbone with the adapter ``math``.
 """
@@ -19,10 +19,10 @@ __all__ = [
 
 
 def _check_name(name: str, adapters: Iterable[str]) -> None:
-    """Refuse a name of the backbone that cannot be told from an adapter's.
+    """Check the name of the backbone.
 
     Raises:
-      ApiError: it is empty or taken.
+      ApiError: the name is empty, not printable, or that of an adapter.
     """
     if not name or not name.isprintable():
         raise ApiError("the model's name must be printable text: give it with --model-name")
@@ -34,7 +34,7 @@ def _check_name(name: str, adapters: Iterable[str]) -> None:
 
 
 class Catalog:
-    """What ``/v1/models`` lists and ``model`` may be."""
+    """Names that ``/v1/models`` lists and that a request may give as ``model``."""
 
     def __init__(
         self, backbone: str, adapters: Iterable[str], *, context_length: int, created: int
@@ -44,7 +44,7 @@ class Catalog:
         Args:
           backbone: name of the model without an adapter.
           adapters: names of its adapters.
-          context_length: tokens of a prompt and its answer.
+          context_length: most tokens of a prompt and its answer.
           created: seconds since 1970.
 
         Raises:
@@ -77,7 +77,7 @@ class Catalog:
           ApiError: 404.
         """
         if name not in self._cards:
-            known = ", ".join(f"'{one}'" for one in self._cards)
+            known = ", ".join(f"'{served}'" for served in self._cards)
             raise ApiError(
                 f"the model '{name}' is not served here: ask for one of {known}",
                 status=404,
@@ -89,14 +89,14 @@ class Catalog:
     def resolve(
         self, model: str | None, weights: Mapping[str, float] | None
     ) -> tuple[str, AdapterChoice]:
-        """The name to answer with, and the adapter to answer through.
+        """The name of the model in the answer, and the adapter to generate with.
 
         Args:
-          model: what the request asks for; None for the backbone.
-          weights: adapters to be summed.
+          model: name in the request; None for the backbone.
+          weights: of adapters to sum.
 
         Raises:
-          ApiError: 404 for an unknown name, 400 for what does not go together.
+          ApiError: 404 for an unknown name, 400 for adapters that cannot be summed.
         """
         name = self.backbone if model is None else model
         self.card(name)

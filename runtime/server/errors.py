@@ -1,4 +1,4 @@
-"""Errors of the API, in the shape that OpenAI's clients read.
+"""Errors of the API, in the form of OpenAI's API.
 
 The body is ``{"error": {"message", "type", "param", "code"}}``; the message is one sentence.
 """
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
-    """A request that can never be served as it is."""
+    """The request is invalid."""
     return ApiError(message, param=param, code=code)
 
 
@@ -34,7 +34,7 @@ def queue_full(waiting: int, retry_after_s: int) -> ApiError:
 
 
 def queue_timeout(waited_s: float, retry_after_s: int) -> ApiError:
-    """No row became free in time."""
+    """The request waited too long for a row."""
     return ApiError(
         f"the request waited {waited_s:g} s and was not begun: try again in {retry_after_s} s",
         status=503,
@@ -45,7 +45,7 @@ def queue_timeout(waited_s: float, retry_after_s: int) -> ApiError:
 
 
 def request_timeout(limit_s: float) -> ApiError:
-    """A request that takes longer than it may."""
+    """The request took too long."""
     return ApiError(
         f"the request took more than {limit_s:g} s: ask for fewer tokens",
         status=504,
@@ -55,7 +55,7 @@ def request_timeout(limit_s: float) -> ApiError:
 
 
 def slow_client(events: int) -> ApiError:
-    """A client whose unread part of the stream has grown too long."""
+    """The client reads its stream too slowly."""
     return ApiError(
         f"the client is {events} events behind: read the stream faster",
         status=408,
@@ -65,7 +65,7 @@ def slow_client(events: int) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """A server that is about to end."""
+    """The server is shutting down."""
     return ApiError(
         "the server is shutting down: ask another one, or again in a moment",
         status=503,

@@ -1,4 +1,4 @@
-"""What Prometheus can read of a server, in a registry of its own."""
+"""Metrics of a server for Prometheus, in a registry of its own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
 class Metrics:
-    """The metrics of one server; seconds and tokens are in their names.
+    """The metrics of one server, with units in their names.
 
-    Labels take values that the server chooses, never what a client sends, so that their number
-    stays small.
+    Values of labels are chosen by the server, never by a client, so that their number stays small.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -28,7 +27,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "eoracc_requests",
-            "Requests by route and status; status 499: the client went away",
+            "Requests by route and status; status 499: the client closed the connection",
             ("route", "status"),
             registry=self._registry,
         )
@@ -41,19 +40,19 @@ class Metrics:
         )
         self.answers = Counter(
             "eoracc_answers",
-            "Answers (choices) by model and by why they ended",
+            "Answers (choices) by model and finish reason",
             ("model", "reason"),
             registry=self._registry,
         )
         self.prompt_tokens = Counter(
             "eoracc_prompt_tokens",
-            "Tokens of the prompts of begun answers",
+            "Tokens of prompts of answers that were started",
             ("model",),
             registry=self._registry,
         )
         self.completion_tokens = Counter(
             "eoracc_completion_tokens",
-            "Tokens made",
+            "Generated tokens",
             ("model",),
             registry=self._registry,
         )
@@ -71,7 +70,7 @@ class Metrics:
         )
         self.queue_seconds = Histogram(
             "eoracc_queue_seconds",
-            "That answers waited for a row of the batch",
+            "Time that answers waited for a row of the batch",
             buckets=_FIRST_TOKEN_S,
             registry=self._registry,
         )
@@ -83,9 +82,9 @@ class Metrics:
         )
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Export what ``read`` returns when the metrics are asked for."""
+        """Export the value that ``read`` returns at the time of a request for metrics."""
         Gauge(name, text, registry=self._registry).set_function(read)
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""What every request passes before it reaches its route, from the outside in."""
+"""Middleware that every request passes before its route, from the outside in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _access = logging.getLogger(ACCESS_LOGGER)
 
 
 class Observe:
-    """Outermost: names the request, counts it, logs it, and answers for errors nobody foresaw."""
+    """Outermost: assigns a request id, counts and logs requests, answers unexpected errors."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -109,7 +109,7 @@ class Observe:
 
 
 class Gate:
-    """Lets in who has the key, and bodies that are JSON, short enough and not dripping in."""
+    """Checks the API key, and the type, size and speed of the body."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -121,7 +121,7 @@ class Gate:
         """Serve one request.
 
         Raises:
-          ApiError: it is refused.
+          ApiError: the request is rejected.
         """
         if scope["type"] == "http":
             headers = Headers(scope=scope)
@@ -145,7 +145,7 @@ class Gate:
         if self._key is None:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Hashes are compared: how long that takes says nothing of the key, not even its length.
+        # Comparing hashes takes the same time for every key, whatever its length.
         fits = hmac.compare_digest(_hash(given.strip().encode("latin-1")), self._key)
         if not (fits and scheme.lower() == "bearer"):
             raise ApiError(
@@ -157,7 +157,7 @@ class Gate:
             )
 
     async def _read(self, headers: Headers, body: _Body) -> bytes | None:
-        """Read the whole body; None if the client goes."""
+        """Read the whole body; None if the client closes the connection."""
         limit = self._service.options.max_body_bytes
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
@@ -183,10 +183,10 @@ class Gate:
 
 
 class _Body:
-    """A request's body as it arrives.
+    """The body of a request, in parts as it arrives.
 
     Attributes:
-      more: whether there is more to come.
+      more: whether further parts follow.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -194,16 +194,16 @@ class _Body:
         self.more = True
 
     async def read(self) -> bytes | None:
-        """The next part; None if the client has gone."""
+        """The next part; None if the client has closed the connection."""
         message = await self._receive()
         self.more = message.get("more_body", False)
         return None if message["type"] == "http.disconnect" else message.get("body", b"")
 
     async def discard(self) -> None:
-        """Read what is left, for a while.
+        """Read and drop the rest, for a limited time.
 
-        A connection that is closed with bytes unread is reset, and the reset overtakes the answer:
-        the client would see a broken connection instead of why it was refused.
+        Closing a connection with unread bytes resets it, and the reset overtakes the answer: the
+        client would see a broken connection instead of the error.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(_DISCARD_S):
@@ -212,7 +212,7 @@ class _Body:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that begins with ``body``."""
+    """A ``receive`` that first returns ``body``."""
     whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -222,7 +222,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def _send_error(error: ApiError, send: Send) -> None:
-    """Answer with ``error`` alone."""
+    """Send ``error`` as the response."""
     body = json.dumps(error.body(), ensure_ascii=False).encode()
     headers = MutableHeaders({"content-type": "application/json", **error.headers})
     headers["content-length"] = str(len(body))
@@ -231,7 +231,7 @@ async def _send_error(error: ApiError, send: Send) -> None:
 
 
 def _check_type(headers: Headers) -> None:
-    """Only JSON: what a foreign web page may send without asking is of another type."""
+    """Require JSON, which a web page of another origin cannot send without a preflight request."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(
@@ -265,13 +265,13 @@ def _hash(key: bytes) -> bytes:
 
 
 def _route(path: str) -> str:
-    """A label that clients cannot multiply."""
+    """The label of a route; unknown paths share one, to bound the number of labels."""
     if path.startswith(_MODEL_ROUTE):
         return _MODEL_ROUTE + "{name}"
     return path if path in _ROUTES else "other"
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own, if it can stand in a log."""
+    """The client's request id, if it is safe to log; else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""What an operator sets about a server."""
+"""Options of a server."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class ServerOptions:
     """Limits of a server, with their defaults.
 
     Attributes:
-      api_key: what requests must carry as a bearer token; None lets everybody in.
+      api_key: bearer token that requests must have; None accepts every request.
       max_waiting: answers that may wait for a row of the batch.
-      max_choices: answers that one request may ask for (prompts times ``n``).
+      max_choices: answers to one request (prompts times ``n``).
       max_body_bytes: of a request.
-      max_prompt_tokens: of one prompt; None for what the context takes.
-      max_tokens: of one answer; None for what the context leaves.
+      max_prompt_tokens: of one prompt; None for the limit of the context.
+      max_tokens: of one answer; None for the limit of the context.
       queue_timeout_s: seconds that an answer may wait for a row.
       request_timeout_s: seconds from the request's arrival to the last byte of its answer.
-      stream_buffer: events of a stream that its client may be behind.
-      grace_s: seconds that running requests get at shutdown.
+      stream_buffer: unread events of a stream before its client counts as too slow.
+      grace_s: seconds for running requests to finish at shutdown.
     """
 
     api_key: str | None = None

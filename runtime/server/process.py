@@ -1,4 +1,4 @@
-"""The process: its socket, its signals, and an end that loses no answer."""
+"""The server process: socket, signals, and a shutdown that finishes running requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eoracc.runtime.server.service import Service
 __all__ = ["listen", "run"]
 
 _STALLED_MS = 60_000
-"""A client that acknowledges nothing for so long has lost its connection."""
+"""Time without acknowledgement after which a connection counts as lost."""
 
 _POLL_S = 0.02
 _LAST_WORDS_S = 2.0
@@ -31,18 +31,18 @@ _log = logging.getLogger("eoracc.server")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take an address; port 0 for any that is free.
+    """Bind a socket; port 0 chooses any free port.
 
     Raises:
-      BackendError: it is taken or not of this machine.
+      BackendError: the address is in use or does not belong to this machine.
     """
     bound: socket.socket | None = None
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(info[0], socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections take these over. Without them one that its client left without a word, or does
-        # not read from, would be kept for ever.
+        # Connections inherit these options. Without them, connections of clients that vanish or
+        # stop reading would be kept forever.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALLED_MS)
@@ -64,13 +64,13 @@ def run(
     access_log: bool = True,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until a signal ends it, then for as long as running requests need, within the grace.
+    """Serve until a signal, then let running requests finish within the grace period.
 
     Args:
-      service: what is behind the routes.
-      listener: where to serve, from :func:`listen`; is closed at the end.
+      service: behind the routes.
+      listener: socket from :func:`listen`; closed at the end.
       access_log: write a line of JSON to standard error for each request.
-      on_ready: is called once connections are taken.
+      on_ready: called once connections are accepted.
     """
     _set_up_logging(access_log=access_log)
     app = create_app(service)
@@ -91,10 +91,10 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which on a signal first lets running requests finish, with its socket still open.
+    """uvicorn with a graceful shutdown: the socket stays open until running requests finish.
 
-    A load balancer sees ``/health`` say 503 meanwhile, and who asks all the same gets 503, too,
-    instead of a refused connection.
+    Meanwhile ``/health`` returns 503 to load balancers, and new requests get 503 instead of a
+    refused connection.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class _Server(uvicorn.Server):
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: finish what runs. Second one: end at once."""
+        """Finish running requests on the first signal, end at once on the second."""
         if self._service.draining or self._loop is None:
             self.should_exit = True
             if self._loop is not None:
@@ -141,7 +141,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def _idle(self, timeout_s: float) -> bool:
-        """Whether nothing runs any more, after ``timeout_s`` at most."""
+        """Wait up to ``timeout_s`` for running requests; returns whether all have finished."""
         end = monotonic() + timeout_s
         while self._app.in_flight and monotonic() < end:
             await asyncio.sleep(_POLL_S)
@@ -149,7 +149,7 @@ class _Server(uvicorn.Server):
 
 
 def _set_up_logging(*, access_log: bool) -> None:
-    """Requests as JSON lines, everything else as text, both on standard error."""
+    """Log requests as JSON lines and everything else as text, on standard error."""
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(logging.Formatter("%(message)s"))
     access = logging.getLogger(ACCESS_LOGGER)

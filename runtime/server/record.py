@@ -1,4 +1,4 @@
-"""What is noted of a request while it is served, for log and metrics: nobody's text."""
+"""The record of a request for log and metrics, without any of its text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class RequestRecord:
     """One request.
 
     Attributes:
-      id: names it in the log and in the response's ``x-request-id``.
-      route: path, ``other`` where nothing is served.
+      id: in the log and in the response's ``x-request-id``.
+      route: path, or ``other`` for an unknown path.
       arrived: by ``time.monotonic``.
-      status: of the response; 499 where the client went away before there was one.
-      model: that was asked for, once it is known to exist.
+      status: of the response; 499 if the client closed the connection before it.
+      model: name in the request, once it is known to exist.
       stream: whether the answer is a stream.
-      choices: answers.
+      choices: number of answers.
       prompt_tokens: of all prompts.
       completion_tokens: of all answers.
-      first_token_s: seconds from its arrival.
-      code: of the error, if there was one.
+      first_token_s: seconds from the arrival to the first token.
+      code: of the error, if any.
     """
 
     id: str
@@ -43,11 +43,11 @@ class RequestRecord:
     code: str | None = None
 
     def attach(self, scope: MutableMapping[str, Any]) -> None:
-        """Let :meth:`of` find it."""
+        """Store the record in ``scope`` for :meth:`of`."""
         scope[_KEY] = self
 
     @staticmethod
     def of(scope: MutableMapping[str, Any]) -> RequestRecord:
-        """The record of the request that ``scope`` belongs to."""
+        """The record in ``scope``."""
         record: RequestRecord = scope[_KEY]
         return record

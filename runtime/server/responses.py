@@ -1,4 +1,4 @@
-"""Bodies of answers, whole and in chunks, as OpenAI's API returns them."""
+"""Bodies of responses, whole and in chunks, in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Answer", "ChatForm", "Choice", "CompletionForm", "Form", "TokenBytes
 
 _FINAL = b"data: [DONE]\n\n"
 _IMPOSSIBLE = -9999.0
-"""What OpenAI's API returns for the logarithm of 0, which JSON cannot say."""
+"""Value for the logarithm of 0, which JSON lacks; OpenAI's API returns the same."""
 
 
 def sse_event(body: object) -> bytes:
@@ -24,15 +24,15 @@ def sse_event(body: object) -> bytes:
 
 @dataclass
 class Choice:
-    """One answer, as far as it has come.
+    """One answer, as far as generated.
 
     Attributes:
-      prompt_tokens: of the prompt that it continues.
-      counts_prompt: whether it is the first one of its prompt, which is counted once.
-      text: so far.
-      tokens: how many were made.
-      logprobs: of the tokens, where they were asked for.
-      finish_reason: why it ended; None before that.
+      prompt_tokens: length of its prompt.
+      counts_prompt: whether it is the first answer to its prompt, which usage counts once.
+      text: generated so far.
+      tokens: number of generated tokens.
+      logprobs: of the tokens, if requested.
+      finish_reason: None until the answer has ended.
     """
 
     prompt_tokens: int
@@ -43,7 +43,7 @@ class Choice:
     finish_reason: FinishReason | None = None
 
     def add(self, piece: Piece) -> None:
-        """Take ``piece`` in."""
+        """Append ``piece``."""
         self.text += piece.text
         self.tokens += len(piece.tokens)
         self.logprobs += piece.logprobs or ()
@@ -51,7 +51,7 @@ class Choice:
 
 
 class TokenBytes(Protocol):
-    """What a token stands for."""
+    """The bytes of tokens."""
 
     def __call__(self, token: int, /) -> bytes:
         """The bytes of ``token``; a character may take several tokens."""
@@ -59,16 +59,16 @@ class TokenBytes(Protocol):
 
 @dataclass
 class Answer:
-    """What all bodies of one response have in common.
+    """Properties that all bodies of one response share.
 
     Attributes:
-      model: the name that was asked for.
+      model: name in the request.
       created: seconds since 1970.
-      fingerprint: names the artifact's content.
+      fingerprint: identifies the artifact's content.
       token_bytes: for logprobs.
       include_usage: end a stream with a count of tokens.
       with_logprobs: report probabilities.
-      prefixes: by choice, what it begins with besides what is made: its prompt, if it is echoed.
+      prefixes: text before each answer: its prompt, if echoed.
     """
 
     model: str
@@ -81,7 +81,7 @@ class Answer:
 
 
 class Form(Protocol):
-    """Shape of a kind of completion."""
+    """Format of a kind of completion."""
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The body of a response that is not streamed."""
@@ -90,7 +90,7 @@ class Form(Protocol):
         """Events before the first piece of a choice."""
 
     def piece(self, index: int, choice: Choice, piece: Piece) -> Iterator[bytes]:
-        """Events of a piece that ``choice`` has taken in."""
+        """Events of a piece that ``choice`` already contains."""
 
     def end(self, choices: Sequence[Choice]) -> Iterator[bytes]:
         """Events after the last piece of all."""
@@ -103,7 +103,7 @@ def _usage(choices: Sequence[Choice]) -> dict[str, int]:
 
 
 class _Form:
-    """What both kinds share."""
+    """Common part of both kinds of completion."""
 
     prefix: str
     whole_object: str
@@ -129,7 +129,7 @@ class _Form:
         return sse_event(body)
 
     def end(self, choices: Sequence[Choice]) -> Iterator[bytes]:
-        """The count of tokens, if wanted, and the mark that nothing follows."""
+        """The count of tokens, if requested, and the end mark."""
         if self._answer.include_usage:
             yield self._chunk([], _usage(choices))
         yield _FINAL
@@ -160,7 +160,7 @@ class CompletionForm(_Form):
         }
 
     def begin(self, index: int) -> Iterator[bytes]:
-        """The prompt, if it is echoed."""
+        """The prompt, if echoed."""
         if prefix := self._prefix_of(index):
             yield self._part(index, prefix, None, None)
 
@@ -198,7 +198,7 @@ class CompletionForm(_Form):
             "tokens": tokens,
             "token_logprobs": [_finite(entry.logprob) for entry in entries],
             "top_logprobs": [
-                {name(one): _finite(value) for one, value in entry.top} for entry in entries
+                {name(token): _finite(value) for token, value in entry.top} for entry in entries
             ],
             "text_offset": offsets,
         }
@@ -209,7 +209,7 @@ def _finite(logprob: float) -> float:
 
 
 def _names(token_bytes: TokenBytes) -> Callable[[int], str]:
-    """Names of tokens, those that are no whole characters as OpenAI writes them."""
+    """Texts of tokens; incomplete characters are written as in OpenAI's API."""
 
     def name(token: int) -> str:
         content = token_bytes(token)
@@ -244,11 +244,11 @@ class ChatForm(_Form):
         }
 
     def begin(self, index: int) -> Iterator[bytes]:
-        """Who is speaking."""
+        """The role of the speaker."""
         yield self._part(index, {"role": "assistant", "content": ""})
 
     def piece(self, index: int, choice: Choice, piece: Piece) -> Iterator[bytes]:
-        """See :class:`Form`; why an answer ended has a chunk of its own."""
+        """See :class:`Form`; the finish reason has a chunk of its own."""
         del choice
         if piece.text or piece.logprobs:
             yield self._part(index, {"content": piece.text}, self._logprobs(piece.logprobs or ()))
@@ -276,7 +276,7 @@ class ChatForm(_Form):
         return {
             "content": [
                 self._token(entry.token, entry.logprob)
-                | {"top_logprobs": [self._token(*one) for one in entry.top]}
+                | {"top_logprobs": [self._token(*likely) for likely in entry.top]}
                 for entry in entries
             ],
             "refusal": None,

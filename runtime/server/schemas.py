@@ -1,7 +1,7 @@
-"""Requests of the API: OpenAI's fields, and the few that this server adds.
+"""Requests of the API: OpenAI's fields, and a few extensions.
 
-Fields that nobody knows are ignored, as OpenAI's API does. Fields that would change the answer and
-are not supported are refused, unless they hold the value that changes nothing.
+Unknown fields are ignored, as in OpenAI's API. Known but unsupported fields that would change the
+answer are rejected, unless they have their neutral value.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = [
 ]
 
 _MAX_STOP = 16
-"""Stop strings of a request."""
+"""Most stop strings of a request."""
 
 _MAX_LOGPROBS = 20
-"""Alternatives of a token."""
+"""Most alternatives of a token."""
 
 _INT64 = 2**63 - 1
 
@@ -49,11 +49,11 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "use_beam_search": (False,),
     "web_search_options": (),
 }
-"""Fields that are not supported, and the values (None besides) that ask for nothing."""
+"""Unsupported fields, with their neutral values besides None."""
 
 
 def _unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no text."""
+    """Reject half of a surrogate pair, which JSON can express."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -79,15 +79,15 @@ class StreamOptions(_Strict):
 
 
 class GenerationFields(BaseModel):
-    """What both kinds of completion take.
+    """Fields of both kinds of completion.
 
     Attributes:
-      model: a name that ``/v1/models`` lists; None for the backbone.
-      adapters: adapters to be summed by weight, an extension; instead of one named by ``model``.
-      top_k: likeliest tokens to sample from, an extension; 0 or -1 for all.
-      min_p: least probability relative to the likeliest token's, an extension.
-      ignore_eos: go on after the token that ends the text, an extension for benchmarks.
-      seed: of the first choice; the others count up from it.
+      model: a name listed by ``/v1/models``; None for the backbone.
+      adapters: weights of adapters to sum, instead of one named by ``model``; an extension.
+      top_k: number of most likely tokens to sample from; 0 or -1 for all; an extension.
+      min_p: least probability relative to that of the most likely token; an extension.
+      ignore_eos: continue after the token that ends the text; an extension for benchmarks.
+      seed: of the first choice; further choices count up from it.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -132,8 +132,8 @@ class CompletionRequest(GenerationFields):
 
     Attributes:
       prompt: one or several, each as text or as token ids.
-      echo: let the answer begin with the prompt.
-      logprobs: alternatives to report of every token.
+      echo: start the answer with the prompt.
+      logprobs: number of alternatives to report for each token.
     """
 
     prompt: _Text | list[_Text] | list[int] | list[list[int]]
@@ -156,7 +156,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One or several prompts."""
+        """``prompt`` as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -169,7 +169,7 @@ def _are_tokens(items: Sequence[object]) -> bool:
 
 
 class TextPart(_Strict):
-    """A piece of a message."""
+    """Part of a message."""
 
     type: Literal["text"]
     text: _Text
@@ -182,7 +182,7 @@ class ChatMessage(_Strict):
     content: _Text | list[TextPart]
 
     def as_dict(self) -> dict[str, str]:
-        """The turn as chat templates know it."""
+        """The turn in the form of chat templates."""
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
@@ -193,8 +193,8 @@ class ChatCompletionRequest(GenerationFields):
     """``POST /v1/chat/completions``.
 
     Attributes:
-      logprobs: report the probability of every token.
-      top_logprobs: and that many alternatives.
+      logprobs: report the probability of each token.
+      top_logprobs: number of alternatives to report for each token.
       max_completion_tokens: newer name of ``max_tokens``.
     """
 
@@ -205,10 +205,10 @@ class ChatCompletionRequest(GenerationFields):
 
 
 def refuse_unsupported(request: GenerationFields) -> None:
-    """Refuse fields that would change the answer and that this server does not know.
+    """Reject unsupported fields that would change the answer.
 
     Raises:
-      ApiError: names the first of them.
+      ApiError: there is one; the text names it.
     """
     for name, value in (request.model_extra or {}).items():
         if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:

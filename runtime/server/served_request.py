@@ -33,7 +33,7 @@ _LAST_WORDS_S = 5.0
 
 
 class SupportsCancel(Protocol):
-    """A text that the engine generates, :class:`eoracc.runtime.Generation` for one."""
+    """A text that the engine generates, as :class:`eoracc.runtime.Generation` does."""
 
     def cancel(self) -> None:
         """Stop generating. May be called at any time, from any thread."""

@@ -1,4 +1,4 @@
-"""From a checked request of the API to requests for the engine."""
+"""The service behind the routes: from a request of the API to requests of the engine."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from eoracc.runtime.server.served_request import ServedRequest, ServingContext, 
 __all__ = ["Codec", "ServedModel", "Service"]
 
 _COMPLETION_TOKENS = 16
-"""What OpenAI's API makes where a completion does not say how much."""
+"""Default of ``max_tokens`` in OpenAI's API for completions."""
 
 
 class Codec(Protocol):
-    """Between text and tokens. Called from one thread at a time, not the event loop's."""
+    """Converts between text and tokens. Called from one thread, not the event loop's."""
 
     def encode_prompt(self, prompt: Prompt, /) -> Sequence[int]:
-        """Tokens of a text, of messages, or the tokens that ``prompt`` is already.
+        """Tokens of a text or of messages; tokens are returned as they are.
 
         Raises:
-          RequestError: the chat template refuses the messages.
+          RequestError: the chat template rejects the messages.
           ArtifactError: there is no chat template.
         """
 
@@ -53,14 +53,14 @@ class ServedModel:
     """An opened artifact.
 
     Attributes:
-      engine: makes texts.
-      rows: how many at a time.
-      is_alive: whether the engine still works.
-      codec: its tokenizer.
-      token_bytes: what each token stands for.
-      context_length: tokens of a prompt and its answer.
-      adapters: names of its adapters.
-      fingerprint: names its content.
+      engine: generates texts.
+      rows: number of texts that the engine generates at a time.
+      is_alive: whether the engine works.
+      codec: the tokenizer.
+      token_bytes: bytes of each token.
+      context_length: most tokens of a prompt and its answer.
+      adapters: names of the adapters.
+      fingerprint: identifies the artifact's content.
       close: ends the engine.
     """
 
@@ -76,21 +76,21 @@ class ServedModel:
 
 
 class Service:
-    """Everything behind the routes; lives in one event loop.
+    """The service behind the routes, in one event loop.
 
     Attributes:
       options: limits.
-      metrics: of this server.
-      catalog: names that are served.
-      admission: rows and the queue before them.
-      draining: whether the server takes no new requests.
+      metrics: of the server.
+      catalog: names of the models.
+      admission: rows of the engine and the queue before them.
+      draining: whether new requests are rejected.
     """
 
     def __init__(self, served: ServedModel, options: ServerOptions, *, model_name: str) -> None:
         """Serve ``served`` under ``model_name``.
 
         Raises:
-          ApiError: the name is that of an adapter.
+          ApiError: an adapter has this name.
         """
         self.options = options
         self.draining = False
@@ -109,16 +109,18 @@ class Service:
             served.engine, self._thread, self.admission, self.metrics, options, self._running
         )
         gauges = self.admission
-        self.metrics.gauge("eoracc_queue_length", "Answers that wait", lambda: gauges.waiting)
-        self.metrics.gauge("eoracc_active_rows", "Answers that are made", lambda: gauges.active)
+        self.metrics.gauge(
+            "eoracc_queue_length", "Answers that wait for a row", lambda: gauges.waiting
+        )
+        self.metrics.gauge("eoracc_active_rows", "Answers in generation", lambda: gauges.active)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine still works."""
+        """Whether the engine works."""
         return self._served.is_alive()
 
     def check_open(self) -> None:
-        """Refuse what comes too late or too much, before anything is read of it.
+        """Check, before the body is read, whether a request can be accepted.
 
         Raises:
           ApiError: 503 while shutting down, 429 where the queue is full.
@@ -128,59 +130,59 @@ class Service:
         self.admission.check_room()
 
     def abort(self) -> None:
-        """End everything that runs; clients are told why."""
+        """End all running requests with an error to their clients."""
         for request in list(self._running):
             request.fail(shutting_down())
 
     def close(self) -> None:
-        """Give the threads back. Nothing may run any more."""
+        """End the threads. No request may be running."""
         self._thread.shutdown()
         self._served.close()
 
-    async def complete(self, asked: CompletionRequest, record: RequestRecord) -> TextReply:
+    async def complete(self, body: CompletionRequest, record: RequestRecord) -> TextReply:
         """``POST /v1/completions``.
 
         Raises:
-          ApiError: it is refused.
+          ApiError: the request is rejected.
         """
-        if asked.echo and asked.logprobs is not None:
+        if body.echo and body.logprobs is not None:
             raise bad_request(
                 "echo: is not supported together with logprobs: leave one out",
                 "echo",
                 "unsupported",
             )
-        max_tokens = _COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        max_tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         return await self._reply(
-            asked, record, asked.prompts, max_tokens, asked.logprobs, CompletionForm
+            body, record, body.prompts, max_tokens, body.logprobs, CompletionForm
         )
 
-    async def chat(self, asked: ChatCompletionRequest, record: RequestRecord) -> TextReply:
+    async def chat(self, body: ChatCompletionRequest, record: RequestRecord) -> TextReply:
         """``POST /v1/chat/completions``.
 
         Raises:
-          ApiError: it is refused.
+          ApiError: the request is rejected.
         """
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
-        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        messages = [message.as_dict() for message in asked.messages]
-        max_tokens = asked.max_completion_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        messages = [message.as_dict() for message in body.messages]
+        max_tokens = body.max_completion_tokens
         if max_tokens is None:
-            max_tokens = asked.max_tokens
-        return await self._reply(asked, record, [messages], max_tokens, logprobs, ChatForm)
+            max_tokens = body.max_tokens
+        return await self._reply(body, record, [messages], max_tokens, logprobs, ChatForm)
 
     async def _reply(
         self,
-        asked: GenerationFields,
+        body: GenerationFields,
         record: RequestRecord,
         prompts: Sequence[Prompt],
         max_tokens: int | None,
         logprobs: int | None,
         form: Callable[[Answer], Form],
     ) -> TextReply:
-        refuse_unsupported(asked)
-        name, adapter = self.catalog.resolve(asked.model, asked.adapters)
-        copies = asked.n or 1
+        refuse_unsupported(body)
+        name, adapter = self.catalog.resolve(body.model, body.adapters)
+        copies = body.n or 1
         count = len(prompts) * copies
         most = min(self.options.max_choices, self.admission.size)
         if count > most:
@@ -188,10 +190,10 @@ class Service:
         places = self.admission.enter(count)
         try:
             encoded = await self._encode(prompts)
-            echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
+            echo = isinstance(body, CompletionRequest) and bool(body.echo)
             prefixes = await self._decode(encoded) if echo else []
             requests = [
-                self._request(asked, tokens, adapter, max_tokens, logprobs, copy)
+                self._request(body, tokens, adapter, max_tokens, logprobs, copy)
                 for tokens in encoded
                 for copy in range(copies)
             ]
@@ -200,7 +202,7 @@ class Service:
                 place.leave()
             raise
         lengths = [len(tokens) for tokens in encoded for _ in range(copies)]
-        record.model, record.stream, record.choices = name, bool(asked.stream), count
+        record.model, record.stream, record.choices = name, bool(body.stream), count
         record.prompt_tokens = sum(map(len, encoded))
         served_request = ServedRequest(
             self._context,
@@ -215,7 +217,7 @@ class Service:
             created=int(time.time()),
             fingerprint=self._served.fingerprint,
             token_bytes=lambda token: self._served.token_bytes.get(token, b""),
-            include_usage=asked.include_usage,
+            include_usage=body.include_usage,
             with_logprobs=logprobs is not None,
             prefixes=[prefix for prefix in prefixes for _ in range(copies)],
         )
@@ -227,7 +229,7 @@ class Service:
 
     def _request(
         self,
-        asked: GenerationFields,
+        body: GenerationFields,
         tokens: Sequence[int],
         adapter: AdapterChoice,
         max_tokens: int | None,
@@ -238,19 +240,23 @@ class Service:
             prompt=tokens,
             adapter=adapter,
             max_new_tokens=self._answer_length(len(tokens), max_tokens),
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_k=max(asked.top_k or 0, 0),
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            min_p=asked.min_p or 0.0,
-            # Seeds may be negative in OpenAI's API, and the answers to one request must differ.
-            seed=None if asked.seed is None else (asked.seed + copy) % 2**63,
-            stop=asked.stop_strings,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=max(body.top_k or 0, 0),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            # OpenAI's API allows negative seeds, and the answers to one request must differ.
+            seed=None if body.seed is None else (body.seed + copy) % 2**63,
+            stop=body.stop_strings,
             logprobs=logprobs,
-            ignore_end=bool(asked.ignore_eos),
+            ignore_end=bool(body.ignore_eos),
         )
 
     def _answer_length(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """Tokens that may be made after ``prompt_tokens``."""
+        """Most tokens to generate after a prompt.
+
+        Raises:
+          ApiError: the prompt or ``max_tokens`` is too long.
+        """
         context, limit = self._served.context_length, self.options.max_tokens
         longest = self.options.max_prompt_tokens or context
         if not prompt_tokens:

@@ -1,7 +1,7 @@
-"""What each token stands for, byte by byte: half a character has a probability, too.
+"""The bytes of each token, which may be part of a character.
 
-Read from tokenizer.json, in the two ways that vocabularies spell bytes: as printable characters
-(byte-level BPE), or as they are, with ``▁`` for a blank and ``<0xE2>`` for a lone byte.
+They are read from tokenizer.json. Vocabularies encode bytes in two ways: as printable characters
+(byte-level BPE), or as plain text with ``▁`` for a blank and ``<0xE2>`` for a single byte.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ def read_token_bytes(folder: Path) -> Mapping[int, bytes]:
     """The bytes of every token of the artifact in ``folder``, by its id.
 
     Raises:
-      ArtifactError: its tokenizer.json is missing or damaged.
+      ArtifactError: tokenizer.json is missing or damaged.
     """
     path = folder / _TOKENIZER_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        spell = _byte_level if _is_byte_level(content) else _sentencepiece
-        found = {index: spell(token) for token, index in _vocabulary(content["model"]["vocab"])}
+        decode = _byte_level if _is_byte_level(content) else _sentencepiece
+        token_bytes = {
+            index: decode(token) for token, index in _vocabulary(content["model"]["vocab"])
+        }
         for token in content.get("added_tokens", ()):
-            found[token["id"]] = token["content"].encode()
+            token_bytes[token["id"]] = token["content"].encode()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path}: holds no vocabulary ({type(error).__name__}): build the artifact again"
         ) from None
-    return found
+    return token_bytes
 
 
 def _vocabulary(vocabulary: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - JSON
-    """Tokens with their ids: BPE has a mapping, Unigram a list of tokens with their scores."""
+    """Tokens with their ids, from a mapping (BPE) or a list of tokens with scores (Unigram)."""
     if isinstance(vocabulary, Mapping):
         yield from vocabulary.items()
     else:
@@ -65,7 +67,7 @@ def _byte_level(token: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _letters() -> Mapping[str, int]:
-    """The character that stands for each byte: itself if it is printable, one above 255 if not."""
+    """Bytes by their character: itself if printable, otherwise one above 255."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,1 +1,1 @@
-"""Run a TensorRT target of an artifact: its engines, and what they ask for."""
+"""The TensorRT backend: engines of an artifact on an NVIDIA GPU."""

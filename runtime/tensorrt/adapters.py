@@ -1,4 +1,4 @@
-"""Adapters on the GPU: switching from one to another is binding other addresses."""
+"""Adapters on the GPU: switching adapters binds other addresses."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class DeviceAdapter:
     """One adapter in the GPU's memory.
 
     Attributes:
-      rank: of every linear, those of lower rank padded with zeros.
+      rank: of every linear; lower ranks are padded with zeros.
       addresses: of the engine's inputs ``<linear>.lora_a [R, K]`` and ``.lora_b [N, R]``.
-      memory: that they lie in.
+      memory: that holds them.
     """
 
     rank: int
@@ -40,7 +40,7 @@ class DeviceAdapter:
 
 
 class DeviceAdapters(AdapterPlaces[DeviceAdapter]):
-    """Adapters of an engine, each in memory of its own."""
+    """Adapters of an engine, each in a block of memory of its own."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class DeviceAdapters(AdapterPlaces[DeviceAdapter]):
 
         Args:
           device: the GPU.
-          engines: whose inputs they are for.
+          engines: description of the engine.
           names: of the adapters.
-          load: gives the factors of a weighted sum of adapters, by linear.
-          sums: how many weighted sums that are not in use to keep.
+          load: reads the factors of a weighted sum of adapters, by linear.
+          sums: number of unused weighted sums to keep.
 
         Raises:
-          EoraccError: an adapter is damaged or does not fit, or memory is out.
+          EoraccError: an adapter is damaged or does not fit, or memory is exhausted.
         """
         takes = engines.adapter_type != "none"
         super().__init__(names, takes_adapters=takes, sums=sums)
@@ -73,23 +73,25 @@ class DeviceAdapters(AdapterPlaces[DeviceAdapter]):
             (profile.dims["rank"][0] for profile in engines.profiles if "rank" in profile.dims),
             default=0,
         )
-        # (N, K) of each linear that has inputs, in the order of the graph.
+        # (N, K) of each linear with inputs, in the order of the graph.
         self._inputs = {
-            one.name: one for one in engines.bindings if one.name.endswith((LORA_A, LORA_B))
+            binding.name: binding
+            for binding in engines.bindings
+            if binding.name.endswith((LORA_A, LORA_B))
         }
         self._linears = {}
-        for name, one in self._inputs.items():
+        for name, binding in self._inputs.items():
             linear, suffix = name[: -len(LORA_A)], name[-len(LORA_A) :]
             if suffix == LORA_A:
                 rows = self._inputs[linear + LORA_B].shape[0]
-                self._linears[linear] = int(rows), int(one.shape[1])
+                self._linears[linear] = int(rows), int(binding.shape[1])
         self._none = self._upload({}, "no adapter")
-        self._adapters = [self._pack(one) for one in self._singles()] if takes else []
+        self._adapters = [self._pack(weights) for weights in self._singles()] if takes else []
 
     def at(self, place: int) -> DeviceAdapter:
-        """What is at ``place``; at a negative one an adapter that adds nothing.
+        """The adapter at ``place``; for a negative place one that adds nothing.
 
-        Whoever has it may go on with it, whatever comes to its place.
+        It stays valid for the caller when another adapter takes its place.
         """
         return self._none if place < 0 else self._adapters[place]
 
@@ -103,7 +105,7 @@ class DeviceAdapters(AdapterPlaces[DeviceAdapter]):
 
     def _upload(self, factors: Mapping[str, LowRank], name: str) -> DeviceAdapter:
         _check(factors, self._linears, name)
-        rank = max([self._min_rank, *(one.rank for one in factors.values())])
+        rank = max([self._min_rank, *(own.rank for own in factors.values())])
         if factors and rank > self._max_rank:
             raise ArtifactError(
                 f"adapter '{name}': has rank {rank}, and the engines take {self._max_rank} at "
@@ -121,7 +123,7 @@ class DeviceAdapters(AdapterPlaces[DeviceAdapter]):
     def _place(
         self, arrays: Mapping[str, NDArray[np.float32]], rank: int, name: str
     ) -> DeviceAdapter:
-        """``arrays`` in the engine's types, side by side in one stretch of memory."""
+        """Upload ``arrays`` in the engine's types, side by side in one block of memory."""
         stored = {key: to_engine(array, self._inputs[key].dtype) for key, array in arrays.items()}
         memory = self._device.allocate(sum(aligned(array.nbytes) for array in stored.values()))
         addresses, end = {}, memory.address

@@ -1,4 +1,4 @@
-"""Execution contexts of an engine, one a profile, and calls through them."""
+"""Execution contexts of an engine, one for each profile, and calls through them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["Contexts"]
 
 
 class Contexts:
-    """Calls of one engine, in a stream's order. Threads may share it.
+    """Calls of one engine, in the order of a stream. Threads may share it.
 
-    Calls are enqueued one at a time: a context remembers shapes and addresses from one to the next,
-    and a GPU has no time to spare while another call runs on it.
+    Calls are enqueued one at a time, because a context keeps shapes and addresses between calls.
+    Parallel calls would not be faster, as one call occupies the GPU.
     """
 
     def __init__(self, library: Library, engine: Any, engines: EngineSet, device: Device) -> None:  # noqa: ANN401 - TensorRT has no types
-        """Make a context for every profile; each takes the memory that its profile needs.
+        """Create a context for every profile; each takes the memory that its profile needs.
 
         Args:
-          library: what the engine was deserialized with.
-          engine: itself.
-          engines: what engines.json says of it.
-          device: that it runs on.
+          library: that deserialized the engine.
+          engine: of TensorRT.
+          engines: description of the engine.
+          device: that the engine runs on.
 
         Raises:
           ArtifactError: engines.json describes another engine.
@@ -54,8 +54,8 @@ class Contexts:
         if specialization is None:
             context = engine.create_execution_context(strategy=strategy)
         else:
-            # TensorRT for RTX compiles kernels for each new shape, in the background: where the
-            # cache grows by a token a step, no kernel would ever be used twice.
+            # TensorRT for RTX compiles kernels for each new shape in the background. If the cache
+            # grows by a token in each step, no kernel would be used twice.
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             if self._engines.cache_layout == "concat":
@@ -72,20 +72,20 @@ class Contexts:
 
     @property
     def profiles(self) -> tuple[Profile, ...]:
-        """What calls the engine takes."""
+        """Ranges of the sizes of calls."""
         return self._engines.profiles
 
     def enqueue(self, dims: Mapping[str, int], addresses: Mapping[str, int]) -> None:
-        """Begin a call; it has ended when the device's stream has.
+        """Start a call; it ends in the order of the device's stream.
 
         Args:
-          dims: size of every dimension that a call decides.
-          addresses: on the device, of every input and output.
+          dims: size of every dynamic dimension.
+          addresses: of every input and output on the device.
 
         Raises:
-          BackendError: no profile takes such a call, or TensorRT refuses it.
+          BackendError: the call fits no profile, or TensorRT rejects it.
         """
-        # Of several that take it, the one that is tuned for the fewest tokens.
+        # Of several profiles that fit, the one for the fewest tokens.
         fitting = [
             (profile.dims["sequence"][2], index)
             for index, profile in enumerate(self.profiles)
@@ -98,23 +98,23 @@ class Contexts:
 
 
 class _Context:
-    """One context, told what has changed since its last call and no more."""
+    """One context; only shapes and addresses that have changed are set."""
 
     def __init__(self, library: Library, context: Any, bindings: tuple[Binding, ...]) -> None:  # noqa: ANN401 - no types
         self._library = library
         self._context = context
-        self._inputs = [one for one in bindings if one.mode == "input"]
+        self._inputs = [binding for binding in bindings if binding.mode == "input"]
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
 
     def enqueue(self, dims: Mapping[str, int], addresses: Mapping[str, int], stream: int) -> None:
         try:
-            for one in self._inputs:
-                shape = one.resolve(dims)
-                if self._shapes.get(one.name) != shape:
-                    self._shapes.pop(one.name, None)
-                    self._check(self._context.set_input_shape(one.name, shape), one.name)
-                    self._shapes[one.name] = shape
+            for binding in self._inputs:
+                name, shape = binding.name, binding.resolve(dims)
+                if self._shapes.get(name) != shape:
+                    self._shapes.pop(name, None)
+                    self._check(self._context.set_input_shape(name, shape), name)
+                    self._shapes[name] = shape
             for name, address in addresses.items():
                 if self._addresses.get(name) != address:
                     self._addresses.pop(name, None)
@@ -124,9 +124,9 @@ class _Context:
         except (RuntimeError, TypeError, ValueError) as error:
             raise self._failure(str(error)) from error
 
-    def _check(self, done: bool, what: str) -> None:
-        if not done:
-            raise self._failure(f"it refuses {what}")
+    def _check(self, accepted: bool, subject: str) -> None:
+        if not accepted:
+            raise self._failure(f"it refuses {subject}")
 
     def _failure(self, reason: str) -> BackendError:
         return BackendError(
@@ -135,9 +135,9 @@ class _Context:
 
 
 def _check_bindings(engine: Any, engines: EngineSet) -> None:  # noqa: ANN401 - TensorRT has no types
-    """The engine has the inputs, outputs and profiles that are listed."""
+    """Check that the engine has the listed inputs, outputs and number of profiles."""
     held = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    listed = {one.name for one in engines.bindings}
+    listed = {binding.name for binding in engines.bindings}
     if held != listed or engine.num_optimization_profiles != len(engines.profiles):
         odd = ", ".join(sorted(held ^ listed)[:3]) or "their profiles differ"
         raise ArtifactError(
@@ -146,7 +146,7 @@ def _check_bindings(engine: Any, engines: EngineSet) -> None:  # noqa: ANN401 - 
 
 
 def _outside(dims: Mapping[str, int], profiles: tuple[Profile, ...]) -> str:
-    """Why no profile takes a call: what the one that comes nearest was built for."""
+    """Error text of a call that fits no profile, with the ranges of the closest one."""
 
     def misfits(profile: Profile) -> list[str]:
         return [

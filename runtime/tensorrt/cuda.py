@@ -1,8 +1,8 @@
 """One GPU through the CUDA driver API: memory, copies and a stream.
 
-The driver's library comes with the driver, so whatever can run an engine has it: what is needed of
-it is a dozen C functions whose interface does not change, called through ctypes. CUDA's Python
-packages would be a dependency of many megabytes for no more than these.
+The library comes with the driver, so every machine that can run an engine has it. Some twenty C
+functions with a stable interface are enough, called through ctypes; CUDA's Python packages would be
+a dependency of many megabytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 ALIGNMENT = 256
-"""Bytes that CUDA aligns every allocation to, and that what lies in one keeps to."""
+"""Alignment in bytes of CUDA's allocations, and of the parts that we place in one."""
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
 
@@ -95,13 +95,13 @@ def aligned(nbytes: int) -> int:
 
 
 class Driver:
-    """The functions of the driver's library that are used here."""
+    """Functions of the driver's library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        """Take them from ``library``.
+        """Look up the functions in ``library`` and initialize the driver.
 
         Raises:
-          BackendError: the driver is too old to have one of them, or cannot be started.
+          BackendError: the driver is too old, or cannot be initialized.
         """
         self._functions: dict[str, Any] = {}
         for name, arguments in _FUNCTIONS.items():
@@ -116,11 +116,11 @@ class Driver:
             self._functions[name] = function
         self.call("cuInit", 0)
 
-    def call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - whatever C takes
-        """Call one of them.
+    def call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - any C type
+        """Call a function by name.
 
         Raises:
-          BackendError: it fails; the text is the driver's.
+          BackendError: the function fails; the text is the driver's.
         """
         code = self._functions[name](*arguments)
         if code == _SUCCESS:
@@ -134,7 +134,7 @@ class Driver:
 
 
 class Memory:
-    """A stretch of the GPU's memory, freed with the last reference to it.
+    """A block of the GPU's memory, freed with the last reference to it.
 
     Attributes:
       address: on the device, a multiple of :data:`ALIGNMENT`.
@@ -144,24 +144,24 @@ class Memory:
     def __init__(self, device: Device, nbytes: int) -> None:
         self.nbytes = nbytes
         self.address = device.reserve(nbytes)
-        # At exit the driver takes back everything, in an order of its own.
+        # At exit the driver frees everything itself.
         weakref.finalize(self, device.release, self.address).atexit = False
 
 
 class Device:
-    """One GPU, and a stream that all work on it goes through. Threads may share it.
+    """One GPU with one stream for all work. Threads may share it.
 
     Attributes:
-      name: as the driver gives it.
-      compute_capability: ``8.6`` for example.
+      name: from the driver.
+      compute_capability: for example ``8.6``.
       stream: handle of the stream.
     """
 
     def __init__(self, driver: Driver, ordinal: int = 0) -> None:
-        """Open the GPU number ``ordinal`` of those that this process may see.
+        """Open GPU number ``ordinal`` of those visible to the process.
 
         Raises:
-          BackendError: there is none, or CUDA fails.
+          BackendError: there is no such GPU, or CUDA fails.
         """
         self._driver = driver
         count = c_int()
@@ -180,7 +180,7 @@ class Device:
             self._attribute(handle.value, which) for which in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR)
         )
         self.compute_capability = f"{major}.{minor}"
-        # TensorRT works in the primary context, too; it is kept for as long as the process lives.
+        # TensorRT uses the primary context too; it is kept for the lifetime of the process.
         context = c_void_p()
         driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle.value)
         self._context = context
@@ -195,33 +195,33 @@ class Device:
         self._driver.call("cuDeviceGetAttribute", ctypes.byref(value), which, handle)
         return value.value
 
-    def _call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - whatever C takes
-        # The context is current in one thread, and any thread may call.
+    def _call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401 - any C type
+        # The context is current for one thread only, and any thread may call.
         self._driver.call("cuCtxSetCurrent", self._context)
         self._driver.call(name, *arguments)
 
     # --- memory -----------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> Memory:
-        """At least one byte of memory, whose content is arbitrary.
+        """Allocate memory, at least one byte; its content is arbitrary.
 
         Raises:
-          BackendError: there is no room for it.
+          BackendError: memory is exhausted.
         """
         return Memory(self, max(nbytes, 1))
 
     def reserve(self, nbytes: int) -> int:
-        """The address of new memory; :class:`Memory` is who calls it."""
+        """The address of newly allocated memory; called by :class:`Memory`."""
         address = c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), nbytes)
         return address.value
 
     def release(self, address: int) -> None:
-        """Give back what :meth:`reserve` gave."""
+        """Free memory of :meth:`reserve`."""
         self._call("cuMemFree_v2", address)
 
     def taken_bytes(self) -> int:
-        """Of the GPU's memory, held more than when this was opened, by whatever process."""
+        """Growth of the GPU memory in use since this was opened, by all processes."""
         return self._used_bytes() - self._before
 
     def _used_bytes(self) -> int:
@@ -229,18 +229,18 @@ class Device:
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return total.value - free.value
 
-    # --- work in the stream's order ---------------------------------------------------------------
+    # --- work in the order of the stream ----------------------------------------------------------
 
     def upload(self, array: NDArray[Any], address: int) -> None:
-        """Copy a C-contiguous ``array`` to ``address``; it may be changed at once."""
-        # CUDA has taken a copy of pageable memory when the call returns.
+        """Copy a C-contiguous ``array`` to ``address``; the array may be changed afterwards."""
+        # CUDA has copied pageable memory when the call returns.
         if array.nbytes:
             self._call(
                 "cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self.stream
             )
 
     def download(self, address: int, array: NDArray[Any]) -> None:
-        """Fill a C-contiguous ``array`` from ``address``: it is ready after :meth:`synchronize`."""
+        """Fill a C-contiguous ``array`` from ``address``; complete after :meth:`synchronize`."""
         if array.nbytes:
             self._call(
                 "cuMemcpyDtoHAsync_v2", array.ctypes.data, address, array.nbytes, self.stream
@@ -254,10 +254,10 @@ class Device:
     def copy_pieces(
         self, source: int, source_step: int, target: int, target_step: int, *, nbytes: int, n: int
     ) -> None:
-        """Copy ``n`` pieces of ``nbytes``, which lie ``source_step`` and ``target_step`` apart.
+        """Copy ``n`` pieces of ``nbytes`` at distances of ``source_step`` and ``target_step``.
 
-        Any steps will do: of the driver's copies this is the one that sets none a limit. It runs in
-        the default stream, which waits for ours and which ours waits for.
+        Uses the driver's only copy without a limit on the distances. It runs in the default stream,
+        which synchronizes with this device's stream in both directions.
         """
         if not nbytes or not n:
             return
@@ -274,7 +274,7 @@ class Device:
         self._call("cuMemcpy2DUnaligned_v2", ctypes.byref(copy))
 
     def synchronize(self) -> None:
-        """Wait until all is done.
+        """Wait until all work is complete.
 
         Raises:
           BackendError: some of it has failed.
@@ -288,7 +288,7 @@ def _destroy_stream(driver: Driver, context: c_void_p, stream: int) -> None:
 
 
 def _open_driver() -> Driver:
-    """The NVIDIA driver of this machine.
+    """Open the NVIDIA driver of this machine.
 
     Raises:
       BackendError: there is none.
@@ -306,7 +306,7 @@ def _open_driver() -> Driver:
 
 
 def open_device() -> Device:
-    """The first GPU that this process may see.
+    """Open the first GPU visible to the process.
 
     Raises:
       BackendError: there is no driver or no GPU.

@@ -1,4 +1,4 @@
-"""A TensorRT target of an artifact as generating and scoring want it."""
+"""The TensorRT backend: an engine with its bank of adapters."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids", LOGITS_POSITIONS, WRIT
 
 
 class TensorRTDecoder:
-    """An engine on a GPU, with the adapters that it runs with.
+    """A :class:`eoracc.runtime.decode.decoder.Decoder` on a GPU.
 
     Attributes:
       bank: the adapters.
-      context_length: tokens of a row at most.
-      vocabulary: width of the logits.
-      device_name: the GPU and its compute capability, in words.
+      context_length: most tokens of a row.
+      vocabulary: number of logits of a token.
+      device_name: name of the GPU with its compute capability.
     """
 
     def __init__(self, network: Network) -> None:
@@ -55,21 +55,22 @@ class TensorRTDecoder:
 
         Args:
           folder: of the target, verified.
-          adapters: names of those to load.
-          load: reads them.
+          adapters: names of the adapters to load.
+          load: reads the factors of a weighted sum of adapters.
 
         Raises:
-          ArtifactError: there is no engine for this GPU, or what is there is damaged.
-          BackendError: there is no driver, GPU or TensorRT, another version of it, or no memory.
+          ArtifactError: there is no engine for this GPU, or a file is damaged.
+          BackendError: the driver, the GPU or TensorRT is missing, TensorRT has another version, or
+            memory is exhausted.
         """
         engines = read_engine_set(folder)
         _check_inputs(folder, engines)
-        # The driver comes first: without it TensorRT itself only fails at length.
+        # The driver comes first: without one, TensorRT fails slowly and with long messages.
         device = open_device()
-        found = find_engine(folder, engines, device)
+        engine_file = find_engine(folder, engines, device)
         library = Library(engines.package)
         library.check_version(folder, engines)
-        engine = library.load_engine(folder / found.file)
+        engine = library.load_engine(folder / engine_file.file)
         contexts = Contexts(library, engine, engines, device)
         if engines.adapter_type == "none":
             adapters = ()
@@ -77,19 +78,20 @@ class TensorRTDecoder:
         return cls(Network(device, contexts, engines, bank))
 
     def new_rows(self) -> TensorRTRows:
-        """A cache of its own, without a row yet."""
+        """A new cache without rows."""
         return TensorRTRows(self._network)
 
     def device_bytes(self) -> int:
-        """Of the GPU's memory, held more than before this was opened, by whatever process."""
+        """Growth of the GPU memory in use since this was opened, by all processes."""
         return self._network.device.taken_bytes()
 
 
 def _check_inputs(folder: Path, engines: EngineSet) -> None:
-    for one in engines.bindings:
-        known = one.name in _INPUTS or one.name.startswith(PAST)
-        if one.mode == "input" and not (known or one.name.endswith((LORA_A, LORA_B))):
+    for binding in engines.bindings:
+        name = binding.name
+        known = name in _INPUTS or name.startswith(PAST) or name.endswith((LORA_A, LORA_B))
+        if binding.mode == "input" and not known:
             raise ArtifactError(
-                f"{folder}: its engines have an input '{one.name}' that this eoracc does not "
+                f"{folder}: its engines have an input '{name}' that this eoracc does not "
                 "know: use the eoracc that built it, or build it again"
             )

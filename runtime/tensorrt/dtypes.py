@@ -1,4 +1,4 @@
-"""Types of an engine's tensors as NumPy holds them, which has no bfloat16 of its own."""
+"""Types of an engine's tensors in NumPy, which has no bfloat16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BFLOAT16 = "bfloat16"
 
 
 def storage_type(dtype: str) -> np.dtype[Any]:
-    """What holds values of ``dtype``: for bfloat16 ``uint16``, their bits."""
+    """NumPy's type for values of ``dtype``; for bfloat16 it is ``uint16``, the bits."""
     return np.dtype(np.uint16 if dtype == _BFLOAT16 else dtype)
 
 
@@ -24,10 +24,10 @@ def to_engine(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     ['0x3f80', '0xc020']
     """
     if dtype != _BFLOAT16:
-        with np.errstate(over="ignore"):  # what is beyond float16 becomes infinite
+        with np.errstate(over="ignore"):  # values beyond float16 become infinite
             return array.astype(dtype)
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    # What is cut off rounds up where it is above a half, or a half and the last bit kept is odd.
+    # The lower half rounds up if it is above one half, or equal to it and the last bit is odd.
     rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return ((bits + rounding) >> np.uint32(16)).astype(np.uint16)
 

@@ -1,6 +1,6 @@
-"""engines.json: the engines of a TensorRT target, and all that running one asks for.
+"""engines.json: the engines of a TensorRT target, with everything needed to run one.
 
-It stands beside the engines, in the target's folder of the artifact::
+The file is beside the engines, in the target's folder of the artifact::
 
     {"format": "eoracc engines", "schema": 1, "package": "tensorrt_rtx", "version": "1.7.1.116",
      "graph": "model.onnx", "dtype": "float16", "context_length": 2048,
@@ -11,10 +11,10 @@ It stands beside the engines, in the target's folder of the artifact::
                    "shape": ["batch", "sequence"]}, ...],
      "engines": [{"compute_capability": "8.0", "file": "sm80.engine", "sha256": "...", "size": 1}]}
 
-The shape of a binding is a list of numbers and of names of dimensions. ``sequence`` are the tokens
-of a call, ``past`` those in the cache before it and ``total`` both; ``rank`` is that of an adapter,
-and ``capacity`` the tokens that a cache in place has room for. A profile says for each name the
-smallest, the usual and the largest value that its engine was built for.
+The shape of a binding is a list of numbers and names of dimensions. ``sequence`` is the number of
+tokens of a call, ``past`` that of the tokens in the cache before it and ``total`` their sum;
+``rank`` is that of an adapter, and ``capacity`` the size of a cache in place in tokens. A profile
+gives for each name the smallest, usual and largest value that its engine was built for.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Binding:
       name: of the tensor.
       mode: ``input`` or ``output``.
       dtype: ``int32``, ``int64``, ``bool``, ``float16``, ``bfloat16`` or ``float32``.
-      shape: sizes, and names of dimensions that a call decides.
+      shape: sizes, and names of dynamic dimensions.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Binding:
     shape: tuple[int | str, ...]
 
     def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape where each dimension has the size that ``dims`` gives it.
+        """The shape with the sizes of ``dims`` for the dynamic dimensions.
 
         >>> Binding("input_ids", "input", "int64", ("batch", "sequence", 4)).resolve(
         ...     {"batch": 2, "sequence": 3}
@@ -81,7 +81,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class Profile:
-    """An optimization profile: which calls it takes, and which it is tuned for.
+    """An optimization profile: the range of calls that it allows and is tuned for.
 
     Attributes:
       name: ``decode`` or ``prefill``.
@@ -92,7 +92,7 @@ class Profile:
     dims: Mapping[str, Range]
 
     def takes(self, dims: Mapping[str, int]) -> bool:
-        """Whether a call of these sizes is within the profile.
+        """Whether the profile allows a call of these sizes.
 
         >>> decode = Profile("decode", {"batch": (1, 1, 8), "sequence": (1, 1, 1)})
         >>> decode.takes({"batch": 8, "sequence": 1}), decode.takes({"batch": 1, "sequence": 2})
@@ -106,9 +106,9 @@ class EngineFile:
     """An engine of one compute capability.
 
     Attributes:
-      compute_capability: of the GPUs that it runs on, ``8.6``.
-      file: its name, beside engines.json.
-      sha256: of its content, hexadecimal.
+      compute_capability: of the GPUs that it runs on, for example ``8.6``.
+      file: name of the file beside engines.json.
+      sha256: of the content, hexadecimal.
       size: in bytes.
     """
 
@@ -120,19 +120,19 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class EngineSet:
-    """The engines of one target, which differ by compute capability alone.
+    """The engines of one target, which differ only by compute capability.
 
     Attributes:
-      package: what built them and runs them, ``tensorrt_rtx`` or ``tensorrt``.
-      version: of that package; an engine wants the very one.
-      graph: the ONNX file that they were built from, beside engines.json.
+      package: that built them and runs them, ``tensorrt_rtx`` or ``tensorrt``.
+      version: of that package; an engine runs with no other.
+      graph: the ONNX file beside engines.json that they were built from.
       dtype: of activations, cache and adapter factors, ``float16`` or ``bfloat16``.
       context_length: most tokens of a row, cache included.
       cache_layout: ``concat``: each call reads ``past_key_values.<i>.key|value`` and writes all of
         ``present.<i>.key|value``; ``in_place``: it writes its own tokens into the buffers it reads.
-      cache_layers: how many decoder layers have a cache.
-      adapter_type: ``float16`` or ``bfloat16`` where adapters are inputs, else ``none``.
-      max_rank: the largest rank that an adapter may have; 0 without adapters.
+      cache_layers: number of decoder layers with a cache.
+      adapter_type: ``float16`` or ``bfloat16`` if adapters are inputs, else ``none``.
+      max_rank: largest rank of an adapter; 0 without adapters.
       profiles: in the order of their indices in the engine.
       bindings: all inputs and outputs, in the graph's order.
       engines: by compute capability, lowest first.
@@ -153,7 +153,7 @@ class EngineSet:
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
-        """Those that there is an engine for."""
+        """Compute capabilities that have an engine."""
         return tuple(engine.compute_capability for engine in self.engines)
 
     def binding(self, name: str) -> Binding:
@@ -162,29 +162,30 @@ class EngineSet:
         Raises:
           KeyError: there is none.
         """
-        found = next((one for one in self.bindings if one.name == name), None)
-        if found is None:
-            raise KeyError(name)
-        return found
+        for binding in self.bindings:
+            if binding.name == name:
+                return binding
+        raise KeyError(name)
 
     def to_json(self) -> str:
         """The text of engines.json: equal sets give equal texts."""
         content = asdict(self)
         cache = {"layout": content.pop("cache_layout"), "layers": content.pop("cache_layers")}
         content = {"format": _FORMAT, "schema": _SCHEMA, **content, "cache": cache}
-        # One line for each binding, profile and engine: there are hundreds of them.
+        # One line for each binding, profile and engine, as there are hundreds.
         parts = ",\n".join(f"  {json.dumps(key)}: {_lines(part)}" for key, part in content.items())
         return f"{{\n{parts}\n}}\n"
 
 
 def read_engine_set(folder: Path) -> EngineSet:
-    """Read engines.json; the engines themselves are not looked at.
+    """Read engines.json, without looking at the engines.
 
     Args:
-      folder: of the target, ``<artifact>/tensorrt_rtx``. The manifest is the caller's to verify.
+      folder: of the target, ``<artifact>/tensorrt_rtx``; the caller has verified the manifest.
 
     Raises:
-      ArtifactError: it is missing, damaged or newer than this eoracc, or names a file elsewhere.
+      ArtifactError: the file is missing, damaged or newer than this eoracc, or names a file
+        elsewhere.
     """
     path = folder / ENGINES_FILE
     content = read_versioned(
@@ -198,10 +199,10 @@ def read_engine_set(folder: Path) -> EngineSet:
 
 
 def parse_engine_set(content: object, path: Path) -> EngineSet:
-    """Engines as engines.json describes them, of which ``path`` holds ``content``.
+    """Parse ``content`` of the engines.json at ``path``.
 
     Raises:
-      ArtifactError: it is damaged or newer than this eoracc, or names a file elsewhere.
+      ArtifactError: the content is damaged or newer than this eoracc, or names a file elsewhere.
     """
     checked = check_versioned(content, path, file_format=_FORMAT, schema=_SCHEMA, foreign=_FOREIGN)
     return _parse_beside(checked, path)
@@ -241,27 +242,28 @@ def _parse(content: Mapping[str, Any]) -> EngineSet:
         max_rank=int(content["max_rank"]),
         profiles=tuple(
             Profile(
-                str(one["name"]), {str(name): _range(size) for name, size in one["dims"].items()}
+                str(profile["name"]),
+                {str(name): _range(size) for name, size in profile["dims"].items()},
             )
-            for one in content["profiles"]
+            for profile in content["profiles"]
         ),
         bindings=tuple(
             Binding(
-                str(one["name"]),
-                _one_of(one["mode"], _MODES),
-                str(one["dtype"]),
-                tuple(size if isinstance(size, str) else int(size) for size in one["shape"]),
+                str(binding["name"]),
+                _one_of(binding["mode"], _MODES),
+                str(binding["dtype"]),
+                tuple(size if isinstance(size, str) else int(size) for size in binding["shape"]),
             )
-            for one in content["bindings"]
+            for binding in content["bindings"]
         ),
         engines=tuple(
             EngineFile(
-                str(one["compute_capability"]),
-                str(one["file"]),
-                str(one["sha256"]),
-                int(one["size"]),
+                str(engine["compute_capability"]),
+                str(engine["file"]),
+                str(engine["sha256"]),
+                int(engine["size"]),
             )
-            for one in content["engines"]
+            for engine in content["engines"]
         ),
     )
 

@@ -1,14 +1,14 @@
-"""Rows that an engine decodes together, and where their keys and values lie on the GPU.
+"""Groups: rows that an engine decodes together, with their keys and values on the GPU.
 
-Rows of one call are a *group*: they share tensors ``[rows, heads, columns, head]``. Groups last for
-as long as the same rows are decoded together; when they change, rows are copied into a new one, on
-the GPU. An engine takes one adapter a call: rows of several adapters are as many groups.
+The rows of a group share tensors ``[rows, heads, columns, head]``. A group lasts as long as the
+same rows are decoded together; when they change, the GPU copies the rows into a new group. An
+engine takes one adapter in each call, so that rows with different adapters are in different groups.
 
-- With a cache of layout ``concat`` a call reads all columns and writes them anew, with those of its
-  own tokens behind them: two stretches of memory take turns. Rows end together, in the last column.
-  One that is shorter begins later, behind zeros that the mask leaves out.
-- With a cache ``in_place`` a call writes its tokens between the others. Every row begins in the
-  first column, and there are as many columns as the context is long.
+- With a cache of layout ``concat`` a call reads all columns and writes a copy that is longer by its
+  own tokens; two blocks of memory alternate. All rows end in the last column. A shorter row starts
+  later, after zeros that the mask hides.
+- With a cache ``in_place`` a call writes its tokens into the cache. All rows start in the first
+  column, and there are as many columns as tokens in the context.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 __all__ = ["CacheMemory", "Group", "Text", "group_of"]
 
 _SMALLEST = 128
-"""Columns that a cache of layout ``concat`` has room for; the room doubles when it is used up."""
+"""Initial capacity of a ``concat`` cache in columns; it doubles when it is full."""
 
 
 class Text:
-    """One text, and where its keys and values are: columns ``start`` to ``start + length``.
+    """One text, with its keys and values in the columns ``start`` to ``start + length`` of a group.
 
     Attributes:
-      group: that holds them; None while there are none.
-      index: of its row in the group.
-      start: its first column.
-      length: its tokens.
+      group: of the text; None before its first tokens.
+      index: of the row in the group.
+      start: first column.
+      length: number of tokens.
     """
 
     def __init__(self) -> None:
@@ -49,17 +49,17 @@ class Text:
 
 
 class CacheMemory:
-    """Memory for every key and value of some rows, up to some columns.
+    """Memory for all keys and values of some rows.
 
     Attributes:
-      columns: that there is room for.
-      memory: itself.
-      addresses: of each tensor, in the network's order.
+      columns: capacity.
+      memory: the block of memory.
+      addresses: of each tensor, in the order of the network.
     """
 
     def __init__(self, network: Network, rows: int, columns: int) -> None:
         self.columns = columns
-        sizes = [aligned(rows * one.heads * columns * one.width) for one in network.caches]
+        sizes = [aligned(rows * tensor.heads * columns * tensor.width) for tensor in network.caches]
         self.memory = network.device.allocate(sum(sizes))
         ends = np.cumsum([0, *sizes])
         self.addresses = [self.memory.address + int(start) for start in ends[:-1]]
@@ -68,13 +68,13 @@ class CacheMemory:
 class Group(ABC):
     """The cache of some rows.
 
-    Texts know their group and not the other way round: memory of the GPU must not wait for Python
-    to look for cycles.
+    Texts refer to their group, but not the reverse: freeing memory of the GPU must not wait for
+    Python's collection of reference cycles.
 
     Attributes:
-      rows: how many.
-      columns: of its tensors, as the next call reads them.
-      current: where they lie.
+      rows: number of rows.
+      columns: of the tensors that the next call reads.
+      current: memory of those tensors.
     """
 
     def __init__(self, network: Network, rows: int, columns: int, room: int) -> None:
@@ -82,24 +82,24 @@ class Group(ABC):
         self.columns = columns
         self._network = network
         self.current = CacheMemory(network, rows, room)
-        # What the mask leaves out is multiplied with 0, and NaN times 0 is NaN.
+        # Masked values are multiplied by 0, and NaN times 0 is NaN.
         network.device.clear(self.current.memory.address, self.current.memory.nbytes)
 
     @abstractmethod
     def start(self, length: int) -> int:
-        """The first column of a text of ``length`` tokens."""
+        """First column of a text of ``length`` tokens."""
 
     @abstractmethod
     def total(self, longest: int, tokens: int) -> int:
-        """Columns that a call of ``tokens`` looks at, the longest text being ``longest`` before."""
+        """Columns that a call of ``tokens`` reads, if the longest text had ``longest`` tokens."""
 
     @abstractmethod
     def target(self, tokens: int) -> CacheMemory:
-        """Where a call of ``tokens`` writes."""
+        """Memory that a call of ``tokens`` writes to."""
 
     @abstractmethod
     def advance(self, tokens: int) -> None:
-        """Go on with what has been written to :meth:`target`."""
+        """Make :meth:`target` the current memory."""
 
     def take(self, text: Text, index: int) -> None:
         """Copy the keys and values of ``text`` into row ``index``."""
@@ -109,16 +109,16 @@ class Group(ABC):
         places = zip(
             self._network.caches, source.current.addresses, self.current.addresses, strict=True
         )
-        for one, old, new in places:
-            before = text.index * one.heads * source.columns + text.start
-            after = index * one.heads * self.columns + self.start(text.length)
+        for tensor, old, new in places:
+            before = text.index * tensor.heads * source.columns + text.start
+            after = index * tensor.heads * self.columns + self.start(text.length)
             self._network.device.copy_pieces(
-                old + before * one.width,
-                source.columns * one.width,
-                new + after * one.width,
-                self.columns * one.width,
-                nbytes=text.length * one.width,
-                n=one.heads,
+                old + before * tensor.width,
+                source.columns * tensor.width,
+                new + after * tensor.width,
+                self.columns * tensor.width,
+                nbytes=text.length * tensor.width,
+                n=tensor.heads,
             )
 
 
@@ -139,7 +139,7 @@ class _ConcatGroup(Group):
     def target(self, tokens: int) -> CacheMemory:
         needed = self.columns + tokens
         if self._spare is None or self._spare.columns < needed:
-            self._spare = None  # it is freed before there is another one
+            self._spare = None  # freed before the next one is allocated
             self._spare = CacheMemory(self._network, self.rows, _room_for(self._network, needed))
         return self._spare
 
@@ -179,10 +179,10 @@ def _room_for(network: Network, columns: int) -> int:
 
 
 def group_of(network: Network, texts: Sequence[Text]) -> Group:
-    """The group of exactly these texts, in this order: the one that they are in, or a new one.
+    """The group of exactly these texts in this order: their current group, or a new one.
 
     Raises:
-      BackendError: there is no memory for a new one; the texts stay where they are.
+      BackendError: there is no memory for a new group; the texts have not changed.
     """
     first = texts[0].group
     if first is not None and first.rows == len(texts) and _is_in_order(first, texts):

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX, which share an interface, and the engines that they load."""
+"""TensorRT and TensorRT for RTX, which share an interface: load engines and collect errors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _KEPT_MESSAGES = 4
 
 
 def find_engine(folder: Path, engines: EngineSet, device: Device) -> EngineFile:
-    """The engine for a GPU.
+    """Find the engine for a GPU.
 
     Args:
-      folder: of the target, for the error.
-      engines: those that it has.
+      folder: of the target, for errors.
+      engines: of the target.
       device: the GPU.
 
     Raises:
-      ArtifactError: there is none for its compute capability.
+      ArtifactError: there is no engine for the compute capability.
     """
     for engine in engines.engines:
         if engine.compute_capability == device.compute_capability:
@@ -41,7 +41,7 @@ def find_engine(folder: Path, engines: EngineSet, device: Device) -> EngineFile:
 
 
 class Library:
-    """An imported package, and what it has complained of lately.
+    """An imported package, with the last errors that it logged.
 
     Attributes:
       module: the package.
@@ -60,16 +60,16 @@ class Library:
 
     @property
     def complaint(self) -> str:
-        """The last errors that it logged, in one line; what to say where it gives no reason."""
+        """The last logged errors in one line, since TensorRT raises no exceptions; clears them."""
         text = "; ".join(dict.fromkeys(self._complaints)) or "it gives no reason"
         self._complaints.clear()
         return " ".join(text.split())
 
     def check_version(self, folder: Path, engines: EngineSet) -> None:
-        """See that this is the version that built ``engines``: engines want the very one.
+        """Check that the package has the version that built ``engines``.
 
         Raises:
-          BackendError: it is another one.
+          BackendError: the versions differ; an engine runs only with its own version.
         """
         own = str(self.module.__version__)
         if own != engines.version:
@@ -80,11 +80,11 @@ class Library:
             )
 
     def load_engine(self, path: Path) -> Any:  # noqa: ANN401 - TensorRT has no types
-        """Deserialize an engine, on the GPU whose context is current.
+        """Deserialize an engine on the GPU whose context is current.
 
         Raises:
-          ArtifactError: it cannot be read.
-          BackendError: it is refused; the text says why.
+          ArtifactError: the file cannot be read.
+          BackendError: TensorRT rejects it; the text has the reason.
         """
         try:
             content = path.read_bytes()
@@ -100,7 +100,7 @@ class Library:
 
 def _make_logger(module: Any, complaints: deque[str]) -> Any:  # noqa: ANN401 - no types
     class Logger(module.ILogger):  # type: ignore[misc]
-        """Keeps errors for the exception that follows, and says nothing by itself."""
+        """Keeps errors for the exception that follows, and prints nothing."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)

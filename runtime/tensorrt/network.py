@@ -1,4 +1,4 @@
-"""An engine, ready to be called: what its inputs and outputs look like."""
+"""An engine that is ready to be called, with the properties of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class CacheTensor:
     """Keys or values of one layer, ``[B, heads, columns, head]``.
 
     Attributes:
-      past: the input.
-      present: the output.
-      heads: of keys and values.
-      width: bytes of a head's vector.
+      past: name of the input.
+      present: name of the output.
+      heads: number of heads.
+      width: bytes of one head's vector.
     """
 
     past: str
@@ -39,15 +39,16 @@ class Network:
     """An engine with its GPU and its adapters.
 
     Attributes:
-      device: that it runs on.
-      contexts: to call it through.
-      adapters: that it can be called with.
-      engines: what engines.json says of it.
-      context_length: tokens of a row at most.
-      vocabulary: width of the logits.
-      capacity: columns of a cache in place; None where each call writes a longer cache.
-      caches: every key and value.
-      max_batch: rows of a call that decodes.
+      device: the GPU.
+      contexts: for calls of the engine.
+      adapters: for calls of the engine.
+      engines: description of the engine.
+      context_length: most tokens of a row.
+      vocabulary: number of logits of a token.
+      logits_type: type of the logits, as engines.json names it.
+      capacity: columns of a cache in place; None if each call writes a longer cache.
+      caches: tensors of all keys and values.
+      max_batch: most rows of a decoding call.
     """
 
     def __init__(
@@ -61,22 +62,22 @@ class Network:
         logits = engines.binding("logits")
         self.vocabulary = int(logits.shape[2])
         self.logits_type = logits.dtype
-        # A size that calls decide has a name, and this one may be any.
+        # The name of this dynamic dimension is arbitrary.
         self._kept = str(logits.shape[1])
-        pasts = [one for one in engines.bindings if one.name.startswith(PAST)]
+        pasts = [binding for binding in engines.bindings if binding.name.startswith(PAST)]
         self.caches = [
             CacheTensor(
-                past=one.name,
-                present=one.name.replace(PAST, PRESENT, 1),
-                heads=int(one.shape[1]),
-                width=int(one.shape[3]) * storage_type(one.dtype).itemsize,
+                past=past.name,
+                present=past.name.replace(PAST, PRESENT, 1),
+                heads=int(past.shape[1]),
+                width=int(past.shape[3]) * storage_type(past.dtype).itemsize,
             )
-            for one in pasts
+            for past in pasts
         ]
         in_place = engines.cache_layout == "in_place"
         self.capacity = int(pasts[0].shape[2]) if in_place else None
         ranges = [profile.dims for profile in engines.profiles]
-        # Fewest and most tokens of a call, and how many of them may get logits.
+        # Fewest and most tokens of a call, and the most that may get logits.
         self._sequences = [
             (dims["sequence"][0], dims["sequence"][2], dims[self._kept][2]) for dims in ranges
         ]
@@ -86,12 +87,12 @@ class Network:
     def dims(
         self, *, batch: int, sequence: int, total: int, rank: int, kept: int
     ) -> dict[str, int]:
-        """The size of every dimension of a call.
+        """Size of every dynamic dimension of a call.
 
         Args:
-          batch: rows.
+          batch: number of rows.
           sequence: tokens of each row.
-          total: columns that they may look at, their own included.
+          total: columns that attention reads, with those of the new tokens.
           rank: of the adapter.
           kept: tokens of each row that get logits.
         """
@@ -99,10 +100,13 @@ class Network:
         return {**sizes, "past": total - sequence, self._kept: kept}
 
     def parts(self, kinds: Sequence[Hashable]) -> Iterator[list[int]]:
-        """Which rows may share a call: those of one kind, as many as the engine takes.
+        """Split rows into calls: rows of one kind, at most ``max_batch``.
 
         Args:
-          kinds: of every row: what a call has only one of, its adapter for example.
+          kinds: of every row: properties that all rows of a call share, for example the adapter.
+
+        Yields:
+          Indices of the rows of a call.
         """
         alike: dict[Hashable, list[int]] = {}
         for index, kind in enumerate(kinds):
@@ -112,10 +116,10 @@ class Network:
                 yield indices[start : start + self.max_batch]
 
     def chunks(self, count: int, keep: int) -> Iterator[tuple[int, int]]:
-        """How to feed ``count`` tokens of which the last ``keep`` want logits.
+        """Split ``count`` tokens of a row into calls; the last ``keep`` tokens need logits.
 
         Yields:
-          The tokens of each call, and how many of the last of them want logits.
+          The number of tokens of each call, and of the last tokens in it that need logits.
         """
         done, first = 0, count - keep
         while done < count:
@@ -125,7 +129,7 @@ class Network:
                 for low, high, logits in self._sequences
                 if low <= min(count - done, before + logits)
             ]
-            # What fits nothing is tried all the same: the refusal says what would.
+            # If nothing fits, the call fails with an error that names the allowed ranges.
             size = max(sizes, default=1)
             done += size
             yield size, max(0, size - before)

@@ -1,4 +1,4 @@
-"""Texts of any lengths on an engine: prompts processed in chunks, tokens decoded in groups."""
+"""Rows of text on an engine: prompts are processed in chunks, tokens decoded in groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["TensorRTRows"]
 
 
 class TensorRTRows:
-    """A cache of its own for rows of text (:class:`eoracc.runtime.decode.decoder.Rows`)."""
+    """Rows of text on a GPU; :class:`eoracc.runtime.decode.decoder.Rows` describes the methods."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -34,12 +34,12 @@ class TensorRTRows:
         return self._texts[row].length
 
     def clear(self, row: int) -> None:
-        """Begin a new text in ``row``."""
+        """Start a new text in ``row``."""
         self._texts.extend(Text() for _ in range(row + 1 - len(self._texts)))
         self._texts[row] = Text()
 
     def move(self, source: int, target: int) -> None:
-        """Put the text of row ``source`` into row ``target``; ``source`` has none afterwards."""
+        """Move the text of row ``source`` to row ``target``; ``source`` is empty afterwards."""
         self._texts[target] = self._texts[source]
         self._texts[source] = Text()
 
@@ -54,7 +54,7 @@ class TensorRTRows:
     def process(
         self, texts: Sequence[Sequence[int]], *, adapters: Sequence[int], keep: int
     ) -> NDArray[np.float32]:
-        """Begin the first rows anew; those that are equally long share a call, none is padded."""
+        """Start new texts; those of equal length share a call, and none is padded."""
         for row in range(len(texts)):
             self.clear(row)
         logits = np.zeros((len(texts), keep, self._network.vocabulary), np.float32)
@@ -77,7 +77,7 @@ class TensorRTRows:
             ids = np.array([[tokens[index]] for index in part], np.int64)
             logits[part] = call.run(ids, adapters[part[0]], 1, self._scratch)[:, 0]
             calls.append(call)
-        # Not before all have succeeded: a failure leaves every row as it was.
+        # Only after all calls have succeeded: a failure must not change any row.
         for call in calls:
             call.commit()
         return logits
@@ -85,7 +85,7 @@ class TensorRTRows:
     def _append(
         self, texts: Sequence[Text], ids: NDArray[np.int64], adapter: int, keep: int
     ) -> NDArray[np.float32]:
-        """Append ``ids [n, S]`` to ``n`` texts; the last logits, ``[n, keep, V]``."""
+        """Append ``ids [n, S]`` to ``n`` texts; returns the last logits, ``[n, keep, V]``."""
         before = [text.length for text in texts]
         logits = []
         done = 0
@@ -94,9 +94,9 @@ class TensorRTRows:
                 call = _Call(self._network, texts)
                 part = np.ascontiguousarray(ids[:, done : done + size])
                 done += size
-                # An engine gives the logits of one token at least.
-                found = call.run(part, adapter, max(wanted, 1), self._scratch)
-                logits.append(found[:, found.shape[1] - wanted :])
+                # An engine computes the logits of at least one token.
+                computed = call.run(part, adapter, max(wanted, 1), self._scratch)
+                logits.append(computed[:, computed.shape[1] - wanted :])
                 call.commit()
         except BackendError:
             for text, length in zip(texts, before, strict=True):
@@ -106,14 +106,14 @@ class TensorRTRows:
 
 
 class _Scratch:
-    """Memory of calls that are made one after the other."""
+    """Memory that successive calls reuse."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._memory: dict[str, Memory] = {}
 
     def take(self, name: str, nbytes: int) -> int:
-        """The address of at least ``nbytes``, whose content is arbitrary."""
+        """Address of at least ``nbytes`` with arbitrary content."""
         memory = self._memory.get(name)
         if memory is None or memory.nbytes < nbytes:
             self._memory.pop(name, None)
@@ -122,7 +122,7 @@ class _Scratch:
 
 
 class _Call:
-    """Some tokens more for each text of a group."""
+    """A call that appends tokens to each text of a group."""
 
     def __init__(self, network: Network, texts: Sequence[Text]) -> None:
         self._network = network
@@ -133,13 +133,13 @@ class _Call:
     def run(
         self, ids: NDArray[np.int64], adapter: int, keep: int, scratch: _Scratch
     ) -> NDArray[np.float32]:
-        """Run it; the texts are as they were until :meth:`commit`.
+        """Run the call; the texts do not change before :meth:`commit`.
 
         Args:
           ids: ``[n, S]``.
-          adapter: its place, the same for all.
-          keep: of how many last tokens to give the logits, 1 to ``S``.
-          scratch: for inputs and logits.
+          adapter: place in the bank, the same for all texts.
+          keep: number of last tokens to return logits of, 1 to ``S``.
+          scratch: memory for inputs and logits.
 
         Returns:
           ``[n, keep, V]``.
@@ -153,10 +153,10 @@ class _Call:
         target = group.target(self._tokens)
         factors = network.adapters.at(adapter)
         addresses = self._upload_inputs(ids, total, keep, scratch) | dict(factors.addresses)
-        for one, old, new in zip(
+        for tensor, old, new in zip(
             network.caches, group.current.addresses, target.addresses, strict=True
         ):
-            addresses[one.past], addresses[one.present] = old, new
+            addresses[tensor.past], addresses[tensor.present] = old, new
         shape = (rows, keep, network.vocabulary)
         logits = np.empty(shape, storage_type(network.logits_type))
         addresses["logits"] = scratch.take("logits", logits.nbytes)
@@ -167,14 +167,14 @@ class _Call:
             addresses,
         )
         network.device.download(addresses["logits"], logits)
-        # Before anything that the call reads or writes may be freed or written to.
+        # The call must end before memory that it reads or writes is freed or changed.
         network.device.synchronize()
         return from_engine(logits, network.logits_type)
 
     def _upload_inputs(
         self, ids: NDArray[np.int64], total: int, keep: int, scratch: _Scratch
     ) -> dict[str, int]:
-        """Tokens, and what each may look at; in one copy."""
+        """Upload tokens, mask and positions in one copy; returns the addresses by input."""
         rows, tokens = ids.shape
         # [n, 1] each.
         starts = np.array([[text.start] for text in self._texts])
@@ -189,9 +189,9 @@ class _Call:
             WRITE_INDICES: (starts + lengths)[:, 0],
         }
         arrays = {
-            one.name: values[one.name].astype(one.dtype)
-            for one in self._network.engines.bindings
-            if one.name in values
+            binding.name: values[binding.name].astype(binding.dtype)
+            for binding in self._network.engines.bindings
+            if binding.name in values
         }
         places = np.cumsum([0, *(aligned(array.nbytes) for array in arrays.values())]).tolist()
         staged = np.zeros(places[-1], np.uint8)
@@ -202,7 +202,7 @@ class _Call:
         return {name: address + start for name, start in zip(arrays, places, strict=False)}
 
     def commit(self) -> None:
-        """Let the texts be longer by what has been run."""
+        """Extend the texts by the tokens of the call."""
         self._group.advance(self._tokens)
         for text in self._texts:
             text.length += self._tokens

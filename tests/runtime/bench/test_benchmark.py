@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmarks.adapters import add_random_adapters
 from eoracc.compiler.cli import main
 from eoracc.runtime import BackendError, load
 from eoracc.runtime.bench import BenchOptions, run_benchmark, workloads
@@ -21,6 +20,8 @@ FEW = ("--prompt-tokens", "20", "--new-tokens", "3", "--repeats", "2", "--thread
 
 @pytest.fixture(scope="module")
 def with_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from benchmarks.adapters import add_random_adapters
+
     folder = write_tiny_artifact(tmp_path_factory.mktemp("slots"), adapter_type="int8")
     add_random_adapters(folder, 16, "int8")
     return folder

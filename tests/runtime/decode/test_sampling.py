@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
 
 from eoracc.errors import BackendError
 from eoracc.runtime.decode.sampling import (
@@ -95,6 +94,8 @@ def test_extremes_leave_one_token() -> None:
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str)
 def test_frequencies_are_the_probabilities(filters: dict[str, Any]) -> None:
+    from scipy.stats import chisquare
+
     logits = np.random.default_rng(0).normal(0, 1.5, 20).astype(np.float32)
     expected = oracle(logits, 0.8, **filters)
     rng = np.random.default_rng(7)

@@ -6,16 +6,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from lm_eval.api.model import TemplateLM
 
-from eoracc.compiler.eager.model import load_eager
 from eoracc.errors import ArtifactError, RequestError
-from eoracc.runtime.lm_eval import EoraccLM
 from tests.tiny_artifact import tiny_linears, write_byte_tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+
+    from eoracc.runtime.lm_eval import EoraccLM
 
 PAIRS = [
     ("the sky", " is blue"),
@@ -31,9 +33,16 @@ PROMPTS = [f"{letter}{' prompt' * times}" for letter in ascii_lowercase for time
 MAX_LENGTH = 128
 
 
+def open_artifact(folder: Path, **arguments: Any) -> EoraccLM:  # noqa: ANN401 - model_args
+    """lm-eval's model, imported when it is first needed: lm-eval takes seconds."""
+    from eoracc.runtime.lm_eval import EoraccLM
+
+    return EoraccLM(str(folder), **arguments)
+
+
 @pytest.fixture(scope="module")
 def model(tiny_artifact: Path) -> EoraccLM:
-    return EoraccLM(str(tiny_artifact), batch_size=3)
+    return open_artifact(tiny_artifact, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +52,8 @@ def oracle(tiny_artifact: Path) -> Iterator[TemplateLM]:
 
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
+
+    from eoracc.compiler.eager.model import load_eager
 
     weights = {
         linear.name: linear.effective_weight() for linear in tiny_linears(tiny_artifact.parent)
@@ -130,7 +141,7 @@ def test_texts_go_on_as_in_transformers(
 
 
 def test_a_batch_changes_nothing(model: EoraccLM, tiny_artifact: Path) -> None:
-    single = EoraccLM(str(tiny_artifact), batch_size=1)
+    single = open_artifact(tiny_artifact, batch_size=1)
     requests = instances("loglikelihood", PAIRS)
     for (one, _), (other, _) in zip(
         model.loglikelihood(requests, disable_tqdm=True),
@@ -142,7 +153,7 @@ def test_a_batch_changes_nothing(model: EoraccLM, tiny_artifact: Path) -> None:
 
 def test_bos_is_there_once(tiny_artifact: Path, tmp_path: Path) -> None:
     folder = write_with_bos(tiny_artifact, tmp_path)
-    model = EoraccLM(str(folder))
+    model = open_artifact(folder)
     assert model.prefix_token_id == 1
     (text,) = [model.tok_encode("sky")]
     assert text[0] == 1
@@ -183,12 +194,12 @@ def test_a_bad_argument_is_one_sentence(
     tiny_artifact: Path, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError, match=message):
-        EoraccLM(str(tiny_artifact), **arguments)
+        open_artifact(tiny_artifact, **arguments)
 
 
 def test_no_artifact_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="it is no eoracc artifact"):
-        EoraccLM(str(tmp_path))
+        open_artifact(tmp_path)
 
 
 @pytest.mark.parametrize(

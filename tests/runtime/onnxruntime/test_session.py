@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from eoracc.errors import ArtifactError, BackendError
+from eoracc.errors import BackendError
 from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.onnxruntime.session import Session, open_session
-from eoracc.runtime.onnxruntime.single_linears import open_linears
-from tests.tiny_artifact import tiny_linears
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,35 +102,11 @@ def test_greedy_follows_the_argmax_of_whole_calls(session: Session) -> None:
     assert session.generate([PROMPTS[0]], 8) == [tokens[len(PROMPTS[0]) :]]
 
 
-@pytest.mark.parametrize("library", [True, False])
-def test_single_linears_compute_what_their_weights_say(tiny_artifact: Path, library: bool) -> None:
-    linears = tiny_linears(tiny_artifact.parent)
-    assert len(linears) == 14
-    rng = np.random.default_rng(0)
-    inputs = {width: rng.standard_normal((3, width), np.float32) for width in (48, 96, 88)}
-    names = [linear.name for linear in linears]
-    runs = open_linears(tiny_artifact, names, library=library, threads=1)
-    for linear, run in zip(linears, runs, strict=True):
-        x = inputs[linear.in_features].astype(np.float64)
-        weight = linear.effective_weight().astype(np.float64)
-        expected = x @ weight.T
-        bound = 4 * (linear.in_features + 2) * UNIT_ROUNDOFF * (np.abs(x) @ np.abs(weight).T).max()
-        assert bound < 1e-3 * expected.std()
-        np.testing.assert_allclose(run(inputs), expected, rtol=0, atol=bound)
-
-
-def test_unknown_linear_is_named(tiny_artifact: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"has no linear 'model\.layers\.9\.q_proj'"):
-        next(open_linears(tiny_artifact, ["model.layers.9.q_proj"]))
-
-
 def test_model_that_is_no_model(tiny_artifact: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     (folder / "model.onnx").write_bytes(b"no model")
     with pytest.raises(BackendError, match=r"model\.onnx: ONNX Runtime cannot load it"):
         open_session(folder)
-    with pytest.raises(ArtifactError, match=r"model\.onnx: cannot be read"):
-        next(open_linears(folder, ["x"]))
 
 
 def test_library_that_is_no_library(tiny_artifact: Path, tmp_path: Path) -> None:
@@ -152,25 +125,3 @@ def test_missing_package_is_named_with_its_install_line(
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"pip install 'eoracc\[cpu\]' \(or 'eoracc\[gpu\]'\)"):
         open_session(tiny_artifact)
-
-
-@pytest.mark.parametrize("key", ["filename", "custom_ops_library"])
-def test_config_that_points_out_of_the_folder(
-    tiny_artifact: Path, tmp_path: Path, key: str
-) -> None:
-    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    config = json.loads((folder / "genai_config.json").read_text())
-    decoder = config["model"]["decoder"]
-    (decoder if key == "filename" else decoder["session_options"])[key] = "../evil"
-    (folder / "genai_config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match=r"names '\.\./evil', which is not in the folder"):
-        open_session(folder)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": {"decoder": {}}}'])
-def test_config_that_describes_nothing(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ArtifactError, match=r"genai_config\.json: is missing"):
-        read_model_files(tmp_path)
-    (tmp_path / "genai_config.json").write_text(text)
-    with pytest.raises(ArtifactError, match="does not describe a decoder"):
-        read_model_files(tmp_path)

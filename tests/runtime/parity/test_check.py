@@ -8,8 +8,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from eoracc.compiler import driver
-from eoracc.compiler.progress import SilentProgress
 from eoracc.errors import ArtifactError
 from eoracc.runtime.parity.check import PARITY_FILE, ParityRecord, check_parity
 from tests.tiny_build import tiny_config, tiny_workspace
@@ -27,6 +25,9 @@ NODE, TILE, FACTOR_TILE = "model.layers.1.self_attn.qkv_proj", 6, 1
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Quantized and compensated, with its record; no test may change it."""
+    from eoracc.compiler import driver
+    from eoracc.compiler.progress import SilentProgress
+
     folder = tiny_workspace(tmp_path_factory.mktemp("parity"))
     config = tiny_config(verify={"windows": 1, "window_length": 32})
     return driver.build(config, config_dir=folder, progress=SilentProgress()).output

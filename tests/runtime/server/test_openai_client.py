@@ -6,12 +6,15 @@ import asyncio
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import openai
 import pytest
 
 from eoracc.runtime import Model, load
 from tests.runtime.server.child import KEY, ServerProcess
+
+if TYPE_CHECKING:
+    import openai
 
 PROMPT = "a state of the union"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -20,6 +23,8 @@ BACKBONE = "artifact"
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=0) as one:
         yield one
 
@@ -30,6 +35,8 @@ def model(adapted_artifact: Path) -> Model:
 
 
 def test_lists_backbone_and_adapters(client: openai.OpenAI) -> None:
+    import openai
+
     cards = {card.id: card for card in client.models.list()}
     assert list(cards) == [BACKBONE, "math", "prose"]
     assert client.models.retrieve("math") == cards["math"]
@@ -204,6 +211,8 @@ def test_tokens_as_prompt(client: openai.OpenAI, model: Model) -> None:
 def test_errors_arrive_as_the_client_s_exceptions(
     client: openai.OpenAI, server: ServerProcess
 ) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-5", prompt="a")
     assert missing.value.code == "model_not_found"
@@ -225,6 +234,8 @@ def test_errors_arrive_as_the_client_s_exceptions(
 
 
 def test_async_client(server: ServerProcess, model: Model) -> None:
+    import openai
+
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=server.url, api_key=KEY, max_retries=0) as client:
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from eoracc.runtime.tensorrt import cuda
+from tests.optional import require
 from tests.runtime.tensorrt.engine_artifact import Oracle, write_engine_artifact
 from tests.runtime.tensorrt.machine import GIB, Machine
 from tests.runtime.tensorrt.stand_in import VERSION
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stand-in of the driver, compiled against the cuda.h that Triton carries."""
-    triton = pytest.importorskip("triton", reason="carries cuda.h")
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    require("triton")
+    include = Path(str(import_module("triton").__file__)).parent / "backends" / "nvidia" / "include"
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")

@@ -21,8 +21,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from eoracc.compiler.config.tensorrt import TensorRtRtxConfig
-from eoracc.compiler.targets.tensorrt.engines.bindings import bindings_of, profiles_for
 from eoracc.runtime.onnxruntime.float32_twin import float32_twin
 from eoracc.runtime.tensorrt.dtypes import from_engine, storage_type, to_engine
 from eoracc.runtime.tensorrt.engine_set import (
@@ -298,6 +296,9 @@ def write_engines(
       capabilities: to write an engine for.
       **ranges: of the profiles.
     """
+    from eoracc.compiler.config.tensorrt import TensorRtRtxConfig
+    from eoracc.compiler.targets.tensorrt.engines.bindings import bindings_of, profiles_for
+
     folder.mkdir(parents=True)
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
     twin, computed = float32_twin(model), folder.parents[1] / "twin.onnx"

@@ -13,6 +13,7 @@ from eoracc.runtime.backends import backends_of
 from eoracc.runtime.model import load
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from eoracc.runtime.tensorrt.library import Library
+from tests.optional import require
 from tests.runtime.tensorrt.engine_artifact import reseal, write_engine_artifact
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def edit(folder: Path, **fields: object) -> None:
 
 def test_real_package_refuses_what_is_no_engine(tmp_path: Path) -> None:
     """Without a GPU nothing can be loaded; that TensorRT's own words arrive can be seen."""
-    pytest.importorskip("tensorrt_rtx")
+    require("tensorrt_rtx")
     path = tmp_path / "sm86.engine"
     path.write_bytes(b"no engine")
     library = Library("tensorrt_rtx")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from typing import Any
 
 import pytest
 
+from tests.optional import require
 from tests.runtime.tensorrt import stand_in
 
-trt: Any = pytest.importorskip("tensorrt_rtx")
+require("tensorrt_rtx")
+trt: Any = importlib.import_module("tensorrt_rtx")
 
 CLASSES = ("ILogger", "Runtime", "IRuntimeConfig", "ICudaEngine", "IExecutionContext")
 

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.genai_files import read_model_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("key", ["filename", "custom_ops_library"])
+def test_config_that_points_out_of_the_folder(
+    tiny_artifact: Path, tmp_path: Path, key: str
+) -> None:
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    config = json.loads((folder / "genai_config.json").read_text())
+    decoder = config["model"]["decoder"]
+    (decoder if key == "filename" else decoder["session_options"])[key] = "../evil"
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"names '\.\./evil', which is not in the folder"):
+        read_model_files(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": {"decoder": {}}}'])
+def test_config_that_describes_nothing(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ArtifactError, match=r"genai_config\.json: is missing"):
+        read_model_files(tmp_path)
+    (tmp_path / "genai_config.json").write_text(text)
+    with pytest.raises(ArtifactError, match="does not describe a decoder"):
+        read_model_files(tmp_path)
