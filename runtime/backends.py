@@ -94,7 +94,7 @@ def open_backend(
     """
     if choice not in get_args(BackendChoice):
         known = ", ".join(get_args(BackendChoice))
-        raise BackendError(f"backend '{choice}': there is none of this name: take {known}")
+        raise BackendError(f"backend '{choice}': is unknown: choose one of {known}")
     names = listed_adapters(manifest) if adapters is None else list(adapters)
     for name in names:
         check_adapter_exists(folder, manifest, name)

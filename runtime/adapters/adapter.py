@@ -62,8 +62,8 @@ def check_adapter_name(name: str) -> None:
     """
     if name == _RESERVED or not _NAME.fullmatch(name):
         raise ArtifactError(
-            f"adapter {name!r}: cannot be its name: take up to 64 of a-z, 0-9, '.', '_' and '-', "
-            f"the first a letter or digit; '{_RESERVED}' is taken"
+            f"adapter {name!r}: is no valid name: use up to 64 of a-z, 0-9, '.', '_' and '-', "
+            f"the first a letter or digit; '{_RESERVED}' is reserved"
         )
 
 

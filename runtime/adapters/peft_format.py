@@ -172,11 +172,13 @@ def _factors(
     try:
         rank, factor = scaling.rank(module), scaling.factor(module)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error):
-        raise ArtifactError(f"{place}: {PEFT_CONFIG} does not say its r and lora_alpha") from None
+        raise ArtifactError(
+            f"{place}: {PEFT_CONFIG} has no valid r and lora_alpha for it"
+        ) from None
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
         raise ArtifactError(
-            f"{place}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not of rank {rank}, "
-            f"which {PEFT_CONFIG} says"
+            f"{place}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not have rank {rank}, "
+            f"which {PEFT_CONFIG} gives"
         )
     b = b * np.float32(factor)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):

@@ -150,8 +150,8 @@ def modules_to_linears(
             joined[whole][role] = own
         elif {f"{name}.v", f"{name}.u"} & set(linears):
             raise ArtifactError(
-                f"{place}: has factors of '{name}', which is a product of two matrices here, and "
-                "an adapter of it would be of neither: leave it out of the targets"
+                f"{place}: has factors of '{name}', whose weight is factorized into two matrices "
+                "here, so that no adapter of their product fits: leave it out of the targets"
             )
         else:
             raise ArtifactError(

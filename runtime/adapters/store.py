@@ -121,7 +121,7 @@ def _edited_report(
     try:
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
-        raise ArtifactError(f"{folder / REPORT_FILE}: cannot hold that: {error}") from None
+        raise ArtifactError(f"{folder / REPORT_FILE}: cannot be written as JSON: {error}") from None
     return {} if text.encode() == before else {REPORT_FILE: text.encode()}
 
 

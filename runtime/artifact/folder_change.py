@@ -99,8 +99,8 @@ def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection
         shutil.rmtree(staged, ignore_errors=True)
         if isinstance(error, OSError):
             raise ArtifactError(
-                f"{folder}: cannot be changed: {error.strerror}: free some space, or see that it "
-                "may be written to"
+                f"{folder}: cannot be changed: {error.strerror}: free some space, or "
+                "check that it is writable"
             ) from error
         raise
     _sync(folder)
@@ -140,8 +140,8 @@ def _finish(folder: Path) -> None:
     except (OSError, ValueError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise ArtifactError(
-            f"{pending}: is a change that was interrupted and cannot be finished: {reason}: see "
-            "that the folder may be written to and has space, and use it again"
+            f"{pending}: is a change that was interrupted and cannot be finished: {reason}: "
+            "check that the folder is writable and has space, and try again"
         ) from error
 
 

@@ -91,7 +91,7 @@ def _check_room(model: Model, options: BenchOptions) -> None:
     needed = max(options.prompt_tokens, workloads.DECODE_PROMPT_TOKENS) + options.new_tokens + 1
     if needed > model.context_length:
         raise RequestError(
-            f"{model.folder}: {needed} tokens are to be measured, the model takes "
+            f"{model.folder}: the benchmark needs {needed} tokens, the context has "
             f"{model.context_length}: lower --prompt-tokens or --new-tokens"
         )
 

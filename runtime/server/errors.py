@@ -36,7 +36,7 @@ def queue_full(waiting: int, retry_after_s: int) -> ApiError:
 def queue_timeout(waited_s: float, retry_after_s: int) -> ApiError:
     """The request waited too long for a row."""
     return ApiError(
-        f"the request waited {waited_s:g} s and was not begun: try again in {retry_after_s} s",
+        f"no row became free within {waited_s:g} s: try again in {retry_after_s} s",
         status=503,
         kind="server_error",
         code="queue_timeout",
@@ -67,7 +67,7 @@ def slow_client(events: int) -> ApiError:
 def shutting_down() -> ApiError:
     """The server is shutting down."""
     return ApiError(
-        "the server is shutting down: ask another one, or again in a moment",
+        "the server is shutting down: try again in a moment, or another server",
         status=503,
         kind="server_error",
         code="shutting_down",

@@ -52,7 +52,7 @@ def listen(host: str, port: int) -> socket.socket:
             bound.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise BackendError(
-            f"{host}:{port}: cannot be listened on ({reason}): choose another --host or --port"
+            f"{host}:{port}: cannot listen there ({reason}): choose another --host or --port"
         ) from None
     return bound
 

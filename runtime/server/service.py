@@ -186,7 +186,7 @@ class Service:
         count = len(prompts) * copies
         most = min(self.options.max_choices, self.admission.size)
         if count > most:
-            raise bad_request(f"n: {count} answers are asked for, {most} may be", "n")
+            raise bad_request(f"n: {count} answers exceed the limit of {most}: ask for fewer", "n")
         places = self.admission.enter(count)
         try:
             encoded = await self._encode(prompts)
@@ -273,7 +273,8 @@ class Service:
             return min(left, limit or left)
         if limit is not None and max_tokens > limit:
             raise bad_request(
-                f"max_tokens: {max_tokens} are asked for, {limit} are allowed", "max_tokens"
+                f"max_tokens: {max_tokens} exceeds the limit of {limit}: ask for fewer",
+                "max_tokens",
             )
         if max_tokens > left:
             raise bad_request(

@@ -65,7 +65,7 @@ class Contexts:
             index, self._device.stream
         ):
             raise BackendError(
-                f"{trt.__name__} makes no context for the profile "
+                f"{trt.__name__} cannot create a context for the profile "
                 f"'{self._engines.profiles[index].name}': {self._library.complaint}"
             )
         return context

@@ -222,7 +222,7 @@ def test_refusals(workspace: Path, tmp_path: Path) -> None:
     before = state(workspace / "out")
     with pytest.raises(ArtifactError, match=r"takes adapters of int8 or int4 factors, not float16"):
         add(workspace, "math", {**MATH, "factor_type": "float16"})
-    with pytest.raises(ArtifactError, match=r"adapter 'none': cannot be its name"):
+    with pytest.raises(ArtifactError, match=r"adapter 'none': is no valid name"):
         add(workspace, "none")
     other = tiny_model("smollm", tmp_path / "other", vocab_size=260, seed=1)
     shutil.copy(workspace / "model" / "tokenizer.json", other)
@@ -277,7 +277,7 @@ def test_command(workspace: Path) -> None:
     ("options", "problem"),
     [
         (["--name", "a"], "has an adapter 'a'"),
-        (["--name", "A"], "adapter 'A': cannot be its name"),
+        (["--name", "A"], "adapter 'A': is no valid name"),
         (["--name", "b", "--rank", "-1"], "--rank: must be greater than or equal to 0, not -1"),
         (["--name", "b", "--samples", "0"], "--samples: must be greater than or equal to 1"),
         (["--name", "b", "--windows", "0"], "--windows: must be greater than or equal to 1"),

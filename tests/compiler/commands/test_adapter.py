@@ -80,7 +80,7 @@ def test_mistakes_are_one_sentence(artifact: Path, tmp_path: Path) -> None:
         (("export", artifact, "code", "--to", tmp_path / "x"), "has no adapter 'code'"),
         (("import", artifact, exported), "does not say the adapter's name"),
         (("import", artifact, exported, "--name", "math"), "has an adapter 'math'"),
-        (("import", artifact, exported, "--name", "../x"), "cannot be its name"),
+        (("import", artifact, exported, "--name", "../x"), "is no valid name"),
         (("import", artifact, exported, "--factor-type", "int4"), "leave --factor-type out"),
         (("list", tmp_path), "has no manifest.json"),
     ):

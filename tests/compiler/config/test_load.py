@@ -415,8 +415,8 @@ def test_adapters_and_mixtures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("  math: {", "  Math: {", "adapter 'Math': cannot be its name"),
-        ("  math: {", "  none: {", "adapter 'none': cannot be its name"),
+        ("  math: {", "  Math: {", "adapter 'Math': is no valid name"),
+        ("  math: {", "  none: {", "adapter 'none': is no valid name"),
         ("rank: 4", "rank: -4", "adapters.math.rank: must be greater than or equal to 0"),
         ("rank: 4", "rnak: 4", "adapters.math.rnak: unknown key: did you mean 'rank'?"),
         ("text: t, ", "", "adapters.math: needs a text: give 'text: …' or 'mixture:"),

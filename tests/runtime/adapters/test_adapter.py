@@ -26,7 +26,7 @@ def test_good_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["none", "A", "-a", ".a", "a b", "ä", "x" * 65, "a\n"])
 def test_bad_names(name: str) -> None:
-    with pytest.raises(ArtifactError, match="cannot be its name: take up to 64"):
+    with pytest.raises(ArtifactError, match="is no valid name: use up to 64"):
         check_adapter_name(name)
 
 

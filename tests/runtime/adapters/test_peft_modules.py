@@ -145,5 +145,5 @@ def test_factors_of_a_weight_are_no_modules() -> None:
     with pytest.raises(ArtifactError, match=r"is a factor of the weight of 'model\.layers"):
         linears_to_modules({f"{DOWN}.v": one}, PARTS)
     linears = {f"{DOWN}.v": (3, 8), f"{DOWN}.u": (8, 3)}
-    with pytest.raises(ArtifactError, match="which is a product of two matrices here"):
+    with pytest.raises(ArtifactError, match="whose weight is factorized into two matrices here"):
         modules_to_linears({DOWN: one}, linears, PARTS, place="a")

@@ -268,7 +268,7 @@ def test_an_address_that_is_taken_and_a_folder_that_is_none(tmp_path: Path) -> N
             [*command, "--port", str(port)], capture_output=True, text=True, check=False
         )
     assert done.returncode == 2
-    assert f"127.0.0.1:{port}: cannot be listened on (Address already in use)" in done.stderr
+    assert f"127.0.0.1:{port}: cannot listen there (Address already in use)" in done.stderr
     done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -271,7 +271,7 @@ def test_more_answers_than_can_ever_fit() -> None:
         async with asking(server, n=3) as (wire, _):
             pass
         assert wire.status == 400
-        assert "n: 3 answers are asked for, 2 may be" in wire.body.decode()
+        assert "n: 3 answers exceed the limit of 2: ask for fewer" in wire.body.decode()
 
     run(test, rows=2, max_waiting=0)
 
