@@ -246,7 +246,7 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(server: ServerProcess)
     [
         (["--api-key", "schlüssel"], "error: the API key must be ASCII text"),
         (["--model-name", "math"], "error: 'math' is the name of the backbone and of an adapter"),
-        (["--host", "no.such.host.invalid"], "error: no.such.host.invalid:0: cannot be listened"),
+        (["--host", "no.such.host.invalid"], "error: no.such.host.invalid:0: cannot listen there"),
         (["--rows", "0"], "Invalid value for '--rows'"),
     ],
 )
