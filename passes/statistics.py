@@ -8,7 +8,7 @@ import numpy as np
 
 from eoracc.errors import PassError
 from eoracc.passes.solvers.factors import gram_root
-from eoracc.passes.solvers.gram import Residual
+from eoracc.passes.solvers.lost_output import LostOutput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MIN_TOKENS",
+    "lost_output",
     "note_too_few_tokens",
     "output_root",
     "record_error",
     "record_left_out",
     "require_gram",
-    "residual_of",
     "saw_too_few_tokens",
 ]
 
@@ -70,22 +70,23 @@ def note_too_few_tokens(
     )
 
 
-def residual_of(linear: Linear, gram: Gram) -> Residual:
-    """What quantization took of the target of ``linear``, low-rank factors left aside.
+def lost_output(linear: Linear, gram: Gram) -> LostOutput:
+    """The output that quantization took of ``linear``, weighed by ``gram``, without its factors.
 
-    It is made once: the quantizing pass puts its norm on record, compensating ones solve for it.
+    It is computed once: the quantizing pass records its norm, compensating passes solve for it.
 
     Args:
-      linear: compressed.
+      linear: quantized.
       gram: of its input.
     """
     weight = linear.compressed
     assert weight is not None  # noqa: S101 - callers have checked, or quantized it themselves
-    found = gram.residuals.get(weight)
-    if found is None:
+    known = gram.lost.get(weight)
+    if known is None:
         delta: NDArray[np.float32] = gram.target(linear.weight()) - weight.dequantize()
-        found = gram.residuals[weight] = Residual(delta, delta @ gram.root)
-    return found
+        known = gram.lost[weight] = delta, delta @ gram.root
+    delta, over_tokens = known
+    return LostOutput(delta, gram, metric=gram, over_tokens=over_tokens)
 
 
 def output_root(linear: Linear, gram: Gram) -> NDArray[np.float32] | None:
@@ -127,7 +128,7 @@ def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
         delta: NDArray[np.float32] = gram.target(linear.weight()) - linear.factorized.product()
         lost: NDArray[np.float32] = delta @ gram.root
     else:
-        lost = residual_of(linear, gram).weighted
+        lost = lost_output(linear, gram).weighted
     if linear.factors is not None:
         lost = lost - linear.factors.up() @ (linear.factors.down() @ gram.root)
     error = float(np.linalg.norm(lost))

@@ -21,7 +21,8 @@ from typing_extensions import override
 from eoracc.passes.compensate.base import Rank, RankOverride, check_rank
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.overrides import Overridable
-from eoracc.passes.solvers.factor_types import FactorType, store_factors
+from eoracc.passes.solvers.factor_types import FactorType
+from eoracc.passes.solvers.lost_output import LostOutput
 
 if TYPE_CHECKING:
     from eoracc.passes.graph.linears import Linear
@@ -88,16 +89,12 @@ class AdapterSolver(Overridable):
         check_rank(linear, self.rank)
         weight = gram.target(linear.weight())
         delta: NDArray[np.float32] = weight - backbone
-        weighted: NDArray[np.float32] = delta @ gram.root
-        solver = Eora()
-        b, a = solver.factors(delta, gram, self.rank, weighted=weighted)
-        metric = solver.metric(gram)
-        factors = store_factors(
-            b, a, self.factor_type, gram=metric, weighted=delta if metric is None else weighted
-        )
-        left: NDArray[np.float32] = weighted - factors.up() @ (factors.down() @ gram.root)
+        error: NDArray[np.float32] = delta @ gram.root
+        solver = Eora(rank=self.rank, factor_type=self.factor_type)
+        factors = solver.solve(LostOutput(delta, gram, solver.metric(gram), over_tokens=error))
+        left: NDArray[np.float32] = error - factors.up() @ (factors.down() @ gram.root)
         output = float(np.linalg.norm(weight @ gram.root))
-        return SolvedFactors(factors, _relative(weighted, output), _relative(left, output))
+        return SolvedFactors(factors, _relative(error, output), _relative(left, output))
 
 
 def _relative(error: NDArray[np.float32], output: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -21,7 +21,8 @@ from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, pass_type
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.solvers.factor_types import FactorType, store_factors
-from eoracc.passes.statistics import record_error, residual_of
+from eoracc.passes.solvers.lost_output import LostOutput
+from eoracc.passes.statistics import lost_output, record_error
 
 if TYPE_CHECKING:
     from eoracc.passes.graph.linears import Linear, LinearGroup
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Compensation",
+    "Factors",
     "Rank",
     "RankOverride",
     "Solver",
@@ -38,6 +40,9 @@ __all__ = [
 ]
 
 Rank = Annotated[int, Field(ge=0)]
+
+Factors = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""``B [N, R]`` and ``A [R, K]``."""
 
 Solver = Callable[["Linear", "Gram | None", int, FactorType], "LowRank"]
 """``solve(linear, gram, rank, factor_type)``: factors of the error of a compressed linear."""
@@ -64,21 +69,12 @@ class Compensation(Overridable, LayerPass):
     overrides: Mapping[str, RankOverride] = field(default_factory=dict)
 
     @abstractmethod
-    def factors(
-        self,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        *,
-        weighted: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Solve for the factors of one error.
+    def factors(self, lost: LostOutput, rank: int) -> Factors:
+        """Solve for low-rank factors of the error of one linear.
 
         Args:
-          delta: the error, ``[N, K]``: what the target has lost (:meth:`.Gram.target`).
-          gram: of the input, where statistics were taken.
-          rank: of the factors, the largest that they may have.
-          weighted: ``delta @ gram.root``, where there is a Gram.
+          lost: the error, ``[N, K]``, with the weights of its directions (:meth:`metric`).
+          rank: the largest that the factors may have.
 
         Returns:
           ``B [N, R]`` and ``A [R, K]``, ``R`` at most ``rank``.
@@ -87,6 +83,11 @@ class Compensation(Overridable, LayerPass):
           PassError: the pass needs a Gram, and there is none.
         """
 
+    def metric(self, gram: Gram) -> Gram | None:
+        """The Gram that the pass weighs errors by; None weighs all inputs alike."""
+        del gram
+        return None
+
     @override
     def call(self, group: LinearGroup) -> None:
         for options, linears in self.partition(group):
@@ -94,40 +95,25 @@ class Compensation(Overridable, LayerPass):
                 if linear.compressed is None and linear.errors:
                     continue  # a quantizing pass left it as it is, by an override
                 if options.rank or linear.factors is None:
-                    factors = self.solve(
-                        linear,
-                        group.gram,
-                        options.rank,
-                        options.factor_type,
-                        before=linear.factors,
-                    )
+                    earlier = linear.factors
+                    check_rank(linear, options.rank + (0 if earlier is None else earlier.rank))
+                    lost = options.lost_output(linear, group.gram)
+                    factors = options.solve(lost, earlier=earlier)
                     # None of rank 0: integer ones would have the scales of their rows still.
                     linear.compensate(factors if factors.rank else None)
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
 
-    def solve(
-        self,
-        linear: Linear,
-        gram: Gram | None,
-        rank: int,
-        factor_type: FactorType,
-        *,
-        before: LowRank | None = None,
-    ) -> LowRank:
-        """Factors of the error of ``linear``'s backbone, as they are stored.
+    def lost_output(self, linear: Linear, gram: Gram | None) -> LostOutput:
+        """The output that ``linear`` lost to quantization, weighed as the pass weighs errors.
 
         Args:
           linear: compressed.
-          gram: of its input, where statistics were taken.
-          rank: of the factors.
-          factor_type: what all of them are stored in.
-          before: those of an earlier stage: the new ones are of what these leave, and follow them.
+          gram: of its input, if statistics were taken.
 
         Raises:
-          PassError: the linear is not compressed, or the rank exceeds its smaller side.
+          PassError: the linear is not compressed.
         """
-        check_rank(linear, rank + (0 if before is None else before.rank))
         if linear.compressed is None:
             raise PassError(
                 linear.name,
@@ -135,71 +121,26 @@ class Compensation(Overridable, LayerPass):
                 "or leave the linear out with 'skip: true' in its overrides",
             )
         if gram is None:
-            delta, weighted = linear.weight() - linear.compressed.dequantize(), None
-        else:
-            residual = residual_of(linear, gram)
-            delta, weighted = residual.delta, residual.weighted
-        return self.solve_error(
-            linear, delta, gram, rank, factor_type, weighted=weighted, before=before
-        )
+            return LostOutput(linear.weight() - linear.compressed.dequantize())
+        return replace(lost_output(linear, gram), metric=self.metric(gram))
 
-    def solve_error(
-        self,
-        linear: Linear,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        factor_type: FactorType,
-        *,
-        weighted: NDArray[np.float32] | None,
-        before: LowRank | None = None,
-    ) -> LowRank:
-        """As :meth:`solve`, of an error ``delta [N, K]`` of any backbone.
+    def solve(self, lost: LostOutput, *, earlier: LowRank | None = None) -> LowRank:
+        """Low-rank factors of an error as they are stored, by the rank and type of these options.
 
-        ``weighted`` is ``delta @ gram.root``, where there is a Gram.
+        Args:
+          lost: the error of a backbone, whose earlier factors are not part of it.
+          earlier: factors of a pass before this one. The new ones are solved for the error that
+            these leave, and are appended to them.
         """
-        if before is None:
-            b, a = self.factors_for(linear, delta, gram, rank, weighted=weighted)
+        if earlier is None:
+            b, a = self.factors(lost, self.rank)
         else:
-            up, down = before.up(), before.down()
-            b, a = self.factors_for(
-                linear,
-                delta - up @ down,
-                gram,
-                rank,
-                weighted=None
-                if weighted is None or gram is None
-                else weighted - up @ (down @ gram.root),
-            )
-            b, a = np.hstack([up, b]), np.vstack([down, a])
-        if factor_type != "int4":
-            return store_factors(b, a, factor_type)
-        # Rounding to four bits weighs errors once more, in a metric that may take an eigh to make.
-        metric = self.metric(gram)
-        lost: NDArray[np.floating] | None = weighted
-        if metric is None:
-            lost = delta
-        elif metric is not gram:
-            lost = delta @ metric.root
-        return store_factors(b, a, factor_type, gram=metric, weighted=lost)
-
-    def factors_for(
-        self,
-        linear: Linear,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        *,
-        weighted: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """:meth:`factors`, for a pass that knows more of ``linear`` than its error."""
-        del linear
-        return self.factors(delta, gram, rank, weighted=weighted)
-
-    def metric(self, gram: Gram | None) -> Gram | None:
-        """The Gram that the pass weighs errors by; None weighs all inputs alike."""
-        del gram
-        return None
+            b, a = self.factors(lost.remainder(earlier), self.rank)
+            b, a = np.hstack([earlier.up(), b]), np.vstack([earlier.down(), a])
+        if self.factor_type != "int4":
+            return store_factors(b, a, self.factor_type)
+        # Rounding to four bits weighs errors once more, by a root that may take an eigh to compute.
+        return store_factors(b, a, self.factor_type, gram=lost.metric, weighted=lost.weighted)
 
 
 def check_rank(linear: Linear, rank: int) -> None:
@@ -219,12 +160,18 @@ def check_rank(linear: Linear, rank: int) -> None:
 
 
 def compensation_solver(name: str) -> Solver:
-    """The solver of the compensating pass ``name``, with the options that it has by itself.
+    """The solver of the compensating pass ``name``, with the pass's default options.
 
     Raises:
       KeyError: no compensating pass has that name.
     """
-    found = pass_type(name)
-    if not issubclass(found, Compensation):
+    method = pass_type(name)
+    if not issubclass(method, Compensation):
         raise KeyError(name)
-    return found().solve
+
+    def solve(linear: Linear, gram: Gram | None, rank: int, factor_type: FactorType) -> LowRank:
+        check_rank(linear, rank)
+        options = method(rank=rank, factor_type=factor_type)
+        return options.solve(options.lost_output(linear, gram))
+
+    return solve

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
@@ -13,20 +13,12 @@ from eoracc.errors import PassError
 from eoracc.passes.base import register
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.solvers.alternation import alternate
-from eoracc.passes.statistics import (
-    output_root,
-    record_error,
-    require_gram,
-    saw_too_few_tokens,
-)
+from eoracc.passes.statistics import record_error, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
-
     from eoracc.passes.graph.linears import Linear, LinearGroup
     from eoracc.passes.solvers.gram import Gram
+    from eoracc.passes.solvers.lost_output import LostOutput
 
 __all__ = ["Caldera"]
 
@@ -87,14 +79,13 @@ class Caldera(Eora):
         weight, quantizer = linear.compressed, linear.quantizer
         assert weight is not None  # noqa: S101 - it has factors
         assert quantizer is not None  # noqa: S101 - call() has checked
+        lost = self.lost_output(linear, gram)
         best, _ = alternate(
             gram.target(linear.weight()),
             weight,
             quantize=lambda target: quantizer.requantize(target, gram),
-            correct=lambda delta: self.solve_error(
-                linear, delta, gram, self.rank, self.factor_type, weighted=delta @ gram.root
-            ),
-            measure=self._measure(linear, gram),
+            correct=lambda delta: self.solve(replace(lost, delta=delta, over_tokens=None)),
+            measure=lambda delta: _size(replace(lost, delta=delta, over_tokens=None)),
             iterations=self.iterations,
         )
         if best.weight is weight:
@@ -103,11 +94,10 @@ class Caldera(Eora):
         linear.compensate(best.factors if best.factors.rank else None)
         record_error(self.name, linear, gram)
 
-    def _measure(self, linear: Linear, gram: Gram) -> Callable[[NDArray[np.float32]], float]:
-        """What an error of the whole costs, in the metric that the factors are solved in."""
-        metric = self.metric(gram)
-        assert metric is not None  # noqa: S101 - call() has left out what saw too few tokens
-        outputs = output_root(linear, gram) if self.weigh_outputs else None
-        if outputs is None:
-            return lambda delta: float(np.linalg.norm(delta @ metric.root))
-        return lambda delta: float(np.linalg.norm(outputs @ (delta @ metric.root)))
+
+def _size(lost: LostOutput) -> float:
+    """The norm of an error in the metric that its factors are solved in."""
+    weighted = lost.weighted
+    return float(
+        np.linalg.norm(weighted if lost.output_root is None else lost.output_root @ weighted)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
@@ -28,8 +28,10 @@ from eoracc.passes.statistics import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from eoracc.passes.compensate.base import Factors
     from eoracc.passes.graph.linears import Linear, LinearGroup
     from eoracc.passes.solvers.gram import Gram
+    from eoracc.passes.solvers.lost_output import LostOutput
 
 __all__ = ["Eora"]
 
@@ -77,65 +79,44 @@ class Eora(Compensation):
                     )
 
     @override
-    def metric(self, gram: Gram | None) -> Gram | None:
-        if gram is None or saw_too_few_tokens(gram):
+    def metric(self, gram: Gram) -> Gram | None:
+        if saw_too_few_tokens(gram):
             return None
         return gram if self.directions is None else gram.top(self.directions)
 
     @override
-    def factors_for(
-        self,
-        linear: Linear,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        *,
-        weighted: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        metric = self.metric(gram)
-        root = None
-        if metric is not None and gram is not None and self.weigh_outputs:
-            root = output_root(linear, gram)
-        if metric is None or root is None:
-            return self.factors(delta, gram, rank, weighted=weighted)
-        if weighted is None or metric is not gram:
-            weighted = delta @ metric.root
-        b, a = output_weighted_factors(delta, metric.matrix, root, rank, weighted=weighted)
-        if self.energy is None:
-            return b, a
-        return self._truncated(b, a, root @ b, a @ metric.root, root @ weighted)
+    def lost_output(self, linear: Linear, gram: Gram | None) -> LostOutput:
+        lost = super().lost_output(linear, gram)
+        if gram is None or lost.metric is None or not self.weigh_outputs:
+            return lost
+        return replace(lost, output_root=output_root(linear, gram))
 
     @override
-    def factors(
-        self,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        *,
-        weighted: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        if gram is None:
+    def factors(self, lost: LostOutput, rank: int) -> Factors:
+        if lost.gram is None:
             raise PassError(self.name, "has no gram to go by: put 'calibrate' before it")
-        metric = self.metric(gram)
-        if metric is None:
-            b, a = svd_factors(delta, rank)
-            return self._truncated(b, a, b, a, delta)
-        if weighted is None or metric is not gram:
-            weighted = delta @ metric.root
-        b, a = eora_factors(delta, metric.matrix, rank, weighted=weighted)
-        return self._truncated(b, a, b, a @ metric.root, weighted)
-
-    def _truncated(
-        self,
-        b: NDArray[np.float64],
-        a: NDArray[np.float64],
-        weighted_b: NDArray[np.floating],
-        weighted_a: NDArray[np.floating],
-        weighted: NDArray[np.floating],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The first ranks of ``b`` and ``a``, as many as ``energy`` asks for."""
+        if lost.metric is None:
+            b, a = svd_factors(lost.delta, rank)
+        elif lost.output_root is None:
+            b, a = eora_factors(lost.delta, lost.metric.matrix, rank, weighted=lost.weighted)
+        else:
+            b, a = output_weighted_factors(
+                lost.delta, lost.metric.matrix, lost.output_root, rank, weighted=lost.weighted
+            )
         if self.energy is None:
             return b, a
-        singular = np.linalg.norm(weighted_b, axis=0) * np.linalg.norm(weighted_a, axis=1)
-        rank = energy_rank(singular**2, float(np.linalg.norm(weighted)) ** 2, self.energy)
+        rank = _rank_for_energy(b, a, lost, self.energy)
         return b[:, :rank], a[:rank]
+
+
+def _rank_for_energy(
+    b: NDArray[np.float64], a: NDArray[np.float64], lost: LostOutput, energy: float
+) -> int:
+    """The least rank at which ``b`` and ``a`` leave at most the share ``energy`` of the error."""
+    left: NDArray[np.floating] = b
+    right: NDArray[np.floating] = a if lost.metric is None else a @ lost.metric.root
+    error = lost.weighted
+    if lost.output_root is not None:
+        left, error = lost.output_root @ b, lost.output_root @ error
+    singular = np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=1)
+    return energy_rank(singular**2, float(np.linalg.norm(error)) ** 2, energy)

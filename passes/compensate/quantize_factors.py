@@ -14,7 +14,7 @@ from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, register
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.solvers.factor_types import FactorType, store_factors
-from eoracc.passes.statistics import record_error, residual_of, saw_too_few_tokens
+from eoracc.passes.statistics import lost_output, record_error, saw_too_few_tokens
 
 if TYPE_CHECKING:
     from eoracc.passes.graph.linears import Linear, LinearGroup
@@ -80,7 +80,7 @@ class QuantizeFactors(Overridable, LayerPass):
         metric = None if gram is None or saw_too_few_tokens(gram) else gram
         weighted: NDArray[np.float32] | None = None
         if metric is not None and linear.source is not None:
-            weighted = residual_of(linear, metric).weighted
+            weighted = lost_output(linear, metric).weighted
         linear.compensate(
             store_factors(
                 factors.up().astype(np.float64),

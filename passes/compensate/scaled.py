@@ -18,7 +18,9 @@ from eoracc.passes.statistics import require_gram
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from eoracc.passes.compensate.base import Factors
     from eoracc.passes.graph.linears import LinearGroup
+    from eoracc.passes.solvers.lost_output import LostOutput
 
 __all__ = ["ScaledCompensation"]
 
@@ -36,20 +38,11 @@ class ScaledCompensation(Compensation):
         require_gram(self.name, group)
 
     @override
-    def metric(self, gram: Gram | None) -> Gram | None:
-        if gram is None:
-            return None
+    def metric(self, gram: Gram) -> Gram | None:
         return Gram(np.diag(self.scale(gram.magnitudes) ** 2), gram.tokens)
 
     @override
-    def factors(
-        self,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        *,
-        weighted: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        if gram is None:
+    def factors(self, lost: LostOutput, rank: int) -> Factors:
+        if lost.gram is None:
             raise PassError(self.name, "has no activations to go by: put 'calibrate' before it")
-        return scaled_factors(delta, self.scale(gram.magnitudes), rank)
+        return scaled_factors(lost.delta, self.scale(lost.gram.magnitudes), rank)

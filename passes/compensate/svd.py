@@ -12,10 +12,8 @@ from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.solvers.factors import svd_factors
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from eoracc.passes.solvers.gram import Gram
+    from eoracc.passes.compensate.base import Factors
+    from eoracc.passes.solvers.lost_output import LostOutput
 
 __all__ = ["Svd"]
 
@@ -38,12 +36,5 @@ class Svd(Compensation):
     name: ClassVar[str] = "svd"
 
     @override
-    def factors(
-        self,
-        delta: NDArray[np.float32],
-        gram: Gram | None,
-        rank: int,
-        *,
-        weighted: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return svd_factors(delta, rank)
+    def factors(self, lost: LostOutput, rank: int) -> Factors:
+        return svd_factors(lost.delta, rank)

@@ -28,7 +28,7 @@ from eoracc.passes.solvers.allocation import (
 )
 from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
 from eoracc.passes.solvers.singular import top_left_vectors
-from eoracc.passes.statistics import output_root, require_gram, residual_of
+from eoracc.passes.statistics import lost_output, output_root, require_gram
 from eoracc.passes.survey import SurveyPass
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class _Trial:
         weight = linear.compressed
         assert weight is not None  # noqa: S101 - the caller has checked
         gram = require_gram(self.settings.name, group)
-        error = residual_of(linear, gram).weighted
+        error = lost_output(linear, gram).weighted
         root = output_root(linear, gram) if linear.name in self.outputs else None
         if root is not None:
             error = root @ error

@@ -25,7 +25,6 @@ __all__ = [
     "Gram",
     "GramProducts",
     "GramSum",
-    "Residual",
     "accumulate_cross",
     "accumulate_gram",
     "output_matching",
@@ -60,29 +59,16 @@ class GramProducts:
 
 
 @dataclass(frozen=True, eq=False)
-class Residual:
-    """What quantization took of one linear.
-
-    Attributes:
-      delta: ``T - W_hat``, ``float32 [N, K]``, with the target ``T`` (:meth:`Gram.target`).
-      weighted: ``delta L`` with the root ``L`` of the input's Gram, ``float32 [N, K]``: its norm is
-        the output error over the calibration tokens.
-    """
-
-    delta: NDArray[np.float32]
-    weighted: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
 class Gram:
     """``H = sum_t w_t x_t x_t^T`` over calibration tokens.
 
     Attributes:
       matrix: ``float64 [K, K]``, symmetric positive semidefinite, possibly singular.
       tokens: ``sum_t w_t``, the number of tokens that were not padding.
-      residuals: what quantization took of the linears that share this input, by quantized weight;
-        kept for the passes to come (:func:`eoracc.passes.statistics.residual_of`).
-      output_roots: of the Grams of those linears' outputs, by name, likewise
+      lost: ``T - W_hat`` and ``(T - W_hat) L``, ``float32 [N, K]``, of the linears that share this
+        input, by quantized weight; kept for the passes that follow
+        (:func:`eoracc.passes.statistics.lost_output`).
+      output_roots: of the Grams of those linears' outputs, by name; kept likewise
         (:func:`eoracc.passes.statistics.output_root`).
       matching: ``M``, ``float32 [K, K]``, which takes a weight ``W`` to the target ``W + W M``
         (:func:`output_matching`); None where the target is the weight itself.
@@ -94,7 +80,8 @@ class Gram:
     tokens: float
     matching: NDArray[np.float32] | None = field(default=None, repr=False)
     activations: Activations | None = field(default=None, repr=False)
-    residuals: WeakKeyDictionary[NBitsWeight, Residual] = field(
+    # Arrays, no LostOutput: that would hold the Gram, and a cycle would keep both in memory.
+    lost: WeakKeyDictionary[NBitsWeight, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
     output_roots: dict[str, NDArray[np.float32]] = field(

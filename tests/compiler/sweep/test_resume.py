@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepCheckpoint
-from eoracc.passes.compensate.svd import Svd
+from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.operands.low_rank import LowRank
@@ -35,9 +35,10 @@ def compressed(*, symmetric: bool) -> tuple[Linear, Linear, Comparisons]:
     skip = {second.name: {"skip": True}}
     options = {"bits": 3, "symmetric": symmetric, "overrides": skip}
     TypeAdapter(QuantizeRtn).validate_python(options).call(group)
-    first.compensate(Svd().solve(first, None, 5, "float16"))
+    svd = compensation_solver("svd")
+    first.compensate(svd(first, None, 5, "float16"))
     first.notes.append("a note")
-    return first, second, {"svd": {first.name: Svd().solve(first, None, 2, "float16")}}
+    return first, second, {"svd": {first.name: svd(first, None, 2, "float16")}}
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

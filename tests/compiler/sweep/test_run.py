@@ -23,7 +23,6 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.compensate.eora import Eora
-from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.factorize.factorize_svd import FactorizeSvd
 from eoracc.passes.graph.linears import find_again
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
@@ -315,7 +314,7 @@ def test_comparators_get_the_rank_and_type_of_each_linear_and_change_nothing(
         factor_type: FactorType = "int8" if linear.role == "down_proj" else "int4"
         assert ranks[linear.name] == rank
         assert found["svd"][linear.name].factor_type == factor_type
-        expected = Svd().solve(linear, None, rank, factor_type)
+        expected = solver(linear, None, rank, factor_type)
         np.testing.assert_array_equal(found["svd"][linear.name].product(), expected.product())
 
 
