@@ -106,7 +106,7 @@ def adapter_bound(
     for place in np.ndindex(batch):
         chosen = int(index[place])
         used = [factors, adapters[chosen]] if chosen >= 0 else [factors]
-        whole = _joined([one for one in used if one is not None], len(parts))
+        whole = _joined([own for own in used if own is not None], len(parts))
         own = {} if residual is None else {"residual": residual[place]}
         bound[place] = error_bound(x[place], weight, whole, bias, **fusions, **own)
     # Each integer factor's scale and the sum of two low-rank terms: a few roundings more.
@@ -118,6 +118,6 @@ def _joined(factors: Sequence[LowRank], parts: int) -> LowRank | None:
     if not factors:
         return None
     columns = factors[0].lora_a.shape[1]
-    downs = [one.down().reshape(parts, -1, columns) for one in factors]
+    downs = [own.down().reshape(parts, -1, columns) for own in factors]
     down = np.concatenate(downs, axis=1).reshape(-1, columns)
-    return LowRank(lora_a=down, lora_b=np.concatenate([one.up() for one in factors], axis=1))
+    return LowRank(lora_a=down, lora_b=np.concatenate([own.up() for own in factors], axis=1))

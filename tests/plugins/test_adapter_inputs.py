@@ -89,8 +89,10 @@ def test_each_row_uses_its_own(
     rows = sum(parts)
     slots = slots_of(TYPES[factor_type], parts, COLUMNS)
     ranks = [(17, 32, 5), (16, 0, 16), (3, 1, 0)]
-    adapters = [random_adapter(rng, slots, ranks=one, factor_type=factor_type) for one in ranks]
-    bank = _by_operand(stack_adapters(slots, [pack_adapter(slots, one) for one in adapters]))
+    adapters = [random_adapter(rng, slots, ranks=own, factor_type=factor_type) for own in ranks]
+    bank = _by_operand(
+        stack_adapters(slots, [pack_adapter(slots, adapter) for adapter in adapters])
+    )
     weight = random_weight(rng, (rows, COLUMNS), bits=3, group_size=24, zero_points=True)
     factors = None
     if baked is not None:
@@ -161,10 +163,10 @@ def test_banks_of_any_size_rank_and_width_in_one_session(library: Path | None) -
         ((4, 16, 1, 2, 3), ("int4",) * 5, 16),
     ):
         adapters = [
-            random_adapter(rng, slots, ranks=[one], factor_type=kind)
-            for one, kind in zip(ranks, types, strict=True)
+            random_adapter(rng, slots, ranks=[own], factor_type=kind)
+            for own, kind in zip(ranks, types, strict=True)
         ]
-        bank = stack_adapters(slots, [pack_adapter(slots, one) for one in adapters])
+        bank = stack_adapters(slots, [pack_adapter(slots, adapter) for adapter in adapters])
         index = [len(ranks) - 1, 0]
         feeds = {"X": x, ADAPTER_INDEX: np.array(index, np.int32), **_by_operand(bank)}
         (actual,) = session.run(None, feeds)

@@ -84,7 +84,7 @@ def test_int4_beside_int8_in_one_slot_becomes_int8() -> None:
     )
     mixed = {f"{SLOT}0": narrow[f"{SLOT}0"], f"{SLOT}2": wide[f"{SLOT}2"]}
     found = unpack_adapter(slots, pack_adapter(slots, mixed))
-    assert_same(found, {name: replace(one, bits=8) for name, one in mixed.items()})
+    assert_same(found, {name: replace(own, bits=8) for name, own in mixed.items()})
 
 
 # --- banks ----------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_stacked_adapters_can_be_told_apart(
         random_adapter(rng, slots, ranks=own, factor_type=kind)
         for own, kind in zip(ranks, kinds, strict=True)
     ]
-    bank = stack_adapters(slots, [pack_adapter(slots, one) for one in adapters])
+    bank = stack_adapters(slots, [pack_adapter(slots, adapter) for adapter in adapters])
     assert bank[f"{SLOT}.adapter_a_scale"].shape == (3, len(PARTS) * 48)
     # With four columns nothing in the shape would tell int4 from int8: they are stored in 8 bits.
     narrow = set(kinds) == {"int4"} and columns > 4
@@ -126,7 +126,7 @@ def test_padding_of_a_bank_has_the_value_0(kind: str) -> None:
     rng = np.random.default_rng(9)
     slots = slots_of("int8", PARTS, COLUMNS)
     adapters = [random_adapter(rng, slots, ranks=(rank,) * 3, factor_type=kind) for rank in (4, 40)]
-    bank = stack_adapters(slots, [pack_adapter(slots, one) for one in adapters])
+    bank = stack_adapters(slots, [pack_adapter(slots, adapter) for adapter in adapters])
     bits = 8 if kind == "int8" else 4
     a, b = (
         untile_integers(bank[f"{SLOT}.{operand}"][0], bits=bits, rows=rows, columns=columns)

@@ -13,7 +13,7 @@ from eoracc.plugins.operands.codes import BITS
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins import native
-from tests.plugins.native import Array, Case, assert_case, random_case
+from tests.plugins.cases import FEW_ROWS, Array, Case, assert_case, random_case
 
 LEVELS = (0, 4)
 FACTOR_TYPES = [
@@ -179,7 +179,7 @@ def test_level_4_gives_a_row_what_it_gets_alone(
     for bits in BITS:
         case = random_case(
             rng,
-            native.FEW_ROWS,
+            FEW_ROWS,
             (288, 1056),
             bits=bits,
             rank=None if factor_types is None else 48,
@@ -193,9 +193,9 @@ def test_level_4_gives_a_row_what_it_gets_alone(
                 replace(case, x=case.x[[row]], residual=_rows(case.residual, row, row + 1)),
                 instruction_set=isa,
             )
-            for row in range(native.FEW_ROWS)
+            for row in range(FEW_ROWS)
         ]
-        for rows in (2, 3, 5, native.FEW_ROWS):
+        for rows in (2, 3, 5, FEW_ROWS):
             together = replace(case, x=case.x[:rows], residual=_rows(case.residual, 0, rows))
             actual = native.multiply(together, instruction_set=isa)
             for row in range(rows):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eoracc.plugins.library import INSTRUCTION_SETS
 from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
-from tests.plugins.native import Case, assert_case, random_case, with_adapters
+from tests.plugins.cases import FEW_ROWS, Case, assert_case, random_case, with_adapters
 from tests.plugins.test_kernel_many_rows import rounded_as
 
 LEVELS = (0, 4)
@@ -24,7 +24,7 @@ ROWS = (1, 2, 5, 8, 9, 16, 21, 50)
 
 def bounded(case: Case, isa: str) -> Case:
     """``case`` with the bound of the kernel that ``isa`` has for it."""
-    many = len(case.x) > native.FEW_ROWS and case.weight.in_features >= 64
+    many = len(case.x) > FEW_ROWS and case.weight.in_features >= 64
     return rounded_as(case, isa) if many else case
 
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from eoracc.plugins.library import INSTRUCTION_SETS
 from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
-from tests.plugins.native import Case, assert_case, random_case
+from tests.plugins.cases import Case, assert_case, dequantize, random_case, wide_factors
 
 KERNELS = [
     ("avx2", 0),
@@ -51,10 +51,10 @@ class Bfloat16Case(Case):
         """
         sums, _ = super()._sums()
         x = np.abs(self._normalized)
-        backbone = x @ np.abs(native._dequantize(self.weight)).T
+        backbone = x @ np.abs(dequantize(self.weight)).T
         error = 2.5 * BFLOAT16 * backbone
         for users, factors in self._terms():
-            a, b = (np.abs(factor) for factor in native.wide_factors(factors))
+            a, b = (np.abs(factor) for factor in wide_factors(factors))
             rank, first = b.shape[1], 0
             for part, features in enumerate(self.parts or (self.weight.out_features,)):
                 ranks = slice(part * rank, (part + 1) * rank)

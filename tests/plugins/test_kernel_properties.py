@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from eoracc.plugins.library import INSTRUCTION_SETS, library_path
 from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
+from tests.plugins.cases import Case, random_case
 from tests.plugins.fused_op import (
     fused_model,
     open_session,
@@ -28,7 +29,7 @@ FACTOR_TYPES = ("float16", "float32", "int8")
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_rows: int = 24) -> native.Case:
+def cases(draw: st.DrawFn, max_rows: int = 24) -> Case:
     """Products of every kind; sizes lean to the edges of tiles, chunks and blocks."""
     edges = st.sampled_from([16, 32, 64, 128, 256])
     parts: tuple[int, ...] = ()
@@ -40,7 +41,7 @@ def cases(draw: st.DrawFn, max_rows: int = 24) -> native.Case:
     rank = draw(st.none() | st.integers(0, 70))
     if rank is not None and parts:
         rank = rank // 16 * 16
-    return native.random_case(
+    return random_case(
         np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
         draw(st.integers(1, max_rows)),
         (sum(parts) or draw(edges | st.integers(1, 150)), draw(edges | st.integers(1, 400))),
@@ -62,7 +63,7 @@ def cases(draw: st.DrawFn, max_rows: int = 24) -> native.Case:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(case=cases())
-def test_every_instruction_set_is_within_the_bound(case: native.Case) -> None:
+def test_every_instruction_set_is_within_the_bound(case: Case) -> None:
     for name in native.supported():
         actual = native.multiply(case, instruction_set=name)
         error = np.abs(actual.astype(np.float64) - case.expected)
@@ -71,7 +72,7 @@ def test_every_instruction_set_is_within_the_bound(case: native.Case) -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=cases(max_rows=300))
-def test_many_rows_are_within_the_bound(case: native.Case) -> None:
+def test_many_rows_are_within_the_bound(case: Case) -> None:
     for name in native.supported():
         actual = native.multiply(case, instruction_set=name)
         error = np.abs(actual.astype(np.float64) - case.expected)
@@ -82,7 +83,7 @@ def test_many_rows_are_within_the_bound(case: native.Case) -> None:
 @pytest.mark.parametrize("level", [0, 4])
 def test_threads_do_not_change_a_bit(rows: int, level: int) -> None:
     """The same tasks one after another, backwards, and on one to five threads."""
-    case = native.random_case(
+    case = random_case(
         np.random.default_rng(1),
         rows,
         (384, 520),
@@ -104,7 +105,7 @@ def test_threads_do_not_change_a_bit(rows: int, level: int) -> None:
             np.testing.assert_array_equal(forwards, spread, err_msg=name)
 
 
-def _multiply_on_threads(case: native.Case, instruction_set: str, threads: int) -> NDArray[Any]:
+def _multiply_on_threads(case: Case, instruction_set: str, threads: int) -> NDArray[Any]:
     prepared = native.prepare(case)
     with ThreadPoolExecutor(threads) as pool:
 

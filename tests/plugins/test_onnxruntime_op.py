@@ -19,6 +19,7 @@ import pytest
 from eoracc.plugins.library import library_path
 from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
+from tests.plugins.cases import Array, Case, assert_case, random_case, with_adapters
 from tests.plugins.fused_op import (
     attributes_of,
     fused_model,
@@ -28,7 +29,6 @@ from tests.plugins.fused_op import (
     random_factors,
     random_weight,
 )
-from tests.plugins.native import Array, Case, assert_case, random_case, with_adapters
 
 SHAPE = (600, 320)
 FITTING = {"K": 32, "N": 4, "bits": 4, "block_size": 16}

@@ -130,7 +130,7 @@ def tensor(trt: Any, shape: list[Any], dtype: str) -> Any:  # noqa: ANN401 - no 
     ranges = [size if isinstance(size, list) else [size] * 3 for size in shape]
     described.desc.dims = trt.Dims([low if low == high else -1 for low, _, high in ranges])
     described.min, described.opt, described.max = (
-        trt.Dims([one[index] for one in ranges]) for index in range(3)
+        trt.Dims([sizes[index] for sizes in ranges]) for index in range(3)
     )
     return described
 
@@ -153,7 +153,7 @@ def use(trt: Any, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - 
     )
     answer["kind"] = type(plugin).__name__
     described = [tensor(trt, shape, dtype) for shape, dtype in request["inputs"]]
-    dtypes = [one.desc.type for one in described]
+    dtypes = [tensor.desc.type for tensor in described]
     (output_dtype,) = plugin.get_output_data_types(
         dtypes, [len(shape) for shape, _ in request["inputs"]]
     )
@@ -188,7 +188,7 @@ def use(trt: Any, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - 
     usual = tensor(trt, answer["output"][0], output_dtype.name)
     in_out = [*described, usual]
     combinations = plugin.get_supported_format_combinations(in_out, len(described))
-    answer["types"] = [one.type.name for one in combinations]
+    answer["types"] = [combination.type.name for combination in combinations]
     plugin.configure_plugin(described, [usual])
     answer["launches"] = {}
     for tactic in plugin.get_valid_tactics():
@@ -197,7 +197,8 @@ def use(trt: Any, request: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - 
         numbers = type("Numbers", (dict,), {})()
         plugin.get_launch_params(symbols, in_out, len(described), params, numbers, sizes)
         entry, code = plugin.get_kernel(
-            [one.desc for one in described], [one.desc for one in in_out[len(described) :]]
+            [tensor.desc for tensor in described],
+            [tensor.desc for tensor in in_out[len(described) :]],
         )
         answer["launches"][tactic] = {
             "entry": entry,
