@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepCheckpoint
+from eoracc.passes import load_passes
 from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+load_passes()
 
 Comparisons = dict[str, dict[str, LowRank]]
 

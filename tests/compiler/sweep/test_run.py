@@ -19,6 +19,7 @@ from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
 from eoracc.errors import PassError
+from eoracc.passes import load_passes
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import compensation_solver
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eoracc.passes.graph.linears import LinearGroup
+
+load_passes()
 
 LENGTHS = (13, 8, 13, 5, 11)
 GPTQ = QuantizeGptq(bits=3, group_size=16)
