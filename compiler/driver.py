@@ -61,7 +61,7 @@ from eoracc.passes.survey import SurveyPass
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.artifact.manifest import Manifest
 from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
-from eoracc.runtime.parity.check import ParityReport
+from eoracc.runtime.parity.report import ParityReport
 
 __all__ = ["BuildResult", "build"]
 

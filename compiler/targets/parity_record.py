@@ -46,7 +46,7 @@ from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
-from eoracc.runtime.parity.check import ParityCase, ParityLinear, ParityRecord
+from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,7 @@
 """Check that TensorRT engines compute what the compressed model computed in eager PyTorch.
 
-The record is that of :mod:`eoracc.runtime.parity.check`, which compares the graph's float32 twin
-with it during the build. An engine may deviate more than the twin, because it rounds every value to
+The record is the one that :mod:`eoracc.runtime.parity.check` compares the graph's float32 twin with
+during the build. An engine may deviate more than the twin, because it rounds every value to
 a narrow type. The build has measured the effect of that rounding, which is part of the record.
 """
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from eoracc.errors import EoraccError
 from eoracc.runtime.backends import Backend, BackendChoice, backends_of, open_backend
 from eoracc.runtime.decode.bank import NO_PLACE
-from eoracc.runtime.parity.check import PARITY_FILE, CaseParity, ParityCase, ParityRecord
+from eoracc.runtime.parity.record import PARITY_FILE, ParityCase, ParityRecord
+from eoracc.runtime.parity.report import CaseParity, compare_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,15 +100,8 @@ def _check_engine(decoder: Decoder, cases: Iterable[ParityCase]) -> Iterator[Cas
     for case in cases:
         rows = decoder.new_rows()
         logits = _run(rows, case, decoder.vocabulary)
-        error = np.abs(logits[case.rows, case.columns] - case.logits).max()
         tolerance = case.tolerance + case.rounding
-        yield CaseParity(
-            through="engine",
-            name=case.name,
-            max_error=float(error),
-            tolerance=tolerance,
-            passed=bool(error <= tolerance),
-        )
+        yield compare_logits(case, logits, through="engine", tolerance=tolerance)
 
 
 def _run(rows: Rows, case: ParityCase, vocabulary: int) -> NDArray[np.float32]:

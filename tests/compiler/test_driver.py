@@ -17,7 +17,7 @@ from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
 from eoracc.runtime.artifact.manifest import verify_manifest
-from eoracc.runtime.parity.check import PARITY_FILE
+from eoracc.runtime.parity.record import PARITY_FILE
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from eoracc.compiler.targets.parity_record import PARITY_STEPS, record_parity
 from eoracc.passes.graph import spec
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.library import library_path
-from eoracc.runtime.parity.check import PARITY_FILE
+from eoracc.runtime.parity.record import PARITY_FILE
 
 __all__ = ["emit", "require"]
 

@@ -17,7 +17,7 @@ from eoracc.compiler.targets.tensorrt.engines.bindings import bindings_of, profi
 from eoracc.compiler.targets.tensorrt.half_precision import HALF
 from eoracc.errors import ConfigError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
-from eoracc.runtime.parity.check import PARITY_FILE
+from eoracc.runtime.parity.record import PARITY_FILE
 from eoracc.runtime.tensorrt.engine_set import Binding, EngineFile, EngineSet, Profile
 
 if TYPE_CHECKING:

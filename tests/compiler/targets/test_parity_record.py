@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from eoracc.passes.graph.linears import Linear
-    from eoracc.runtime.parity.check import ParityRecord
+    from eoracc.runtime.parity.record import ParityRecord
 
 
 class Counter:

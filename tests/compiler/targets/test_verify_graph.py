@@ -22,7 +22,8 @@ from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import LinearGroup
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
-from eoracc.runtime.parity.check import PARITY_FILE, ParityRecord, check_parity
+from eoracc.runtime.parity.check import check_parity
+from eoracc.runtime.parity.record import PARITY_FILE, ParityRecord
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.parity.check import PARITY_FILE, ParityRecord, check_parity
+from eoracc.runtime.parity.check import check_parity
+from eoracc.runtime.parity.record import PARITY_FILE, ParityRecord
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from eoracc.compiler.cli import main
 from eoracc.runtime.bench import start
 from eoracc.runtime.bench.start import Start
-from eoracc.runtime.parity.check import PARITY_FILE, ParityCase, ParityRecord
+from eoracc.runtime.parity.record import PARITY_FILE, ParityCase, ParityRecord
 from tests.runtime.tensorrt.engine_artifact import Oracle, reseal, write_engine_artifact
 
 if TYPE_CHECKING:
