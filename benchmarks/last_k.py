@@ -40,8 +40,8 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.erc_svd import ErcSvd
 from eoracc.passes.graph.linears import Linear, find_linears
-from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.plan.select_last_k import SelectLastK
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.survey import Course
 

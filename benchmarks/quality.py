@@ -47,7 +47,7 @@ from benchmarks.protocol import (
     load_protocol,
 )
 from eoracc import __version__
-from eoracc.compiler.config.sections import load_config
+from eoracc.compiler.config.load import load_config
 from eoracc.compiler.driver import build
 from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report.content import FidelityRow

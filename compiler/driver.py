@@ -53,11 +53,8 @@ from eoracc.compiler.targets.tensorrt.engine_graph import check_contexts
 from eoracc.compiler.text.windows import Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.compensate.base import Compensation
-from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear
-from eoracc.passes.survey import SurveyPass
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.artifact.manifest import Manifest
 from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
@@ -269,8 +266,7 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
     )
     calibration = (
         calibration_windows(config.calibration, config.verify, tokenizer, config_dir=config_dir)
-        if config.calibration is not None
-        and any(isinstance(item, Calibrate | SurveyPass) for item in config.passes)
+        if config.calibration is not None and config.recipe.reads_text
         else None
     )
     tasks = [
@@ -289,15 +285,14 @@ def _score(
     progress: Progress,
 ) -> FidelityReport:
     """Measure the compressed model against the original on held-out text."""
-    compensations = [item.name for item in config.passes if isinstance(item, Compensation)]
+    compensations = [item.name for item in config.recipe.compensations]
+    factorization = config.recipe.factorization
     return fidelity_report(
         original,
         Executor(compressed.model, compressed.linears),
         held_out,
         shipped=" + ".join(compensations) or None,
-        factorized=next(
-            (item.name for item in config.passes if isinstance(item, Factorization)), None
-        ),
+        factorized=None if factorization is None else factorization.name,
         comparisons=compressed.comparisons,
         limits=config.verify.limits,
         progress=progress,
@@ -335,9 +330,7 @@ def _solve(
     progress: Progress,
     **options: Any,  # noqa: ANN401 - of solve_adapter
 ) -> list[SolvedAdapter]:
-    calibrate = next(
-        (item for item in reversed(config.passes) if isinstance(item, Calibrate)), Calibrate()
-    )
+    calibrate = config.recipe.last_calibrate or Calibrate()
     return [
         solve_adapter(
             backbone,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.errors import PassError
-from eoracc.passes.base import LayerPass, register
+from eoracc.passes.base import LayerPass, Pass, Problem, register
 from eoracc.passes.solvers.gram import accumulate_cross, accumulate_gram, output_matching
 from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
 
@@ -53,10 +53,18 @@ class Calibrate(LayerPass):
     """
 
     name: ClassVar[str] = "calibrate"
+    repeats = True  # a second one begins another sweep
+
     through: Literal["compressed", "original"] = "compressed"
     match: Literal["weights", "outputs"] = "weights"
     tokens: Literal["unit", "equal", "gradients"] = "unit"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @override
+    def problems(self, earlier: Sequence[Pass]) -> Iterator[Problem]:
+        yield from super().problems(earlier)
+        if (self.through, self.match) == ("original", "outputs"):
+            yield ("match",), "contradicts 'through: original': keep one of the two"
 
     @override
     def requires(self, group: LinearGroup) -> None:

@@ -9,10 +9,10 @@
           "model.layers.0.*": {skip: true}
           lm_head: {bits: 8, group_size: 32}
 
-The last pattern that matches a linear wins; one that matches a weight which has been factorised
-holds for both of its factors, ``<name>.v`` and ``<name>.u``. Linears outside the decoder blocks
-(``lm_head``) are left alone unless a pattern names them, which a bare ``*`` does not. What no
-pattern settles, a survey may have planned (:attr:`eoracc.passes.graph.linears.Linear.plan`).
+The last pattern that matches a linear wins. A pattern that matches a factorised weight matches its
+two factors as well, ``<name>.v`` and ``<name>.u``. Linears outside the decoder blocks (``lm_head``)
+are left alone unless a pattern names them, which a bare ``*`` does not. Options that no pattern
+sets may come from a survey (:attr:`eoracc.passes.graph.linears.Linear.plan`).
 """
 
 from __future__ import annotations
@@ -20,35 +20,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
-
-from pydantic import AfterValidator
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
     from eoracc.passes.graph.embeddings import Embedding
     from eoracc.passes.graph.linears import Linear, LinearGroup
 
-__all__ = ["Bits", "GroupSize", "Overridable", "Override", "QuantizeOverride"]
-
-Bits = Literal[2, 3, 4, 8]
-"""Width of a code."""
-
-
-def _check_group_size(size: int) -> int:
-    if size != -1 and (size % 8 or not 16 <= size <= 256):
-        raise ValueError(
-            f"{size} is no group size: give a multiple of 8 in 16..256, or -1 for whole rows"
-        )
-    return size
-
-
-GroupSize = Annotated[int, AfterValidator(_check_group_size)]
-"""Columns that share a scale; -1 stands for the whole row."""
+__all__ = ["Overridable", "Override"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """What differs for the linears that a pattern matches; None keeps the pass's own option."""
+    """Options for the linears that a pattern matches; None keeps the option of the pass."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -56,21 +39,15 @@ class Override:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeOverride(Override):
-    """What a quantizing pass may do differently for some linears."""
-
-    bits: Bits | None = None
-    group_size: GroupSize | None = None
-    symmetric: bool | None = None
-    clip_search: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Overridable:
-    """Mixin for passes with an ``overrides`` option; subclasses give it its type."""
+    """Mixin for passes with an ``overrides`` option; subclasses give it its type.
+
+    Options:
+      overrides: other options, or ``skip: true``, for linears by name pattern; the last match wins.
+    """
 
     not_planned: ClassVar[frozenset[str]] = frozenset()
-    """Options that no survey steers, though a planned option of another pass has their name."""
+    """Options that no survey sets, although it may set an option of that name of other passes."""
 
     overrides: Mapping[str, Override]
 

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from typing_extensions import override
 
-from eoracc.passes.base import ModelPass, register
+from eoracc.passes.base import LayerPass, ModelPass, register
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.graph.names import PARTS
 from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.survey import SurveyPass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +36,7 @@ class PackProjections(ModelPass):
     """
 
     name: ClassVar[str] = "pack_projections"
+    precedes = (SurveyPass, LayerPass)
 
     attention: bool = True
     mlp: bool = True

@@ -196,10 +196,7 @@ def _solve(
                 item.call(loaded.model)
         backbone = restore_backbone(folder, loaded.model)
         phase.advance()
-    calibrate = next(
-        (item for item in reversed(request.config.passes) if isinstance(item, Calibrate)),
-        Calibrate(),
-    )
+    calibrate = request.config.recipe.last_calibrate or Calibrate()
     solved = solve_adapter(
         backbone, task, work=work / "sweep", progress=progress, calibrate=calibrate
     )

@@ -119,7 +119,7 @@ def _config(options: dict[str, Any], slot_type: str) -> AdapterConfig:
     Raises:
       ConfigError: an option's value is none.
     """
-    from eoracc.compiler.config.sections import adapter_config
+    from eoracc.compiler.config.load import adapter_config
 
     given = {key: value for key, value in options.items() if value is not None}
     verify = {

@@ -44,7 +44,7 @@ def build(
     # unless told not to, and a build has many products with other work between them.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from eoracc.compiler.config.sections import load_config
+    from eoracc.compiler.config.load import load_config
     from eoracc.compiler.targets.artifact import check_output
 
     config = load_config(model_yaml, overrides)

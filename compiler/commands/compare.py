@@ -80,7 +80,8 @@ def compare(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from eoracc.compiler.compare.plan import find_methods
     from eoracc.compiler.compare.plot import check_plot, draw
-    from eoracc.compiler.config.sections import load_config, parse_budget
+    from eoracc.compiler.config.budget import parse_budget
+    from eoracc.compiler.config.load import load_config
 
     config = load_config(model_yaml, overrides)
     section = config.compare

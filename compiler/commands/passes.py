@@ -23,10 +23,10 @@ def passes(as_json: bool) -> None:
     if as_json:
         print_json(described)
         return
-    for one in described:
-        click.secho(one["name"], bold=True)
-        click.echo(_indent(one["doc"], 2))
-        for option in one["options"]:
+    for known in described:
+        click.secho(known["name"], bold=True)
+        click.echo(_indent(known["doc"], 2))
+        for option in known["options"]:
             click.echo(f"\n  {option['name']} = {json.dumps(option['default'])}")
             if option["doc"]:
                 click.echo(_indent(option["doc"], 6))

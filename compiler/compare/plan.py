@@ -17,19 +17,22 @@ from eoracc.compiler.compare.planned_bytes import (
     planned_bytes,
     rank_limit,
 )
+from eoracc.compiler.config.budget import budget_bits
+from eoracc.compiler.config.contradictions import pass_problems
 from eoracc.compiler.config.document import dotted, suggest
-from eoracc.compiler.config.sections import BuildConfig, budget_bits, method_names, pass_problems
+from eoracc.compiler.config.passes import method_names
+from eoracc.compiler.config.sections import BuildConfig
 from eoracc.errors import ConfigError
 from eoracc.passes.base import Pass, pass_type
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.compensate.quantize_factors import QuantizeFactors
+from eoracc.passes.compression import Compression
 from eoracc.passes.factorize.base import Factorization, RatioOverride
-from eoracc.passes.factorize.saes_svd import SaesSvd
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.plan.allocate import Allocate
 from eoracc.passes.plan.select_last_k import SelectLastK
-from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.recipe import Recipe
 
 __all__ = ["BudgetProblem", "Contender", "Family", "Fit", "Method", "find_methods", "fit"]
 
@@ -130,7 +133,7 @@ def fit(method: Method, budget: str, linears: Sequence[Linear]) -> Fit:
 
     Args:
       method: one that takes a budget.
-      budget: as :func:`~eoracc.compiler.config.sections.budget_bits` reads it.
+      budget: as :func:`~eoracc.compiler.config.budget.budget_bits` reads it.
       linears: that the budget is for, as they stand before the passes.
 
     Raises:
@@ -153,20 +156,20 @@ def fit(method: Method, budget: str, linears: Sequence[Linear]) -> Fit:
 def _built_in(config: BuildConfig, name: str) -> Method:
     """The method of that name, put into the passes of ``config``."""
     passes = [item for item in config.passes if name != _NONE or not isinstance(item, Compensation)]
-    quantized = [i for i, item in enumerate(passes) if isinstance(item, QuantizeGptq | QuantizeRtn)]
+    compressed = [i for i, item in enumerate(passes) if isinstance(item, Compression)]
     kind = None if name == _NONE else pass_type(name)
     if kind is not None and issubclass(kind, Factorization):
         return Method(name, "factorization", _factorizing(passes, kind))
-    if not quantized:
+    if not compressed:
         raise ConfigError(
             f"method {name!r}: there is nothing to compensate: put a quantize pass into 'passes'"
         )
     if kind is None:
-        without = [item for item in passes if item.name != "quantize_factors"]
+        without = [item for item in passes if not isinstance(item, QuantizeFactors)]
         return Method(name, "quantization", tuple(without))
     assert issubclass(kind, Compensation)  # noqa: S101 - method_names() lists no others
     present = [i for i, item in enumerate(passes) if isinstance(item, Compensation)]
-    place = present[0] if present else quantized[-1] + 1
+    place = present[0] if present else compressed[-1] + 1
     new = kind()
     if present:
         old = passes[place]
@@ -183,33 +186,22 @@ def _built_in(config: BuildConfig, name: str) -> Method:
 def _factorizing(passes: Sequence[Pass], kind: type[Factorization]) -> tuple[Pass, ...]:
     """``passes`` with a factorisation in place of all that compresses, what steers it included."""
     begin = next(
-        (
-            i
-            for i, item in enumerate(passes)
-            if isinstance(item, QuantizeGptq | QuantizeRtn | Factorization)
-        ),
+        (i for i, item in enumerate(passes) if isinstance(item, Compression | Factorization)),
         len(passes),
     )
     kept = [item for item in passes[:begin] if not isinstance(item, Allocate)]
     same = next((item for item in passes if type(item) is kind), None)
     new = kind(overrides=_left_out(passes)) if same is None else same
-    if kind is SaesSvd:
-        kept = [
-            replace(item, match="outputs", through="compressed")
-            if isinstance(item, Calibrate)
-            else item
-            for item in kept
-        ]
-    return (*kept, new)
+    return (*_with(kept, Calibrate, **kind.calibrate_options), new)
 
 
 def _left_out(passes: Sequence[Pass]) -> Mapping[str, RatioOverride]:
-    """What the quantizing pass leaves alone is left alone here."""
-    for item in passes:
-        if isinstance(item, QuantizeGptq | QuantizeRtn):
-            skipped = [pattern for pattern, one in item.overrides.items() if one.skip]
-            return {pattern: RatioOverride(skip=True) for pattern in skipped}
-    return {}
+    """Overrides that skip the linears that the compressing pass skips."""
+    compression = Recipe(passes).compression
+    overrides = {} if compression is None else compression.overrides
+    return {
+        pattern: RatioOverride(skip=True) for pattern, options in overrides.items() if options.skip
+    }
 
 
 # --- budgets --------------------------------------------------------------------------------------
@@ -251,7 +243,7 @@ def _fit_ratio(
         raise BudgetProblem(
             f"it leaves nothing to remove: weights take {8 * plain / weights:g} bits as they are"
         )
-    if any(isinstance(item, QuantizeGptq | QuantizeRtn) for item in passes):
+    if Recipe(passes).compression is not None:
         steps = range(1, _RATIO_STEPS)
         found = bisect_left(steps, True, key=lambda step: needed(step / _RATIO_STEPS) <= nbytes)
         ratio = steps[min(found, len(steps) - 1)] / _RATIO_STEPS

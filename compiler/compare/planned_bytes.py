@@ -8,23 +8,16 @@ from dataclasses import dataclass, replace
 from eoracc.passes.base import Pass
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compensate.quantize_factors import QuantizeFactors
+from eoracc.passes.compression import Compression
 from eoracc.passes.factorize.base import Factorization, factorized_rank
 from eoracc.passes.graph.linears import Linear
-from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
-from eoracc.passes.solvers.grid import group_width
 
 __all__ = ["PLAIN_BYTES", "compressed_names", "planned_bytes", "rank_limit", "stored_bytes"]
 
 PLAIN_BYTES = 2
 """Of a value that no pass has quantized, as budgets and published tables count: 16 bits. (The
 graph holds float32.)"""
-
-_SCALE_BYTES = 2
-"""Of a group of codes: float16."""
-
-Quantizer = QuantizeGptq | QuantizeRtn
 
 
 @dataclass
@@ -84,7 +77,7 @@ def rank_limit(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
 
 def compressed_names(passes: Sequence[Pass], linears: Iterable[Linear]) -> set[str]:
     """Names of those ``linears`` that a quantizing or factorising pass will change."""
-    changing = [item for item in passes if isinstance(item, Quantizer | Factorization)]
+    changing = [item for item in passes if isinstance(item, Compression | Factorization)]
     return {
         linear.name
         for linear in linears
@@ -108,9 +101,9 @@ def _parts(passes: Sequence[Pass], linears: Iterable[Linear]) -> list[_Part]:
     for item in passes:
         if isinstance(item, Factorization):
             parts = [one for part in parts for one in _factorized(item, part)]
-        elif isinstance(item, Quantizer):
+        elif isinstance(item, Compression):
             for part in parts:
-                part.weight_bytes = _quantized(item, part)
+                part.weight_bytes = _compressed(item, part)
         elif isinstance(item, Compensation):
             for part in parts:
                 options = item.options_for(part.linear)
@@ -135,11 +128,8 @@ def _factorized(item: Factorization, part: _Part) -> list[_Part]:
     return [_Part(first), _Part(second)]
 
 
-def _quantized(item: Quantizer, part: _Part) -> int | None:
+def _compressed(item: Compression, part: _Part) -> int | None:
     options = item.options_for(part.linear)
     if options is None:
         return part.weight_bytes
-    width = group_width(options.group_size, part.linear.in_features)
-    groups = -(-part.linear.in_features // width)
-    per_group = width * options.bits // 8 + _SCALE_BYTES + (0 if options.symmetric else 1)
-    return part.linear.out_features * groups * per_group
+    return options.code_bytes(part.linear.out_features, part.linear.in_features)

@@ -50,11 +50,10 @@ from eoracc.compiler.text.windows import (
     evaluation_windows,
 )
 from eoracc.errors import ConfigError, ModelError, PassError
-from eoracc.passes.base import ModelPass, Pass
+from eoracc.passes.base import ModelPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, block_of, find_linears
-from eoracc.passes.survey import SurveyPass
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["compare", "work_folder"]
@@ -92,7 +91,7 @@ def compare(
     Args:
       config: from model.yaml.
       methods: names; see :func:`~eoracc.compiler.compare.plan.find_methods`.
-      budgets: as :func:`~eoracc.compiler.config.sections.parse_budget` gives them.
+      budgets: as :func:`~eoracc.compiler.config.budget.parse_budget` gives them.
       config_dir: what relative paths in ``config`` are relative to.
       progress: shown the phases.
       fresh: throw away what earlier runs have kept.
@@ -264,7 +263,7 @@ class _Comparing:
         compressed = compress(
             variant,
             replace(self._loaded, model=self._loaded.model.clone()),
-            self._calibration if _looks_at_text(variant.passes) else None,
+            self._calibration if variant.recipe.reads_text else None,
             self._work.sweeps(key),
             progress,
         )
@@ -406,10 +405,6 @@ def _contenders(method: Method, budgets: Sequence[str], linears: _Linears) -> li
 def _short(name: str) -> str:
     """A name of which a line of progress has room for the rest as well."""
     return name if len(name) <= _LABEL else f"{name[: _LABEL - 1]}…"
-
-
-def _looks_at_text(passes: Sequence[Pass]) -> bool:
-    return any(isinstance(item, Calibrate | SurveyPass) for item in passes)
 
 
 def _through(fits: Sequence[Fit]) -> Through:

@@ -20,7 +20,7 @@ from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import Progress, cpu_seconds
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
-from eoracc.compiler.sweep.pipeline import stage_key, stages
+from eoracc.compiler.sweep.pipeline import stage_key
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepCheckpoint
 from eoracc.compiler.sweep.survey import calibration_batches
@@ -116,7 +116,7 @@ class _Plan:
 def _plan(contender: Sharing, loaded: LoadedModel, calibration: Windows) -> _Plan | None:
     """How ``contender`` can share its first sweep; None where it cannot."""
     config = contender.config
-    all_stages = stages(config.passes)
+    all_stages = config.recipe.stages()
     changes: list[Pass] = []
     for position, members in enumerate(all_stages):
         first = members[0]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from eoracc.compiler.config.sections import BuildConfig, method_names
+from eoracc.compiler.config.passes import comparator_names, method_names
+from eoracc.compiler.config.sections import BuildConfig
 from eoracc.passes import load_passes
 from eoracc.passes.base import pass_names, pass_type
 
@@ -63,6 +64,10 @@ def json_schema() -> Schema:
         )
     definitions["Pass"] = {"anyOf": choices}
     schema["properties"]["passes"]["items"] = {"$ref": "#/$defs/Pass"}
+    definitions["VerifyConfig"]["properties"]["compare"]["items"] = {
+        "enum": list(comparator_names()),
+        "type": "string",
+    }
     definitions["CompareConfig"]["properties"]["methods"] |= {
         "anyOf": [
             {"type": "array", "items": {"enum": list(method_names())}},
@@ -127,11 +132,14 @@ def model_yaml_page() -> str:
         "A list; an item is a pass's name (`- calibrate`), or its name with options "
         "(`- eora: {rank: 64}`)."
     )
-    for one in describe_passes():
-        parts += [f"### `{one['name']}`", one["doc"]]
-        if one["options"]:
+    for described in describe_passes():
+        parts += [f"### `{described['name']}`", described["doc"]]
+        if described["options"]:
             parts.append(
-                _rows((o["name"], o["type"], o["default"], o["doc"]) for o in one["options"])
+                _rows(
+                    (option["name"], option["type"], option["default"], option["doc"])
+                    for option in described["options"]
+                )
             )
     return "\n\n".join(parts) + "\n"
 
@@ -145,17 +153,23 @@ def write_docs(folder: Path) -> None:
 
 
 def _options_schema(kind: type[Pass]) -> Schema:
-    """The schema of a pass's options, descriptions taken from its docstring."""
+    """The schema of the options of a pass, with the descriptions of its docstrings."""
     schema = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
-    text, _, options = _SECTION.sub("\0", inspect.cleandoc(kind.__doc__ or "")).partition("\0")
-    schema["description"] = text.strip()
+    schema["description"], _ = _read_docstring(kind)
     properties = schema.get("properties", {})
-    # An entry starts at the section's indentation; its further lines stand deeper.
-    for entry in re.split(r"\n(?=  \w)", "\n" + options):
-        name, colon, doc = entry.strip().partition(":")
-        if colon and name in properties:
-            properties[name]["description"] = doc
+    for base in reversed(kind.__mro__):  # a class may describe an inherited option anew
+        for name, description in _read_docstring(base)[1].items():
+            if name in properties:
+                properties[name]["description"] = description
     return schema
+
+
+def _read_docstring(kind: type) -> tuple[str, dict[str, str]]:
+    """The docstring of a class without its sections, and the description of each option in it."""
+    text, _, section = _SECTION.sub("\0", inspect.cleandoc(kind.__doc__ or "")).partition("\0")
+    # An entry begins at the indentation of the section; its further lines are indented deeper.
+    entries = (entry.strip().partition(":") for entry in re.split(r"\n(?=  \w)", "\n" + section))
+    return text.strip(), {name: description for name, colon, description in entries if colon}
 
 
 def _unwrap_descriptions(schema: Any) -> None:  # noqa: ANN401 - JSON
@@ -163,7 +177,7 @@ def _unwrap_descriptions(schema: Any) -> None:  # noqa: ANN401 - JSON
     if isinstance(schema, dict):
         text = schema.get("description")
         if isinstance(text, str):
-            paragraphs = [" ".join(one.split()) for one in text.split("\n\n")]
+            paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
             schema["description"] = "\n\n".join(paragraphs).replace("``", "`")
         for value in schema.values():
             _unwrap_descriptions(value)

@@ -28,18 +28,17 @@ from eoracc.compiler.sweep.survey import Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError
 from eoracc.passes.base import LayerPass, ModelPass, Pass
-from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import compensation_solver
+from eoracc.passes.compression import Compression
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import find_again, find_linears
 from eoracc.passes.overrides import Overridable
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
-from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.recipe import Recipe
 from eoracc.passes.survey import SurveyPass
 
-__all__ = ["Compressed", "compress", "stage_key", "stages"]
+__all__ = ["Compressed", "compress", "stage_key"]
 
 
 @dataclass(eq=False)
@@ -55,25 +54,6 @@ class Compressed(Backbone):
     comparisons: Comparisons = field(default_factory=dict)
     surveys: list[dict[str, Any]] = field(default_factory=list)
     times: list[PhaseTime] = field(default_factory=list)
-
-
-def stages(passes: Sequence[Pass]) -> list[tuple[Pass, ...]]:
-    """The passes in order, those that run as one sweep together."""
-    found: list[tuple[Pass, ...]] = []
-    for item in passes:
-        goes_on = (
-            bool(found)
-            and isinstance(item, LayerPass)
-            and isinstance(found[-1][-1], LayerPass)
-            and not (
-                isinstance(item, Calibrate) and any(isinstance(p, Calibrate) for p in found[-1])
-            )
-        )
-        if goes_on:
-            found[-1] = (*found[-1], item)
-        else:
-            found.append((item,))
-    return found
 
 
 def compress(
@@ -102,7 +82,7 @@ def compress(
     model = loaded.model
     compressed = Compressed(model, find_linears(model), find_embeddings(model))
     graphs, times = graphs or StageGraphs(), PassTimes()
-    all_stages = stages(config.passes)
+    all_stages = config.recipe.stages()
     for position, members in enumerate(all_stages):
         key = stage_key(config, loaded, members, position, calibration)
         kept = folder / str(position)
@@ -160,7 +140,7 @@ def _sweep(
                 f"passes.{item.name}.overrides: no linear's name matches {unmatched[0]!r}: "
                 f"names are like {compressed.linears[0].name!r}"
             )
-    calibrate = next((item for item in passes if isinstance(item, Calibrate)), None)
+    calibrate = Recipe(passes).calibrate
     batches = [] if calibration is None or calibrate is None else calibration_batches(calibration)
     compressed.comparisons |= run_sweep(
         Executor(
@@ -176,7 +156,7 @@ def _sweep(
         times=times,
     )
     for item in passes:
-        if isinstance(item, QuantizeGptq | QuantizeRtn):
+        if isinstance(item, Compression):
             quantize_embedding_tables(item, compressed.embeddings, compressed.linears)
     spec.check(compressed.model, spec.Stage.COMPRESSED, after=passes[-1].name)
     if any(linear.factorized is not None for linear in compressed.linears):

@@ -20,6 +20,7 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.passes.solvers.gram import Gram
 from eoracc.plugins.operands.low_rank import LowRank
@@ -66,7 +67,7 @@ def run_sweep(
     Raises:
       PassError: a pass cannot run on a group, or leaves nodes that the stage does not allow.
     """
-    calibrate = next((p for p in passes if isinstance(p, Calibrate)), None)
+    calibrate = Recipe(passes).calibrate
     forward = None if calibrate is None else _forward(executor, calibrate, batches)
     live = [] if forward is None else forward.live
     comparisons: Comparisons = {name: {} for name in comparators}

@@ -23,6 +23,7 @@ from eoracc.compiler.text.windows import Windows
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate, Precision
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
+from eoracc.passes.recipe import Recipe
 
 __all__ = ["Survey", "calibration_batches"]
 
@@ -144,7 +145,7 @@ class Survey:
 
     def trials(self, option: str, *, probes: Collection[int], resume: Iterable[int]) -> Trials:
         """See :meth:`.SurveyContext.trials`."""
-        calibrate = next((item for item in self.following if isinstance(item, Calibrate)), None)
+        calibrate = Recipe(self.following).calibrate
         precision = "float32" if calibrate is None else resolve_precision(calibrate.precision)
         return Trials(
             Executor(self.model, self.linears, precision=precision),

@@ -29,6 +29,7 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.recipe import Recipe
 from eoracc.passes.survey import Course, Errors
 from eoracc.runtime.memory import release_memory
 
@@ -109,7 +110,7 @@ class Trials:
         Raises:
           PassError: the decoder blocks do not follow one another up to a head.
         """
-        calibrate = next((item for item in passes if isinstance(item, Calibrate)), None)
+        calibrate = Recipe(passes).calibrate
         self._calibrate = calibrate or Calibrate(precision="float32")  # as a sweep does without
         self._executor = executor
         self._passes = passes

@@ -28,12 +28,7 @@ class ActivationScaled(ScaledCompensation):
     together, not just how large each one is, and leaves less of each linear's output error.
 
     Options:
-      rank: columns of each correction; 0 turns it off.
       alpha: 0 scales nothing, as 'svd'; 1 scales by the activations, as 'lqer'.
-      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter.
-      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
-        match wins.
     """
 
     name: ClassVar[str] = "activation_scaled"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from eoracc.errors import PassError
-from eoracc.passes.base import LayerPass, pass_type
+from eoracc.passes.base import LayerPass, Pass, pass_type
+from eoracc.passes.compression import Compression
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.solvers.factor_types import FactorType, store_factors
 from eoracc.passes.solvers.lost_output import LostOutput
@@ -62,7 +63,16 @@ class Compensation(Overridable, LayerPass):
 
     Where a linear has factors already, of a compensating pass before this one, the new ones are of
     what those leave, and follow them.
+
+    Options:
+      rank: columns of each correction; 0 turns it off.
+      factor_type: what the factors are stored in; ``int8``, with a scale per row, takes half the
+        bytes of float16, ``int4`` a quarter, which leaves the least error at equal bytes.
     """
+
+    needs: ClassVar[tuple[type[Pass], ...]] = (Compression,)
+    comparable: ClassVar[bool] = True
+    """Whether :meth:`solve` alone gives the factors that a build with this pass would ship."""
 
     rank: Rank = 64
     factor_type: FactorType = "int4"

@@ -36,20 +36,11 @@ class Caldera(Eora):
 
     Options:
       iterations: how often to quantize again; 0 is ``eora``.
-      rank: columns of each correction; 0 turns it off.
-      energy: share of the error's energy that may be left. A linear then gets the smallest rank
-        that leaves no more, and ``rank`` at most; null gives all of them ``rank``.
-      directions: weigh errors by the top so many eigenvectors of the input's Gram alone, and leave
-        what tokens do outside of them out of account; null takes all.
-      weigh_outputs: whether outputs count for what ``calibrate_outputs`` has found, where it stands
-        before the sweep. Recorded errors are of the plain output either way.
-      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter, which at equal bytes leaves the least error.
-      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
-        match wins.
     """
 
     name: ClassVar[str] = "caldera"
+    comparable = False  # its factors belong to the codes that it chooses with them
+
     iterations: Annotated[int, Field(ge=0)] = 4
 
     @override

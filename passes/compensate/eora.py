@@ -11,7 +11,9 @@ from typing_extensions import override
 
 from eoracc.errors import PassError
 from eoracc.passes.base import register
+from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.compression import Compression
 from eoracc.passes.solvers.factors import (
     energy_rank,
     eora_factors,
@@ -45,20 +47,17 @@ class Eora(Compensation):
     tokens reached gets the plain SVD of its error instead, and the report says so.
 
     Options:
-      rank: columns of each correction; 0 turns it off.
       energy: share of the error's energy that may be left. A linear then gets the smallest rank
         that leaves no more, and ``rank`` at most; null gives all of them ``rank``.
       directions: weigh errors by the top so many eigenvectors of the input's Gram alone, and leave
         what tokens do outside of them out of account; null takes all.
       weigh_outputs: whether outputs count for what ``calibrate_outputs`` has found, where it stands
         before the sweep. Recorded errors are of the plain output either way.
-      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter, which at equal bytes leaves the least error.
-      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
-        match wins.
     """
 
     name: ClassVar[str] = "eora"
+    needs = (Calibrate, Compression)
+
     energy: Annotated[float, Field(ge=0, le=1)] | None = None
     directions: Annotated[int, Field(ge=1)] | None = None
     weigh_outputs: bool = True

@@ -25,13 +25,6 @@ class Lqer(ScaledCompensation):
 
     Column ``i`` counts for ``mean |x_i|`` (L2QER, arXiv:2402.02446): what 'activation_scaled' comes
     to with ``alpha: 1``.
-
-    Options:
-      rank: columns of each correction; 0 turns it off.
-      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter.
-      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
-        match wins.
     """
 
     name: ClassVar[str] = "lqer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.errors import PassError
-from eoracc.passes.base import LayerPass, register
+from eoracc.passes.base import LayerPass, Pass, Problem, register
+from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.overrides import Overridable, Override
 from eoracc.passes.solvers.factor_types import FactorType, store_factors
 from eoracc.passes.statistics import lost_output, record_error, saw_too_few_tokens
@@ -46,13 +47,26 @@ class QuantizeFactors(Overridable, LayerPass):
 
     Options:
       bits: of a factor's code.
-      overrides: another width, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "quantize_factors"
+    needs = (Compensation,)
     not_planned: ClassVar[frozenset[str]] = frozenset({"bits"})
     bits: FactorBits = 8
     overrides: Mapping[str, FactorBitsOverride] = field(default_factory=dict)
+
+    @override
+    def problems(self, earlier: Sequence[Pass]) -> Iterator[Problem]:
+        yield from super().problems(earlier)
+        last = next((other for other in reversed(earlier) if isinstance(other, Compensation)), None)
+        if last is not None and last.factor_type == "int4" and self.bits > 4:
+            yield (
+                (),
+                (
+                    f"factors of '{last.name}' have 4 bits already: give it "
+                    "'factor_type: float16', or leave this pass out"
+                ),
+            )
 
     @override
     def requires(self, group: LinearGroup) -> None:

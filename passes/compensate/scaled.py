@@ -10,7 +10,9 @@ import numpy as np
 from typing_extensions import override
 
 from eoracc.errors import PassError
+from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.compression import Compression
 from eoracc.passes.solvers.factors import scaled_factors
 from eoracc.passes.solvers.gram import Gram
 from eoracc.passes.statistics import require_gram
@@ -28,6 +30,8 @@ __all__ = ["ScaledCompensation"]
 @dataclass(frozen=True, kw_only=True)
 class ScaledCompensation(Compensation):
     """Base of the passes that take the SVD of an error with its columns scaled."""
+
+    needs = (Calibrate, Compression)
 
     @abstractmethod
     def scale(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:

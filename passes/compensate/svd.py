@@ -24,13 +24,6 @@ class Svd(Compensation):
     """Compensate compressed linears with the truncated SVD of their weight error.
 
     Needs no calibration; 'eora' does better at the same rank wherever there is some.
-
-    Options:
-      rank: columns of each correction; 0 turns it off.
-      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter.
-      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
-        match wins.
     """
 
     name: ClassVar[str] = "svd"

@@ -19,13 +19,6 @@ class ZeroQuantV2(Svd):
 
     The truncated SVD of the weight error, singular values shared out evenly between the factors
     (arXiv:2303.08302): the same as 'svd', under the name and the rank of the paper.
-
-    Options:
-      rank: columns of each correction; 0 turns it off.
-      factor_type: what the factors are stored in; ``int8``, with a scale a row, takes half as much
-        as float16, ``int4`` a quarter.
-      overrides: another rank or type, or ``skip: true``, for linears by name pattern; the last
-        match wins.
     """
 
     name: ClassVar[str] = "zeroquant_v2"

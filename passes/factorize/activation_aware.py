@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from eoracc.errors import PassError
+from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.solvers.factorization import plain_factors
 from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
@@ -26,6 +27,8 @@ __all__ = ["ActivationAwareFactorization"]
 @dataclass(frozen=True, kw_only=True)
 class ActivationAwareFactorization(Factorization):
     """Factorise by a Gram, or by the plain SVD where too few tokens reached a linear."""
+
+    needs = (Calibrate,)
 
     @abstractmethod
     def factors(

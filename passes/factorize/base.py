@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +58,12 @@ def factorized_rank(out_features: int, in_features: int, ratio: float) -> int:
 class Factorization(Overridable, LayerPass):
     """Base of the passes that factorise linears.
 
-    A ``ratio`` of 0 leaves a linear as it is.
+    Options:
+      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
     """
+
+    calibrate_options: ClassVar[Mapping[str, str]] = {}
+    """Options that the pass needs 'calibrate' to have."""
 
     ratio: Ratio = 0.2
     overrides: Mapping[str, RatioOverride] = field(default_factory=dict)

@@ -56,14 +56,12 @@ class ErcSvd(ActivationAwareFactorization):
     survey 'select_last_k', put before the sweep.
 
     Options:
-      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
       beta: the residual's factors, as a share of the weight's parameters; 0 is 'svd_llm'.
         ``adaptive`` chooses it for each weight, at the same rank in total.
       residual_metric: ``weight`` takes the plain SVD of the residual; ``activation`` weighs it by
         the Gram again, which is one SVD in two steps: 'svd_llm'.
       stages: 2 as in the paper; more share the residual's rank out to stages by turns plain and by
         the Gram; 1 is 'svd_llm'.
-      overrides: another ratio, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "erc_svd"

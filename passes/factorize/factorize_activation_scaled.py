@@ -29,9 +29,7 @@ class FactorizeActivationScaled(ActivationAwareFactorization):
     ASVD, arXiv:2312.05821, with the same ratio for every weight.
 
     Options:
-      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
       alpha: 0 weighs all inputs alike, 1 by their mean magnitude.
-      overrides: another ratio, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "factorize_activation_scaled"

@@ -23,12 +23,7 @@ __all__ = ["FactorizeSvd"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class FactorizeSvd(Factorization):
-    """Replace weights by their truncated SVD: every input direction counts alike.
-
-    Options:
-      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
-      overrides: another ratio, or ``skip: true``, for linears by name pattern; the last match wins.
-    """
+    """Replace weights by their truncated SVD: every input direction counts alike."""
 
     name: ClassVar[str] = "factorize_svd"
 

@@ -31,9 +31,7 @@ class Nsvd(ActivationAwareFactorization):
     counts the second one's rank by the weight's parameters.
 
     Options:
-      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
       share: of the rank that goes to the first stage; 1 is 'svd_llm', 0 'factorize_svd'.
-      overrides: another ratio, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "nsvd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -34,13 +35,13 @@ class SaesSvd(ActivationAwareFactorization):
     to the target of 'calibrate', which is that of ``beta: 1``.
 
     Options:
-      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
       beta: 0 comes near the weight, 1 near the original model's output; null chooses for each
         linear what truncation loses the least share of.
-      overrides: another ratio, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "saes_svd"
+    calibrate_options: ClassVar[Mapping[str, str]] = {"match": "outputs", "through": "compressed"}
+
     beta: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @override

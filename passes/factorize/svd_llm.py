@@ -31,10 +31,8 @@ class SvdLlm(ActivationAwareFactorization):
     Gram; a singular Gram gets a root from its eigenvectors.
 
     Options:
-      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
       damping: adds this fraction of the Gram's mean diagonal to its diagonal: what inputs that
         calibration did not show count for.
-      overrides: another ratio, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "svd_llm"

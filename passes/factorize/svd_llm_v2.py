@@ -28,10 +28,6 @@ class SvdLlmV2(ActivationAwareFactorization):
     SVD-LLM V2, arXiv:2503.12340: the truncated SVD of ``W U sqrt(S)`` with ``H = U S U^T``, which
     any Gram has. At one ratio it gives what 'svd_llm' gives. The paper's other half, a ratio for
     each weight, is the survey 'allocate_ratios', put before the sweep.
-
-    Options:
-      ratio: share of a weight's parameters that is removed; 0 leaves it as it is.
-      overrides: another ratio, or ``skip: true``, for linears by name pattern; the last match wins.
     """
 
     name: ClassVar[str] = "svd_llm_v2"

@@ -16,9 +16,8 @@ from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation, Rank
-from eoracc.passes.overrides import Bits, GroupSize
-from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.quantize.quantization import Bits, GroupSize, Quantization
+from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.allocation import (
     BudgetError,
     Candidate,
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from eoracc.passes.survey import SurveyContext
 
 __all__ = ["Allocate"]
-
-Quantizer = QuantizeGptq | QuantizeRtn
 
 
 @dataclass(frozen=True)
@@ -110,6 +107,8 @@ class Allocate(SurveyPass):
     """
 
     name: ClassVar[str] = "allocate"
+    precedes = (Quantization,)
+
     bits_per_weight: Annotated[float, Field(gt=0)] | None = None
     bytes: Annotated[int, Field(ge=1)] | None = None
     widths: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4)
@@ -161,9 +160,9 @@ class Allocate(SurveyPass):
         trial = _Trial(self, quantizer, compensation, weighed)
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
-        calibrate = next((item for item in context.following if isinstance(item, Calibrate)), None)
+        calibrate = Recipe(context.following).calibrate or Calibrate()
         # Errors of different linears compare where every token counts by its own size alone.
-        plain = replace(calibrate or Calibrate(), tokens="equal")
+        plain = replace(calibrate, tokens="equal")
         found = context.each_group(
             self.name, plain, lambda group: [*map(asdict, trial.items(group))]
         )
@@ -174,12 +173,12 @@ class Allocate(SurveyPass):
             )
         return {"weighed_by": self.distortion, **self._chosen(items)}
 
-    def _steered(self, context: SurveyContext) -> tuple[Quantizer, Compensation | None]:
+    def _steered(self, context: SurveyContext) -> tuple[Quantization, Compensation | None]:
         """The passes of the next sweep that the plan is for."""
-        quantizers = [item for item in context.following if isinstance(item, Quantizer)]
-        if not quantizers:
+        recipe = Recipe(context.following)
+        quantizer, compensations = recipe.quantization, recipe.compensations
+        if quantizer is None:
             raise PassError(self.name, "steers a quantize pass: put one after it")
-        compensations = [item for item in context.following if isinstance(item, Compensation)]
         if not compensations and any(self.ranks):
             raise PassError(
                 self.name,
@@ -189,7 +188,7 @@ class Allocate(SurveyPass):
         if len(compensations) > 1:
             names = " and ".join(repr(item.name) for item in compensations)
             raise PassError(self.name, f"chooses ranks for one compensating pass, not {names}")
-        return quantizers[0], compensations[0] if compensations else None
+        return quantizer, compensations[0] if compensations else None
 
     def _chosen(self, items: Sequence[_Item]) -> dict[str, Any]:
         """What is chosen of ``items``, what could have been, and what each is said to leave."""
@@ -270,7 +269,7 @@ class _Trial:
     """Tries what linears may become."""
 
     settings: Allocate
-    quantizer: Quantizer
+    quantizer: Quantization
     compensation: Compensation | None
     outputs: AbstractSet[str]
 

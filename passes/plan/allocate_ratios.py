@@ -14,6 +14,7 @@ from eoracc.errors import PassError
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import Factorization, factorized_rank
+from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.factors import gram_root
 from eoracc.passes.solvers.ratio_allocation import MAX_RATIO, ratios_by_energy, ratios_by_loss
 from eoracc.passes.statistics import require_gram
@@ -99,7 +100,7 @@ class AllocateRatios(SurveyPass):
     def _found(self, context: SurveyContext) -> dict[str, Any]:
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
-        steered = next((p for p in context.following if isinstance(p, Factorization)), None)
+        steered = Recipe(context.following).factorization
         if steered is None:
             raise PassError(self.name, "steers a factorising pass: put one after it")
         common = {
@@ -132,7 +133,7 @@ class AllocateRatios(SurveyPass):
         }
 
     def _weights(self, context: SurveyContext, common: dict[str, float]) -> list[_Weight]:
-        calibrate = next((p for p in context.following if isinstance(p, Calibrate)), Calibrate())
+        calibrate = Recipe(context.following).calibrate or Calibrate()
         found = []
         for group in context.walk(self.name, calibrate):
             ours = [linear for linear in group.linears if linear.name in common]

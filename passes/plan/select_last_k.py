@@ -12,9 +12,8 @@ from typing_extensions import override
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import register
 from eoracc.passes.factorize.base import Factorization
-from eoracc.passes.overrides import Bits
-from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
-from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.passes.quantize.quantization import Bits, Quantization
+from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.block_budget import BitsBudget, BlockBudget, Choice, RatioBudget
 from eoracc.passes.survey import SurveyPass
 
@@ -26,7 +25,7 @@ __all__ = ["SelectLastK"]
 
 _BARE = str.maketrans("", "", "[]")
 
-Steered = Factorization | QuantizeGptq | QuantizeRtn
+Steered = Factorization | Quantization
 
 
 @register
@@ -58,6 +57,8 @@ class SelectLastK(SurveyPass):
     """
 
     name: ClassVar[str] = "select_last_k"
+    repeats = True  # one for each sweep
+
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     step: Annotated[int, Field(ge=1)] = 4
     average_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -123,10 +124,10 @@ class SelectLastK(SurveyPass):
 
     def _steered(self, context: SurveyContext) -> Steered:
         """The pass of the next sweep that takes what is planned."""
-        wanted = Factorization if self.ratio is not None else (QuantizeGptq, QuantizeRtn)
-        for layer_pass in context.following:
-            if isinstance(layer_pass, wanted):
-                return layer_pass
+        recipe = Recipe(context.following)
+        steered = recipe.quantization if self.ratio is None else recipe.factorization
+        if steered is not None:
+            return steered
         field_name, example = (
             ("ratio", "'erc_svd'")
             if self.ratio is not None

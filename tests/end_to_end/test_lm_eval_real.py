@@ -26,7 +26,7 @@ QUESTIONS = 6
 @pytest.fixture(scope="module")
 def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 bits, no calibration: the original, nearly."""
-    from eoracc.compiler.config.sections import load_config
+    from eoracc.compiler.config.load import load_config
     from eoracc.compiler.driver import build
     from eoracc.compiler.progress import SilentProgress
 

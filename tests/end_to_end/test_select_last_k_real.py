@@ -16,8 +16,8 @@ from eoracc.compiler.sweep.run import run_sweep
 from eoracc.compiler.sweep.survey import Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear, find_linears
-from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.plan.select_last_k import SelectLastK
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 
 if TYPE_CHECKING:

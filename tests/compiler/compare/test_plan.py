@@ -7,7 +7,8 @@ import pytest
 
 from eoracc.compiler.compare.plan import BudgetProblem, Method, find_methods, fit
 from eoracc.compiler.compare.planned_bytes import planned_bytes, rank_limit
-from eoracc.compiler.config.sections import BuildConfig, budget_bits, parse_budget
+from eoracc.compiler.config.budget import budget_bits, parse_budget
+from eoracc.compiler.config.sections import BuildConfig
 from eoracc.errors import ConfigError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.eora import Eora

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eoracc.compiler.config.sections import BuildConfig, load_config
+from eoracc.compiler.config.load import load_config
+from eoracc.compiler.config.sections import BuildConfig
 from eoracc.errors import ConfigError
 from eoracc.passes.base import pass_names
 
@@ -238,7 +239,10 @@ def test_every_mistake_is_told_in_the_order_of_the_file(tmp_path: Path) -> None:
         ),
         (
             ["calibrate", "quantize_gptq", "quantize_rtn"],
-            "passes.2.quantize_rtn: the weights are quantized already: keep one quantize pass",
+            (
+                "passes.2.quantize_rtn: the weights are compressed already by 'quantize_gptq': "
+                "keep one of the two"
+            ),
         ),
         (
             [{"calibrate": {"through": "original", "match": "outputs"}}],

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eoracc.compiler.config.load import load_config
 from eoracc.compiler.config.schema import describe_passes, json_schema, model_yaml_page, write_docs
-from eoracc.compiler.config.sections import load_config
 from eoracc.passes.base import pass_names
 
 ROOT = Path(__file__).parents[3]

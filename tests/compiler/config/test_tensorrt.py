@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eoracc.compiler.config.sections import BuildConfig, load_config
+from eoracc.compiler.config.load import load_config
+from eoracc.compiler.config.sections import BuildConfig
 from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ import pytest
 from typing_extensions import override
 
 from eoracc.compiler import driver
-from eoracc.compiler.config.sections import BuildConfig, load_config
+from eoracc.compiler.config.load import load_config
 from eoracc.compiler.driver import BuildResult
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.sweep.pipeline import stages
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.compensate.eora import Eora
@@ -72,27 +71,6 @@ def workspace(template: Path, tmp_path: Path) -> Path:
 def build(workspace: Path, passes: list[Any], **fields: Any) -> BuildResult:  # noqa: ANN401
     config = tiny_config(passes, verify=QUICK, **fields)
     return driver.build(config, config_dir=workspace, progress=SilentProgress())
-
-
-@pytest.mark.parametrize(
-    ("passes", "expected"),
-    [
-        (["calibrate", QUANTIZE, "eora"], [["calibrate", "quantize_gptq", "eora"]]),
-        (
-            TWO_SWEEPS,
-            [["calibrate", "factorize_svd"], ["calibrate", "quantize_gptq", "eora"]],
-        ),
-        (
-            ["pack_projections", "factorize_svd", "calibrate", "svd_llm"],
-            [["pack_projections"], ["factorize_svd", "calibrate", "svd_llm"]],
-        ),
-    ],
-)
-def test_stages(passes: list[Any], expected: list[list[str]]) -> None:
-    parsed = BuildConfig.model_validate(
-        {"model": "m", "passes": passes, "output": "o", "calibration": {"text": "t"}}
-    ).passes
-    assert [[item.name for item in members] for members in stages(parsed)] == expected
 
 
 def test_a_survey_ends_a_stage_and_sees_the_sweep_that_follows(workspace: Path) -> None:

@@ -17,7 +17,7 @@ from eoracc.passes.compensate.lqer import Lqer
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.compensate.zeroquant_v2 import ZeroQuantV2
 from eoracc.passes.graph.linears import Linear, LinearGroup
-from eoracc.passes.overrides import QuantizeOverride
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.factor_types import FactorType

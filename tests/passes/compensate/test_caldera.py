@@ -10,7 +10,7 @@ from eoracc.passes.compensate.caldera import Caldera
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import Linear, LinearGroup
-from eoracc.passes.overrides import QuantizeOverride
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.factor_types import FactorType

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from eoracc.compiler.config.sections import load_config
+from eoracc.compiler.config.load import load_config
 from eoracc.compiler.driver import build
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend.load import load

@@ -23,8 +23,8 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import RatioOverride
 from eoracc.passes.factorize.factorize_svd import FactorizeSvd
 from eoracc.passes.graph.linears import find_linears
-from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.plan.select_last_k import SelectLastK
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from tests.graph_session import padded_mask
 from tests.tiny_build import tiny_config

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eoracc.errors import PassError
-from eoracc.passes.overrides import QuantizeOverride
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.descent import descend

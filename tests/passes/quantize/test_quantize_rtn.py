@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eoracc.passes.overrides import QuantizeOverride
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.factors import weighted_norm
 from eoracc.passes.solvers.grid import find_grid, quantize, to_nbits

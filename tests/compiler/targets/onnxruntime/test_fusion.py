@@ -16,9 +16,9 @@ from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_again, find_linears
 from eoracc.passes.graph.spec import Stage, check
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.passes.overrides import QuantizeOverride
 from eoracc.passes.pack_projections import PackProjections
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
+from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.operands.low_rank import LowRank

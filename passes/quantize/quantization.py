@@ -1,0 +1,93 @@
+"""Base of the passes that store weights as codes of a few bits with a scale per group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator
+from typing_extensions import override
+
+from eoracc.passes.compression import Compression
+from eoracc.passes.overrides import Override
+from eoracc.passes.solvers.grid import group_width, round_to_nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from eoracc.plugins.operands.weight import NBitsWeight
+
+__all__ = ["Bits", "GroupSize", "Quantization", "QuantizeOverride"]
+
+_SCALE_BYTES = 2
+"""Of a group of codes: float16."""
+
+Bits = Literal[2, 3, 4, 8]
+"""Width of a code."""
+
+
+def _check_group_size(size: int) -> int:
+    if size != -1 and (size % 8 or not 16 <= size <= 256):
+        raise ValueError(
+            f"{size} is no group size: give a multiple of 8 in 16..256, or -1 for whole rows"
+        )
+    return size
+
+
+GroupSize = Annotated[int, AfterValidator(_check_group_size)]
+"""Columns that share a scale; -1 stands for the whole row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOverride(Override):
+    """Options of a quantizing pass that may differ by linear."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+    clip_search: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization(Compression):
+    """Base of the passes that quantize weights.
+
+    Options:
+      bits: width of a code.
+      group_size: columns that share a scale, a multiple of 8 in 16..256, or -1 for whole rows.
+      symmetric: store no zero points.
+      clip_search: look for the range of each group that costs least, not just its extremes.
+    """
+
+    bits: Bits = 4
+    group_size: GroupSize = 64
+    symmetric: bool = False
+    clip_search: bool = True
+    overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
+
+    @override
+    def code_bytes(self, out_features: int, in_features: int) -> int:
+        width = group_width(self.group_size, in_features)
+        groups = -(-in_features // width)
+        zero_point = 0 if self.symmetric else 1
+        return out_features * groups * (width * self.bits // 8 + _SCALE_BYTES + zero_point)
+
+    def round_to_nearest(
+        self, weight: NDArray[np.float32], *, importance: NDArray[np.floating] | None = None
+    ) -> NBitsWeight:
+        """Round a weight ``[N, K]`` to the nearest codes.
+
+        Args:
+          weight: to be rounded.
+          importance: of each column to the search for a range, ``[K]``; None weighs all alike.
+        """
+        return round_to_nearest(
+            weight,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            importance=importance,
+            clip_search=self.clip_search,
+        )

@@ -1,0 +1,103 @@
+"""The passes of a build as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from eoracc.passes.base import LayerPass, Pass
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.compensate.base import Compensation
+from eoracc.passes.compression import Compression
+from eoracc.passes.factorize.base import Factorization
+from eoracc.passes.quantize.quantization import Quantization
+from eoracc.passes.survey import SurveyPass
+
+__all__ = ["Recipe"]
+
+_P = TypeVar("_P", bound=Pass)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in the order in which they run: of a build, of one of its sweeps, of a method.
+
+    Attributes:
+      passes: in the order of model.yaml.
+    """
+
+    passes: Sequence[Pass]
+
+    @property
+    def calibrate(self) -> Calibrate | None:
+        """The first pass that takes statistics."""
+        return self._first(Calibrate)
+
+    @property
+    def last_calibrate(self) -> Calibrate | None:
+        """The last pass that takes statistics."""
+        return Recipe(self.passes[::-1]).calibrate
+
+    @property
+    def compression(self) -> Compression | None:
+        """The pass that stores weights in fewer bytes."""
+        return self._first(Compression)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The pass that stores weights in few bits, with options that a survey may plan."""
+        return self._first(Quantization)
+
+    @property
+    def compensations(self) -> tuple[Compensation, ...]:
+        """The passes that add low-rank factors."""
+        return tuple(item for item in self.passes if isinstance(item, Compensation))
+
+    @property
+    def factorization(self) -> Factorization | None:
+        """The first pass that replaces weights by products."""
+        return self._first(Factorization)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a pass looks at the calibration text."""
+        return any(isinstance(item, Calibrate | SurveyPass) for item in self.passes)
+
+    def stages(self) -> list[tuple[Pass, ...]]:
+        """Group the passes by what runs together.
+
+        Consecutive layer passes are one stage, a sweep, until a second 'calibrate' begins another.
+        Every other pass is a stage of its own.
+
+        Returns:
+          The passes in order, each stage with one pass at least.
+        """
+        stages: list[tuple[Pass, ...]] = []
+        for item in self.passes:
+            if stages and _continues(stages[-1], item):
+                stages[-1] = (*stages[-1], item)
+            else:
+                stages.append((item,))
+        return stages
+
+    def problems(self) -> Iterator[tuple[tuple[int | str, ...], str]]:
+        """Find passes that cannot run where they are.
+
+        Yields:
+          The path of the fault, ``(1, "calibrate", "match")``: the position and name of the pass,
+          and the option if one is to blame; then what is wrong and the remedy.
+        """
+        for index, item in enumerate(self.passes):
+            for path, problem in item.problems(self.passes[:index]):
+                yield (index, item.name, *path), problem
+
+    def _first(self, kind: type[_P]) -> _P | None:
+        return next((item for item in self.passes if isinstance(item, kind)), None)
+
+
+def _continues(stage: Sequence[Pass], item: Pass) -> bool:
+    """Whether ``item`` runs in the same sweep as the passes of ``stage``."""
+    if not (isinstance(item, LayerPass) and isinstance(stage[-1], LayerPass)):
+        return False
+    return not isinstance(item, Calibrate) or Recipe(stage).calibrate is None
