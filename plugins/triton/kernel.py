@@ -1,24 +1,24 @@
 """The fused op for GPUs in Triton: ``Y = X dequant(B)^T + (X lora_a^T) lora_b^T + bias``.
 
 Operands are those of ``eoracc::MatMulNBitsLowRank`` in the plain layout; X, lora_a and lora_b are
-float16 or bfloat16. Two ways to have the low-rank term:
+float16 or bfloat16. There are two ways to compute the low-rank term:
 
 - **One launch**, for few rows: :func:`matmul_nbits_low_rank` with ``lora_a``. Every program also
-  multiplies X with all of lora_a, on tiles of X that it has loaded anyway, and projects up what it
-  got. lora_a comes from memory once and then from the L2 cache.
+  multiplies X with all of lora_a, on tiles of X that it has loaded anyway, and projects the result
+  up. lora_a comes from memory once and then from the L2 cache.
 - **Two launches**: :func:`low_rank_down` writes ``X lora_a^T`` in parts, one for each run of
-  columns, so that few rows still fill the GPU; :func:`matmul_nbits_low_rank` with ``down`` adds
-  the parts up in their order and projects up.
+  columns, so that few rows still fill the GPU; :func:`matmul_nbits_low_rank` with ``down`` sums
+  the parts in order and projects the sum up.
 
 A program owns ``BLOCK_N`` outputs of ``BLOCK_M`` rows and goes along K alone: there are no atomics
 and no sums in memory, so the same tactic gives the same bits on every run.
 
-The weight stands on the left of the tensor cores' product, ``Y^T = W X^T``: a few rows fill its
-narrow side, and an operand made in registers stays in them. It enters as the integers
-``code - zero_point``, exact in either type, and each group's sum is scaled in float32. Only where a
-step along K holds several groups, the scale is multiplied into the weight, which rounds it.
+The weight is the left operand of the tensor cores' product, ``Y^T = W X^T``: a few rows fill its
+narrow side, and an operand made in registers stays there. Its elements are the integers
+``code - zero_point``, exact in either type, and each group's sum is scaled in float32. Only if a
+step along K spans several groups, the scale is multiplied into the weight, which rounds it.
 
-Parameters stand as TensorRT's ahead-of-time plugins pass them: inputs, integers, outputs.
+Parameters have the order of TensorRT's ahead-of-time plugins: inputs, integers, outputs.
 """
 
 # Triton gives parameters their types when it compiles for them.
@@ -232,7 +232,7 @@ def _load_per_group(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Of ``[N, groups]`` what goes with the step: ``[BLOCK_N, 1]`` or ``[BLOCK_N, BLOCK_K]``."""
+    """The values of ``[N, groups]`` for a step, ``[BLOCK_N, 1]`` or ``[BLOCK_N, BLOCK_K]``."""
     ptrs = ptr + first_n * groups + n[:, None] * groups + start // GROUP
     if BLOCK_K <= GROUP:
         values = tl.load(ptrs)
