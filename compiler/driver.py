@@ -46,9 +46,10 @@ from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
-from eoracc.compiler.targets import TARGETS, Emitted, Job
 from eoracc.compiler.targets.artifact import ArtifactWriter, check_output, refuse_full_disk
+from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.parity_record import AdapterCases
+from eoracc.compiler.targets.registry import TARGETS
 from eoracc.compiler.targets.tensorrt.engine_graph import check_contexts
 from eoracc.compiler.text.windows import Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ArtifactError, EoraccError, GateError

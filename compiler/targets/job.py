@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from eoracc.plugins.adapters import AdapterSlots
 
-__all__ = ["Emitted", "Job", "Target"]
+__all__ = ["Emitted", "Job"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +64,3 @@ class Emitted:
 
     slots: AdapterSlots | None
     report: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Target:
-    """How a target is written.
-
-    Attributes:
-      require: raises an EoraccError, one sentence with the way out, where this machine lacks what
-        the target is built with. It is called before anything is loaded.
-      emit: lowers and writes; with ``verify.parity``, the parity record too. Raises an EoraccError
-        where the target cannot take this model.
-    """
-
-    require: Callable[[], None]
-    emit: Callable[[Job], Emitted]

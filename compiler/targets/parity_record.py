@@ -1,16 +1,16 @@
 """Record what the compressed model computes in eager PyTorch, for the parity gate.
 
 The record goes into the artifact, so that parity can be checked again on a machine that has neither
-PyTorch nor the original model (:mod:`eoracc.runtime.parity.check`). It holds, per linear, seeded
-inputs with their outputs, and logits of the whole model over every way of calling it.
+PyTorch nor the original model (:mod:`eoracc.runtime.parity.check`). It holds seeded inputs of each
+linear with their outputs, and logits of the whole model for every way of calling it.
 
-Tolerances are derived, never chosen. A float32 sum of ``n`` products, in any order, is off by at
-most ``n u sum |x_i w_i|`` (Higham, *Accuracy and Stability*, section 3.1), ``u = 2^-24``; that is
-the bound of a linear, element by element. Through the network errors add along the residual
-stream, with random signs: a linear of depth K adds ``sqrt(K) u`` relative to its output, and
-the logits may be off by the sum of those times their largest magnitude. The two factors of a weight
-are two linears, of depths K and r. Where activations are
-rounded to int8, what that may change is added (:mod:`eoracc.compiler.eager.int8_activations`).
+Tolerances are derived, never chosen. The error of a float32 sum of ``n`` products, in any order, is
+at most ``n u sum |x_i w_i|`` (Higham, *Accuracy and Stability*, section 3.1), ``u = 2^-24``: this
+bounds each element of a linear's output. Through the network, errors add up along the residual
+stream with random signs: a linear of depth K adds ``sqrt(K) u`` relative to its output, and the
+error of the logits may be the sum of those times their largest magnitude. The two factors of a
+weight are two linears, of depths K and r. Where activations are rounded to int8, the effect of the
+rounding is added (:mod:`eoracc.compiler.eager.int8_activations`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from typing_extensions import override
@@ -37,27 +36,26 @@ from eoracc.compiler.eager.model import load_eager, reference_logits, replace_we
 from eoracc.compiler.progress import Phase
 from eoracc.compiler.sweep.batch import make_batches
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
-from eoracc.compiler.targets.tensorrt.half_precision import round_to
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.graph.linears import Linear
 from eoracc.plugins.operands.low_rank import LowRank
-from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory
-from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "CALLS",
     "PARITY_STEPS",
     "AdapterCases",
-    "WeightOf",
+    "Call",
+    "LazyWeights",
     "adapter_cases",
+    "compression_effect",
     "logits_tolerance",
-    "record_graph_parity",
+    "parity_case",
     "record_parity",
 ]
 
@@ -68,7 +66,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One way of calling a decoder.
 
     Attributes:
@@ -84,17 +82,17 @@ class _Call:
     positions: tuple[int, ...]
 
 
-_CALLS = (
-    _Call("prefill", (64,), (64,), (0, 21, -1)),
+CALLS = (
+    Call("prefill", (64,), (64,), (0, 21, -1)),
     # One call after another through one cache: each costs a model that runs through functions dear.
-    _Call("decode and chunk on cache", (50,), (32, 1, 1, 16), (31, 32, 33, -16, -1)),
-    _Call("batch of unequal lengths", (48, 31, 17), (48,), (-1,)),
+    Call("decode and chunk on cache", (50,), (32, 1, 1, 16), (31, 32, 33, -16, -1)),
+    Call("batch of unequal lengths", (48, 31, 17), (48,), (-1,)),
 )
 
 _ADAPTER_CALLS = 2
 """How many of them are made with each adapter: rows of a batch are what all of them share."""
 
-PARITY_STEPS = len(_CALLS)
+PARITY_STEPS = len(CALLS)
 """How often :func:`record_parity` advances its phase."""
 
 
@@ -133,73 +131,17 @@ def record_parity(
     weights = _compressed_weights(linears, embeddings)
     model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
     cases = []
-    for call in _CALLS:
-        cases.append(_case(model, call, linears, windows, accuracy_level))
+    for call in CALLS:
+        cases.append(parity_case(model, call, linears, windows, accuracy_level))
         phase.advance(call.name)
     del model
     release_memory()
-    prefill = cases[0]
-    effect = np.abs(prefill.logits - _original_logits(original, prefill)).max()
     return ParityRecord(
-        inputs=inputs, linears=records, cases=cases, compression_effect=float(effect)
+        inputs=inputs,
+        linears=records,
+        cases=cases,
+        compression_effect=compression_effect(original, cases[0]),
     )
-
-
-WeightOf = Callable[[str, NBitsWeight, LowRank | None, ir.DataType], NDArray[np.float32]]
-"""From a name, a stored weight, its factors and the narrow type of a graph to what the graph
-multiplies with, ``float32 [N, K]``."""
-
-
-def record_graph_parity(
-    linears: Sequence[Linear],
-    embeddings: Sequence[Embedding],
-    original: Executor,
-    windows: Windows,
-    *,
-    graph: Path,
-    dtype: ir.DataType,
-    folder: Path,
-    phase: Phase,
-    weight_of: WeightOf = rounded_product,
-    trust_remote_code: bool = False,
-) -> ParityRecord:
-    """As :func:`record_parity`, for a graph that is made for a GPU, in a narrow type.
-
-    The eager model has the weights, tables and biases that the graph has, rounded to its type, and
-    computes in float32: so does the graph's twin (:mod:`eoracc.runtime.onnxruntime.float32_twin`)
-    that it is compared with. How much more a GPU may be off, which rounds activations too, is
-    measured on the twin with rounding, as :mod:`eoracc.compiler.eager.int8_activations` does it for
-    integers.
-
-    Args:
-      linears: of the compressed graph.
-      embeddings: its tables, compressed or not.
-      original: the uncompressed graph, to show how far tolerances are below the effect of
-        compression.
-      windows: real text, to be cut into prompts.
-      graph: the lowered graph's file, its weights beside it.
-      dtype: its narrow type.
-      folder: the original checkpoint as a Hugging Face folder.
-      phase: advanced once per way of calling the model.
-      weight_of: what the graph multiplies with for a compressed weight.
-      trust_remote_code: let transformers run code that the checkpoint brings.
-    """
-    weights = _rounded_weights(linears, embeddings, dtype, weight_of)
-    model = load_eager(folder, weights, trust_remote_code=trust_remote_code)
-    with torch.no_grad():
-        _round_biases(model, dtype)
-    exact = [_case(model, call, linears, windows, 0) for call in _CALLS]
-    del model
-    release_memory()
-    session = GraphSession.open(graph, rounded=True)
-    cases = []
-    for case in exact:
-        logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
-        rounding = rounding_tolerance(case.logits, logits[case.rows, case.columns])
-        cases.append(replace(case, rounding=rounding))
-        phase.advance(case.name)
-    effect = np.abs(cases[0].logits - _original_logits(original, cases[0])).max()
-    return ParityRecord(inputs={}, linears=[], cases=cases, compression_effect=float(effect))
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,14 +192,14 @@ def adapter_cases(
         adapted = [linear for linear in linears if linear.name in factors]
         replace_weights(model, _compressed_weights(adapted, (), factors))
         library = [
-            _case(model, call, linears, windows, accuracy_level, factors)
-            for call in _CALLS[:_ADAPTER_CALLS]
+            parity_case(model, call, linears, windows, accuracy_level, factors)
+            for call in CALLS[:_ADAPTER_CALLS]
         ]
         function = replace(
             library[0], tolerance=logits_tolerance(linears, library[0].logits, factors)
         )
         replace_weights(model, _compressed_weights(adapted, ()))
-        without = _case(model, _CALLS[0], linears, windows, 0)
+        without = parity_case(model, CALLS[0], linears, windows, 0)
         effect = float(np.abs(function.logits - without.logits).max())
         found[name] = AdapterCases(library, function, effect)
         phase.advance(name)
@@ -269,11 +211,11 @@ def logits_tolerance(
     logits: NDArray[np.float32],
     adapter: Mapping[str, LowRank] = _NO_ADAPTER,
 ) -> float:
-    """How far float32 logits may be off (see the module's text), in logits.
+    """Tolerance of float32 logits (see the module's docstring), in logits.
 
     Args:
       linears: of the backbone.
-      logits: what they come to.
+      logits: of the eager model.
       adapter: factors on top of it, by linear.
     """
     depths = [
@@ -314,7 +256,7 @@ def _weight_with(linear: Linear, adapter: LowRank | None) -> NDArray[np.float32]
     return weight if adapter is None else weight + adapter.product()
 
 
-class _LazyWeights(Mapping[str, NDArray[np.float32]]):
+class LazyWeights(Mapping[str, NDArray[np.float32]]):
     """Weights by module name, each made when it is asked for."""
 
     def __init__(self, made: Mapping[str, Callable[[], NDArray[np.float32]]]) -> None:
@@ -337,8 +279,8 @@ def _compressed_weights(
     linears: Sequence[Linear],
     embeddings: Sequence[Embedding],
     adapter: Mapping[str, LowRank] = _NO_ADAPTER,
-) -> _LazyWeights:
-    """What passes have put in place of weights."""
+) -> LazyWeights:
+    """Weights and tables that passes have changed."""
     changed = {
         linear.name: partial(_weight_with, linear, adapter.get(linear.name))
         for linear in linears
@@ -349,48 +291,27 @@ def _compressed_weights(
         for embedding in embeddings
         if embedding.compressed is not None
     }
-    return _LazyWeights(changed | tables)
+    return LazyWeights(changed | tables)
 
 
-def _rounded_weights(
-    linears: Sequence[Linear],
-    embeddings: Sequence[Embedding],
-    dtype: ir.DataType,
-    weight_of: WeightOf,
-) -> _LazyWeights:
-    """All weights and tables, as a graph of the narrow ``dtype`` has them."""
-
-    def linear(one: Linear) -> NDArray[np.float32]:
-        if one.compressed is None:
-            return round_to(one.weight(), dtype, one.name).astype(np.float32)
-        return weight_of(one.name, one.compressed, one.factors, dtype)
-
-    def table(one: Embedding) -> NDArray[np.float32]:
-        if one.compressed is None:
-            return round_to(one.weight(), dtype, one.name).astype(np.float32)
-        return weight_of(one.name, one.compressed, None, dtype)
-
-    return _LazyWeights(
-        {one.name: partial(table, one) for one in embeddings}
-        | {one.name: partial(linear, one) for one in linears}
-    )
-
-
-def _round_biases(model: PreTrainedModel, dtype: ir.DataType) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module.bias is not None:
-            rounded = round_to(module.bias.numpy(), dtype, f"{name}.bias").astype(np.float32)
-            module.bias.copy_(torch.from_numpy(rounded))
-
-
-def _case(
+def parity_case(
     model: PreTrainedModel,
-    call: _Call,
+    call: Call,
     linears: Sequence[Linear],
     windows: Windows,
     accuracy_level: int,
     adapter: Mapping[str, LowRank] = _NO_ADAPTER,
 ) -> ParityCase:
+    """The logits of an eager model for one way of calling it, with their tolerance.
+
+    Args:
+      model: with the compressed weights, and those of ``adapter``.
+      call: the way of calling it.
+      linears: of the backbone.
+      windows: real text, to be cut into prompts.
+      accuracy_level: of the artifact's linears; 4 rounds activations to int8.
+      adapter: factors by linear.
+    """
     text = windows.input_ids.reshape(-1)[windows.attention_mask.reshape(-1).astype(bool)]
     ids, mask = _prompts(text, call.lengths)
     logits = reference_logits(model, ids, mask, chunks=call.chunks)
@@ -427,7 +348,7 @@ def _prompts(
     return ids, mask
 
 
-def _kept(call: _Call) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _kept(call: Call) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     pairs = [
         (row, position % length)
         for row, length in enumerate(call.lengths)
@@ -437,9 +358,10 @@ def _kept(call: _Call) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.array(rows), np.array(columns)
 
 
-def _original_logits(original: Executor, case: ParityCase) -> NDArray[np.float32]:
+def compression_effect(original: Executor, case: ParityCase) -> float:
+    """The largest change of a logit from the uncompressed graph to the logits of ``case``."""
     (batch,) = make_batches(case.input_ids, case.attention_mask, size=len(case.input_ids))
     original.run_to_head([batch], Linear.weight)
     hidden = original.head_input(batch)[case.rows, case.columns]
-    logits: NDArray[np.float32] = original.logits(hidden[None], original.linears[-1].weight())[0]
-    return logits
+    logits = original.logits(hidden[None], original.linears[-1].weight())[0]
+    return float(np.abs(case.logits - logits).max())

@@ -11,10 +11,11 @@ import onnx_ir as ir
 from eoracc.compiler.config.sections import engine_sections
 from eoracc.compiler.targets.artifact import MODEL_FILE
 from eoracc.compiler.targets.genai_config import genai_config, read_generation_config
-from eoracc.compiler.targets.parity_record import PARITY_STEPS, WeightOf, record_graph_parity
+from eoracc.compiler.targets.parity_record import PARITY_STEPS
 from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
 from eoracc.compiler.targets.tensorrt.engines.bindings import bindings_of, profiles_for
 from eoracc.compiler.targets.tensorrt.half_precision import HALF
+from eoracc.compiler.targets.tensorrt.parity_record import GraphWeight, record_graph_parity
 from eoracc.errors import ConfigError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
 from eoracc.runtime.parity.record import PARITY_FILE
@@ -139,7 +140,7 @@ def write_engine_graph(
 
 
 def record_engine_graph(
-    job: Job, graph: EngineGraph, *, weight_of: WeightOf = rounded_product
+    job: Job, graph: EngineGraph, *, weight_of: GraphWeight = rounded_product
 ) -> None:
     """Record what the graph must compute, beside it, where model.yaml asks for parity.
 

@@ -12,9 +12,10 @@ import pytest
 
 from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.targets.parity_record import PARITY_STEPS, record_graph_parity
+from eoracc.compiler.targets.parity_record import PARITY_STEPS
 from eoracc.compiler.targets.tensorrt.half_precision import HALF
 from eoracc.compiler.targets.tensorrt.lower_rtx import lower
+from eoracc.compiler.targets.tensorrt.parity_record import record_graph_parity
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ArtifactError
 from eoracc.passes.compensate.svd import Svd
