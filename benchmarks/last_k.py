@@ -43,7 +43,7 @@ from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.plan.select_last_k import SelectLastK
 from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
-from eoracc.passes.survey import Course
+from eoracc.passes.survey import Schedule
 
 CALIBRATE = Calibrate(tokens="equal")
 """The statistics of ERC-SVD."""
@@ -77,17 +77,19 @@ class Bench:
             progress=self.progress,
         )
 
-    def measure(self, name: str, context: Survey, option: str, course: Course) -> dict[str, float]:
-        """Last-layer error and perplexities with the option of each block from ``course``.
+    def measure(
+        self, name: str, context: Survey, option: str, schedule: Schedule
+    ) -> dict[str, float]:
+        """Last-layer error and perplexities with the option of each block from ``schedule``.
 
         The row ``name`` is reused if an earlier run has kept it in the context's folder.
         """
-        return context.remember(f"row-{name}", lambda: self._measured(context, option, course))
+        return context.remember(f"row-{name}", lambda: self._measured(context, option, schedule))
 
-    def _measured(self, context: Survey, option: str, course: Course) -> dict[str, float]:
+    def _measured(self, context: Survey, option: str, schedule: Schedule) -> dict[str, float]:
         last = max(linear.block for linear in context.linears if linear.block is not None)
         with context.trials(option, probes=[last], resume=()) as trials:
-            error = trials.errors(course, along=course)[last]
+            error = trials.errors(schedule, base=schedule)[last]
             compressed = trials.compressed
         executor = Executor(
             context.model, context.linears, precision=resolve_precision(CALIBRATE.precision)

@@ -18,17 +18,17 @@ from eoracc.passes.graph.linears import Linear, LinearGroup
 
 __all__ = [
     "CalibrationWindows",
-    "Course",
     "Errors",
     "Phase",
     "Progress",
+    "Schedule",
     "SurveyContext",
     "SurveyPass",
     "Trials",
 ]
 
-Course = Mapping[int, float]
-"""The value of one option by decoder block; blocks that are not named keep what the passes say."""
+Schedule = Mapping[int, float]
+"""The value of one option by decoder block; missing blocks keep the passes' own value."""
 
 Errors = dict[int, float]
 """Relative error of the output, by decoder block: ``||Y - Y~||_F / ||Y||_F`` over the tokens."""
@@ -57,17 +57,17 @@ class Progress(Protocol):
 
 
 class Trials(Protocol):
-    """Runs the passes of the next sweep on copies, with one option differing by decoder block."""
+    """Runs the passes of the next sweep on copies, with one option varying by decoder block."""
 
-    def errors(self, course: Course, *, along: Course, frozen: bool = False) -> Errors:
-        """Errors at the probes that ``course`` brings about.
+    def errors(self, schedule: Schedule, *, base: Schedule, frozen: bool = False) -> Errors:
+        """The output errors of ``schedule`` at the probes.
 
         Args:
-          course: the option by decoder block.
-          along: a course that this one departs from, maybe ``course`` itself. Its activations are
-            kept until another one is given.
-          frozen: compress only the first block in which ``course`` departs from ``along``; the
-            blocks after it stay as ``along`` left them.
+          schedule: the option by decoder block.
+          base: a schedule that has its first blocks in common with this one, maybe ``schedule``
+            itself. Its activations are kept until another base is given.
+          frozen: compress only the first block in which ``schedule`` differs from ``base``; later
+            blocks keep the base's weights.
         """
 
 
@@ -125,12 +125,12 @@ class SurveyContext(Protocol):
     def trials(
         self, option: str, *, probes: Collection[int], resume: Iterable[int]
     ) -> AbstractContextManager[Trials]:
-        """Prepare trials of courses of ``option``.
+        """Prepare trials of schedules of ``option``.
 
         Args:
           option: name of an option of the passes in :attr:`following`.
           probes: decoder blocks at whose outputs errors are measured.
-          resume: decoder blocks before which activations are kept.
+          resume: decoder blocks before which the activations of the base are saved.
 
         Raises:
           PassError: the decoder blocks do not follow one another up to a head.

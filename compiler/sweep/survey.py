@@ -18,7 +18,7 @@ from eoracc.compiler.sweep.batch import Batch, make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.products import gram_products, resolve_precision
-from eoracc.compiler.sweep.trials import Trials
+from eoracc.compiler.sweep.trials import SweepTrials
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate, Precision
@@ -143,11 +143,11 @@ class Survey:
         begun.replace(path)
         return found
 
-    def trials(self, option: str, *, probes: Collection[int], resume: Iterable[int]) -> Trials:
+    def trials(self, option: str, *, probes: Collection[int], resume: Iterable[int]) -> SweepTrials:
         """See :meth:`.SurveyContext.trials`."""
         calibrate = Recipe(self.following).calibrate
         precision = "float32" if calibrate is None else resolve_precision(calibrate.precision)
-        return Trials(
+        return SweepTrials(
             Executor(self.model, self.linears, precision=precision),
             self.following,
             self.batches,

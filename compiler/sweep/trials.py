@@ -1,11 +1,13 @@
-"""Try a sweep's passes with one option differing by decoder block, and measure what it costs.
+"""Run a sweep's passes with one option varying by decoder block, and measure the output error.
 
-A *course* says for every decoder block what one option of the passes is in it: ``ratio`` 0 in the
-first ten and 0.4 in the others, say. What a sweep makes of a block depends on the blocks before it
-only. So a trial takes up the forward pass where its course departs from one whose activations have
-been kept, and goes on from there through the passes as a sweep would.
+A *schedule* gives the value of one option of the passes for every decoder block: ``ratio`` 0 in the
+first ten and 0.4 in the others, say. The *trajectory* of a schedule is the forward pass through the
+blocks that it compresses. It depends on the schedule of the blocks already passed only, so
+trajectories of two schedules are equal up to the first block where the schedules differ. A trial
+therefore starts at a *resume point*, activations saved before an earlier block, and continues from
+there as a sweep would.
 
-Nothing of it reaches the graph: trials compress copies of linears, each on a graph of its own.
+The graph stays as it is: trials compress copies of linears, each on a graph of its own.
 """
 
 from __future__ import annotations
@@ -30,56 +32,58 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.recipe import Recipe
-from eoracc.passes.survey import Course, Errors
+from eoracc.passes.survey import Errors, Schedule
 from eoracc.runtime.memory import release_memory
 
-__all__ = ["Trials"]
+__all__ = ["SweepTrials"]
 
 _Linears = Mapping[str, Linear]
+"""Copies of linears that passes have run on, by name; the model's own stand for all others."""
 
 
 @dataclass(eq=False)
-class _Point:
-    """A forward pass that has come to a decoder block.
+class _State:
+    """The activations of a forward pass between two decoder blocks.
 
     Attributes:
-      batches: through the compressed prefix.
-      originals: through the original one; the very same list where nothing tells them apart.
+      batches: through the compressed blocks so far.
+      originals: through the original ones; the same list while both are equal or nobody needs them.
     """
 
     batches: list[Batch]
     originals: list[Batch]
 
 
-_Visit = Callable[[int, _Point], None]
+_Visit = Callable[[int, _State], None]
+"""Called with a block's number and the activations after it."""
 
 
 @dataclass(eq=False)
-class _Gone:
-    """A course that has been gone to its end.
+class _Trajectory:
+    """A schedule that has been run to the last block.
 
     Attributes:
-      course: None for the model as it is.
-      solved: what became of the linears of each block that was not left alone.
+      schedule: None for the model as it is.
+      compressed: the compressed linears by block; blocks that passes leave alone are missing.
       errors: at the probes.
     """
 
-    course: Course | None
-    solved: dict[int, _Linears] = field(default_factory=dict)
+    schedule: Schedule | None
+    compressed: dict[int, _Linears] = field(default_factory=dict)
     errors: Errors = field(default_factory=dict)
 
 
-class Trials:
-    """Tries courses on the calibration text.
+class SweepTrials:
+    """Runs schedules on the calibration text; implements :class:`~eoracc.passes.survey.Trials`.
 
-    Errors are those of the original model's outputs. The output of a block is what the next block's
-    first linears multiply, and that of the last block what the head does: both are taken after the
-    norm that stands there.
+    Errors are relative to the original model's outputs. The output of a block is the input of the
+    next block's first linears, and that of the last block the input of the head: both are taken
+    after the norm.
 
-    Memory: the activations of one sweep (two where ``calibrate`` asks for the original model's) and
-    the compressed weights of the course that is kept. The original outputs of the probed blocks and
-    the activations kept at the blocks of ``resume`` are in memory up to one gigabyte, and beyond in
-    the survey's folder.
+    Memory: the activations of one sweep (two where ``calibrate`` needs the original model's) and
+    the compressed weights of the base's trajectory. The original outputs of the probed blocks and
+    the activations of the resume points are in memory up to one gigabyte, and beyond in the
+    survey's folder.
 
     Attributes:
       blocks: decoder blocks in order.
@@ -96,16 +100,16 @@ class Trials:
         probes: Collection[int],
         resume: Iterable[int],
     ) -> None:
-        """Prepare; the text is gone through when the first trial asks for it.
+        """Prepare; the first trial runs the text through the model.
 
         Args:
           executor: cut from the model that the survey sees.
           passes: the layer passes that are tried.
           batches: makes the calibration windows, graph inputs set.
-          option: what courses are about, an option's name.
+          option: name of the option that schedules give.
           folder: for activations that do not fit in memory.
-          probes: blocks whose outputs errors are measured at.
-          resume: blocks before which activations of the course that was kept last are kept.
+          probes: blocks at whose outputs errors are measured.
+          resume: blocks before which the base's activations are saved.
 
         Raises:
           PassError: the decoder blocks do not follow one another up to a head.
@@ -119,179 +123,193 @@ class Trials:
         self._levels = _levels_of_blocks(self._executor)
         self.blocks = tuple(self._levels)
         self._probes = frozenset(probes)
-        self._resume = {self.blocks[0], *resume}
+        self._resume_blocks = {self.blocks[0], *resume}
         self._store = ActivationStore(folder)
-        # Of an earlier sweep's: the model that the survey finds is not the original one.
+        # By an earlier sweep: then the model that the survey sees is not the original one.
         self._is_compressed = any(
-            one.whole is not None or one.compressed is not None for one in executor.linears
+            linear.whole is not None or linear.compressed is not None for linear in executor.linears
         )
-        self._gone: _Gone | None = None
+        self._base: _Trajectory | None = None
 
-    def errors(self, course: Course, *, along: Course, frozen: bool = False) -> Errors:
-        """What ``course`` costs at every probe.
+    def errors(self, schedule: Schedule, *, base: Schedule, frozen: bool = False) -> Errors:
+        """The output errors of ``schedule`` at every probe.
 
         Args:
-          course: what is tried.
-          along: a course that this one and others depart from, maybe ``course`` itself. It is gone
-            to its end once, and activations on the way are kept until another one is given.
-          frozen: compress only the first block in which ``course`` departs from ``along``; those
-            after it stay what ``along`` made of them. That saves solving them, and misses what
-            they would make good.
+          schedule: the one to try.
+          base: a schedule that has its first blocks in common with this one and others, maybe
+            ``schedule`` itself. Its trajectory is run once and its resume points are kept until
+            another base is given.
+          frozen: compress only the first block in which ``schedule`` differs from ``base``; later
+            blocks keep the base's weights. This saves solving them, and ignores how far they would
+            compensate.
         """
-        gone = self._go(along)
-        departs = self._departure(course, gone.course)
-        if departs is None:
-            return gone.errors
-        found = _before(departs, gone.errors)
-        fixed = {
-            block: gone.solved.get(block, {})
+        trajectory = self._follow(base)
+        first = self._first_difference(schedule, trajectory.schedule)
+        if first is None:
+            return trajectory.errors
+        errors = _errors_before(first, trajectory.errors)
+        settled = {
+            block: trajectory.compressed.get(block, {})
             for block in self.blocks
-            if block < departs or (frozen and block > departs)
+            if block < first or (frozen and block > first)
         }
-        self._walk(departs, course, fixed, self._measure(found))
-        return found
+        self._run(first, schedule, settled, self._measure_into(errors))
+        return errors
 
     @property
     def compressed(self) -> _Linears:
-        """By name, what became of linears along the course that was given last as ``along``."""
-        solved = {} if self._gone is None else self._gone.solved
-        return {name: one for linears in solved.values() for name, one in linears.items()}
+        """The compressed linears of the last base, by name."""
+        blocks = {} if self._base is None else self._base.compressed
+        return {name: linear for linears in blocks.values() for name, linear in linears.items()}
 
     def __enter__(self) -> Self:
         """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Delete what was written to the survey's folder."""
+        """Delete the files in the survey's folder."""
         self._store.clear()
 
-    def _go(self, course: Course) -> _Gone:
-        """Go ``course`` to its end and keep what others start from, unless that has been done."""
-        before = self._gone or self._go_original()
-        # Activations of the old course are written over on the way: it is gone from here on.
-        self._gone = None
-        departs = self._departure(course, before.course)
-        if departs is not None:
-            solved = {block: kept for block, kept in before.solved.items() if block < departs}
-            fixed = {block: solved.get(block, {}) for block in self.blocks if block < departs}
-            gone = _Gone(course, solved, _before(departs, before.errors))
-            visit = self._measure(gone.errors)
-            solved |= self._walk(departs, course, fixed, visit, keep=self._resume)
-            before = gone
-        self._gone = before
-        return before
+    # --- trajectories -----------------------------------------------------------------------------
 
-    def _go_original(self) -> _Gone:
-        """Go through the model as it is found; keep the original one's outputs at the probes."""
+    def _follow(self, schedule: Schedule) -> _Trajectory:
+        """Make ``schedule`` the base: run it and save its resume points, unless it is the base."""
+        last = self._base or self._follow_original()
+        # Resume points of the last base are overwritten from here on.
+        self._base = None
+        first = self._first_difference(schedule, last.schedule)
+        if first is None:
+            self._base = last
+            return last
+        compressed = {block: kept for block, kept in last.compressed.items() if block < first}
+        settled = {block: compressed.get(block, {}) for block in self.blocks if block < first}
+        base = _Trajectory(schedule, compressed, _errors_before(first, last.errors))
+        measure = self._measure_into(base.errors)
+        base.compressed |= self._run(
+            first, schedule, settled, measure, save_before=self._resume_blocks
+        )
+        self._base = base
+        return base
+
+    def _follow_original(self) -> _Trajectory:
+        """Run the model as it is and save the original model's outputs at the probes."""
         batches = self._batches()
         self._executor.start(batches)
-        originals = _copied(batches) if self._is_compressed else batches
-        self._keep(self.blocks[0], _Point(batches, originals))
-        found: Errors = {}
-        measure = self._measure(found)
+        originals = _copies(batches) if self._is_compressed else batches
+        self._save(self.blocks[0], _State(batches, originals))
+        trajectory = _Trajectory(None)
+        measure = self._measure_into(trajectory.errors)
 
-        def visit(block: int, point: _Point) -> None:
+        def visit(block: int, state: _State) -> None:
             if block in self._probes:
-                kept = [{"output": self._output(block, batch)} for batch in point.originals]
-                self._store.put(_key("output", block), kept)
-            measure(block, point)
+                outputs = [{"output": self._output(block, batch)} for batch in state.originals]
+                self._store.put(_key("output", block), outputs)
+            measure(block, state)
 
-        fixed: Mapping[int, _Linears] = {block: {} for block in self.blocks}
-        self._walk(self.blocks[0], {}, fixed, visit, keep=self._resume, beside=self._is_compressed)
+        self._run(
+            self.blocks[0],
+            {},
+            {block: {} for block in self.blocks},
+            visit,
+            save_before=self._resume_blocks,
+            run_original=self._is_compressed,
+        )
         if not self._matches_outputs:
-            # Nobody asks for what the original model computes but the probes.
-            for block in self._resume:
+            # Only the probes needed the original model's activations.
+            for block in self._resume_blocks:
                 self._store.drop(_key("originals", block))
-        return _Gone(None, errors=found)
+        return trajectory
 
-    def _walk(
+    def _run(
         self,
-        departs: int,
-        course: Course,
-        fixed: Mapping[int, _Linears],
+        first: int,
+        schedule: Schedule,
+        settled: Mapping[int, _Linears],
         visit: _Visit,
         *,
-        keep: Collection[int] = (),
-        beside: bool = False,
+        save_before: Collection[int] = (),
+        run_original: bool = False,
     ) -> dict[int, _Linears]:
-        """Go from the last point kept before the block ``departs`` to the last block.
+        """Run from the last resume point up to the block ``first`` to the last block.
 
         Args:
-          departs: activations were kept along the same course up to there.
-          course: the option by block.
-          fixed: blocks that no pass runs on, with those of their linears that are not the model's.
-          visit: called at the end of every block with its number and what has come there.
-          keep: blocks before which activations are to be kept.
-          beside: go through the original model too, though no pass asks for it.
+          first: resume points up to this block belong to the schedule's trajectory.
+          schedule: the option by block.
+          settled: blocks that no pass runs on, with their compressed linears.
+          visit: called after every block.
+          save_before: blocks before which resume points are saved.
+          run_original: run the original model too, even if no pass needs it.
 
         Returns:
-          The linears of each block that passes have run on, where activations were kept.
+          By block, the linears that passes have run on; empty unless ``save_before`` is given.
         """
-        start = max(block for block in self._resume if block <= departs)
-        point = self._take_up(start)
-        ahead = self.blocks[self.blocks.index(start) :]
-        last = max((block for block in ahead if block not in fixed), default=start)
-        solved: dict[int, _Linears] = {}
-        for block in ahead:
-            if block in keep:
-                self._keep(block, point)
-            if not beside and not (self._needs_originals and (keep or block <= last)):
-                point.originals = point.batches
-            elif point.originals is point.batches and not self._is_original(block, course, fixed):
-                point.originals = _copied(point.batches)
-            if self._is_original(block, course, fixed):
-                self._step(block, point, {}, beside)
-            elif block in fixed:
-                self._step(block, point, fixed[block], beside)
-            else:
-                copies = {one.name: self._copy(one, course.get(block)) for one in self._in(block)}
-                self._step(block, point, copies, beside, solve=True)
-                if keep:
-                    solved[block] = copies
-            visit(block, point)
+        start = max(block for block in self._resume_blocks if block <= first)
+        state = self._load(start)
+        blocks = self.blocks[self.blocks.index(start) :]
+        last_solved = max((block for block in blocks if block not in settled), default=start)
+        compressed: dict[int, _Linears] = {}
+        for block in blocks:
+            if block in save_before:
+                self._save(block, state)
+            solve = block not in settled and not self._is_left_alone(block, schedule)
+            linears = (
+                {copy.name: copy for copy in self._copies(block, schedule)}
+                if solve
+                else settled.get(block, {})
+            )
+            needs_originals = self._needs_originals and (save_before or block <= last_solved)
+            if not run_original and not needs_originals:
+                state.originals = state.batches
+            elif state.originals is state.batches and linears:
+                state.originals = _copies(state.batches)  # this block begins to differ
+            self._run_block(block, state, linears, solve=solve, run_original=run_original)
+            if solve and save_before:
+                compressed[block] = linears
+            visit(block, state)
         release_memory()
-        return solved
+        return compressed
 
-    def _is_original(self, block: int, course: Course, fixed: Mapping[int, _Linears]) -> bool:
-        """Whether ``block`` computes what it does in the model as it is."""
-        return not fixed[block] if block in fixed else self._is_left_alone(block, course)
-
-    def _step(
-        self, block: int, point: _Point, linears: _Linears, beside: bool, *, solve: bool = False
+    def _run_block(
+        self, block: int, state: _State, linears: _Linears, *, solve: bool, run_original: bool
     ) -> None:
-        """Go through ``block`` with ``linears`` in place of the model's of their names."""
-        # What a sweep with 'through: original' takes for it is what an earlier sweep has left.
-        original = original_weight if beside or self._matches_outputs else Linear.weight
-        seen = point.originals if self._calibrate.through == "original" else point.batches
-        matched = point.originals if self._matches_outputs else None
+        """Run ``block`` with ``linears`` in place of the model's linears of the same names.
+
+        Args:
+          block: its number.
+          state: the activations before the block; afterwards those after it.
+          linears: may be empty.
+          solve: run the passes on ``linears`` first, group by group.
+          run_original: see :meth:`_run`.
+        """
+        # The 'through: original' of a sweep means the weights that an earlier sweep has left.
+        weight_of_original = (
+            original_weight if run_original or self._matches_outputs else Linear.weight
+        )
 
         def weight_of(linear: Linear) -> NDArray[np.float32]:
             return linears.get(linear.name, linear).effective_weight()
 
         for level in self._levels[block]:
-            for group in self._executor.levels[level] if solve else ():
-                self._solve(group, linears, seen, matched)
-            self._executor.step(level, point.batches, weight_of)
-            if point.originals is not point.batches:
-                self._executor.step(level, point.originals, original)
+            if solve:
+                for group in self._executor.levels[level]:
+                    self._solve(group, linears, state)
+            self._executor.step(level, state.batches, weight_of)
+            if state.originals is not state.batches:
+                self._executor.step(level, state.originals, weight_of_original)
 
-    def _solve(
-        self,
-        group: LinearGroup,
-        linears: _Linears,
-        seen: Sequence[Batch],
-        matched: Sequence[Batch] | None,
-    ) -> None:
+    def _solve(self, group: LinearGroup, linears: _Linears, state: _State) -> None:
         """Run the passes on the copies of a group's linears."""
-        on_trial = LinearGroup(tuple(linears[one.name] for one in group.linears))
-        on_trial.activations = inputs_over(self._executor, group, seen)
-        if matched is not None:
-            on_trial.originals = inputs_over(self._executor, group, matched)
-        on_trial.products = gram_products(self._executor.precision)
+        copies = LinearGroup(tuple(linears[linear.name] for linear in group.linears))
+        through_original = self._calibrate.through == "original"
+        seen = state.originals if through_original else state.batches
+        copies.activations = inputs_over(self._executor, group, seen)
+        if self._matches_outputs:
+            copies.originals = inputs_over(self._executor, group, state.originals)
+        copies.products = gram_products(self._executor.precision)
         for layer_pass in self._passes:
-            layer_pass.requires(on_trial)
+            layer_pass.requires(copies)
             with one_thread(layer_pass):
-                layer_pass.call(on_trial)
+                layer_pass.call(copies)
 
     @property
     def _needs_originals(self) -> bool:
@@ -301,21 +319,23 @@ class Trials:
     def _matches_outputs(self) -> bool:
         return self._calibrate.match == "outputs"
 
-    def _measure(self, found: Errors) -> _Visit:
-        """What puts the errors at the probes into ``found``."""
+    # --- errors -----------------------------------------------------------------------------------
 
-        def visit(block: int, point: _Point) -> None:
+    def _measure_into(self, errors: Errors) -> _Visit:
+        """A visitor that adds the error at each probe to ``errors``."""
+
+        def visit(block: int, state: _State) -> None:
             if block not in self._probes:
                 return
-            lost = whole = 0.0
-            originals = self._store.batches(_key("output", block))
-            for batch, kept in zip(point.batches, originals, strict=True):
+            lost = total = 0.0
+            outputs = self._store.batches(_key("output", block))
+            for batch, stored in zip(state.batches, outputs, strict=True):
                 weights = batch.token_weights.astype(np.float64)
-                original = kept["output"].astype(np.float64)
+                original = stored["output"].astype(np.float64)
                 delta = self._output(block, batch) - original
                 lost += float(weights @ np.einsum("tk,tk->t", delta, delta))
-                whole += float(weights @ np.einsum("tk,tk->t", original, original))
-            found[block] = float(np.sqrt(lost / whole)) if whole > 0 else float(lost > 0)
+                total += float(weights @ np.einsum("tk,tk->t", original, original))
+            errors[block] = float(np.sqrt(lost / total)) if total > 0 else float(lost > 0)
 
         return visit
 
@@ -323,38 +343,44 @@ class Trials:
         reader = self._executor.levels[self._levels[block].stop][-1]
         return self._executor.inputs_of(reader, batch)
 
-    def _in(self, block: int) -> Iterator[Linear]:
-        """The linears that are computed in ``block``, some of no block maybe among them."""
-        for level in self._levels[block]:
-            for group in self._executor.levels[level]:
-                yield from group.linears
+    # --- schedules --------------------------------------------------------------------------------
 
-    def _departure(self, course: Course, other: Course | None) -> int | None:
-        """The first block in which two courses differ; None for none."""
+    def _first_difference(self, schedule: Schedule, other: Schedule | None) -> int | None:
+        """The first block that two schedules compress differently; None if there is none."""
         for block in self.blocks:
             if other is None:
-                differs = not self._is_left_alone(block, course)
+                differs = not self._is_left_alone(block, schedule)
             else:
-                differs = course.get(block) != other.get(block)
+                differs = schedule.get(block) != other.get(block)
             if differs:
                 return block
         return None
 
-    def _is_left_alone(self, block: int, course: Course) -> bool:
-        """Whether all that passes do in ``block`` is to factorise nothing of it."""
-        changing = [one for one in self._passes if not isinstance(one, Calibrate)]
-        if not all(isinstance(one, Factorization) for one in changing):
+    def _is_left_alone(self, block: int, schedule: Schedule) -> bool:
+        """Whether the passes only factorise, and factorise no linear of ``block``."""
+        changing = [item for item in self._passes if not isinstance(item, Calibrate)]
+        if not all(isinstance(item, Factorization) for item in changing):
             return False
-        copies = [self._copy(one, course.get(block)) for one in self._in(block)]
+        copies = list(self._copies(block, schedule))
         return all(
-            (options := layer_pass.options_for(one)) is None or options.ratio == 0
+            (options := layer_pass.options_for(copy)) is None or options.ratio == 0
             for layer_pass in changing
             if isinstance(layer_pass, Factorization)
-            for one in copies
+            for copy in copies
         )
 
+    def _copies(self, block: int, schedule: Schedule) -> Iterator[Linear]:
+        """Copies of the linears computed in ``block``, planned by ``schedule``.
+
+        Linears outside the decoder blocks may be among them.
+        """
+        for level in self._levels[block]:
+            for group in self._executor.levels[level]:
+                for linear in group.linears:
+                    yield self._copy(linear, schedule.get(block))
+
     def _copy(self, linear: Linear, value: float | None) -> Linear:
-        """A copy of ``linear`` on a graph of its own, planned as a course has it."""
+        """A copy of ``linear`` on a graph of its own, with ``value`` planned for the option."""
         weight = ir.Value(name=f"{linear.name}.weight", const_value=linear.source)
         shared = linear.input
         entry = ir.Value(name="x", shape=shared.shape, type=shared.type)
@@ -363,20 +389,24 @@ class Trials:
         plan = linear.plan if value is None else {**linear.plan, self._option: value}
         return replace(linear, node=node, plan=dict(plan), errors=dict(linear.errors), notes=[])
 
-    def _keep(self, block: int, point: _Point) -> None:
-        self._store.put(_key("batches", block), [batch.values for batch in point.batches])
-        if point.originals is point.batches:
+    # --- resume points ----------------------------------------------------------------------------
+
+    def _save(self, block: int, state: _State) -> None:
+        """Save the resume point before ``block``."""
+        self._store.put(_key("batches", block), [batch.values for batch in state.batches])
+        if state.originals is state.batches:
             self._store.drop(_key("originals", block))
         else:
-            self._store.put(_key("originals", block), [one.values for one in point.originals])
+            self._store.put(_key("originals", block), [batch.values for batch in state.originals])
 
-    def _take_up(self, block: int) -> _Point:
+    def _load(self, block: int) -> _State:
+        """The resume point before ``block``."""
         batches = self._read(_key("batches", block))
         originals = _key("originals", block)
-        return _Point(batches, self._read(originals) if originals in self._store else batches)
+        return _State(batches, self._read(originals) if originals in self._store else batches)
 
     def _read(self, key: str) -> list[Batch]:
-        # Masks and token weights are those of the text, whatever has become of its activations.
+        # Masks and token weights depend on the text alone, not on the schedule.
         return [
             replace(batch, values=values)
             for batch, values in zip(self._batches(), self._store.batches(key), strict=True)
@@ -384,9 +414,9 @@ class Trials:
 
 
 def _levels_of_blocks(executor: Executor) -> dict[int, range]:
-    """The executor's levels that each decoder block takes up, in order.
+    """The executor's levels of each decoder block, in order.
 
-    What stands before the first block counts as part of it.
+    Levels before the first block count as part of it.
     """
     first: dict[int, int] = {}
     last: dict[int, int] = {}
@@ -411,12 +441,12 @@ def _levels_of_blocks(executor: Executor) -> dict[int, range]:
     return {b: range(start, end) for b, start, end in zip(blocks, starts, ends, strict=True)}
 
 
-def _before(block: int, errors: Errors) -> Errors:
-    """The errors at the probes that a departure in ``block`` does not reach."""
+def _errors_before(block: int, errors: Errors) -> Errors:
+    """The errors at probes before ``block``, which a change of ``block`` does not affect."""
     return {probe: error for probe, error in errors.items() if probe < block}
 
 
-def _copied(batches: Sequence[Batch]) -> list[Batch]:
+def _copies(batches: Sequence[Batch]) -> list[Batch]:
     return [replace(batch, values=dict(batch.values)) for batch in batches]
 
 

@@ -101,12 +101,12 @@ class SelectLastK(SurveyPass):
                 ]
             if self.blocks == "free":
                 best, found["free"] = search.free(best, self.step)
-        course = budget.course(best.choice)
+        schedule = budget.schedule(best.choice)
         for linear in context.linears:
             if linear.block is None or not _obeys(steered, linear, budget.option):
                 continue
-            if linear.block in course:
-                linear.plan[budget.option] = course[linear.block]
+            if linear.block in schedule:
+                linear.plan[budget.option] = schedule[linear.block]
         return {"chosen": best.shown(), **found}
 
     @classmethod
@@ -259,12 +259,12 @@ class _Search:
         The first of those shown is no candidate: it chooses no block.
         """
         base = Choice((), 0.0)
-        nothing = self._try("base", base, along=base)
+        nothing = self._try("base", base, base=base)
         tried: list[_Tried] = []
         with self.context.progress.phase("last k", len(candidates)) as phase:
             for choice in candidates:
                 name = f"last-{len(choice.blocks)}-{self.budget.option}-{choice.value:.6g}"
-                tried.append(self._try(name, choice, along=base))
+                tried.append(self._try(name, choice, base=base))
                 phase.advance(f"k = {len(choice.blocks)}: error {tried[-1].error:.4f}")
         return min(tried, key=lambda one: one.error), [one.shown() for one in (nothing, *tried)]
 
@@ -288,7 +288,7 @@ class _Search:
                 grown = replace(grown, blocks=tuple(sorted((*grown.blocks, block))))
             whole = self.budget.is_met(grown)
             kept = self.budget.settled(grown) if whole else grown
-            tried = self._try(f"free-{number}", kept, along=kept)
+            tried = self._try(f"free-{number}", kept, base=kept)
             shown_costs = {str(block): costs[block] for block in sorted(costs)}
             rounds.append({"added": added, "costs": shown_costs, **tried.shown()})
             if whole:
@@ -306,15 +306,15 @@ class _Search:
         with self.context.progress.phase(f"free {number}", len(left)) as phase:
             for block in left:
                 choice = replace(kept, blocks=tuple(sorted((*kept.blocks, block))))
-                found = self._try(f"free-{number}-{block}", choice, along=kept, frozen=True)
+                found = self._try(f"free-{number}-{block}", choice, base=kept, frozen=True)
                 costs[block] = found.error
                 phase.advance(f"block {block}: error {found.error:.4f}")
         return costs
 
-    def _try(self, name: str, choice: Choice, *, along: Choice, frozen: bool = False) -> _Tried:
+    def _try(self, name: str, choice: Choice, *, base: Choice, frozen: bool = False) -> _Tried:
         def make() -> dict[str, Any]:
             errors = self.trials.errors(
-                self.budget.course(choice), along=self.budget.course(along), frozen=frozen
+                self.budget.schedule(choice), base=self.budget.schedule(base), frozen=frozen
             )
             return {str(block): errors[block] for block in sorted(errors)}
 

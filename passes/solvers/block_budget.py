@@ -71,8 +71,8 @@ class BlockBudget(ABC):
         gained = sum(self.gain(block, choice.value) for block in choice.blocks)
         return gained >= self.need * (1 - _ROUNDING)
 
-    def course(self, choice: Choice) -> dict[int, float]:
-        """The option by block, blocks that keep what the pass says left out."""
+    def schedule(self, choice: Choice) -> dict[int, float]:
+        """The option by block, without the blocks that keep the pass's own value."""
         elsewhere = {} if self.elsewhere is None else dict.fromkeys(self.blocks, self.elsewhere)
         return elsewhere | dict.fromkeys(choice.blocks, choice.value)
 

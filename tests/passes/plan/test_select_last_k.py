@@ -311,7 +311,7 @@ def test_a_free_set_of_unequal_blocks_removes_no_more_than_was_asked_for(
 ) -> None:
     """At the ratio of the last blocks the set gains too much: its own is lower."""
     # Of equals the first are taken: the last two blocks, and blocks 0 and 1 as a free set.
-    monkeypatch.setattr(trials.Trials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
+    monkeypatch.setattr(trials.SweepTrials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
     overrides = {"model.layers.4.mlp.*": RatioOverride(skip=True)}
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd(overrides=overrides)])
     found = SelectLastK(ratio=0.3, step=1, blocks="free").survey(shown)
@@ -382,18 +382,18 @@ def test_goes_on_after_the_last_candidate_that_was_tried(
     following = [FLOAT32, FactorizeSvd()]
     survey = SelectLastK(ratio=0.3, step=1, blocks="free")
     expected = survey.survey(context(source, windows, tmp_path / "once", following))
-    errors = trials.Trials.errors
+    errors = trials.SweepTrials.errors
     calls: list[Any] = []
     stops = [3, 9, 0]
 
-    def counted(self: trials.Trials, *arguments: Any, **options: Any) -> Mapping[int, float]:  # noqa: ANN401
+    def counted(self: trials.SweepTrials, *arguments: Any, **options: Any) -> Mapping[int, float]:  # noqa: ANN401
         calls.append(arguments)
         if len(calls) == stops[0]:
             stops.pop(0)
             raise KeyboardInterrupt
         return errors(self, *arguments, **options)
 
-    monkeypatch.setattr(trials.Trials, "errors", counted)
+    monkeypatch.setattr(trials.SweepTrials, "errors", counted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             survey.survey(context(source, windows, tmp_path / "again", following))
@@ -419,7 +419,7 @@ def test_leaves_the_graph_as_it_is(source: LoadedModel, windows: Windows, tmp_pa
 def test_the_first_of_equal_candidates_is_taken(
     source: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials.Trials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
+    monkeypatch.setattr(trials.SweepTrials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
     assert SelectLastK(ratio=0.3, step=1).survey(shown)["chosen"]["k"] == 2
 
@@ -434,13 +434,17 @@ def test_a_free_set_is_taken_if_it_costs_less(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def errors(
-        _: trials.Trials, course: Mapping[int, float], *, along: Mapping[int, float], **__: bool
+        _: trials.SweepTrials,
+        schedule: Mapping[int, float],
+        *,
+        base: Mapping[int, float],
+        **__: bool,
     ) -> Mapping[int, float]:
-        del course
-        # What others depart from has blocks of its own where a set is being grown.
-        return {BLOCKS - 1: free if any(along.values()) else 0.2}
+        del schedule
+        # The base has blocks of its own while a set is grown.
+        return {BLOCKS - 1: free if any(base.values()) else 0.2}
 
-    monkeypatch.setattr(trials.Trials, "errors", errors)
+    monkeypatch.setattr(trials.SweepTrials, "errors", errors)
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
     found = SelectLastK(ratio=0.3, step=2, blocks="free").survey(shown)
     grown = found["free"][-1]["blocks"]
@@ -451,7 +455,7 @@ def test_a_free_set_is_taken_if_it_costs_less(
 def test_a_ratio_of_one_leaves_nothing_and_is_no_candidate(
     source: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials.Trials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
+    monkeypatch.setattr(trials.SweepTrials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
     found = SelectLastK(ratio=0.2, step=1).survey(shown)
     assert found["infeasible"] == [{"k": 1, "ratio": 1.0}]

@@ -30,7 +30,7 @@ def test_unequal_blocks_remove_the_same_weights_in_all() -> None:
 
 def test_a_ratio_s_course_leaves_the_other_blocks_alone() -> None:
     budget = RatioBudget({0: 10, 1: 10, 2: 10}, 0.2)
-    assert budget.course(Choice((1, 2), 0.3)) == {0: 0.0, 1: 0.3, 2: 0.3}
+    assert budget.schedule(Choice((1, 2), 0.3)) == {0: 0.0, 1: 0.3, 2: 0.3}
 
 
 def test_blocks_without_weights_cannot_give_any() -> None:
@@ -52,7 +52,7 @@ def test_the_fewest_last_blocks_that_meet_the_average() -> None:
         assert budget.average(choice) == pytest.approx((2 * 300 + 200 * 2) / 400)
         assert budget.average(Choice(choice.blocks[1:], low)) > 2.7
     assert budget.average(Choice((), 0)) == pytest.approx((3 * 350 + 4 * 50) / 400)
-    assert budget.course(Choice((2, 3), 2)) == {2: 2, 3: 2}
+    assert budget.schedule(Choice((2, 3), 2)) == {2: 2, 3: 2}
 
 
 def test_an_average_of_exactly_the_target_is_enough() -> None:
