@@ -1,4 +1,4 @@
-"""The whole runtime on a tiny artifact; eager transformers say what is right."""
+"""The whole runtime on a tiny artifact, against eager transformers."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_same_prompt_with_each_adapter_differs(model: Model) -> None:
 
 
 def test_sum_that_comes_while_others_are_decoded(model: Model, artifact: Path) -> None:
-    """The bank changes under them: they go on with what is at their places."""
+    """Rows keep the adapters at their places while the bank changes."""
     model = load(artifact, threads=1)
     first = Request(prompt=PROMPT, adapter="code", max_new_tokens=40, ignore_end=True)
     expected = model.generate_batch([first])[0]
@@ -236,7 +236,7 @@ def test_inputs_are_bound_only_for_a_bank_that_the_session_was_not_opened_with(
 
 @pytest.mark.parametrize("library", [True, False], ids=["kernel", "function"])
 def test_session_with_a_bank_for_its_defaults(artifact: Path, library: bool) -> None:
-    """Rows read from it what they would read from the same arrays as inputs."""
+    """Rows read the same values from defaults as from inputs."""
     slots, decoder = read_slots(artifact), read_model_files(artifact)
     packed = [pack_adapter(slots, tiny_adapter(artifact, name)) for name in RANKS]
     bank = stack_adapters(slots, packed)

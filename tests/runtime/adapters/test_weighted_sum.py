@@ -24,24 +24,24 @@ def draw(factor_type: str, seed: int, rank: int = 3) -> LowRank:
 def exact(terms: list[tuple[LowRank, float]]) -> Array:
     """The sum of the products, dense in float64."""
     total = np.zeros((terms[0][0].lora_b.shape[0], terms[0][0].lora_a.shape[1]))
-    for one, weight in terms:
-        total += weight * (values(one, "b") @ values(one, "a"))
+    for factors, weight in terms:
+        total += weight * (values(factors, "b") @ values(factors, "a"))
     return total
 
 
-def values(one: LowRank, factor: str) -> Array:
-    codes: Array = getattr(one, f"lora_{factor}").astype(np.float64)
-    scale = getattr(one, f"lora_{factor}_scale")
+def values(factors: LowRank, factor: str) -> Array:
+    codes: Array = getattr(factors, f"lora_{factor}").astype(np.float64)
+    scale = getattr(factors, f"lora_{factor}_scale")
     return codes if scale is None else codes * scale.astype(np.float64)[:, None]
 
 
-def row_scale(one: LowRank) -> Array:
-    assert one.lora_b_scale is not None
-    return one.lora_b_scale.astype(np.float64)
+def row_scale(factors: LowRank) -> Array:
+    assert factors.lora_b_scale is not None
+    return factors.lora_b_scale.astype(np.float64)
 
 
-def product(one: LowRank) -> Array:
-    return values(one, "b") @ values(one, "a")
+def product(factors: LowRank) -> Array:
+    return values(factors, "b") @ values(factors, "a")
 
 
 @pytest.mark.parametrize("factor_type", ["float16", "float32"])
@@ -50,9 +50,11 @@ def test_float_factors_are_summed_exactly(factor_type: str, weights: tuple[float
     terms = [(draw(factor_type, seed, rank=2 + seed), w) for seed, w in enumerate(weights)]
     total = weighted_sum(terms)
     assert total.factor_type == factor_type
-    assert total.rank == sum(one.rank for one, _ in terms)
+    assert total.rank == sum(factors.rank for factors, _ in terms)
     # Nothing is rounded but the weights, to float32.
-    size = sum(abs(w) * np.abs(values(one, "b")) @ np.abs(values(one, "a")) for one, w in terms)
+    size = sum(
+        abs(w) * np.abs(values(factors, "b")) @ np.abs(values(factors, "a")) for factors, w in terms
+    )
     assert (np.abs(product(total) - exact(terms)) <= 2 * UNIT * size).all()
 
 
@@ -67,18 +69,21 @@ def test_integer_factors_are_off_by_half_a_step_of_the_coarsest(
     ]
     total = weighted_sum(terms)
     assert (total.factor_type, total.rank) == ("int8", 7)
-    # Of lora_b as the module's text says, then through lora_a.
-    sizes = [abs(w) * np.linalg.norm(values(one, "a")) for one, w in terms]
-    steps = [row_scale(one) / (18 if one.bits == 4 else 1) for one, _ in terms]
+    # The error of lora_b as documented, then through lora_a.
+    sizes = [abs(w) * np.linalg.norm(values(factors, "a")) for factors, w in terms]
+    steps = [row_scale(factors) / (18 if factors.bits == 4 else 1) for factors, _ in terms]
     common = np.max([step * size for step, size in zip(steps, sizes, strict=True)], axis=0)
     bound = sum(
-        np.outer(common / size / 2, abs(w) * np.abs(values(one, "a")).sum(axis=0))
-        for (one, w), size in zip(terms, sizes, strict=True)
+        np.outer(common / size / 2, abs(w) * np.abs(values(factors, "a")).sum(axis=0))
+        for (factors, w), size in zip(terms, sizes, strict=True)
     )
     rounding = (
         8
         * UNIT
-        * sum(abs(w) * np.abs(values(one, "b")) @ np.abs(values(one, "a")) for one, w in terms)
+        * sum(
+            abs(w) * np.abs(values(factors, "b")) @ np.abs(values(factors, "a"))
+            for factors, w in terms
+        )
     )
     error = np.abs(product(total) - exact(terms))
     assert (error <= bound + rounding).all()
@@ -94,13 +99,13 @@ def test_term_of_the_largest_steps_keeps_its_codes() -> None:
 
 @pytest.mark.parametrize("factor_type", ["float16", "int8", "int4"])
 def test_one_term_is_exact_and_keeps_its_type(factor_type: str) -> None:
-    one = draw(factor_type, 0)
-    assert weighted_sum([(one, 1.0)]) is one
-    weighted = weighted_sum([(one, 0.7), (draw(factor_type, 1), 0.0)])
-    assert (weighted.factor_type, weighted.rank) == (factor_type, one.rank)
-    np.testing.assert_array_equal(weighted.lora_b, one.lora_b)
-    size = 0.7 * np.abs(values(one, "b")) @ np.abs(values(one, "a"))
-    assert (np.abs(product(weighted) - 0.7 * product(one)) <= 2 * UNIT * size).all()
+    factors = draw(factor_type, 0)
+    assert weighted_sum([(factors, 1.0)]) is factors
+    weighted = weighted_sum([(factors, 0.7), (draw(factor_type, 1), 0.0)])
+    assert (weighted.factor_type, weighted.rank) == (factor_type, factors.rank)
+    np.testing.assert_array_equal(weighted.lora_b, factors.lora_b)
+    size = 0.7 * np.abs(values(factors, "b")) @ np.abs(values(factors, "a"))
+    assert (np.abs(product(weighted) - 0.7 * product(factors)) <= 2 * UNIT * size).all()
 
 
 @pytest.mark.parametrize("factor_type", ["float16", "int8"])
@@ -112,12 +117,15 @@ def test_nothing_is_left_of_weight_0(factor_type: str) -> None:
 
 
 def test_rows_of_zeros() -> None:
-    one = draw("int8", 0)
-    assert one.lora_b_scale is not None
-    scale = one.lora_b_scale.copy()
+    factors = draw("int8", 0)
+    assert factors.lora_b_scale is not None
+    scale = factors.lora_b_scale.copy()
     scale[3] = 0
     empty = LowRank(
-        lora_a=one.lora_a, lora_b=one.lora_b, lora_a_scale=one.lora_a_scale, lora_b_scale=scale
+        lora_a=factors.lora_a,
+        lora_b=factors.lora_b,
+        lora_a_scale=factors.lora_a_scale,
+        lora_b_scale=scale,
     )
     total = weighted_sum([(empty, 1.0), (empty, 1.0)])
     assert np.isfinite(total.product()).all()

@@ -105,7 +105,7 @@ def test_killed_at_any_step_it_leaves_all_or_nothing(folder: Path, tmp_path: Pat
         seen.append(left == NEW)
         change(copy)
         assert contents(copy) == NEW
-    # Once it is made it stays made, and the moment lies somewhere in between.
+    # Once committed, a change stays; the commit is at some step in between.
     assert seen == sorted(seen)
     assert 0 < sum(seen) < len(seen)
 

@@ -43,43 +43,47 @@ def numbers(content: object) -> list[float]:
 def test_json_has_every_figure(with_adapters: Path) -> None:
     result = bench(with_adapters, *FEW, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["digest"] == load(with_adapters).manifest.digest
+    report = json.loads(result.stdout)
+    assert report["digest"] == load(with_adapters).manifest.digest
     asked = {"threads": 1, "prompt_tokens": 20, "new_tokens": 3, "repeats": 2}
-    assert {name: found[name] for name in asked} == asked
-    assert [one["adapter"] for one in found["adapters"]] == ["none", "one", "two"]
-    assert [one["decode_time_ratio"] is None for one in found["adapters"]] == [True, False, False]
-    assert [one["rows"] for one in found["batches"]] == [1, 4, 8]
-    assert found["batches"][1]["adapters"] == ["one", "two", "one", "two"]
-    assert found["switch"]["outputs_differ"] is True
-    assert found["switch"]["adapter_switch_ms"]["repeats"] == 6
-    start = found["start"]
+    assert {name: report[name] for name in asked} == asked
+    assert [figures["adapter"] for figures in report["adapters"]] == ["none", "one", "two"]
+    assert [figures["decode_time_ratio"] is None for figures in report["adapters"]] == [
+        True,
+        False,
+        False,
+    ]
+    assert [figures["rows"] for figures in report["batches"]] == [1, 4, 8]
+    assert report["batches"][1]["adapters"] == ["one", "two", "one", "two"]
+    assert report["switch"]["outputs_differ"] is True
+    assert report["switch"]["adapter_switch_ms"]["repeats"] == 6
+    start = report["start"]
     size = sum(path.stat().st_size for path in with_adapters.iterdir() if path.is_file())
     assert start["peak_memory_bytes"] >= start["loaded_memory_bytes"] > size
-    for one in found["adapters"]:
-        speed, time = one["prefill_tokens_per_s"]["median"], one["first_token_ms"]["median"]
+    for figures in report["adapters"]:
+        speed, time = figures["prefill_tokens_per_s"]["median"], figures["first_token_ms"]["median"]
         # Units, not speed: on a busy machine the two medians may be far apart.
         assert 1 / 30 < speed * time / (20 * 1e3) < 30
-    del found["switch"]["adapter_switch_ms"]  # the only difference: noise may turn it round
-    assert min(numbers(found)) > 0
+    del report["switch"]["adapter_switch_ms"]  # the only difference: noise may turn it round
+    assert min(numbers(report)) > 0
 
 
 def test_only_the_adapters_asked_for_are_compared(with_adapters: Path) -> None:
     options = BenchOptions(
         adapters=("two", "two"), threads=1, prompt_tokens=4, new_tokens=2, repeats=1
     )
-    found = run_benchmark(with_adapters, options)
-    assert [one.adapter for one in found.adapters] == ["none", "two"]
-    assert found.batches[-1].adapters == ["two"] * 8
+    report = run_benchmark(with_adapters, options)
+    assert [figures.adapter for figures in report.adapters] == ["none", "two"]
+    assert report.batches[-1].adapters == ["two"] * 8
 
 
 def test_an_artifact_without_adapters_has_nothing_to_switch(tiny_artifact: Path) -> None:
-    found = run_benchmark(
+    report = run_benchmark(
         tiny_artifact, BenchOptions(threads=1, prompt_tokens=4, new_tokens=2, repeats=1)
     )
-    assert [one.adapter for one in found.adapters] == ["none"]
-    assert found.batches[-1].adapters == ["none"] * 8
-    assert found.switch is None
+    assert [figures.adapter for figures in report.adapters] == ["none"]
+    assert report.batches[-1].adapters == ["none"] * 8
+    assert report.switch is None
 
 
 def test_outputs_that_do_not_differ_are_told(

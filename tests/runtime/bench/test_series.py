@@ -11,11 +11,11 @@ from eoracc.runtime.bench.series import Measurement, interleave, ratios
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_a_measurement_is_median_and_quartiles(count: int) -> None:
     values = np.random.default_rng(count).exponential(size=count)
-    found = Measurement.of(values.tolist())
-    assert found.median == np.median(values)
-    assert found.low == np.percentile(values, 25)
-    assert found.high == np.percentile(values, 75)
-    assert found.repeats == count
+    measured = Measurement.of(values.tolist())
+    assert measured.median == np.median(values)
+    assert measured.low == np.percentile(values, 25)
+    assert measured.high == np.percentile(values, 75)
+    assert measured.repeats == count
 
 
 def test_measures_take_turns_and_everyone_comes_first() -> None:
@@ -33,5 +33,5 @@ def test_measures_take_turns_and_everyone_comes_first() -> None:
 
 def test_ratios_are_taken_within_rounds() -> None:
     # The machine was ten times slower in the second round.
-    found = ratios([1.0, 10.0, 2.0], [2.0, 20.0, 4.0])
-    assert (found.low, found.median, found.high) == (0.5, 0.5, 0.5)
+    measured = ratios([1.0, 10.0, 2.0], [2.0, 20.0, 4.0])
+    assert (measured.low, measured.median, measured.high) == (0.5, 0.5, 0.5)

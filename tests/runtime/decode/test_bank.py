@@ -1,4 +1,4 @@
-"""Places of adapters: what is at a place is what was asked for, for as long as it is used."""
+"""Places of adapters: a place holds the requested adapter for as long as it is reserved."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RANKS = {"math": 3, "prose": 20, "code": 1}
 
 
 class Files:
-    """Adapters as if read from files; a sum is of its own factors, so that it can be told."""
+    """Adapters as if read from files; each sum has distinguishable factors."""
 
     def __init__(self) -> None:
         self.read: list[Weights] = []

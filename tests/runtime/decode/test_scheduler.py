@@ -1,4 +1,4 @@
-"""Continuous batching: whatever comes together gets what it would get alone; faults stay put."""
+"""Continuous batching: requests get the same result together and alone; failures are isolated."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def same(one: Completion, other: Completion) -> bool:
     if one.logprobs is None or other.logprobs is None:
         return one == other
     bare = (dataclasses.replace(completion, logprobs=None) for completion in (one, other))
-    # Logits of float32 through two layers, see test_batch.py, whose size is about one.
+    # Logits of float32 through two layers, see test_rows.py, whose size is about one.
     bound = 2 * (2 * 7 + 1) * 88 * 2.0**-24 * 8
     return len(set(bare)) == 1 and all(
         a.token == b.token and abs(a.logprob - b.logprob) < bound
@@ -62,18 +62,18 @@ def same(one: Completion, other: Completion) -> bool:
 
 
 class Served:
-    """A request in a scheduler, and what it was told."""
+    """A request in a scheduler with the events that its listener got."""
 
     def __init__(self, model: Model, scheduler: Scheduler, request: Request) -> None:
         self.events: list[Event] = []
-        self.one: Continuation = model.prepare(request, self.events.append)
-        scheduler.add(self.one)
+        self.continuation: Continuation = model.prepare(request, self.events.append)
+        scheduler.add(self.continuation)
 
     @property
     def completion(self) -> Completion:
         pieces = [event for event in self.events if isinstance(event, Piece)]
         assert len(pieces) == len(self.events), self.events
-        return complete(pieces, len(self.one.prompt))
+        return complete(pieces, len(self.continuation.prompt))
 
 
 @pytest.mark.parametrize("chunk", [8, 256])
@@ -86,8 +86,8 @@ def test_a_batch_gets_what_each_gets_alone(model: Model, rows: int, chunk: int) 
     while scheduler.step():
         most = max(most, scheduler.active)
     assert most == rows
-    for request, one in zip(asked, served, strict=True):
-        assert same(one.completion, alone(model, request))
+    for request, text in zip(asked, served, strict=True):
+        assert same(text.completion, alone(model, request))
 
 
 def test_who_comes_later_joins_and_changes_nothing(model: Model) -> None:
@@ -100,8 +100,8 @@ def test_who_comes_later_joins_and_changes_nothing(model: Model) -> None:
         scheduler.step()
     while scheduler.step():
         pass
-    for request, one in zip(asked, served, strict=True):
-        assert same(one.completion, alone(model, request))
+    for request, text in zip(asked, served, strict=True):
+        assert same(text.completion, alone(model, request))
 
 
 def test_long_prompt_does_not_keep_others_waiting(model: Model) -> None:
@@ -110,28 +110,29 @@ def test_long_prompt_does_not_keep_others_waiting(model: Model) -> None:
     scheduler.step()
     Served(model, scheduler, Request(prompt=[7] * 64, max_new_tokens=1))
     for step in range(8):
-        made = len(short.one.tokens)
+        made = len(short.continuation.tokens)
         scheduler.step()
-        assert len(short.one.tokens) == made + 1, step
+        assert len(short.continuation.tokens) == made + 1, step
     scheduler.close()
 
 
 def test_cancelled_wherever_they_are(model: Model) -> None:
     asked = [
-        dataclasses.replace(one, ignore_end=True, max_new_tokens=30, stop=()) for one in requests(6)
+        dataclasses.replace(request, ignore_end=True, max_new_tokens=30, stop=())
+        for request in requests(6)
     ]
     long = Request(prompt=[9] * 60, max_new_tokens=5)
     scheduler = model.scheduler(max_rows=4, chunk=16)
     served = [Served(model, scheduler, request) for request in asked[:3]]
-    while len(served[2].one.tokens) < 4:
+    while len(served[2].continuation.tokens) < 4:
         scheduler.step()
     filling = Served(model, scheduler, long)
     waiting = [Served(model, scheduler, request) for request in asked[3:]]
     scheduler.step()
     assert (scheduler.active, scheduler.waiting) == (4, 3)
-    made = tuple(served[0].one.tokens)
-    for one in (served[0], filling, waiting[1]):
-        one.one.cancelled = True
+    made = tuple(served[0].continuation.tokens)
+    for text in (served[0], filling, waiting[1]):
+        text.continuation.cancelled = True
     while scheduler.step():
         pass
     assert served[0].completion.finish_reason == "cancelled"
@@ -143,8 +144,8 @@ def test_cancelled_wherever_they_are(model: Model) -> None:
         (asked[3], waiting[0]),
         (asked[5], waiting[2]),
     ]
-    for request, one in left:
-        assert same(one.completion, alone(model, request))
+    for request, text in left:
+        assert same(text.completion, alone(model, request))
 
 
 @pytest.mark.parametrize("ending", [{0, 3}, {1, 3}, {2, 3}, {0, 1}, {0, 1, 2, 3}], ids=str)
@@ -157,20 +158,21 @@ def test_texts_that_end_together(model: Model, ending: set[int]) -> None:
     served = [Served(model, scheduler, request) for request in asked]
     while scheduler.step():
         pass
-    for request, one in zip(asked, served, strict=True):
-        assert same(one.completion, alone(model, request))
+    for request, text in zip(asked, served, strict=True):
+        assert same(text.completion, alone(model, request))
 
 
 def test_run_that_fails_ends_whom_it_fails_for(model: Model) -> None:
     asked = [
-        dataclasses.replace(one, ignore_end=True, max_new_tokens=12, stop=()) for one in requests(4)
+        dataclasses.replace(request, ignore_end=True, max_new_tokens=12, stop=())
+        for request in requests(4)
     ]
     expected = [alone(model, request) for request in asked]
     scheduler = model.scheduler(max_rows=4)
     served = [Served(model, scheduler, request) for request in asked]
-    while len(served[3].one.tokens) < 3:
+    while len(served[3].continuation.tokens) < 3:
         scheduler.step()
-    served[1].one.tokens[-1] = 260  # there is no such token: the run fails for all rows
+    served[1].continuation.tokens[-1] = 260  # there is no such token: the run fails for all rows
     while scheduler.step():
         pass
     error = served[1].events[-1]
@@ -185,12 +187,12 @@ def test_prompt_that_fails_ends_itself(model: Model) -> None:
     scheduler = model.scheduler(max_rows=2)
     served = [Served(model, scheduler, request) for request in asked]
     bad = Served(model, scheduler, Request(prompt=[5], max_new_tokens=3))
-    bad.one.prompt[0] = 999
+    bad.continuation.prompt[0] = 999
     while scheduler.step():
         pass
     assert isinstance(bad.events[-1], BackendError)
-    for request, one in zip(asked, served, strict=True):
-        assert same(one.completion, alone(model, request))
+    for request, text in zip(asked, served, strict=True):
+        assert same(text.completion, alone(model, request))
 
 
 def test_fault_in_one_text_is_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,14 +204,14 @@ def test_fault_in_one_text_is_its_own(model: Model, monkeypatch: pytest.MonkeyPa
     def fail(logits: NDArray[np.float32]) -> Piece | None:
         raise ZeroDivisionError(len(logits))
 
-    monkeypatch.setattr(served[0].one, "push", fail)
+    monkeypatch.setattr(served[0].continuation, "push", fail)
     heard = []
 
     def refuse(event: Event) -> None:
         heard.append(event)
         raise ConnectionError
 
-    served[1].one.listener = refuse
+    served[1].continuation.listener = refuse
     while scheduler.step():
         pass
     assert isinstance(served[0].events[-1], ZeroDivisionError)
@@ -222,7 +224,7 @@ def test_close_cancels_the_rest(model: Model) -> None:
     served = [Served(model, scheduler, request) for request in requests(3)]
     scheduler.step()
     scheduler.close()
-    assert [one.completion.finish_reason for one in served] == ["cancelled"] * 3
+    assert [text.completion.finish_reason for text in served] == ["cancelled"] * 3
     assert not scheduler.step()
     failed = Served(model, scheduler, requests(1)[0])
     scheduler.close(BackendError("broken"))

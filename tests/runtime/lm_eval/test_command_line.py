@@ -36,7 +36,7 @@ sys.argv.insert(0, "lm_eval")
 del sys.argv[1]
 runpy.run_module("eoracc.runtime.lm_eval", run_name="__main__", alter_sys=False)
 """
-"""Runs the module; whoever asks for the network is written down, and refused."""
+"""Runs the module; accesses to the network are recorded and refused."""
 
 
 def lm_eval(work: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -55,7 +55,7 @@ def reference(inference: Inference) -> Session:
 def batch(
     request: pytest.FixtureRequest, inference: Inference, monkeypatch: pytest.MonkeyPatch
 ) -> GraphRows:
-    """Its buffers hold NaN where nobody has written yet.
+    """Its buffers hold NaN before the first write.
 
     The fused attention can also be run as one that copies: its past is then a buffer of its own.
     """
@@ -202,7 +202,7 @@ def test_failed_run_leaves_the_rows_as_they_were(batch: GraphRows, reference: Se
 def test_older_artifact_gives_all_logits(
     batch: GraphRows, reference: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its graph has no input that says of how many tokens: as if all were always asked for."""
+    """Its graph has no input for the number of tokens and always computes all logits."""
     graph = batch._graph
     monkeypatch.setattr(graph, "trims_logits", False)
     plain = Binding.read

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LINEAR = "model.layers.1.self_attn.k_proj"
 NODE, TILE, FACTOR_TILE = "model.layers.1.self_attn.qkv_proj", 6, 1
-"""Where it lies: behind the 96 rows of q_proj, whose rank takes a tile."""
+"""Its node and tiles, after the 96 rows of q_proj, whose rank takes one tile."""
 
 
 @pytest.fixture(scope="module")

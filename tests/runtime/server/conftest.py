@@ -13,7 +13,7 @@ ADAPTERS = ("math", "prose")
 
 @pytest.fixture(scope="session")
 def adapted_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact with two adapters that change what it says; no test may change it."""
+    """An artifact with two adapters that change its answers; no test may change it."""
     from eoracc.runtime.adapters.adapter import Adapter
     from eoracc.runtime.adapters.store import add_adapter
     from eoracc.runtime.artifact.manifest import read_manifest

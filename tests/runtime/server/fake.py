@@ -1,4 +1,4 @@
-"""An engine that a test holds by the hand, and ways to ask a server's application."""
+"""An engine that a test controls, and a client of a server's application."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class FakeGeneration:
 
     def say(self, *pieces: Piece) -> None:
         """Tell the listener, as the engine's thread would."""
-        for one in pieces:
-            self.listener(one)
+        for piece in pieces:
+            self.listener(piece)
 
 
 @dataclass
 class FakeEngine:
-    """Keeps what is submitted; with ``reply`` it answers at once."""
+    """Records submitted requests; with ``reply`` it answers at once."""
 
     reply: Callable[[Request], Sequence[Piece]] | None = None
     generations: list[FakeGeneration] = field(default_factory=list)
@@ -80,8 +80,8 @@ class FakeEngine:
 
     @property
     def running(self) -> list[FakeGeneration]:
-        """What nobody cancelled."""
-        return [one for one in self.generations if not one.cancelled]
+        """Generations that are not cancelled."""
+        return [text for text in self.generations if not text.cancelled]
 
 
 def echo_prompt(request: Request) -> list[Piece]:
@@ -134,8 +134,8 @@ class Server:
     async def metric(self, line: str) -> float:
         """The value of the metric whose name and labels are ``line``."""
         text = (await self.client.get("/metrics")).text
-        for one in text.splitlines():
-            name, _, value = one.rpartition(" ")
+        for sample in text.splitlines():
+            name, _, value = sample.rpartition(" ")
             if name == line:
                 return float(value)
         return 0.0

@@ -179,7 +179,7 @@ LONG = {"prompt": "a", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
 async def stop_amid(
     server: ServerProcess, count: int, number: signal.Signals
 ) -> tuple[list[httpx.Response | None], int, int]:
-    """Responses to ``count`` requests amid which the server is told to end; health, a late one."""
+    """Responses to ``count`` requests during which the server gets a signal; health, a late one."""
     async with httpx.AsyncClient(base_url=server.root, headers=HEADERS, timeout=60) as client:
 
         async def one() -> httpx.Response | None:

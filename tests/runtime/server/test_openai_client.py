@@ -48,28 +48,28 @@ def test_lists_backbone_and_adapters(client: openai.OpenAI) -> None:
 def test_completion_is_what_the_model_says(client: openai.OpenAI, model: Model, name: str) -> None:
     adapter = None if name == BACKBONE else name
     expected = model.generate(PROMPT, 24, adapter=adapter)
-    found = client.completions.create(model=name, prompt=PROMPT, max_tokens=24, temperature=0)
-    assert found.choices[0].text == expected.text
-    assert found.choices[0].finish_reason == expected.finish_reason
-    assert found.usage is not None
-    assert found.usage.prompt_tokens == expected.prompt_tokens == len(PROMPT)
-    assert found.usage.completion_tokens == len(expected.tokens)
-    assert found.model == name
+    response = client.completions.create(model=name, prompt=PROMPT, max_tokens=24, temperature=0)
+    assert response.choices[0].text == expected.text
+    assert response.choices[0].finish_reason == expected.finish_reason
+    assert response.usage is not None
+    assert response.usage.prompt_tokens == expected.prompt_tokens == len(PROMPT)
+    assert response.usage.completion_tokens == len(expected.tokens)
+    assert response.model == name
     others = {None, "math", "prose"} - {adapter}
-    assert all(model.generate(PROMPT, 24, adapter=one).text != expected.text for one in others)
+    assert all(model.generate(PROMPT, 24, adapter=other).text != expected.text for other in others)
 
 
 def test_weighted_sum_of_adapters(client: openai.OpenAI, model: Model) -> None:
     weights = {"math": 0.75, "prose": -0.5}
     expected = model.generate(PROMPT, 24, adapter=weights)
-    found = client.completions.create(
+    response = client.completions.create(
         model=BACKBONE,
         prompt=PROMPT,
         max_tokens=24,
         temperature=0,
         extra_body={"adapters": weights},
     )
-    assert found.choices[0].text == expected.text
+    assert response.choices[0].text == expected.text
     assert expected.text != model.generate(PROMPT, 24).text
 
 
@@ -94,17 +94,17 @@ def test_streamed_completion_adds_up_to_the_whole(client: openai.OpenAI, model: 
 
 def test_chat(client: openai.OpenAI, model: Model) -> None:
     expected = model.generate(MESSAGES, 24)
-    found = client.chat.completions.create(
+    response = client.chat.completions.create(
         model=BACKBONE,
         messages=[{"role": "user", "content": PROMPT}],
         max_completion_tokens=24,
         temperature=0,
     )
-    assert found.object == "chat.completion"
-    assert found.choices[0].message.role == "assistant"
-    assert found.choices[0].message.content == expected.text
-    assert found.usage is not None
-    assert found.usage.prompt_tokens == expected.prompt_tokens > len(PROMPT)
+    assert response.object == "chat.completion"
+    assert response.choices[0].message.role == "assistant"
+    assert response.choices[0].message.content == expected.text
+    assert response.usage is not None
+    assert response.usage.prompt_tokens == expected.prompt_tokens > len(PROMPT)
 
 
 def test_streamed_chat(client: openai.OpenAI, model: Model) -> None:
@@ -130,11 +130,11 @@ def test_logprobs_are_the_model_s(client: openai.OpenAI, model: Model) -> None:
     legacy = client.completions.create(
         model=BACKBONE, prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3
     )
-    found = legacy.choices[0].logprobs
-    assert found is not None
-    assert found.token_logprobs == pytest.approx([one.logprob for one in expected], abs=1e-4)
-    assert found.top_logprobs is not None
-    for ours, theirs in zip(expected, found.top_logprobs, strict=True):
+    listed = legacy.choices[0].logprobs
+    assert listed is not None
+    assert listed.token_logprobs == pytest.approx([token.logprob for token in expected], abs=1e-4)
+    assert listed.top_logprobs is not None
+    for ours, theirs in zip(expected, listed.top_logprobs, strict=True):
         assert sorted(theirs.values()) == pytest.approx(sorted(v for _, v in ours.top), abs=1e-4)
         assert math.isclose(max(theirs.values()), ours.logprob, abs_tol=1e-4)  # greedy
 
@@ -149,21 +149,21 @@ def test_logprobs_are_the_model_s(client: openai.OpenAI, model: Model) -> None:
     content = chat.choices[0].logprobs
     assert content is not None
     assert content.content is not None
-    text = b"".join(bytes(one.bytes or ()) for one in content.content)
+    text = b"".join(bytes(token.bytes or ()) for token in content.content)
     said = chat.choices[0].message.content
     assert said is not None
     assert text.decode(errors="ignore").startswith(said)
-    for one in content.content:
-        assert one.top_logprobs[0].token == one.token
-        assert len(one.top_logprobs) == 2
+    for token in content.content:
+        assert token.top_logprobs[0].token == token.token
+        assert len(token.top_logprobs) == 2
 
 
 def test_sampling_repeats_with_its_seed(client: openai.OpenAI, model: Model) -> None:
     def sample(seed: int, n: int = 1) -> list[str]:
-        found = client.completions.create(
+        response = client.completions.create(
             model="math", prompt=PROMPT, max_tokens=16, temperature=1.2, top_p=0.95, seed=seed, n=n
         )
-        return [choice.text for choice in found.choices]
+        return [choice.text for choice in response.choices]
 
     first, second = sample(7, n=2)
     assert first != second
@@ -179,11 +179,11 @@ def test_stop_ends_the_text(client: openai.OpenAI, model: Model) -> None:
     before = whole[: whole.index(stop)]
     assert len(stop) == 2
     assert before
-    found = client.completions.create(
+    response = client.completions.create(
         model="prose", prompt=PROMPT, max_tokens=24, temperature=0, stop=[stop]
     )
-    assert found.choices[0].text == before
-    assert found.choices[0].finish_reason == "stop"
+    assert response.choices[0].text == before
+    assert response.choices[0].finish_reason == "stop"
     parts = client.completions.create(
         model="prose", prompt=PROMPT, max_tokens=24, temperature=0, stop=stop, stream=True
     )
@@ -191,10 +191,10 @@ def test_stop_ends_the_text(client: openai.OpenAI, model: Model) -> None:
 
 
 def test_echo_and_several_prompts(client: openai.OpenAI, model: Model) -> None:
-    found = client.completions.create(
+    response = client.completions.create(
         model=BACKBONE, prompt=["abc", "b"], max_tokens=4, temperature=0, echo=True
     )
-    assert [choice.text for choice in found.choices] == [
+    assert [choice.text for choice in response.choices] == [
         prompt + model.generate(prompt, 4).text for prompt in ("abc", "b")
     ]
     nothing = client.completions.create(model=BACKBONE, prompt="abc", max_tokens=0, echo=True)
@@ -204,8 +204,8 @@ def test_echo_and_several_prompts(client: openai.OpenAI, model: Model) -> None:
 
 def test_tokens_as_prompt(client: openai.OpenAI, model: Model) -> None:
     tokens = model.encode(PROMPT)
-    found = client.completions.create(model=BACKBONE, prompt=tokens, max_tokens=8, temperature=0)
-    assert found.choices[0].text == model.generate(PROMPT, 8).text
+    response = client.completions.create(model=BACKBONE, prompt=tokens, max_tokens=8, temperature=0)
+    assert response.choices[0].text == model.generate(PROMPT, 8).text
 
 
 def test_errors_arrive_as_the_client_s_exceptions(

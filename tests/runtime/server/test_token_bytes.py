@@ -19,12 +19,12 @@ def test_byte_level_tokens_are_the_bytes_of_the_text(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     write_byte_tokenizer(tmp_path)
-    found = read_token_bytes(tmp_path)
+    token_bytes = read_token_bytes(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "".join(map(chr, range(0x250))) + "日本 😀"
-    assert b"".join(found[token] for token in tokenizer.encode(text).ids) == text.encode()
-    assert sorted(map(len, found.values()))[:256] == [1] * 256
-    assert found[1] == b"<s>"
+    assert b"".join(token_bytes[token] for token in tokenizer.encode(text).ids) == text.encode()
+    assert sorted(map(len, token_bytes.values()))[:256] == [1] * 256
+    assert token_bytes[1] == b"<s>"
 
 
 def test_sentencepiece_tokens(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A tiny artifact with engines of the stand-in, and what they must compute."""
+"""A tiny artifact with engines of the stand-in, and an oracle of their results."""
 
 from __future__ import annotations
 

@@ -247,11 +247,11 @@ def _uncast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def open_graph(graph: str) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    """An ``onnxruntime.InferenceSession`` that computes what the graph says."""
+    """An ``onnxruntime.InferenceSession`` that computes the graph exactly."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    # Left to itself, it multiplies dequantized weights with activations rounded to 8 bits.
+    # By default, it multiplies dequantized weights with activations rounded to 8 bits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

@@ -122,7 +122,7 @@ def test_no_driver_no_gpu_and_a_driver_that_is_too_old(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of libraries differ")
 def test_every_function_is_in_the_real_interface(libcuda: Path) -> None:
-    """The stand-in compiles against cuda.h: what it defines is declared there, by these names."""
+    """The stand-in compiles against cuda.h, which declares all functions that it defines."""
     from eoracc.runtime.tensorrt.cuda import _FUNCTIONS
 
     library = ctypes.CDLL(str(libcuda))

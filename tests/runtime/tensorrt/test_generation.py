@@ -95,7 +95,7 @@ def test_scores(model: Model, oracle: Oracle) -> None:
 
 
 def test_threads_share_engines(model: Model) -> None:
-    """Each thread's rows are its own, whoever's calls come between."""
+    """Each thread has its own rows, independent of calls of other threads."""
     expected = [model.generate(prompt, 8, ignore_end=True).tokens for prompt in PROMPTS]
     found: list[tuple[int, ...] | None] = [None] * len(PROMPTS)
 

@@ -1,4 +1,4 @@
-"""Loading engines: what is refused, and in which words; partly with the real package."""
+"""Loading engines: rejected files and error texts; partly with the real package."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_calls_beyond_what_an_engine_was_built_for(artifact: Path) -> None:
 def test_engine_without_calls_of_few_tokens(
     libcuda: Path, machine: Machine, tmp_path: Path
 ) -> None:
-    """A prefill profile from 4 tokens: what is left over is decoded token by token."""
+    """A prefill profile from 4 tokens: the remaining tokens are decoded one by one."""
     from tests.runtime.tensorrt.engine_artifact import Oracle
 
     del machine
