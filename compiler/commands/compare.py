@@ -78,7 +78,7 @@ def compare(
     # As for a build; see there.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from eoracc.compiler.compare.plan import find_methods
+    from eoracc.compiler.compare.methods import find_methods
     from eoracc.compiler.compare.plot import check_plot, draw
     from eoracc.compiler.config.budget import parse_budget
     from eoracc.compiler.config.load import load_config

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from eoracc.compiler.compare.plan import Family
+from eoracc.compiler.compare.methods import Family
 
 __all__ = ["Comparison", "Figures", "Original", "Row", "Through"]
 

@@ -25,14 +25,8 @@ import numpy as np
 
 from eoracc import __version__
 from eoracc.compiler.compare.folder import WorkFolder
-from eoracc.compiler.compare.plan import (
-    BudgetProblem,
-    Contender,
-    Fit,
-    Method,
-    find_methods,
-    fit,
-)
+from eoracc.compiler.compare.methods import Method, find_methods
+from eoracc.compiler.compare.plan import BudgetProblem, Contender, Fit, fit
 from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, compressed_names, stored_bytes
 from eoracc.compiler.compare.result import Comparison, Figures, Original, Row, Through
 from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_together
@@ -90,7 +84,7 @@ def compare(
 
     Args:
       config: from model.yaml.
-      methods: names; see :func:`~eoracc.compiler.compare.plan.find_methods`.
+      methods: names; see :func:`~eoracc.compiler.compare.methods.find_methods`.
       budgets: as :func:`~eoracc.compiler.config.budget.parse_budget` gives them.
       config_dir: what relative paths in ``config`` are relative to.
       progress: shown the phases.

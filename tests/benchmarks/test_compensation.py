@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compensation import VARIANTS, Variant
-from eoracc.compiler.compare.plan import find_methods
+from eoracc.compiler.compare.methods import find_methods
 from eoracc.compiler.config.sections import BuildConfig
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eoracc.compiler.compare.plan import find_methods
+from eoracc.compiler.compare.methods import find_methods
 from eoracc.compiler.config.load import load_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

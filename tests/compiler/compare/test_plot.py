@@ -13,7 +13,7 @@ from eoracc.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from eoracc.compiler.compare.plan import Family
+    from eoracc.compiler.compare.methods import Family
 
 
 def row(method: str, family: Family, megabytes: float, perplexity: float) -> Row:
