@@ -154,6 +154,14 @@ def test_command_lines_are_those_of_the_command_line(page: Path) -> None:
                 assert word.partition("=")[0].rstrip("]") in options, line
 
 
+def test_the_pass_in_the_guide_is_the_source() -> None:
+    guide = text_of(ROOT / "docs" / "passes" / "add_a_pass.md")
+    shown = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert shown
+    for block in shown:
+        assert block in text_of(ROOT / "passes" / "compensate" / "svd.py")
+
+
 def test_the_checks_see_what_is_broken(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
