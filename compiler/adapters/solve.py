@@ -27,7 +27,7 @@ from eoracc.compiler.sweep.batch import WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.products import resolve_precision
-from eoracc.compiler.sweep.resume import AdapterCheckpoint
+from eoracc.compiler.sweep.resume import AdapterState
 from eoracc.compiler.text.windows import Settings, Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ConfigError
 from eoracc.passes.calibrate import Calibrate
@@ -181,9 +181,9 @@ def solve_adapter(
         backbone.model, backbone.linears, precision=resolve_precision(calibrate.precision)
     )
     found = _Found(weight_of)
-    checkpoint = AdapterCheckpoint(work, _key(backbone, task, calibrate, weight_of))
+    state = AdapterState(work, _key(backbone, task, calibrate, weight_of))
     forward = ForwardPass(executor, batches, found.weight, match=calibrate.match)
-    begin = checkpoint.resume(found.factors, found.errors, forward.live)
+    begin = state.resume(found.factors, found.errors, forward.live)
     with progress.phase(f"{label} {task.name}", executor.head_level) as phase:
         for level in range(executor.head_level):
             if level < begin:
@@ -199,10 +199,10 @@ def solve_adapter(
             ends = finished == executor.head_level
             if ends or executor.levels[finished][0].linears[0].block != block:
                 release_weights()
-                if ends or checkpoint.is_due:
+                if ends or state.is_due:
                     # What lies before the head serves nobody once all factors are there.
                     live = [] if ends else forward.live
-                    checkpoint.save(finished, found.factors, found.errors, live)
+                    state.save(finished, found.factors, found.errors, live)
             phase.advance(f"block {block}")
     return SolvedAdapter(
         task, found.factors, found.errors, _notes(task, found), cpu_seconds() - begun

@@ -22,7 +22,7 @@ from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.pipeline import stage_key
 from eoracc.compiler.sweep.products import resolve_precision
-from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.resume import SweepState
 from eoracc.compiler.sweep.survey import calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
@@ -100,7 +100,7 @@ class _Plan:
       common: passes up to and with ``calibrate``, which whoever shares the sweep has alike.
       own: the layer passes after it.
       key: digest of all that the forward pass up to there depends on.
-      checkpoint: of what has been finished here.
+      state: of what has been finished here.
       done: where the contender will look for it once all of it is.
       folder: of the contender.
     """
@@ -108,7 +108,7 @@ class _Plan:
     common: tuple[Pass, ...]
     own: tuple[LayerPass, ...]
     key: str
-    checkpoint: SweepCheckpoint
+    state: SweepState
     done: Path
     folder: Path
 
@@ -135,7 +135,7 @@ def _plan(contender: Sharing, loaded: LoadedModel, calibration: Windows) -> _Pla
             own=tuple(item for item in members[1:] if isinstance(item, LayerPass)),
             key=stage_key(alone, loaded, common, position, calibration),
             # Not there yet: without activations of its own no sweep can go on from a part of it.
-            checkpoint=SweepCheckpoint(
+            state=SweepState(
                 contender.folder / "shared",
                 stage_key(config, loaded, members, position, calibration),
             ),
@@ -193,21 +193,21 @@ def _sweep(
     for run in runs:
         run.save(executor, len(executor.levels))
         (run.plan.folder / _SPENT).write_text(json.dumps(run.seconds), encoding="utf-8")
-        run.plan.checkpoint.folder.replace(run.plan.done)
+        run.plan.state.folder.replace(run.plan.done)
     shutil.rmtree(kept.folder, ignore_errors=True)
     return cpu_seconds() - begun_s - sum(run.seconds for run in runs)
 
 
 def _set_out(
     executor: Executor, calibration: Windows, folder: Path, runs: Sequence[_Run], key: str
-) -> tuple[ForwardPass, SweepCheckpoint, int]:
+) -> tuple[ForwardPass, SweepState, int]:
     """The forward pass, where it is kept, and the level that it begins with."""
 
     def new() -> ForwardPass:
         batches = calibration_batches(calibration)
         return ForwardPass(executor, batches, Linear.weight, match="weights")
 
-    kept = SweepCheckpoint(folder, key)
+    kept = SweepState(folder, key)
     forward = new()
     begin = kept.resume([], forward.live, {})
     if begin > min(run.finished for run in runs):
@@ -232,7 +232,7 @@ class _Run:
         self.prefixes = [repr(plan.own[: n + 1]) for n in range(len(plan.own))]
         self.seconds = 0.0
         self._linears = {linear.name: linear for linear in linears}
-        self.finished = plan.checkpoint.resume(linears, [], {})
+        self.finished = plan.state.resume(linears, [], {})
 
     def apply(
         self, shown: LinearGroup, known: dict[str, list[_State]], shared: Mapping[str, int]
@@ -276,7 +276,7 @@ class _Run:
             for group in groups
             for linear in group.linears
         ]
-        self.plan.checkpoint.save(position, linears, [], {})
+        self.plan.state.save(position, linears, [], {})
         self.finished = position
 
 

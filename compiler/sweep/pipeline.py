@@ -22,7 +22,7 @@ from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
-from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.resume import SweepState
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
 from eoracc.compiler.sweep.survey import Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
@@ -109,8 +109,8 @@ def compress(
             graphs.keep(first.name, model)
         else:
             passes = [item for item in members if isinstance(item, LayerPass)]
-            checkpoint = SweepCheckpoint(kept, key)
-            _sweep(config, compressed, passes, calibration, checkpoint, progress, times)
+            state = SweepState(kept, key)
+            _sweep(config, compressed, passes, calibration, state, progress, times)
             graphs.keep("+".join(item.name for item in passes), model)
     compressed.times = times.times()
     return compressed
@@ -128,7 +128,7 @@ def _sweep(
     compressed: Compressed,
     passes: Sequence[LayerPass],
     calibration: Windows | None,
-    checkpoint: SweepCheckpoint,
+    state: SweepState,
     progress: Progress,
     times: PassTimes,
 ) -> None:
@@ -151,7 +151,7 @@ def _sweep(
         passes,
         batches,
         comparators={name: compensation_solver(name) for name in config.verify.compare},
-        checkpoint=checkpoint,
+        state=state,
         progress=progress,
         times=times,
     )

@@ -1,7 +1,8 @@
-"""Keep a sweep's finished blocks on disk, so that an interrupted build goes on where it was.
+"""Save the state of a sweep, so that an interrupted build resumes after the last saved block.
 
-The folder holds what was made of every finished linear, the activations at the point reached, and
-``state.json``, which is replaced last: whatever it names is complete. All arrays are safetensors.
+The folder holds the result of every finished linear, the activations at the level reached, and
+``state.json``. That file is replaced last: the files that it names are complete. All arrays are
+safetensors.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from eoracc.passes.graph.linears import Factorized, Linear
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
-__all__ = ["AdapterCheckpoint", "SweepCheckpoint"]
+__all__ = ["AdapterState", "SweepState"]
 
 Array = NDArray[np.generic]
-_STATE = "state.json"
+_INDEX = "state.json"
 
 SAVE_INTERVAL_S = 10.0
-"""Least time between two saves: the activations of a small model take as long to write as a block
-takes to compress, and an interruption may cost a few seconds of work."""
+"""Least time between two saves. Writing the activations of a small model takes as long as
+compressing a block, and an interruption may cost a few seconds of work."""
 
 _FACTORS = ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
 
 
 @dataclass
-class _Checkpoint:
-    """Progress of one forward sweep.
+class _State:
+    """The saved state of one forward sweep.
 
     Attributes:
-      folder: made on the first save.
-      key: digest of all that the result depends on; a folder with another key is discarded.
+      folder: created by the first save.
+      key: digest of everything that the result depends on; a folder with another key is deleted.
     """
 
     folder: Path
@@ -54,17 +55,17 @@ class _Checkpoint:
 
     @property
     def is_due(self) -> bool:
-        """Whether the last save is long enough ago for another one."""
+        """Whether enough time has passed since the last save."""
         return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
     def _finished(
-        self, state: Mapping[str, Any]
+        self, index: Mapping[str, Any]
     ) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
-        """What is known of each finished linear, with the arrays of the file that holds it.
+        """The record of each finished linear, with the arrays of its file.
 
-        The factors of weights are mapped and stay where they are.
+        The factors of factorised weights are memory-mapped.
         """
-        for file in state["operands"]:
+        for file in index["operands"]:
             path = self.folder / file["name"]
             arrays = _map_factors(path)
             with safe_open(path, framework="numpy") as stored:
@@ -72,9 +73,9 @@ class _Checkpoint:
             for meta in file["linears"]:
                 yield meta, arrays
 
-    def _read_activations(self, state: Mapping[str, Any], batches: Sequence[Batch]) -> None:
-        # None were kept of a sweep that has reached its end.
-        for batch, name in zip(batches, state["activations"], strict=False):
+    def _read_activations(self, index: Mapping[str, Any], batches: Sequence[Batch]) -> None:
+        # A sweep that has reached its end has saved none.
+        for batch, name in zip(batches, index["activations"], strict=False):
             batch.values.clear()
             batch.values.update(load_file(self.folder / name))
 
@@ -85,51 +86,58 @@ class _Checkpoint:
         arrays: dict[str, Array],
         batches: Sequence[Batch],
     ) -> str:
-        """Add linears, which have been finished since the last time, to what is kept.
+        """Save the linears that have been finished since the last save.
+
+        Args:
+          position: levels that are finished.
+          metas: a record of each linear.
+          arrays: their operands.
+          batches: the activations at the level reached.
 
         Returns:
-          The name of the file that holds their arrays.
+          The name of the file with the arrays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = self._state() or {"key": self.key, "operands": [], "activations": []}
+        index = self._index() or {"key": self.key, "operands": [], "activations": []}
         name = f"operands-{position:05d}.safetensors"
         save_file(arrays, self.folder / name)
-        stale: list[str] = state["activations"]
+        stale: list[str] = index["activations"]
         live: list[str] = []
-        # A file each: what is written is copied on its way, and all at once would be the most
-        # memory that a build takes.
+        # One file per batch: writing copies the arrays, and a copy of all at once would be the
+        # peak of a build's memory.
         for i, batch in enumerate(batches):
             live.append(f"activations-{position:05d}-{i:04d}.safetensors")
             values = {key: np.ascontiguousarray(value) for key, value in batch.values.items()}
             save_file(values, self.folder / live[-1])
-        state["operands"].append({"name": name, "linears": metas})
-        state.update(activations=live, position=position)
-        partial = self.folder / f"{_STATE}.partial"
-        partial.write_text(json.dumps(state))
-        partial.replace(self.folder / _STATE)
+        index["operands"].append({"name": name, "linears": metas})
+        index.update(activations=live, position=position)
+        partial = self.folder / f"{_INDEX}.partial"
+        partial.write_text(json.dumps(index))
+        partial.replace(self.folder / _INDEX)
         for old in set(stale) - set(live):
             (self.folder / old).unlink(missing_ok=True)
         self._saved_s = time.monotonic()
         return name
 
-    def _kept(self) -> set[str]:
-        """Names of the linears that are on disk."""
-        state = self._state() or {"operands": []}
-        return {meta["name"] for file in state["operands"] for meta in file["linears"]}
+    def _saved_names(self) -> set[str]:
+        """Names of the saved linears."""
+        index = self._index() or {"operands": []}
+        return {meta["name"] for file in index["operands"] for meta in file["linears"]}
 
-    def _state(self) -> dict[str, Any] | None:
-        path = self.folder / _STATE
+    def _index(self) -> dict[str, Any] | None:
+        """The content of state.json; None where there is none with the same key."""
+        path = self.folder / _INDEX
         if not path.exists():
             return None
-        state: dict[str, Any] = json.loads(path.read_text())
-        if state["key"] != self.key:
+        index: dict[str, Any] = json.loads(path.read_text())
+        if index["key"] != self.key:
             shutil.rmtree(self.folder)
             return None
-        return state
+        return index
 
 
-class SweepCheckpoint(_Checkpoint):
-    """Progress of the sweep that compresses."""
+class SweepState(_State):
+    """The saved state of a sweep that compresses."""
 
     def resume(
         self,
@@ -137,15 +145,24 @@ class SweepCheckpoint(_Checkpoint):
         batches: Sequence[Batch],
         comparisons: Mapping[str, dict[str, LowRank]],
     ) -> int:
-        """Put back what was kept into the arguments; return how many levels are finished."""
-        state = self._state()
-        if state is None:
+        """Restore the saved state into the arguments.
+
+        Args:
+          linears: of the graph, in execution order.
+          batches: whose activations are set.
+          comparisons: factors of each comparator, by linear.
+
+        Returns:
+          How many levels are finished.
+        """
+        index = self._index()
+        if index is None:
             return 0
         by_name = {linear.name: linear for linear in linears}
-        for meta, arrays in self._finished(state):
+        for meta, arrays in self._finished(index):
             _restore(by_name[meta["name"]], meta, arrays, comparisons)
-        self._read_activations(state, batches)
-        return int(state["position"])
+        self._read_activations(index, batches)
+        return int(index["position"])
 
     def save(
         self,
@@ -154,25 +171,25 @@ class SweepCheckpoint(_Checkpoint):
         batches: Sequence[Batch],
         comparisons: Mapping[str, Mapping[str, LowRank]],
     ) -> None:
-        """Keep what has been finished since the last save; ``position`` levels are.
+        """Save the linears that have been finished since the last save.
 
         Args:
           position: levels that are finished.
-          linears: of those levels. The factors of those that have been factorised are mapped from
-            what is kept, and no longer held in memory.
-          batches: the activations at the point reached.
+          linears: of those levels. The factors of factorised ones are memory-mapped from the saved
+            file afterwards, to free the memory.
+          batches: the activations at the level reached.
           comparisons: the comparators' factors.
         """
-        kept = self._kept()
-        # What a quantizing pass leaves out has an error of zero on record, and no weight to keep.
+        saved = self._saved_names()
+        # A linear that the passes skip has an error of zero on record, and no weight to save.
         fresh = [
             linear
             for linear in linears
-            if linear.name not in kept
+            if linear.name not in saved
             and (linear.compressed is not None or linear.factorized is not None or linear.errors)
         ]
         arrays: dict[str, Array] = {}
-        metas = [_keep(linear, arrays, comparisons) for linear in fresh]
+        metas = [_pack(linear, arrays, comparisons) for linear in fresh]
         name = self._write(position, metas, arrays, batches)
         mapped = _map_factors(self.folder / name)
         for linear in fresh:
@@ -180,8 +197,8 @@ class SweepCheckpoint(_Checkpoint):
                 linear.hold_factors(_factorized(linear.name, mapped))
 
 
-class AdapterCheckpoint(_Checkpoint):
-    """Progress of the sweep that solves one adapter."""
+class AdapterState(_State):
+    """The saved state of a sweep that solves one adapter."""
 
     def resume(
         self,
@@ -189,21 +206,24 @@ class AdapterCheckpoint(_Checkpoint):
         figures: dict[str, dict[str, float]],
         batches: Sequence[Batch],
     ) -> int:
-        """Put back what was kept into the arguments; return how many levels are finished.
+        """Restore the saved state into the arguments.
 
         Args:
           factors: of the adapter, by linear.
-          figures: what is on record of each of them.
+          figures: errors of each linear.
           batches: whose activations are set.
+
+        Returns:
+          How many levels are finished.
         """
-        state = self._state()
-        if state is None:
+        index = self._index()
+        if index is None:
             return 0
-        for meta, arrays in self._finished(state):
+        for meta, arrays in self._finished(index):
             factors[meta["name"]] = _restore_factors(meta["name"], "", meta["bits"], arrays)
             figures[meta["name"]] = meta["figures"]
-        self._read_activations(state, batches)
-        return int(state["position"])
+        self._read_activations(index, batches)
+        return int(index["position"])
 
     def save(
         self,
@@ -212,27 +232,34 @@ class AdapterCheckpoint(_Checkpoint):
         figures: Mapping[str, Mapping[str, float]],
         batches: Sequence[Batch],
     ) -> None:
-        """Keep what has been finished since the last save; ``position`` levels are."""
-        kept = self._kept()
+        """Save the factors that have been solved since the last save.
+
+        Args:
+          position: levels that are finished.
+          factors: of the adapter, by linear.
+          figures: errors of each linear.
+          batches: the activations at the level reached.
+        """
+        saved = self._saved_names()
         arrays: dict[str, Array] = {}
         metas = [
             {
                 "name": name,
-                "bits": _keep_factors(name, "", found, arrays),
+                "bits": _pack_factors(name, "", low_rank, arrays),
                 "figures": figures[name],
             }
-            for name, found in factors.items()
-            if name not in kept
+            for name, low_rank in factors.items()
+            if name not in saved
         ]
         self._write(position, metas, arrays, batches)
 
 
-def _keep(
+def _pack(
     linear: Linear, arrays: dict[str, Array], comparisons: Mapping[str, Mapping[str, LowRank]]
 ) -> dict[str, Any]:
     meta = {"name": linear.name, "errors": linear.errors, "notes": linear.notes}
     if linear.factorized is not None:
-        # As the graph holds them, so that it can map them from the file.
+        # In the layout of the graph, which maps them from the file.
         arrays[f"{linear.name}/u"] = linear.factorized.u.T
         arrays[f"{linear.name}/v"] = linear.factorized.v.T
     weight = linear.compressed
@@ -243,14 +270,17 @@ def _keep(
     if weight.zero_points is not None:
         arrays[f"{linear.name}/zero_points"] = weight.zero_points
     compared = {
-        name: found[linear.name] for name, found in comparisons.items() if linear.name in found
+        name: factors[linear.name]
+        for name, factors in comparisons.items()
+        if linear.name in factors
     }
     factors = compared if linear.factors is None else {"": linear.factors, **compared}
     return meta | {
         "bits": weight.bits,
         "group_size": weight.group_size,
         "factors": {
-            name: _keep_factors(linear.name, name, found, arrays) for name, found in factors.items()
+            name: _pack_factors(linear.name, name, low_rank, arrays)
+            for name, low_rank in factors.items()
         },
     }
 
@@ -261,7 +291,7 @@ def _restore(
     arrays: Mapping[str, Array],
     comparisons: Mapping[str, dict[str, LowRank]],
 ) -> None:
-    # Whole: what an earlier sweep has put there is part of what was kept.
+    # Replaced, not extended: the entries of earlier sweeps have been saved too.
     linear.errors = dict(meta["errors"])
     linear.notes[:] = meta["notes"]
     if f"{linear.name}/u" in arrays:
@@ -293,7 +323,7 @@ def _factorized(linear: str, arrays: Mapping[str, Array]) -> Factorized:
 
 
 def _map_factors(path: Path) -> dict[str, Array]:
-    """The factors of weights in a safetensors file, mapped: what is used of them is read then."""
+    """The factors of factorised weights in a safetensors file, memory-mapped."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -307,7 +337,7 @@ def _map_factors(path: Path) -> dict[str, Array]:
     }
 
 
-def _keep_factors(linear: str, name: str, factors: LowRank, arrays: dict[str, Array]) -> int:
+def _pack_factors(linear: str, name: str, factors: LowRank, arrays: dict[str, Array]) -> int:
     """Put the operands of ``factors`` into ``arrays``; return the bits of integer ones."""
     for part in _FACTORS:
         array = getattr(factors, part)

@@ -15,7 +15,7 @@ from eoracc.compiler.progress import PassTimes, Progress
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
-from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.resume import SweepState
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
@@ -45,7 +45,7 @@ def run_sweep(
     batches: list[Batch],
     *,
     comparators: Mapping[str, Comparator],
-    checkpoint: SweepCheckpoint,
+    state: SweepState,
     progress: Progress,
     times: PassTimes,
 ) -> Comparisons:
@@ -57,7 +57,7 @@ def run_sweep(
       batches: the calibration windows; empty where no pass is ``calibrate``.
       comparators: further compensation solvers, run at the rank that each linear was given and
         stored in the same type.
-      checkpoint: where finished blocks are kept; blocks that it holds are taken from it.
+      state: saves finished blocks; the blocks that it has already are restored from it.
       progress: shown one step per group.
       times: given the time of each pass.
 
@@ -71,7 +71,7 @@ def run_sweep(
     forward = None if calibrate is None else _forward(executor, calibrate, batches)
     live = [] if forward is None else forward.live
     comparisons: Comparisons = {name: {} for name in comparators}
-    begin = checkpoint.resume(executor.linears, live, comparisons)
+    begin = state.resume(executor.linears, live, comparisons)
     with progress.phase("compress", len(executor.levels)) as phase:
         for level, groups in enumerate(executor.levels):
             if level < begin:
@@ -98,17 +98,17 @@ def run_sweep(
                 if _block(executor, level + 1) != _block(executor, level):
                     # Trimmed too: between activations that come and go, the heap fills with holes.
                     release_memory()
-                    if checkpoint.is_due:
-                        _save(checkpoint, level + 1, executor, live, comparisons)
+                    if state.is_due:
+                        _save(state, level + 1, executor, live, comparisons)
             phase.advance(f"block {_block(executor, level)}")
     if begin < len(executor.levels):
         # Without activations: nothing goes on from the end but what comes after the sweep.
-        _save(checkpoint, len(executor.levels), executor, [], comparisons)
+        _save(state, len(executor.levels), executor, [], comparisons)
     return comparisons
 
 
 def _save(
-    checkpoint: SweepCheckpoint,
+    state: SweepState,
     position: int,
     executor: Executor,
     live: Sequence[Batch],
@@ -121,7 +121,7 @@ def _save(
         for group in groups
         for linear in group.linears
     ]
-    checkpoint.save(position, finished, live, comparisons)
+    state.save(position, finished, live, comparisons)
 
 
 def _forward(executor: Executor, calibrate: Calibrate, batches: Sequence[Batch]) -> ForwardPass:

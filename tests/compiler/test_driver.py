@@ -13,7 +13,7 @@ from eoracc.compiler import driver
 from eoracc.compiler.driver import BuildResult
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
-from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.resume import SweepState
 from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
 from eoracc.runtime.artifact.manifest import verify_manifest
@@ -187,7 +187,7 @@ def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
-    monkeypatch.setattr(SweepCheckpoint, "save", save)
+    monkeypatch.setattr(SweepState, "save", save)
     with pytest.raises(ArtifactError, match=r"out: the disk is full: free some space or choose"):
         build(workspace, tiny_config())
     assert "out" not in left_over(workspace)

@@ -11,7 +11,7 @@ import pytest
 from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.resume import SweepState
 from eoracc.compiler.sweep.run import run_sweep
 from eoracc.compiler.sweep.survey import Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
@@ -69,7 +69,7 @@ def test_finds_the_last_blocks_of_a_real_model(smollm2_folder: Path, tmp_path: P
         [replace(quantize, overrides=low)],
         calibration_batches(windows),
         comparators={},
-        checkpoint=SweepCheckpoint(tmp_path / "sweep", "key"),
+        state=SweepState(tmp_path / "sweep", "key"),
         progress=SilentProgress(),
         times=PassTimes(),
     )

@@ -16,7 +16,7 @@ from eoracc.compiler.progress import PassTimes, Phase, SilentProgress
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.sweep.resume import AdapterCheckpoint, SweepCheckpoint
+from eoracc.compiler.sweep.resume import AdapterState, SweepState
 from eoracc.compiler.sweep.run import run_sweep
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
@@ -58,7 +58,7 @@ def backbone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbone
         [FLOAT32, QuantizeGptq(bits=2, group_size=16), Eora(rank=3)],
         make_batches(text.input_ids, text.attention_mask, size=4),
         comparators={},
-        checkpoint=SweepCheckpoint(work / "sweep", "key"),
+        state=SweepState(work / "sweep", "key"),
         progress=SilentProgress(),
         times=PassTimes(),
     )
@@ -261,11 +261,11 @@ def test_key_covers_what_the_factors_depend_on(
 ) -> None:
     keys: list[str] = []
 
-    def stop(self: AdapterCheckpoint) -> None:
+    def stop(self: AdapterState) -> None:
         keys.append(self.key)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AdapterCheckpoint, "__post_init__", stop)
+    monkeypatch.setattr(AdapterState, "__post_init__", stop)
     text = windows(1, highest=30)
     heavy = Windows(text.input_ids, text.attention_mask, np.full(6, 2, np.float32))
     for what, weight_of in (

@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from eoracc.compiler.sweep.batch import Batch
-from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepCheckpoint
+from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepState
 from eoracc.passes import load_passes
 from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.graph.linears import Linear
@@ -47,15 +47,15 @@ def compressed(*, symmetric: bool) -> tuple[Linear, Linear, Comparisons]:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_puts_back_what_it_kept(tmp_path: Path, *, symmetric: bool) -> None:
     first, second, comparisons = compressed(symmetric=symmetric)
-    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
+    state = SweepState(tmp_path / "sweep", "key")
     values = {"a": np.arange(6, dtype=np.float32).reshape(1, 3, 2)}
     flags = {"b": np.array([[True, False, True]])}
-    checkpoint.save(4, [first, second], batches(values, flags), comparisons)
+    state.save(4, [first, second], batches(values, flags), comparisons)
 
     again = list(qkv().linears)
     found: Comparisons = {"svd": {}}
     live = batches({"stale": values["a"]}, {})
-    assert checkpoint.resume(again, live, found) == 4
+    assert state.resume(again, live, found) == 4
     assert again[0].compressed is not None
     np.testing.assert_array_equal(again[0].effective_weight(), first.effective_weight())
     assert (again[0].compressed.zero_points is None) is symmetric
@@ -73,10 +73,10 @@ def test_puts_back_what_it_kept(tmp_path: Path, *, symmetric: bool) -> None:
 
 def test_later_saves_add_linears_and_replace_activations(tmp_path: Path) -> None:
     first, second, comparisons = compressed(symmetric=False)
-    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
-    checkpoint.save(1, [first], batches({"a": np.zeros((2, 2), np.float32)}), comparisons)
-    checkpoint.save(2, [first, second], batches({"c": np.ones((2, 2), np.float32)}), comparisons)
-    names = sorted(path.name for path in checkpoint.folder.iterdir())
+    state = SweepState(tmp_path / "sweep", "key")
+    state.save(1, [first], batches({"a": np.zeros((2, 2), np.float32)}), comparisons)
+    state.save(2, [first, second], batches({"c": np.ones((2, 2), np.float32)}), comparisons)
+    names = sorted(path.name for path in state.folder.iterdir())
     assert names == [
         "activations-00002-0000.safetensors",
         "operands-00001.safetensors",
@@ -85,7 +85,7 @@ def test_later_saves_add_linears_and_replace_activations(tmp_path: Path) -> None
     ]
     again = list(qkv().linears)
     live = batches({})
-    assert checkpoint.resume(again, live, {"svd": {}}) == 2
+    assert state.resume(again, live, {"svd": {}}) == 2
     assert list(live[0].values) == ["c"]
     assert again[0].compressed is not None
 
@@ -93,38 +93,38 @@ def test_later_saves_add_linears_and_replace_activations(tmp_path: Path) -> None
 def test_another_key_discards_it(tmp_path: Path) -> None:
     first, second, comparisons = compressed(symmetric=False)
     folder = tmp_path / "sweep"
-    SweepCheckpoint(folder, "old").save(3, [first, second], batches({}), comparisons)
+    SweepState(folder, "old").save(3, [first, second], batches({}), comparisons)
     linears = list(qkv().linears)
-    assert SweepCheckpoint(folder, "new").resume(linears, batches({}), {"svd": {}}) == 0
+    assert SweepState(folder, "new").resume(linears, batches({}), {"svd": {}}) == 0
     assert not folder.exists()
     assert linears[0].compressed is None
 
 
 def test_nothing_kept_begins_at_the_beginning(tmp_path: Path) -> None:
     live = batches({"input_ids": np.zeros((1, 3), np.float32)})
-    assert SweepCheckpoint(tmp_path / "none", "key").resume([], live, {}) == 0
+    assert SweepState(tmp_path / "none", "key").resume([], live, {}) == 0
     assert list(live[0].values) == ["input_ids"]
 
 
 def test_files_that_the_state_does_not_name_are_not_read(tmp_path: Path) -> None:
     first, second, comparisons = compressed(symmetric=False)
-    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
-    checkpoint.save(1, [first, second], batches({}), comparisons)
+    state = SweepState(tmp_path / "sweep", "key")
+    state.save(1, [first, second], batches({}), comparisons)
     # As an interruption in the middle of a save leaves it.
-    (checkpoint.folder / "operands-00002.safetensors").write_bytes(b"half")
-    (checkpoint.folder / "state.json.partial").write_text("{")
-    assert checkpoint.resume(list(qkv().linears), batches({}), {"svd": {}}) == 1
+    (state.folder / "operands-00002.safetensors").write_bytes(b"half")
+    (state.folder / "state.json.partial").write_text("{")
+    assert state.resume(list(qkv().linears), batches({}), {"svd": {}}) == 1
 
 
 def test_saves_are_some_seconds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
     monkeypatch.setattr("eoracc.compiler.sweep.resume.time.monotonic", lambda: now_s[0])
-    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
-    due = [checkpoint.is_due]
+    state = SweepState(tmp_path / "sweep", "key")
+    due = [state.is_due]
     now_s[0] += SAVE_INTERVAL_S
-    due.append(checkpoint.is_due)
-    checkpoint.save(1, [], batches({}), {})
-    due.append(checkpoint.is_due)
+    due.append(state.is_due)
+    state.save(1, [], batches({}), {})
+    due.append(state.is_due)
     assert due == [False, True, False]
 
 
@@ -151,10 +151,10 @@ def is_mapped(array: NDArray[np.generic]) -> bool:
 def test_factors_of_weights_are_kept_and_mapped_from_there(tmp_path: Path) -> None:
     first = factorized()
     product = first.effective_weight()
-    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
-    checkpoint.save(1, [first], batches({}), {})
+    state = SweepState(tmp_path / "sweep", "key")
+    state.save(1, [first], batches({}), {})
     again = qkv().linears[0]
-    assert checkpoint.resume([again], batches({}), {}) == 1
+    assert state.resume([again], batches({}), {}) == 1
     assert again.errors == {"factorize_svd": 0.5}
     for linear in (first, again):
         np.testing.assert_array_equal(linear.effective_weight(), product)
@@ -169,10 +169,10 @@ def test_factors_of_weights_are_kept_and_mapped_from_there(tmp_path: Path) -> No
 
 def test_what_an_earlier_sweep_has_put_on_record_is_not_there_twice(tmp_path: Path) -> None:
     first, second, comparisons = compressed(symmetric=True)
-    checkpoint = SweepCheckpoint(tmp_path / "sweep", "key")
-    checkpoint.save(1, [first, second], batches({}), comparisons)
+    state = SweepState(tmp_path / "sweep", "key")
+    state.save(1, [first, second], batches({}), comparisons)
     again = list(qkv().linears)
     again[0].notes.append("a note")
     again[0].errors["of another run"] = 1.0
-    checkpoint.resume(again, batches({}), {"svd": {}})
+    state.resume(again, batches({}), {"svd": {}})
     assert (again[0].errors, again[0].notes) == (first.errors, ["a note"])

@@ -16,7 +16,7 @@ from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.batch import make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
-from eoracc.compiler.sweep.resume import SweepCheckpoint
+from eoracc.compiler.sweep.resume import SweepState
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
 from eoracc.errors import PassError
 from eoracc.passes import load_passes
@@ -97,7 +97,7 @@ def sweep(
         passes,
         make_batches(*windows(), size=2) if calibrate is not None else [],
         comparators=comparators or {},
-        checkpoint=SweepCheckpoint(work / "sweep", key),
+        state=SweepState(work / "sweep", key),
         progress=SilentProgress(),
         times=PassTimes(),
     )
@@ -213,7 +213,7 @@ def test_the_original_goes_beside_the_factors_of_an_earlier_sweep(
         [Calibrate(match="outputs", precision="float32"), watch],
         make_batches(*windows(), size=2),
         comparators={},
-        checkpoint=SweepCheckpoint(tmp_path / "second", "key"),
+        state=SweepState(tmp_path / "second", "key"),
         progress=SilentProgress(),
         times=PassTimes(),
     )
