@@ -1,9 +1,9 @@
-"""One sweep for many contenders, where their statistics are the same.
+"""One sweep for several contenders that share their statistics.
 
-With ``calibrate: {through: original}`` the input of a linear does not depend on what has become of
-those before it. So contenders that differ in what they do with it can go through the text together:
-every Gram is taken once, and what several of them begin with, a quantization say, is solved once.
-What becomes of each is left where the contender's own sweep looks for finished work.
+With ``calibrate: {through: original}`` the input of a linear does not depend on the compression of
+earlier linears. So contenders with the same calibration can share one forward pass: every Gram is
+taken once, and passes that several contenders begin with, a quantization say, are solved once. The
+results are saved as the state of each contender's own sweep, which then resumes at its end.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Sharing:
     """A contender that may share its first sweep.
 
     Attributes:
-      config: the build that gives it.
-      folder: where that build keeps its sweeps.
+      config: the build of the contender.
+      folder: where that build saves its sweeps.
     """
 
     config: BuildConfig
@@ -58,19 +58,19 @@ def sweep_together(
     folder: Path,
     progress: Progress,
 ) -> float:
-    """Do the first sweep of those of ``contenders`` that can share one.
+    """Run the first sweep of those ``contenders`` that can share one.
 
-    A contender whose passes cannot do their work is left to fail on its own.
+    A contender whose passes fail is left out: its own sweep will raise the error.
 
     Args:
-      contenders: whose folders are filled.
+      contenders: their folders get the results.
       loaded: the model; its graph stays as it is.
       calibration: the text.
-      folder: where the forward pass is kept, for when this is interrupted.
+      folder: for the state of the shared forward pass, to resume an interrupted run.
       progress: shown a phase.
 
     Returns:
-      Seconds of processor time that were spent on all of them together.
+      Seconds of processor time that all contenders share.
     """
     if calibration is None:
         return 0.0
@@ -87,21 +87,21 @@ def sweep_together(
 
 
 def seconds_spent(folder: Path) -> float:
-    """Seconds of processor time that a shared sweep has spent on one contender alone."""
+    """Seconds of processor time that a shared sweep spent on one contender's own passes."""
     path = folder / _SPENT
     return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a contender does in its first sweep.
+    """The first sweep of a contender.
 
     Attributes:
-      common: passes up to and with ``calibrate``, which whoever shares the sweep has alike.
+      common: passes up to and including ``calibrate``, equal for all that share the sweep.
       own: the layer passes after it.
-      key: digest of all that the forward pass up to there depends on.
-      state: of what has been finished here.
-      done: where the contender will look for it once all of it is.
+      key: digest of everything that the forward pass depends on.
+      state: saves the contender's results while the shared sweep runs.
+      done: where the contender's own sweep looks for its state; ``state`` moves there at the end.
       folder: of the contender.
     """
 
@@ -114,7 +114,7 @@ class _Plan:
 
 
 def _plan(contender: Sharing, loaded: LoadedModel, calibration: Windows) -> _Plan | None:
-    """How ``contender`` can share its first sweep; None where it cannot."""
+    """The first sweep of ``contender``; None if it cannot be shared."""
     config = contender.config
     all_stages = config.recipe.stages()
     changes: list[Pass] = []
@@ -128,13 +128,13 @@ def _plan(contender: Sharing, loaded: LoadedModel, calibration: Windows) -> _Pla
         common = (*changes, first)
         done = contender.folder / str(position)
         if done.exists():
-            return None  # it has gone this way already, or has begun to on its own
+            return None  # finished or begun by an earlier run
         alone = config.model_copy(update={"passes": common})
         return _Plan(
             common=common,
             own=tuple(item for item in members[1:] if isinstance(item, LayerPass)),
             key=stage_key(alone, loaded, common, position, calibration),
-            # Not there yet: without activations of its own no sweep can go on from a part of it.
+            # In another folder until all is done: it has no activations to resume a part from.
             state=SweepState(
                 contender.folder / "shared",
                 stage_key(config, loaded, members, position, calibration),
@@ -162,7 +162,7 @@ def _sweep(
     executor = Executor(model, precision=resolve_precision(calibrate.precision))
     runs = [_Run(plan, find_linears(model.clone())) for plan in plans]
     shared = Counter(key for run in runs for key in run.prefixes)
-    forward, kept, begin = _set_out(executor, calibration, folder, runs, plans[0].key)
+    forward, forward_state, begin = _prepare(executor, calibration, folder, runs, plans[0].key)
     with progress.phase("shared sweep", len(executor.levels)) as phase:
         for level, groups in enumerate(executor.levels):
             if level < begin:
@@ -174,7 +174,7 @@ def _sweep(
                 forward.show(group)
                 calibrate.requires(group)
                 calibrate.call(group)
-                known: dict[str, list[_State]] = {}
+                known: dict[str, list[_Result]] = {}
                 runs = [
                     run for run in runs if run.finished > level or run.apply(group, known, shared)
                 ]
@@ -185,46 +185,46 @@ def _sweep(
             forward.step(level)
             if _block(executor, level + 1) != _block(executor, level):
                 release_memory()
-                if kept.is_due:
+                if forward_state.is_due:
                     for run in runs:
                         run.save(executor, level + 1)
-                    # Last: what it names has been kept of everyone.
-                    kept.save(level + 1, [], forward.live, {})
+                    # Last, so that no contender is behind the saved forward pass.
+                    forward_state.save(level + 1, [], forward.live, {})
     for run in runs:
         run.save(executor, len(executor.levels))
         (run.plan.folder / _SPENT).write_text(json.dumps(run.seconds), encoding="utf-8")
         run.plan.state.folder.replace(run.plan.done)
-    shutil.rmtree(kept.folder, ignore_errors=True)
+    shutil.rmtree(forward_state.folder, ignore_errors=True)
     return cpu_seconds() - begun_s - sum(run.seconds for run in runs)
 
 
-def _set_out(
+def _prepare(
     executor: Executor, calibration: Windows, folder: Path, runs: Sequence[_Run], key: str
 ) -> tuple[ForwardPass, SweepState, int]:
-    """The forward pass, where it is kept, and the level that it begins with."""
+    """The forward pass, its saved state, and the level that it begins with."""
 
-    def new() -> ForwardPass:
+    def new_forward() -> ForwardPass:
         batches = calibration_batches(calibration)
         return ForwardPass(executor, batches, Linear.weight, match="weights")
 
-    kept = SweepState(folder, key)
-    forward = new()
-    begin = kept.resume([], forward.live, {})
+    state = SweepState(folder, key)
+    forward = new_forward()
+    begin = state.resume([], forward.live, {})
     if begin > min(run.finished for run in runs):
-        # Somebody has joined since: what was passed is to be shown once more.
+        # A contender that the interrupted run did not have needs the statistics from the start.
         shutil.rmtree(folder)
-        return new(), kept, 0
-    return forward, kept, begin
+        return new_forward(), state, 0
+    return forward, state, begin
 
 
 class _Run:
-    """One contender on its way through the shared sweep.
+    """One contender in the shared sweep.
 
     Attributes:
-      plan: what it does.
-      prefixes: what names the state that each further pass of it leaves.
-      finished: levels that are done, those of an earlier run at first.
-      seconds: of processor time that its own passes took.
+      plan: its first sweep.
+      prefixes: for each of its own passes, a key of all passes up to and including it.
+      finished: number of levels that are saved, by an earlier run at first.
+      seconds: of processor time of its own passes.
     """
 
     def __init__(self, plan: _Plan, linears: Sequence[Linear]) -> None:
@@ -235,39 +235,40 @@ class _Run:
         self.finished = plan.state.resume(linears, [], {})
 
     def apply(
-        self, shown: LinearGroup, known: dict[str, list[_State]], shared: Mapping[str, int]
+        self, shown: LinearGroup, known: dict[str, list[_Result]], shared: Mapping[str, int]
     ) -> bool:
         """Run the contender's passes on its own linears of a group.
 
         Args:
           shown: the group, with its Gram.
-          known: what became of the group by passes that several contenders begin with.
-          shared: how many contenders go through each state.
+          known: results of the group by prefix, for prefixes that several contenders have; added
+            to.
+          shared: number of contenders by prefix.
 
         Returns:
-          Whether they could do their work.
+          Whether the passes succeeded.
         """
         begun_s = cpu_seconds()
         linears = [self._linears[linear.name] for linear in shown.linears]
         group = LinearGroup(tuple(linears), shown.activations, None, shown.gram)
         done = max((n + 1 for n, key in enumerate(self.prefixes) if key in known), default=0)
         if done:
-            for state, linear in zip(known[self.prefixes[done - 1]], linears, strict=True):
-                state.put_on(linear)
+            for result, linear in zip(known[self.prefixes[done - 1]], linears, strict=True):
+                result.copy_to(linear)
         try:
             for key, item in zip(self.prefixes[done:], self.plan.own[done:], strict=True):
                 item.requires(group)
                 with one_thread(item):
                     item.call(group)
                 if shared[key] > 1:
-                    known[key] = [_State.of(linear) for linear in linears]
+                    known[key] = [_Result.of(linear) for linear in linears]
         except PassError:
             return False
         self.seconds += cpu_seconds() - begun_s
         return True
 
     def save(self, executor: Executor, position: int) -> None:
-        """Keep what is finished, ``position`` levels."""
+        """Save the first ``position`` levels."""
         if position <= self.finished:
             return
         linears = [
@@ -281,8 +282,8 @@ class _Run:
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
-    """What has become of one linear, to be put on its like in another copy of the graph."""
+class _Result:
+    """The result of passes on one linear, to copy to the same linear of another contender."""
 
     compressed: NBitsWeight | None
     quantizer: Quantizer | None
@@ -293,8 +294,8 @@ class _State:
     notes: Sequence[str]
 
     @classmethod
-    def of(cls, linear: Linear) -> _State:
-        """What it is now."""
+    def of(cls, linear: Linear) -> _Result:
+        """The present result of ``linear``."""
         return cls(
             linear.compressed,
             linear.quantizer,
@@ -305,8 +306,8 @@ class _State:
             list(linear.notes),
         )
 
-    def put_on(self, linear: Linear) -> None:
-        """Make ``linear``, of which nothing has become yet, the same."""
+    def copy_to(self, linear: Linear) -> None:
+        """Give ``linear``, which no pass has changed yet, the same result."""
         if self.factorized is not None:
             linear.factorize(self.factorized.u, self.factorized.v)
         if self.compressed is not None:
