@@ -18,7 +18,7 @@ sets may come from a survey (:attr:`eoracc.passes.graph.linears.Linear.plan`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -49,7 +49,7 @@ class Overridable:
     not_planned: ClassVar[frozenset[str]] = frozenset()
     """Options that no survey sets, although it may set an option of that name of other passes."""
 
-    overrides: Mapping[str, Override]
+    overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def unmatched_overrides(self, names: Iterable[str]) -> tuple[str, ...]:
         """Patterns that match none of ``names``, the linears of the model: spelling mistakes."""

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from eoracc.errors import PassError
 from eoracc.passes import load_passes
+from eoracc.passes.base import passes_of
+from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.activation_scaled import ActivationScaled
 from eoracc.passes.compensate.base import Compensation, RankOverride, compensation_solver
 from eoracc.passes.compensate.eora import Eora
@@ -28,8 +30,8 @@ from tests.passes.groups import make_group, qkv
 
 load_passes()
 
-METHODS = [Eora, Svd, ActivationScaled, Lqer, ZeroQuantV2]
-CALIBRATED = [Eora, ActivationScaled, Lqer]
+METHODS = passes_of(Compensation)
+CALIBRATED = [method for method in METHODS if Calibrate in method.needs]
 
 
 def solve(

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from eoracc.errors import PassError
 from eoracc.passes import load_passes
-from eoracc.passes.base import pass_type
+from eoracc.passes.base import pass_type, passes_of
+from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import Factorization, RatioOverride, factorized_rank
 from eoracc.passes.factorize.erc_svd import ErcSvd
 from eoracc.passes.factorize.factorize_activation_scaled import FactorizeActivationScaled
@@ -30,15 +31,8 @@ from tests.passes.groups import correlated, make_group, ones, qkv
 
 load_passes()
 
-CALIBRATED: list[type[Factorization]] = [
-    FactorizeActivationScaled,
-    SvdLlm,
-    SvdLlmV2,
-    Nsvd,
-    SaesSvd,
-    ErcSvd,
-]
-METHODS: list[type[Factorization]] = [FactorizeSvd, *CALIBRATED]
+METHODS = passes_of(Factorization)
+CALIBRATED = [method for method in METHODS if Calibrate in method.needs]
 WHITENED: list[type[Factorization]] = [SvdLlm, SvdLlmV2, SaesSvd]
 
 
@@ -321,4 +315,4 @@ def test_damping_leads_svd_llm_to_the_plain_svd() -> None:
 
 
 def test_all_of_the_family_are_registered_under_their_names() -> None:
-    assert [pass_type(method.name) for method in METHODS] == METHODS
+    assert [pass_type(method.name) for method in METHODS] == [*METHODS]

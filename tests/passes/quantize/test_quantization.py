@@ -1,0 +1,140 @@
+"""What holds for every pass that stores weights in fewer bytes, and for every quantizing one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eoracc.errors import PassError
+from eoracc.passes import load_passes
+from eoracc.passes.base import passes_of
+from eoracc.passes.compensate.svd import Svd
+from eoracc.passes.compression import Compression
+from eoracc.passes.overrides import Override
+from eoracc.passes.quantize.quantization import Quantization, QuantizeOverride
+from eoracc.passes.recipe import Recipe
+from eoracc.passes.solvers.factors import weighted_norm
+from eoracc.plugins.operands.weight import NBitsWeight
+from tests.passes.groups import make_group, qkv
+
+load_passes()
+
+METHODS = passes_of(Compression)
+QUANTIZATIONS = passes_of(Quantization)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_puts_the_error_of_what_it_stores_on_record(method: type[Compression]) -> None:
+    group = qkv()
+    compress = method()
+    compress.requires(group)
+    compress.call(group)
+    assert group.gram is not None
+    for linear in group.linears:
+        assert linear.compressed is not None
+        assert linear.quantizer == compress
+        weight, gram = linear.weight(), group.gram.matrix
+        left = weighted_norm(weight - linear.compressed.dequantize(), gram)
+        assert 0 < linear.errors[method.name] < 1
+        np.testing.assert_allclose(
+            linear.errors[method.name], left / weighted_norm(weight, gram), rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plans_the_bytes_that_it_stores(method: type[Compression]) -> None:
+    group = qkv()
+    compress = method()
+    compress.call(group)
+    for linear in group.linears:
+        assert linear.compressed is not None
+        planned = compress.code_bytes(linear.out_features, linear.in_features)
+        assert planned == linear.compressed.nbytes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_requantizes_as_it_compressed(method: type[Compression]) -> None:
+    group = qkv()
+    method().call(group)
+    for linear in group.linears:
+        assert linear.compressed is not None
+        again = method().requantize(linear.weight(), group.gram)
+        # GPTQ solves the group as one stack: sums of other lengths round differently.
+        np.testing.assert_allclose(
+            again.dequantize(), linear.compressed.dequantize(), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compresses_a_table_that_has_no_gram(method: type[Compression]) -> None:
+    weight = np.random.default_rng(2).standard_normal((24, 64)).astype(np.float32)
+    stored = method().requantize(weight, None)
+    assert (stored.out_features, stored.in_features) == weight.shape
+    assert 0 < np.linalg.norm(weight - stored.dequantize()) < np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_leaves_out_what_an_override_skips(method: type[Compression]) -> None:
+    group = qkv()
+    skip = QuantizeOverride if issubclass(method, Quantization) else Override
+    method(overrides={"*.k_proj": skip(skip=True)}).call(group)
+    q, k = group.linears
+    assert q.compressed is not None
+    assert k.compressed is None
+    assert k.errors == {method.name: 0.0}
+    Svd(rank=2).call(group)
+    assert q.factors is not None
+    assert k.factors is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_pass_compresses_the_weights(method: type[Compression]) -> None:
+    for other in METHODS:
+        problems = [text for _, text in Recipe([other(), method()]).problems()]
+        expected = "stands twice" if other is method else f"compressed already by '{other.name}'"
+        assert any(expected in text for text in problems)
+
+
+@pytest.mark.parametrize("method", QUANTIZATIONS)
+@pytest.mark.parametrize("group_size", [16, 32, -1])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_bytes_follow_the_options(
+    method: type[Quantization], group_size: int, symmetric: bool
+) -> None:
+    compress = method(bits=3, group_size=group_size, symmetric=symmetric)
+    group = qkv()
+    compress.call(group)
+    for linear in group.linears:
+        assert linear.compressed is not None
+        assert linear.compressed.bits == 3
+        assert (linear.compressed.zero_points is None) == symmetric
+        planned = compress.code_bytes(linear.out_features, linear.in_features)
+        assert planned == linear.compressed.nbytes
+
+
+@pytest.mark.parametrize("method", QUANTIZATIONS)
+def test_the_head_is_quantized_where_a_pattern_names_it(method: type[Quantization]) -> None:
+    inputs = np.random.default_rng(4).standard_normal((64, 16)).astype(np.float32)
+
+    def compressed(quantize: Quantization) -> NBitsWeight | None:
+        group = make_group({"lm_head": np.eye(16, dtype=np.float32)}, inputs)
+        quantize.call(group)
+        return group.linears[0].compressed
+
+    assert compressed(method()) is None
+    weight = compressed(method(overrides={"lm_head": QuantizeOverride(bits=8)}))
+    assert weight is not None
+    assert weight.bits == 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_factorised_linear_is_refused_within_its_sweep(method: type[Compression]) -> None:
+    group = qkv()
+    rng = np.random.default_rng(5)
+    for linear in group.linears:
+        linear.factorize(
+            rng.standard_normal((linear.out_features, 4)).astype(np.float32),
+            rng.standard_normal((4, linear.in_features)).astype(np.float32),
+        )
+    with pytest.raises(PassError, match="has been factorised in this sweep"):
+        method().call(group)
