@@ -9,9 +9,10 @@ from eoracc.passes.base import Pass
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compensate.quantize_factors import QuantizeFactors
 from eoracc.passes.compression import Compression
-from eoracc.passes.factorize.base import Factorization, factorized_rank
+from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
+from eoracc.passes.solvers.factorization import factorized_rank
 
 __all__ = ["PLAIN_BYTES", "compressed_names", "planned_bytes", "rank_limit", "stored_bytes"]
 

@@ -19,13 +19,14 @@ from typing_extensions import override
 
 from eoracc.passes.base import LayerPass
 from eoracc.passes.overrides import Overridable, Override
+from eoracc.passes.solvers.factorization import factorized_rank
 from eoracc.passes.statistics import record_error
 
 if TYPE_CHECKING:
     from eoracc.passes.graph.linears import LinearGroup
     from eoracc.passes.solvers.gram import Gram
 
-__all__ = ["Factorization", "Ratio", "RatioOverride", "factorized_rank"]
+__all__ = ["Factorization", "Ratio", "RatioOverride"]
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 """Share of a weight's parameters that is removed, ``R_l``."""
@@ -36,22 +37,6 @@ class RatioOverride(Override):
     """What a factorising pass may do differently for some linears."""
 
     ratio: Ratio | None = None
-
-
-_ROUNDING = 1e-9
-"""What floats may make a rank that is a whole number fall short by."""
-
-
-def factorized_rank(out_features: int, in_features: int, ratio: float) -> int:
-    """The rank at which two factors hold ``1 - ratio`` of a weight's parameters, at least 1.
-
-    ``r = floor((1 - ratio) N K / (N + K))``, of the exact product.
-
-    >>> factorized_rank(576, 1536, 0.2), factorized_rank(640, 640, 0.8), factorized_rank(4, 4, 0.99)
-    (335, 64, 1)
-    """
-    effective = out_features * in_features / (out_features + in_features)
-    return max(1, int((1 - ratio) * effective + _ROUNDING))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.errors import ModelError, PassError
+from eoracc.passes.graph.stored import factor_arrays, stored_factors, stored_weight
 from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
@@ -33,12 +34,7 @@ __all__ = [
     "block_of",
     "find_again",
     "find_linears",
-    "stored_factors",
-    "stored_weight",
 ]
-
-_INT4 = ir.DataType.INT4.numpy()
-"""NumPy type of the values of an int4 factor while it stands in the graph."""
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h|layer)\.(\d+)\.")
 
@@ -293,10 +289,11 @@ class Linear:
             self._initializer("zero_points", weight.zero_points),
             None,
         ]
-        for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale"):
-            array: Any = None if factors is None else getattr(factors, part)
-            is_int4 = factors is not None and factors.bits == 4 and part in ("lora_a", "lora_b")
-            operands.append(self._initializer(part, array.astype(_INT4) if is_int4 else array))
+        parts = {} if factors is None else factor_arrays(factors)
+        operands += [
+            self._initializer(part, parts.get(part))
+            for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+        ]
         while operands[-1] is None:
             operands.pop()
         replaced, stale = self.node, tuple(self.node.inputs[1:])
@@ -457,49 +454,6 @@ def _from_fused(node: ir.Node) -> Linear:
         compressed=stored_weight(node),
         factors=stored_factors(node),
     )
-
-
-def stored_weight(node: ir.Node) -> NBitsWeight:
-    """The weight that is operands of an eoracc op of plain layout, a linear or a table.
-
-    Raises:
-      ModelError: it is computed by the graph.
-    """
-    packed, scales, zero_points = (
-        _array(node, place) for place in (Input.B, Input.scales, Input.zero_points)
-    )
-    if packed is None or scales is None:
-        raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
-    return NBitsWeight(
-        packed=packed,  # type: ignore[arg-type]
-        scales=scales,  # type: ignore[arg-type]
-        zero_points=zero_points,  # type: ignore[arg-type]
-        bits=node.attributes["bits"].as_int(),
-        group_size=node.attributes["block_size"].as_int(),
-        in_features=node.attributes["K"].as_int(),
-    )
-
-
-def stored_factors(node: ir.Node) -> LowRank | None:
-    """Low-rank factors that are operands of the fused ``node``, of plain layout; None for none."""
-    lora_a, lora_b = _array(node, Input.lora_a), _array(node, Input.lora_b)
-    if lora_a is None or lora_b is None:
-        return None
-    bits = 4 if lora_a.dtype == _INT4 else 8
-    if bits == 4:
-        lora_a, lora_b = lora_a.astype(np.int8), lora_b.astype(np.int8)
-    return LowRank(
-        lora_a=lora_a,  # type: ignore[arg-type]
-        lora_b=lora_b,  # type: ignore[arg-type]
-        lora_a_scale=_array(node, Input.lora_a_scale),  # type: ignore[arg-type]
-        lora_b_scale=_array(node, Input.lora_b_scale),  # type: ignore[arg-type]
-        bits=bits,
-    )
-
-
-def _array(node: ir.Node, position: int) -> NDArray[np.generic] | None:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _module_name(node: ir.Node, weight: ir.Value) -> str:

@@ -13,8 +13,9 @@ from typing_extensions import override
 from eoracc.errors import PassError
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.factorize.base import Factorization, factorized_rank
+from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.recipe import Recipe
+from eoracc.passes.solvers.factorization import factorized_rank
 from eoracc.passes.solvers.factors import gram_root
 from eoracc.passes.solvers.ratio_allocation import MAX_RATIO, ratios_by_energy, ratios_by_loss
 from eoracc.passes.statistics import require_gram

@@ -21,6 +21,7 @@ __all__ = [
     "NESTED_SHARE",
     "activation_scaled_factors",
     "alignment_weight",
+    "factorized_rank",
     "nested_factors",
     "plain_factors",
     "saes_factors",
@@ -33,6 +34,21 @@ Float = NDArray[np.float64]
 
 NESTED_SHARE: Final = 0.95
 """``k1 / k`` of NSVD's main experiments."""
+
+_ROUNDING: Final = 1e-9
+"""The most that rounding takes from a rank that is a whole number."""
+
+
+def factorized_rank(out_features: int, in_features: int, ratio: float) -> int:
+    """The rank at which two factors hold ``1 - ratio`` of a weight's parameters, at least 1.
+
+    ``r = floor((1 - ratio) N K / (N + K))``, of the exact product.
+
+    >>> factorized_rank(576, 1536, 0.2), factorized_rank(640, 640, 0.8), factorized_rank(4, 4, 0.99)
+    (335, 64, 1)
+    """
+    effective = out_features * in_features / (out_features + in_features)
+    return max(1, int((1 - ratio) * effective + _ROUNDING))
 
 
 def plain_factors(weight: NDArray[np.floating], rank: int) -> tuple[Float, Float]:

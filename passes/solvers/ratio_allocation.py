@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.passes.factorize.base import factorized_rank
 from eoracc.passes.solvers.allocation import Candidate, allocate
+from eoracc.passes.solvers.factorization import factorized_rank
 
 __all__ = ["MAX_RATIO", "ratios_by_energy", "ratios_by_loss"]
 

@@ -19,7 +19,7 @@ from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.errors import ArtifactError
-from eoracc.passes.factorize.base import factorized_rank
+from eoracc.passes.solvers.factorization import factorized_rank
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:

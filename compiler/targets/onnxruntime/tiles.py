@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from eoracc.passes.graph.linears import stored_factors
 from eoracc.passes.graph.names import PARTS
+from eoracc.passes.graph.stored import stored_factors
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, VECTOR, tile_codes, tile_rows, unpack_codes

@@ -30,7 +30,7 @@ from eoracc.compiler.targets.tensorrt.half_precision import round_to
 from eoracc.compiler.targets.tensorrt.lower_graph import AdapterType, Dtype, lower_decoder
 from eoracc.compiler.targets.tensorrt.lower_rtx import DequantizeWriter
 from eoracc.errors import PassError, PluginError
-from eoracc.passes.graph.linears import stored_factors, stored_weight
+from eoracc.passes.graph.stored import stored_factors, stored_weight
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.op import DOMAIN, FUSED_OP
 from eoracc.plugins.operands.low_rank import LowRank

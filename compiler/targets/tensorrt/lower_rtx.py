@@ -22,7 +22,7 @@ from eoracc.compiler.targets.tensorrt.lower_graph import (
     Dtype,
     lower_decoder,
 )
-from eoracc.passes.graph.linears import stored_factors, stored_weight
+from eoracc.passes.graph.stored import stored_factors, stored_weight
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.op import Input
 

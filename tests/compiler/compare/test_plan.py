@@ -11,10 +11,10 @@ from eoracc.compiler.compare.planned_bytes import planned_bytes, rank_limit
 from eoracc.compiler.config.budget import budget_bits, parse_budget
 from eoracc.errors import ConfigError
 from eoracc.passes.compensate.eora import Eora
-from eoracc.passes.factorize.base import factorized_rank
 from eoracc.passes.factorize.svd_llm import SvdLlm
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.plan.allocate import Allocate
+from eoracc.passes.solvers.factorization import factorized_rank
 from tests.compare_methods import QUANTIZE, config, method
 
 if TYPE_CHECKING:

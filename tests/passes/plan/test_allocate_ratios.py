@@ -15,9 +15,9 @@ from eoracc.compiler.sweep.pipeline import Compressed, compress
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
-from eoracc.passes.factorize.base import factorized_rank
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.plan.allocate_ratios import AllocateRatios
+from eoracc.passes.solvers.factorization import factorized_rank
 from eoracc.passes.solvers.ratio_allocation import ratios_by_loss
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from eoracc.passes.solvers.factorization import (
     activation_scaled_factors,
     alignment_weight,
+    factorized_rank,
     nested_factors,
     plain_factors,
     saes_factors,
@@ -361,3 +364,17 @@ class TestSaes:
 def _plain(problem: Problem, rank: int) -> Float:
     u, v = plain_factors(problem.weight, rank)
     return u @ v
+
+
+def test_the_rank_is_that_of_exact_arithmetic() -> None:
+    """``1 - 0.8`` falls short of 0.2 in floats, and 320 times that of 64."""
+    for rows, columns in [(640, 640), (576, 576), (40, 40), (2048, 640), (48, 88)]:
+        for blocks, removed in itertools.product((1, 18, 30), range(1, 100)):
+            for k in {1, blocks // 2, blocks} - {0}:
+                ratio = Fraction(blocks * removed, 100 * k)
+                if ratio >= 1:
+                    continue
+                exact = (1 - ratio) * Fraction(rows * columns, rows + columns)
+                found = factorized_rank(rows, columns, blocks * (removed / 100) / k)
+                assert found == max(1, int(exact))
+    assert factorized_rank(640, 640, 0.8) == 64

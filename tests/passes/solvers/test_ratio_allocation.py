@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eoracc.passes.factorize.base import factorized_rank
+from eoracc.passes.solvers.factorization import factorized_rank
 from eoracc.passes.solvers.ratio_allocation import MAX_RATIO, ratios_by_energy, ratios_by_loss
 
 

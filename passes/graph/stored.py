@@ -1,0 +1,78 @@
+"""Weights and low-rank factors as operands of a node, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from eoracc.errors import ModelError
+from eoracc.plugins.op import Input
+from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.plugins.operands.weight import NBitsWeight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["factor_arrays", "stored_factors", "stored_weight"]
+
+_INT4 = ir.DataType.INT4.numpy()
+"""NumPy type of the values of an int4 factor in the graph."""
+
+
+def stored_weight(node: ir.Node) -> NBitsWeight:
+    """The weight that is operands of an eoracc op of plain layout, a linear or a table.
+
+    Raises:
+      ModelError: it is computed by the graph.
+    """
+    packed, scales, zero_points = (
+        _array(node, place) for place in (Input.B, Input.scales, Input.zero_points)
+    )
+    if packed is None or scales is None:
+        raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
+    return NBitsWeight(
+        packed=packed,  # type: ignore[arg-type]
+        scales=scales,  # type: ignore[arg-type]
+        zero_points=zero_points,  # type: ignore[arg-type]
+        bits=node.attributes["bits"].as_int(),
+        group_size=node.attributes["block_size"].as_int(),
+        in_features=node.attributes["K"].as_int(),
+    )
+
+
+def stored_factors(node: ir.Node) -> LowRank | None:
+    """Low-rank factors that are operands of the fused ``node``, of plain layout; None for none."""
+    lora_a, lora_b = _array(node, Input.lora_a), _array(node, Input.lora_b)
+    if lora_a is None or lora_b is None:
+        return None
+    bits = 4 if lora_a.dtype == _INT4 else 8
+    if bits == 4:
+        lora_a, lora_b = lora_a.astype(np.int8), lora_b.astype(np.int8)
+    return LowRank(
+        lora_a=lora_a,  # type: ignore[arg-type]
+        lora_b=lora_b,  # type: ignore[arg-type]
+        lora_a_scale=_array(node, Input.lora_a_scale),  # type: ignore[arg-type]
+        lora_b_scale=_array(node, Input.lora_b_scale),  # type: ignore[arg-type]
+        bits=bits,
+    )
+
+
+def factor_arrays(factors: LowRank) -> dict[str, NDArray[np.generic]]:
+    """The operands that hold ``factors``, in plain layout, by the op's name of the input."""
+    parts: dict[str, NDArray[np.generic] | None] = {
+        "lora_a": factors.lora_a,
+        "lora_b": factors.lora_b,
+        "lora_a_scale": factors.lora_a_scale,
+        "lora_b_scale": factors.lora_b_scale,
+    }
+    arrays = {part: array for part, array in parts.items() if array is not None}
+    if factors.bits == 4:
+        arrays |= {part: arrays[part].astype(_INT4) for part in ("lora_a", "lora_b")}
+    return arrays
+
+
+def _array(node: ir.Node, position: int) -> NDArray[np.generic] | None:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    return None if value is None or value.const_value is None else value.const_value.numpy()
