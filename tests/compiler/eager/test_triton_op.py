@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from eoracc.compiler.eager.triton_op import matmul_nbits_low_rank
 from eoracc.errors import PluginError
+from tests.optional import require
 
 Operands = dict[str, Any]
 
@@ -94,6 +95,7 @@ def test_operand_that_does_not_fit_is_named(changes: Operands, message: str) -> 
 
 
 def test_no_gpu_and_no_triton_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("triton")
     with pytest.raises(PluginError, match="x is on cpu, and the kernel runs on NVIDIA GPUs"):
         matmul_nbits_low_rank(**operands())
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -36,11 +35,6 @@ FUNCTIONS = (
     "getPluginRegistry",
     "initLibNvInferPlugins",
 )
-
-
-def installed() -> bool:
-    """Whether NVIDIA's Python package is there."""
-    return importlib.util.find_spec("tensorrt_bindings") is not None
 
 
 def ask(folder: Path, request: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON

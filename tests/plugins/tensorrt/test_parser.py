@@ -10,13 +10,14 @@ import onnx_ir as ir
 import pytest
 
 from eoracc.plugins.tensorrt.plugin import FIELDS, PLUGIN, PLUGIN_VERSION
+from tests.optional import require
 from tests.plugins.tensorrt import parser
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NAMESPACE, _, NAME = PLUGIN.partition("::")
-pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+require("tensorrt_rtx")
 
 
 @pytest.fixture(scope="module")

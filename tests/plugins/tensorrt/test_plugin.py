@@ -14,6 +14,7 @@ from eoracc.errors import PluginError
 from eoracc.plugins.tensorrt.kernels import Case, count_kernel_sets, in_one_launch, write_kernels
 from eoracc.plugins.tensorrt.plugin import FIELDS, INPUTS, PLUGIN, PLUGIN_VERSION, Kernels
 from eoracc.plugins.triton.tactics import SHARED_BYTES
+from tests.optional import require
 from tests.plugins.tensorrt import frontend
 
 K, N, GROUP = 96, 80, 32
@@ -60,6 +61,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Kernels of every case for capability 8.0, for few rows and for many."""
+    require("triton")
     folder: Path = tmp_path_factory.mktemp("bundle")
     write_kernels(folder, CASES.values(), compute_capabilities=["8.0"], rows=[8, 128])
     return folder
@@ -100,10 +102,7 @@ def use(name: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - shapes b
 
 
 def ask(bundle: Path, folder: Path, *uses: dict[str, Any], capability: str = "8.0") -> Any:  # noqa: ANN401
-    if not frontend.installed():
-        pytest.skip(
-            "NVIDIA's Python front end is not installed: pip install tensorrt-cu13-bindings"
-        )
+    require("tensorrt_bindings")
     request = {"bundle": str(bundle), "compute_capability": capability, "uses": list(uses)}
     return frontend.ask(folder, request)
 

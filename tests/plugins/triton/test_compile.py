@@ -10,6 +10,9 @@ import pytest
 from eoracc.errors import PluginError
 from eoracc.plugins.triton.compile import Compiled, compile_down, compile_kernel
 from eoracc.plugins.triton.tactics import CAPABILITIES, SHARED_BYTES, Variant, tactics
+from tests.optional import require
+
+require("triton")
 
 POINTERS = {"u64", "b64"}
 TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.optional import require
+
+require("triton")
+
 FOLDER = Path(__file__).parent
 
 
