@@ -8,8 +8,6 @@ import pytest
 from eoracc.compiler.compare.methods import find_methods
 from eoracc.compiler.compare.plan import BudgetProblem, fit
 from eoracc.compiler.compare.planned_bytes import planned_bytes, rank_limit
-from eoracc.compiler.config.budget import budget_bits, parse_budget
-from eoracc.errors import ConfigError
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.factorize.svd_llm import SvdLlm
 from eoracc.passes.graph.linears import Linear
@@ -43,21 +41,6 @@ def linears() -> list[Linear]:
 
 def blocks() -> list[Linear]:
     return [linear for linear in linears() if linear.block is not None]
-
-
-@pytest.mark.parametrize(
-    ("value", "text", "bits"),
-    [(3.5, "3.5", 3.5), ("4", "4", 4.0), ("30%", "30%", 11.2), (" 0.5 % ".strip(), "0.5%", 15.92)],
-)
-def test_budgets(value: object, text: str, bits: float) -> None:
-    assert parse_budget(value) == text
-    assert budget_bits(text) == pytest.approx(bits, rel=1e-15)
-
-
-@pytest.mark.parametrize("value", ["", "many", "nan", "inf", 0, -3, "0%", "100%", True, "30 MB"])
-def test_no_budgets(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"is no budget: give bits per weight, 3\.5, or the"):
-        parse_budget(value)
 
 
 def by_hand(rank: int, shape: tuple[int, int], kind: str) -> int:
