@@ -140,7 +140,7 @@ def test_changed_report_is_not_taken_for_the_artifacts_own(artifact: Path) -> No
 
 def test_nan_does_not_reach_the_report(artifact: Path) -> None:
     before = snapshot(artifact)
-    with pytest.raises(ArtifactError, match=r"report\.json: cannot hold"):
+    with pytest.raises(ArtifactError, match=r"report\.json: cannot be written as JSON"):
         add_adapter(
             artifact, make(artifact), edit_report=lambda content: content.update(x=float("nan"))
         )
