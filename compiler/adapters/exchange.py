@@ -149,8 +149,10 @@ def import_peft(
     floats = modules_to_linears(
         modules, slots.linears, read_layout(artifact), place=str(folder / PEFT_WEIGHTS)
     )
-    factors = {linear: round_factors(one, stored_as) for linear, one in floats.items()}  # type: ignore[arg-type]
-    errors = {linear: relative_error(one, factors[linear]) for linear, one in floats.items()}
+    factors = {linear: round_factors(low_rank, stored_as) for linear, low_rank in floats.items()}  # type: ignore[arg-type]
+    errors = {
+        linear: relative_error(low_rank, factors[linear]) for linear, low_rank in floats.items()
+    }
     worst = max(errors, key=errors.__getitem__, default=None)
     details: dict[str, Any] = {
         "from": f"PEFT, {folder.name}",

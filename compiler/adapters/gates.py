@@ -54,9 +54,9 @@ def score_adapters(
       solved: the adapters; each brings a text of its name.
       progress: shown one step per text.
     """
-    texts = {one.task.name: one.task.held_out for one in solved}
+    texts = {adapter.task.name: adapter.task.held_out for adapter in solved}
     variants: dict[str, Factors] = {NONE: {}}
-    variants |= {one.task.name: one.factors for one in solved}
+    variants |= {adapter.task.name: adapter.factors for adapter in solved}
     perplexity = perplexities(
         Executor(backbone.model, backbone.linears),
         Linear.effective_weight,
@@ -75,7 +75,7 @@ def score_adapters(
     return AdaptersReport(
         perplexity=perplexity,
         original={text: figures[NONE] for text, figures in before.items()},
-        solved={one.task.name: _adapter_report(one) for one in solved},
+        solved={adapter.task.name: _adapter_report(adapter) for adapter in solved},
     )
 
 
@@ -114,8 +114,8 @@ def compare_compensations(
     bare = perplexities(
         executor,
         Linear.backbone_weight,
-        {one.task.name: one.task.held_out for one in alone},
-        {one.task.name: {NONE: {}, one.task.name: one.factors} for one in alone},
+        {adapter.task.name: adapter.task.held_out for adapter in alone},
+        {adapter.task.name: {NONE: {}, adapter.task.name: adapter.factors} for adapter in alone},
         progress=progress,
         phase="score bare",
     )
@@ -131,7 +131,7 @@ def compare_compensations(
     ) -> CompensationReport:
         return CompensationReport(
             backbone_bytes=size,
-            adapter_bytes={one.task.name: one.nbytes for one in adapters},
+            adapter_bytes={adapter.task.name: adapter.nbytes for adapter in adapters},
             perplexity={
                 text: figures[text if adapters else NONE] for text, figures in perplexity.items()
             },
@@ -198,7 +198,7 @@ def record_adapters(
         return adapter_cases(
             backbone.linears,
             backbone.embeddings,
-            {one.task.name: (one.factors, one.task.held_out) for one in solved},
+            {adapter.task.name: (adapter.factors, adapter.task.held_out) for adapter in solved},
             folder=folder,
             phase=phase,
             accuracy_level=accuracy_level,
@@ -256,9 +256,9 @@ def check_adapters(
 
 def refuse_adapters(parity: Mapping[str, AdapterParity]) -> Iterator[str]:
     """One sentence per adapter that the artifact computes wrongly."""
-    for name, one in parity.items():
-        if not one.passed:
-            worst = max(case["max_error"] / case["tolerance"] for case in one.cases)
+    for name, adapter in parity.items():
+        if not adapter.passed:
+            worst = max(case["max_error"] / case["tolerance"] for case in adapter.cases)
             yield (
                 f"adapter '{name}': its logits are off by {worst:.1f} times the tolerance against "
                 "PyTorch"

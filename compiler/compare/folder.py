@@ -1,4 +1,4 @@
-"""Where a comparison keeps what it has finished, for one run at a time."""
+"""The folder in which a comparison caches its results, locked for one run at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["WorkFolder"]
 
 
 class WorkFolder:
-    """Finished rows by their key, sweeps under way, and a checkpoint where it was converted.
+    """Finished rows by key, saved states of sweeps, and a converted checkpoint.
 
     Attributes:
       path: the folder.
@@ -28,15 +28,15 @@ class WorkFolder:
 
     @contextmanager
     def claimed(self, *, fresh: bool = False) -> Iterator[None]:
-        """Make the folder, and keep others from working in it; one that stays empty goes again.
+        """Create and lock the folder; delete it at the end if it is empty.
 
         The lock is on the folder itself: it leaves no file and ends with its process.
 
         Args:
-          fresh: throw away what earlier runs have kept.
+          fresh: delete the results of earlier runs.
 
         Raises:
-          ArtifactError: it cannot be made or written to, or another comparison is at work in it.
+          ArtifactError: it cannot be created or written to, or another comparison has locked it.
         """
         descriptor = self._lock()
         try:
@@ -49,24 +49,24 @@ class WorkFolder:
             os.close(descriptor)
 
     def sweeps(self, key: str) -> Path:
-        """Where the passes of a row keep what they have finished."""
+        """The folder for the saved sweeps of a row."""
         return self.path / "sweeps" / key
 
     @property
     def shared(self) -> Path:
-        """Where the sweep that rows share keeps how far it has come."""
+        """The folder for the state of the sweep that rows share."""
         return self.path / "shared"
 
     def figures(self, key: str, names: Collection[str]) -> dict[str, Any] | None:
-        """The figures ``names`` of a row; None where no run has finished it, or kept others."""
+        """The cached figures of a row; None if there are none, or not exactly ``names``."""
         try:
-            found: object = json.loads(self._row(key).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # not there, or cut off by a crash
+            figures: object = json.loads(self._row(key).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # missing, or truncated by a crash
             return None
-        return found if isinstance(found, dict) and found.keys() == set(names) else None
+        return figures if isinstance(figures, dict) and figures.keys() == set(names) else None
 
     def keep(self, key: str, figures: Mapping[str, Any]) -> None:
-        """Keep the figures of a row, whose sweeps are needed no more."""
+        """Cache the figures of a row and delete its saved sweeps."""
         path = self._row(key)
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -89,12 +89,12 @@ class WorkFolder:
             except BlockingIOError:
                 os.close(descriptor)
                 raise ArtifactError(
-                    f"{self.path}: another comparison is at work there: wait for it to end, or "
+                    f"{self.path}: another comparison is running there: wait for it to end, or "
                     "choose another 'output'"
                 ) from None
             except OSError:
                 pass  # a file system without locks
-            # Whoever had it before may have removed it, being empty, meanwhile.
+            # The last holder may have deleted the empty folder meanwhile.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), self.path.stat()):
                     if os.access(self.path, os.W_OK | os.X_OK):

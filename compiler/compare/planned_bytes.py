@@ -1,4 +1,4 @@
-"""What linears will take once passes have run, from shapes alone; and what they do take."""
+"""Bytes of linears: after passes that have not run yet, from shapes alone, and as they are."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def rank_limit(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
     """
     linears = list(linears)
     # A rank that no linear can have: whoever is given it has none of its own.
-    asked = 1 + max((max(one.out_features, one.in_features) for one in linears), default=0)
+    asked = 1 + max((max(linear.out_features, linear.in_features) for linear in linears), default=0)
     probe = [replace(p, rank=asked) if isinstance(p, Compensation) else p for p in passes]
     return min(
         (
@@ -101,7 +101,7 @@ def _parts(passes: Sequence[Pass], linears: Iterable[Linear]) -> list[_Part]:
     parts = [_Part(linear) for linear in linears]
     for item in passes:
         if isinstance(item, Factorization):
-            parts = [one for part in parts for one in _factorized(item, part)]
+            parts = [factor for part in parts for factor in _factorized(item, part)]
         elif isinstance(item, Compression):
             for part in parts:
                 part.weight_bytes = _compressed(item, part)

@@ -118,7 +118,7 @@ def _series(comparison: Comparison) -> dict[tuple[str, str], list[Figures]]:
         if row.figures is not None:
             series.setdefault((row.method, row.family), []).append(row.figures)
     for figures in series.values():
-        figures.sort(key=lambda one: one.linear_bytes)
+        figures.sort(key=lambda point: point.linear_bytes)
     return series
 
 
@@ -131,22 +131,22 @@ def _panel(
     limit: float = math.inf,
 ) -> None:
     """One figure of every method against the bytes of the compressed linears."""
-    everything = [one for figures in series.values() for one in figures]
-    values = [getattr(one, name) for one in everything]
+    everything = [point for figures in series.values() for point in figures]
+    values = [getattr(point, name) for point in everything]
     if min(values) > limit:
         limit = math.inf
     styles = list(islice(zip(cycle(_COLOURS), cycle(_MARKERS), strict=False), len(series)))
     for ((_, family), figures), (colour, marker) in zip(series.items(), styles, strict=True):
         axes.plot(
-            [one.linear_bytes / 1e6 for one in figures],
-            [min(getattr(one, name), limit) for one in figures],
+            [point.linear_bytes / 1e6 for point in figures],
+            [min(getattr(point, name), limit) for point in figures],
             color=colour,
             marker=marker,
             markersize=5,
             linestyle=_LINES.get(family, ":"),
         )
     for figures, (colour, marker) in zip(series.values(), styles, strict=True):
-        beyond = [one.linear_bytes / 1e6 for one in figures if getattr(one, name) > limit]
+        beyond = [point.linear_bytes / 1e6 for point in figures if getattr(point, name) > limit]
         if beyond:
             axes.plot(
                 beyond,
@@ -169,7 +169,7 @@ def _panel(
             color="0.4",
         )
     axes.margins(y=0.08)
-    sizes = [one.linear_bytes for one in everything]
+    sizes = [point.linear_bytes for point in everything]
     _scale(axes, "x", sizes)
     _scale(axes, "y", [min(value, limit) for value in values])
     axes.set_xlabel("MB of the compressed linears")

@@ -11,15 +11,16 @@ from eoracc.compiler.compare.methods import Family
 __all__ = ["Comparison", "Figures", "Original", "Row", "Through"]
 
 Through = Literal["original", "compressed", "both"]
+"""The weights that statistics are taken through."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured of one contender.
+    """The figures of one contender.
 
     Attributes:
       perplexity: on held-out text.
-      perplexity_ood: on text of another kind; None where ``compare.ood`` names none.
+      perplexity_ood: on text of another kind; None without ``compare.ood``.
       kl: mean KL(original || contender) per token of the held-out text, in nats.
       kl_ood: the same on the text of another kind.
       top1_agreement: share of held-out tokens with the original's most likely next token.
@@ -27,8 +28,8 @@ class Figures:
       linear_bytes: of the compressed linears; values that are not quantized count two bytes, while
         an artifact stores four.
       bits_per_weight: ``linear_bytes`` in bits per weight of those linears.
-      seconds: of processor time that the passes took; what was shared with others is left out.
-      wall_s: seconds that they took on the clock.
+      seconds: of processor time for the passes, without work shared by several rows.
+      wall_s: seconds of wall-clock time for the passes.
     """
 
     perplexity: float
@@ -49,13 +50,13 @@ class Row:
 
     Attributes:
       method: its name.
-      family: what it is.
+      family: its kind.
       budget: as it was given; None for a method that takes none.
-      rank: of the compensation, where the budget decided that.
-      ratio: share of parameters removed, where the budget decided that.
-      passes: all of them with their options, as model.yaml has them.
-      skipped: why there are no figures; None where there are.
-      figures: what was measured.
+      rank: of the compensation, where the budget decided it.
+      ratio: share of parameters removed, where the budget decided it.
+      passes: all of them with their options, in the form of model.yaml.
+      skipped: the reason why there are no figures; None where there are.
+      figures: None where the row is skipped.
     """
 
     method: str
@@ -68,7 +69,7 @@ class Row:
     figures: Figures | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, figures beside the rest; those of a skipped row are null."""
+        """JSON form with the figures on the same level; those of a skipped row are null."""
         content = asdict(self)
         figures = content.pop("figures") or dict.fromkeys(Figures.__dataclass_fields__)
         return {**content, **figures}
@@ -76,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Original:
-    """The model that all are compared with.
+    """The figures of the model before compression.
 
     Attributes:
       perplexity: on held-out text.
@@ -96,15 +97,15 @@ class Comparison:
     """All rows.
 
     Attributes:
-      model: as model.yaml has it.
+      model: the value of model.yaml.
       digest: of the checkpoint.
-      through: what statistics were taken through: the ``original`` weights, one sweep for all, or
+      through: the weights that statistics were taken through: ``original``, one sweep for all, or
         each contender's own ``compressed`` prefix, a sweep each.
-      calibration_tokens: that statistics were taken over.
-      windows: of held-out text.
-      window_length: tokens of each.
+      calibration_tokens: number of tokens of the calibration text.
+      windows: number of held-out windows.
+      window_length: in tokens.
       shared_s: processor seconds of sweeps that several rows share.
-      original: what all are compared with.
+      original: figures before compression.
       rows: in the order of methods, then budgets.
     """
 

@@ -1,11 +1,10 @@
-"""The flow of ``eoracc compare``: many ways of compressing one model, scored on the same text.
+"""The flow of ``eoracc compare``: compress one model by several methods, score all on one text.
 
     model.yaml -> load, tokenize, score the original -> per contender: passes, score -> rows
 
-A contender's passes run as a build would run them
-(:func:`eoracc.compiler.sweep.pipeline.compress`), so that its figures are those of the artifact.
-Rows that are finished are kept in a folder beside the output, by a digest of all that they depend
-on; so are the blocks of the sweep under way.
+A contender's passes run as in a build (:func:`eoracc.compiler.sweep.pipeline.compress`), so its
+figures are those of the artifact. A folder beside the output caches finished rows by a digest of
+everything that they depend on, and the saved state of the current sweep.
 """
 
 from __future__ import annotations
@@ -54,19 +53,19 @@ __all__ = ["compare", "work_folder"]
 
 
 _HELD_OUT, _OOD = "", "_ood"
-"""Texts, by what the names of their figures end with."""
+"""Texts, named by the suffix of their figures."""
 
 _OOD_SETTINGS = Settings(windows="compare.ood.windows", offset="compare.ood.offset_tokens")
 
 _KEY_DIGITS = 32
-"""Of a digest, in names of files."""
+"""Length of a digest in file names."""
 
 _LABEL = 20
-"""Characters of a method's name that progress shows."""
+"""Length of a method's name in the progress display."""
 
 
 def work_folder(config: BuildConfig, config_dir: Path) -> Path:
-    """Where finished rows are kept, and with them what a later run would do again."""
+    """The folder that caches finished rows and saved states."""
     output = config.output_path(config_dir)
     return output.with_name(f".{output.name}.compare")
 
@@ -88,18 +87,18 @@ def compare(
       budgets: as :func:`~eoracc.compiler.config.budget.parse_budget` gives them.
       config_dir: what relative paths in ``config`` are relative to.
       progress: shown the phases.
-      fresh: throw away what earlier runs have kept.
+      fresh: delete the results of earlier runs.
 
     Raises:
-      EoraccError: bad input, or nothing fits; in one sentence.
+      EoraccError: bad input, or no budget can be met; in one sentence.
     """
-    found = find_methods(config, methods)
-    if not found:
+    known = find_methods(config, methods)
+    if not known:
         raise ConfigError(
             "there are no methods to compare: give --methods none,svd,eora, or "
             "'compare: {methods: …}' in model.yaml"
         )
-    if not budgets and any(method.takes_budget for method in found):
+    if not budgets and any(method.takes_budget for method in known):
         raise ConfigError(
             "there are no budgets to compare at: give --budgets 3.5,4 (bits per weight) or 30% (of "
             "16 bits removed), or 'compare: {budgets: …}' in model.yaml"
@@ -108,7 +107,7 @@ def compare(
     try:
         with work.claimed(fresh=fresh):
             return _Comparing(config, config_dir, work, progress).run(
-                found, list(dict.fromkeys(budgets))
+                known, list(dict.fromkeys(budgets))
             )
     except Exception as error:
         refuse_full_disk(work.path, error)
@@ -116,7 +115,7 @@ def compare(
 
 
 class _Comparing:
-    """One run of ``compare``: what all contenders share."""
+    """One run of ``compare``, with the model and texts that all contenders share."""
 
     def __init__(
         self, config: BuildConfig, config_dir: Path, work: WorkFolder, progress: Progress
@@ -155,25 +154,29 @@ class _Comparing:
         release_memory()
 
     def run(self, methods: Sequence[Method], budgets: Sequence[str]) -> Comparison:
-        """Make every row that is not kept from an earlier run."""
+        """Compute every row that is not cached."""
         linears = _Linears(self._loaded, methods)
-        contenders = [one for method in methods for one in _contenders(method, budgets, linears)]
-        if all(one.fit is None for one in contenders):
+        contenders = [
+            contender for method in methods for contender in _contenders(method, budgets, linears)
+        ]
+        if all(contender.fit is None for contender in contenders):
             first = contenders[0]
             raise ConfigError(
                 f"no budget can be kept: method {first.method.name!r} at {first.budget}: "
                 f"{first.problem}"
             )
-        fits = [one.fit for one in contenders if one.fit is not None]
+        fits = [contender.fit for contender in contenders if contender.fit is not None]
         shared_s = self._sweep_together(fits)
         scorers: dict[str, Scorer] = {}
         original = self._original(linears, scorers)
         rows = [
-            self._row(one, f"{place}/{len(contenders)}", linears, scorers)
-            for place, one in enumerate(contenders, 1)
+            self._row(contender, f"{place}/{len(contenders)}", linears, scorers)
+            for place, contender in enumerate(contenders, 1)
         ]
         if all(row.figures is None for row in rows):
-            failed = next(row for row, one in zip(rows, contenders, strict=True) if one.fit)
+            failed = next(
+                row for row, contender in zip(rows, contenders, strict=True) if contender.fit
+            )
             raise ConfigError(f"no method can do it here: {failed.method!r}: {failed.skipped}")
         held_out = self._texts[_HELD_OUT]
         return Comparison(
@@ -189,12 +192,16 @@ class _Comparing:
         )
 
     def _sweep_together(self, fits: Sequence[Fit]) -> float:
-        """Do what rows that are not kept can share; seconds of processor time that it took."""
+        """Run the sweeps that rows without cached figures can share.
+
+        Returns:
+          Seconds of processor time.
+        """
         pending = {}
-        for one in fits:
-            variant = self._variant(one)
+        for chosen in fits:
+            variant = self._variant(chosen)
             key = self._key(variant)
-            if self._kept(key) is None:
+            if self._cached(key) is None:
                 pending[key] = Sharing(variant, self._work.sweeps(key))
         return sweep_together(
             list(pending.values()),
@@ -204,14 +211,14 @@ class _Comparing:
             self._progress,
         )
 
-    def _kept(self, key: str) -> Figures | None:
+    def _cached(self, key: str) -> Figures | None:
         kept = self._work.figures(key, Figures.__dataclass_fields__)
         return None if kept is None else Figures(**kept)
 
     def _row(
         self, contender: Contender, place: str, linears: _Linears, scorers: dict[str, Scorer]
     ) -> Row:
-        """The row of ``contender``, taken from an earlier run where that has made it."""
+        """The row of ``contender``, from the cache if an earlier run has finished it."""
         method, chosen = contender.method, contender.fit
         row = Row(
             method=method.name,
@@ -226,7 +233,7 @@ class _Comparing:
             row, rank=chosen.rank, ratio=chosen.ratio, passes=variant.resolved()["passes"]
         )
         key = self._key(variant)
-        figures = self._kept(key)
+        figures = self._cached(key)
         if figures is not None:
             return replace(row, figures=figures)
         label = f"{place} {_short(method.name)} {contender.budget or ''}".rstrip()
@@ -235,13 +242,13 @@ class _Comparing:
                 variant, key, _Labelled(self._progress, label), linears, scorers
             )
         except PassError as error:
-            # One method that cannot do it here is no reason to lose the others' work.
+            # The other methods may still succeed.
             return replace(row, skipped=str(error))
         self._work.keep(key, asdict(figures))
         return replace(row, figures=figures)
 
     def _variant(self, chosen: Fit) -> BuildConfig:
-        """The build that gives the contender."""
+        """The build of the contender."""
         verify = self._config.verify.model_copy(update={"compare": ()})
         return self._config.model_copy(update={"passes": chosen.passes, "verify": verify})
 
@@ -267,10 +274,10 @@ class _Comparing:
         with progress.phase("score", len(self._texts)) as phase:
             for name, windows in self._texts.items():
                 scorer = self._scorer(name, windows, scorers)
-                with np.errstate(all="ignore"):  # told of below, in a sentence
+                with np.errstate(all="ignore"):  # checked below
                     scores[name] = scorer.score(Variant(executor, Linear.effective_weight))
                 if not math.isfinite(scores[name].perplexity + scores[name].kl):
-                    raise PassError("the compressed model", "what it predicts is not finite")
+                    raise PassError("the compressed model", "predicts values that are not finite")
                 phase.advance()
         nbytes = stored_bytes(linears.counted(compressed.linears))
         release_memory()
@@ -289,7 +296,7 @@ class _Comparing:
         )
 
     def _original(self, linears: _Linears, scorers: dict[str, Scorer]) -> Original:
-        """Figures of the original model, taken from an earlier run where that has them."""
+        """Figures of the original model, from the cache if an earlier run has finished them."""
         key = self._key(None)
         names = Original.__dataclass_fields__.keys() - {"linear_bytes"}
         kept = self._work.figures(key, names)
@@ -302,8 +309,8 @@ class _Comparing:
                     scores = self._scorer(name, windows, scorers).original()
                 if not math.isfinite(scores.perplexity):
                     raise ModelError(
-                        f"{self._config.model}: what it predicts is not finite: there is nothing "
-                        "to compare with"
+                        f"{self._config.model}: predicts values that are not finite: there is "
+                        "nothing to compare with"
                     )
                 found[f"perplexity{name}"] = scores.perplexity
                 phase.advance()
@@ -312,7 +319,7 @@ class _Comparing:
         return Original(**found, linear_bytes=linears.plain_bytes)
 
     def _scorer(self, name: str, windows: Windows, scorers: dict[str, Scorer]) -> Scorer:
-        # Not before a row needs it: where all are kept, nothing has to be run.
+        # Created on demand: where all rows are cached, the model does not run at all.
         if name not in scorers:
             scorers[name] = Scorer(self._executor, windows)
         return scorers[name]
@@ -322,7 +329,7 @@ class _Comparing:
         return Executor(self._loaded.model.clone())
 
     def _key(self, variant: BuildConfig | None) -> str:
-        """Digest of all that the figures of a variant, or of the original, depend on."""
+        """Digest of everything that the figures of a variant, or of the original, depend on."""
         passes = None if variant is None else variant.resolved()["passes"]
         content = [__version__, self._loaded.digest, passes, sorted(self._texts)]
         digest = hashlib.sha256(json.dumps(content).encode())
@@ -336,9 +343,10 @@ class _Comparing:
 
 
 class _Linears:
-    """The linears that budgets and bytes are counted over: those that any method compresses.
+    """The linears that budgets and bytes count: those that any of the methods compresses.
 
-    Whatever one of the methods leaves alone counts as it is, so that all are comparable.
+    A linear that some of the methods skip counts with its plain size there, so that all methods are
+    comparable.
     """
 
     def __init__(self, loaded: LoadedModel, methods: Sequence[Method]) -> None:
@@ -355,12 +363,14 @@ class _Linears:
         self.plain_bytes = PLAIN_BYTES * self.weights
 
     def of(self, method: Method) -> list[Linear]:
-        """As the method's first sweep will find them."""
+        """The counted linears before the method's first sweep."""
         return self.counted(self._view(method))
 
     def counted(self, linears: Sequence[Linear]) -> list[Linear]:
-        """Those of ``linears`` that count: all of the decoder blocks, and what is named beside."""
-        return [one for one in linears if one.block is not None or one.name in self._names]
+        """The ``linears`` that count: of decoder blocks, and others that a method compresses."""
+        return [
+            linear for linear in linears if linear.block is not None or linear.name in self._names
+        ]
 
     def _view(self, method: Method) -> list[Linear]:
         changes = [item for item in method.passes if isinstance(item, ModelPass)]
@@ -374,7 +384,7 @@ class _Linears:
 
 
 class _Labelled:
-    """Progress that says whose phase it is."""
+    """Progress that puts a label before the name of each phase."""
 
     def __init__(self, progress: Progress, label: str) -> None:
         self._progress, self._label = progress, label
@@ -387,21 +397,24 @@ class _Labelled:
 def _contenders(method: Method, budgets: Sequence[str], linears: _Linears) -> list[Contender]:
     if not method.takes_budget:
         return [Contender(method, None, Fit(method.passes))]
-    found = []
+    contenders = []
     for budget in budgets:
         try:
-            found.append(Contender(method, budget, fit(method, budget, linears.of(method))))
+            chosen = fit(method, budget, linears.of(method))
+            contenders.append(Contender(method, budget, chosen))
         except BudgetProblem as problem:
-            found.append(Contender(method, budget, None, str(problem)))
-    return found
+            contenders.append(Contender(method, budget, None, str(problem)))
+    return contenders
 
 
 def _short(name: str) -> str:
-    """A name of which a line of progress has room for the rest as well."""
+    """``name``, shortened to leave room on a line of progress."""
     return name if len(name) <= _LABEL else f"{name[: _LABEL - 1]}…"
 
 
 def _through(fits: Sequence[Fit]) -> Through:
-    """What the statistics of all contenders are taken through."""
-    found = {item.through for one in fits for item in one.passes if isinstance(item, Calibrate)}
-    return found.pop() if len(found) == 1 else "both" if found else "compressed"
+    """The weights that the statistics of all contenders are taken through."""
+    through = {
+        item.through for chosen in fits for item in chosen.passes if isinstance(item, Calibrate)
+    }
+    return through.pop() if len(through) == 1 else "both" if through else "compressed"

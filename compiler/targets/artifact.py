@@ -242,7 +242,7 @@ class ArtifactWriter:
           ArtifactError: the name is none, or taken.
         """
         check_adapter_name(name)
-        if any(one.name == name for one in self._adapters):
+        if any(adapter.name == name for adapter in self._adapters):
             raise ArtifactError(f"{self.output}: has an adapter '{name}' already")
         self._adapters.append(Adapter(name, factors, "", details))
 

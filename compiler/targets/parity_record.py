@@ -126,7 +126,7 @@ def record_parity(
         width: rng.standard_normal((_LINEAR_ROWS, width), np.float32)
         for width in sorted({linear.in_features for linear in compressed})
     }
-    records = [_linear(one, inputs[one.in_features], accuracy_level) for one in compressed]
+    records = [_linear(linear, inputs[linear.in_features], accuracy_level) for linear in compressed]
     release_memory()
     weights = _compressed_weights(linears, embeddings)
     model = load_eager(folder, weights, trust_remote_code=trust_remote_code)

@@ -280,7 +280,7 @@ def _scattered(
         return None
     picked = np.random.default_rng(seed).choice(available, samples, replace=False)
     windows = []
-    for index in sorted(int(one) for one in picked):
+    for index in sorted(int(index) for index in picked):
         start = index * stretch
         # From the first blank on, if one is near, tokens are those of the whole text.
         blank = _BLANK.search(text, start, start + MARGIN * CHARACTERS_PER_TOKEN)

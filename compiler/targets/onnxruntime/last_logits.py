@@ -84,7 +84,11 @@ def head_chain(graph: ir.Graph) -> list[ir.Node]:
         if not is_linear and node.op_type not in _ELEMENTWISE:
             return []
         operands = [operand for operand in node.inputs if operand is not None]
-        computed = operands[:1] if is_linear else [one for one in operands if not _constant(one)]
+        computed = (
+            operands[:1]
+            if is_linear
+            else [operand for operand in operands if not _constant(operand)]
+        )
         value = computed[0] if len(computed) == 1 else None
         if value is not None and len(list(value.uses())) != 1:
             return []

@@ -73,7 +73,7 @@ def emit(job: Job) -> Emitted:
     (folder / BUNDLE_FILE).write_text(text, encoding="utf-8")
     report = {
         "graph_weight_bytes": graph.weight_bytes,
-        "profiles": {one.name: dict(one.dims) for one in graph.profiles},
+        "profiles": {profile.name: dict(profile.dims) for profile in graph.profiles},
         "kernels": len(kernels) - 1,
         "compute_capabilities": list(capabilities),
     }

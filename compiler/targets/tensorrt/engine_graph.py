@@ -62,8 +62,8 @@ class EngineGraph:
           version: of it.
           engines: in any order.
         """
-        pasts = [one for one in self.bindings if one.name.startswith("past_key_values.")]
-        in_place = all(isinstance(one.shape[2], int) for one in pasts)
+        pasts = [past for past in self.bindings if past.name.startswith("past_key_values.")]
+        in_place = all(isinstance(past.shape[2], int) for past in pasts)
         takes_adapters = self.slots is not None
         return EngineSet(
             package=package,
@@ -77,7 +77,7 @@ class EngineGraph:
             max_rank=self.options.rank[2] if takes_adapters else 0,
             profiles=self.profiles,
             bindings=self.bindings,
-            engines=tuple(sorted(engines, key=lambda one: float(one.compute_capability))),
+            engines=tuple(sorted(engines, key=lambda engine: float(engine.compute_capability))),
         )
 
 
@@ -135,7 +135,7 @@ def write_engine_graph(
         bindings=bindings,
         profiles=profiles_for(options, bindings),
         slots=slots,
-        weight_bytes=sum(one.nbytes for one in weights if one is not None),
+        weight_bytes=sum(weight.nbytes for weight in weights if weight is not None),
     )
 
 
@@ -169,7 +169,7 @@ def record_engine_graph(
 
 def _slots(bindings: Sequence[Binding]) -> AdapterSlots | None:
     """A slot for each linear that has inputs for factors."""
-    shapes = {one.name: one.shape for one in bindings if one.mode == "input"}
+    shapes = {binding.name: binding.shape for binding in bindings if binding.mode == "input"}
     slots = []
     for name, shape in shapes.items():
         if name.endswith(_LORA_A):

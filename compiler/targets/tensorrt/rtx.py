@@ -76,23 +76,23 @@ def _write_engines(graph: EngineGraph, built: Sequence[BuiltEngine]) -> None:
     """Put engines, their description and the builder's log beside the graph."""
     folder = graph.path.parent
     engines = []
-    for one in built:
-        path = folder / f"sm{one.compute_capability.replace('.', '')}.engine"
+    for engine in built:
+        path = folder / f"sm{engine.compute_capability.replace('.', '')}.engine"
         # The work folder keeps its own, in case that a gate fails.
         try:
-            os.link(one.path, path)
+            os.link(engine.path, path)
         except OSError:
-            shutil.copyfile(one.path, path)
+            shutil.copyfile(engine.path, path)
         entry = describe_file(path)
-        engines.append(EngineFile(one.compute_capability, path.name, entry.sha256, entry.size))
+        engines.append(EngineFile(engine.compute_capability, path.name, entry.sha256, entry.size))
     description = graph.engine_set(
         package=_TARGET, version=built[0].summary["version"], engines=engines
     )
     (folder / ENGINES_FILE).write_text(description.to_json(), encoding="utf-8")
     with (folder / BUILDER_LOG).open("w", encoding="utf-8") as log:
-        for one in built:
-            log.write(f"== compute capability {one.compute_capability} ==\n")
-            log.write(one.log.read_text(encoding="utf-8"))
+        for engine in built:
+            log.write(f"== compute capability {engine.compute_capability} ==\n")
+            log.write(engine.log.read_text(encoding="utf-8"))
 
 
 def _report(graph: EngineGraph, built: Sequence[BuiltEngine]) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def _report(graph: EngineGraph, built: Sequence[BuiltEngine]) -> dict[str, Any]:
     return {
         "version": built[0].summary["version"],
         "graph_weight_bytes": graph.weight_bytes,
-        "profiles": {one.name: dict(one.dims) for one in graph.profiles},
+        "profiles": {profile.name: dict(profile.dims) for profile in graph.profiles},
         "engines": {
-            one.compute_capability: {
-                key: value for key, value in one.summary.items() if key != "version"
+            engine.compute_capability: {
+                key: value for key, value in engine.summary.items() if key != "version"
             }
-            for one in built
+            for engine in built
         },
     }

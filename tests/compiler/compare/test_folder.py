@@ -68,7 +68,7 @@ def test_one_comparison_at_a_time(work: WorkFolder) -> None:
         assert other.stdout.readline() == "claimed\n"
         for fresh in (False, True):
             with (
-                pytest.raises(ArtifactError, match=r"work: another comparison is at work there"),
+                pytest.raises(ArtifactError, match=r"work: another comparison is running there"),
                 work.claimed(fresh=fresh),
             ):
                 pass

@@ -330,7 +330,7 @@ def test_predictions_that_overflow_are_told(
     monkeypatch.setattr(Scorer, "score", overflowing)
     row, other = run(workspace, config(), ["none", "svd_llm"]).rows
     assert other.figures is not None
-    assert row.skipped == "the compressed model: what it predicts is not finite"
+    assert row.skipped == "the compressed model: predicts values that are not finite"
     assert row.as_dict()["perplexity"] is None
 
 
@@ -355,7 +355,7 @@ def test_an_original_that_overflows_is_told(
         return replace(original(self), perplexity=float(np.exp(np.float64(1000))))
 
     monkeypatch.setattr(Scorer, "original", overflowing)
-    with pytest.raises(ModelError, match=r"^model: what it predicts is not finite: there is"):
+    with pytest.raises(ModelError, match=r"^model: predicts values that are not finite: there is"):
         run(workspace, config(), ["none"])
 
 

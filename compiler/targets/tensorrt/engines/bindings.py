@@ -53,7 +53,7 @@ def profiles_for(config: EngineConfig, bindings: Sequence[Binding]) -> tuple[Pro
       config: ranges of model.yaml.
       bindings: of the graph; a profile has the dimensions that occur there.
     """
-    used = {size for one in bindings for size in one.shape if isinstance(size, str)}
+    used = {size for binding in bindings for size in binding.shape if isinstance(size, str)}
     longest = config.context_length
     decode = _dims(config, (1, 1, 1), (1, longest // 4, longest - 1), "past" in used)
     prefill = _dims(config, config.sequence, (0, 0, longest - 1), "past" in used)
@@ -80,11 +80,11 @@ def _dims(config: EngineConfig, sequence: Range, past: Range, grows: bool) -> di
 def profile_shapes(bindings: Sequence[Binding], profile: Profile) -> Mapping[str, ShapeRange]:
     """A profile as TensorRT takes it: ranges of each input that has a size a call decides."""
     return {
-        one.name: (
-            one.resolve({name: sizes[0] for name, sizes in profile.dims.items()}),
-            one.resolve({name: sizes[1] for name, sizes in profile.dims.items()}),
-            one.resolve({name: sizes[2] for name, sizes in profile.dims.items()}),
+        binding.name: (
+            binding.resolve({name: sizes[0] for name, sizes in profile.dims.items()}),
+            binding.resolve({name: sizes[1] for name, sizes in profile.dims.items()}),
+            binding.resolve({name: sizes[2] for name, sizes in profile.dims.items()}),
         )
-        for one in bindings
-        if one.mode == "input" and any(isinstance(size, str) for size in one.shape)
+        for binding in bindings
+        if binding.mode == "input" and any(isinstance(size, str) for size in binding.shape)
     }

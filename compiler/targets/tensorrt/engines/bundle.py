@@ -101,10 +101,10 @@ def open_bundle(path: Path) -> Bundle:
         foreign="does not describe a bundle for TensorRT",
     )
     try:
-        capabilities = tuple(str(one) for one in content["compute_capabilities"])
+        capabilities = tuple(str(capability) for capability in content["compute_capabilities"])
         files = {
-            str(name): (str(one["sha256"]), int(one["size"]))
-            for name, one in content["files"].items()
+            str(name): (str(entry["sha256"]), int(entry["size"]))
+            for name, entry in content["files"].items()
         }
         engines = parse_engine_set(content["engines"], file)
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -182,9 +182,9 @@ def store_engine(
     name = f"sm{number}.engine"
     entry = describe_bytes(engine)
     others = [] if known is None or known.version != version else list(known.engines)
-    engines = [one for one in others if one.compute_capability != capability]
+    engines = [engine for engine in others if engine.compute_capability != capability]
     engines.append(EngineFile(capability, name, entry.sha256, entry.size))
-    engines.sort(key=lambda one: tuple(map(int, one.compute_capability.split("."))))
+    engines.sort(key=lambda engine: tuple(map(int, engine.compute_capability.split("."))))
     described = replace(bundle.engines, version=version, engines=tuple(engines))
     written = {
         name: engine,
@@ -194,8 +194,12 @@ def store_engine(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     folder = output or (bundle.folder if bundle.artifact is None else bundle.artifact)
-    kept = {one.file for one in engines}
-    stale = [] if known is None else [one.file for one in known.engines if one.file not in kept]
+    kept = {engine.file for engine in engines}
+    stale = (
+        []
+        if known is None
+        else [engine.file for engine in known.engines if engine.file not in kept]
+    )
     if output is None and bundle.artifact is not None:
         written = {f"{BUNDLE_FOLDER}/{key}": content for key, content in written.items()}
         stale = [f"{BUNDLE_FOLDER}/{key}" for key in stale]
