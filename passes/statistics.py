@@ -1,4 +1,4 @@
-"""What passes ask of a group's statistics, and the errors that they put on record."""
+"""Statistics of a group for its passes, and the errors that passes record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 MIN_TOKENS: Final = 32
-"""Below so many calibration tokens a Gram says too little: solvers then do without it."""
+"""Solvers ignore a Gram of fewer calibration tokens."""
 
 
 def require_gram(pass_name: str, group: LinearGroup) -> Gram:
@@ -48,23 +48,23 @@ def require_gram(pass_name: str, group: LinearGroup) -> Gram:
 
 
 def saw_too_few_tokens(gram: Gram) -> bool:
-    """Whether solvers should do without ``gram``."""
+    """Whether ``gram`` has too few tokens for a solver (:data:`MIN_TOKENS`)."""
     return gram.tokens < MIN_TOKENS
 
 
 def note_too_few_tokens(
     pass_name: str, linear: Linear, gram: Gram, *, instead: str, asks: str
 ) -> None:
-    """Note what a pass did to ``linear`` in place of going by ``gram``.
+    """Note that a pass fell back to a method without ``gram``.
 
     Args:
       pass_name: the pass.
-      linear: that it concerns.
-      gram: of its input (:func:`saw_too_few_tokens`).
-      instead: what was done, ``rounded to nearest``.
-      asks: what it is that asks for more tokens.
+      linear: the linear that it changed.
+      gram: of its input; it has too few tokens (:func:`saw_too_few_tokens`).
+      instead: the fallback, ``rounded to nearest`` for example.
+      asks: the method that needs more tokens.
     """
-    linear.notes.append(
+    linear.record.notes.append(
         f"{pass_name}: {instead}, for only {gram.tokens:.0f} calibration tokens "
         f"reached it ({asks} asks for {MIN_TOKENS})."
     )
@@ -90,16 +90,16 @@ def lost_output(linear: Linear, gram: Gram) -> LostOutput:
 
 
 def output_root(linear: Linear, gram: Gram) -> NDArray[np.float32] | None:
-    """``L^T`` with ``G = L L^T`` of what errors of the output of ``linear`` count for.
+    """``L^T`` with ``G = L L^T``, the weights of output errors of ``linear``.
 
     It is read and factored once for all passes of a group.
 
     Args:
-      linear: that a survey may have found ``G`` of.
+      linear: ``G`` is its :attr:`.Linear.output_gram`, from a survey.
       gram: of its input.
 
     Returns:
-      ``float32 [N, N]``; None where outputs count alike.
+      ``float32 [N, N]``; None if a survey gave no ``G``: all outputs then weigh alike.
     """
     if linear.output_gram is None:
         return None
@@ -110,20 +110,22 @@ def output_root(linear: Linear, gram: Gram) -> NDArray[np.float32] | None:
 
 
 def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
-    """Put on record what ``linear`` as it is now loses of its output.
+    """Record the present output error of ``linear``.
 
-    The figure is ``||(T - W_hat) X||_F / ||T X||_F`` over the calibration tokens, for the weight
-    and factors as they are stored, or for the product that took the weight's place; 0 where the
-    output is zero to begin with. ``T`` is the weight ``W``, or with ``calibrate: {match: outputs}``
-    its target: what even the target cannot make good of the prefix's errors is then no part of it.
+    The error is ``||(T - W_hat) X||_F / ||T X||_F`` over the calibration tokens, for the weight and
+    factors as they are stored, or for the product that replaced the weight; 0 if the output is
+    zero. ``T`` is the weight ``W``, or with ``calibrate: {match: outputs}`` its target. Errors of
+    the prefix that the target cannot correct do not count.
 
     Args:
-      pass_name: the stage that the error is recorded under.
+      pass_name: the pass under whose name the error is recorded.
       linear: compressed.
       gram: of its input.
     """
-    if linear.output_norm is None:
-        linear.output_norm = float(np.linalg.norm(gram.target(linear.weight()) @ gram.root))
+    norm = linear.record.output_norm
+    if norm is None:
+        norm = float(np.linalg.norm(gram.target(linear.weight()) @ gram.root))
+        linear.record.output_norm = norm
     if linear.factorized is not None:
         delta: NDArray[np.float32] = gram.target(linear.weight()) - linear.factorized.product()
         lost: NDArray[np.float32] = delta @ gram.root
@@ -132,14 +134,14 @@ def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
     if linear.factors is not None:
         lost = lost - linear.factors.up() @ (linear.factors.down() @ gram.root)
     error = float(np.linalg.norm(lost))
-    linear.errors[pass_name] = error / linear.output_norm if linear.output_norm > 0 else 0.0
+    linear.record.errors[pass_name] = error / norm if norm > 0 else 0.0
 
 
 def record_left_out(pass_name: str, group: LinearGroup) -> None:
-    """Put on record that members of a block which an override left uncompressed lose nothing.
+    """Record an error of 0 for the linears of a block that an override left uncompressed.
 
-    By that record a compensating pass tells them from linears that no pass has quantized yet.
+    A compensating pass skips them by that record, and refuses linears that no pass has quantized.
     """
     for linear in group.linears:
         if linear.compressed is None and linear.block is not None:
-            linear.errors[pass_name] = 0.0
+            linear.record.errors[pass_name] = 0.0

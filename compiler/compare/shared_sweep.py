@@ -29,6 +29,7 @@ from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Factorized, Linear, LinearGroup, Quantizer, find_linears
+from eoracc.passes.graph.record import LinearRecord
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory
@@ -289,9 +290,7 @@ class _Result:
     quantizer: Quantizer | None
     factors: LowRank | None
     factorized: Factorized | None
-    output_norm: float | None
-    errors: Mapping[str, float]
-    notes: Sequence[str]
+    record: LinearRecord
 
     @classmethod
     def of(cls, linear: Linear) -> _Result:
@@ -301,9 +300,7 @@ class _Result:
             linear.quantizer,
             linear.factors,
             linear.factorized,
-            linear.output_norm,
-            dict(linear.errors),
-            list(linear.notes),
+            linear.record.copy(),
         )
 
     def copy_to(self, linear: Linear) -> None:
@@ -315,9 +312,9 @@ class _Result:
         if self.factors is not None:
             linear.compensate(self.factors)
         linear.quantizer = self.quantizer
-        linear.output_norm = self.output_norm
-        linear.errors.update(self.errors)
-        linear.notes.extend(self.notes)
+        linear.record.output_norm = self.record.output_norm
+        linear.record.errors.update(self.record.errors)
+        linear.record.notes.extend(self.record.notes)
 
 
 def _block(executor: Executor, level: int) -> int | None:

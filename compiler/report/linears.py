@@ -36,8 +36,8 @@ def linear_report(linear: Linear, *, stored_bytes: int | None = None) -> LinearR
         group_size=None if weight is None else weight.group_size,
         rank=0 if factors is None else factors.rank,
         bytes=size + (0 if factors is None else factors.nbytes),
-        errors=dict(linear.errors),
-        notes=list(linear.notes),
+        errors=dict(linear.record.errors),
+        notes=list(linear.record.notes),
         factor_of=None if linear.whole is None else linear.whole.name,
     )
 
@@ -58,6 +58,6 @@ def _factorized_report(whole: Linear) -> FactorizedReport:
         shape=(rows, columns),
         rank=rank,
         removed=1 - rank * (rows + columns) / (rows * columns),
-        errors=dict(whole.errors),
-        notes=list(whole.notes),
+        errors=dict(whole.record.errors),
+        notes=list(whole.record.notes),
     )

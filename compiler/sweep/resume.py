@@ -186,7 +186,11 @@ class SweepState(_State):
             linear
             for linear in linears
             if linear.name not in saved
-            and (linear.compressed is not None or linear.factorized is not None or linear.errors)
+            and (
+                linear.compressed is not None
+                or linear.factorized is not None
+                or linear.record.errors
+            )
         ]
         arrays: dict[str, Array] = {}
         metas = [_pack(linear, arrays, comparisons) for linear in fresh]
@@ -257,7 +261,7 @@ class AdapterState(_State):
 def _pack(
     linear: Linear, arrays: dict[str, Array], comparisons: Mapping[str, Mapping[str, LowRank]]
 ) -> dict[str, Any]:
-    meta = {"name": linear.name, "errors": linear.errors, "notes": linear.notes}
+    meta = {"name": linear.name, "errors": linear.record.errors, "notes": linear.record.notes}
     if linear.factorized is not None:
         # In the layout of the graph, which maps them from the file.
         arrays[f"{linear.name}/u"] = linear.factorized.u.T
@@ -292,8 +296,8 @@ def _restore(
     comparisons: Mapping[str, dict[str, LowRank]],
 ) -> None:
     # Replaced, not extended: the entries of earlier sweeps have been saved too.
-    linear.errors = dict(meta["errors"])
-    linear.notes[:] = meta["notes"]
+    linear.record.errors = dict(meta["errors"])
+    linear.record.notes[:] = meta["notes"]
     if f"{linear.name}/u" in arrays:
         product = _factorized(linear.name, arrays)
         linear.factorize(product.u, product.v)

@@ -83,7 +83,7 @@ def run_sweep(
                 if forward is not None:
                     forward.show(group)
                 for linear in group.linears:
-                    linear.output_norm = None  # of an earlier sweep's statistics
+                    linear.record.output_norm = None  # from the statistics of an earlier sweep
                 for layer_pass in passes:
                     layer_pass.requires(group)
                     with one_thread(layer_pass), times.measure(layer_pass):

@@ -387,7 +387,8 @@ class SweepTrials:
         node = ir.node("MatMul", [entry, weight], name=linear.name)
         ir.Graph([entry], node.outputs, nodes=[node], initializers=[weight], name=linear.name)
         plan = linear.plan if value is None else {**linear.plan, self._option: value}
-        return replace(linear, node=node, plan=dict(plan), errors=dict(linear.errors), notes=[])
+        record = replace(linear.record, errors=dict(linear.record.errors), notes=[])
+        return replace(linear, node=node, plan=dict(plan), record=record)
 
     # --- resume points ----------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class Compensation(Overridable, LayerPass):
     def call(self, group: LinearGroup) -> None:
         for options, linears in self.partition(group):
             for linear in linears:
-                if linear.compressed is None and linear.errors:
+                if linear.compressed is None and linear.record.errors:
                     continue  # a quantizing pass left it as it is, by an override
                 if options.rank or linear.factors is None:
                     earlier = linear.factors

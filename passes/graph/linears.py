@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.errors import ModelError, PassError
+from eoracc.passes.graph.record import LinearRecord
 from eoracc.passes.graph.stored import factor_arrays, stored_factors, stored_weight
 from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
 from eoracc.plugins.operands.low_rank import LowRank
@@ -103,10 +104,7 @@ class Linear:
       output_gram: loads ``G``, ``float32 [N, N]``, by which a survey weighs errors of the output.
       token_weights: loads ``||g||^2`` of the gradient at the output for each token of the
         calibration text, padding included, as a survey has found it: ``float32 [tokens]``.
-      output_norm: ``||T X||_F`` over the calibration tokens, with what compression is to come near
-        as ``T`` (the weight ``W``, or its target), once a pass has taken it.
-      errors: relative output errors by stage, ``||(T - W_hat) X||_F / ||T X||_F``, for the report.
-      notes: what the report should say of this linear (a fallback, say).
+      record: errors and notes for the report.
     """
 
     name: str
@@ -123,9 +121,7 @@ class Linear:
     plan: dict[str, Any] = field(default_factory=dict)
     output_gram: Callable[[], NDArray[np.float32]] | None = None
     token_weights: Callable[[], NDArray[np.float32]] | None = None
-    output_norm: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    record: LinearRecord = field(default_factory=LinearRecord)
 
     @property
     def block(self) -> int | None:

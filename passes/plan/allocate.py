@@ -324,7 +324,7 @@ class _Trial:
         energies = np.square(basis.T @ error).sum(axis=1)
         scale = 1.0
         if self.settings.distortion == "relative":
-            scale = 0.0 if not linear.output_norm else linear.output_norm**-2
+            scale = 0.0 if not linear.record.output_norm else linear.record.output_norm**-2
         tails = tail_energies(energies, total, list(ranks)) * scale
         shape = linear.out_features, linear.in_features
         plan = {key: linear.plan[key] for key in ("bits", "group_size") if key in linear.plan}

@@ -99,7 +99,7 @@ class QuantizeGptq(Quantization):
         if feedback is None:
             note_too_few_tokens(self.name, linear, gram, instead="rounded to nearest", asks="GPTQ")
         elif feedback.damping > self.damping:
-            linear.notes.append(
+            linear.record.notes.append(
                 f"{self.name}: damping raised from {self.damping:g} to {feedback.damping:g}, "
                 "for its gram is singular."
             )

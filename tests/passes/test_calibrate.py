@@ -241,7 +241,7 @@ def test_weights_are_matched_by_default_and_where_the_original_was_not_run() -> 
     ):
         calibrate.call(group)
         np.testing.assert_array_equal(target(group), group.linears[0].weight())
-        assert group.linears[0].notes == []
+        assert group.linears[0].record.notes == []
 
 
 @pytest.mark.parametrize(("tokens", "matched"), [(31, False), (32, True)])
@@ -254,10 +254,10 @@ def test_too_few_tokens_are_matched_by_weight_and_noted(tokens: int, *, matched:
         "calibrate: matched by its weight, for only 31 calibration tokens reached it "
         "(matching outputs asks for 32)."
     )
-    assert group.linears[0].notes == ([] if matched else [note])
+    assert group.linears[0].record.notes == ([] if matched else [note])
     head = shown(original[:31], seen[:31], name="lm_head")
     OUTPUTS.call(head)
-    assert head.linears[0].notes == []
+    assert head.linears[0].record.notes == []
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_quantization_approximates_the_target_and_records_what_it_lacks(
     (linear,) = group.linears
     wanted, got = target(group), linear.effective_weight()
     lost = np.linalg.norm(seen @ (wanted - got).T) / np.linalg.norm(seen @ wanted.T)
-    assert linear.errors[quantize.name] == pytest.approx(lost, rel=1e-3)
+    assert linear.record.errors[quantize.name] == pytest.approx(lost, rel=1e-3)
     plain = shown(None, seen)
     OUTPUTS.call(plain)
     quantize.call(plain)
@@ -322,4 +322,4 @@ def test_compensation_of_full_rank_gives_the_target_back(method: type[Eora | Svd
     limit = 2.1 * 2.0**-11 * magnitude + 2.0**-20
     assert np.all(np.abs(linear.effective_weight() - target(group)) <= limit)
     assert np.abs(target(group) - linear.weight()).max() > 4 * limit.max()
-    assert linear.errors[method.name] < 1e-2 * linear.errors["quantize_rtn"]
+    assert linear.record.errors[method.name] < 1e-2 * linear.record.errors["quantize_rtn"]

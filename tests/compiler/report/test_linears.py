@@ -31,8 +31,8 @@ def test_linear_is_described_with_all_that_is_stored() -> None:
         group_size=16,
     )
     one.factors = LowRank(lora_a=np.ones((4, 32), np.float16), lora_b=np.ones((8, 4), np.float16))
-    one.errors["eora"] = 0.5
-    one.notes.append("note")
+    one.record.errors["eora"] = 0.5
+    one.record.notes.append("note")
     described = linear_report(one)
     codes, scales, zero_points, factors = 8 * 32 * 3 // 8, 8 * 2 * 2, 8 * 2, (4 * 32 + 8 * 4) * 2
     assert described.bytes == codes + scales + zero_points + factors

@@ -40,7 +40,7 @@ def compressed(*, symmetric: bool) -> tuple[Linear, Linear, Comparisons]:
     TypeAdapter(QuantizeRtn).validate_python(options).call(group)
     svd = compensation_solver("svd")
     first.compensate(svd(first, None, 5, "float16"))
-    first.notes.append("a note")
+    first.record.notes.append("a note")
     return first, second, {"svd": {first.name: svd(first, None, 2, "float16")}}
 
 
@@ -59,10 +59,10 @@ def test_puts_back_what_it_kept(tmp_path: Path, *, symmetric: bool) -> None:
     assert again[0].compressed is not None
     np.testing.assert_array_equal(again[0].effective_weight(), first.effective_weight())
     assert (again[0].compressed.zero_points is None) is symmetric
-    assert (again[0].errors, again[0].notes) == (first.errors, ["a note"])
+    assert (again[0].record.errors, again[0].record.notes) == (first.record.errors, ["a note"])
     # What was left out on purpose stays on record as lossless.
     assert again[1].compressed is None
-    assert again[1].errors == second.errors == {"quantize_rtn": 0.0}
+    assert again[1].record.errors == second.record.errors == {"quantize_rtn": 0.0}
     kept, expected = found["svd"][first.name], comparisons["svd"][first.name]
     np.testing.assert_array_equal(kept.product(), expected.product())
     assert [sorted(batch.values) for batch in live] == [["a"], ["b"]]
@@ -135,7 +135,7 @@ def factorized() -> Linear:
     first.factorize(
         rng.standard_normal((40, 5), np.float32), rng.standard_normal((5, 72), np.float32)
     )
-    first.errors["factorize_svd"] = 0.5
+    first.record.errors["factorize_svd"] = 0.5
     return first
 
 
@@ -155,7 +155,7 @@ def test_factors_of_weights_are_kept_and_mapped_from_there(tmp_path: Path) -> No
     state.save(1, [first], batches({}), {})
     again = qkv().linears[0]
     assert state.resume([again], batches({}), {}) == 1
-    assert again.errors == {"factorize_svd": 0.5}
+    assert again.record.errors == {"factorize_svd": 0.5}
     for linear in (first, again):
         np.testing.assert_array_equal(linear.effective_weight(), product)
         assert linear.factorized is not None
@@ -172,7 +172,7 @@ def test_what_an_earlier_sweep_has_put_on_record_is_not_there_twice(tmp_path: Pa
     state = SweepState(tmp_path / "sweep", "key")
     state.save(1, [first, second], batches({}), comparisons)
     again = list(qkv().linears)
-    again[0].notes.append("a note")
-    again[0].errors["of another run"] = 1.0
+    again[0].record.notes.append("a note")
+    again[0].record.errors["of another run"] = 1.0
     state.resume(again, batches({}), {"svd": {}})
-    assert (again[0].errors, again[0].notes) == (first.errors, ["a note"])
+    assert (again[0].record.errors, again[0].record.notes) == (first.record.errors, ["a note"])

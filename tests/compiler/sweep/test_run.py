@@ -341,7 +341,7 @@ def test_resumed_sweep_ends_bit_for_bit_the_same(
     assert watch.seen[0][0].startswith("model.layers.1.self_attn.q_proj")
     for one, other in zip(whole.linears, resumed.linears, strict=True):
         np.testing.assert_array_equal(one.effective_weight(), other.effective_weight())
-        assert (one.errors, one.notes) == (other.errors, other.notes)
+        assert (one.record.errors, one.record.notes) == (other.record.errors, other.record.notes)
     assert list(again["svd"]) == list(compared["svd"])
     for name, factors in compared["svd"].items():
         np.testing.assert_array_equal(again["svd"][name].product(), factors.product())

@@ -59,12 +59,14 @@ def test_adds_float16_factors_that_lower_the_recorded_error(
         assert linear.factors.lora_a.shape == (6, 72)
         assert linear.factors.lora_b.shape == (linear.out_features, 6)
         assert linear.factors.lora_a.dtype == linear.factors.lora_b.dtype == np.float16
-        assert linear.errors[method.name] < linear.errors["quantize_rtn"]
+        assert linear.record.errors[method.name] < linear.record.errors["quantize_rtn"]
         assert group.gram is not None
         weight = linear.weight()
         left = weighted_norm(weight - linear.effective_weight(), group.gram.matrix)
         np.testing.assert_allclose(
-            linear.errors[method.name], left / weighted_norm(weight, group.gram.matrix), rtol=1e-4
+            linear.record.errors[method.name],
+            left / weighted_norm(weight, group.gram.matrix),
+            rtol=1e-4,
         )
 
 
@@ -76,7 +78,7 @@ def test_rank_zero_changes_nothing_that_the_linear_computes(
     method(rank=0).call(group)
     for linear, weight in zip(group.linears, before, strict=True):
         np.testing.assert_array_equal(linear.effective_weight(), weight)
-        assert linear.errors[method.name] == linear.errors["quantize_rtn"]
+        assert linear.record.errors[method.name] == linear.record.errors["quantize_rtn"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,7 +88,7 @@ def test_full_rank_leaves_the_rounding_of_the_factors(
     method(rank=24, factor_type="float16").call(group)
     k = group.linears[1]
     # A dot product over the rank, each term off by two roundings of float16.
-    assert k.errors[method.name] < 24 * 2 * 2.0**-11 * k.errors["quantize_rtn"]
+    assert k.record.errors[method.name] < 24 * 2 * 2.0**-11 * k.record.errors["quantize_rtn"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -162,7 +164,7 @@ def test_the_plain_svd_needs_no_gram(method: type[Compensation]) -> None:
     QuantizeRtn(bits=2).call(group)
     method(rank=4).call(group)
     assert group.linears[0].factors is not None
-    assert group.linears[0].errors == {}
+    assert group.linears[0].record.errors == {}
 
 
 def product(method: Compensation, group: LinearGroup, rank: int = 6) -> NDArray[np.float32]:
@@ -243,9 +245,9 @@ def test_a_stage_in_another_metric_takes_up_what_the_first_has_left(
     for linear, other in zip(group.linears, alone.linears, strict=True):
         assert linear.factors is not None
         assert (linear.factors.rank, linear.factors.factor_type) == (8, factor_type)
-        assert linear.errors["eora"] < 0.97 * linear.errors["svd"]
+        assert linear.record.errors["eora"] < 0.97 * linear.record.errors["svd"]
         # No split beats one solution in the metric that the error is measured in.
-        assert other.errors["eora"] < linear.errors["eora"] * (1 + 1e-3)
+        assert other.record.errors["eora"] < linear.record.errors["eora"] * (1 + 1e-3)
 
 
 def test_a_second_stage_of_rank_zero_leaves_the_first_alone(group: LinearGroup) -> None:
@@ -253,7 +255,9 @@ def test_a_second_stage_of_rank_zero_leaves_the_first_alone(group: LinearGroup) 
     first = [linear.factors for linear in group.linears]
     Eora(rank=0).call(group)
     assert [linear.factors for linear in group.linears] == first
-    assert all(linear.errors["eora"] == linear.errors["svd"] for linear in group.linears)
+    assert all(
+        linear.record.errors["eora"] == linear.record.errors["svd"] for linear in group.linears
+    )
 
 
 def test_the_ranks_of_all_stages_count(group: LinearGroup) -> None:
@@ -341,7 +345,7 @@ def test_eora_falls_back_to_svd_on_few_tokens_and_says_so() -> None:
     for linear, svd in zip(group.linears, expected, strict=True):
         assert linear.factors is not None
         np.testing.assert_array_equal(linear.factors.lora_a, svd.lora_a)
-        (note,) = linear.notes
+        (note,) = linear.record.notes
         assert "plain SVD of the error, for only 5 calibration tokens reached it" in note
 
 

@@ -42,8 +42,8 @@ def test_is_never_worse_than_eora_and_says_what_it_leaves(
         assert after.compressed is not None
         assert before.factors is not None
         assert after.factors is not None
-        assert after.errors["caldera"] <= before.errors["eora"]
-        gained.append(after.errors["caldera"] < 0.99 * before.errors["eora"])
+        assert after.record.errors["caldera"] <= before.record.errors["eora"]
+        gained.append(after.record.errors["caldera"] < 0.99 * before.record.errors["eora"])
         # What is stored takes the same bytes, on the same kind of grid.
         assert after.compressed.nbytes == before.compressed.nbytes
         assert after.factors.nbytes == before.factors.nbytes
@@ -52,7 +52,7 @@ def test_is_never_worse_than_eora_and_says_what_it_leaves(
         matrix, weight = caldera.gram.matrix, after.weight()
         left = weighted_norm(weight - after.effective_weight(), matrix)
         np.testing.assert_allclose(
-            after.errors["caldera"], left / weighted_norm(weight, matrix), rtol=1e-4
+            after.record.errors["caldera"], left / weighted_norm(weight, matrix), rtol=1e-4
         )
     if isinstance(quantizer, QuantizeGptq) and factor_type == "float16":
         assert any(gained)

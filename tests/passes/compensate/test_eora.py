@@ -21,6 +21,8 @@ def test_two_stages_leave_what_one_of_both_ranks_does(directions: int | None) ->
         assert both.factors is not None
         assert both.factors.rank == 7
         # Each of 7 products is off by two roundings of float16, of an error no larger than before.
-        rounding = 7 * 2 * 2.0**-11 * both.errors["quantize_rtn"]
-        np.testing.assert_allclose(both.errors["eora"], whole.errors["eora"], atol=rounding)
-        assert half.errors["eora"] - both.errors["eora"] > 3 * rounding
+        rounding = 7 * 2 * 2.0**-11 * both.record.errors["quantize_rtn"]
+        np.testing.assert_allclose(
+            both.record.errors["eora"], whole.record.errors["eora"], atol=rounding
+        )
+        assert half.record.errors["eora"] - both.record.errors["eora"] > 3 * rounding

@@ -42,10 +42,10 @@ def test_what_is_left_is_left_of_the_target(method: Compensation) -> None:
         target = group.gram.target(linear.weight())
         left = weighted_norm(target - linear.effective_weight(), matrix)
         np.testing.assert_allclose(
-            linear.errors[method.name], left / weighted_norm(target, matrix), rtol=1e-4
+            linear.record.errors[method.name], left / weighted_norm(target, matrix), rtol=1e-4
         )
-        assert linear.errors[method.name] < linear.errors["quantize_gptq"]
+        assert linear.record.errors[method.name] < linear.record.errors["quantize_gptq"]
         # Of the alternation the first iterate is EoRA of the target.
-        assert linear.errors[method.name] <= eora.errors["eora"]
+        assert linear.record.errors[method.name] <= eora.record.errors["eora"]
         away = weighted_norm(linear.weight() - linear.effective_weight(), matrix)
         assert away > 1.5 * left, "the weight is not what it comes near"

@@ -35,9 +35,9 @@ def test_does_what_factor_type_does(bits: FactorBits) -> None:
         assert other.factors is not None
         assert one.factors.factor_type == f"int{bits}"
         assert one.factors.nbytes == other.factors.nbytes
-        before, after = one.errors["eora"], one.errors["quantize_factors"]
-        given_back = one.errors["quantize_rtn"] - before
-        assert abs(after - other.errors["eora"]) < 0.05 * given_back
+        before, after = one.record.errors["eora"], one.record.errors["quantize_factors"]
+        given_back = one.record.errors["quantize_rtn"] - before
+        assert abs(after - other.record.errors["eora"]) < 0.05 * given_back
         assert before < after < before + (0.02 if bits == 8 else 0.2) * given_back
         # The node holds what was scored, and in the type that says how it is stored.
         assert one.node.inputs[5] is not None
@@ -52,7 +52,7 @@ def test_overrides_and_linears_that_are_as_asked_for() -> None:
     assert query.factors is not None
     assert left.factors is not None
     assert (query.factors.factor_type, left.factors.factor_type) == ("int4", "float16")
-    assert "quantize_factors" not in left.errors
+    assert "quantize_factors" not in left.record.errors
     again = QuantizeFactors(bits=4, overrides={"*.k_proj": FactorBitsOverride(bits=8)})
     again.call(group)
     assert left.factors.factor_type == "int8"
@@ -78,7 +78,7 @@ def test_without_statistics_all_inputs_weigh_alike(tokens: int | None) -> None:
     for linear, weight in zip(group.linears, before, strict=True):
         lost = np.linalg.norm(linear.effective_weight() - weight)
         assert lost < 0.3 * np.linalg.norm(weight - linear.backbone_weight())
-        assert ("quantize_factors" in linear.errors) == (tokens is not None)
+        assert ("quantize_factors" in linear.record.errors) == (tokens is not None)
 
 
 def test_linears_without_factors_are_left_alone() -> None:

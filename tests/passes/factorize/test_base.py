@@ -76,9 +76,9 @@ def test_replaces_each_weight_by_two_of_the_rank_that_the_ratio_asks_for(
         weight = linear.weight()
         left = weighted_norm(weight - linear.effective_weight(), group.gram.matrix)
         whole = weighted_norm(weight, group.gram.matrix)
-        assert 0.01 < linear.errors[method.name] < 0.9
-        np.testing.assert_allclose(linear.errors[method.name], left / whole, rtol=1e-4)
-        assert linear.notes == []
+        assert 0.01 < linear.record.errors[method.name] < 0.9
+        np.testing.assert_allclose(linear.record.errors[method.name], left / whole, rtol=1e-4)
+        assert linear.record.notes == []
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,11 +88,11 @@ def test_no_other_of_the_family_loses_less_output_than_the_whitened_ones(
     group, best = group_of(), group_of()
     method(ratio=0.3).call(group)
     SvdLlm(ratio=0.3).call(best)
-    error = group.linears[0].errors[method.name]
+    error = group.linears[0].record.errors[method.name]
     if method in WHITENED:
-        assert error == pytest.approx(best.linears[0].errors["svd_llm"], rel=1e-5)
+        assert error == pytest.approx(best.linears[0].record.errors["svd_llm"], rel=1e-5)
     else:
-        assert error > 1.001 * best.linears[0].errors["svd_llm"]
+        assert error > 1.001 * best.linears[0].record.errors["svd_llm"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -149,7 +149,7 @@ def test_too_few_tokens_get_the_plain_svd_and_a_note(method: type[Factorization]
     for ours, theirs in zip(products(group), products(plain), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     for linear in group.linears:
-        (note,) = linear.notes
+        (note,) = linear.record.notes
         assert note.startswith(f"{method.name}: plain SVD of the weight, for only 8 calibration")
 
 
@@ -237,7 +237,7 @@ class TestErcSvd:
             linear = group.linears[0]
             assert linear.factorized is not None
             lost = np.linalg.norm(linear.weight() - linear.factorized.product())
-            losses.append((linear.errors["erc_svd"], -float(lost)))
+            losses.append((linear.record.errors["erc_svd"], -float(lost)))
         assert losses == sorted(losses)
         assert len(set(losses)) == 3
 

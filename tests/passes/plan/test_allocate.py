@@ -102,10 +102,10 @@ def test_predicts_the_errors_that_an_ordinary_sweep_puts_on_record(
     for linear in quantized(compressed.linears):
         predicted = found["linears"][linear.name]["distortion"] ** 0.5
         # float16 factors: each of the products that a weight is a sum of is off by two roundings.
-        rounding = 8 * 2 * 2.0**-11 * linear.errors["quantize_gptq"]
-        assert abs(linear.errors["eora"] - predicted) < rounding
+        rounding = 8 * 2 * 2.0**-11 * linear.record.errors["quantize_gptq"]
+        assert abs(linear.record.errors["eora"] - predicted) < rounding
         if linear.factors is not None:
-            assert predicted < linear.errors["quantize_gptq"] - 10 * rounding
+            assert predicted < linear.record.errors["quantize_gptq"] - 10 * rounding
     assert any(linear.factors is not None for linear in compressed.linears)
 
 

@@ -231,13 +231,13 @@ def left_of(group: LinearGroup) -> list[float]:
 @pytest.mark.parametrize("factor_type", ["float16", "int8", "int4"])
 def test_eora_leaves_less_of_what_counts(group: LinearGroup, factor_type: FactorType) -> None:
     compensate(group, Eora(rank=6, factor_type=factor_type, weigh_outputs=False))
-    plain, errors = left_of(group), [linear.errors["eora"] for linear in group.linears]
+    plain, errors = left_of(group), [linear.record.errors["eora"] for linear in group.linears]
     compensate(group, Eora(rank=6, factor_type=factor_type))
     for left, before in zip(left_of(group), plain, strict=True):
         assert left < 0.98 * before
     # On record is the plain output error, of which the plain factors leave less.
     for linear, before in zip(group.linears, errors, strict=True):
-        assert linear.errors["eora"] > before
+        assert linear.record.errors["eora"] > before
 
 
 def test_eora_gives_the_factors_of_the_solver(group: LinearGroup) -> None:

@@ -413,7 +413,7 @@ def test_leaves_the_graph_as_it_is(source: LoadedModel, windows: Windows, tmp_pa
     SelectLastK(average_bits=3.6).survey(shown)
     assert [(node.name, node.op_type) for node in shown.model.graph] == nodes
     assert set(shown.model.graph.initializers) == names
-    assert not any(one.compressed or one.errors for one in shown.linears)
+    assert not any(one.compressed or one.record.errors for one in shown.linears)
 
 
 def test_the_first_of_equal_candidates_is_taken(

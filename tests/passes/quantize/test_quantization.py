@@ -35,9 +35,9 @@ def test_puts_the_error_of_what_it_stores_on_record(method: type[Compression]) -
         assert linear.quantizer == compress
         weight, gram = linear.weight(), group.gram.matrix
         left = weighted_norm(weight - linear.compressed.dequantize(), gram)
-        assert 0 < linear.errors[method.name] < 1
+        assert 0 < linear.record.errors[method.name] < 1
         np.testing.assert_allclose(
-            linear.errors[method.name], left / weighted_norm(weight, gram), rtol=1e-4
+            linear.record.errors[method.name], left / weighted_norm(weight, gram), rtol=1e-4
         )
 
 
@@ -81,7 +81,7 @@ def test_leaves_out_what_an_override_skips(method: type[Compression]) -> None:
     q, k = group.linears
     assert q.compressed is not None
     assert k.compressed is None
-    assert k.errors == {method.name: 0.0}
+    assert k.record.errors == {method.name: 0.0}
     Svd(rank=2).call(group)
     assert q.factors is not None
     assert k.factors is None

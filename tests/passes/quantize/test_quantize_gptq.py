@@ -27,7 +27,7 @@ def test_solves_the_group_as_one_stack(descent: int) -> None:
     quantize.call(group)
     solved = np.concatenate([linear.effective_weight() for linear in group.linears])
     np.testing.assert_array_equal(solved, expected)
-    assert [linear.notes for linear in group.linears] == [[], []]
+    assert [linear.record.notes for linear in group.linears] == [[], []]
 
 
 def test_beats_rounding_to_nearest_by_the_recorded_errors() -> None:
@@ -35,7 +35,9 @@ def test_beats_rounding_to_nearest_by_the_recorded_errors() -> None:
     QuantizeGptq(bits=3).call(group)
     QuantizeRtn(bits=3).call(nearest)
     for solved, rounded in zip(group.linears, nearest.linears, strict=True):
-        assert 0 < solved.errors["quantize_gptq"] < 0.8 * rounded.errors["quantize_rtn"]
+        assert (
+            0 < solved.record.errors["quantize_gptq"] < 0.8 * rounded.record.errors["quantize_rtn"]
+        )
 
 
 def test_members_may_have_their_own_options() -> None:
@@ -47,14 +49,14 @@ def test_members_may_have_their_own_options() -> None:
     assert k is not None
     assert (q.bits, q.group_size, q.zero_points is None) == (2, 64, False)
     assert (k.bits, k.group_size, k.zero_points is None) == (8, 72, True)
-    assert group.linears[1].errors["quantize_gptq"] < 0.01
+    assert group.linears[1].record.errors["quantize_gptq"] < 0.01
 
 
 def test_a_skipped_member_is_on_record_as_lossless() -> None:
     group = qkv()
     QuantizeGptq(overrides={"*.k_proj": QuantizeOverride(skip=True)}).call(group)
     assert group.linears[1].compressed is None
-    assert group.linears[1].errors == {"quantize_gptq": 0.0}
+    assert group.linears[1].record.errors == {"quantize_gptq": 0.0}
 
 
 @pytest.mark.parametrize("tokens", [0, 31])
@@ -64,16 +66,16 @@ def test_too_few_tokens_fall_back_to_rounding_and_say_so(tokens: int) -> None:
     QuantizeRtn(bits=3).call(nearest)
     for solved, rounded in zip(group.linears, nearest.linears, strict=True):
         np.testing.assert_array_equal(solved.effective_weight(), rounded.effective_weight())
-        (note,) = solved.notes
+        (note,) = solved.record.notes
         assert f"rounded to nearest, for only {tokens} calibration tokens reached it" in note
-        assert np.isfinite(solved.errors["quantize_gptq"])
+        assert np.isfinite(solved.record.errors["quantize_gptq"])
 
 
 def test_a_singular_gram_is_damped_more_and_says_so() -> None:
     group = qkv(tokens=40)
     QuantizeGptq(bits=3, damping=0.0).call(group)
-    assert "damping raised from 0 to" in group.linears[0].notes[0]
-    assert 0 < group.linears[0].errors["quantize_gptq"] < 1
+    assert "damping raised from 0 to" in group.linears[0].record.notes[0]
+    assert 0 < group.linears[0].record.errors["quantize_gptq"] < 1
 
 
 def test_without_a_gram_it_says_what_to_do() -> None:

@@ -20,7 +20,7 @@ def test_rounds_each_linear_on_its_own_and_needs_no_gram() -> None:
             linear.compressed.dequantize(), to_nbits(quantize(weight, grid), grid).dequantize()
         )
         assert linear.node.op_type == "MatMulNBitsLowRank"
-        assert linear.errors == {}
+        assert linear.record.errors == {}
 
 
 def test_a_gram_guides_the_clipping_and_measures_the_error() -> None:
@@ -32,7 +32,7 @@ def test_a_gram_guides_the_clipping_and_measures_the_error() -> None:
         weight = linear.weight()
         whole = weighted_norm(weight, group.gram.matrix)
         left = weighted_norm(weight - linear.effective_weight(), group.gram.matrix)
-        np.testing.assert_allclose(linear.errors["quantize_rtn"], left / whole, rtol=1e-4)
+        np.testing.assert_allclose(linear.record.errors["quantize_rtn"], left / whole, rtol=1e-4)
         assert left < weighted_norm(weight - unguided.effective_weight(), group.gram.matrix)
 
 

@@ -195,8 +195,8 @@ def test_pass_option_and_override(kind: FactorType, lost: float) -> None:
     assert query.factors.lora_a_scale is not None
     assert query.factors.rank == 6
     # What rounding loses of the correction is little against what the correction gives back.
-    gained = query.errors["quantize_rtn"] - peer.linears[0].errors["eora"]
-    assert query.errors["eora"] - peer.linears[0].errors["eora"] <= lost * gained
+    gained = query.record.errors["quantize_rtn"] - peer.linears[0].record.errors["eora"]
+    assert query.record.errors["eora"] - peer.linears[0].record.errors["eora"] <= lost * gained
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8", "int4"])
@@ -205,4 +205,6 @@ def test_rank_zero_stores_nothing(kind: FactorType) -> None:
     QuantizeRtn(bits=2).call(group)
     Eora(rank=0, factor_type=kind).call(group)
     assert [linear.factors for linear in group.linears] == [None, None]
-    assert all(one.errors["eora"] == one.errors["quantize_rtn"] for one in group.linears)
+    assert all(
+        one.record.errors["eora"] == one.record.errors["quantize_rtn"] for one in group.linears
+    )
