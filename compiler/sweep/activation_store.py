@@ -1,4 +1,4 @@
-"""Keep activations for later: in memory while they are few, on disk beyond."""
+"""Store activations: in memory up to a limit, on disk beyond."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ActivationStore:
     """Activations by key, a mapping of arrays for each batch.
 
     Attributes:
-      folder: where they go that do not fit; made when the first of them does.
-      limit: bytes kept in memory at most. An array that is kept under several keys counts once.
+      folder: for those that do not fit in memory; created when needed.
+      limit: bytes in memory at most. An array that is stored under several keys counts once.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class ActivationStore:
         return key in self._kept
 
     def put(self, key: str, batches: Sequence[Values]) -> None:
-        """Keep ``batches``, whose arrays nobody may write to from now on."""
+        """Store ``batches``, whose arrays must not be written to any more."""
         self.drop(key)
         if self._bytes_with(batches) <= self.limit:
             self._kept[key] = [dict(values) for values in batches]
@@ -50,18 +50,18 @@ class ActivationStore:
         self._kept[key] = paths
 
     def batches(self, key: str) -> Iterator[dict[str, NDArray[np.generic]]]:
-        """What was kept, read batch by batch; KeyError where nothing was."""
+        """The stored activations, read batch by batch; KeyError if there are none."""
         for kept in self._kept[key]:
             yield load_file(kept) if isinstance(kept, Path) else dict(kept)
 
     def drop(self, key: str) -> None:
-        """Forget what was kept under ``key``, if anything was."""
+        """Delete the activations of ``key``, if there are any."""
         for kept in self._kept.pop(key, ()):
             if isinstance(kept, Path):
                 kept.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget everything, and delete the folder, with what a run that was killed left there."""
+        """Delete everything, and the folder with the files that a killed run left there."""
         self._kept.clear()
         if self.folder.exists():
             shutil.rmtree(self.folder)

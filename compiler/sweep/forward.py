@@ -1,4 +1,4 @@
-"""The forward pass over calibration windows that layer passes and surveys take statistics from."""
+"""The forward pass over calibration windows, which layer passes and surveys take statistics of."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ForwardPass:
     """The forward pass over a text's windows, and the original model's where one is needed.
 
     Attributes:
-      live: batches whose values make up the point that was reached.
+      live: batches with the activations at the level reached.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class ForwardPass:
         *,
         match: Literal["weights", "outputs"],
     ) -> None:
-        """Set out from graph inputs.
+        """Begin at the graph inputs.
 
         Args:
           executor: runs both.
           batches: the windows, graph inputs set.
-          weight_of: what each linear multiplies with, asked once all of its group are solved.
-          match: ``outputs`` has the original model run beside it.
+          weight_of: gives the weight of each linear, after its group has been solved.
+          match: ``outputs`` runs the original model in parallel.
         """
         self._executor = executor
         self._products = gram_products(executor.precision)
@@ -59,43 +59,43 @@ class ForwardPass:
         self.live = [*self._batches, *self._originals]
 
     def start(self) -> None:
-        """Compute what stands before the first linears."""
+        """Compute everything before the first linears."""
         self._executor.start(self._batches)
-        # Nothing is compressed yet: the original holds the same, masks for the whole way included.
+        # Nothing is compressed yet: the original model has the same values, masks included.
         for original, batch in zip(self._originals, self._batches, strict=False):
             original.values = dict(batch.values)
 
     def show(self, group: LinearGroup) -> None:
-        """Let ``group`` see its input."""
+        """Give ``group`` access to its input."""
         group.activations = inputs_over(self._executor, group, self._batches)
         group.products = self._products
         if self._originals:
             group.originals = inputs_over(self._executor, group, self._originals)
 
     def step(self, level: int) -> None:
-        """Compute the linears of ``level``, as they are now and as they were."""
+        """Compute the linears of ``level``, with the new weights and with the original ones."""
         self._executor.step(level, self._batches, self._weight_of)
         if self._originals:
             self._executor.step(level, self._originals, original_weight)
 
 
 def inputs_over(executor: Executor, group: LinearGroup, batches: Sequence[Batch]) -> Activations:
-    """The input of ``group`` over ``batches``, batch by batch, at the level that they are at."""
+    """The input of ``group`` over ``batches``, batch by batch, at their current level."""
     width = group.linears[0].in_features
 
     def activations() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         for batch in batches:
-            # Beyond lies what the original model computes past a factor.
+            # Further columns are the original model's output beside a factor (original_weight()).
             yield executor.inputs_of(group, batch)[:, :width], batch.token_weights
 
     return activations
 
 
 def original_weight(linear: Linear) -> NDArray[np.float32]:
-    """What the original model multiplies with where ``linear`` stands.
+    """The weight with which ``linear`` computes the original model.
 
-    It has ``W`` where an earlier sweep has put ``u v``: so that it goes on as it was, ``v`` hands
-    ``W x`` on beside its own ``v x``, and ``u`` lets it pass.
+    If an earlier sweep has replaced ``W`` by ``u v``, the original product still has to go through
+    both nodes: ``v`` returns ``W x`` beside its own ``v x``, and ``u`` passes it through.
     """
     whole = linear.whole
     if whole is None:
@@ -111,8 +111,8 @@ def original_weight(linear: Linear) -> NDArray[np.float32]:
 def one_thread(layer_pass: LayerPass | None = None) -> AbstractContextManager[object]:
     """Keep BLAS to one thread while a solver runs.
 
-    Solvers factor matrices a thousand wide between short loops: a second thread would gain a fifth
-    of the time and spend all of it waiting. Statistics are large products and take every thread.
+    Solvers factor matrices a thousand wide between short loops. A second thread would save a fifth
+    of the time and spin through the rest. Statistics are large products and use every thread.
     """
     if isinstance(layer_pass, Calibrate):
         return nullcontext()

@@ -1,9 +1,9 @@
 """The forward pass's own arithmetic: products and attention, in float32 or in bfloat16.
 
-Calibration is a forward pass over tens of thousands of tokens. It is there for statistics, which
-rounding operands to eight bits of mantissa does not move (docs/adr/0005), and a processor with AMX
-multiplies bfloat16 several times as fast as float32. Sums are float32 either way. What is scored is
-computed in float32, and what is shipped never comes from here.
+Calibration is a forward pass over tens of thousands of tokens. Its statistics hardly change if
+operands are rounded to eight bits of mantissa (docs/adr/0005), and a processor with AMX multiplies
+bfloat16 several times as fast as float32. Sums are float32 either way. Scores are computed in
+float32, and no weight of an artifact is computed here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 Float = NDArray[np.float32]
 
 _STRIPS = 3
-"""Strips of a symmetric product; what lies right of a strip's diagonal block is not made."""
+"""Strips of a symmetric product; the part right of a strip's diagonal block is not computed."""
 
 
 def bfloat16_is_fast() -> bool:
@@ -58,7 +58,7 @@ def gram_products(precision: Precision) -> GramProducts | None:
 def linear_products(
     weights: Sequence[Float], precision: Precision
 ) -> Callable[[Float], list[Float]]:
-    """What multiplies inputs ``float32 [tokens, K]`` with each of ``weights [N, K]``.
+    """A function that multiplies inputs ``float32 [tokens, K]`` with each of ``weights [N, K]``.
 
     In bfloat16, inputs, weights and outputs are rounded (relative error ``2**-8`` at most).
     """
@@ -90,11 +90,12 @@ def attention(
       query: ``float32 [batch, sequence, heads * size]``.
       key: ``float32 [batch, sequence, kv_heads * size]``.
       value: likewise.
-      mask: what a query may see, bool, or what is added to its scores, float; broadcasts to
+      mask: the positions that a query attends to, bool, or an addend of its scores, float;
+      broadcasts to
         ``[batch, heads, sequence, sequence]``.
       heads: of the query.
       kv_heads: of key and value.
-      causal: a query sees nothing after itself, whatever ``mask`` says.
+      causal: a query attends to no later position, whatever ``mask`` is.
       scale: of the scores; None for one over the root of ``size``.
       precision: of the products.
 
@@ -136,7 +137,7 @@ def add_outer_products(rows: Float, total: Float) -> None:
 
     Args:
       rows: ``float32 [tokens, K]``.
-      total: ``float32 [K, K]``; what is above its diagonal is undefined afterwards.
+      total: ``float32 [K, K]``; the part above its diagonal is undefined afterwards.
     """
     x, out = _rounded(rows), torch.from_numpy(total)
     width = -(-x.shape[1] // _STRIPS)

@@ -49,8 +49,8 @@ class Survey:
       following: the layer passes of the next sweep, in order.
       checkpoint: the original model as a Hugging Face folder.
       trust_remote_code: let transformers run code that the checkpoint brings.
-      folder: where the survey may keep what took long; it lasts until the build succeeds.
-      key: digest of all that the findings depend on.
+      folder: for results that took long; it lasts until the build succeeds.
+      key: digest of everything that the results depend on.
       progress: shown a phase of the survey's own.
     """
 
@@ -69,10 +69,10 @@ class Survey:
         return [] if self.windows is None else calibration_batches(self.windows)
 
     def executor(self, *, precision: Precision = "float32") -> Executor:
-        """A way to run a copy of the graph, whose linears may be compressed on trial.
+        """An executor of a copy of the graph, whose linears may be compressed on trial.
 
-        They know what those of the graph know: the weights that they are factors of, and what
-        earlier surveys have found.
+        The linears have the attributes of the graph's own: the weights that they are factors of,
+        and the results of earlier surveys.
 
         Args:
           precision: of the forward pass.
@@ -89,8 +89,8 @@ class Survey:
     def walk(self, name: str, calibrate: Calibrate) -> Iterator[LinearGroup]:
         """Every group of linears of a copy of the graph, in execution order, with its Gram.
 
-        Both are those of the original model: what the caller makes of a group's linears on trial is
-        not what the forward pass goes on with.
+        Linears and Grams are those of the original model. The forward pass ignores whatever the
+        caller does to a group's linears.
 
         Args:
           name: of the phase that is shown.
@@ -115,21 +115,20 @@ class Survey:
     def each_group(
         self, name: str, calibrate: Calibrate, make: Callable[[LinearGroup], list[Any]]
     ) -> list[Any]:
-        """What ``make`` finds of the groups of :meth:`walk`, one after another.
+        """Concatenate the results of ``make`` for each group of :meth:`walk`.
 
         Args:
           name: as for :meth:`walk`.
           calibrate: likewise.
-          make: JSON-able findings of a group. One that an interrupted run has finished is not asked
-            for again.
+          make: JSON-able results of a group. An interrupted survey resumes after the last group.
         """
-        found: list[Any] = []
+        results: list[Any] = []
         for index, group in enumerate(self.walk(name, calibrate)):
-            found += self.remember(f"{name}.{index}", partial(_as_found, make, group))["found"]
-        return found
+            results += self.remember(f"{name}.{index}", partial(_as_found, make, group))["found"]
+        return results
 
     def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``make`` finds, JSON-able; of an earlier run where that was interrupted later on."""
+        """The JSON-able result of ``make``, cached in :attr:`folder` across interrupted builds."""
         path = self.folder / f"{name}.json"
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))

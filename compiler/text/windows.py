@@ -40,7 +40,7 @@ class Windows:
     Attributes:
       input_ids: ``int64 [S, L]``.
       attention_mask: ``int64 [S, L]``, 1 for text, 0 for padding (on the right).
-      weights: ``float32 [S]``, what each token of a window counts for in statistics; None for 1.
+      weights: ``float32 [S]``, the weight of each window's tokens in statistics; None for 1.
     """
 
     input_ids: NDArray[np.int64]
@@ -49,13 +49,13 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are text."""
+        """Number of tokens without padding."""
         return int(self.attention_mask.sum())
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user calls the settings that decide over windows, for messages.
+    """The user's names of the settings that decide over windows, for messages.
 
     Attributes:
       samples: of calibration.
@@ -76,16 +76,16 @@ def calibration_windows(
     config_dir: Path,
     settings: Settings = Settings(),
 ) -> Windows:
-    """The windows that ``calibration`` asks for, those of one text after those of another.
+    """The windows of ``calibration``, text by text.
 
-    Random ones stay clear of held-out text. The weights of a mixture are scaled so that their mean
+    Random windows avoid held-out text. The weights of a mixture are scaled so that their mean
     over all tokens is 1.
 
     Args:
-      calibration: what is asked for.
-      held_out: what must stay unseen, where it comes from the same text.
+      calibration: the section of model.yaml.
+      held_out: the text to avoid, where it comes from the same source.
       tokenizer: the model's.
-      config_dir: what relative paths are relative to.
+      config_dir: the folder that relative paths are relative to.
       settings: names for messages.
 
     Raises:
@@ -128,13 +128,13 @@ def evaluation_windows(
     config_dir: Path,
     settings: Settings = Settings(),
 ) -> Windows:
-    """Held-out windows: in the calibration text, by default, what follows its windows.
+    """Held-out windows: by default those after the windows of calibration, in the same text.
 
     Args:
       calibration: whose text is used where ``held_out`` has none of its own.
-      held_out: what is asked for.
+      held_out: the section of model.yaml.
       tokenizer: the model's.
-      config_dir: what relative paths are relative to.
+      config_dir: the folder that relative paths are relative to.
       settings: names for messages.
 
     Raises:
@@ -176,35 +176,35 @@ def load_windows(
 ) -> Windows:
     """Tokenize text into windows.
 
-    No special tokens are added but one: where the tokenizer begins a text with BOS (Gemma does,
-    and is lost without), so does every window.
+    If the tokenizer begins a text with BOS, every window begins with it (Gemma needs this). No
+    other special token is added.
 
     Args:
       spec: where the text is.
       tokenizer: the model's.
-      config_dir: what a relative ``spec.text`` is relative to.
+      config_dir: the folder that a relative ``spec.text`` is relative to.
       samples: ``S``.
       sequence_length: ``L``.
       seed: None takes the first windows (or documents) in order, a number random ones.
       layout: ``packing`` cuts the text into contiguous windows without padding; ``padding`` puts
-        one document a window, cut or padded on the right.
+        one document into each window, cut or padded on the right.
       offset_tokens: packing: tokens to skip first.
-      limit_tokens: packing: tokens, from the start of the text, that may be used at most.
-      skip_documents: documents to skip first. A plain text file's are parted by blank lines for
-        padding, and it is one document for packing.
+      limit_tokens: packing: use at most so many tokens from the start of the text.
+      skip_documents: documents to skip first. Blank lines separate the documents of a plain text
+        file for padding; for packing it is one document.
       advice: the setting to lower where the text is too short.
 
     Raises:
       DataError: the text is missing, damaged, empty or too short.
     """
-    found = read_documents(
+    all_documents = read_documents(
         spec,
         tokenizer,
         config_dir,
         split_text=layout == "padding" or skip_documents > 0,
         separator=_SEPARATOR if layout == "packing" else "",
     )
-    documents = islice(found, skip_documents, None)
+    documents = islice(all_documents, skip_documents, None)
     bos = bos_tokens(tokenizer)
     room = sequence_length - len(bos)
     if layout == "padding":
@@ -270,9 +270,9 @@ def _pack(
 def _scattered(
     text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, room: int, seed: int
 ) -> list[list[int]] | None:
-    """Random windows, each of a stretch of its own; None where the text is too short for that.
+    """Random windows from separate stretches of the text; None where the text is too short.
 
-    Only what the windows hold is tokenized: of a book, or of a crawl of the web, next to nothing.
+    Only the windows are tokenized: a small part of a book or of a crawl of the web.
     """
     stretch = (room + 2 * MARGIN) * CHARACTERS_PER_TOKEN
     available = len(text) // stretch
@@ -282,7 +282,7 @@ def _scattered(
     windows = []
     for index in sorted(int(index) for index in picked):
         start = index * stretch
-        # From the first blank on, if one is near, tokens are those of the whole text.
+        # From a blank on, tokens are those of the whole text; so begin at one if it is near.
         blank = _BLANK.search(text, start, start + MARGIN * CHARACTERS_PER_TOKEN)
         begin = start if blank is None else blank.start()
         tokens = first_tokens(iter([text[begin : begin + 2 * stretch]]), tokenizer, room)
@@ -320,7 +320,7 @@ def _rows(
     documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, room: int
 ) -> Iterator[list[int]]:
     for document in documents:
-        # A document may be a book; a window never needs all of it.
+        # A document may be a book, of which a window needs the beginning only.
         tokens = first_tokens(iter([document]), tokenizer, room)[:room]
         if tokens:
             yield tokens
