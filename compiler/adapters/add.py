@@ -72,12 +72,12 @@ class AddedAdapter:
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked of an artifact, seen to be possible.
+    """A checked request to add an adapter to an artifact.
 
     Attributes:
-      manifest: of the artifact, which holds.
-      config: what it was built with.
-      slots: where its model takes adapters.
+      manifest: of the artifact, verified.
+      config: of its build.
+      slots: of its model for adapters.
     """
 
     manifest: Manifest
@@ -86,12 +86,12 @@ class _Request:
 
 
 def _check_request(folder: Path, name: str, config: AdapterConfig, *, force: bool) -> _Request:
-    """See that an adapter may be added, before any work is done for it.
+    """Check that an adapter can be added, before any work is done for it.
 
     Args:
       folder: the artifact; every byte of it is compared with its manifest.
       name: of the adapter.
-      config: what is asked for.
+      config: of the adapter.
       force: replace an adapter of that name.
 
     Raises:
@@ -137,14 +137,14 @@ def solve_for_artifact(
       folder: the artifact.
       name: of the adapter.
       config: its texts, rank and factor type.
-      data_dir: what relative paths of texts are relative to.
+      data_dir: the folder that relative paths of texts are relative to.
       progress: shown the phases.
-      model: where the original weights are; None for where the manifest says.
+      model: source of the original weights; None for the one in the manifest.
       force: replace an adapter of that name.
       parity: whether to compare the artifact with the adapter to eager PyTorch.
 
     Raises:
-      EoraccError: bad input, in one sentence; the artifact is as it was.
+      EoraccError: bad input, in one sentence; the artifact is unchanged.
       GateError: the artifact computes the adapter wrongly; it is not stored.
     """
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()

@@ -1,4 +1,4 @@
-"""Adapters from and for elsewhere: PEFT folders and single ``.onnx_adapter`` files."""
+"""Import and export adapters: PEFT folders and single ``.onnx_adapter`` files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 ORIGIN_FILE = "eoracc_adapter.json"
-"""Beside PEFT's files: where they come from."""
+"""A file beside PEFT's own with the origin of the adapter."""
 
 _FORMAT = "eoracc adapter origin"
 
@@ -93,7 +93,7 @@ def export_onnx(artifact: Path, name: str, folder: Path) -> list[Path]:
 def import_adapter(
     artifact: Path, source: Path, name: str | None, factor_type: FactorType | None = None
 ) -> Adapter:
-    """An adapter from elsewhere as one of the artifact, which is not changed yet.
+    """Read a file or folder as an adapter of the artifact, which does not change.
 
     Args:
       artifact: its folder.
@@ -122,7 +122,7 @@ def import_adapter(
 def import_peft(
     artifact: Path, folder: Path, name: str | None, factor_type: FactorType | None = None
 ) -> Adapter:
-    """A LoRA adapter in PEFT's form as one of the artifact, which is not changed yet.
+    """Read a LoRA adapter of PEFT as an adapter of the artifact, which does not change.
 
     Args:
       artifact: its folder.
@@ -170,7 +170,7 @@ def import_peft(
 
 
 def import_onnx(artifact: Path, path: Path, name: str | None) -> Adapter:
-    """A single ``.onnx_adapter`` as an adapter of the artifact, which is not changed yet.
+    """Read a single ``.onnx_adapter`` as an adapter of the artifact, which does not change.
 
     Args:
       artifact: its folder.
@@ -202,7 +202,7 @@ def import_onnx(artifact: Path, path: Path, name: str | None) -> Adapter:
 
 
 def round_factors(factors: LowRank, factor_type: FactorType) -> LowRank:
-    """Factors in the type that they are stored in.
+    """Convert factors to the type that they are stored in.
 
     Trained factors may grow against each other along directions that cancel in their product, and
     codes would be spent on what cancels. So integer ones are rounded as the product's singular
@@ -233,7 +233,10 @@ def _orthogonal(
 
 
 def relative_error(exact: LowRank, stored: LowRank) -> float:
-    """``||B A - B' A'|| / ||B A||`` in Frobenius norm, without either product; 0 of none."""
+    """``||B A - B' A'|| / ||B A||`` in Frobenius norm, 0 if the latter norm is 0.
+
+    Neither product is computed.
+    """
     b, a = exact.up().astype(np.float64), exact.down().astype(np.float64)
     # Orthogonal factors on either side leave small matrices of the same norm.
     _, left = np.linalg.qr(np.hstack([b, stored.up()]))
@@ -262,7 +265,7 @@ def _read_origin(path: Path) -> dict[str, Any]:
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Make ``folder`` with ``files`` in it, or nothing."""
+    """Create ``folder`` with ``files`` in it, atomically."""
     parent = folder.absolute().parent
     staged: Path | None = None
     try:

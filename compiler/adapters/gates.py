@@ -101,7 +101,7 @@ def compare_compensations(
     *,
     progress: Progress,
 ) -> AdaptersReport:
-    """Add what the shared compensation, adapters alone and both give back of each text.
+    """Add a comparison of the shared compensation, adapters alone, and both, on each text.
 
     Args:
       report: with the scores of ``solved``, which are those of ``shared`` and of ``both``.
@@ -149,7 +149,7 @@ def compare_compensations(
 
 
 def adapter_details(solved: SolvedAdapter, report: AdaptersReport) -> dict[str, Any]:
-    """What an adapter's own description says: where it comes from, and what it is worth.
+    """The description of an adapter: its source and its scores.
 
     Nothing of it depends on the machine's speed: equal inputs give equal bytes.
     """
@@ -214,7 +214,7 @@ def check_adapters(
     *,
     progress: Progress,
 ) -> dict[str, AdapterParity]:
-    """Compare the artifact with each adapter to what PyTorch gave.
+    """Compare the artifact with each adapter to PyTorch.
 
     The native library makes every call, the model-local functions the first one of each adapter:
     they read the same operands, and take many times as long. They also compute in float32 whatever
@@ -255,7 +255,7 @@ def check_adapters(
 
 
 def refuse_adapters(parity: Mapping[str, AdapterParity]) -> Iterator[str]:
-    """One sentence per adapter that the artifact computes wrongly."""
+    """One sentence for each adapter that the artifact computes wrongly."""
     for name, adapter in parity.items():
         if not adapter.passed:
             worst = max(case["max_error"] / case["tolerance"] for case in adapter.cases)

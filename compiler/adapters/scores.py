@@ -1,4 +1,4 @@
-"""Score adapters: the perplexity of every one of them on every task's held-out text.
+"""Score adapters: the perplexity of every adapter on every task's held-out text.
 
 The tokens of a text go through the backbone once for all adapters: at each linear, batches share
 one product with the backbone's weight, dequantized once, and each adds its own low-rank term.
@@ -78,7 +78,7 @@ def _score(
 def _perplexity(
     executor: Executor, head: NDArray[np.float32], hidden: NDArray[np.float32], windows: Windows
 ) -> float:
-    """``exp`` of the mean negative log-likelihood over all tokens that follow another one.
+    """``exp`` of the mean negative log-likelihood over all tokens but the first of each window.
 
     Args:
       executor: which has the head.

@@ -1,9 +1,9 @@
-"""Solve adapters: for each task, factors of what the backbone still gets wrong on its text.
+"""Solve adapters: for each task, factors of the backbone's remaining error on the task's text.
 
-One forward sweep over a task's text gives its adapter. At every group of linears the Gram of their
-input is taken, the factors are solved in closed form, and the sweep goes on through backbone and
-factors together: each layer is solved for the input that it will have once the adapter is in use.
-The backbone is never changed, so tasks are independent of one another and of their order.
+One forward sweep over a task's text gives its adapter. At every group of linears the sweep takes
+the Gram of their input, solves the factors in closed form, and continues through backbone and
+factors together: each layer is solved for its input when the adapter is in use. The backbone never
+changes, so tasks are independent of one another and of their order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _CALIBRATE = Calibrate()
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What an adapter is solved for.
+    """The texts and options that an adapter is solved for.
 
     Attributes:
       name: of the adapter.
@@ -66,7 +66,7 @@ class Task:
 
     @property
     def solver(self) -> AdapterSolver:
-        """Rank and type of the factors, linear by linear."""
+        """The solver, with the rank and type of each linear's factors."""
         config = self.config
         return AdapterSolver(
             rank=config.rank, factor_type=config.factor_type, overrides=config.overrides
@@ -78,12 +78,12 @@ class SolvedAdapter:
     """One task's factors.
 
     Attributes:
-      task: what they are for.
+      task: that they are solved for.
       factors: by linear.
       errors: by linear, the relative output error over the task's text ``without`` the adapter and
         ``with`` it.
-      notes: what else there is to say.
-      cpu_s: seconds of processor time that solving took, since it was last resumed.
+      notes: for the report.
+      cpu_s: seconds of processor time for solving, since the last resumption.
     """
 
     task: Task
@@ -98,9 +98,9 @@ class SolvedAdapter:
         return sum(factors.nbytes for factors in self.factors.values())
 
     def mean_error(self, which: str) -> float:
-        """Mean over the linears of their error ``without`` or ``with`` the adapter; 0 of none."""
-        found = [errors[which] for errors in self.errors.values()]
-        return float(np.mean(found)) if found else 0.0
+        """Mean error of the linears ``without`` or ``with`` the adapter; 0 if there are none."""
+        errors = [errors[which] for errors in self.errors.values()]
+        return float(np.mean(errors)) if errors else 0.0
 
 
 def load_task(
@@ -117,7 +117,7 @@ def load_task(
       name: of the adapter.
       config: its section of model.yaml.
       tokenizer: the model's.
-      config_dir: what relative paths are relative to.
+      config_dir: the folder that relative paths are relative to.
       settings: names for messages; None for those of model.yaml.
 
     Raises:
@@ -151,15 +151,14 @@ def solve_adapter(
     """Solve one adapter.
 
     Args:
-      backbone: left as it is.
-      task: what to solve for.
-      work: where finished blocks are kept; an interrupted solve goes on from there.
+      backbone: does not change.
+      task: to solve for.
+      work: folder for saved blocks, from which an interrupted solve resumes.
       progress: shown one step per level of linears.
-      calibrate: how the forward pass and the Gram are computed; ``through`` has no say here.
-        With ``match: outputs`` an adapter gives back what the backbone lacks of the target.
-      weight_of: what the adapter stands on: the backbone, unless the factors are to be compared
-        with those of another one.
-      label: of the phase that ``progress`` is shown.
+      calibrate: options of the forward pass and the Gram; ``through`` is ignored. With ``match:
+        outputs`` an adapter corrects the backbone towards the original outputs.
+      weight_of: the weights below the adapter: the backbone's, or others for a comparison.
+      label: of the phase.
 
     Raises:
       ConfigError: an override matches no linear that takes an adapter.
@@ -168,7 +167,7 @@ def solve_adapter(
     begun = cpu_seconds()
     _check_overrides(task, backbone)
     if calibrate.tokens == "gradients":
-        # Known of the backbone's text alone.
+        # Only the backbone's own text has gradients.
         calibrate = replace(calibrate, tokens="equal")
     calibration = task.calibration
     batches = make_batches(
@@ -180,10 +179,10 @@ def solve_adapter(
     executor = Executor(
         backbone.model, backbone.linears, precision=resolve_precision(calibrate.precision)
     )
-    found = _Found(weight_of)
+    solution = _Solution(weight_of)
     state = AdapterState(work, _key(backbone, task, calibrate, weight_of))
-    forward = ForwardPass(executor, batches, found.weight, match=calibrate.match)
-    begin = state.resume(found.factors, found.errors, forward.live)
+    forward = ForwardPass(executor, batches, solution.weight, match=calibrate.match)
+    begin = state.resume(solution.factors, solution.errors, forward.live)
     with progress.phase(f"{label} {task.name}", executor.head_level) as phase:
         for level in range(executor.head_level):
             if level < begin:
@@ -192,7 +191,7 @@ def solve_adapter(
             if level == 0:
                 forward.start()
             for group in executor.levels[level]:
-                _solve_group(forward, group, task.solver, calibrate, found)
+                _solve_group(forward, group, task.solver, calibrate, solution)
             forward.step(level)
             block = executor.levels[level][0].linears[0].block
             finished = level + 1
@@ -200,21 +199,21 @@ def solve_adapter(
             if ends or executor.levels[finished][0].linears[0].block != block:
                 release_weights()
                 if ends or state.is_due:
-                    # What lies before the head serves nobody once all factors are there.
+                    # At the end nothing needs the activations any more.
                     live = [] if ends else forward.live
-                    state.save(finished, found.factors, found.errors, live)
+                    state.save(finished, solution.factors, solution.errors, live)
             phase.advance(f"block {block}")
     return SolvedAdapter(
-        task, found.factors, found.errors, _notes(task, found), cpu_seconds() - begun
+        task, solution.factors, solution.errors, _notes(task, solution), cpu_seconds() - begun
     )
 
 
 @dataclass(eq=False)
-class _Found:
-    """What has been solved of an adapter so far.
+class _Solution:
+    """The linears of an adapter that are solved so far.
 
     Attributes:
-      backbone: the weight that a linear has without the adapter.
+      backbone: gives the weight of a linear without the adapter.
       factors: by linear.
       errors: by linear, see :class:`SolvedAdapter`.
     """
@@ -224,7 +223,7 @@ class _Found:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def weight(self, linear: Linear) -> NDArray[np.float32]:
-        """What ``linear`` multiplies with, the adapter included."""
+        """The weight of ``linear`` with the adapter."""
         weight = self.backbone(linear)
         own = self.factors.get(linear.name)
         return weight if own is None else weight + own.product()
@@ -235,7 +234,7 @@ def _solve_group(
     group: LinearGroup,
     solver: AdapterSolver,
     calibrate: Calibrate,
-    found: _Found,
+    solution: _Solution,
 ) -> None:
     wanted = [
         (linear, options)
@@ -249,19 +248,19 @@ def _solve_group(
     gram = require_gram("adapters", group)
     with one_thread():
         for linear, options in wanted:
-            solved = options.solve(linear, found.backbone(linear), gram)
-            found.factors[linear.name] = solved.factors
-            found.errors[linear.name] = {
+            solved = options.solve(linear, solution.backbone(linear), gram)
+            solution.factors[linear.name] = solved.factors
+            solution.errors[linear.name] = {
                 "without": solved.error_without,
                 "with": solved.error_with,
             }
     group.activations = group.originals = group.gram = None
 
 
-def _notes(task: Task, found: _Found) -> tuple[str, ...]:
-    # Windows have no token that reaches some linears and not others: one note says it for all.
+def _notes(task: Task, solution: _Solution) -> tuple[str, ...]:
+    # Every token of a window reaches all linears, so one note covers them.
     tokens = task.calibration.tokens
-    if tokens >= MIN_TOKENS or not found.factors:
+    if tokens >= MIN_TOKENS or not solution.factors:
         return ()
     note = (
         f"plain SVD of what the backbone lacks, for only {tokens} tokens of text were given "

@@ -1,4 +1,4 @@
-"""Write an artifact: complete under its name, or not there at all."""
+"""Write an artifact atomically: it appears under its name when it is complete."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _PACKAGES = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", 
 
 
 def check_output(output: Path, *, force: bool = False) -> None:
-    """Refuse an output folder before any work is done for it.
+    """Check an output folder before any work is done for it.
 
     Args:
       output: the artifact's folder.
@@ -99,7 +99,7 @@ def check_output(output: Path, *, force: bool = False) -> None:
 
 
 def refuse_full_disk(output: Path, error: BaseException) -> None:
-    """Say in one sentence that there was no room for ``output``, where that is what happened.
+    """Raise an error of one sentence if ``error`` came from a full disk at ``output``.
 
     Args:
       output: the artifact's folder.
@@ -110,7 +110,7 @@ def refuse_full_disk(output: Path, error: BaseException) -> None:
     """
     origin: BaseException | None = error
     while origin is not None:
-        if _says_full(origin):
+        if _is_disk_full(origin):
             raise ArtifactError(
                 f"{output}: the disk is full: free some space or choose another 'output'"
             ) from error
@@ -118,7 +118,7 @@ def refuse_full_disk(output: Path, error: BaseException) -> None:
 
 
 class ArtifactWriter:
-    """Collects an artifact's files beside its place, and moves them there at the end.
+    """Collects an artifact's files in a folder beside the output, and moves them there at the end.
 
     ::
 
@@ -231,7 +231,7 @@ class ArtifactWriter:
     def write_adapter(
         self, name: str, factors: Mapping[str, LowRank], details: Mapping[str, Any]
     ) -> None:
-        """Keep an adapter for :meth:`commit`, which knows what it is bound to.
+        """Add an adapter; :meth:`commit` binds it to the backbone and writes it.
 
         Args:
           name: see :func:`eoracc.runtime.adapters.adapter.check_adapter_name`.
@@ -247,7 +247,7 @@ class ArtifactWriter:
         self._adapters.append(Adapter(name, factors, "", details))
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write ``content`` so that equal content gives equal bytes; NaN is refused."""
+        """Write ``content``; equal content gives equal bytes, and NaN is an error."""
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (self.folder / name).write_text(text, encoding="utf-8")
 
@@ -324,7 +324,7 @@ class ArtifactWriter:
 
     @property
     def _replaced(self) -> Path:
-        """Where the artifact that ``--force`` replaces waits until the new one is in its place."""
+        """The folder for the replaced artifact until the new one is in its place."""
         return self.folder.with_name(f"{self.folder.name}-replaced")
 
     def _clean(self) -> None:
@@ -369,7 +369,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _says_full(error: BaseException) -> bool:
+def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, SafetensorError):  # has no errno, only its text
         return any(f"(os error {number})" in str(error) for number in _FULL)
     return isinstance(error, OSError) and error.errno in _FULL

@@ -1,4 +1,4 @@
-"""What the writer of a target is given, and what it gives back."""
+"""The input and the result of a target's writer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Emitted", "Job"]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A compressed model that is to be written for a target.
+    """A compressed model to write for a target.
 
     Attributes:
       config: the whole model.yaml.
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Emitted:
-    """What a target wrote.
+    """The result of writing a target.
 
     Attributes:
       slots: where its graph takes adapters; None where it takes none.
