@@ -53,14 +53,14 @@ class Pass(ABC):
         """Find what forbids this pass after ``earlier``, the passes before it in model.yaml."""
         again = any(other.name == self.name for other in earlier)
         if again and not (self.repeats and earlier[-1].name != self.name):
-            yield (), "stands twice: keep one"
+            yield (), "occurs twice: keep one"
         for kind in self.needs:
             if not any(isinstance(other, kind) for other in earlier):
                 wanted = " or ".join(f"'{known.name}'" for known in passes_of(kind))
                 yield (), f"needs {wanted} before it: put it above"
         for other in earlier:
             if isinstance(other, self.precedes):
-                yield (), f"must stand before '{other.name}': move it up"
+                yield (), f"must come before '{other.name}': move it up"
 
 
 class ModelPass(Pass):

@@ -42,7 +42,7 @@ def parse_budget(value: object) -> str:
 
 
 def budget_bits(budget: str) -> float:
-    """Bits per weight of a budget that :func:`parse_budget` has given.
+    """Bits per weight of a budget in the form of :func:`parse_budget`.
 
     >>> budget_bits("3.5"), budget_bits("25%")
     (3.5, 12.0)

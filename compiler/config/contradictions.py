@@ -24,7 +24,11 @@ __all__ = ["contradictions", "pass_problems"]
 
 
 def contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong although every field is right on its own."""
+    """Find what is wrong although every field is right on its own.
+
+    Yields:
+      The path of the fault; then what is wrong and the remedy.
+    """
     for where, problem in pass_problems(config, config.passes):
         yield ("passes", *where), problem
     if config.calibration is not None:
@@ -43,13 +47,13 @@ def contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
         yield from _compare_problems(config, config.compare)
     for index, target in enumerate(config.targets):
         if target in config.targets[:index]:
-            yield ("targets", index), f"'{target}' stands twice: keep one"
+            yield ("targets", index), f"'{target}' occurs twice: keep one"
     for section, options in engine_sections(config).items():
         yield from _engine_problems((section,), options)
 
 
 def _engine_problems(where: KeyPath, options: EngineConfig) -> Iterator[tuple[KeyPath, str]]:
-    """Which calls an engine cannot be built for."""
+    """Find ranges of calls that no engine can be built for."""
     if options.sequence[2] > options.context_length:
         yield (
             (*where, "sequence"),
@@ -69,10 +73,10 @@ def _engine_problems(where: KeyPath, options: EngineConfig) -> Iterator[tuple[Ke
 
 
 def pass_problems(config: BuildConfig, passes: Sequence[Pass]) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong with ``passes``, those of ``config`` or others in their place.
+    """Find what is wrong with ``passes``, those of ``config`` or others in their place.
 
     Yields:
-      Where among them, and what.
+      The path of the fault among them; then what is wrong and the remedy.
     """
     recipe = Recipe(passes)
     if config.calibration is None:
@@ -83,7 +87,7 @@ def pass_problems(config: BuildConfig, passes: Sequence[Pass]) -> Iterator[tuple
 
 
 def _compare_problems(config: BuildConfig, compare: CompareConfig) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong with methods and text of a comparison."""
+    """Find what is wrong with the methods and the text of a comparison."""
     for name, passes in compare.methods.items():
         where: KeyPath = ("compare", "methods", name)
         if passes is None and name not in method_names():
@@ -99,10 +103,9 @@ def _compare_problems(config: BuildConfig, compare: CompareConfig) -> Iterator[t
 def _slot_problems(
     where: KeyPath, adapter: AdapterConfig, config: BuildConfig
 ) -> Iterator[tuple[KeyPath, str]]:
-    """Why what is built has no place for an adapter, or not for its factors.
+    """Find why the artifact has no slots for an adapter, or none for the type of its factors.
 
-    The artifact keeps adapters as ONNX Runtime takes them; where it has no part for ONNX Runtime,
-    as engines do.
+    The artifact stores adapters as ONNX Runtime takes them; without that target, as engines do.
     """
     engines = {
         name: options
@@ -127,7 +130,7 @@ def _slot_problems(
 def _factor_type_problems(
     where: KeyPath, adapter: AdapterConfig, section: str, slots: str
 ) -> Iterator[tuple[KeyPath, str]]:
-    """Why the slots of a target do not take the factors of an adapter."""
+    """Find factors of an adapter that the slots of a target do not take."""
     if slots == "none":
         choices = "int8 or float16" if section == "onnxruntime" else "float16"
         yield where, f"the model takes no adapters: set {section}.adapter_type to {choices}"
@@ -149,7 +152,7 @@ def _factor_type_problems(
 
 
 def _text_problems(where: KeyPath, source: CalibrationConfig) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong with where the text of a section comes from."""
+    """Find what is wrong with the sources of a section's text."""
     if source.mixture is None:
         if source.text is None:
             yield where, "needs a text: give 'text: …' or 'mixture: [{text: …, weight: …}, …]'"
@@ -157,7 +160,7 @@ def _text_problems(where: KeyPath, source: CalibrationConfig) -> Iterator[tuple[
         return
     for key in ("text", "field", "messages", "split"):
         if getattr(source, key) is not None:
-            yield (*where, key), "stands next to 'mixture', whose texts have their own: remove it"
+            yield (*where, key), "conflicts with 'mixture', whose texts have their own: remove it"
     for index, text in enumerate(source.mixture):
         yield from _one_form((*where, "mixture", index), text)
 
@@ -166,7 +169,7 @@ def _one_form(
     where: KeyPath, text: CalibrationConfig | HeldOutConfig | TextConfig
 ) -> Iterator[tuple[KeyPath, str]]:
     if text.field is not None and text.messages is not None:
-        yield (*where, "messages"), "stands next to 'field': keep one of the two"
+        yield (*where, "messages"), "conflicts with 'field': keep one of the two"
 
 
 def _held_out_problems(
@@ -175,7 +178,7 @@ def _held_out_problems(
     verify_at: KeyPath,
     verify: HeldOutConfig,
 ) -> Iterator[tuple[KeyPath, str]]:
-    """What is wrong with held-out text: its own, or what ``calibration`` leaves of its text."""
+    """Find what is wrong with held-out text: a text of its own, or the rest of ``calibration``."""
     yield from _one_form(verify_at, verify)
     if verify.text is not None:
         return

@@ -1,4 +1,4 @@
-"""YAML read with the line of every node, so that an error can name where it stands."""
+"""YAML with the line of every node, so that an error can name the place of a mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Document", "KeyPath", "dotted", "suggest"]
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands: ``("passes", 2, "eora", "rank")``."""
+"""The path of a value: ``("passes", 2, "eora", "rank")``."""
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -26,7 +26,7 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` where something known is near, else the list of what is known.
+    """``did you mean 'x'?`` if a known word is similar, else the list of known words.
 
     >>> suggest("smaples", ["samples", "seed"])
     "did you mean 'samples'?"
@@ -46,7 +46,7 @@ class Document:
       path: the file, for messages.
       data: the top-level mapping.
       lines: the line, counted from 1, of every key and list item.
-      overrides: what ``--set`` changed, by path, as it was written on the command line.
+      overrides: assignments of ``--set`` as on the command line, by the path that they changed.
     """
 
     path: Path
@@ -93,18 +93,18 @@ class Document:
         return cls(path, data, lines)
 
     def where(self, path: KeyPath) -> str:
-        """``model.yaml:12``, or ``--set x=y`` where the command line put the value there."""
+        """``model.yaml:12``, or ``--set x=y`` for a value from the command line."""
         noted = self._noted(path)
         if noted in self.overrides:
             return f"--set {self.overrides[noted]}"
         return f"{self.path}:{self.lines[noted]}" if noted else str(self.path)
 
     def line(self, path: KeyPath) -> int:
-        """The line that ``path`` stands in, 0 for the command line and the file as a whole."""
+        """The line of ``path``; 0 for the command line and for the file as a whole."""
         return self.lines.get(self._noted(path), 0)
 
     def _noted(self, path: KeyPath) -> KeyPath:
-        """The longest beginning of ``path`` whose place is known."""
+        """The longest prefix of ``path`` whose place is known."""
         ends = range(len(path), 0, -1)
         known = (path[:end] for end in ends)
         return next((p for p in known if p in self.overrides or p in self.lines), ())
@@ -112,11 +112,11 @@ class Document:
     def override(self, assignment: str) -> None:
         """Apply one ``path=value``; the value is YAML.
 
-        A list item is named by its position, or, where it is a one-key mapping as passes are, by
-        that key: ``passes.2.eora.rank`` or ``passes.eora.rank``.
+        A list item is named by its position, or by its key if it is a mapping of one key, as passes
+        are: ``passes.2.eora.rank`` or ``passes.eora.rank``.
 
         Raises:
-          ConfigError: the text is no assignment or its path leads nowhere.
+          ConfigError: the text is no assignment, or its path does not exist.
         """
         target, equals, text = assignment.partition("=")
         parts = [part.strip() for part in target.split(".")]
@@ -152,7 +152,7 @@ class Document:
 
     @staticmethod
     def _item(assignment: str, items: Sequence[Any], part: str, path: KeyPath) -> tuple[int, bool]:
-        """Position of the item that ``part`` names, and whether it named it by its key."""
+        """Position of the item that ``part`` names, and whether ``part`` is its key."""
         if part.isdigit():
             if int(part) < len(items):
                 return int(part), False
@@ -160,21 +160,21 @@ class Document:
                 f"--set {assignment}: '{dotted(path)}' has {len(items)} items, counted from 0"
             )
         names = [next(iter(item), "") if isinstance(item, dict) else str(item) for item in items]
-        found = [index for index, name in enumerate(names) if name == part]
-        if not found:
+        matches = [index for index, name in enumerate(names) if name == part]
+        if not matches:
             raise ConfigError(
                 f"--set {assignment}: '{dotted(path)}' has no '{part}': {suggest(part, names)}"
             )
-        if len(found) > 1:
-            places = " or ".join(dotted((*path, index, part)) for index in found)
-            raise ConfigError(f"--set {assignment}: '{part}' stands there twice: say {places}")
-        return found[0], True
+        if len(matches) > 1:
+            places = " or ".join(dotted((*path, index, part)) for index in matches)
+            raise ConfigError(f"--set {assignment}: '{part}' occurs there twice: give {places}")
+        return matches[0], True
 
 
 def _walk(
     file: Path, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], open_: frozenset[int]
 ) -> None:
-    """Note the line of everything under ``node`` and refuse a key that stands twice."""
+    """Note the line of everything under ``node`` and refuse a key that occurs twice."""
     if id(node) in open_:
         raise ConfigError(f"{file}:{node.start_mark.line + 1}: an alias that contains itself")
     inside = open_ | {id(node)}
@@ -187,7 +187,7 @@ def _walk(
             key = key_node.value
             if key in seen:
                 raise ConfigError(
-                    f"{file}:{line}: {dotted((*path, key))}: stands twice, first in line "
+                    f"{file}:{line}: {dotted((*path, key))}: occurs twice, first in line "
                     f"{seen[key]}: keep one"
                 )
             seen[key] = line

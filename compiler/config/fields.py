@@ -1,4 +1,4 @@
-"""What sections of model.yaml are made of: their base class, and fields with bounds."""
+"""Building blocks of the sections of model.yaml: their base class, and fields with bounds."""
 
 from __future__ import annotations
 

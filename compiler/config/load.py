@@ -46,10 +46,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
 
 
 def adapter_config(options: Mapping[str, Any]) -> AdapterConfig:
-    """An adapter's section of ``eoracc adapter add``.
+    """Validate the options of ``eoracc adapter add`` as a section of an adapter.
 
     Args:
-      options: what the command line says, by the keys of the section.
+      options: of the command line, by the keys of the section.
 
     Raises:
       ConfigError: one sentence per mistake, each with the option.
@@ -57,10 +57,10 @@ def adapter_config(options: Mapping[str, Any]) -> AdapterConfig:
     try:
         config = AdapterConfig.model_validate(options)
     except ValidationError as error:
-        sentences = [f"{_option(one['loc'])}: {_problem(one)}" for one in error.errors()]
+        sentences = [f"{_option(detail['loc'])}: {_problem(detail)}" for detail in error.errors()]
         raise ConfigError("\n".join(sentences)) from None
     if config.field is not None and config.messages is not None:
-        raise ConfigError("--messages: stands next to --field: keep one of the two")
+        raise ConfigError("--messages: conflicts with --field: keep one of the two")
     held_out = config.verify
     if config.seed is not None and held_out.text is None and held_out.offset_tokens is None:
         raise ConfigError(
@@ -71,7 +71,7 @@ def adapter_config(options: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _option(path: KeyPath) -> str:
-    """The option of ``eoracc adapter add`` that a key of its section comes from."""
+    """The option of ``eoracc adapter add`` for a key of the section."""
     names: Mapping[KeyPath, str] = {
         ("text",): "data",
         ("verify", "text"): "held-out",
@@ -101,25 +101,25 @@ _FRIENDLY = {
 
 def _sentences(document: Document, details: Sequence[ErrorDetails]) -> list[str]:
     """One sentence per mistake, in the order of the file."""
-    told = [
+    mistakes = [
         detail
         for detail in details
-        # A list whose items were all refused is not also empty.
+        # pydantic also calls a list empty if it refused every item.
         if detail["type"] != "too_short"
         or not any(detail["loc"] == other["loc"][:-1] for other in details)
     ]
-    told.sort(key=lambda detail: document.line(detail["loc"]))
-    return list(dict.fromkeys(_sentence(document, detail) for detail in told))
+    mistakes.sort(key=lambda detail: document.line(detail["loc"]))
+    return list(dict.fromkeys(_sentence(document, detail) for detail in mistakes))
 
 
 def _sentence(document: Document, detail: ErrorDetails) -> str:
-    """One validation error as ``file:line: field: what is wrong, and the way out``."""
+    """One validation error as ``file:line: field: what is wrong, and the remedy``."""
     path: KeyPath = detail["loc"]
     return f"{document.where(path)}: {dotted(path)}: {_problem(detail)}"
 
 
 def _problem(detail: ErrorDetails) -> str:
-    """What is wrong, and the way out."""
+    """What is wrong, and the remedy."""
     path: KeyPath = detail["loc"]
     kind, value = detail["type"], detail["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -142,13 +142,13 @@ def _problem(detail: ErrorDetails) -> str:
 
 
 def _known_keys(kind: object, path: KeyPath) -> list[str]:
-    """Keys that may stand at ``path`` under a value of type ``kind``."""
+    """Keys that are allowed at ``path`` under a value of type ``kind``."""
     if typing.get_origin(kind) is Annotated:
         return _known_keys(typing.get_args(kind)[0], path)
     if typing.get_origin(kind) in {types.UnionType, typing.Union}:
         return [key for option in typing.get_args(kind) for key in _known_keys(option, path)]
     if kind is BuildConfig and path[:2] == ("compare", "methods"):
-        path = ("passes", *path[3:])  # each is a list like that one
+        path = ("passes", *path[3:])  # each method is a list of passes
     if kind is BuildConfig and path[:1] == ("passes",) and len(path) > 2:
         return _known_keys(pass_type(str(path[2])), path[3:])
     keys = _fields(kind)
@@ -156,7 +156,7 @@ def _known_keys(kind: object, path: KeyPath) -> list[str]:
         return list(keys)
     if path[0] in keys:
         return _known_keys(keys[str(path[0])], path[1:])
-    # What is left are the values of mappings.
+    # Otherwise ``kind`` is a mapping: the key is arbitrary, and its values have the keys.
     return [key for value in typing.get_args(kind)[1:] for key in _known_keys(value, path[1:])]
 
 

@@ -1,7 +1,7 @@
-"""The published description of model.yaml: its JSON schema, the passes' options, a page of docs.
+"""The published description of model.yaml: its JSON schema, the options of passes, a page of docs.
 
 ``python -m eoracc.compiler.config.schema docs`` writes docs/schema/model.schema.json and
-docs/model_yaml.md; a test sees to it that they are current.
+docs/model_yaml.md; a test checks that they are current.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def describe_passes() -> list[dict[str, Any]]:
             {
                 "name": option,
                 "type": _type_name(entry),
-                # Only a factory has no default in the schema, and what it makes is empty.
+                # Only a factory has no default in the schema; all factories make an empty mapping.
                 "default": entry.get("default", {}),
                 "doc": entry.get("description", ""),
             }

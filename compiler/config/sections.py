@@ -59,7 +59,7 @@ _AdapterName = Annotated[str, AfterValidator(_adapter_name)]
 
 
 class TextConfig(Section):
-    """Where text comes from."""
+    """The source of a text."""
 
     text: Name
     """A text file, a .jsonl file, a data set folder, or a data set id of the hub."""
@@ -76,13 +76,13 @@ class WeightedText(TextConfig):
     """One text of a mixture."""
 
     weight: Positive = 1.0
-    """What a token of this text counts for, next to those of the others."""
+    """Weight of each token of this text, relative to the other texts."""
     samples: Count | None = None
-    """Windows of this text; null: as many as ``samples`` of the section says."""
+    """Windows of this text; null takes ``samples`` of the section."""
 
 
 class CalibrationConfig(Section):
-    """The text that statistics are taken over, or several with weights."""
+    """The text that statistics are taken over, or several texts with weights."""
 
     text: Name | None = None
     """A text file, a .jsonl file, a data set folder, or a data set id of the hub."""
@@ -100,10 +100,10 @@ class CalibrationConfig(Section):
     sequence_length: Length = 512
     """Tokens per window."""
     seed: Offset | None = None
-    """null: the first windows in order; a number: random windows, each from a stretch of the text
-    of its own where the text is long enough."""
+    """null: the first windows in order; a number: random windows, which do not overlap if the text
+    is long enough."""
     layout: Literal["packing", "padding"] = "packing"
-    """packing: the text cut into full windows; padding: one document a window, padded."""
+    """packing: the text is cut into full windows; padding: a padded window for each document."""
 
     def texts(self) -> tuple[WeightedText, ...]:
         """All texts with their weights; one of weight 1 where there is no mixture."""
@@ -129,14 +129,14 @@ class HeldOutConfig(Section):
     split: str | None = None
     """As in ``calibration``."""
     offset_tokens: Offset | None = None
-    """Tokens to skip; null: none, or in the calibration text what calibration has used."""
+    """Tokens to skip; null: none, or in the calibration text those that calibration uses."""
     windows: Count = 8
     """Windows of held-out text."""
     window_length: Length = 512
     """Tokens per window."""
 
     def held_out_text(self, calibration: CalibrationConfig | None) -> TextConfig:
-        """Where the held-out text is: a text of its own, or that of ``calibration``."""
+        """The source of the held-out text: its own text, or that of ``calibration``."""
         if self.text is not None:
             return TextConfig(
                 text=self.text, field=self.field, messages=self.messages, split=self.split
@@ -151,11 +151,11 @@ class AdapterConfig(CalibrationConfig):
     rank: Rank = 16
     """Columns of the adapter's factors in each linear; 0 leaves the linears alone."""
     factor_type: FactorType = "int8"
-    """What the factors are stored in; it must fit ``onnxruntime.adapter_type``."""
+    """Type in which the factors are stored; it must fit ``onnxruntime.adapter_type``."""
     overrides: Mapping[str, RankOverride] = {}
-    """Another rank or type, or ``skip: true``, for linears by name pattern; the last match wins."""
+    """Other options, or ``skip: true``, for linears by name pattern; the last match wins."""
     verify: HeldOutConfig = HeldOutConfig()
-    """Held-out text of the task, which every adapter is scored on."""
+    """Held-out text of the task, on which every adapter is scored."""
 
 
 class Limits(Section):
@@ -168,7 +168,7 @@ class Limits(Section):
     kl: Positive | None = None
     """Largest mean KL(original || compressed) per token, in nats."""
     top1_agreement: Share | None = None
-    """Smallest share of tokens on which both models would say the same next."""
+    """Smallest share of tokens after which both models predict the same next token."""
 
 
 class VerifyConfig(HeldOutConfig):
@@ -177,8 +177,8 @@ class VerifyConfig(HeldOutConfig):
     compare: tuple[Comparator, ...] = ()
     """Compensations to score next to what is shipped, at the same ranks, without shipping them."""
     compare_adapters: bool = False
-    """Whether to score adapters of the same ranks on the bare quantized weights too: the shared
-    compensation alone, adapters alone, and both, per text. Doubles the time that adapters take."""
+    """Whether to score adapters of the same ranks on the bare quantized weights too: per text, the
+    shared compensation alone, adapters alone, and both. Doubles the time for adapters."""
     limits: Limits = Limits()
     """Fidelity limits."""
     parity: bool = True
@@ -195,26 +195,26 @@ class OnnxRuntimeConfig(Section):
     """0: float32 sums of float activations, parity to float32 rounding. 4: activations may be
     rounded to int8, in blocks of 32 columns, which is faster; parity to that rounding."""
     adapter_type: Literal["int8", "float16", "none"] = "int8"
-    """What adapters may be made of: int8 takes factors of 8 and of 4 bits; none leaves the places
-    for them out of the model."""
+    """Types of adapters: int8 takes factors of 8 and of 4 bits; none builds a model without slots
+    for adapters."""
 
 
 class CompareConfig(Section):
-    """What ``eoracc compare`` tries; its options ``--methods`` and ``--budgets`` win over it."""
+    """Settings of ``eoracc compare``; its options ``--methods`` and ``--budgets`` override them."""
 
     methods: Methods = Field(default={})
-    """Names of compensating and factorising passes, which take their places in ``passes``, and
-    ``none`` for quantization alone; or a mapping of names of your own to lists of passes, which
-    stand instead of ``passes``."""
+    """Names of compensating and factorising passes, each put into ``passes`` at its place, and
+    ``none`` for quantization alone; or a mapping of your own names to lists of passes, each used
+    instead of ``passes``."""
     budgets: tuple[Budget, ...] = ()
-    """Bits per weight of the compressed linears, everything counted, ``3.5``; or the share of their
-    bytes at 16 bits that is removed, ``30%``."""
+    """Bits per weight of the compressed linears, everything counted (``3.5``), or the share of
+    their bytes at 16 bits that is removed (``30%``)."""
     ood: HeldOutConfig | None = None
     """Text of another kind, to score perplexity and KL on as well."""
 
 
 class BuildConfig(Section):
-    """What ``eoracc build`` does: one model, its passes, its targets, its gates."""
+    """A build: one model, its passes, its targets, its gates."""
 
     model: Name
     """A hub id, a local folder or a GGUF file; a relative path is relative to this file."""
@@ -223,22 +223,22 @@ class BuildConfig(Section):
     calibration: CalibrationConfig | None = None
     """The text that statistics are taken over; needed by the pass ``calibrate``."""
     passes: tuple[PassItem, ...] = Field(min_length=1)
-    """What is done to the model, in order: names, or names with options."""
+    """The passes that change the model, in order: names, or names with options."""
     targets: tuple[TargetName, ...] = Field(("onnxruntime",), min_length=1)
-    """What the artifact runs on, one or several."""
+    """One or several backends that the artifact is built for."""
     onnxruntime: OnnxRuntimeConfig = OnnxRuntimeConfig()
-    """How that target computes."""
+    """Options of the target ``onnxruntime``."""
     tensorrt_rtx: TensorRtRtxConfig = TensorRtRtxConfig()
-    """What engines that target builds."""
+    """Options of the target ``tensorrt_rtx``."""
     tensorrt: TensorRtConfig = TensorRtConfig()
-    """What engines that target describes, for ``eoracc engine`` to build."""
+    """Options of the target ``tensorrt``."""
     adapters: Mapping[_AdapterName, AdapterConfig] = {}
-    """Tasks by name: low-rank factors of each, solved from its text on top of the finished model,
-    which they share and which none of them changes."""
+    """Tasks by name. Low-rank factors of each task are solved from its text on top of the finished
+    model, which all tasks share and none changes."""
     verify: VerifyConfig = VerifyConfig()
     """The gates."""
     compare: CompareConfig | None = None
-    """What ``eoracc compare`` tries."""
+    """Settings of ``eoracc compare``."""
     output: Name
     """The artifact's folder, relative to this file; it must not exist yet."""
 
@@ -248,7 +248,7 @@ class BuildConfig(Section):
         return Recipe(self.passes)
 
     def resolved(self) -> dict[str, Any]:
-        """Everything, defaults filled in, as JSON-able data that validates to the same again."""
+        """All settings with defaults as JSON-able data, which validates to an equal config."""
         return self.model_dump(mode="json")
 
     def model_source(self, config_dir: Path) -> str:
@@ -262,6 +262,6 @@ class BuildConfig(Section):
 
 
 def engine_sections(config: BuildConfig) -> dict[str, EngineConfig]:
-    """Sections of those targets that engines are built for."""
+    """Sections of the configured targets that build engines."""
     sections = {"tensorrt_rtx": config.tensorrt_rtx, "tensorrt": config.tensorrt}
     return {name: options for name, options in sections.items() if name in config.targets}

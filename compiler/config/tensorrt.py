@@ -42,23 +42,23 @@ RankRange = Annotated[tuple[Offset, Offset, Offset], AfterValidator(_ascending)]
 
 
 class EngineConfig(Section):
-    """What engines of both TensorRT targets are built for."""
+    """Options of the engines of both TensorRT targets."""
 
     dtype: Literal["float16", "bfloat16"] = "float16"
-    """What activations, the cache and low-rank factors are stored and multiplied in."""
+    """Type in which activations, cache and low-rank factors are stored and multiplied."""
     batch: CountRange = (1, 1, 8)
-    """Rows of a call: fewest, usual, most."""
+    """Rows of a call: least, typical, most."""
     sequence: CountRange = (1, 128, 512)
-    """Tokens of a prefill call: fewest, usual, most. Decoding has a profile of its own, for 1."""
+    """Tokens of a prefill call: least, typical, most. Decoding has its own profile, for 1 token."""
     context_length: Annotated[Count, Field(ge=64)] = 2048
-    """Most tokens of a row, the cache's included. The parity gate takes 64."""
+    """Most tokens of a row, including the cache. The parity gate needs 64."""
     logits: CountRange = (1, 1, 32)
-    """Tokens of a prefill call that logits are computed for: fewest, usual, most."""
+    """Tokens of a prefill call for which logits are computed: least, typical, most."""
     rank: RankRange = (0, 16, 64)
-    """Ranks of adapters: lowest, usual, highest; where ``adapter_type`` is not ``none``."""
+    """Ranks of adapters, if ``adapter_type`` is not ``none``: lowest, typical, highest."""
     adapter_type: Literal["float16", "none"] = "none"
-    """float16: the network takes adapters, as inputs of 16 bits (those of ``dtype``); none leaves
-    the places for them out."""
+    """float16: the network takes adapters as inputs of 16 bits (of type ``dtype``); none builds a
+    network without slots for adapters."""
 
 
 class TensorRtRtxConfig(EngineConfig):

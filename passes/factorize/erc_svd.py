@@ -73,7 +73,7 @@ class ErcSvd(ActivationAwareFactorization):
         """Refuse options that say different things of the residual.
 
         Raises:
-          PassError: ``beta: adaptive`` stands next to another metric or number of stages.
+          PassError: ``beta: adaptive`` is combined with another metric or number of stages.
         """
         if self.beta == "adaptive" and (self.residual_metric != "weight" or self.stages != 2):
             raise PassError(

@@ -39,10 +39,10 @@ __all__ = ["Allocate"]
 
 @dataclass(frozen=True)
 class _Option:
-    """What one linear may become.
+    """One way to compress a linear.
 
     Attributes:
-      plan: options of the passes to come that make it so.
+      plan: options of later passes that compress it this way.
       candidate: bytes and distortion.
     """
 
@@ -52,7 +52,7 @@ class _Option:
 
 @dataclass(frozen=True)
 class _Item:
-    """One linear and what it may become.
+    """One linear and the ways to compress it.
 
     Attributes:
       name: of the linear.
@@ -66,8 +66,11 @@ class _Item:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> _Item:
-        """What ``asdict`` has made of an item, or JSON of that."""
-        options = [_Option(one["plan"], Candidate(*one["candidate"])) for one in content["options"]]
+        """The item that ``asdict`` turned into ``content``, which may have been through JSON."""
+        options = [
+            _Option(option["plan"], Candidate(*option["candidate"]))
+            for option in content["options"]
+        ]
         return cls(content["name"], content["weights"], options)
 
 
@@ -84,26 +87,26 @@ class _OverspentError(Exception):
 class Allocate(SurveyPass):
     """Choose bits and rank of every linear so that a budget of bytes leaves least distortion.
 
-    Stands before the sweep that it steers. One pass through the original model quantizes every
-    linear on trial at each width, by the quantizing pass of that sweep and its options; one
-    decomposition of each error then says what every rank would leave of it. What overrides of those
-    passes settle, they settle here too: a width, a rank, a linear that is left out.
+    Comes before the sweep that it plans. One pass through the original model quantizes every linear
+    at each width, by the quantizing pass of that sweep and its options. One decomposition of each
+    error then gives the error that every rank would leave. Overrides of those passes hold here too:
+    a width, a rank, or a linear that is skipped.
 
     Options:
-      bits_per_weight: the budget, of all linears that are quantized; codes, scales, zero points and
+      bits_per_weight: the budget of all linears that are quantized; codes, scales, zero points and
         factors count.
-      bytes: the same in bytes; give one of the two.
-      widths: bits of codes to choose from; one alone allocates rank.
-      group_sizes: columns that share a scale, to choose from; empty leaves what the quantizing pass
-        says.
-      ranks: to choose from; ``[0]`` allocates bits alone.
-      factor_type: of the factors; null takes that of the compensating pass.
+      bytes: the same budget in bytes; give one of the two.
+      widths: bits of codes to choose from; a single width allocates rank alone.
+      group_sizes: columns that share a scale, to choose from; empty keeps the group size of the
+        quantizing pass.
+      ranks: ranks to choose from; ``[0]`` allocates bits alone.
+      factor_type: type of the factors; null takes that of the compensating pass.
       scope: ``global`` spends one budget on all linears, ``per_layer`` the same bits per weight on
-        each of them.
-      distortion: what an error counts for. ``outputs``: ``tr(G dE H dE^T)``, with the Gram ``G`` of
-        ``calibrate_outputs``, which must stand before it. ``relative``: its share of the linear's
-        output, ``tr(dE H dE^T) / tr(W H W^T)``; ``absolute``: without the denominator. The latter
-        two know nothing of what comes after the linear.
+        each linear.
+      distortion: how errors are weighed. ``outputs``: ``tr(G dE H dE^T)``, with the Gram ``G`` of
+        ``calibrate_outputs``, which must come before. ``relative``: the share of the linear's
+        output, ``tr(dE H dE^T) / tr(W H W^T)``; ``absolute``: the same without the denominator.
+        These two ignore the rest of the model.
     """
 
     name: ClassVar[str] = "allocate"
@@ -143,13 +146,14 @@ class Allocate(SurveyPass):
             f"{found['distortion']:.4g}, {found['least_possible']:.4g} at least"
         )
         others = ", ".join(
-            f"{one['distortion']:.4g} with {name}" for name, one in found["alternatives"].items()
+            f"{entry['distortion']:.4g} with {name}"
+            for name, entry in found["alternatives"].items()
         )
         return f"{text}; {others}" if others else text
 
     def _found(self, context: SurveyContext) -> dict[str, Any]:
         quantizer, compensation = self._steered(context)
-        outputs = {one.name for one in context.linears if one.output_gram is not None}
+        outputs = {linear.name for linear in context.linears if linear.output_gram is not None}
         if self.distortion == "outputs" and not outputs:
             raise PassError(
                 self.name,
@@ -174,7 +178,7 @@ class Allocate(SurveyPass):
         return {"weighed_by": self.distortion, **self._chosen(items)}
 
     def _steered(self, context: SurveyContext) -> tuple[Quantization, Compensation | None]:
-        """The passes of the next sweep that the plan is for."""
+        """The passes of the next sweep that follow the plan."""
         recipe = Recipe(context.following)
         quantizer, compensations = recipe.quantization, recipe.compensations
         if quantizer is None:
@@ -191,7 +195,7 @@ class Allocate(SurveyPass):
         return quantizer, compensations[0] if compensations else None
 
     def _chosen(self, items: Sequence[_Item]) -> dict[str, Any]:
-        """What is chosen of ``items``, what could have been, and what each is said to leave."""
+        """The choice for ``items`` and its alternatives, with bytes and distortion of each."""
         budget = self.bytes
         if budget is None:
             assert self.bits_per_weight is not None  # noqa: S101 - __post_init__ has checked
@@ -242,7 +246,7 @@ class Allocate(SurveyPass):
         return chosen, bound
 
     def _alternatives(self, items: Sequence[_Item], budget: int) -> dict[str, dict[str, Any]]:
-        """What the same bytes would leave, spent on bits alone, and on rank at one width alone."""
+        """The distortion of the same bytes spent on bits alone, and on rank at one width alone."""
         if not any(self.ranks):
             return {}
         ways: dict[str, tuple[str, int]] = {"bits alone": ("rank", 0)}
@@ -251,7 +255,7 @@ class Allocate(SurveyPass):
         found = {}
         for name, (key, value) in ways.items():
             narrowed = [
-                # What an override has settled has no other option.
+                # A linear whose option an override sets has no other.
                 replace(
                     item, options=[o for o in item.options if o.plan[key] == value] or item.options
                 )
@@ -266,7 +270,7 @@ class Allocate(SurveyPass):
 
 @dataclass(frozen=True)
 class _Trial:
-    """Tries what linears may become."""
+    """Compresses linears in every way that the settings allow."""
 
     settings: Allocate
     quantizer: Quantization
@@ -274,7 +278,7 @@ class _Trial:
     outputs: AbstractSet[str]
 
     def items(self, group: LinearGroup) -> list[_Item]:
-        """What the linears of ``group`` may become; those that are left as they are do not count.
+        """The ways to compress the linears of ``group`` that the quantizing pass does not skip.
 
         Args:
           group: of the original model, with its Gram.
@@ -292,7 +296,7 @@ class _Trial:
                     continue
                 known = found.setdefault(linear.name, {})
                 key = (weight.bits, weight.group_size)
-                if key not in known:  # an override has settled it otherwise
+                if key not in known:  # an override may have set it to a known one
                     known[key] = self._options(linear, group)
         if self.settings.distortion == "outputs":
             for name, known in found.items():
@@ -310,7 +314,7 @@ class _Trial:
         ]
 
     def _options(self, linear: Linear, group: LinearGroup) -> list[_Option]:
-        """What the linear, as it has been quantized, may become by its rank."""
+        """The ways to compensate the linear, as it is quantized now, by rank."""
         weight = linear.compressed
         assert weight is not None  # noqa: S101 - the caller has checked
         gram = require_gram(self.settings.name, group)
@@ -337,7 +341,7 @@ class _Trial:
         ]
 
     def _ranks(self, linear: Linear) -> dict[int, tuple[FactorType, dict[str, Any]]]:
-        """Ranks to choose from, with the type of the factors and what the plan says of that."""
+        """Ranks to choose from, with the type of the factors and its entry in the plan."""
         if self.compensation is None:
             return {0: ("float16", {})}
         asked = self.settings.factor_type

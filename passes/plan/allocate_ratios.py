@@ -1,4 +1,4 @@
-"""Decide how much of each weight a factorisation removes, by what truncation loses there."""
+"""Decide how much of each weight a factorisation removes, by the loss of its truncation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["AllocateRatios"]
 
 @dataclass(frozen=True)
 class _Weight:
-    """What is known of one weight.
+    """One weight that a ratio is chosen for.
 
     Attributes:
       name: of its linear.
@@ -53,7 +53,7 @@ class _Weight:
         return self.shape[0] * self.shape[1]
 
     def removed(self, ratio: float) -> int:
-        """Parameters that go at ``ratio``, for ranks are whole."""
+        """Parameters that ``ratio`` removes, at a whole rank."""
         rank = factorized_rank(*self.shape, ratio)
         return self.size - rank * sum(self.shape) if ratio > 0 else 0
 
@@ -65,11 +65,11 @@ class _Weight:
 @register
 @dataclass(frozen=True, kw_only=True)
 class AllocateRatios(SurveyPass):
-    """Share out what a factorising pass removes among weights, by what truncation would lose.
+    """Distribute the parameters that a factorising pass removes, by the loss of truncation.
 
-    Takes the Grams of the original model. The total is what the ratios of the next sweep's
-    factorising pass, or those that a survey before this one has planned, come to. Linears whose
-    ratio an override settles keep it and are none of the total.
+    Uses the Grams of the original model. The total is that of the ratios of the factorising pass in
+    the next sweep, or of the ratios that an earlier survey has planned. Linears whose ratio an
+    override sets keep it and do not count in the total.
 
     Options:
       by: ``loss`` is SVD-LLM V2's rule (arXiv:2503.12340, algorithm 1): within each type of weight
@@ -85,14 +85,14 @@ class AllocateRatios(SurveyPass):
     def survey(self, context: SurveyContext) -> dict[str, Any]:
         found = context.remember(self.name, lambda: self._found(context))
         linears = {linear.name: linear for linear in context.linears}
-        for name, one in found["linears"].items():
-            linears[name].plan["ratio"] = one["ratio"]
+        for name, entry in found["linears"].items():
+            linears[name].plan["ratio"] = entry["ratio"]
         return found
 
     @classmethod
     @override
     def summary(cls, found: Mapping[str, Any]) -> str:
-        ratios = [one["ratio"] for one in found["linears"].values()]
+        ratios = [entry["ratio"] for entry in found["linears"].values()]
         return (
             f"by {found['by']}, ratios from {min(ratios):.3g} to {max(ratios):.3g}, "
             f"{found['removed']:.1%} of the parameters in all"
@@ -173,7 +173,7 @@ class AllocateRatios(SurveyPass):
 
 
 def _is_open(steered: Factorization, linear: Linear) -> bool:
-    """Whether a plan would decide the ratio of ``linear``: no override does."""
+    """Whether a plan decides the ratio of ``linear``, and no override."""
     asked = object()
     options = steered.options_for(replace(linear, plan={**linear.plan, "ratio": asked}))
     return options is not None and options.ratio is asked

@@ -1,4 +1,4 @@
-"""Learn what errors of each linear's output count for."""
+"""Take the Gram by which errors of each linear's output are weighed."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ OutputGram = Callable[[], NDArray[np.float32]]
 @register
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOutputs(SurveyPass):
-    """Take a Gram of every linear's output, which says what errors there count for.
+    """Take a Gram of every linear's output, by which errors of the output are weighed.
 
-    Passes of the next sweep that can (``eora``, ``caldera``) then minimise ``tr(G E H E^T)`` in
-    place of ``tr(E H E^T)``, with the error ``E`` of the weight and the Gram ``H`` of the input.
-    ``G`` is that of the original model.
+    ``eora`` and ``caldera`` in the next sweep then minimise ``tr(G E H E^T)`` in place of
+    ``tr(E H E^T)``, with the error ``E`` of the weight, the Gram ``H`` of the input, and the Gram
+    ``G`` of the output in the original model.
 
     Options:
       by: ``logits``: ``G = E[g g^T]`` of the gradients ``g`` of the model's predictions at the
-        output, the Fisher information, which the divergence of the predictions grows with
-        (arXiv:1503.05671). Takes a forward and a backward pass over the calibration text, which
-        also find what ``calibrate: {tokens: gradients}`` counts each token for.
-        ``covariance``: ``G = E[y y^T]`` of the outputs ``y`` themselves, bias left out: directions
-        count for what they carry. ``inverse_covariance``: ``G = E[y y^T]^-1``: all directions
-        count alike in units of what they carry.
-      labels: for ``logits``, whose next token a gradient is of: ``model`` draws it from the model's
-        predictions, as the Fisher information wants it; ``text`` takes the text's own.
-      samples: labels drawn for each token, each with a backward pass of its own.
+        output. This is the Fisher information, with which the divergence of the predictions grows
+        (arXiv:1503.05671). It takes a forward and a backward pass over the calibration text, which
+        also give the token weights of ``calibrate: {tokens: gradients}``. ``covariance``:
+        ``G = E[y y^T]`` of the outputs ``y`` without bias, so that a direction counts by its
+        energy. ``inverse_covariance``: ``G = E[y y^T]^-1``, so that all directions count alike
+        relative to their energy.
+      labels: the next token of the gradient of ``logits``: ``model`` draws it from the model's
+        predictions, as the Fisher information asks; ``text`` takes the token of the text.
+      samples: labels drawn for each token; each takes a backward pass.
       seed: of the draws.
-      damping: what is added to the diagonal of ``G``, as a fraction of its mean: the larger, the
-        more alike outputs count. ``inverse_covariance`` adds it before inverting.
+      damping: fraction of the mean diagonal of ``G`` that is added to the diagonal. A larger
+        fraction weighs outputs more alike. ``inverse_covariance`` adds it before inverting.
       precision: of the passes over the text, as in ``calibrate``.
     """
 
@@ -71,7 +71,7 @@ class CalibrateOutputs(SurveyPass):
         windows = context.windows
         if windows is None:
             raise PassError(self.name, "has no text: give 'calibration' in model.yaml")
-        linears = {one.name: one for one in context.linears if one.block is not None}
+        linears = {linear.name: linear for linear in context.linears if linear.block is not None}
         if not linears:
             raise PassError(self.name, "the model has no linear in a decoder block")
         take = self._of_gradients if self.by == "logits" else self._of_outputs
@@ -115,13 +115,13 @@ class CalibrateOutputs(SurveyPass):
         return {}
 
     def _gram_of(self, linear: Linear, linears: Mapping[str, Linear], folder: Path) -> OutputGram:
-        """What loads the Gram of one linear's output."""
+        """A function that loads the Gram of one linear's output."""
         whole = _whole(linear) if self.by == "logits" else linear.name
 
         def load() -> NDArray[np.float32]:
             gram = _read(folder, whole, _GRAM).astype(np.float64)
             if linear.name == f"{whole}.v":
-                # Its output is what `u` takes.
+                # Its output is the input of `u`.
                 after = linears[f"{whole}.u"].weight().astype(np.float64)
                 gram = after.T @ gram @ after
             return self._damped(gram).astype(np.float32)
@@ -143,7 +143,7 @@ def _token_weights_of(linear: Linear, folder: Path) -> Callable[[], NDArray[np.f
 
 
 def _whole(linear: Linear) -> str:
-    """The linear of the original model that this one is, or is a factor of."""
+    """Name of ``linear`` in the original model; of a factor, that of the whole weight."""
     return linear.name if linear.whole is None else linear.whole.name
 
 

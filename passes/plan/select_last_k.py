@@ -1,4 +1,4 @@
-"""Choose which decoder blocks are compressed: the last k, or a free set, by what it costs."""
+"""Choose the decoder blocks that are compressed, the last k or a free set, by their cost."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ Steered = Factorization | Quantization
 class SelectLastK(SurveyPass):
     """Choose the decoder blocks that are factorised, or take fewer bits, by the output error.
 
-    Errors of early blocks grow on their way through all later ones. So under a given total it may
-    cost less to compress the last ``k`` blocks more and leave the others alone (ERC-SVD,
+    Errors of early blocks grow as they pass through all later blocks. At the same total it may
+    therefore cost less to compress the last ``k`` blocks more and leave the others alone (ERC-SVD,
     arXiv:2505.20112, Algorithm 3). Every candidate is tried with the passes of the next sweep on
-    the calibration text, and the one with the least ``E = sum_b w_b ||Y_b - Y~_b|| / ||Y_b||``, of
-    the outputs ``Y_b`` of the probed blocks, is planned. Linears that an override of the steered
-    pass settles or skips are none of the total.
+    the calibration text. The plan is the candidate with the least
+    ``E = sum_b w_b ||Y_b - Y~_b|| / ||Y_b||``, over the outputs ``Y_b`` of the probed blocks.
+    Linears that an override of the planned pass sets or skips do not count in the total.
 
     Options:
-      ratio: share ``R_o`` of all weights that the factorising pass is to remove. It takes
+      ratio: share ``R_o`` of all weights that the factorising pass removes: it removes
         ``R_l = R_o P / P_k`` of each of the last ``k`` blocks, which hold ``P_k`` of ``P`` weights
-        (``N R_o / k`` of ``N`` blocks of one size), for every ``k`` with ``R_l < 1``.
-      step: candidates are ``k = step, 2 step, ...``; a free set grows by so many blocks at a time.
-      average_bits: instead of ``ratio``, what the quantizing pass's codes are to have on average,
-        over weights; scales, zero points and factors do not count. The fewest blocks that meet it
-        take the lower bits.
-      low_bits: those lower bits, or several to choose from, each with the ``k`` that it needs.
-      blocks: ``last`` takes the last ``k``. ``free`` then goes on to a free set at the value that
-        won: blocks are added, those that cost least first, until the total is met. Whichever of the
-        two sets has the least error is taken.
-      probes: weights ``w_b`` by decoder block, counted from the end if negative; the last block
-        alone unless given.
+        (``N R_o / k`` for ``N`` blocks of one size), for every ``k`` with ``R_l < 1``.
+      step: candidates are ``k = step, 2 step, ...``; a free set grows by this number of blocks.
+      average_bits: instead of ``ratio``, the average bits of the codes of the quantizing pass, over
+        weights; scales, zero points and factors do not count. The fewest blocks that meet it get
+        the lower bits.
+      low_bits: the lower bits, or several to choose from, each with the ``k`` that it needs.
+      blocks: ``last`` takes the last ``k``. ``free`` then also grows a free set at the value that
+        won: it adds the blocks that cost least until the total is met, and takes the set with the
+        smaller error.
+      probes: weights ``w_b`` by decoder block; negative numbers count from the end. The default is
+        the last block alone.
     """
 
     name: ClassVar[str] = "select_last_k"
@@ -97,7 +97,7 @@ class SelectLastK(SurveyPass):
             found: dict[str, Any] = {"curve": curve}
             if refused:
                 found["infeasible"] = [
-                    {"k": len(one.blocks), "ratio": one.value} for one in refused
+                    {"k": len(choice.blocks), "ratio": choice.value} for choice in refused
                 ]
             if self.blocks == "free":
                 best, found["free"] = search.free(best, self.step)
@@ -119,11 +119,11 @@ class SelectLastK(SurveyPass):
             f"blocks {blocks[0]} to {blocks[-1]}" if last else f"blocks {blocks}".translate(_BARE)
         )
         value = f"ratio {chosen['ratio']:.3g}" if "ratio" in chosen else f"{chosen['bits']} bits"
-        others = ", ".join(f"{one['error']:.4f} for k = {one['k']}" for one in tried)
+        others = ", ".join(f"{entry['error']:.4f} for k = {entry['k']}" for entry in tried)
         return f"{which} at {value}, output error {chosen['error']:.4f}; {others}"
 
     def _steered(self, context: SurveyContext) -> Steered:
-        """The pass of the next sweep that takes what is planned."""
+        """The pass of the next sweep that follows the plan."""
         recipe = Recipe(context.following)
         steered = recipe.quantization if self.ratio is None else recipe.factorization
         if steered is not None:
@@ -151,7 +151,7 @@ class SelectLastK(SurveyPass):
                 self.name,
                 f"overrides of {steered.name!r} settle every linear: there is nothing to choose",
             )
-        blocks = sorted({one.block for one in context.linears if one.block is not None})
+        blocks = sorted({linear.block for linear in context.linears if linear.block is not None})
         if self.ratio is not None:
             weights = dict.fromkeys(blocks, 0)
             for linear in ours:
@@ -167,7 +167,7 @@ class SelectLastK(SurveyPass):
         return BitsBudget(codes, self.average_bits)
 
     def _candidates(self, budget: BlockBudget) -> tuple[list[Choice], list[Choice]]:
-        """What is tried, and what cannot be."""
+        """Choices to try, and choices that cannot meet the budget."""
         if isinstance(budget, RatioBudget):
             everyone = list(budget.last(self.step))
             feasible = [choice for choice in everyone if choice.value < 1]
@@ -219,11 +219,11 @@ class SelectLastK(SurveyPass):
 
 @dataclass(frozen=True)
 class _Tried:
-    """A choice and what it costs.
+    """A choice and its cost.
 
     Attributes:
       choice: blocks and value.
-      shown_value: what the report says of the value.
+      shown_value: the value for the report.
       errors: at the probes, by decoder block.
       error: their weighted sum.
     """
@@ -246,7 +246,7 @@ class _Tried:
 
 @dataclass(frozen=True)
 class _Search:
-    """Tries choices, and remembers what each of them cost."""
+    """Tries choices, and caches the errors of each."""
 
     context: SurveyContext
     budget: BlockBudget
@@ -254,9 +254,11 @@ class _Search:
     probes: Mapping[int, float]
 
     def best_of(self, candidates: Sequence[Choice]) -> tuple[_Tried, list[dict[str, Any]]]:
-        """The candidate with the least error, the first of equals, and what each one costs.
+        """Try all candidates.
 
-        The first of those shown is no candidate: it chooses no block.
+        Returns:
+          The candidate with the least error, the first of equals; and all of them for the report,
+          after the model without any chosen block.
         """
         base = Choice((), 0.0)
         nothing = self._try("base", base, base=base)
@@ -266,13 +268,15 @@ class _Search:
                 name = f"last-{len(choice.blocks)}-{self.budget.option}-{choice.value:.6g}"
                 tried.append(self._try(name, choice, base=base))
                 phase.advance(f"k = {len(choice.blocks)}: error {tried[-1].error:.4f}")
-        return min(tried, key=lambda one: one.error), [one.shown() for one in (nothing, *tried)]
+        best = min(tried, key=lambda item: item.error)
+        return best, [item.shown() for item in (nothing, *tried)]
 
     def free(self, last: _Tried, step: int) -> tuple[_Tried, list[dict[str, Any]]]:
-        """The free set that is grown at the value of ``last``, or ``last`` if that costs less.
+        """Grow a free set at the value of ``last``.
 
         Returns:
-          The better one, and what every round found each block to cost, added, and came to.
+          The free set, or ``last`` if that costs less; and each round for the report: the cost of
+          each block, the blocks added, and the error.
         """
         kept = Choice((), last.choice.value)
         rounds: list[dict[str, Any]] = []
@@ -296,7 +300,7 @@ class _Search:
         return (tried if tried.error < last.error else last), rounds
 
     def _costs(self, kept: Choice, number: int) -> dict[int, float]:
-        """The error that each further block would bring about, those after it left as they are."""
+        """The error with each further block added, while later blocks stay as they are."""
         left = [
             block
             for block in self.budget.blocks
@@ -324,7 +328,7 @@ class _Search:
 
 
 def _obeys(layer_pass: Steered, linear: Linear, option: str) -> bool:
-    """Whether the pass takes what is planned for ``linear``: no override skips it or settles it."""
+    """Whether a plan reaches ``linear``: no override of the pass skips it or sets ``option``."""
     planned = object()
     options = layer_pass.options_for(replace(linear, plan={**linear.plan, option: planned}))
     return options is not None and getattr(options, option) is planned

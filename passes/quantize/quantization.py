@@ -58,7 +58,7 @@ class Quantization(Compression):
       bits: width of a code.
       group_size: columns that share a scale, a multiple of 8 in 16..256, or -1 for whole rows.
       symmetric: store no zero points.
-      clip_search: look for the range of each group that costs least, not just its extremes.
+      clip_search: search for the range of each group with the least error, not just its extremes.
     """
 
     bits: Bits = 4

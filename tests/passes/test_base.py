@@ -51,5 +51,5 @@ def test_passes_by_kind_are_sorted_by_name() -> None:
 def test_a_kind_may_forbid_what_comes_before_it() -> None:
     assert list(Nothing().problems([])) == []
     assert list(Nothing().problems([QuantizeRtn()])) == [
-        ((), "must stand before 'quantize_rtn': move it up")
+        ((), "must come before 'quantize_rtn': move it up")
     ]

@@ -90,20 +90,20 @@ def test_orders_that_work(passes: list[Pass]) -> None:
 @pytest.mark.parametrize(
     ("passes", "place", "problem"),
     [
-        ([QuantizeRtn(), QuantizeRtn()], (1, "quantize_rtn"), "stands twice"),
-        ([Calibrate(), Calibrate()], (1, "calibrate"), "stands twice"),
+        ([QuantizeRtn(), QuantizeRtn()], (1, "quantize_rtn"), "occurs twice"),
+        ([Calibrate(), Calibrate()], (1, "calibrate"), "occurs twice"),
         ([Eora()], (0, "eora"), "needs 'calibrate' before it"),
         ([QuantizeRtn(), QuantizeFactors()], (1, "quantize_factors"), "or 'svd' or 'zeroquant_v2'"),
         ([SvdLlm()], (0, "svd_llm"), "needs 'calibrate' before it"),
         (
             [QuantizeRtn(), Allocate(bits_per_weight=3)],
             (1, "allocate"),
-            "must stand before 'quantize_rtn'",
+            "must come before 'quantize_rtn'",
         ),
         (
             [Allocate(bits_per_weight=3), PackProjections()],
             (1, "pack_projections"),
-            "must stand before 'allocate'",
+            "must come before 'allocate'",
         ),
         (
             [Calibrate(), QuantizeGptq(), QuantizeRtn()],

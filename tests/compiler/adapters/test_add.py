@@ -282,7 +282,7 @@ def test_command(workspace: Path) -> None:
         (["--name", "b", "--samples", "0"], "--samples: must be greater than or equal to 1"),
         (["--name", "b", "--windows", "0"], "--windows: must be greater than or equal to 1"),
         (["--name", "b", "--seed", "1"], "--seed: random windows come from anywhere"),
-        (["--name", "b", "--field", "x", "--messages", "y"], "--messages: stands next to --field"),
+        (["--name", "b", "--field", "x", "--messages", "y"], "--messages: conflicts with --field"),
         (["--name", "b", "--rank", "999"], "rank 999 exceeds the smaller side"),
         (["--name", "b", "--samples", "9999"], "give more text or lower --samples"),
         (["--name", "b", "--factor-type", "float16"], "choose another --factor-type"),

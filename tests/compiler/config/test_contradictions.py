@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         (["svd"], "passes.0.svd: needs 'quantize_gptq' or 'quantize_rtn' before it: put it above"),
         (
             ["quantize_rtn", "pack_projections"],
-            "passes.1.pack_projections: must stand before 'quantize_rtn': move it up",
+            "passes.1.pack_projections: must come before 'quantize_rtn': move it up",
         ),
         (
             ["calibrate", "quantize_gptq", "quantize_rtn"],
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
             [{"calibrate": {"through": "original", "match": "outputs"}}],
             "passes.0.calibrate.match: contradicts 'through: original': keep one of the two",
         ),
-        (["calibrate", "calibrate"], "passes.1.calibrate: stands twice: keep one"),
+        (["calibrate", "calibrate"], "passes.1.calibrate: occurs twice: keep one"),
         (
             ["quantize_rtn", "svd", "quantize_factors"],
             (
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         ),
         (
             [{"select_last_k": {"ratio": 0.2}}] * 2,
-            "passes.1.select_last_k: stands twice: keep one",
+            "passes.1.select_last_k: occurs twice: keep one",
         ),
         (
             ["select_last_k"],
@@ -78,7 +78,7 @@ def test_order_of_passes(tmp_path: Path, passes: list[object], expected: str) ->
         ),
         (
             "passes: [quantize_rtn]\nverify: {text: t, field: f, messages: m}",
-            "verify.messages: stands next to 'field': keep one of the two",
+            "verify.messages: conflicts with 'field': keep one of the two",
         ),
         (
             "passes: [quantize_rtn]\ncalibration: {text: t, seed: 1}",
@@ -114,14 +114,14 @@ def test_texts_that_contradict_each_other(tmp_path: Path, text: str, expected: s
         (
             "text: u, seed: 1",
             "text: u, field: f, messages: g",
-            "adapters.code.messages: stands next to 'field'",
+            "adapters.code.messages: conflicts with 'field'",
         ),
         (
             "samples: 5}",
             "samples: 5, text: c}",
-            "calibration.text: stands next to 'mixture'",
+            "calibration.text: conflicts with 'mixture'",
         ),
-        ("field: body", "field: x, messages: y", "calibration.mixture.1.messages: stands next to"),
+        ("field: body", "field: x, messages: y", "calibration.mixture.1.messages: conflicts with"),
         ("weight: 2", "weight: 0", "calibration.mixture.0.weight: must be greater than 0"),
         ("verify: {text: v, ", "verify: {", "calibration has several: give verify.text"),
         ("[calibrate, quantize_gptq]", "[calibrate]", "adapters: needs a quantize pass"),

@@ -125,12 +125,12 @@ if TYPE_CHECKING:
         (
             "output: build/tiny",
             "output: a\noutput: b",
-            "model.yaml:12: output: stands twice, first in line 11: keep one",
+            "model.yaml:12: output: occurs twice, first in line 11: keep one",
         ),
         (
             "      rank: 8",
             "      rank: 8\n      rank: 9",
-            "model.yaml:11: passes.3.eora.rank: stands twice, first in line 10: keep one",
+            "model.yaml:11: passes.3.eora.rank: occurs twice, first in line 10: keep one",
         ),
     ],
 )
@@ -226,5 +226,5 @@ def test_override_mistakes_name_the_override(tmp_path: Path, override: str, expe
 def test_override_of_a_pass_that_stands_twice(tmp_path: Path) -> None:
     text = MINIMAL.replace("  - pack_projections\n", "  - eora\n")
     assert error(tmp_path, text, "passes.eora.rank=1") == (
-        "--set passes.eora.rank=1: 'eora' stands there twice: say passes.0.eora or passes.3.eora"
+        "--set passes.eora.rank=1: 'eora' occurs there twice: give passes.0.eora or passes.3.eora"
     )

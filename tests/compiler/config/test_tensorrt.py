@@ -93,7 +93,7 @@ def test_options_of_a_target_that_is_not_asked_for_contradict_nothing(tmp_path: 
         (
             "targets: [tensorrt_rtx]",
             "targets: [tensorrt_rtx, tensorrt_rtx]",
-            "targets.1: 'tensorrt_rtx' stands twice: keep one",
+            "targets.1: 'tensorrt_rtx' occurs twice: keep one",
         ),
     ],
 )

@@ -221,7 +221,7 @@ def test_a_calibration_with_nothing_between_is_refused(workspace: Path) -> None:
         "model: model\noutput: out\ncalibration: {text: text.txt}\n"
         "passes:\n- calibrate\n- calibrate\n- quantize_gptq\n"
     )
-    with pytest.raises(ConfigError, match=r":6: passes\.1\.calibrate: stands twice: keep one"):
+    with pytest.raises(ConfigError, match=r":6: passes\.1\.calibrate: occurs twice: keep one"):
         load_config(path)
 
 

@@ -91,7 +91,7 @@ def test_leaves_out_what_an_override_skips(method: type[Compression]) -> None:
 def test_one_pass_compresses_the_weights(method: type[Compression]) -> None:
     for other in METHODS:
         problems = [text for _, text in Recipe([other(), method()]).problems()]
-        expected = "stands twice" if other is method else f"compressed already by '{other.name}'"
+        expected = "occurs twice" if other is method else f"compressed already by '{other.name}'"
         assert any(expected in text for text in problems)
 
 
