@@ -88,7 +88,7 @@ def rounded_activations(model: PreTrainedModel, linears: Iterable[Linear]) -> It
 
 
 def linear_tolerance(linear: Linear, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What rounding its input may change in the outputs of one linear, ``float32 [rows, N]``.
+    """Tolerance of one linear's outputs to the rounding of its input, ``float32 [rows, N]``.
 
     The input of the up-projection counts as rounded too, as it is with integer factors.
 
@@ -112,7 +112,7 @@ def linear_tolerance(linear: Linear, inputs: NDArray[np.float32]) -> NDArray[np.
 
 
 def rounding_tolerance(exact: NDArray[np.float32], rounded: NDArray[np.float32]) -> float:
-    """What rounding may change in any of the logits of one case.
+    """Tolerance of the logits of one case to the rounding of activations.
 
     Args:
       exact: of the eager model, ``[tokens, V]``.

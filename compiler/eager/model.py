@@ -70,7 +70,7 @@ def load_eager(
 
 
 def replace_weights(model: PreTrainedModel, weights: Mapping[str, NDArray[np.float32]]) -> None:
-    """Put ``weights`` in place of those of a model's modules.
+    """Replace the weights of a model's modules.
 
     Args:
       model: from :func:`load_eager`.
@@ -118,7 +118,7 @@ def _untie(
 def module_rows(
     modules: Mapping[str, Any], config: PretrainedConfig, name: str
 ) -> list[tuple[Any, slice]]:
-    """Where the weight called ``name`` lies in a model.
+    """The place of the weight called ``name`` in a model.
 
     Args:
       modules: of the model, by name.
@@ -162,11 +162,11 @@ def _part_sizes(config: PretrainedConfig, whole: str, rows: int) -> list[int]:
 # --- factorised modules ---------------------------------------------------------------------------
 
 _FACTORS = ("v", "u")
-"""Names of the modules that a factorised one is made of, in the order in which they compute."""
+"""Names of the two modules of a factorised one, in the order of computation."""
 
 
 class _Parts(torch.nn.Module):
-    """A fused module as its parts, whose outputs stand side by side."""
+    """A fused module as its parts, with concatenated outputs."""
 
     def __init__(self, parts: Mapping[str, torch.nn.Module]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Parts(torch.nn.Module):
 
 
 def _factorize(model: PreTrainedModel, name: str, *, rank: int) -> None:
-    """Make two modules, ``v`` and ``u``, of the one called ``name``, whose bias goes with ``u``.
+    """Split the module ``name`` into two, ``v`` and ``u``; ``u`` takes the bias.
 
     A part of a fused module becomes a module of its own; the parts of a packed one share ``v``.
     """

@@ -1,4 +1,4 @@
-"""What the model's predictions make of an error in a linear's output: Grams of gradients.
+"""Grams of gradients: the effect of an error in a linear's output on the model's predictions.
 
 The divergence of the compressed model's predictions from the original's has no gradient at the
 original's weights: it is zero there, and least. Its second-order form is the Fisher information,
@@ -127,7 +127,7 @@ def draw_labels(
     """
     probabilities = logits.softmax(-1)
     steps = probabilities.cumsum(-1)
-    # What the sum falls short of 1 by rounding belongs to no label.
+    # Rounding leaves the sum below 1: the rest belongs to no label.
     heights = torch.from_numpy(uniform.T.astype(np.float32)) * steps[:, -1:]
     found = torch.searchsorted(steps, heights.contiguous(), right=True)
     return found.clamp(max=logits.shape[-1] - 1).T, probabilities
@@ -135,7 +135,7 @@ def draw_labels(
 
 @dataclass(eq=False)
 class _Run:
-    """One backward pass over a text, with what of it is on disk."""
+    """One backward pass over a text, with its files on disk."""
 
     model: PreTrainedModel
     names: Sequence[str]
@@ -150,7 +150,7 @@ class _Run:
         self._state: dict[str, Any] = {}
         self._starts = range(0, len(self.windows.input_ids), _BATCH)
 
-    # --- what is on disk --------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     def resume(self, key: str) -> None:
         """Go on where a run with this key stopped, or begin."""
@@ -160,7 +160,7 @@ class _Run:
         if self._state.get("key") != key:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            # Blocks that are still to be gone through backward; one more where the head is.
+            # Blocks that still need their backward pass, and one more for the head.
             self._state = {"key": key, "left": None}
 
     def _finish(self, left: int) -> None:
@@ -185,7 +185,7 @@ class _Run:
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, phase: Phase) -> None:
-        """Keep what enters every block, and what leaves the last one."""
+        """Save the input of every block, and the output of the last one."""
         if self._state["left"] is None:
             for start in self._starts:
                 with self._kept_inputs(start), torch.inference_mode():
@@ -232,7 +232,7 @@ class _Run:
     # --- the head ---------------------------------------------------------------------------------
 
     def head(self, phase: Phase) -> None:
-        """Keep the gradient at what leaves the last block."""
+        """Save the gradient at the output of the last block."""
         last = len(self.layers)
         if self._state["left"] > last:
             if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
@@ -358,7 +358,7 @@ class _Run:
 
 
 class _Statistics:
-    """What is kept of the gradients at one linear's output."""
+    """The statistics of the gradients at one linear's output."""
 
     def __init__(self, width: int, draws: int, add: Callable[..., None] | None) -> None:
         self._sum = GramSum(width, add=add)

@@ -159,7 +159,7 @@ def _check(
     bits: int,
     block_size: int,
 ) -> None:
-    """Refuse what the kernel would read past the end of, or take for something else."""
+    """Check shapes and types, so that the kernel reads no operand past its end."""
     if x.dtype not in _DTYPES or x.dim() == 0:
         raise _misfit("x", x, "float16 or bfloat16 [..., K]")
     Variant(bits=bits, group_size=block_size)

@@ -41,11 +41,11 @@ _PRE_TOKENIZERS = MappingProxyType(
         "smollm": (DIGIT_PATTERN, GPT2_PATTERN),
     }
 )
-"""``tokenizer.ggml.pre`` to the patterns by which text is cut, one after the other."""
+"""The patterns that split text, applied one after the other, by ``tokenizer.ggml.pre``."""
 
 
 def convert(path: Path, folder: Path) -> Path:
-    """Write the model in ``path`` to ``folder``, or keep what the same file was written to before.
+    """Convert the model in ``path`` to ``folder``, unless the same file has been converted already.
 
     Args:
       path: a GGUF file of any quantization that transformers can dequantize.

@@ -1,9 +1,9 @@
-"""From a checkpoint to the graph IR.
+"""Load a checkpoint as the graph IR.
 
 A source is a Hugging Face hub id, a local folder in safetensors form, or a single GGUF file, which
 is converted once. mobius builds the graph (opset 24: MatMul, RMSNormalization, RotaryEmbedding,
-Attention with past and present); what it leaves out of a family is put right here, so that every
-later stage sees a graph that equals the eager model.
+Attention with past and present); its omissions in some families are repaired, so that the graph
+equals the eager model.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ class LoadedModel:
       config: its transformers configuration.
       digest: sha256 over config.json and the weight files, hexadecimal.
       tokenizer_json: the tokenizer.json to ship, see :mod:`eoracc.compiler.frontend.tokenizer`;
-      None where
-        the checkpoint has none.
+        None where the checkpoint has none.
       trust_remote_code: whether code that the checkpoint brings may run.
     """
 
@@ -71,7 +70,7 @@ class LoadedModel:
     trust_remote_code: bool = False
 
     def tokenizer_files(self) -> list[Path]:
-        """What an artifact must carry to tokenize, chat and generate as the checkpoint does."""
+        """The files that an artifact needs to tokenize, chat and generate like the checkpoint."""
         others = (self.folder / name for name in _TOKENIZER_FILES)
         files = [path for path in others if path.is_file()]
         return files if self.tokenizer_json is None else [self.tokenizer_json, *files]
@@ -186,7 +185,7 @@ def _architecture(config: PretrainedConfig) -> str:
 
 
 def _check_finite(model: ir.Model) -> None:
-    """See that everything but the linears' weights is finite; those are seen to when read."""
+    """Check that everything but the linears' weights is finite; those are checked when read."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         linear = all(use.node.op_type in ("MatMul", "Transpose") for use in value.uses())

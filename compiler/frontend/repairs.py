@@ -1,4 +1,4 @@
-"""What mobius leaves out of a family's graph, put right, so that it equals the eager model.
+"""Repair the graphs that mobius leaves incomplete, so that they equal the eager model.
 
 Each repair was found by comparing logits with the eager model on small random checkpoints, in which
 every parameter matters.
@@ -30,7 +30,7 @@ __all__ = ["repair"]
 def repair(
     model: ir.Model, config: PretrainedConfig, *, folder: Path, weight_files: Sequence[Path]
 ) -> None:
-    """Make the graph that mobius built from ``folder`` compute what the eager model computes.
+    """Repair the graph that mobius built from ``folder``, so that it equals the eager model.
 
     Raises:
       ModelError: the checkpoint has tensors that the graph has no place for.
@@ -100,7 +100,7 @@ def _window_mask(graph: ir.Graph, mask: ir.Value, window: int, *, before: ir.Nod
 
 
 def _strip_provenance(model: ir.Model) -> None:
-    """Drop what the tracer noted on each node: names say it already, and it is 20 kB a block."""
+    """Remove the tracer's notes on each node: 20 kB a block, and redundant with the names."""
     for node in model.graph:
         node.metadata_props.clear()
 

@@ -1,4 +1,4 @@
-"""Pre-tokenizers in the one form that tokenizers and onnxruntime-genai read alike.
+"""Pre-tokenizers in the form that tokenizers and onnxruntime-genai both support.
 
 genai knows ``Split`` and takes everything else for GPT-2's pattern on the whole text. ``Digits``
 before ``ByteLevel``, which SmolLM and StarCoder use, then cuts white space before a digit
@@ -17,7 +17,7 @@ __all__ = ["DIGIT_PATTERN", "GPT2_PATTERN", "portable_tokenizer"]
 
 DIGIT_PATTERN = r"\p{N}"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What ``ByteLevel`` cuts by where ``use_regex`` is set."""
+"""The pattern by which ``ByteLevel`` with ``use_regex`` splits."""
 
 
 def portable_tokenizer(path: Path, work: Path) -> Path:

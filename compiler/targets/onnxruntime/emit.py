@@ -15,7 +15,7 @@ __all__ = ["emit", "require"]
 
 
 def require() -> None:
-    """See that the native library is there.
+    """Check that the native library is there.
 
     Raises:
       PluginError: it is not.

@@ -1,4 +1,4 @@
-"""Move into a compressed linear what its kernel computes on the way.
+"""Fuse the operators around a compressed linear that its kernel can compute.
 
 A kernel that reads its input once can normalise it there, and one that holds its output in
 registers can gate it or add to it. Each function looks for one such neighbour and takes it in; what
@@ -130,7 +130,7 @@ def fuse_residual(graph: ir.Graph) -> None:
 
 
 def same_shape(left: ir.Value | None, right: ir.Value | None) -> bool:
-    """Both of rank 3 with equal dimensions: what is fused does not broadcast, a bias add does."""
+    """Whether both have rank 3 and equal dimensions: a fused operand does not broadcast."""
     if left is None or right is None or left.shape is None or right.shape is None:
         return False
     return len(left.shape) == 3 and left.shape == right.shape
@@ -171,7 +171,7 @@ def _set_operand(node: ir.Node, position: int, value: ir.Value) -> None:
 def _absorb(
     graph: ir.Graph, node: ir.Node, last: ir.Node, *, between: Sequence[ir.Node] = ()
 ) -> None:
-    """Let ``node`` compute what ``last`` did, and drop ``last`` and those ``between`` them."""
+    """Give ``node`` the output of ``last``, and remove ``last`` and the nodes ``between``."""
     replaced, output = last.outputs[0], node.outputs[0]
     name, shape = replaced.name, replaced.shape
     replaced.replace_all_uses_with(output, replace_graph_outputs=True)

@@ -1,4 +1,4 @@
-"""Lowering to ONNX Runtime: fused attention, tiled linears that take in what stands around them.
+"""Lowering to ONNX Runtime: fused attention, tiled linears fused with their neighbours.
 
 A decoder block becomes five nodes where its family allows it: q/k/v with the norm before them, the
 attention, the output projection with the residual, gate and up with their norm and activation, and
@@ -49,7 +49,7 @@ _IR_VERSION = 11
 
 
 def lower(model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none") -> ir.Model:
-    """Rewrite ``model`` into what ONNX Runtime runs best.
+    """Rewrite ``model`` with the operators that ONNX Runtime runs fastest.
 
     Args:
       model: as the frontend built it, compressed or not. It is left as it is.
@@ -94,7 +94,7 @@ def lower(model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none
 
 @dataclass(frozen=True, eq=False)
 class _Lengths:
-    """What the attention mask counts.
+    """The counts that are computed from the attention mask.
 
     Attributes:
       last: index of each row's last valid token, ``int64 [B]``.
@@ -231,7 +231,7 @@ def _packed_projection(*parts: ir.Value | None) -> ir.Value | None:
 
 
 def _fuse_skip_norm(graph: ir.Graph) -> None:
-    """Fuse ``RMSNormalization(Add(x, skip))``, whose sum the residual stream goes on with."""
+    """Fuse ``RMSNormalization(Add(x, skip))``; the sum remains an output, the residual stream."""
     for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
         total, weight = norm.inputs
         add = total.producer() if total is not None else None

@@ -37,7 +37,7 @@ _INTEGERS = (ir.DataType.INT8, ir.DataType.INT4)
 
 
 def tile_operands(graph: ir.Graph, *, accuracy_level: int) -> None:
-    """Bring every compressed linear and table of ``graph`` into tiles, merging what can be merged.
+    """Store every compressed linear and table of ``graph`` in tiles, merged where possible.
 
     A node whose operands are not all constant (factors that a caller sets) stays as it is.
 
@@ -190,7 +190,7 @@ def _tile_table(store: _Store, node: ir.Node) -> None:
 
 @dataclass(eq=False)
 class _Store:
-    """Tiled operands of a graph; what two nodes share is stored once.
+    """Tiled operands of a graph; an operand that two nodes share is stored once.
 
     Attributes:
       graph: where they are registered.
@@ -234,7 +234,7 @@ class _Store:
         return register_tensor(self.graph, ir.tensor(joined, name=f"{name}.bias"))
 
     def factors(self, nodes: Sequence[ir.Node], name: str) -> list[ir.Value | None]:
-        """The factors of ``nodes``, all of the rank of the largest; nothing where that is 0."""
+        """The factors of ``nodes``, padded to the largest rank; empty if that is 0."""
         for position in (Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale):
             self._retire(nodes, position)
         rank = max(_rank(node) for node in nodes)
@@ -347,7 +347,7 @@ class _Store:
         shape: tuple[int, ...],
         dtype: ir.DataType,
     ) -> ir.Value:
-        """An initializer whose array ``make`` makes each time that it is asked for."""
+        """An initializer whose array ``make`` computes each time that it is read."""
         full = f"{name}.{position.name}_tiles"
         lazy = ir.LazyTensor(
             lambda: ir.tensor(make(), name=full), dtype=dtype, shape=ir.Shape(shape), name=full

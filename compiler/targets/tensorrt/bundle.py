@@ -1,4 +1,4 @@
-"""The target ``tensorrt``: a bundle, of which ``eoracc engine`` builds an engine at the GPU."""
+"""The target ``tensorrt``: a bundle, from which ``eoracc engine`` builds an engine on the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TARGET: Final = "tensorrt"
 
 
 def require() -> None:
-    """See that Triton is installed, which compiles the kernels; TensorRT is not needed here.
+    """Check that Triton is installed, which compiles the kernels; TensorRT is not needed here.
 
     Raises:
       TargetError: it is not.
@@ -36,7 +36,7 @@ def require() -> None:
 
 
 def emit(job: Job) -> Emitted:
-    """Write the graph, the plugin, its kernels and what engines they are for.
+    """Write the graph, the plugin, its kernels and the description of the engines.
 
     Raises:
       PassError: the lowering cannot express the model, or no kernel computes a linear.

@@ -1,4 +1,4 @@
-"""Stored weights as what TensorRT can dequantize: signed integers of 4 or 8 bits times a scale.
+"""Stored weights in a form that TensorRT can dequantize: signed 4 or 8 bits times a scale.
 
 TensorRT's ``DequantizeLinear`` is symmetric: a value is ``code * scale``, the code in -8..7 or
 -128..127, the scale that of a block of input features, in the type of the product. A stored weight
@@ -144,7 +144,7 @@ class SignedWeight:
         return self.stored.zero_points.astype(np.int16)
 
     def _per_block(self, groups: NDArray[Any]) -> NDArray[Any]:
-        """What is stored by group, ``[N, groups]``, by block."""
+        """Values per group, ``[N, groups]``, repeated per block."""
         repeated = groups.repeat(self.stored.group_size // self.block, axis=1)
         return np.ascontiguousarray(repeated[:, : self.blocks])
 
@@ -164,7 +164,7 @@ class SignedFactor:
     bits: int
 
     def product(self) -> NDArray[np.float32]:
-        """What the graph multiplies with, ``float32 [rows, columns]``."""
+        """The weight of the graph, ``float32 [rows, columns]``."""
         values = self.values.astype(np.float32)
         return values if self.scales is None else values * self.scales.astype(np.float32)[:, None]
 
@@ -202,7 +202,7 @@ def _fill_bytes(rows: int, columns: int) -> bool:
 def rounded_product(
     name: str, weight: NBitsWeight, factors: LowRank | None, dtype: ir.DataType
 ) -> NDArray[np.float32]:
-    """What a graph of ``dtype`` multiplies with for a stored weight, ``float32 [N, K]``.
+    """The weight of a graph of ``dtype`` for a stored weight, ``float32 [N, K]``.
 
     Args:
       name: of the linear or table, for messages.

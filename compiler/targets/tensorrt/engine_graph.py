@@ -1,4 +1,4 @@
-"""What both TensorRT targets do with their lowered graph, before engines are built of it."""
+"""Write the lowered graph of a TensorRT target, before engines are built."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class EngineGraph:
     weight_bytes: int
 
     def engine_set(self, *, package: str, version: str, engines: Sequence[EngineFile]) -> EngineSet:
-        """What engines.json says of engines of this graph.
+        """The content of engines.json for engines of this graph.
 
         Args:
           package: what built them, ``tensorrt_rtx`` or ``tensorrt``.
@@ -142,7 +142,7 @@ def write_engine_graph(
 def record_engine_graph(
     job: Job, graph: EngineGraph, *, weight_of: GraphWeight = rounded_product
 ) -> None:
-    """Record what the graph must compute, beside it, where model.yaml asks for parity.
+    """Write the parity record beside the graph, if model.yaml enables parity.
 
     Args:
       job: what is written.

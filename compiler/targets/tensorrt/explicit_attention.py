@@ -1,4 +1,4 @@
-"""Make of every Attention one that TensorRT takes: its cache and its mask stand in the graph.
+"""Rewrite every Attention for TensorRT, with explicit cache and mask.
 
 TensorRT's attention has one output and no notion of a past, and it takes a mask or causality but
 not both. So keys and values are put into the cache by nodes of their own, and what a query may see
@@ -38,7 +38,7 @@ WRITE_INDICES = "write_indices"
 """Input of a decoder with its cache in place: where each row's new tokens are written."""
 
 _Update = Callable[[ir.tape.Tape, ir.Value, ir.Value, str], tuple[ir.Value, ir.Value]]
-"""Past and new tokens to the present, which is an output, and to what the attention reads of it."""
+"""From past and new tokens to the present (an output) and the part that the attention reads."""
 
 
 def explicit_attention(

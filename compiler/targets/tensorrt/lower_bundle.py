@@ -76,7 +76,7 @@ def lower(
 def half_product(
     name: str, weight: NBitsWeight, factors: LowRank | None, dtype: ir.DataType
 ) -> NDArray[np.float32]:
-    """What a linear of the graph multiplies with, ``float32 [N, K]``.
+    """The weight of a linear of the graph, ``float32 [N, K]``.
 
     Args:
       name: of the linear, for messages.
@@ -149,7 +149,7 @@ class PluginWriter(DequantizeWriter):
         )
 
     def _operand(self, name: str, part: str, given: NDArray[Any] | ir.Value | None) -> ir.Value:
-        """An initializer, or the scalar that stands for an operand which the linear has not."""
+        """An initializer, or the scalar placeholder of an operand that the linear lacks."""
         if isinstance(given, ir.Value):
             return given
         if given is not None:
@@ -161,7 +161,7 @@ class PluginWriter(DequantizeWriter):
 
 
 def kernel_cases(model: ir.Model) -> list[Case]:
-    """What kernels the plugin's nodes of a lowered graph ask for, one case a node.
+    """The kernels that the plugin's nodes of a lowered graph need, one case for each node.
 
     Raises:
       PassError: no kernel computes a node; the text says why.
@@ -199,7 +199,7 @@ def _case(node: ir.Node) -> Case:
 
 
 def _take_bias(node: ir.Node) -> None:
-    """Let the plugin add the bias that is all that its output goes through."""
+    """Move the bias into ``node`` if only the addition of a bias reads its output."""
     (output,) = node.outputs
     uses = output.uses()
     if len(uses) != 1 or output.is_graph_output():

@@ -46,17 +46,17 @@ LOGITS_POSITIONS = "logits_positions"
 """Input of the lowered graph, ``int64 [B, L]``: places among a call's tokens that get logits."""
 
 _OPERANDS = 9
-"""Inputs of a plain linear: a bias among them, what is fused with it behind them."""
+"""Number of inputs of a plain linear, its bias included; fused operands follow."""
 
 _IR_VERSION = 11
-"""The newest that ONNX Runtime 1.31 reads, by which the graph is checked."""
+"""The newest IR version that ONNX Runtime 1.31 reads, which checks the graph."""
 
 
 class LinearWriter(Protocol):
     """How a target computes compressed linears and tables. Nodes go onto the tape."""
 
     def linear(self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value) -> ir.Value:
-        """What a ``MatMulNBitsLowRank`` gives, ``[B, S, N]``, its bias aside.
+        """The output of a ``MatMulNBitsLowRank``, ``[B, S, N]``, without its bias.
 
         Args:
           tape: for the nodes.
@@ -201,7 +201,7 @@ def _add_adapter(
 
 
 def _drop_unused(graph: ir.Graph, node: ir.Node) -> None:
-    """Take operands of ``node``, which is no longer in ``graph``, out of it."""
+    """Remove the operands of a removed ``node`` from ``graph``."""
     for value in node.inputs[1:]:
         if value is not None and not value.uses():
             graph.initializers.pop(str(value.name), None)

@@ -43,7 +43,7 @@ def lower(
     capacity: int | None = None,
     positions: int | None = None,
 ) -> ir.Model:
-    """Rewrite ``model`` into what TensorRT for RTX builds well.
+    """Rewrite ``model`` with operators that TensorRT for RTX builds well.
 
     Args and errors are those of
     :func:`eoracc.compiler.targets.tensorrt.lower_graph.lower_decoder`; the graph holds standard
@@ -230,7 +230,7 @@ class DequantizeWriter:
         *,
         transposed: bool,
     ) -> ir.Value:
-        """An initializer whose array ``make`` makes each time that it is asked for."""
+        """An initializer whose array ``make`` computes each time that it is read."""
         full = f"{name}.{_suffix(dtype)}"
 
         def stored() -> ir.TensorProtocol:

@@ -32,7 +32,7 @@ _TARGET: Final = "tensorrt_rtx"
 
 
 def require() -> None:
-    """See that TensorRT for RTX is installed.
+    """Check that TensorRT for RTX is installed.
 
     Raises:
       TargetError: it is not.
@@ -96,7 +96,7 @@ def _write_engines(graph: EngineGraph, built: Sequence[BuiltEngine]) -> None:
 
 
 def _report(graph: EngineGraph, built: Sequence[BuiltEngine]) -> dict[str, Any]:
-    """What was built: of the graph once, and of each engine."""
+    """The report of the graph and of each engine."""
     return {
         "version": built[0].summary["version"],
         "graph_weight_bytes": graph.weight_bytes,
