@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibrate", "Precision"]
 
 Precision = Literal["float32", "bfloat16"]
-"""What the products of a forward pass round their operands to; sums are float32."""
+"""The precision of the operands of a forward pass; sums are float32."""
 
 
 @register
@@ -83,7 +83,7 @@ class Calibrate(LayerPass):
     def call(self, group: LinearGroup) -> None:
         assert group.activations is not None  # noqa: S101 - requires() has checked
         if self.tokens == "gradients":
-            # For all that look at them in this sweep.
+            # Every pass of the sweep sees these weights.
             group.activations = _counted_by_gradients(group, group.activations)
         seen = group.activations()
         gram = accumulate_gram(
@@ -103,7 +103,7 @@ class Calibrate(LayerPass):
         )
 
     def _matching(self, group: LinearGroup, gram: Gram) -> NDArray[np.float32] | None:
-        """What takes the group's weights to their targets; None where they are the weights."""
+        """``M``, which takes the group's weights to their targets; None if they are the targets."""
         if self.match == "weights" or group.originals is None:
             return None
         if saw_too_few_tokens(gram):
@@ -140,7 +140,7 @@ def _differences(
     for (inputs, weights), (originals, _) in zip(
         group.activations(), group.originals(), strict=True
     ):
-        # Taken before products round: where the two agree, it is exactly zero.
+        # Before products round: the difference of equal inputs is exactly zero.
         difference = originals - inputs
         if unit:
             scale = _unit_scale(inputs)
@@ -152,11 +152,13 @@ def _differences(
 
 def _counted_by_gradients(group: LinearGroup, activations: Activations) -> Activations:
     """The group's activations, each token counted by the gradients at its linears' outputs."""
-    loaded = [one.token_weights() for one in group.linears if one.token_weights is not None]
+    loaded = [
+        linear.token_weights() for linear in group.linears if linear.token_weights is not None
+    ]
     if not loaded:
         return activations
     counts = np.sqrt(np.sum(loaded, axis=0, dtype=np.float64))
-    # 1 in the mean, padding and what no prediction depends on left out.
+    # A mean of 1 over the tokens that predictions depend on; padding has none.
     counts = (counts / counts[counts > 0].mean() if counts.any() else counts + 1).astype(np.float32)
 
     def counted() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:

@@ -1,1 +1,1 @@
-"""Passes that give compressed linears low-rank factors of their error."""
+"""Passes that add low-rank factors of their error to compressed linears."""

@@ -1,11 +1,10 @@
-"""Solve for one task's adapter: low-rank factors on top of a backbone that stays as it is.
+"""Solve for the adapter of one task: low-rank factors on top of a fixed backbone.
 
-The backbone has lost ``W - W_hat`` to quantization and been given back ``B A`` by its compensation.
-What is left, ``W - W_hat - B A``, is another weight error, and the factors that minimise the output
-error it makes on the task's own tokens are those of
-:func:`~eoracc.passes.solvers.factors.eora_factors` under the Gram of those tokens. Where outputs
-are matched, the target that those tokens give (:func:`~eoracc.passes.solvers.gram.output_matching`)
-stands in place of ``W``.
+Quantization took ``W - W_hat`` from the backbone, and its compensation restored ``B A``. The rest,
+``W - W_hat - B A``, is another weight error. The factors that minimise its output error over the
+tokens of the task are those of :func:`~eoracc.passes.solvers.factors.eora_factors` under the Gram
+of those tokens. If outputs are matched, the target of those tokens
+(:func:`~eoracc.passes.solvers.gram.output_matching`) replaces ``W``.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ __all__ = ["AdapterSolver", "SolvedFactors"]
 
 @dataclass(frozen=True, eq=False)
 class SolvedFactors:
-    """An adapter's factors of one linear, and what they give back of its output.
+    """Factors of an adapter for one linear, with the output errors without and with them.
 
     Attributes:
       factors: as they are stored.
       error_without: ``||(T - W_hat - B A) X||_F / ||T X||_F`` over the task's tokens, with the
         target ``T`` of the weight (``W`` itself where weights are matched).
-      error_with: the same with the adapter's factors taken off as well.
+      error_with: the same error once the adapter's factors are added to the backbone.
     """
 
     factors: LowRank
@@ -55,7 +54,7 @@ class AdapterSolver(Overridable):
     Attributes:
       rank: columns of its factors.
       factor_type: what they are stored in.
-      overrides: what differs by linear; the last pattern that matches wins.
+      overrides: options for linears by name pattern; the last match wins.
     """
 
     rank: Rank
@@ -64,24 +63,23 @@ class AdapterSolver(Overridable):
 
     @override
     def options_for(self, linear: Linear) -> AdapterSolver | None:  # type: ignore[override]
-        """The options that hold for ``linear``; None where it gets no factors.
+        """The options for ``linear``; None if it gets no factors.
 
-        Adapters have slots in decoder blocks, at linears that the build compressed, and nowhere
-        else.
+        An adapter has a slot at each linear of a decoder block that the build compressed.
         """
         if linear.block is None or linear.compressed is None:
             return None
-        found = super().options_for(linear)
-        return None if found is None or found.rank == 0 else found
+        options = super().options_for(linear)
+        return None if options is None or options.rank == 0 else options
 
     def solve(self, linear: Linear, backbone: NDArray[np.float32], gram: Gram) -> SolvedFactors:
         """Solve for one linear with the rank and type of these options.
 
         Args:
           linear: compressed.
-          backbone: what it multiplies with before the adapter, ``W_hat + B A [N, K]``.
-          gram: of its input over the task's tokens; below 32 of them the factors are those of the
-            plain SVD.
+          backbone: its weight without the adapter, ``W_hat + B A [N, K]``.
+          gram: of its input over the task's tokens; with fewer than 32 tokens the factors come from
+            the plain SVD.
 
         Raises:
           PassError: the rank exceeds the weight's smaller side.

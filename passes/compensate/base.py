@@ -1,8 +1,8 @@
-"""Passes that give back what compression took: low-rank factors of each linear's error.
+"""Base of the passes that restore lost output with low-rank factors of each linear's error.
 
-:class:`Compensation` walks the linears; a subclass brings the solver. Solvers are also on offer by
-name (:func:`compensation_solver`), so that a build can be compared with the factors that another
-one would have shipped.
+:class:`Compensation` walks the linears; a subclass implements the solver, ``factors``.
+:func:`compensation_solver` gives a solver by name, so that a build can compare its factors with
+those of another pass.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Solver = Callable[["Linear", "Gram | None", int, FactorType], "LowRank"]
 
 @dataclass(frozen=True, kw_only=True)
 class RankOverride(Override):
-    """What a compensating pass may do differently for some linears."""
+    """Options of a compensating pass for the linears of one pattern."""
 
     rank: Rank | None = None
     factor_type: FactorType | None = None
@@ -61,8 +61,8 @@ class RankOverride(Override):
 class Compensation(Overridable, LayerPass):
     """Base of the passes that add low-rank factors to compressed linears.
 
-    Where a linear has factors already, of a compensating pass before this one, the new ones are of
-    what those leave, and follow them.
+    If an earlier compensating pass gave a linear factors, the new ones are solved for the error
+    that those leave, and are appended to them.
 
     Options:
       rank: columns of each correction; 0 turns it off.
@@ -104,13 +104,13 @@ class Compensation(Overridable, LayerPass):
         for options, linears in self.partition(group):
             for linear in linears:
                 if linear.compressed is None and linear.record.errors:
-                    continue  # a quantizing pass left it as it is, by an override
+                    continue  # an override kept the quantizing pass from changing it
                 if options.rank or linear.factors is None:
                     earlier = linear.factors
                     check_rank(linear, options.rank + (0 if earlier is None else earlier.rank))
                     lost = options.lost_output(linear, group.gram)
                     factors = options.solve(lost, earlier=earlier)
-                    # None of rank 0: integer ones would have the scales of their rows still.
+                    # No factors of rank 0: integer ones would still store a scale per row.
                     linear.compensate(factors if factors.rank else None)
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
@@ -155,7 +155,7 @@ class Compensation(Overridable, LayerPass):
 
 
 def check_rank(linear: Linear, rank: int) -> None:
-    """Refuse a rank that the factors of ``linear`` cannot have.
+    """Check that factors of ``linear`` can have ``rank``.
 
     Raises:
       PassError: it exceeds the weight's smaller side.

@@ -1,4 +1,4 @@
-"""Passes that weigh an error by how large activations are along each input direction."""
+"""Base of the passes that weigh an error by the magnitude of each input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ScaledCompensation(Compensation):
 
     @abstractmethod
     def scale(self, magnitudes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What an error counts for by its column, ``[K]``, given ``mean |x_i|``."""
+        """Weights of the columns of an error, ``[K]``, from ``mean |x_i|``."""
 
     @override
     def requires(self, group: LinearGroup) -> None:

@@ -1,4 +1,4 @@
-"""Base of the passes that factorise weights by what their inputs look like."""
+"""Base of the passes that factorise weights by the Gram of their inputs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class RatioOverride(Override):
-    """What a factorising pass may do differently for some linears."""
+    """Options of a factorising pass for the linears of one pattern."""
 
     ratio: Ratio | None = None
 
@@ -60,7 +60,7 @@ class Factorization(Overridable, LayerPass):
         """Factorise one weight.
 
         Args:
-          weight: what the product is to come near, ``[N, K]`` (:meth:`target`).
+          weight: the weight to approximate, ``[N, K]`` (:meth:`target`).
           gram: of the input, where statistics were taken.
           rank: of the product, in ``1..min(N, K)``.
 
@@ -72,7 +72,7 @@ class Factorization(Overridable, LayerPass):
         """
 
     def target(self, weight: NDArray[np.float32], gram: Gram | None) -> NDArray[np.float32]:
-        """What the product is to come near, ``[N, K]``."""
+        """The weight that the product approximates, ``[N, K]``."""
         return weight if gram is None else gram.target(weight)
 
     @override

@@ -33,7 +33,7 @@ class Embedding:
       node: the ``Gather`` that computes it now.
       source: the original table, ``[rows, width]``; read lazily.
       compressed: the table after quantization.
-      plan: of no survey: they steer linears.
+      plan: always empty: surveys decide for linears only.
     """
 
     plan: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -45,12 +45,12 @@ class Embedding:
 
     @property
     def block(self) -> None:
-        """Embeddings lie outside of the decoder blocks; see :attr:`Linear.block`."""
+        """None: embeddings are outside of the decoder blocks; see :attr:`Linear.block`."""
         return None
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """Names that a pattern may go by; see :attr:`Linear.known_as`."""
+        """Names that a pattern may match; see :attr:`Linear.known_as`."""
         return (self.name,)
 
     def weight(self) -> NDArray[np.float32]:
@@ -67,7 +67,7 @@ class Embedding:
           tied: a head that multiplies with the same ``weight``: its stored operands are shared.
 
         Raises:
-          PassError: ``weight`` is not the one that ``tied`` multiplies with, or of another shape.
+          PassError: ``weight`` has another shape, or ``tied`` has another weight.
         """
         rows, width = self.source.shape.numpy()
         if (weight.out_features, weight.in_features) != (rows, width):
@@ -124,7 +124,7 @@ def find_embeddings(model: ir.Model) -> list[Embedding]:
         if node.op_type != "Gather" or node.domain != "":
             continue
         table = node.inputs[0]
-        # A parameter, which cosine and sine tables are not.
+        # Cosine and sine tables are no parameters.
         if table is None or table.const_value is None or not str(table.name).endswith(".weight"):
             continue
         if node.attributes.get_int("axis", 0) != 0 or len(table.const_value.shape) != 2:
@@ -135,5 +135,5 @@ def find_embeddings(model: ir.Model) -> list[Embedding]:
 
 
 def _shared(tied: Linear) -> list[ir.Value]:
-    # B, scales and zero points stand at the same places behind the first input of both ops.
+    # B, scales and zero points follow the first input of both ops.
     return [value for value in tied.node.inputs[1:4] if value is not None]

@@ -3,7 +3,7 @@
 A linear is a ``MatMul`` whose right operand is an initializer (possibly through a ``Transpose``),
 or the ``eoracc::MatMulNBitsLowRank`` that compression put in its place. The view writes through:
 :meth:`Linear.quantize`, :meth:`Linear.compensate` and :meth:`Linear.factorize` change the graph at
-once, so that the graph alone says what has been compressed.
+once, so that the graph is the only record of what is compressed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def block_of(name: str) -> int | None:
 class Factorized:
     """A weight as a product of two, ``W ~ u v``.
 
-    The arrays are views of what the graph holds, which is their transposes.
+    The arrays are transposed views of the graph's tensors.
 
     Attributes:
       u: ``float32 [N, r]``.
@@ -75,7 +75,7 @@ class Factorized:
 
 
 class Quantizer(Protocol):
-    """A quantizing pass, for whoever would have another weight quantized as it did one."""
+    """A quantizing pass that can quantize another weight with the same options."""
 
     def requantize(self, weight: NDArray[np.float32], gram: Gram) -> NBitsWeight:
         """Quantize ``weight [N, K]``, whose input has the Gram ``gram``."""
@@ -90,20 +90,18 @@ class Linear:
       node: the node that computes it now.
       in_features: ``K``.
       out_features: ``N``.
-      source: the original weight; read lazily, None where the graph was loaded in compressed
-        form.
+      source: the original weight; read lazily, None if the graph was loaded in compressed form.
       transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
       compressed: the weight after quantization.
-      quantizer: the pass that quantized it in this sweep, with the options that held for it.
+      quantizer: the pass that quantized it in this sweep, with the options for this linear.
       factors: its low-rank compensation.
-      factorized: the weight after factorisation. The graph holds two matmuls by now, which the
-        next view of it (:func:`find_again`) shows as linears of their own, ``<name>.v`` and
-        ``<name>.u``.
+      factorized: the weight after factorisation. The graph then holds two matmuls, which
+        :func:`find_again` returns as linears of their own, ``<name>.v`` and ``<name>.u``.
       whole: the linear that this one is a factor of; None for one of the checkpoint.
-      plan: options that a survey has decided for this linear, by the option's name.
-      output_gram: loads ``G``, ``float32 [N, N]``, by which a survey weighs errors of the output.
-      token_weights: loads ``||g||^2`` of the gradient at the output for each token of the
-        calibration text, padding included, as a survey has found it: ``float32 [tokens]``.
+      plan: options that a survey decided for this linear, by the option's name.
+      output_gram: loads ``G``, ``float32 [N, N]``, a survey's weights of output errors.
+      token_weights: loads a survey's ``||g||^2`` of the gradient at the output, for each token of
+        the calibration text, padding included: ``float32 [tokens]``.
       record: errors and notes for the report.
     """
 
@@ -136,7 +134,7 @@ class Linear:
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """Names that a pattern may go by: its own, and that of the weight it is a factor of."""
+        """Names that a pattern may match: its own, and that of the weight it is a factor of."""
         return (self.name,) if self.whole is None else (self.name, self.whole.name)
 
     @property
@@ -172,13 +170,13 @@ class Linear:
         return weight
 
     def backbone_weight(self) -> NDArray[np.float32]:
-        """What the linear multiplies with, its low-rank part left out, ``float32 [N, K]``."""
+        """The present weight without its low-rank part, ``float32 [N, K]``."""
         if self.factorized is not None:
             return self.factorized.product()
         return self.weight() if self.compressed is None else self.compressed.dequantize()
 
     def effective_weight(self) -> NDArray[np.float32]:
-        """What the linear multiplies with now, low-rank part included, ``float32 [N, K]``."""
+        """The present weight with its low-rank part, ``float32 [N, K]``."""
         weight = self.backbone_weight()
         return weight if self.factors is None else weight + self.factors.product()
 
@@ -207,8 +205,8 @@ class Linear:
           v: ``float32 [r, K]``.
 
         Raises:
-          PassError: the factors do not fit or are not finite, the linear is compressed already or
-            stands outside the decoder blocks.
+          PassError: the factors do not fit or are not finite, or the linear is compressed already
+            or outside the decoder blocks.
         """
         if (len(u), v.shape[1], u.shape[1]) != (self.out_features, self.in_features, len(v)):
             raise PassError(
@@ -254,10 +252,10 @@ class Linear:
         _drop_unused_initializers(graph, stale)
 
     def hold_factors(self, factorized: Factorized) -> None:
-        """Hold ``factorized``, equal to what :attr:`factorized` is, in its place.
+        """Replace :attr:`factorized` by ``factorized``, which has the same values.
 
-        Of a large model the factors take as much memory as most of its weights: once they are on
-        disk, arrays that are mapped from there stand for them.
+        The factors of a large model take as much memory as most of its weights. Once they are on
+        disk, arrays mapped from there replace them.
         """
         assert self.factorized is not None  # noqa: S101 - only of what has been factorised
         self.factorized = factorized
@@ -268,7 +266,7 @@ class Linear:
             value.const_value = ir.tensor(factor.T, name=value.name)
 
     def compensate(self, factors: LowRank | None) -> None:
-        """Give the linear low-rank factors, or take them away with None."""
+        """Set the low-rank factors of the linear; None removes them."""
         if self.compressed is None:
             raise PassError(self.name, "is not compressed: there is nothing to compensate")
         self.factors = factors
@@ -340,10 +338,10 @@ class LinearGroup:
 
     Attributes:
       linears: in graph order.
-      activations: the shared input over the calibration text, taken through the prefix.
-      originals: the same tokens' input in the original model; None where no pass asks for it.
+      activations: the shared input over the calibration text, behind the present prefix.
+      originals: the same tokens' input in the original model; None if no pass needs it.
       gram: set by ``calibrate``; None before.
-      products: how ``calibrate`` multiplies activations, in the precision of the forward pass; None
+      products: multiplies activations for ``calibrate`` in the precision of the forward pass; None
         for float32.
     """
 
@@ -373,13 +371,13 @@ def find_linears(model: ir.Model) -> list[Linear]:
 
 
 def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
-    """All linears of ``model``, those that passes have factorised as two each.
+    """All linears of ``model``; a factorised one is replaced by its two factors.
 
     Args:
       model: the graph.
-      before: its linears until now. Those that are still one matmul are returned as they are; of
-        the others the factors know them as their :attr:`Linear.whole`, and take over what a survey
-        has found of their outputs, though not what it has planned.
+      before: its linears so far. Those that are still one matmul are returned unchanged. The
+        factors of the others have them as their :attr:`Linear.whole` and inherit a survey's
+        weights of their outputs, but not its plan.
     """
     wholes: dict[ir.Node, Linear] = {}
     known: dict[ir.Node, Linear] = {}
@@ -393,14 +391,14 @@ def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
         whole = wholes.get(linear.node)
         if whole is not None:
             linear.whole = whole
-            # Of the tokens at z = v x nothing is known but what they count for past u.
+            # At z = v x the only weights known of the tokens are those of u's output.
             linear.token_weights = whole.token_weights
             linear.output_gram = _factors_output_gram(linear, whole)
     return [known.get(linear.node, linear) for linear in found]
 
 
 def _factors_output_gram(linear: Linear, whole: Linear) -> Callable[[], NDArray[np.float32]] | None:
-    """What weighs errors of a factor's output: ``G`` past ``u``, ``u^T G u`` between the two."""
+    """The weights of a factor's output errors: ``G`` behind ``u``, ``u^T G u`` between the two."""
     load, product = whole.output_gram, whole.factorized
     if load is None or product is None or linear.node is whole.node:
         return load
@@ -468,7 +466,7 @@ def _drop_unused_initializers(graph: ir.Graph, candidates: Sequence[ir.Value | N
             operand = producer.inputs[0]
             if not value.uses():
                 graph.remove(producer, safe=True)
-        # By identity: a part that is written anew has the name of the one it replaces.
+        # By identity: a replaced operand and its replacement have the same name.
         if operand is None or operand.name is None or operand.uses():
             continue
         if graph.initializers.get(operand.name) is operand:

@@ -1,4 +1,4 @@
-"""Names that stages of the compiler agree on."""
+"""Names that several stages of the compiler share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ PARTS = MappingProxyType(
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
 )
-"""Role of a weight that some families, and ``pack_projections``, store as one, to the roles of its
-parts in the order in which their rows lie."""
+"""Role of a packed weight (of some families and of ``pack_projections``) to the roles of its parts,
+in the order of their rows."""
 
 WINDOW_KEY = "eoracc.local_window_size"
-"""Node metadata of an ``Attention``: the keys that a query sees, itself included; 0 means all."""
+"""Node metadata of an ``Attention``: the number of keys that a query attends to, its own included;
+0 means all."""
 
 LOGITS_TO_KEEP = "logits_to_keep"
 """Input of a lowered decoder: how many of each row's last tokens get logits; 1 unless given."""

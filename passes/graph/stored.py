@@ -22,10 +22,10 @@ _INT4 = ir.DataType.INT4.numpy()
 
 
 def stored_weight(node: ir.Node) -> NBitsWeight:
-    """The weight that is operands of an eoracc op of plain layout, a linear or a table.
+    """The weight of an eoracc op of plain layout, a linear or a table, from its operands.
 
     Raises:
-      ModelError: it is computed by the graph.
+      ModelError: an operand is not an initializer.
     """
     packed, scales, zero_points = (
         _array(node, place) for place in (Input.B, Input.scales, Input.zero_points)
@@ -43,7 +43,7 @@ def stored_weight(node: ir.Node) -> NBitsWeight:
 
 
 def stored_factors(node: ir.Node) -> LowRank | None:
-    """Low-rank factors that are operands of the fused ``node``, of plain layout; None for none."""
+    """The low-rank factors of the fused ``node``, of plain layout; None if it has none."""
     lora_a, lora_b = _array(node, Input.lora_a), _array(node, Input.lora_b)
     if lora_a is None or lora_b is None:
         return None

@@ -47,7 +47,7 @@ AddCrossProducts = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[n
 
 @dataclass(frozen=True)
 class GramProducts:
-    """How the products of a Gram are made, in another precision than NumPy's float32.
+    """The products that a Gram sums, in another precision than NumPy's float32.
 
     Attributes:
       outer: adds ``rows.T @ rows``.
@@ -72,8 +72,7 @@ class Gram:
         (:func:`eoracc.passes.statistics.output_root`).
       matching: ``M``, ``float32 [K, K]``, which takes a weight ``W`` to the target ``W + W M``
         (:func:`output_matching`); None where the target is the weight itself.
-      activations: what the sum is over, for statistics that few passes ask for; None where they are
-        gone.
+      activations: the inputs that were summed, for other statistics; None if they are gone.
     """
 
     matrix: NDArray[np.float64]
@@ -94,7 +93,7 @@ class Gram:
 
     @cached_property
     def root(self) -> NDArray[np.float32]:
-        """``L`` with ``H = L L^T``, ``float32 [K, K]``, for all who weigh errors by this Gram.
+        """``L`` with ``H = L L^T``, ``float32 [K, K]``, which weighs errors by this Gram.
 
         Factored in float64. Against the root, products in float32 will do: unlike against the Gram
         itself, nothing cancels.
@@ -113,12 +112,12 @@ class Gram:
         return self._tops[directions]
 
     def target(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What compression of ``weight [N, K]`` is to come near, ``float32 [N, K]``."""
+        """The target of the compression of ``weight [N, K]``, ``float32 [N, K]``."""
         return weight if self.matching is None else weight + weight @ self.matching
 
     @cached_property
     def magnitudes(self) -> NDArray[np.float64]:
-        """``mean |x_i|`` over the tokens, ``[K]``; what has been masked counts for nothing.
+        """``mean |x_i|`` over the tokens that are not masked, ``[K]``.
 
         Raises:
           ValueError: the activations are gone.
@@ -131,15 +130,14 @@ class Gram:
         return total / self.tokens if self.tokens > 0 else total
 
     def feedback(self, *, damping: float = 0.01, act_order: bool = True) -> Feedback:
-        """What rounding in the metric of this Gram needs, for all who round to few bits by it.
+        """The factors for rounding with error feedback in the metric of this Gram.
 
-        It is factored once for each way of asking; see :func:`eoracc.passes.solvers.gptq.feedback`.
+        Computed once for each pair of options; see :func:`eoracc.passes.solvers.gptq.feedback`.
         """
-        found = self._feedback.get((damping, act_order))
-        if found is None:
-            found = feedback(self.matrix, damping=damping, act_order=act_order)
-            self._feedback[damping, act_order] = found
-        return found
+        key = damping, act_order
+        if key not in self._feedback:
+            self._feedback[key] = feedback(self.matrix, damping=damping, act_order=act_order)
+        return self._feedback[key]
 
 
 class GramSum:
