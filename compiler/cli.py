@@ -40,7 +40,7 @@ _BROKEN_PIPE = 141
 
 
 class _Main(click.Group):
-    """Turns errors that are raised on purpose into one sentence and an exit code."""
+    """Turn errors that are raised on purpose into one sentence and an exit code."""
 
     @override
     def resolve_command(
@@ -86,7 +86,7 @@ def _complain(ctx: click.Context, sentences: str) -> None:
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="eoracc")
 def main() -> None:
-    """Compress language models and give back what compression took."""
+    """Compress language models and compensate the loss with low-rank factors."""
 
 
 for _command in (

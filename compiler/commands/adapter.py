@@ -1,4 +1,4 @@
-"""``eoracc adapter``: what an artifact's adapters are, and files of them."""
+"""``eoracc adapter``: list, remove, export and import the adapters of an artifact."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def list_adapters(artifact: Path, as_json: bool) -> None:
 
 
 def _perplexity(described: dict[str, Any]) -> str:
-    """On its own held-out text, without the adapter and with it; empty where nobody measured."""
+    """Perplexity on its held-out text without and with the adapter; empty if not measured."""
     figures = described["details"].get("perplexity", {})
     pair = [figures.get(key) for key in ("none", described["name"])]
     return "" if None in pair else " to ".join(f"{figure:.2f}" for figure in pair)
@@ -88,7 +88,7 @@ def _describe(one: Adapter) -> dict[str, Any]:
 @click.argument("name")
 @json_option
 def remove(artifact: Path, name: str, as_json: bool) -> None:
-    """Take the adapter NAME out of ARTIFACT."""
+    """Remove the adapter NAME from ARTIFACT."""
     from eoracc.runtime.adapters.files import listed_adapters
     from eoracc.runtime.adapters.store import remove_adapter
 
@@ -102,7 +102,7 @@ def remove(artifact: Path, name: str, as_json: bool) -> None:
 @adapter.command()
 @click.argument("artifact", type=PATH)
 @click.argument("name")
-@click.option("--to", "folder", type=PATH, required=True, help="A folder that is made.")
+@click.option("--to", "folder", type=PATH, required=True, help="Folder to create.")
 @click.option(
     "--format",
     "form",
@@ -127,13 +127,13 @@ def export(artifact: Path, name: str, *, folder: Path, form: str, as_json: bool)
 @adapter.command("import")
 @click.argument("artifact", type=PATH)
 @click.argument("source", metavar="DIR|FILE", type=PATH)
-@click.option("--name", help="Of the adapter; one that eoracc exported has its own.")
+@click.option("--name", help="Name of the adapter; a file that eoracc exported has one.")
 @click.option(
     "--factor-type",
     type=click.Choice(["int8", "int4", "float16"]),
-    help="What a PEFT adapter's factors are rounded to; by default what the artifact takes.",
+    help="Type to round the factors of a PEFT adapter to; default: the type of the artifact.",
 )
-@click.option("--force", is_flag=True, help="Replace the adapter of that name.")
+@click.option("--force", is_flag=True, help="Replace an existing adapter of this name.")
 @json_option
 def import_(
     artifact: Path,
@@ -144,7 +144,7 @@ def import_(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Put a LoRA that PEFT saved to DIR, or an .onnx_adapter FILE, on the backbone of ARTIFACT."""
+    """Add to ARTIFACT a LoRA that PEFT saved to DIR, or an .onnx_adapter FILE."""
     from eoracc.compiler.adapters.exchange import import_adapter
     from eoracc.runtime.adapters.store import add_adapter
 

@@ -23,44 +23,46 @@ _LAYOUTS = click.Choice(["packing", "padding"])
 
 @click.command()
 @click.argument("artifact", type=PATH)
-@click.option("--name", required=True, help="Of the adapter.")
+@click.option("--name", required=True, help="Name of the adapter.")
 @click.option(
     "--data",
     required=True,
     metavar="TEXT",
-    help="The task's text: a file, a .jsonl file, a data set folder or a hub id.",
+    help="Text of the task: a file, a .jsonl file, a data set folder or a hub id.",
 )
 @click.option("--field", help="Field of each record that holds the text.")
 @click.option("--messages", help="Field of each record that holds chat messages.")
 @click.option("--split", help="Split of a data set.")
-@click.option("--rank", type=int, help="Columns of the factors; 16 unless given.")
+@click.option("--rank", type=int, help="Rank of the factors; default: 16.")
 @click.option(
     "--factor-type",
     type=click.Choice(["int8", "int4", "float16"]),
-    help="What factors are stored in; by default what the artifact takes.",
+    help="Storage type of the factors; default: the type of the artifact.",
 )
-@click.option("--samples", type=int, help="Windows of text to solve on; 64 unless given.")
-@click.option("--sequence-length", type=int, help="Tokens per window; 512 unless given.")
-@click.option("--seed", type=int, help="Take random windows, not the first ones.")
+@click.option("--samples", type=int, help="Windows of text to solve on; default: 64.")
+@click.option("--sequence-length", type=int, help="Tokens per window; default: 512.")
+@click.option(
+    "--seed", type=int, help="Draw windows at random with this seed; default: the first windows."
+)
 @click.option("--layout", type=_LAYOUTS, help="One document a window: padding.")
 @click.option(
     "--held-out",
     metavar="TEXT",
-    help="Text to score on; what follows the windows of --data unless given.",
+    help="Text to score on; default: the text after the windows of --data.",
 )
 @click.option(
     "--held-out-offset",
     type=int,
-    help="Tokens of the text to score on that are skipped; random windows keep before them.",
+    help="Tokens to skip in the text to score on; random windows come from the skipped part.",
 )
-@click.option("--windows", type=int, help="Windows of text to score on; 8 unless given.")
+@click.option("--windows", type=int, help="Windows of text to score on; default: 8.")
 @click.option(
     "--model",
     help="The original weights: a folder, a .gguf file or a hub id; by default where the artifact "
     "was built from.",
 )
-@click.option("--no-parity", is_flag=True, help="Leave out the comparison with PyTorch.")
-@click.option("--force", is_flag=True, help="Replace the adapter of that name.")
+@click.option("--no-parity", is_flag=True, help="Skip the comparison with PyTorch.")
+@click.option("--force", is_flag=True, help="Replace an existing adapter of this name.")
 @json_option
 def add(
     artifact: Path,
@@ -114,7 +116,7 @@ def add(
 
 
 def _config(options: dict[str, Any], slot_type: str) -> AdapterConfig:
-    """The section of model.yaml that the options amount to.
+    """The section of model.yaml that is equivalent to the options.
 
     Raises:
       ConfigError: an option's value is none.

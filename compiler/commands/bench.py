@@ -1,4 +1,4 @@
-"""``eoracc bench``: how fast an artifact is, and what it needs."""
+"""``eoracc bench``: speed, start-up time, memory and the cost of adapters."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ __all__ = ["bench"]
     "adapters",
     multiple=True,
     metavar="NAME",
-    help="Compare with this adapter; may be repeated. The default is all that ARTIFACT has.",
+    help="Adapter to compare; may be repeated. Default: all adapters of ARTIFACT.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Of one operator; the default is one a processor."
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of one operator; default: one per processor.",
 )
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
@@ -54,7 +56,7 @@ def bench(
     backend: BackendChoice,
     as_json: bool,
 ) -> None:
-    """Measure the speed of ARTIFACT, what its start takes, and what its adapters cost."""
+    """Measure the speed of ARTIFACT, its start-up time and the cost of its adapters."""
     from eoracc.runtime.bench import BenchOptions, run_benchmark
 
     report = run_benchmark(

@@ -23,7 +23,7 @@ __all__ = ["build"]
     metavar="PATH=VALUE",
     help="Override a setting: calibration.samples=16, passes.eora.rank=0. May be repeated.",
 )
-@click.option("--force", is_flag=True, help="Replace the artifact that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option(
     "--keep-graphs",
     type=PATH,

@@ -1,4 +1,4 @@
-"""What subcommands share: options, and printing to standard output."""
+"""Options and output functions that the subcommands share."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = [
     "json_option",
     "make_console",
     "make_table",
+    "print_backend",
     "print_json",
-    "tell_backend",
 ]
 
 PATH = click.Path(path_type=Path)
@@ -42,13 +42,13 @@ backend_option = click.option(
     type=click.Choice(["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="What to run it with. auto takes the artifact's engines where this machine can run them, "
+    help="Backend. auto takes the engines of the artifact if this machine can run them, "
     "else ONNX Runtime.",
 )
 
 
-def tell_backend(model: Model) -> None:
-    """Say on standard error what runs an artifact that has engines."""
+def print_backend(model: Model) -> None:
+    """Print on standard error the backend of an artifact that has engines."""
     if model.backend == "onnxruntime" and model.fallback_reason is None:
         return
     click.echo(f"running with {model.backend} on {model.device}", err=True)
@@ -62,7 +62,7 @@ def print_json(content: object) -> None:
 
 
 def make_console() -> Console:
-    """For tables on standard output."""
+    """The console for tables on standard output."""
     from rich.console import Console
 
     class _Piped(Console):

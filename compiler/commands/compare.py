@@ -1,4 +1,4 @@
-"""``eoracc compare``: many ways of compressing one model, side by side."""
+"""``eoracc compare``: compression methods on one model at equal bytes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _NAME = 20
-"""Characters of a method's name before it is broken, where a terminal is narrow."""
+"""Characters of a method's name before it wraps on a narrow terminal."""
 
 _ENDLESS = 100_000
-"""Characters, more than any line has."""
+"""Characters; no line is longer."""
 
 _SPARE = ("linears", "CPU s", "spent on", "budget")
-"""Columns that a narrow terminal does without, in this order; ``--json`` has them all."""
+"""Columns that a narrow terminal omits, in this order; ``--json`` has all of them."""
 
 
 @click.command()
@@ -44,7 +44,7 @@ _SPARE = ("linears", "CPU s", "spent on", "budget")
 @click.option(
     "--budgets",
     metavar="BUDGETS",
-    help="Bits per weight, or the share of 16-bit bytes that is removed: 3.5,4,30%. "
+    help="Bits per weight, or the share of the 16-bit bytes to remove: 3.5,4,30%. "
     "Default: compare.budgets.",
 )
 @click.option(
@@ -54,11 +54,13 @@ _SPARE = ("linears", "CPU s", "spent on", "budget")
     metavar="PATH=VALUE",
     help="Override a setting: calibration.samples=16. May be repeated.",
 )
-@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Also write all rows there.")
+@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Also write all rows to FILE.")
 @click.option(
-    "--plot", "plot_file", type=PATH, metavar="FILE", help="Also draw them: FILE.svg or FILE.png."
+    "--plot", "plot_file", type=PATH, metavar="FILE", help="Also draw a plot: FILE.svg or FILE.png."
 )
-@click.option("--fresh", is_flag=True, help="Do again what earlier runs have finished.")
+@click.option(
+    "--fresh", is_flag=True, help="Compute all rows again, also those that earlier runs finished."
+)
 def compare(
     model_yaml: Path,
     methods: str | None,
@@ -69,7 +71,7 @@ def compare(
     *,
     fresh: bool,
 ) -> None:
-    """Compress MODEL_YAML's model in many ways and compare what is left of it.
+    """Compress the model of MODEL_YAML with several methods and compare the results.
 
     Each method takes its place in the passes of MODEL_YAML and spends each budget. Rows that are
     finished are kept: the same command goes on where it was interrupted, and another one starts
@@ -126,7 +128,7 @@ def compare(
 
 
 def _parts(text: str | None, default: tuple[str, ...]) -> list[str]:
-    """What stands between the commas of an option, or what model.yaml says."""
+    """The comma-separated items of an option; those of model.yaml if it is not given."""
     if text is None:
         return list(default)
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -154,7 +156,7 @@ def _check_apart(json_file: Path | None, plot_file: Path) -> None:
 
 @contextmanager
 def _writing(file: Path) -> Iterator[None]:
-    """Say in one sentence that ``file`` cannot be written; nothing is left of it then."""
+    """Turn an error while ``file`` is written into one sentence; a partial file is removed."""
     from eoracc.errors import ConfigError
 
     existed = file.exists()
@@ -173,7 +175,7 @@ def _writing(file: Path) -> Iterator[None]:
 
 
 def _fitting(comparison: Comparison, console: Console) -> Table:
-    """The table, without its least columns where a terminal has no room for them.
+    """The table, without its least important columns on a narrow terminal.
 
     ``console`` is made wider where that is not enough: a figure that is cut off is none. Nobody
     looks at the width of a pipe.
@@ -190,12 +192,12 @@ def _fitting(comparison: Comparison, console: Console) -> Table:
 
 
 def _width(table: Table, console: Console) -> int:
-    """Characters that a line takes where nothing is cut off."""
+    """Characters of the longest line if nothing is cut off."""
     return console.measure(table, options=console.options.update(width=_ENDLESS)).maximum
 
 
 def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
-    """Every row, in columns of which those named in ``without`` are left out."""
+    """A table of all rows, without the columns named in ``without``."""
     from rich.markup import escape
 
     from eoracc.compiler.report.lines import format_bytes
@@ -260,7 +262,7 @@ def _perplexity(value: float) -> str:
 
 
 def _lines(comparison: Comparison) -> list[str]:
-    """What stands under the table: what was skipped, and how the rows came about."""
+    """The lines under the table: skipped methods, and how each row was made."""
     lines = [
         f"skipped: {row.method} at {row.budget}: {row.skipped}"
         if row.budget

@@ -1,4 +1,4 @@
-"""``eoracc engine``: build TensorRT's engine, on the machine that has it and a GPU."""
+"""``eoracc engine``: build a TensorRT engine on a machine with TensorRT and a GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["engine"]
 @click.option(
     "--compute-capability",
     metavar="X.Y",
-    help="Build only where the GPU has this one.  [default: whatever it has]",
+    help="Build only if the GPU has this compute capability.  [default: any]",
 )
 @click.option(
     "--output",
     type=PATH,
-    help="A folder for the engine and engines.json.  [default: the bundle's own]",
+    help="Folder for the engine and engines.json.  [default: the bundle]",
 )
-@click.option("--force", is_flag=True, help="Replace an engine for this GPU that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing engine for this GPU.")
 @json_option
 def engine(
     bundle: Path,

@@ -1,4 +1,4 @@
-"""``eoracc inspect``: show what is in an artifact or a checkpoint."""
+"""``eoracc inspect``: show the layers of an artifact or a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["inspect"]
 @click.argument("path", metavar="ARTIFACT|CHECKPOINT", type=PATH)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what is in an artifact, a checkpoint folder or a GGUF file, layer by layer."""
+    """Show the layers of an artifact, a checkpoint folder or a GGUF file."""
     from eoracc.compiler.report.inspection import ArtifactSummary, inspect_path
 
     summary = inspect_path(path)

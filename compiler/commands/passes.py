@@ -1,4 +1,4 @@
-"""``eoracc passes``: list what model.yaml can ask for."""
+"""``eoracc passes``: list the passes that model.yaml can name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``eoracc run``: let an artifact continue a text."""
+"""``eoracc run``: generate text with an artifact."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from eoracc.compiler.commands.common import (
     PATH,
     backend_option,
     json_option,
+    print_backend,
     print_json,
-    tell_backend,
 )
 
 if TYPE_CHECKING:
@@ -29,42 +29,44 @@ __all__ = ["run"]
 @click.argument("prompt", default="-")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(
-    "--chat/--no-chat", default=None, help="Use the chat template; the default where there is one."
+    "--chat/--no-chat",
+    default=None,
+    help="Use the chat template; default: yes if the model has one.",
 )
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="NAME[=WEIGHT]",
-    help="Use an adapter of the artifact. May be repeated: the weighted sum of them is used.",
+    help="Adapter of the artifact. May be repeated: the weighted sum is used.",
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0 takes the most likely token every time.",
+    help="0 always takes the most likely token.",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Draw from so many most likely tokens; 0 from all.",
+    help="Sample from this many most likely tokens; 0: from all.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Draw from the fewest most likely tokens that make up this share of probability.",
+    help="Sample from the smallest set of tokens with this share of the probability.",
 )
 @click.option(
     "--min-p",
     type=click.FloatRange(0, 1),
     default=0.0,
     show_default=True,
-    help="Leave out what is less likely than this share of the most likely token.",
+    help="Exclude tokens less likely than this share of the most likely token.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.")
 @click.option(
@@ -72,13 +74,13 @@ __all__ = ["run"]
     "stops",
     multiple=True,
     metavar="TEXT",
-    help="End before this text; it is left out. May be repeated.",
+    help="Stop before this text, which is not printed. May be repeated.",
 )
 @click.option(
     "--logprobs",
     type=click.IntRange(min=0),
     metavar="N",
-    help="With --json: add each token's log probability, and the N most likely tokens.",
+    help="With --json: add the log probability of each token and the N most likely tokens.",
 )
 @backend_option
 @json_option
@@ -99,7 +101,7 @@ def run(
     backend: BackendChoice,
     as_json: bool,
 ) -> None:
-    """Let ARTIFACT continue PROMPT, or standard input where PROMPT is - or left out."""
+    """Generate text with ARTIFACT from PROMPT, or from standard input if PROMPT is - or absent."""
     from eoracc.runtime import Request, load
 
     if logprobs is not None and not as_json:
@@ -109,7 +111,7 @@ def run(
         prompt = _read_prompt()
     # Others need not be read, let alone be held in memory.
     model = load(artifact, adapters=list(weights), backend=backend)
-    tell_backend(model)
+    print_backend(model)
     in_chat = model.has_chat_template if chat is None else chat
     request = Request(
         prompt=prompt,
@@ -136,7 +138,7 @@ def run(
 
 
 def _parse_adapters(adapters: tuple[str, ...]) -> dict[str, float]:
-    """Weights by name, 1 where none is given."""
+    """Weights by name; the default is 1."""
     weights: dict[str, float] = {}
     for text in adapters:
         name, equals, weight = text.partition("=")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eoracc.compiler.commands.common import PATH, backend_option, tell_backend
+from eoracc.compiler.commands.common import PATH, backend_option, print_backend
 from eoracc.errors import BackendError
 
 if TYPE_CHECKING:
@@ -30,62 +30,68 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="0 for any that is free.",
+    help="Port; 0 takes a free one.",
 )
 @click.option(
     "--api-key",
     envvar="EORACC_API_KEY",
     show_envvar=True,
-    help="What requests must carry as bearer token. Better set by the environment, for others can "
+    help="Bearer token that requests must carry. Prefer the environment variable: others can "
     "see a process's arguments.",
 )
-@click.option("--model-name", help="Name of the backbone; the artifact's folder by default.")
-@click.option("--threads", type=_POSITIVE, help="Of one operator; one a processor by default.")
+@click.option("--model-name", help="Name of the backbone; default: the folder's name.")
 @click.option(
-    "--rows", type=_POSITIVE, default=8, show_default=True, help="Answers made at a time."
+    "--threads", type=_POSITIVE, help="Threads of one operator; default: one per processor."
+)
+@click.option(
+    "--rows",
+    type=_POSITIVE,
+    default=8,
+    show_default=True,
+    help="Answers that are generated at the same time.",
 )
 @click.option(
     "--context-length",
     type=click.IntRange(min=2),
-    help="Tokens of a prompt and its answer; the model's by default. Bounds memory.",
+    help="Limit of the tokens of a prompt and its answer; default: the model's. Bounds memory.",
 )
 @click.option(
     "--max-waiting",
     type=click.IntRange(min=0),
     default=64,
     show_default=True,
-    help="Answers that may wait for a row; beyond, requests get 429.",
+    help="Answers that may wait; requests beyond get status 429.",
 )
 @click.option(
     "--max-choices",
     type=_POSITIVE,
     default=8,
     show_default=True,
-    help="Answers of one request: prompts times n.",
+    help="Limit of the answers of one request: prompts times n.",
 )
-@click.option("--max-prompt-tokens", type=_POSITIVE, help="Of one prompt.")
-@click.option("--max-tokens", type=_POSITIVE, help="Of one answer.")
+@click.option("--max-prompt-tokens", type=_POSITIVE, help="Limit of the tokens of one prompt.")
+@click.option("--max-tokens", type=_POSITIVE, help="Limit of the tokens of one answer.")
 @click.option("--max-body-bytes", type=_POSITIVE, default=1 << 20, show_default=True)
 @click.option(
     "--queue-timeout",
     type=_SECONDS,
     default=30.0,
     show_default=True,
-    help="Seconds that an answer may wait for a row.",
+    help="Seconds that an answer may wait to be started.",
 )
 @click.option(
     "--request-timeout",
     type=_SECONDS,
     default=300.0,
     show_default=True,
-    help="Seconds from a request's arrival to the end of its answer.",
+    help="Limit of the seconds from the arrival of a request to the end of its answer.",
 )
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
-    help="Seconds that running requests get after SIGTERM.",
+    help="Seconds that running requests have to finish after SIGTERM.",
 )
 @click.option("--access-log/--no-access-log", default=True, show_default=True)
 @backend_option
@@ -138,7 +144,7 @@ def serve(
             context_length=context_length,
             threads=threads,
             backend=backend,
-            on_load=tell_backend,
+            on_load=print_backend,
         )
         service = Service(served, options, model_name=model_name or artifact.resolve().name)
         address, bound = listener.getsockname()[:2]

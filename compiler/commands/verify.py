@@ -1,4 +1,4 @@
-"""``eoracc verify``: check that an artifact is still what was built."""
+"""``eoracc verify``: check the bytes and the parity of an artifact."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["verify"]
     type=click.Choice(["auto", "onnxruntime", "tensorrt_rtx", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="What to check: auto all that this machine can run; onnxruntime the graphs, on the CPU; "
-    "the others as well their engines, which must run on this machine.",
+    help="Backends to check. auto: all that this machine can run; onnxruntime: graphs on the CPU; "
+    "the others: also their engines, which must run on this machine.",
 )
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: bool) -> None:
-    """Check every byte of ARTIFACT, then that it still computes what it was built to compute."""
+    """Check the bytes of ARTIFACT against its manifest, then its parity with PyTorch's outputs."""
     from eoracc.compiler.report.lines import parity_line
     from eoracc.runtime.artifact.manifest import verify_manifest
 
