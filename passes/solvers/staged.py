@@ -71,12 +71,13 @@ def staged_factors(weight: NDArray[np.floating], stages: Sequence[Stage]) -> tup
     >>> np.round(u @ v, 12).tolist()
     [[0.0, 0.0], [0.0, 2.0]]
     """
-    left = np.asarray(weight, np.float64)
+    whole = np.asarray(weight, np.float64)
+    left = whole
     _check(stages, left)
     bases: list[Float] = []
     rows: list[Float] = []
     for stage in stages:
-        for basis in _directions(left, stage):
+        for basis in _directions(left, stage, whole):
             projected = basis.T @ left
             left = left - basis @ projected
             bases.append(basis)
@@ -86,8 +87,14 @@ def staged_factors(weight: NDArray[np.floating], stages: Sequence[Stage]) -> tup
     return balanced(np.concatenate(bases, axis=1), np.concatenate(rows))
 
 
-def _directions(left: Float, stage: Stage) -> list[Float]:
-    """Orthonormal directions of one stage: in its metric as far as that goes, then without it."""
+def _directions(left: Float, stage: Stage, whole: Float) -> list[Float]:
+    """Orthonormal directions of one stage: in its metric as far as that goes, then without it.
+
+    Args:
+      left: the residual of ``whole`` after earlier stages.
+      stage: its rank and metric.
+      whole: the weight.
+    """
     if stage.rank == 0:
         return []
     weighted = stage.weigh(left)
@@ -95,8 +102,12 @@ def _directions(left: Float, stage: Stage) -> list[Float]:
     if stage.root is None:
         return [basis]
     singular = np.linalg.norm(basis.T @ weighted, axis=1)
-    # Directions come from squared singular values: below the root of eps they are rounding.
-    floor = np.sqrt(max(left.shape) * np.finfo(np.float64).eps) * singular.max(initial=0.0)
+    # Directions come from squared singular values: below the root of eps they are rounding. That is
+    # relative to the weight, not to a residual that may be rounding as a whole.
+    largest = singular.max(initial=0.0)
+    if left is not whole:
+        largest = max(largest, float(np.linalg.norm(stage.weigh(whole))))
+    floor = np.sqrt(max(left.shape) * np.finfo(np.float64).eps) * largest
     known = int((singular > floor).sum())
     if known == stage.rank:
         return [basis]

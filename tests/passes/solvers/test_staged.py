@@ -77,6 +77,17 @@ def test_rounding_of_a_singular_gram_is_no_direction() -> None:
     assert np.linalg.norm(roots[1]) > np.linalg.norm(inputs) * (1 + EPS), "there is some"
 
 
+def test_a_residual_that_its_metric_cannot_see_goes_to_the_plain_svd() -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((12, 12))
+    # Eight inputs carry everything: of the last direction the metric sees rounding only.
+    root = np.diag(np.r_[np.geomspace(1e3, 1, 8), np.zeros(4)])
+    u, v = staged_factors(weight, [Stage(11, root), Stage(1, root)])
+    # All directions: nothing may be left, though the last one is seen by no input.
+    np.testing.assert_allclose(u @ v, weight, rtol=0, atol=1e3 * 12 * EPS)
+    assert np.abs(weight).max() > 0.1
+
+
 def test_an_input_that_is_always_zero_is_no_special_case() -> None:
     weight, root = problem((24, 40))
     root[::3] = 0
