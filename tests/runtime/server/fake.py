@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -139,6 +140,17 @@ class Server:
             if name == line:
                 return float(value)
         return 0.0
+
+    async def settled(self, line: str, value: float, *, limit_s: float = 5.0) -> float:
+        """The metric ``line`` once it has ``value``, or what it has after ``limit_s``.
+
+        An answer reaches its client before the server has counted it: on a busy machine the next
+        request may come in between.
+        """
+        end = time.monotonic() + limit_s
+        while (found := await self.metric(line)) != value and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return found
 
 
 @asynccontextmanager

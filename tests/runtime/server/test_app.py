@@ -450,16 +450,16 @@ def test_metrics_add_up() -> None:
             await server.post(COMPLETIONS, prompt="abc", model="math", n=2)
         await server.post(COMPLETIONS, prompt="")
         route = f'route="{COMPLETIONS}"'
-        assert await server.metric(f'eoracc_requests_total{{{route},status="200"}}') == 3
-        assert await server.metric(f'eoracc_requests_total{{{route},status="400"}}') == 1
-        assert await server.metric(f"eoracc_request_seconds_count{{{route}}}") == 4
-        assert await server.metric('eoracc_answers_total{model="math",reason="stop"}') == 6
-        assert await server.metric('eoracc_prompt_tokens_total{model="math"}') == 18
-        assert await server.metric('eoracc_completion_tokens_total{model="math"}') == 18
-        assert await server.metric("eoracc_time_to_first_token_seconds_count") == 6
-        assert await server.metric("eoracc_time_per_token_seconds_count") == 12
-        assert await server.metric("eoracc_queue_length") == 0
-        assert await server.metric("eoracc_active_rows") == 0
+        assert await server.settled(f'eoracc_requests_total{{{route},status="200"}}', 3) == 3
+        assert await server.settled(f'eoracc_requests_total{{{route},status="400"}}', 1) == 1
+        assert await server.settled(f"eoracc_request_seconds_count{{{route}}}", 4) == 4
+        assert await server.settled('eoracc_answers_total{model="math",reason="stop"}', 6) == 6
+        assert await server.settled('eoracc_prompt_tokens_total{model="math"}', 18) == 18
+        assert await server.settled('eoracc_completion_tokens_total{model="math"}', 18) == 18
+        assert await server.settled("eoracc_time_to_first_token_seconds_count", 6) == 6
+        assert await server.settled("eoracc_time_per_token_seconds_count", 12) == 12
+        assert await server.settled("eoracc_queue_length", 0) == 0
+        assert await server.settled("eoracc_active_rows", 0) == 0
 
     run(test)
 
