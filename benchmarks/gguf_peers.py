@@ -31,13 +31,14 @@ from safetensors.numpy import save_file
 
 from benchmarks.protocol import MODELS, SAMPLES, WINDOWS, load_protocol
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.progress import ConsoleProgress, Progress
+from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report.fidelity import Scorer, Scores, Variant
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Linear, find_linears
+from eoracc.passes.progress import Progress
 
 __all__ = ["GgufLinears", "importance", "read_linears", "tensor_name"]
 

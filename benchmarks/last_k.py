@@ -30,7 +30,7 @@ from rich.console import Console
 from benchmarks.protocol import load_protocol
 from eoracc import __version__
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.progress import ConsoleProgress, Progress
+from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report.fidelity import Variant, score_variants
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
@@ -41,6 +41,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.erc_svd import ErcSvd
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.plan.select_last_k import SelectLastK
+from eoracc.passes.progress import Progress
 from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.survey import Schedule

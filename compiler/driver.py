@@ -30,7 +30,7 @@ from eoracc.compiler.adapters.gates import (
 from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
-from eoracc.compiler.progress import PhaseTime, Progress, SilentProgress, cpu_seconds
+from eoracc.compiler.progress import PhaseTime, SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import (
     AdaptersReport,
     BuildReport,
@@ -56,6 +56,7 @@ from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Progress
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.artifact.manifest import Manifest
 from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes

@@ -14,9 +14,11 @@ import os
 import time
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
+
+from eoracc.passes.progress import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,29 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ConsoleProgress",
     "PassTimes",
-    "Phase",
     "PhaseTime",
-    "Progress",
     "SilentProgress",
     "cpu_seconds",
 ]
 
 _SPARSE_SECONDS = 10.0
 """Where no terminal shows a bar, at most one line per phase in so many seconds."""
-
-
-class Phase(Protocol):
-    """A running phase."""
-
-    def advance(self, note: str = "") -> None:
-        """One step is done; ``note`` says which, ``block 3``."""
-
-
-class Progress(Protocol):
-    """What the compiler tells of its progress."""
-
-    def phase(self, name: str, total: int) -> AbstractContextManager[Phase]:
-        """Begin a phase of ``total`` steps; leaving the context ends it."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +65,23 @@ class PassTimes:
     """Sums the time of every pass of a build, over all linear groups that it was called for."""
 
     def __init__(self) -> None:
-        self._names: dict[int, str] = {}
-        self._wall_s: dict[int, float] = {}
-        self._cpu_s: dict[int, float] = {}
+        self._times: dict[int, PhaseTime] = {}
 
     @contextmanager
     def measure(self, layer_pass: Pass) -> Iterator[None]:
         """Add the time that the context takes to that of ``layer_pass``, known by identity."""
+        before = self._times.get(id(layer_pass), PhaseTime(layer_pass.name, 0.0, 0.0))
         wall, cpu = time.perf_counter(), cpu_seconds()
         yield
-        key = id(layer_pass)
-        self._names[key] = layer_pass.name
-        self._wall_s[key] = self._wall_s.get(key, 0.0) + time.perf_counter() - wall
-        self._cpu_s[key] = self._cpu_s.get(key, 0.0) + cpu_seconds() - cpu
+        self._times[id(layer_pass)] = PhaseTime(
+            layer_pass.name,
+            before.wall_s + time.perf_counter() - wall,
+            before.cpu_s + cpu_seconds() - cpu,
+        )
 
     def times(self) -> list[PhaseTime]:
         """A time for each pass, in the order in which they were first called."""
-        return [
-            PhaseTime(name, self._wall_s[key], self._cpu_s[key])
-            for key, name in self._names.items()
-        ]
+        return list(self._times.values())
 
 
 class _SilentPhase:

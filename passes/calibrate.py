@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from eoracc.passes.graph.linears import LinearGroup
     from eoracc.passes.solvers.gram import Activations, Gram
 
-__all__ = ["Calibrate", "Precision"]
+__all__ = ["AskedPrecision", "Calibrate", "Precision"]
 
 Precision = Literal["float32", "bfloat16"]
 """The precision of the operands of a forward pass; sums are float32."""
+
+AskedPrecision = Literal["auto", "float32", "bfloat16"]
+"""A precision as an option asks for it; ``auto`` depends on the processor."""
 
 
 @register
@@ -58,7 +61,7 @@ class Calibrate(LayerPass):
     through: Literal["compressed", "original"] = "compressed"
     match: Literal["weights", "outputs"] = "weights"
     tokens: Literal["unit", "equal", "gradients"] = "unit"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: AskedPrecision = "auto"
 
     @override
     def problems(self, earlier: Sequence[Pass]) -> Iterator[Problem]:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from eoracc.passes.base import LayerPass, Pass
-from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.calibrate import AskedPrecision, Calibrate
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.progress import Progress
 
 __all__ = [
     "CalibrationWindows",
     "Errors",
-    "Phase",
-    "Progress",
     "Schedule",
     "SurveyContext",
     "SurveyPass",
@@ -40,20 +39,6 @@ class CalibrationWindows(Protocol):
     @property
     def tokens(self) -> int:
         """Tokens, padding left out."""
-
-
-class Phase(Protocol):
-    """A phase that is shown while it runs."""
-
-    def advance(self, note: str = "") -> None:
-        """One step is finished; ``note`` says where the phase is."""
-
-
-class Progress(Protocol):
-    """Shows how far a long piece of work has come."""
-
-    def phase(self, name: str, total: int) -> AbstractContextManager[Phase]:
-        """Show a phase of ``total`` steps."""
 
 
 class Trials(Protocol):
@@ -144,7 +129,7 @@ class SurveyContext(Protocol):
         labels: Literal["model", "text"],
         draws: int,
         seed: int,
-        precision: Literal["auto", "float32", "bfloat16"],
+        precision: AskedPrecision,
     ) -> None:
         """Write ``folder/NAME.safetensors`` for each linear of the original model in ``names``.
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from eoracc.compiler.adapters.scores import Factors, perplexities
 from eoracc.compiler.adapters.solve import SolvedAdapter
-from eoracc.compiler.progress import Progress
 from eoracc.compiler.report.content import (
     AdapterParity,
     AdapterReport,
@@ -23,6 +22,7 @@ from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.parity_record import AdapterCases, adapter_cases
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Progress
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.parity.check import check_cases

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep.batch import Batch, WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Progress
 from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = ["Factors", "perplexities"]

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from eoracc import __version__
 from eoracc.compiler.config.sections import AdapterConfig
-from eoracc.compiler.progress import Progress, cpu_seconds
+from eoracc.compiler.progress import cpu_seconds
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
@@ -33,6 +33,7 @@ from eoracc.errors import ConfigError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.adapter import AdapterSolver
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.progress import Progress
 from eoracc.passes.statistics import MIN_TOKENS, require_gram
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.memory import release_weights

@@ -31,7 +31,7 @@ from eoracc.compiler.compare.result import Comparison, Figures, Original, Row, T
 from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_together
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
-from eoracc.compiler.progress import Phase, Progress, cpu_seconds
+from eoracc.compiler.progress import cpu_seconds
 from eoracc.compiler.report.fidelity import Scorer, Variant
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import compress
@@ -47,6 +47,7 @@ from eoracc.passes.base import ModelPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, block_of, find_linears
+from eoracc.passes.progress import Phase, Progress
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["compare", "work_folder"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.progress import Progress, cpu_seconds
+from eoracc.compiler.progress import cpu_seconds
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.pipeline import stage_key
@@ -30,6 +30,7 @@ from eoracc.passes.base import LayerPass, ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Factorized, Linear, LinearGroup, Quantizer, find_linears
 from eoracc.passes.graph.record import LinearRecord
+from eoracc.passes.progress import Progress
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory

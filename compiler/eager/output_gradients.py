@@ -43,9 +43,9 @@ from eoracc.passes.solvers.gram import GramSum
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from eoracc.compiler.progress import Phase, Progress
     from eoracc.compiler.text.windows import Windows
     from eoracc.passes.calibrate import Precision
+    from eoracc.passes.progress import Phase, Progress
     from eoracc.passes.solvers.gram import AddOuterProducts
 
 __all__ = ["Labels", "draw_labels", "output_gradient_grams"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Progress
 
 __all__ = ["Scorer", "Scores", "Variant", "score_variants"]
 

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.compiler.config.sections import Limits
-from eoracc.compiler.progress import Progress
 from eoracc.compiler.report.content import FidelityReport, FidelityRow
 from eoracc.compiler.report.fidelity import Scores, Variant, score_variants
 from eoracc.compiler.sweep.batch import WeightOf
@@ -17,6 +16,7 @@ from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.run import Comparisons
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Progress
 from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = ["fidelity_report"]

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eoracc.passes import load_passes
-from eoracc.passes.base import pass_type
-from eoracc.passes.survey import SurveyPass
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
@@ -160,6 +156,11 @@ def report_lines(report: Report) -> list[str]:
 
 def survey_lines(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each survey found, in one line."""
+    # Loads the passes: a command that formats other lines has no need of them.
+    from eoracc.passes import load_passes  # noqa: PLC0415
+    from eoracc.passes.base import pass_type  # noqa: PLC0415
+    from eoracc.passes.survey import SurveyPass  # noqa: PLC0415
+
     if surveys:
         load_passes()
     lines = []

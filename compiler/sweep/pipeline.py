@@ -17,7 +17,7 @@ from typing import Any
 from eoracc import __version__
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.progress import PassTimes, PhaseTime, Progress
+from eoracc.compiler.progress import PassTimes, PhaseTime
 from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
@@ -34,6 +34,7 @@ from eoracc.passes.graph import spec
 from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import find_again, find_linears
 from eoracc.passes.overrides import Overridable
+from eoracc.passes.progress import Progress
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.recipe import Recipe
 from eoracc.passes.survey import SurveyPass

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eoracc.passes.calibrate import Precision
+from eoracc.passes.calibrate import AskedPrecision, Precision
 from eoracc.passes.solvers.gram import GramProducts
 
 __all__ = [
@@ -41,7 +40,7 @@ def bfloat16_is_fast() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def resolve_precision(asked: Literal["auto", "float32", "bfloat16"]) -> Precision:
+def resolve_precision(asked: AskedPrecision) -> Precision:
     """The precision that an option asks for; ``auto`` depends on this processor."""
     if asked == "auto":
         return "bfloat16" if bfloat16_is_fast() else "float32"

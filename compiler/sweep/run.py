@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from eoracc.compiler.progress import PassTimes, Progress
+from eoracc.compiler.progress import PassTimes
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
@@ -20,6 +20,7 @@ from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.progress import Progress
 from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.factor_types import FactorType
 from eoracc.passes.solvers.gram import Gram

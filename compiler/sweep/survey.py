@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.eager.output_gradients import Labels, output_gradient_grams
-from eoracc.compiler.progress import Progress
 from eoracc.compiler.sweep.batch import Batch, make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
@@ -21,8 +20,9 @@ from eoracc.compiler.sweep.products import gram_products, resolve_precision
 from eoracc.compiler.sweep.trials import SweepTrials
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.base import LayerPass
-from eoracc.passes.calibrate import Calibrate, Precision
+from eoracc.passes.calibrate import AskedPrecision, Calibrate, Precision
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
+from eoracc.passes.progress import Progress
 from eoracc.passes.recipe import Recipe
 
 __all__ = ["Survey", "calibration_batches"]
@@ -87,15 +87,7 @@ class Survey:
         return Executor(copy, linears, precision=precision)
 
     def walk(self, name: str, calibrate: Calibrate) -> Iterator[LinearGroup]:
-        """Every group of linears of a copy of the graph, in execution order, with its Gram.
-
-        Linears and Grams are those of the original model. The forward pass ignores whatever the
-        caller does to a group's linears.
-
-        Args:
-          name: of the phase that is shown.
-          calibrate: takes the Grams, with its precision.
-        """
+        """See :meth:`.SurveyContext.walk`."""
         calibrate = replace(calibrate, through="original", match="weights")
         executor = self.executor(precision=resolve_precision(calibrate.precision))
         forward = ForwardPass(executor, self.batches(), Linear.weight, match="weights")
@@ -115,20 +107,14 @@ class Survey:
     def each_group(
         self, name: str, calibrate: Calibrate, make: Callable[[LinearGroup], list[Any]]
     ) -> list[Any]:
-        """Concatenate the results of ``make`` for each group of :meth:`walk`.
-
-        Args:
-          name: as for :meth:`walk`.
-          calibrate: likewise.
-          make: JSON-able results of a group. An interrupted survey resumes after the last group.
-        """
+        """See :meth:`.SurveyContext.each_group`."""
         results: list[Any] = []
         for index, group in enumerate(self.walk(name, calibrate)):
             results += self.remember(f"{name}.{index}", partial(_as_found, make, group))["found"]
         return results
 
     def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The JSON-able result of ``make``, cached in :attr:`folder` across interrupted builds."""
+        """See :meth:`.SurveyContext.remember`."""
         path = self.folder / f"{name}.json"
         if path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -164,7 +150,7 @@ class Survey:
         labels: Labels,
         draws: int,
         seed: int,
-        precision: Literal["auto", "float32", "bfloat16"],
+        precision: AskedPrecision,
     ) -> None:
         """See :meth:`.SurveyContext.output_gradients`."""
         assert self.windows is not None  # noqa: S101 - the survey has checked

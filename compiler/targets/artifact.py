@@ -20,7 +20,7 @@ from eoracc.errors import ArtifactError
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import encode_adapter
 from eoracc.runtime.adapters.slots import parse_slots
-from eoracc.runtime.artifact.folder_change import changing
+from eoracc.runtime.artifact.folder_change import changing, sync_path
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE, read_model_files
 from eoracc.runtime.artifact.manifest import (
     MANIFEST_FILE,
@@ -284,8 +284,8 @@ class ArtifactWriter:
         os.umask(umask)
         for path in sorted(self.folder.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # safetensors gives 0600
-            _sync(path)
-        _sync(self.folder)
+            sync_path(path)
+        sync_path(self.folder)
         self.folder.chmod(0o777 & ~umask)  # mkdtemp gives 0700
         self._move()
         return manifest
@@ -319,7 +319,7 @@ class ArtifactWriter:
                     self._replaced.rename(self.output)
                 raise
         self._committed = True
-        _sync(self.output.parent)
+        sync_path(self.output.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     @property
@@ -359,14 +359,6 @@ def _is_artifact(folder: Path) -> bool:
 def _nearest(path: Path) -> Path:
     """The nearest ancestor of ``path`` that exists, itself included."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_disk_full(error: BaseException) -> bool:

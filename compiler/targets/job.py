@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.progress import Progress
 from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed
 from eoracc.compiler.targets.artifact import ArtifactWriter
 from eoracc.compiler.text.windows import Windows
+from eoracc.passes.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -33,12 +33,12 @@ from eoracc.compiler.eager.int8_activations import (
     rounding_tolerance,
 )
 from eoracc.compiler.eager.model import load_eager, reference_logits, replace_weights
-from eoracc.compiler.progress import Phase
 from eoracc.compiler.sweep.batch import make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Phase
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.memory import release_memory
 from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from eoracc.errors import PassError
 from eoracc.passes.base import register
-from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.calibrate import AskedPrecision, Calibrate
 from eoracc.passes.survey import SurveyPass
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class CalibrateOutputs(SurveyPass):
     samples: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: AskedPrecision = "auto"
 
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from eoracc.errors import ArtifactError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["PENDING", "STAGED", "change_files", "changing", "reading"]
+__all__ = ["PENDING", "STAGED", "change_files", "changing", "reading", "sync_path"]
 
 STAGED = ".change.partial"
 """Folder of a change that is being written, ignored until it is renamed."""
@@ -93,7 +93,7 @@ def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection
             _write(staged / _FILES / name, content)
         _write(staged / _REMOVED, json.dumps(sorted(removed)).encode())
         for path in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
-            _sync(path)
+            sync_path(path)
         staged.rename(folder / PENDING)
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
@@ -103,7 +103,7 @@ def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection
                 "check that it is writable"
             ) from error
         raise
-    _sync(folder)
+    sync_path(folder)
     _finish(folder)
 
 
@@ -128,7 +128,7 @@ def _finish(folder: Path) -> None:
             _inside(folder, name).unlink(missing_ok=True)
             touched.add(_inside(folder, name).parent)
         for parent in filter(Path.is_dir, touched - {folder}):
-            _sync(parent)
+            sync_path(parent)
             if not any(parent.iterdir()):
                 parent.rmdir()
         # The list of removed files goes last: without it the change would look damaged.
@@ -136,7 +136,7 @@ def _finish(folder: Path) -> None:
         shutil.rmtree(folder / STAGED, ignore_errors=True)
         pending.rename(folder / STAGED)
         shutil.rmtree(folder / STAGED, ignore_errors=True)
-        _sync(folder)
+        sync_path(folder)
     except (OSError, ValueError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise ArtifactError(
@@ -169,7 +169,8 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from eoracc.compiler.eager.int8_activations import rounding_tolerance
 from eoracc.compiler.eager.model import load_eager
-from eoracc.compiler.progress import Phase
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.parity_record import (
     CALLS,
@@ -28,6 +27,7 @@ from eoracc.compiler.targets.tensorrt.half_precision import round_to
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Phase
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory

@@ -12,7 +12,7 @@ from eoracc.compiler.adapters.solve import SolvedAdapter, Task, solve_adapter
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend import load as frontend
-from eoracc.compiler.progress import PassTimes, Phase, SilentProgress
+from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
@@ -24,6 +24,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.adapter import AdapterSolver
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.progress import Phase
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.solvers.gram import accumulate_gram
 from tests.tiny_models import VOCABULARY, tiny_model

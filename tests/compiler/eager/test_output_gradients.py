@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from eoracc.compiler.progress import Phase
+    from eoracc.passes.progress import Phase
 
 Float = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -142,7 +142,7 @@ def test_failure_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["_sync", "describe_folder"])
+@pytest.mark.parametrize("step", ["sync_path", "describe_folder"])
 def test_failure_while_finishing_keeps_the_old_artifact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

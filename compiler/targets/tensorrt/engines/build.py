@@ -22,7 +22,7 @@ from eoracc.compiler.targets.tensorrt.engines.task import PARTIAL, EngineTask, S
 from eoracc.errors import TargetError
 
 if TYPE_CHECKING:
-    from eoracc.compiler.progress import Phase, Progress
+    from eoracc.passes.progress import Phase, Progress
 
 __all__ = ["BuiltEngine", "build_engine", "build_engines", "package_version", "require_package"]
 

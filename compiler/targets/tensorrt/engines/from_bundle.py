@@ -27,7 +27,7 @@ from eoracc.runtime.tensorrt.engine_set import (
 )
 
 if TYPE_CHECKING:
-    from eoracc.compiler.progress import Progress
+    from eoracc.passes.progress import Progress
 
 __all__ = ["OLDEST_TENSORRT", "MadeEngine", "build_from_bundle", "store_engine"]
 
