@@ -24,7 +24,7 @@ from eoracc.compiler.frontend.files import (
     weight_files,
 )
 from eoracc.compiler.frontend.quiet import quiet
-from eoracc.compiler.frontend.repairs import repair
+from eoracc.compiler.frontend.repairs.repair import repair
 from eoracc.errors import ModelError
 
 if TYPE_CHECKING:
