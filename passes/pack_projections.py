@@ -27,8 +27,9 @@ __all__ = ["PackProjections"]
 class PackProjections(ModelPass):
     """Join q/k/v and gate/up projections that read the same input into one matmul each.
 
-    One matmul is quicker than three, and one pair of low-rank factors then serves all of them.
-    Put it before the passes that compress. Names become ``qkv_proj`` and ``gate_up_proj``.
+    One matmul is faster than three, and one pair of low-rank factors then serves all of them.
+    The pass must precede the passes that compress. The new linears are ``qkv_proj`` and
+    ``gate_up_proj``.
 
     Options:
       attention: pack q_proj, k_proj and v_proj.
@@ -55,7 +56,7 @@ class PackProjections(ModelPass):
 
 
 def _fits(parts: Sequence[Linear]) -> bool:
-    """Uncompressed, of one input, and either all with a bias or none."""
+    """Whether the parts are uncompressed, share one input, and all or none of them have a bias."""
     return (
         all(part.source is not None and part.compressed is None for part in parts)
         and len({part.input for part in parts}) == 1
@@ -64,7 +65,7 @@ def _fits(parts: Sequence[Linear]) -> bool:
 
 
 def _bias(linear: Linear) -> tuple[ir.Node, ir.TensorProtocol] | None:
-    """The Add of a stored vector that alone reads the linear's output, and the vector."""
+    """The Add of a stored vector that is the output's only reader, and the vector."""
     uses = list(linear.node.outputs[0].uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add":
         return None
@@ -122,7 +123,7 @@ def _pack(graph: ir.Graph, name: str, parts: Sequence[Linear]) -> None:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Reads the weights and lays them side by side, ``[in, sum of out]``, when it is called."""
+    """Concatenates the weights to ``[in, sum of out]`` when it is called."""
 
     parts: Sequence[Linear]
 

@@ -1,4 +1,4 @@
-"""Bytes of linears: after passes that have not run yet, from shapes alone, and as they are."""
+"""Bytes of linears: planned ones, computed from shapes before the passes run, and stored ones."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from eoracc.passes.solvers.factorization import factorized_rank
 __all__ = ["PLAIN_BYTES", "compressed_names", "planned_bytes", "rank_limit", "stored_bytes"]
 
 PLAIN_BYTES = 2
-"""Of a value that no pass has quantized, as budgets and published tables count: 16 bits. (The
-graph holds float32.)"""
+"""Bytes of a value that is not quantized: 16 bits, as in published tables. The graph itself holds
+float32."""
 
 
 @dataclass
@@ -26,10 +26,10 @@ class _Part:
     """A linear, or one of the two that a factorisation makes of it.
 
     Attributes:
-      linear: as a pass will find it.
+      linear: in the state before the next pass.
       weight_bytes: of its codes, scales and zero points; None while it is not quantized.
       rank: of its compensation.
-      factor_type: of that.
+      factor_type: of its compensation.
     """
 
     linear: Linear
@@ -45,10 +45,10 @@ class _Part:
 
 
 def planned_bytes(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
-    """Bytes of ``linears`` after ``passes``, what surveys may decide left aside.
+    """Bytes of ``linears`` after ``passes``, without the decisions of surveys.
 
-    Codes, scales, zero points, low-rank factors and padding count as they are stored, values that
-    are not quantized as 16 bits.
+    Codes, scales, zero points, low-rank factors and padding count with their stored bytes, values
+    that are not quantized with 16 bits.
 
     Args:
       passes: in the order of model.yaml.
@@ -58,12 +58,12 @@ def planned_bytes(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
 
 
 def rank_limit(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
-    """The largest rank that the compensating pass may give all linears alike; 0 for none.
+    """The largest rank that the compensating pass can give to all linears; 0 for none.
 
-    Linears whose rank an override has settled set no limit.
+    A linear whose rank comes from an override sets no limit.
     """
     linears = list(linears)
-    # A rank that no linear can have: whoever is given it has none of its own.
+    # A rank that no linear can have: a linear that gets it has no override.
     asked = 1 + max((max(linear.out_features, linear.in_features) for linear in linears), default=0)
     probe = [replace(p, rank=asked) if isinstance(p, Compensation) else p for p in passes]
     return min(
@@ -87,7 +87,7 @@ def compressed_names(passes: Sequence[Pass], linears: Iterable[Linear]) -> set[s
 
 
 def stored_bytes(linears: Iterable[Linear]) -> int:
-    """Bytes of ``linears`` as they are, counted like :func:`planned_bytes`."""
+    """Stored bytes of ``linears``, counted as in :func:`planned_bytes`."""
     total = 0
     for linear in linears:
         weight, factors = linear.compressed, linear.factors
@@ -123,7 +123,7 @@ def _factorized(item: Factorization, part: _Part) -> list[_Part]:
     if options is None or options.ratio == 0:
         return [part]
     rank = factorized_rank(linear.out_features, linear.in_features, options.ratio)
-    # As the graph's next view will show them; nothing is put there.
+    # Equal to the two linears that the factorised graph will have; no graph is changed.
     first = replace(linear, name=f"{linear.name}.v", out_features=rank, whole=linear, plan={})
     second = replace(linear, name=f"{linear.name}.u", in_features=rank, whole=linear, plan={})
     return [_Part(first), _Part(second)]

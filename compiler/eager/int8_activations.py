@@ -1,4 +1,4 @@
-"""How far results may be off where activations are rounded to int8 (``accuracy_level`` 4).
+"""Tolerances for results with activations rounded to int8 (``accuracy_level`` 4).
 
 A kernel at that level rounds each row of a linear's input, in blocks of 32 columns, to multiples of
 a step ``s = max|x| / 127``: an error of at most ``s / 2`` an element. (Arithmetic that it may take
@@ -105,7 +105,7 @@ def linear_tolerance(linear: Linear, inputs: NDArray[np.float32]) -> NDArray[np.
     if linear.factors is not None and linear.factors.rank:
         down = x @ torch.from_numpy(linear.factors.down()).double().T
         up = torch.from_numpy(linear.factors.up()).double()
-        # The rounded input moves t itself by far less than a step of t.
+        # Rounding the input changes t by far less than a step of t.
         squares += (_steps(down, _BLOCK) ** 2) @ (up**2).T
     deviation = torch.sqrt(squares)
     return (math.sqrt(math.log(2 / _LINEAR_CHANCE) / 2) * deviation).float().numpy()

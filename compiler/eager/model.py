@@ -1,4 +1,4 @@
-"""The oracle: the transformers model in eager PyTorch, with compressed weights in place of its own.
+"""The oracle: the transformers model in eager PyTorch with compressed weights.
 
 Parity compares an artifact against this model. It shares nothing with the graph but the checkpoint
 and the arrays that compression produced.
@@ -54,7 +54,7 @@ def load_eager(
     """
     from transformers import AutoModelForCausalLM
 
-    # Its threads would hold much of the checkpoint twice, more or less of it from run to run.
+    # transformers' threads would hold parts of the checkpoint twice, varying from run to run.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     with quiet():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -95,7 +95,7 @@ def replace_weights(model: PreTrainedModel, weights: Mapping[str, NDArray[np.flo
                 f"({sum(rows)}, {width})"
             )
         with warnings.catch_warnings():
-            # A read-only array is only read from.
+            # The array is read-only, and PyTorch only reads it.
             warnings.simplefilter("ignore", UserWarning)
             parts = torch.split(torch.from_numpy(weight), rows)
         for target, part in zip(targets, parts, strict=True):
@@ -162,7 +162,7 @@ def _part_sizes(config: PretrainedConfig, whole: str, rows: int) -> list[int]:
 # --- factorised modules ---------------------------------------------------------------------------
 
 _FACTORS = ("v", "u")
-"""Names of the two modules of a factorised one, in the order of computation."""
+"""Names of the two modules of a factorised module, in the order of computation."""
 
 
 class _Parts(torch.nn.Module):
@@ -218,7 +218,7 @@ def _split(fused: torch.nn.Linear, whole: str, config: PretrainedConfig) -> _Par
 
 
 def _empty_linear(in_features: int, out_features: int) -> torch.nn.Linear:
-    # Made without numbers first: PyTorch's own are random.
+    # Created without values first: PyTorch's initial values are random.
     made = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
     return made.to_empty(device="cpu").requires_grad_(requires_grad=False)
 
@@ -229,8 +229,10 @@ def _factor_rows(
     """As :func:`module_rows`, of a factor of ``whole``."""
     halves = [module for module, _ in module_rows(modules, config, whole)]
     if not all(isinstance(module, torch.nn.Sequential) for module in halves):
-        raise ModelError(f"the eager model has {whole!r} in one piece: it has no {factor!r} of it")
-    # The parts of a packed module share what they read.
+        raise ModelError(
+            f"the eager model has {whole!r} as one module, without the factor {factor!r}"
+        )
+    # The parts of a packed module share their input.
     found = dict.fromkeys(module.get_submodule(factor) for module in halves)
     return [(module, slice(None)) for module in found]
 

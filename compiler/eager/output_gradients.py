@@ -51,12 +51,12 @@ if TYPE_CHECKING:
 __all__ = ["Labels", "draw_labels", "output_gradient_grams"]
 
 Labels = Literal["model", "text"]
-"""Whose next token a gradient is of: one drawn from the model's predictions, or the text's own."""
+"""Source of a gradient's label: drawn from the model's predictions, or the text's next token."""
 
 _BATCH = 4
-"""Windows that go through a block at once."""
+"""Windows per forward pass of a block."""
 _CHUNK = 128
-"""Tokens whose logits are in memory at once."""
+"""Tokens whose logits are in memory at the same time."""
 _STATE: Final = "state.json"
 
 
@@ -127,10 +127,10 @@ def draw_labels(
     """
     probabilities = logits.softmax(-1)
     steps = probabilities.cumsum(-1)
-    # Rounding leaves the sum below 1: the rest belongs to no label.
+    # Rounding leaves the sum below 1; draws above it get the last label.
     heights = torch.from_numpy(uniform.T.astype(np.float32)) * steps[:, -1:]
-    found = torch.searchsorted(steps, heights.contiguous(), right=True)
-    return found.clamp(max=logits.shape[-1] - 1).T, probabilities
+    labels = torch.searchsorted(steps, heights.contiguous(), right=True)
+    return labels.clamp(max=logits.shape[-1] - 1).T, probabilities
 
 
 @dataclass(eq=False)
@@ -153,14 +153,14 @@ class _Run:
     # --- files ------------------------------------------------------------------------------------
 
     def resume(self, key: str) -> None:
-        """Go on where a run with this key stopped, or begin."""
+        """Resume a run with this key, or start it."""
         path = self.folder / _STATE
         if path.exists():
             self._state = json.loads(path.read_text(encoding="utf-8"))
         if self._state.get("key") != key:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            # Blocks that still need their backward pass, and one more for the head.
+            # The blocks that still need their backward pass, plus one for the head.
             self._state = {"key": key, "left": None}
 
     def _finish(self, left: int) -> None:
@@ -257,7 +257,7 @@ class _Run:
             torch.from_numpy(array[window])
             for array in (self.windows.input_ids, self.windows.attention_mask)
         )
-        # Every prediction from a token that is text; the text's own label must be text too.
+        # Every prediction at a token of text; with the text's own label that must be text as well.
         predicted = mask.bool()
         if self.labels == "text":
             predicted = predicted[:-1] & predicted[1:]
@@ -268,7 +268,7 @@ class _Run:
                 drawn, slope = draw_labels(logits.detach().float(), uniform[:, chunk.numpy()])
                 chosen = ids[chunk + 1].expand(self.draws, -1) if self.labels == "text" else drawn
                 for draw, label in enumerate(chosen):
-                    # Of log p(label) by the logits.
+                    # The gradient of log p(label) with respect to the logits.
                     one = torch.nn.functional.one_hot(label, slope.shape[-1])
                     (gradient,) = torch.autograd.grad(
                         logits, hidden, (one - slope).to(logits.dtype), retain_graph=True
@@ -278,7 +278,7 @@ class _Run:
 
     @contextmanager
     def _passing_on(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Let ``hidden`` leave the last block, and no block compute anything."""
+        """Make the last block return ``hidden``, and skip the computation of all blocks."""
 
         def forward_of(block: int) -> Callable[..., torch.Tensor]:
             def forward(*args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
@@ -338,7 +338,7 @@ class _Run:
             save_file(total.tensors(name), self.folder / f"{name}.safetensors")
 
     def _run(self, block: int, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """One block's output for ``hidden``, with all that its model hands to it besides."""
+        """One block's output for ``hidden``, with the other arguments that its model passes."""
         compute = self.layers[block].forward
         outputs: list[torch.Tensor] = []
 
@@ -368,7 +368,7 @@ class _Statistics:
     def add(
         self, gradients: NDArray[np.float32], weights: NDArray[np.float32], *, first: bool
     ) -> None:
-        """Add ``[tokens, N]``, of the first draw for these tokens or of another."""
+        """Add gradients ``[tokens, N]``, of the first draw for these tokens or of a later one."""
         self._sum.add(gradients, weights)
         squares = np.einsum("tn,tn->t", gradients, gradients, dtype=np.float64)
         if first:
@@ -377,7 +377,7 @@ class _Statistics:
             self._squares[-1] += squares
 
     def tensors(self, name: str) -> dict[str, NDArray[np.float32]]:
-        """The means, as they are written."""
+        """The means in their stored form."""
         gram = self._sum.gram()
         if not np.isfinite(np.diag(gram.matrix)).all():
             raise ModelError(
@@ -392,7 +392,7 @@ class _Statistics:
 
 
 class _Done(Exception):  # noqa: N818 - no error: it ends a forward pass
-    """The block that was asked for has been run."""
+    """Raised once the requested block has run."""
 
 
 def _layers(model: PreTrainedModel, names: Sequence[str]) -> list[torch.nn.Module]:
@@ -407,7 +407,7 @@ def _layers(model: PreTrainedModel, names: Sequence[str]) -> list[torch.nn.Modul
 
 
 def _use_fast_attention(model: PreTrainedModel) -> None:
-    """Ask for fused attention where the model has it and it computes the same."""
+    """Select fused attention where the model has it and its result is the same."""
     if getattr(model.config, "attn_logit_softcapping", None) is None:
         with suppress(ValueError, ImportError):
             model.set_attn_implementation("sdpa")
@@ -423,7 +423,7 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
 def _replaced(
     layers: Sequence[torch.nn.Module], forward_of: Callable[[int], Callable[..., torch.Tensor]]
 ) -> Iterator[None]:
-    """Put other forward functions in place of the layers' own."""
+    """Replace the forward functions of the layers."""
     before = [layer.__dict__.get("forward") for layer in layers]
     for place, layer in enumerate(layers):
         layer.__dict__["forward"] = forward_of(place)

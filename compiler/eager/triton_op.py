@@ -18,7 +18,7 @@ __all__ = ["matmul_nbits_low_rank"]
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _INTERPRETED_CAPABILITY = 80
-"""Whose tactics Triton's interpreter takes."""
+"""The GPU whose tactics Triton's interpreter uses."""
 
 
 @torch.library.custom_op("eoracc::matmul_nbits_low_rank", mutates_args=())
@@ -87,7 +87,7 @@ def matmul_nbits_low_rank(
     lora_a = None if rank == 0 else _contiguous(lora_a)
     lora_b = None if rank == 0 else _contiguous(lora_b)
     down, splits = None, 0
-    # A launch goes to the current device, which need not be that of x.
+    # A launch uses the current device, which may not be the device of x.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         if tactic.down is not None:
             splits = tactic.down.splits(in_features)
@@ -159,7 +159,7 @@ def _check(
     bits: int,
     block_size: int,
 ) -> None:
-    """Check shapes and types, so that the kernel reads no operand past its end."""
+    """Check shapes and types, so that the kernel never reads past the end of an operand."""
     if x.dtype not in _DTYPES or x.dim() == 0:
         raise _misfit("x", x, "float16 or bfloat16 [..., K]")
     Variant(bits=bits, group_size=block_size)

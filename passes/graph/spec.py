@@ -1,7 +1,7 @@
 """The operators and operands that a graph may hold at each stage, as data, and checks of them.
 
-:func:`check` looks at a whole graph, :func:`check_linears` at the nodes of a few linears. Both name
-the pass that made a mistake, which would otherwise show in a runtime that cannot load the result.
+:func:`check` checks a whole graph, :func:`check_linears` the nodes of a few linears. Both name the
+pass that made a mistake, which would otherwise appear only when a runtime loads the artifact.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Op = tuple[str, str]
 
 
 class Stage(StrEnum):
-    """Where in the pipeline a graph stands."""
+    """The stages of a graph in the pipeline."""
 
     FRONTEND = "frontend"
     COMPRESSED = "compressed"
@@ -71,7 +71,7 @@ _STANDARD: frozenset[Op] = frozenset(
 )
 _FUSED: frozenset[Op] = frozenset({(DOMAIN, FUSED_OP), (DOMAIN, GATHER_OP)})
 
-# Standard operators, of those that TensorRT's parser takes.
+# The standard operators that TensorRT's parser accepts.
 _TENSORRT = _STANDARD | {("", "DequantizeLinear"), ("", "GatherND"), ("", "TensorScatter")}
 
 OPS: Mapping[Stage, frozenset[Op]] = {
@@ -88,7 +88,7 @@ OPS: Mapping[Stage, frozenset[Op]] = {
     Stage.TENSORRT_RTX: _TENSORRT,
     Stage.TENSORRT: _TENSORRT | {(DOMAIN, FUSED_OP)},
 }
-"""Stage to the operators, by domain and name, that may stand in its graph."""
+"""The operators, by domain and name, that a graph of each stage may contain."""
 
 _REAL = (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 # Of integer factors: plain, and in tiles.
@@ -170,7 +170,7 @@ def _where(node: ir.Node, after: str) -> str:
 def _check_operator(node: ir.Node, graph: ir.Graph, stage: Stage, where: str) -> None:
     if (node.domain, node.op_type) not in OPS[stage]:
         op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        raise PassError(where, f"operator {op} may not stand in a graph of stage {stage.value}")
+        raise PassError(where, f"operator {op} is not allowed in a graph of stage {stage.value}")
     if node.domain not in graph.opset_imports:
         raise PassError(where, f"the graph does not import the operators of {node.domain!r}")
 
@@ -212,7 +212,7 @@ def _check_fused(node: ir.Node, where: str) -> None:
 
 
 def _check_plugin(node: ir.Node, where: str) -> None:
-    """The operands of TensorRT's plugin, all of them: what a linear does without is a scalar."""
+    """Check the operands of TensorRT's plugin: all are present, an unused one is a scalar."""
     columns, rows, bits, group = (node.attributes.get_int(name, 0) for name in PLUGIN_FIELDS)
     if bits not in BITS or group < 8 or group % 8:
         raise PassError(where, f"bits={bits} with block_size={group} is not a stored form")
@@ -240,7 +240,7 @@ def _check_plugin(node: ir.Node, where: str) -> None:
 
 
 def _check_weight(node: ir.Node, where: str) -> None:
-    """The packed weight, its scales and zero points, which follow the op's first input."""
+    """Check the packed weight, its scales and zero points, which follow the op's first input."""
     columns, bits, group = (
         node.attributes.get_int(name, 0) for name in ("K", "bits", "block_size")
     )
@@ -270,7 +270,7 @@ def _is_tiled(node: ir.Node) -> bool:
 
 
 def _check_linear(node: ir.Node, where: str) -> None:
-    """The input, the bias, the low-rank factors and what is fused."""
+    """Check the input, the bias, the low-rank factors and the fused operands."""
     columns, rows = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
     read = _operand(node, Input.X)
     if read is not None and read.shape is not None and read.shape[-1] != columns:
@@ -278,14 +278,16 @@ def _check_linear(node: ir.Node, where: str) -> None:
     _expect(node, Input.bias, (rows,), _REAL, where, optional=True)
     lora_a, lora_b = _operand(node, Input.lora_a), _operand(node, Input.lora_b)
     if (lora_a is None) != (lora_b is None):
-        raise PassError(where, "has one of its two low-rank factors only")
+        raise PassError(where, "has only one of its two low-rank factors")
     for factor, scale in (
         (Input.lora_a, Input.lora_a_scale),
         (Input.lora_b, Input.lora_b_scale),
     ):
         is_int8 = _operand(node, scale) is not None
         if is_int8 != (_dtype(node, factor) in _CODES):
-            raise PassError(where, "has an int8 factor without its scale, or the other way round")
+            raise PassError(
+                where, "has an int8 factor without its scale, or a scale without its int8 factor"
+            )
     if lora_a is not None and lora_b is not None:
         _check_factors(node, lora_a, lora_b, where)
     _expect(node, Input.norm_weight, (columns,), _REAL, where, optional=True)
@@ -293,7 +295,7 @@ def _check_linear(node: ir.Node, where: str) -> None:
 
 
 def _check_slot(node: ir.Node, where: str) -> None:
-    """The operands of an adapter and the index that picks it."""
+    """Check the operands of an adapter and the index that selects it."""
     given = {place for place in _SLOT if _operand(node, place) is not None}
     if not given:
         return
@@ -301,11 +303,14 @@ def _check_slot(node: ir.Node, where: str) -> None:
     wanted = set(_SLOT) - (set() if integers else {Input.adapter_b_scale})
     if given != wanted:
         odd = min(place.name for place in given ^ wanted)
-        raise PassError(where, f"has some operands of an adapter, but not what goes with {odd}")
+        raise PassError(
+            where,
+            f"has an incomplete set of adapter operands: {odd} is missing or has no counterpart",
+        )
     for place in sorted(given):
         value = _operand(node, place)
         if value is not None and not value.is_graph_input():
-            raise PassError(where, f"its {place.name} is no input of the graph")
+            raise PassError(where, f"its {place.name} is not an input of the graph")
 
 
 def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str) -> None:
@@ -327,13 +332,13 @@ def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str
     width = TILE if b_chunk == 1 else VECTOR
     ranks = lora_b.shape[1]
     _expect(node, Input.lora_b, (-(-rows // TILE), ranks, width), b_dtypes, where)
-    # Chunks of ranks leave the last ones open: so do the tiles of lora_a.
+    # A chunk may hold padding after the last rank; the tiles of lora_a have the same padding.
     if isinstance(ranks, int) and lora_a.shape[0] != parts * -(-ranks * b_chunk // TILE):
         raise PassError(where, f"{parts} parts of rank {ranks * b_chunk} do not fit {lora_a.shape}")
 
 
 def _factor_chunk(node: ir.Node, position: int, columns: int) -> int:
-    """Columns of a chunk of a factor in tiles, as its shape tells; 1 for one of floats."""
+    """Columns per chunk of a tiled factor, derived from its shape; 1 for a float factor."""
     if _dtype(node, position) != ir.DataType.UINT8:
         return 1
     value = _operand(node, position)

@@ -1,8 +1,8 @@
-"""Spend one budget of bytes where it helps most: a candidate for every item, least distortion.
+"""Choose one candidate per item so that the total distortion within a budget of bytes is least.
 
-Every linear has candidates (a width, a rank, …), each with the bytes that it takes and the
-distortion that it leaves. Choosing one a linear so that the sum of distortions is least within a
-budget of bytes is a multiple-choice knapsack problem. Its relaxation is solved exactly by greed:
+Every linear has candidates (a width, a rank, …), each with its bytes and its distortion. Choosing
+one per linear with the least sum of distortions within a budget of bytes is a multiple-choice
+knapsack problem. A greedy algorithm solves its relaxation exactly:
 Shoham and Gersho, "Efficient Bit Allocation for an Arbitrary Set of Quantizers", IEEE ASSP 36
 (1988), and Sinha and Zoltners, "The Multiple-Choice Knapsack Problem", Operations Research 27
 (1979).
@@ -22,15 +22,15 @@ __all__ = ["Allocation", "BudgetError", "Candidate", "allocate", "least_bytes", 
 
 
 class BudgetError(ValueError):
-    """A budget is below what the smallest candidates take."""
+    """A budget is below the bytes of the smallest candidates."""
 
 
 class Candidate(NamedTuple):
     """One way of storing an item.
 
     Attributes:
-      nbytes: that it takes.
-      distortion: that it leaves, comparable between items; not NaN.
+      nbytes: its size.
+      distortion: its error, comparable between items; not NaN.
     """
 
     nbytes: int
@@ -39,13 +39,13 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Allocation:
-    """What :func:`allocate` chose.
+    """The choice of :func:`allocate`.
 
     Attributes:
       chosen: index of each item's candidate.
-      nbytes: that they take together.
-      distortion: that they leave together.
-      bound: no choice within the budget leaves less than this.
+      nbytes: their total size.
+      distortion: their total distortion.
+      bound: a lower bound on the distortion of every choice within the budget.
     """
 
     chosen: tuple[int, ...]
@@ -58,9 +58,9 @@ def allocate(items: Sequence[Sequence[Candidate]], budget: int) -> Allocation:
     """Choose a candidate for each of ``items``, with the least total distortion for the bytes.
 
     Every item starts with its smallest candidate and climbs the lower convex hull of its
-    candidates, the steepest step (distortion per byte) of all items first, until the next step does
-    not fit: up to there the choice is optimal for the bytes that it takes. Further steps, on or off
-    the hull, then use up what is left.
+    candidates. The steepest step (distortion per byte) of all items is taken first, until the next
+    step does not fit: the choice up to there is optimal for its bytes. Further steps, on or off the
+    hull, then spend the remaining bytes.
 
     Args:
       items: at least one candidate each.
@@ -84,8 +84,8 @@ def allocate(items: Sequence[Sequence[Candidate]], budget: int) -> Allocation:
         raise BudgetError(
             f"the smallest candidates take {budget - left} bytes, and the budget is {budget}"
         )
-    # What the first step that does not fit would have gained, had it been taken in part: the
-    # relaxation's optimum, below which no choice can get.
+    # The gain of the first step that does not fit, taken in part: with it the distortion is the
+    # relaxation's optimum, a lower bound for every choice.
     beyond = 0.0
     for item, at, step in _steps(items, hulls):
         if step.nbytes > left:
@@ -99,14 +99,14 @@ def allocate(items: Sequence[Sequence[Candidate]], budget: int) -> Allocation:
 
 
 def least_bytes(items: Sequence[Sequence[Candidate]]) -> int:
-    """Bytes of the smallest candidates: no budget below that can be kept."""
+    """Bytes of the smallest candidates: a lower bound for every budget."""
     return sum(min(candidate.nbytes for candidate in candidates) for candidates in items)
 
 
 def tail_energies(
     energies: NDArray[np.floating], total: float, ranks: Sequence[int]
 ) -> NDArray[np.float64]:
-    """What is left of a weighted error by the best correction of each of ``ranks``.
+    """The weighted error that remains after the best correction of each of ``ranks``.
 
     ``total - sum_{i <= r} sigma_i^2``, by Eckart and Young, not below 0.
 
@@ -147,7 +147,7 @@ def _turns(first: Candidate, second: Candidate, third: Candidate) -> bool:
 def _steps(
     items: Sequence[Sequence[Candidate]], hulls: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, int, Candidate]]:
-    """Steps up the hulls, steepest first: item, candidate reached, and what it takes and gains."""
+    """Steps up the hulls, steepest first: item, new candidate, and bytes and gain of the step."""
     queue: list[tuple[float, int, int]] = []
 
     def step(item: int, place: int) -> Candidate:
@@ -168,7 +168,7 @@ def _steps(
 
 
 def _fill(items: Sequence[Sequence[Candidate]], chosen: list[int], left: int) -> int:
-    """Spend ``left`` bytes on whatever step still fits, steepest first; return what remains."""
+    """Spend ``left`` bytes on any step that still fits, steepest first; return the remainder."""
     while True:
         best: tuple[float, int, int] | None = None
         for item, candidates in enumerate(items):

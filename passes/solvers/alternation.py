@@ -1,8 +1,8 @@
-"""A quantized weight and its low-rank correction, each solved for what the other leaves.
+"""Alternate between a quantized weight and its low-rank correction.
 
-Source: Saha et al., CALDERA, arXiv:2405.18886, algorithm 1: ``W ~ Q + L R`` by turns, ``Q`` from
-``W - L R`` and ``L R`` from ``W - Q``, and the best of all iterates in the end. There ``Q`` and the
-factors are on QuIP#'s lattices; here they are what the passes of a build make of them.
+Source: Saha et al., CALDERA, arXiv:2405.18886, algorithm 1: ``W ~ Q + L R``, where ``Q`` is solved
+from ``W - L R`` and ``L R`` from ``W - Q`` by turns; the best iterate is returned. In the paper
+``Q`` and the factors are on QuIP#'s lattices; here the passes of the build make them.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ def alternate(
 ) -> tuple[Iterate, list[float]]:
     """Correct ``weight``, then quantize and correct by turns.
 
-    The first iterate is ``weight`` with its correction, so that the best is never worse than
-    correction alone. It ends early at a fixed point: where quantizing again gives the same codes on
-    the same grid, all iterates to come are the same.
+    The first iterate is ``weight`` with its correction, so the result is never worse than the
+    correction alone. The loop ends early at a fixed point: once quantizing gives the same codes on
+    the same grid again, all later iterates are equal.
 
     Args:
-      target: what the sum is to come near, ``float32 [N, K]``.
-      weight: where to begin.
-      quantize: a weight ``[N, K]``.
-      correct: an error ``[N, K]``, by factors as they are stored.
-      measure: what an error costs; infinite or NaN for one that is no use.
-      iterations: how often to quantize again.
+      target: the weight that the sum approximates, ``float32 [N, K]``.
+      weight: the start.
+      quantize: quantizes a weight ``[N, K]``.
+      correct: approximates an error ``[N, K]`` by factors in their stored form.
+      measure: the cost of an error; infinite or NaN where the error is unusable.
+      iterations: number of further quantizations.
 
     Returns:
-      The iterate with the least error, the earlier one of equals, and the errors of all iterates.
+      The iterate with the least error (the first of equals), and the errors of all iterates.
     """
     best: Iterate | None = None
     errors: list[float] = []
     for turn in range(iterations + 1):
-        left = target - weight.dequantize()
-        factors = correct(left)
-        found = Iterate(weight, factors, measure(left - factors.product()))
-        errors.append(found.error)
-        if best is None or found.error < best.error:
-            best = found
+        residual = target - weight.dequantize()
+        factors = correct(residual)
+        iterate = Iterate(weight, factors, measure(residual - factors.product()))
+        errors.append(iterate.error)
+        if best is None or iterate.error < best.error:
+            best = iterate
         if turn == iterations:
             break
         again = quantize(target - factors.product())

@@ -1,8 +1,7 @@
-"""How many decoder blocks must be compressed further for the whole model to meet a target.
+"""Budgets for compressing some decoder blocks further, so that the whole model meets a target.
 
-A budget is one of two: a share of all weights that is to be removed, or average bits of the codes.
-Every block in a set gains something towards it, and a set is enough once its gains add up to what
-is needed.
+There are two kinds: a share of all weights to remove, and average bits of the codes. Every block of
+a set contributes a gain, and the set meets the target once the sum of its gains reaches the need.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from typing_extensions import override
 __all__ = ["BitsBudget", "BlockBudget", "Choice", "RatioBudget"]
 
 _ROUNDING = 1e-9
-"""Share of what is needed that sums of floats may be off by."""
+"""Relative rounding error that is allowed in a sum of gains."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A set of blocks and what the option is in them.
+    """A set of blocks and the value of the option in them.
 
     Attributes:
       blocks: in order.
-      value: of the option; every other block keeps the budget's ``elsewhere``.
+      value: of the option; all other blocks have the budget's ``elsewhere``.
     """
 
     blocks: tuple[int, ...]
@@ -34,11 +33,11 @@ class Choice:
 
 
 class BlockBudget(ABC):
-    """What has to be gained, and what each block gains.
+    """The gain that is needed, and the gain of each block.
 
     Attributes:
-      option: the option of a pass that the chosen blocks differ in.
-      elsewhere: what it is in every other block; None for what the pass says.
+      option: the option of a pass in which the chosen blocks differ.
+      elsewhere: its value in all other blocks; None for the pass's own value.
     """
 
     option: ClassVar[str]
@@ -52,22 +51,22 @@ class BlockBudget(ABC):
     @property
     @abstractmethod
     def need(self) -> float:
-        """What all blocks of a set have to gain together."""
+        """The gain that the blocks of a set need in total."""
 
     @abstractmethod
     def gain(self, block: int, value: float) -> float:
-        """What ``block`` gains where the option is ``value`` in it."""
+        """The gain of ``block`` with the option at ``value``."""
 
     @abstractmethod
     def settled(self, choice: Choice) -> Choice:
-        """``choice`` with the value that just meets the target in its blocks."""
+        """``choice`` with the value at which its blocks just meet the target."""
 
     @abstractmethod
     def shown(self, choice: Choice) -> dict[str, float]:
-        """What the report says of the value of ``choice``."""
+        """The entries of the report for the value of ``choice``."""
 
     def is_met(self, choice: Choice) -> bool:
-        """Whether the blocks gain what is needed."""
+        """Whether the gain of the blocks is enough."""
         gained = sum(self.gain(block, choice.value) for block in choice.blocks)
         return gained >= self.need * (1 - _ROUNDING)
 
@@ -116,7 +115,7 @@ class RatioBudget(BlockBudget):
     def ratio_of(self, blocks: Collection[int]) -> float:
         """``R_l = R_o P / P_S``, with ``P`` weights in all and ``P_S`` in ``blocks``.
 
-        ``N R_o / k`` where all ``N`` blocks are of a size. From 1 on there is nothing left of them.
+        ``N R_o / k`` where all ``N`` blocks have equal size. A ratio of 1 removes them whole.
 
         >>> RatioBudget({0: 10, 1: 10, 2: 10, 3: 10}, 0.25).ratio_of([2, 3])
         0.5
@@ -124,7 +123,7 @@ class RatioBudget(BlockBudget):
         return self.need / max(1, sum(self.weights[block] for block in blocks))
 
     def last(self, step: int) -> Iterator[Choice]:
-        """The last ``k`` blocks for ``k = s, 2s, ...``, each at its ratio, even if that is above 1.
+        """The last ``k`` blocks for ``k = s, 2s, ...``, each at its ratio, which may exceed 1.
 
         >>> budget = RatioBudget({0: 10, 1: 10, 2: 10, 3: 10}, 0.25)
         >>> [(choice.blocks, choice.value) for choice in budget.last(2)]
@@ -187,7 +186,7 @@ class BitsBudget(BlockBudget):
         return self.target + (self.need - gained) / total
 
     def fewest_last(self, bits: int) -> Choice | None:
-        """The fewest last blocks that meet the target at ``bits``; None where all do not.
+        """The fewest last blocks that meet the target at ``bits``; None where no number does.
 
         >>> BitsBudget({0: {3: 10}, 1: {3: 10}}, 2.75).fewest_last(2)
         Choice(blocks=(1,), value=2)

@@ -1,11 +1,11 @@
-"""Coordinate descent on a quantized weight: its scales and codes, one after another.
+"""Coordinate descent on the scales and codes of a quantized weight.
 
-GPTQ decides on each code once, and on scales before any code. Afterwards every scale and every
-code can be looked at again, all others held: the output error ``tr(E H E^T)``, ``E = T - W_hat``,
-is a parabola in each, so that the best value is known in closed form and the error never grows.
+GPTQ chooses each code once, and the scales before any code. Descent then revisits every scale and
+every code while all others are held: the output error ``tr(E H E^T)``, ``E = T - W_hat``, is a
+parabola in each of them, so the best value has a closed form and the error never grows.
 
-Source: Behdin et al., QuantEase, arXiv:2309.01885, for the codes; a group's scale is one more
-coordinate, and is treated as one.
+Source: Behdin et al., QuantEase, arXiv:2309.01885, for the codes; a group's scale is treated
+as one more coordinate.
 
 As in :mod:`.gptq`, everything runs transposed, ``[K, N]``, and rows of ``W`` are independent.
 """
@@ -21,7 +21,7 @@ from eoracc.plugins.operands.weight import NBitsWeight
 __all__ = ["descend"]
 
 _INNER = 64
-"""Columns whose mutual influence is applied one by one; beyond, it is by matrix products."""
+"""Columns that update each other one by one; blocks of them update the rest by matrix products."""
 
 Float = NDArray[np.float32]
 
@@ -34,20 +34,19 @@ def descend(
     sweeps: int,
     damping: float = 0.01,
 ) -> NBitsWeight:
-    """Lower what ``weight`` loses of ``target``'s output, zero points and groups held.
+    """Lower the output error of ``weight`` against ``target``; zero points and groups are fixed.
 
-    A sweep goes over the groups: first the group's scale, then its codes, column by column.
+    A sweep visits every group and updates its scale, then its codes, column by column.
 
     Args:
-      target: what the weight is to come near, ``float32 [N, K]``.
-      weight: where to begin, the result of :func:`eoracc.passes.solvers.gptq.gptq`, say.
+      target: the weight to approximate, ``float32 [N, K]``.
+      weight: the start, for example the result of :func:`eoracc.passes.solvers.gptq.gptq`.
       gram: of the input, ``float64 [K, K]``, symmetric positive semidefinite, may be singular.
-      sweeps: over all groups; 0 gives ``weight`` back.
+      sweeps: passes over all groups; 0 returns ``weight``.
       damping: fraction of the Gram's mean diagonal added to its diagonal, as in GPTQ.
 
     Returns:
-      A weight on the same groups and zero points, whose error in the damped metric is the same or
-      less.
+      A weight with the same groups and zero points, whose error in the damped metric is not larger.
     """
     if sweeps == 0:
         return weight
@@ -69,7 +68,7 @@ def descend(
         error = wanted.copy()
         for index, slab in enumerate(slabs):
             error[slab] -= codes[slab] * scales[index]
-        # Made anew for every sweep: rounding does not pile up.
+        # Recomputed in every sweep, so that rounding errors do not accumulate.
         gradient = metric @ error
         for index, slab in enumerate(slabs):
             before = codes[slab] * scales[index]
@@ -100,19 +99,19 @@ def descend(
 
 
 def _damped(gram: NDArray[np.float64], damping: float) -> Float:
-    """The metric of GPTQ with ``damping``; inputs that are always zero stand apart in it."""
+    """The metric of GPTQ with ``damping``; always-zero inputs get their own diagonal."""
     energy = np.diagonal(gram).copy()
     dead = energy <= 0
     mean = float(energy[~dead].mean()) if not dead.all() else 1.0
     energy[dead] = mean
-    # Scaled to a mean of 1, so that float32 holds the squares of whatever there is.
+    # Scaled to a mean of 1, so that float32 does not overflow on squares.
     metric = gram / mean
     np.fill_diagonal(metric, energy / mean + damping)
     return metric.astype(np.float32)
 
 
 def _best_scale(codes: Float, scale: Float, metric: Float, gradient: Float) -> Float:
-    """The scale ``[N]`` of one group that leaves least, as float16 holds it.
+    """The scale ``[N]`` of one group with the least error, rounded to float16.
 
     With ``c`` the codes and ``s`` the scale of a row, a scale of ``s + d`` adds
     ``d^2 c.Hc - 2 d c.g`` to the error, where ``g`` is the row's ``gradient``, ``H E^T``.
@@ -120,7 +119,7 @@ def _best_scale(codes: Float, scale: Float, metric: Float, gradient: Float) -> F
     slope = np.einsum("kn,kn->n", codes, gradient)
     curvature = np.einsum("kn,kn->n", codes, metric @ codes)
     step = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
-    with np.errstate(over="ignore"):  # a scale beyond float16 becomes Inf, and is not taken
+    with np.errstate(over="ignore"):  # a scale beyond float16 becomes Inf and is rejected
         candidate = (scale + step).astype(np.float16).astype(np.float32)
     moved = candidate - scale
     usable = (candidate > 0) & np.isfinite(candidate)
@@ -132,10 +131,10 @@ def _best_scale(codes: Float, scale: Float, metric: Float, gradient: Float) -> F
 def _best_codes(
     codes: Float, scale: Float, metric: Float, gradient: Float, *, floor: Float, ceiling: Float
 ) -> None:
-    """Give each column of a group, in turn, the codes that leave least; ``codes`` are filled in.
+    """Choose the codes with the least error for each column of a group in turn, in place.
 
-    All arrays are ``[columns, N]`` or ``[N]`` but ``metric``, the group's own part of it.
-    ``gradient``, ``H E^T``, is used up.
+    All arrays are ``[columns, N]`` or ``[N]``, except ``metric``: the group's diagonal block.
+    ``gradient``, ``H E^T``, is overwritten.
     """
     inverse = 1 / scale
     for inner in groups(len(codes), _INNER):

@@ -1,8 +1,8 @@
-"""The quantization grid: which values the codes of a group can take.
+"""The quantization grid: the values that the codes of a group can take.
 
 A grid gives every group of a row a scale and a zero point, ``value = (code - zero_point) * scale``.
-Scales are rounded to float16 *before* anything is scored or quantized, so that what is measured
-is what is stored.
+Scales are rounded to float16 *before* anything is scored or quantized, so that the measured error
+is the error of the stored weight.
 
 The unit of work is a slab ``[width, N]``: one group of all rows, transposed, so that every NumPy
 operation runs along contiguous rows. GPTQ calls :func:`fit_slab` on slabs of weights that it has
@@ -93,8 +93,8 @@ def find_grid(
       bits: 2, 3, 4 or 8.
       group_size: a multiple of 8, or -1 for whole rows.
       symmetric: fix the zero point at ``2**(bits - 1)``.
-      importance: weight of each column's squared error, ``[K]``, nonnegative; the diagonal of the
-        Gram, say. None weighs all columns alike.
+      importance: weight of each column's squared error, ``[K]``, nonnegative, for example the
+        diagonal of the Gram. None weighs all columns equally.
       clip_search: look for a range narrower than the group's minimum and maximum where that
         lowers the weighted squared error.
     """
@@ -141,7 +141,7 @@ def fit_slab(
       codes reproduce it exactly.
     """
     top = 2**bits - 1
-    # Zero always lies on the grid: padding and pruned weights must stay zero.
+    # The grid always contains zero: padding and pruned weights must stay zero.
     low = np.minimum(values.min(axis=0), 0)
     high = np.maximum(values.max(axis=0), 0)
     if symmetric:
@@ -217,7 +217,7 @@ def round_to_nearest(
 
 
 def _storable(scale: NDArray[np.floating]) -> Float:
-    """``scale`` as float16 stores it, kept off zero and infinity."""
+    """``scale`` rounded to float16, without zero and infinity."""
     stored: NDArray[np.float16] = np.clip(scale, _MIN_SCALE, _MAX_SCALE).astype(np.float16)
     return stored.astype(np.float32)
 

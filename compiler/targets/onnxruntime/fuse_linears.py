@@ -60,7 +60,7 @@ def fuse_gate(graph: ir.Graph) -> None:
 
 
 def _gate(split: ir.Node) -> tuple[str, list[ir.Node]] | None:
-    """The activation between the two outputs of ``split``, and its nodes up to their product."""
+    """The activation between the outputs of ``split``, and the nodes from it to the product."""
     if len(split.outputs) != 2:
         return None
     gate, up = split.outputs
@@ -100,7 +100,7 @@ def fuse_norm(graph: ir.Graph) -> None:
 
 
 def _norm_weight(graph: ir.Graph, norm: ir.Node) -> ir.Value | None:
-    """The norm's weight as one constant; Gemma's ``weight + 1`` is added up."""
+    """The norm's weight as one constant; Gemma's ``weight + 1`` is computed here."""
     weight = norm.inputs[1]
     if weight is None or weight.const_value is not None:
         return weight
@@ -148,7 +148,7 @@ def _is_tiled(node: ir.Node) -> bool:
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads ``value``, once; None where it is a graph output too."""
+    """The only reader of ``value``; None for several readers or for a graph output."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 

@@ -22,7 +22,7 @@ _NORMS = {"LayerNormalization", "RMSNormalization"}
 
 
 def keep_last_logits(graph: ir.Graph, last: ir.Value) -> None:
-    """Let the head, and the norm before it, see each row's last tokens only.
+    """Compute the head, and the norm before it, for each row's last tokens only.
 
     Left as it is where the logits are no linear, element-wise steps aside, of what a norm gives.
 
@@ -52,8 +52,8 @@ def keep_last_logits(graph: ir.Graph, last: ir.Value) -> None:
     past = tape.op("Sub", [length(mask), length(ids)])
     end = tape.op("Unsqueeze", [tape.op("Sub", [last, past]), constant("column", [1])])
     offsets = tape.op("Range", [tape.op("Sub", [one, keep]), one, one])
-    # Below 0 lie what is kept beyond a row's beginning, and the last token of a row that was padded
-    # in an earlier call: this call's only token is then the one to take.
+    # A position is negative before a row's first token, and for the last token of a row that was
+    # padded in an earlier call: the right token is then the only one of this call.
     positions = tape.op("Max", [tape.op("Add", [end, offsets]), zero])
     indices = tape.op("Unsqueeze", [positions, constant("place", [2])])
     kept = tape.op("GatherND", [norm.inputs[0], indices], {"batch_dims": 1})
@@ -65,7 +65,7 @@ def keep_last_logits(graph: ir.Graph, last: ir.Value) -> None:
             output.shape = ir.Shape([output.shape[0], LOGITS_TO_KEEP, output.shape[2]])
     logits = chain[-1].outputs[0]
     if logits.shape is not None:
-        # By a 1 there onnxruntime-genai tells that it will get one row however long the prompt.
+        # The 1 tells onnxruntime-genai that it gets one row, however long the prompt is.
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
 
 

@@ -26,7 +26,7 @@ __all__ = ["add_slots"]
 
 
 def add_slots(model: ir.Model, adapter_type: str) -> AdapterSlots:
-    """Give the linears in tiles of every decoder block their slots.
+    """Add slots to the tiled linears of every decoder block.
 
     Args:
       model: changed in place; its metadata list the slots.
@@ -76,7 +76,7 @@ def _slot(node: ir.Node) -> AdapterSlot:
 
 
 def _shape(operand: str, array: NDArray[np.generic]) -> tuple[int | str | None, ...]:
-    """``array``'s shape, left open where a bank's size, its rank or the width of codes decides."""
+    """The shape of ``array``, symbolic where the bank's size, rank or code width decides."""
     is_integer = array.dtype == np.uint8
     open_places = {
         "adapter_a": {1, 2} if is_integer else {1},

@@ -1,9 +1,9 @@
-"""Store compressed linears and tables in the kernels' own order, one node for those of one input.
+"""Store compressed linears and tables in the kernels' order; linears of one input share a node.
 
 Plain operands (``layout`` 0) become tiles (``layout`` 1, :mod:`eoracc.plugins.operands.codes`).
 Linears that read one value and belong together (q/k/v, gate/up, or the first factors of such
-weights) become one node of several parts, whose rows lie one after the other: activations are then
-normalised and quantized once, and one pass over the threads serves all of them.
+weights) become one node of several parts with concatenated rows: activations are then normalised
+and quantized once, and one pass over the threads computes all parts.
 
 Tiles are made when the model is written, one operand at a time.
 """
@@ -63,11 +63,11 @@ def _is_plain(node: ir.Node, op_type: str) -> bool:
     )
 
 
-# --- which nodes become one -----------------------------------------------------------------------
+# --- merged nodes ---------------------------------------------------------------------------------
 
 
 def _groups(graph: ir.Graph) -> list[tuple[ir.Node, ...]]:
-    """Every linear once, alone or with those that it is merged with, parts in their order."""
+    """The linears that become one node each, parts in order; a group may be one linear."""
     nodes = [node for node in graph if _is_plain(node, FUSED_OP)]
     modules: dict[tuple[str, str], dict[str, ir.Node]] = defaultdict(dict)
     for node in nodes:
@@ -84,9 +84,9 @@ def _groups(graph: ir.Graph) -> list[tuple[ir.Node, ...]]:
 
 
 def _place(node: ir.Node) -> tuple[str, str, str]:
-    """Module and role of a linear's weight, and ``.v`` for its first factor, else nothing.
+    """Module and role of a linear's weight, and ``.v`` for its first factor, else an empty string.
 
-    The second factors of several weights read a value each: nothing is merged of those.
+    Second factors are never merged: each reads another value.
     """
     whole, _, role = str(node.name).rpartition(".")
     if role != "v":
@@ -96,7 +96,7 @@ def _place(node: ir.Node) -> tuple[str, str, str]:
 
 
 def _fit_together(nodes: Sequence[ir.Node]) -> bool:
-    """Of one input, whole tiles each, stored alike."""
+    """Whether ``nodes`` read one input, fill whole tiles, and have the same stored form."""
     return (
         len({node.inputs[Input.X] for node in nodes}) == 1
         and all(node.attributes["N"].as_int() % TILE == 0 for node in nodes)
@@ -117,7 +117,7 @@ def _form(node: ir.Node) -> tuple[Any, ...]:
 
 
 def _factor_form(node: ir.Node) -> tuple[Any, ...]:
-    """Types of the factors; integers of 8 and of 4 bits can stand in one operand."""
+    """Types of the factors; 8-bit and 4-bit integers can share an operand."""
     factors = (_array(node, Input.lora_a), _array(node, Input.lora_b))
     return tuple(
         None if factor is None else "integer" if factor.dtype in _INTEGERS else factor.dtype
@@ -240,7 +240,7 @@ class _Store:
         rank = max(_rank(node) for node in nodes)
         if rank == 0:
             return []
-        # Parts have a down-projection each; those that were packed before compression share one.
+        # Each part has its own down-projection; parts packed before compression share one.
         parts = [node.attributes["N"].as_int() for node in nodes]
         if len(nodes) == 1:
             parts = list(nodes[0].attributes.get_ints("parts", parts))
@@ -248,7 +248,7 @@ class _Store:
             rank = -(-rank // TILE) * TILE  # so that no tile of A serves two parts
         columns = nodes[0].attributes["K"].as_int()
 
-        # By now: a node has lost its operands by the time that they are written.
+        # Read now: the node no longer has its operands when they are written.
         factors = [stored_factors(node) for node in nodes]
         if len(nodes) == 1 and factors[0] is not None:
             factors = [*split_rows(factors[0], parts)]
@@ -347,7 +347,7 @@ class _Store:
         shape: tuple[int, ...],
         dtype: ir.DataType,
     ) -> ir.Value:
-        """An initializer whose array ``make`` computes each time that it is read."""
+        """An initializer whose array ``make`` computes on each read."""
         full = f"{name}.{position.name}_tiles"
         lazy = ir.LazyTensor(
             lambda: ir.tensor(make(), name=full), dtype=dtype, shape=ir.Shape(shape), name=full

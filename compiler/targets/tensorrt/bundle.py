@@ -1,4 +1,4 @@
-"""The target ``tensorrt``: a bundle, from which ``eoracc engine`` builds an engine on the GPU."""
+"""The target ``tensorrt``: a bundle from which ``eoracc engine`` builds an engine on the GPU."""
 
 from __future__ import annotations
 

@@ -75,12 +75,12 @@ class SignedWeight:
 
     @property
     def bits(self) -> int:
-        """That a code is stored in, 4 or 8."""
+        """Bits of a stored code, 4 or 8."""
         return 4 if self.stored.bits <= 4 and _fill_bytes(*self.shape) else 8
 
     @property
     def offset_bits(self) -> int:
-        """That an offset is stored in, 4 or 8; 0 where there are none.
+        """Bits of a stored offset, 4 or 8; 0 without offsets.
 
         Raises:
           PassError: blocks with offsets cannot be halved, or an offset takes more than 8 bits.
@@ -127,7 +127,7 @@ class SignedWeight:
 
     @property
     def _is_direct(self) -> bool:
-        """Whether every ``code - zero_point`` is a code of its own."""
+        """Whether every ``code - zero_point`` is in the range of codes."""
         zero_points = self._zero_points()
         low, high = _RANGE[self.bits]
         largest = 2**self.stored.bits - 1
@@ -195,7 +195,7 @@ def signed_factors(
 
 
 def _fill_bytes(rows: int, columns: int) -> bool:
-    """Whether as many codes of 4 bits leave no half of a byte."""
+    """Whether this number of 4-bit codes fills whole bytes."""
     return rows * columns % 2 == 0
 
 

@@ -36,7 +36,7 @@ _LORA_A, _LORA_B = ".lora_a", ".lora_b"
 
 @dataclass(frozen=True, eq=False)
 class EngineGraph:
-    """A graph that engines are built of, in its place in the artifact.
+    """The graph of the engines, in its place in the artifact.
 
     Attributes:
       path: the ONNX file, its weights beside it, until the artifact is committed.
@@ -82,7 +82,7 @@ class EngineGraph:
 
 
 def check_contexts(config: BuildConfig, loaded: LoadedModel) -> None:
-    """See that engines are not built for longer texts than the model has positions for.
+    """Refuse engines for longer texts than the model has positions for.
 
     Raises:
       ConfigError: they are.
@@ -99,7 +99,7 @@ def check_contexts(config: BuildConfig, loaded: LoadedModel) -> None:
 def write_engine_graph(
     job: Job, lowered: ir.Model, *, target: TargetName, options: EngineConfig
 ) -> EngineGraph:
-    """Write ``lowered`` into the target's folder, and what goes with it.
+    """Write ``lowered`` and its companion files into the target's folder.
 
     That it takes adapters goes into its metadata, as a slot for each linear. Where nothing lies at
     the artifact's root for ONNX Runtime, genai_config.json still says there what tokens are

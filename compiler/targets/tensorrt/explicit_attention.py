@@ -38,7 +38,7 @@ WRITE_INDICES = "write_indices"
 """Input of a decoder with its cache in place: where each row's new tokens are written."""
 
 _Update = Callable[[ir.tape.Tape, ir.Value, ir.Value, str], tuple[ir.Value, ir.Value]]
-"""From past and new tokens to the present (an output) and the part that the attention reads."""
+"""Maps past and new tokens to the present (an output) and the part that the attention reads."""
 
 
 def explicit_attention(
@@ -95,7 +95,7 @@ def _refuse(node: ir.Node) -> None:
 
 
 def _name_dimensions(graph: ir.Graph, inputs: Mapping[str, ir.Value], capacity: int | None) -> None:
-    """One name for each size that a call decides, the same in every input and output."""
+    """Name each dynamic dimension, the same in every input and output."""
     inputs["input_ids"].shape = ir.Shape(["batch", _SEQUENCE])
     inputs["position_ids"].shape = ir.Shape(["batch", _SEQUENCE])
     inputs["attention_mask"].shape = ir.Shape(["batch", _TOTAL])
@@ -107,7 +107,7 @@ def _name_dimensions(graph: ir.Graph, inputs: Mapping[str, ir.Value], capacity: 
 
 
 class _Masks:
-    """The masks of a graph by window, ``[B, 1, S, T]`` each, made once.
+    """The masks of a graph by window, ``[B, 1, S, T]`` each, created once.
 
     What is hidden gets the lowest number of the type added to its score, and with it the weight 0.
     """
@@ -134,7 +134,7 @@ class _Masks:
         graph.insert_before(self._first, tape.nodes)
 
     def of(self, window: int) -> ir.Value:
-        """For queries that see ``window`` keys, themselves included; all at 0."""
+        """The mask of queries that see ``window`` keys, including their own; 0 means all keys."""
         if window not in self._by_window:
             self._by_window[window] = self._make(window)
         return self._by_window[window]
@@ -230,7 +230,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, masks: _Masks, update: _Update) -> 
 def _split_heads(
     graph: ir.Graph, tape: ir.tape.Tape, value: ir.Value | None, heads: int
 ) -> ir.Value:
-    """``[B, S, heads * D]`` as ``[B, heads, S, D]``, rotated then where it was rotated before."""
+    """``[B, S, heads * D]`` as ``[B, heads, S, D]``; an existing rotation is applied afterwards."""
     assert value is not None  # noqa: S101 - attention always has its first three inputs
     shape = constant(graph, f"heads.{heads}", np.array([0, 0, heads, -1]))
     rotary = value.producer()
@@ -253,7 +253,7 @@ def _split_heads(
 
 
 def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """The initializer ``name``, made of ``array`` where there is none yet."""
+    """The initializer ``name``, created from ``array`` if it does not exist."""
     if name in graph.initializers:
         return graph.initializers[name]
     return register_tensor(graph, ir.tensor(array, name=name))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["HALF", "round_to", "to_half"]
 
 HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-"""The narrow types by the names that model.yaml has for them."""
+"""The half-precision types by their names in model.yaml."""
 
 _FLOAT = ir.DataType.FLOAT
 _NORMS = ("LayerNormalization", "RMSNormalization")
@@ -54,7 +54,7 @@ def round_to(array: NDArray[Any], dtype: ir.DataType, name: str) -> NDArray[Any]
 
 
 def to_half(graph: ir.Graph, dtype: ir.DataType) -> None:
-    """Let ``graph`` compute in ``dtype``.
+    """Convert ``graph`` to compute in ``dtype``.
 
     Args:
       graph: of a decoder, in topological order, changed in place. The inputs and outputs of its
@@ -76,7 +76,7 @@ def to_half(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 class _Conversion:
-    """Walks the nodes in their order, so that a value's type is known before it is read."""
+    """Visits the nodes in order, so that a value's type is known before it is read."""
 
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self._graph, self._dtype = graph, dtype
@@ -84,7 +84,7 @@ class _Conversion:
         self.stale: dict[ir.Value, None] = {}
 
     def convert(self, node: ir.Node) -> None:
-        """Give the float inputs and outputs of ``node`` the type that it computes in."""
+        """Convert the float inputs and outputs of ``node`` to the type that it computes in."""
         if node.op_type == "Cast":
             return
         wanted = _FLOAT if _is_wide(node) else self._dtype
@@ -130,7 +130,7 @@ def _is_float(value: ir.Value) -> bool:
 
 
 def _is_wide(node: ir.Node) -> bool:
-    """Whether ``node`` stays in float32: see the module's text."""
+    """Whether ``node`` stays in float32, see the module's docstring."""
     if node.op_type in _NORMS:
         return True
     operands = [value for value in node.inputs if value is not None]
@@ -145,7 +145,7 @@ def _is_wide(node: ir.Node) -> bool:
 
 
 def _is_bias(operands: list[ir.Value]) -> bool:
-    """Of a sum: a linear's output and a vector of its width."""
+    """The operands of a bias addition: a linear's output and a vector of its width."""
     for value, other in (operands, operands[::-1]):
         producer = value.producer()
         linear = producer is not None and producer.op_type in ("MatMul", FUSED_OP)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["RANK_STEP", "PluginWriter", "half_factors", "half_product", "kernel_cases", "lower"]
 
 RANK_STEP = 16
-"""The kernels take ranks that are multiples of it."""
+"""The kernels take ranks that are multiples of this."""
 
 _BIAS = INPUTS.index("bias")
 
@@ -104,7 +104,7 @@ def half_factors(
 
 
 class PluginWriter(DequantizeWriter):
-    """Computes compressed linears with the plugin, and tables as TensorRT for RTX does."""
+    """Writes compressed linears as nodes of the plugin, and tables as for TensorRT for RTX."""
 
     @override
     def linear(self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value) -> ir.Value:

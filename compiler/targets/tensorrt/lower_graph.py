@@ -1,4 +1,4 @@
-"""The decoder graph that both TensorRT targets share; how a linear is computed they say themselves.
+"""The decoder graph that both TensorRT targets share; each target writes its own linears.
 
 The graph is strongly typed: float16 or bfloat16, norms in float32
 (:mod:`eoracc.compiler.targets.tensorrt.half_precision`). Its attention has an explicit cache and
@@ -53,7 +53,7 @@ _IR_VERSION = 11
 
 
 class LinearWriter(Protocol):
-    """How a target computes compressed linears and tables. Nodes go onto the tape."""
+    """Writes the nodes of a target's compressed linears and tables to a tape."""
 
     def linear(self, tape: ir.tape.Tape, node: ir.Node, x: ir.Value) -> ir.Value:
         """The output of a ``MatMulNBitsLowRank``, ``[B, S, N]``, without its bias.
@@ -98,7 +98,7 @@ def lower_decoder(
       ValueError: options that contradict one another.
     """
     if (cache == "in_place") != (capacity is not None):
-        raise ValueError("a cache in place has a capacity, another one has none")
+        raise ValueError("an in-place cache needs a capacity, and only that one takes a capacity")
     if adapter_type not in ("none", dtype):
         raise ValueError(f"adapters of a {dtype} graph are {dtype}, not {adapter_type}")
     half = HALF[dtype]
@@ -123,7 +123,7 @@ def lower_decoder(
 
 
 def _gather_logits(graph: ir.Graph) -> None:
-    """Let the head, and the norm before it, see the tokens that an input names and no others."""
+    """Compute the head, and the norm before it, only for the tokens that an input selects."""
     places = ir.Value(
         name=LOGITS_POSITIONS,
         type=ir.TensorType(ir.DataType.INT64),
@@ -187,7 +187,7 @@ def _write_linears(
 def _add_adapter(
     graph: ir.Graph, tape: ir.tape.Tape, node: ir.Node, y: ir.Value, dtype: ir.DataType
 ) -> ir.Value:
-    """``y + (x lora_a^T) lora_b^T`` with factors that are inputs, named and shaped as in PEFT."""
+    """``y + (x lora_a^T) lora_b^T`` with factors as graph inputs, named and shaped as in PEFT."""
     columns, rows = (node.attributes[name].as_int() for name in ("K", "N"))
     product = node.inputs[0]
     for factor, shape in (("lora_a", ("rank", columns)), ("lora_b", (rows, "rank"))):

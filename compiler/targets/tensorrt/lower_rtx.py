@@ -62,7 +62,7 @@ def lower(
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """What a table's rows are gathered from, for a tied head to read too.
+    """The values from which a table's rows are gathered, shared with a tied head.
 
     Attributes:
       values: ``[N, K]``.
@@ -230,7 +230,7 @@ class DequantizeWriter:
         *,
         transposed: bool,
     ) -> ir.Value:
-        """An initializer whose array ``make`` computes each time that it is read."""
+        """An initializer whose array ``make`` computes on each read."""
         full = f"{name}.{_suffix(dtype)}"
 
         def stored() -> ir.TensorProtocol:

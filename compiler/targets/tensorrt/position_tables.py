@@ -1,4 +1,4 @@
-"""Tables by position, cut to the positions that a target's calls can have."""
+"""Truncate tables by position to the positions that a target's calls can have."""
 
 from __future__ import annotations
 

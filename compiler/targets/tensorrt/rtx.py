@@ -1,4 +1,4 @@
-"""The target ``tensorrt_rtx``: the graph, and an engine of it for each compute capability."""
+"""The target ``tensorrt_rtx``: the graph and an engine for each compute capability."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _write_engines(graph: EngineGraph, built: Sequence[BuiltEngine]) -> None:
     engines = []
     for engine in built:
         path = folder / f"sm{engine.compute_capability.replace('.', '')}.engine"
-        # The work folder keeps its own, in case that a gate fails.
+        # The work folder keeps its copy, because a gate may still fail.
         try:
             os.link(engine.path, path)
         except OSError:

@@ -133,7 +133,7 @@ class Groups {
   __m256 scales[2];        // of the group at hand, for either half of the tile
   __m256i zero_points[2];  // as 32-bit integers
 
-  // Moves `columns` on, which must not pass the group's end; true if that ends the group.
+  // Advances by `columns`, at most to the group's end; true if the group ends there.
   [[gnu::always_inline]] bool step(int64_t columns) {
     left_ -= columns;
     if (left_ > 0) return false;
@@ -142,7 +142,7 @@ class Groups {
     return true;
   }
 
-  // Reads what belongs to the group at hand, if there is one.
+  // Reads the scales and zero points of the current group, if there is one.
   [[gnu::always_inline]] void read() {
     if (index_ >= end_) return;
     for (int64_t half = 0; half < 2; ++half) {
@@ -199,7 +199,7 @@ void int8_rows(const Activations& x, int64_t first, const Tiles& w, int64_t tile
   const int8_t* activations = x.codes + first * x.stride;
   const float* x_scales = x.scales + first * row_blocks;
   const int32_t* minus = x.minus + first * row_blocks;
-  // Codes of 8 bits are multiplied less 128.
+  // 128 is subtracted from 8-bit codes before the product.
   const __m256i offset = _mm256_set1_epi32(bits == 8 ? 128 : 0);
   __m256 totals[rows][2];
   for (int64_t row = 0; row < rows; ++row) {

@@ -3,8 +3,8 @@
 // and once without.
 //
 // All loops go unit by unit (kUnit columns, eight quads), which is the same at every width once the
-// codes are unpacked. Unpacked codes are shared by up to kRowsAtOnce rows of X. What hands vectors
-// from one function to another is inlined by force, so that they stay in registers.
+// codes are unpacked. Unpacked codes are shared by up to kRowsAtOnce rows of X. Functions that take
+// or return vectors are force-inlined, so that the vectors stay in registers.
 
 #include <immintrin.h>
 
@@ -155,7 +155,7 @@ class Groups {
   __m512 scales;        // of the group at hand
   __m512i zero_points;  // as 32-bit integers
 
-  // Moves `columns` on, which must not pass the group's end; true if that ends the group.
+  // Advances by `columns`, at most to the group's end; true if the group ends there.
   [[gnu::always_inline]] bool step(int64_t columns) {
     left_ -= columns;
     if (left_ > 0) return false;
@@ -164,7 +164,7 @@ class Groups {
     return true;
   }
 
-  // Reads what belongs to the group at hand, if there is one.
+  // Reads the scales and zero points of the current group, if there is one.
   [[gnu::always_inline]] void read() {
     if (index_ >= end_) return;
     const int64_t bytes_each = w_.scales_type == EORACC_FLOAT32 ? 64 : 32;
@@ -272,8 +272,8 @@ void int8_side_by_side(const Activations& x, const Tiles& w, int64_t tile, int64
   for (int64_t t = 0; t < kTilesAtOnce; ++t) _mm512_storeu_ps(sums + t * kTile, totals[t]);
 }
 
-// One row of X times one tile of a factor, four runs of units of which are summed side by side and
-// then what is left.
+// One row of X times one tile of a factor: four runs of units are summed side by side, then the
+// remaining units.
 template <int bits, int64_t block>
 void int8_factor_rows(const Activations& x, const Tiles& w, int64_t tile, float* sums) {
   constexpr int64_t kStreams = 4, kBlocks = kUnit / block, kBlockQuads = block / 4;

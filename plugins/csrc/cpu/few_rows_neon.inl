@@ -85,7 +85,7 @@ void int8_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) 
 
 // ---- float activations
 
-// Steps of a part of quad `q`, codes less their zero points: column 4 * q + i in steps[i].
+// Steps of a part of quad `q`, codes minus their zero points: column 4 * q + i in steps[i].
 template <int bits>
 inline void read_steps(const uint8_t* codes, int64_t q, int part, float32x4_t zero_points,
                        float32x4_t steps[4]) {

@@ -1,9 +1,9 @@
 // Many rows on AMX: bfloat16 X and weights, float32 sums, 16 x 16 x 32 products at a time.
 //
-// Weights are unpacked to bfloat16 by truncation, which takes no instruction: merging two floats
+// Weights are unpacked to bfloat16 by truncation, which needs no instruction: merging two floats
 // keeps their upper halves. A truncated weight is too small by up to 2^-7 of itself, by
-// 2^-8 / ln 4 on average (the mean of 1 / m over mantissas m in [1, 2) is 1 / ln 4). Scaling X by
-// as much more centres the error: it is then no larger on average than that of rounding weights to
+// 2^-8 / ln 4 on average (the mean of 1 / m over mantissas m in [1, 2) is 1 / ln 4). Scaling X up
+// by this average centres the error, which is then on average no larger than with rounding to
 // nearest.
 
 #include <immintrin.h>
@@ -245,8 +245,8 @@ inline void multiply(const uint8_t* x, const uint8_t* panel, int64_t panel_strid
 namespace eoracc {
 namespace {
 
-// Two panels, 16 KiB, stay in the first-level cache. X comes from the second level, and the more
-// of it does not fit there, the more tiles an item should have, so that X is read less often.
+// Two panels, 16 KiB, stay in the first-level cache. X comes from the second-level cache; the less
+// of it fits, the more tiles an item should have, so that X is read less often.
 inline Shape shape_of(const eoracc_matmul& m) {
   Shape shape{};
   shape.unit = shape.down_unit = kAmxUnit;
@@ -279,7 +279,7 @@ inline void fill(const Weight& w, int64_t, int64_t tile, int64_t, int64_t start,
   } else {
     fill_quads<8>(w.tiles, tile, first_quad, end_quad, panel);
   }
-  // Nothing beyond the last column reaches a sum, whatever its scale.
+  // Columns past the last one add nothing to a sum, whatever their scale.
   for (int64_t column = end; column < last; ++column) clear_column(panel, column - begin);
 }
 

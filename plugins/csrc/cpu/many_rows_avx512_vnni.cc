@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kRowBlock = 6;
 constexpr int64_t kPanelTiles = 2;
-// A float factor is the sum of two 8-bit ones, the second one of what the first leaves over: 16
+// A float factor is the sum of two 8-bit factors, the second of the first one's remainder: 16
 // bits below the largest value of a row's unit.
 constexpr int64_t kDensePasses = 2;
 
@@ -105,7 +105,7 @@ void fill_quads(const Tiles& w, int64_t tile, int64_t unit, int64_t begin, int64
 }
 
 // Columns [begin, end) of a float factor: each row of a unit rounded to 8 bits with a scale of its
-// own, or, in the second pass, what that leaves over.
+// own, or, in the second pass, the remainder.
 void fill_dense(const DenseTiles& w, int64_t pass, int64_t tile, int64_t unit, int64_t begin,
                 int64_t end, uint8_t* panel) {
   for (int64_t first = begin; first < end; first += unit) {

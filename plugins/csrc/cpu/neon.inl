@@ -63,7 +63,7 @@ inline Grid read_grid(const Tiles& w, int64_t tile, int64_t group) {
   return grid;
 }
 
-// Zero points less 128 at 8 bits, as PackedCodes takes its codes.
+// Zero points, minus 128 at 8 bits like the codes in PackedCodes.
 inline Grid read_signed_grid(const Tiles& w, int64_t tile, int64_t group) {
   Grid grid = read_grid(w, tile, group);
   if (w.bits == 8) {
@@ -76,11 +76,11 @@ inline Grid read_signed_grid(const Tiles& w, int64_t tile, int64_t group) {
 
 // ---- int8 activations
 //
-// A block is a run of columns with one scale of X: a whole unit, or less of it. Its products are
-// exact, so that neither the instructions nor the number of rows changes a result.
+// A block is a run of columns with one scale of X: a unit or a part of one. Its products are exact,
+// so neither the instructions nor the number of rows changes a result.
 
-// Codes of a block as they are stored. The instructions multiply signed bytes: codes of 8 bits are
-// taken less 128, and so are their zero points.
+// Codes of a block in their stored form. The instructions multiply signed bytes: 128 is subtracted
+// from 8-bit codes and from their zero points.
 template <int bits>
 struct PackedCodes {
   const uint8_t* codes;  // of the unit
@@ -101,7 +101,7 @@ struct PackedCodes {
   }
 };
 
-// Codes of a block as `fill_panel` left them: what quad() or pair() gave, one after another.
+// Codes of a block as `fill_panel` stored them: the results of quad() or pair() in sequence.
 struct PanelCodes {
   const int8_t* codes;
 
@@ -226,7 +226,7 @@ inline void fill_panel(const PackedCodes<bits>& w, int64_t quads, int8_t* panel)
 #endif
 }
 
-// Where fill_panel puts the code of a row and column.
+// The position of the code of a row and column in a panel.
 inline int64_t panel_index(int64_t row, int64_t column) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
   return column / 8 * (2 * kQuadBytes) + row * 8 + column % 8;
@@ -235,7 +235,7 @@ inline int64_t panel_index(int64_t row, int64_t column) {
 #endif
 }
 
-// The better one of the two.
+// The faster of the two.
 template <int rows, bool whole, typename Codes>
 inline void multiply_codes(const Codes& w, int64_t quads, const int8_t* x, int64_t stride,
                            int32x4_t products[rows][kParts]) {

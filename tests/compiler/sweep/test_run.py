@@ -281,7 +281,7 @@ def test_the_pass_that_breaks_the_graph_is_named(source: Path, tmp_path: Path) -
 
     seen: list[tuple[str, NDArray[np.float64] | None]] = []
     with pytest.raises(
-        PassError, match=r"^after breaks, node .*: operator eoracc::Sin may not stand in"
+        PassError, match=r"^after breaks, node .*: operator eoracc::Sin is not allowed in"
     ):
         sweep(source, tmp_path, QuantizeRtn(bits=4), Breaks(), Watch(seen=seen))
     # The check is per group: the first group passed, and nothing after the fault was run.

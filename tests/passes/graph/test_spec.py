@@ -71,7 +71,7 @@ def test_fused_op_may_stand_only_after_compression(model: ir.Model) -> None:
     refused(
         model,
         Stage.FRONTEND,
-        "node model.layers.0.self_attn.o_proj: operator eoracc::MatMulNBitsLowRank may not stand",
+        "node model.layers.0.self_attn.o_proj: operator eoracc::MatMulNBitsLowRank is not allowed",
     )
 
 
@@ -83,7 +83,7 @@ def test_fused_op_needs_a_function_in_the_end(model: ir.Model) -> None:
 def test_unknown_operator(model: ir.Model) -> None:
     node = ir.node("Einsum", [model.graph.inputs[0]], {"equation": "ij->ij"}, name="strange")
     model.graph.append(node)
-    refused(model, Stage.FRONTEND, "node strange: operator Einsum may not stand")
+    refused(model, Stage.FRONTEND, "node strange: operator Einsum is not allowed")
 
 
 def test_domain_that_is_not_imported(model: ir.Model) -> None:
@@ -162,7 +162,7 @@ def test_missing_operand(model: ir.Model) -> None:
 
 def test_one_factor_only(model: ir.Model) -> None:
     compress(find_linears(model)[0]).replace_input_with(6, None)
-    refused(model, Stage.COMPRESSED, "has one of its two low-rank factors only")
+    refused(model, Stage.COMPRESSED, "has only one of its two low-rank factors")
 
 
 @pytest.mark.parametrize(("name", "value"), [("bits", 5), ("block_size", 12), ("block_size", 0)])
@@ -189,13 +189,13 @@ def with_slots(model: ir.Model) -> tuple[ir.Model, ir.Node]:
 def test_half_a_slot(model: ir.Model) -> None:
     lowered, node = with_slots(model)
     node.replace_input_with(13, None)
-    refused(lowered, Stage.ONNXRUNTIME, "some operands of an adapter, .* adapter_a_scale")
+    refused(lowered, Stage.ONNXRUNTIME, "an incomplete set of adapter operands: adapter_a_scale")
 
 
 def test_adapter_that_no_run_can_set(model: ir.Model) -> None:
     lowered, node = with_slots(model)
     lowered.graph.inputs.remove(node.inputs[12])  # type: ignore[arg-type]
-    refused(lowered, Stage.ONNXRUNTIME, "its adapter_b is no input of the graph")
+    refused(lowered, Stage.ONNXRUNTIME, "its adapter_b is not an input of the graph")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_linear_checks_name_the_pass_and_leave_other_linears_alone(model: ir.Mod
     compress(first).attributes.add(ir.AttrInt64("bits", 5))
     check_linears([second], Stage.COMPRESSED, after="some_pass")
     refused_linear(first, "q_proj: bits=5 with block_size=16 is not a stored form")
-    refused_linear(first, "operator eoracc::MatMulNBitsLowRank may not stand", Stage.FRONTEND)
+    refused_linear(first, "operator eoracc::MatMulNBitsLowRank is not allowed", Stage.FRONTEND)
 
 
 @pytest.mark.parametrize("position", [0, 1])

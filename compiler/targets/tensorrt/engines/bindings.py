@@ -1,4 +1,4 @@
-"""What goes in and out of a graph for TensorRT, and which calls its engines are built for.
+"""The inputs and outputs of a graph for TensorRT, and the calls that its engines are built for.
 
 Every size that a call decides has a name in the lowered graph, the same one wherever it occurs
 (docs/targets.md). Ranges are given by name here, once; TensorRT wants them by input.
@@ -70,7 +70,7 @@ def _dims(config: EngineConfig, sequence: Range, past: Range, grows: bool) -> di
         "batch": config.batch,
         "sequence": sequence,
         "past": past,
-        # TensorRT sees that what is concatenated is as long as the mask, at each of the three.
+        # At each of the three shapes the concatenated cache must be as long as the mask.
         "total": (low, usual, high if grows else config.context_length),
         "logits": (1, 1, 1),
         "rank": config.rank,
@@ -78,7 +78,7 @@ def _dims(config: EngineConfig, sequence: Range, past: Range, grows: bool) -> di
 
 
 def profile_shapes(bindings: Sequence[Binding], profile: Profile) -> Mapping[str, ShapeRange]:
-    """A profile as TensorRT takes it: ranges of each input that has a size a call decides."""
+    """A profile in TensorRT's form: the range of each input that has a dynamic dimension."""
     return {
         binding.name: (
             binding.resolve({name: sizes[0] for name, sizes in profile.dims.items()}),

@@ -1,4 +1,4 @@
-"""Build engines, each in a process of its own, and keep those that are finished.
+"""Build engines, each in its own process, and cache the finished ones.
 
 A finished engine stays in the work folder under a digest of all that it depends on, so that a build
 that was interrupted, or is repeated after a change elsewhere, finds it there.
@@ -31,10 +31,10 @@ _INSTALL = {
     "tensorrt_rtx": "pip install 'eoracc[tensorrt-rtx]'",
 }
 _GRACE_SECONDS = 2.0
-"""How long a cancelled build may take to stop by itself."""
+"""Seconds that a cancelled build may take to stop by itself."""
 
 _LAST_WORDS = 3
-"""Lines of a crashed build's output that its error repeats."""
+"""Number of last lines of a crashed build's output that the error quotes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BuiltEngine:
 
 
 def require_package(package: str) -> None:
-    """See that ``tensorrt_rtx`` or ``tensorrt`` is installed.
+    """Check that ``tensorrt_rtx`` or ``tensorrt`` is installed.
 
     Raises:
       TargetError: it is not; the text says how to install it.
@@ -79,7 +79,7 @@ def build_engines(
     work: Path,
     progress: Progress,
 ) -> list[BuiltEngine]:
-    """Build one engine for each compute capability, or find it in ``work``.
+    """Build one engine for each compute capability, or take it from ``work``.
 
     Args:
       graph: the ONNX file, its weights beside it.
@@ -120,7 +120,7 @@ def build_engines(
 
 
 def _kept(task: EngineTask) -> BuiltEngine | None:
-    """The engine of ``task`` where an earlier build has finished it."""
+    """The engine of ``task`` if an earlier build finished it."""
     try:
         summary = json.loads(task.engine.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -192,20 +192,20 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._printed,
             text=True,
-            # Ctrl-C on the terminal is for this process, which ends that one in good order.
+            # Ctrl-C on the terminal reaches this process only, which then stops the builder.
             start_new_session=True,
         )
         assert self._process.stdin is not None  # noqa: S101 - a pipe
         assert self._process.stdout is not None  # noqa: S101 - a pipe
         self._stdin = self._process.stdin
         self.events: Iterator[Mapping[str, Any]] = map(json.loads, self._process.stdout)
-        # A process that is dead already says so by having no events.
+        # A process that has died already shows by the end of its events.
         with suppress(BrokenPipeError):
             self._stdin.write(task.to_json() + "\n")
             self._stdin.flush()
 
     def last_words(self) -> str:
-        """Why there are no more events, though there should be."""
+        """The reason for a premature end of the events."""
         status = self._process.wait()
         self._printed.seek(0)
         lines = self._printed.read().decode(errors="replace").split("\n")
@@ -213,7 +213,7 @@ class _Worker:
         return f"the builder ended with status {status}{said and f' ({said})'}"
 
     def end(self) -> None:
-        """Cancel what still runs: by the end of its input, or by force where it does not listen."""
+        """Cancel a running build: close its input, and kill it if it does not stop."""
         with self._process, self._printed:
             with suppress(BrokenPipeError):
                 self._stdin.close()
@@ -225,7 +225,7 @@ class _Worker:
 
 @contextmanager
 def _worker(task: EngineTask) -> Iterator[_Worker]:
-    """The process that builds; the end of the context is its end, too."""
+    """The building process; it ends with the context."""
     worker = _Worker(task)
     try:
         yield worker

@@ -1,4 +1,4 @@
-"""bundle.json: what the folder of the target ``tensorrt`` holds, and what its engines will be.
+"""bundle.json: the content of a ``tensorrt`` folder and the description of its engines.
 
 An engine of TensorRT is built where it runs. The folder has all that this takes: the graph and its
 weights, the plugin and its kernels, and here the ranges that engines are built for. Whoever has
@@ -35,7 +35,7 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are what was written.
+    """A bundle whose files have been checked.
 
     Attributes:
       folder: of the bundle.
@@ -72,7 +72,7 @@ def bundle_json(
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Compare a bundle with its manifest, and read what engines it is for.
+    """Check a bundle against its manifest, and read the description of its engines.
 
     Args:
       path: an artifact with the target ``tensorrt``, or that target's folder, alone or in its

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["OLDEST_TENSORRT", "MadeEngine", "build_from_bundle", "store_engine"]
 
 OLDEST_TENSORRT = (10, 9)
-"""The first that takes plugins of Python whose kernels are compiled ahead of time."""
+"""The first version that accepts Python plugins with kernels compiled ahead of time."""
 
 _PACKAGE = "tensorrt"
 _LOG = "builder-sm{}.log"
@@ -123,7 +123,7 @@ def build_from_bundle(
 
 
 def _require_tensorrt() -> None:
-    """See that TensorRT is there, and new enough."""
+    """Check that TensorRT is installed and recent enough."""
     require_package(_PACKAGE)
     version = metadata.version(_PACKAGE)
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
@@ -138,7 +138,7 @@ def _require_tensorrt() -> None:
 def _known_engines(
     folder: Path, bundle: Bundle, *, force: bool, capability: str
 ) -> EngineSet | None:
-    """Engines that are there already; None for none."""
+    """The engines that exist already; None for none."""
     if not (folder / ENGINES_FILE).is_file():
         return None
     known = read_engine_set(folder)
@@ -161,7 +161,7 @@ def store_engine(
     log: bytes,
     version: str,
 ) -> Path:
-    """Put an engine, engines.json and the builder's log in their place, all of them or none.
+    """Move an engine, engines.json and the builder's log into place, all of them or none.
 
     Args:
       bundle: that it was built from.

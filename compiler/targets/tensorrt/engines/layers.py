@@ -1,4 +1,4 @@
-"""What TensorRT made of a graph, read in the builder's log.
+"""The layers of an engine, read from the builder's log.
 
 An engine that is built ahead cannot be opened without a GPU's driver, so the engine inspector is of
 no use here. The builder's own log says the same: its verbose part lists every layer of the finished
@@ -56,7 +56,7 @@ class EngineLayers:
 
 
 def read_layers(messages: Iterable[str]) -> EngineLayers:
-    r"""Read what the builder said.
+    r"""Parse the builder's log.
 
     Args:
       messages: of its log, verbose ones included, built with detailed profiling verbosity.

@@ -1,4 +1,4 @@
-"""What the process that builds an engine is told, and what it answers, one line of JSON each."""
+"""The messages to and from the process that builds an engine, one line of JSON each."""
 
 from __future__ import annotations
 

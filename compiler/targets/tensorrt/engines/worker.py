@@ -41,7 +41,7 @@ _Send = Callable[[dict[str, Any]], None]
 
 
 class _RefusalError(Exception):
-    """TensorRT does not build this; the text is its own reason."""
+    """TensorRT refuses to build this; the text is its reason."""
 
 
 def build_engine(task: EngineTask, send: _Send, cancelled: Callable[[], bool]) -> bool:
@@ -170,7 +170,7 @@ def _monitor(trt: Any, send: _Send, cancelled: Callable[[], bool]) -> Any:  # no
 
 
 def _parser_reason(parser: Any) -> str:  # noqa: ANN401 - an OnnxParser
-    """What the parser says of the first node that it cannot take."""
+    """The parser's message on the first node that it does not support."""
     if not parser.num_errors:
         return "the graph cannot be read"
     error = parser.get_error(0)
@@ -179,7 +179,7 @@ def _parser_reason(parser: Any) -> str:  # noqa: ANN401 - an OnnxParser
 
 
 def _reason(errors: Iterable[str]) -> str:
-    """What the builder says last; what comes before is mostly what it tried."""
+    """The builder's last message; earlier ones are mostly attempts."""
     return _one_line(next(reversed(list(errors)), "no engine came of it"))
 
 
@@ -188,9 +188,9 @@ def _one_line(text: str) -> str:
 
 
 def main() -> int:
-    """Build what standard input asks for."""
+    """Build the engine of the task on standard input."""
     task = parse_task(sys.stdin.readline())
-    # Libraries print what they like; the events have the real standard output to themselves.
+    # Libraries print to standard output; the events use a private copy of it.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stop = threading.Event()
