@@ -362,7 +362,7 @@ def _score_adapters(
     alone = _solve(
         config,
         backbone,
-        [one.task for one in solved],
+        [adapter.task for adapter in solved],
         folder,
         progress,
         weight_of=Linear.backbone_weight,
@@ -376,11 +376,13 @@ def _write_adapters(writer: ArtifactWriter, made: _Made, progress: Progress) -> 
     if not made.adapters:
         return made.scores
     assert made.slots is not None  # noqa: S101 - load_config wants slots where there are adapters
-    for one in made.adapters:
-        writer.write_adapter(one.task.name, one.factors, adapter_details(one, made.scores))
+    for adapter in made.adapters:
+        writer.write_adapter(
+            adapter.task.name, adapter.factors, adapter_details(adapter, made.scores)
+        )
     if not made.cases:
         return made.scores
-    factors = {one.task.name: one.factors for one in made.adapters}
+    factors = {adapter.task.name: adapter.factors for adapter in made.adapters}
     parity = check_adapters(writer.folder, made.slots, factors, made.cases, progress=progress)
     return replace(made.scores, parity=parity)
 

@@ -249,10 +249,10 @@ def _check(
         progress=progress,
     )
     name = solved.task.name
-    found = check_adapters(folder, request.slots, {name: solved.factors}, cases, progress=progress)
-    for problem in refuse_adapters(found):
+    parity = check_adapters(folder, request.slots, {name: solved.factors}, cases, progress=progress)
+    for problem in refuse_adapters(parity):
         raise GateError(f"{problem}: it was not stored")
-    return replace(report, parity=found)
+    return replace(report, parity=parity)
 
 
 def _merge(stored: dict[str, Any], report: AdaptersReport) -> None:

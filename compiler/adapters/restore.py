@@ -99,12 +99,12 @@ def _linears_of(node: ir.Node) -> list[tuple[str, NBitsWeight, LowRank | None]]:
     # Linears that were packed before compression are one, of several parts that share lora_a.
     sizes = parts if len(names) > 1 else [total]
     edges = np.cumsum([0, *sizes])
-    found = []
+    backbone = []
     for part, name in enumerate(names):
         rows = slice(int(edges[part]), int(edges[part + 1]))
         weight = _weight(node, rows, out_features=total)
-        found.append((name, weight, _factors(node, part, len(parts), rows)))
-    return found
+        backbone.append((name, weight, _factors(node, part, len(parts), rows)))
+    return backbone
 
 
 def _weight(node: ir.Node, rows: slice, *, out_features: int) -> NBitsWeight:

@@ -51,15 +51,15 @@ def list_adapters(artifact: Path, as_json: bool) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("perplexity", justify="right", no_wrap=True)
     table.add_column("from", overflow="fold")
-    for one in described:
+    for entry in described:
         table.add_row(
-            one["name"],
-            str(one["rank"]),
-            ", ".join(one["factor_types"]),
-            str(one["linears"]),
-            format_bytes(one["bytes"]),
-            _perplexity(one),
-            str(one["details"].get("from", "")),
+            entry["name"],
+            str(entry["rank"]),
+            ", ".join(entry["factor_types"]),
+            str(entry["linears"]),
+            format_bytes(entry["bytes"]),
+            _perplexity(entry),
+            str(entry["details"].get("from", "")),
         )
     make_console().print(table)
 

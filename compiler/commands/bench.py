@@ -91,14 +91,14 @@ def _show(report: BenchReport) -> None:
     prefill = f"prefill {report.prompt_tokens}"
     for heading in ("decode\ntokens/s", "time /\nnone", f"{prefill}\ntokens/s", "first token\nms"):
         alone.add_column(heading, justify="right", no_wrap=True)
-    for one in report.adapters:
-        ratio = one.decode_time_ratio
+    for adapter in report.adapters:
+        ratio = adapter.decode_time_ratio
         alone.add_row(
-            one.adapter,
-            _text(one.decode_tokens_per_s, ".0f"),
+            adapter.adapter,
+            _text(adapter.decode_tokens_per_s, ".0f"),
             "" if ratio is None else f"{ratio.median:.3f}",
-            _text(one.prefill_tokens_per_s, ".0f"),
-            _text(one.first_token_ms, ".0f"),
+            _text(adapter.prefill_tokens_per_s, ".0f"),
+            _text(adapter.first_token_ms, ".0f"),
         )
     console.print(alone)
     batches = make_table(

@@ -89,7 +89,8 @@ def compare(
     section = config.compare
     names = _parts(methods, () if section is None else tuple(section.methods))
     spent = [
-        parse_budget(one) for one in _parts(budgets, () if section is None else section.budgets)
+        parse_budget(budget)
+        for budget in _parts(budgets, () if section is None else section.budgets)
     ]
     # Before the heavy imports: what is wrong with these needs no waiting for.
     find_methods(config, names)
@@ -230,8 +231,8 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
         },
     )
     for row in comparison.rows:
-        found = row.figures
-        if found is None:
+        figures = row.figures
+        if figures is None:
             add(row.method, {"budget": row.budget or "", "bits": "[dim]skipped[/dim]"})
             continue
         spent = "" if row.rank is None else f"rank {row.rank}"
@@ -241,12 +242,12 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
             {
                 "budget": row.budget or "",
                 "spent on": spent,
-                "bits": f"{found.bits_per_weight:.2f}",
-                "linears": format_bytes(found.linear_bytes),
-                "perplexity": _perplexity(found.perplexity),
-                "KL": f"{found.kl:.4f}",
-                "elsewhere": ood(found.perplexity_ood),
-                "CPU s": f"{found.seconds:.1f}",
+                "bits": f"{figures.bits_per_weight:.2f}",
+                "linears": format_bytes(figures.linear_bytes),
+                "perplexity": _perplexity(figures.perplexity),
+                "KL": f"{figures.kl:.4f}",
+                "elsewhere": ood(figures.perplexity_ood),
+                "CPU s": f"{figures.seconds:.1f}",
             },
         )
     return table

@@ -77,16 +77,16 @@ def _linears_table(summary: ArtifactSummary) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for stage in stages:
         table.add_column(stage.replace("_", " "), justify="right")
-    for one in linears:
+    for linear in linears:
         table.add_row(
-            "" if one.block is None else str(one.block),
-            one.role,
-            "x".join(map(str, one.shape)),
-            "" if one.bits is None else str(one.bits),
-            "" if one.group_size is None else str(one.group_size),
-            str(one.rank) if one.rank else "",
-            format_bytes(one.bytes),
-            *_errors(one, stages),
+            "" if linear.block is None else str(linear.block),
+            linear.role,
+            "x".join(map(str, linear.shape)),
+            "" if linear.bits is None else str(linear.bits),
+            "" if linear.group_size is None else str(linear.group_size),
+            str(linear.rank) if linear.rank else "",
+            format_bytes(linear.bytes),
+            *_errors(linear, stages),
         )
     return table
 
@@ -98,24 +98,24 @@ def _factorized_table(factorized: Sequence[FactorizedReport]) -> Table:
     table.add_column("weight", no_wrap=True)
     for heading in ("shape", "rank", "removed", *(stage.replace("_", " ") for stage in stages)):
         table.add_column(heading, justify="right", no_wrap=True)
-    for one in factorized:
+    for weight in factorized:
         table.add_row(
-            "" if one.block is None else str(one.block),
-            one.role,
-            "x".join(map(str, one.shape)),
-            str(one.rank),
-            f"{one.removed:.1%}",
-            *_errors(one, stages),
+            "" if weight.block is None else str(weight.block),
+            weight.role,
+            "x".join(map(str, weight.shape)),
+            str(weight.rank),
+            f"{weight.removed:.1%}",
+            *_errors(weight, stages),
         )
     return table
 
 
 def _stages(reports: Sequence[LinearReport | FactorizedReport]) -> list[str]:
-    return list(dict.fromkeys(stage for one in reports for stage in one.errors))
+    return list(dict.fromkeys(stage for report in reports for stage in report.errors))
 
 
-def _errors(one: LinearReport | FactorizedReport, stages: Sequence[str]) -> list[str]:
-    return [f"{one.errors[stage]:.4f}" if stage in one.errors else "" for stage in stages]
+def _errors(report: LinearReport | FactorizedReport, stages: Sequence[str]) -> list[str]:
+    return [f"{report.errors[stage]:.4f}" if stage in report.errors else "" for stage in stages]
 
 
 def _show_checkpoint(summary: CheckpointSummary) -> None:

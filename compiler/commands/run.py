@@ -160,15 +160,15 @@ def _details(model: Model, completion: Completion) -> dict[str, Any]:
     if completion.logprobs is not None:
         details["logprobs"] = [
             {
-                "token": one.token,
-                "text": model.decode([one.token]),
-                "logprob": one.logprob,
+                "token": token.token,
+                "text": model.decode([token.token]),
+                "logprob": token.logprob,
                 "top": [
                     {"token": token, "text": model.decode([token]), "logprob": logprob}
-                    for token, logprob in one.top
+                    for token, logprob in token.top
                 ],
             }
-            for one in completion.logprobs
+            for token in completion.logprobs
         ]
     return details
 

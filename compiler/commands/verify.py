@@ -42,7 +42,7 @@ def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: 
 
     engines = check_engines(artifact, manifest, backend)
     parity = check_parity(artifact)
-    passed = parity.passed and all(one.passed for one in engines)
+    passed = parity.passed and all(engine.passed for engine in engines)
     if as_json:
         print_json(
             {
@@ -50,24 +50,24 @@ def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: 
                 "digest": manifest.digest,
                 "files": len(manifest.files),
                 "parity": parity.as_dict(),
-                "engines": [one.as_dict() for one in engines],
+                "engines": [engine.as_dict() for engine in engines],
             }
         )
     else:
         click.echo(f"files: {len(manifest.files)} are what {artifact / 'manifest.json'} says")
         click.echo(parity_line(parity.as_dict()))
-        for one in engines:
-            click.echo(_engine_line(one))
+        for engine in engines:
+            click.echo(_engine_line(engine))
     if not passed:
         ctx.exit(1)
 
 
-def _engine_line(one: EngineParity) -> str:
-    if one.not_run is not None:
-        return f"engines of {one.backend}: not run: {one.not_run}"
-    outcome = "passed" if one.passed else "FAILED"
-    share = max(case.max_error / case.tolerance for case in one.logits)
+def _engine_line(engine: EngineParity) -> str:
+    if engine.not_run is not None:
+        return f"engines of {engine.backend}: not run: {engine.not_run}"
+    outcome = "passed" if engine.passed else "FAILED"
+    share = max(case.max_error / case.tolerance for case in engine.logits)
     return (
-        f"engines of {one.backend} on {one.device}: {outcome}, largest deviation {share:.0%} of "
-        f"its tolerance on logits ({len(one.logits)} cases)"
+        f"engines of {engine.backend} on {engine.device}: {outcome}, "
+        f"largest deviation {share:.0%} of its tolerance on logits ({len(engine.logits)} cases)"
     )

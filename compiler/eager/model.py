@@ -185,17 +185,17 @@ def _factorize(model: PreTrainedModel, name: str, *, rank: int) -> None:
     """
     paths = {module: path for path, module in model.named_modules()}
     modules: dict[str, Any] = {path: module for module, path in paths.items()}
-    found = module_rows(modules, model.config, name)
-    if all(isinstance(module, torch.nn.Sequential) for module, _ in found):
+    rows = module_rows(modules, model.config, name)
+    if all(isinstance(module, torch.nn.Sequential) for module, _ in rows):
         return  # it has them already
-    if found[0][1] != slice(None):
-        fused, _ = found[0]
+    if rows[0][1] != slice(None):
+        fused, _ = rows[0]
         parts = _split(fused, paths[fused].rpartition(".")[2], model.config)
         model.set_submodule(paths[fused], parts)
         paths |= {part: f"{paths[fused]}.{role}" for role, part in parts.named_children()}
-        found = [(parts.get_submodule(name.rpartition(".")[2]), slice(None))]
-    first = _empty_linear(found[0][0].in_features, rank)
-    for module, _ in found:
+        rows = [(parts.get_submodule(name.rpartition(".")[2]), slice(None))]
+    first = _empty_linear(rows[0][0].in_features, rank)
+    for module, _ in rows:
         second = _empty_linear(rank, module.out_features)
         second.bias = module.bias
         model.set_submodule(
@@ -233,8 +233,8 @@ def _factor_rows(
             f"the eager model has {whole!r} as one module, without the factor {factor!r}"
         )
     # The parts of a packed module share their input.
-    found = dict.fromkeys(module.get_submodule(factor) for module in halves)
-    return [(module, slice(None)) for module in found]
+    parts = dict.fromkeys(module.get_submodule(factor) for module in halves)
+    return [(module, slice(None)) for module in parts]
 
 
 def positions(attention_mask: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -329,8 +329,10 @@ class _Run:
                     (before,) = torch.autograd.grad(output, hidden, gradient, retain_graph=True)
                     arriving.append(before)
                     for name, place in places.items():
-                        found = torch.cat([seen[module][..., part] for module, part in place], -1)
-                        array = found.reshape(-1, found.shape[-1]).float().numpy()
+                        gradients = torch.cat(
+                            [seen[module][..., part] for module, part in place], -1
+                        )
+                        array = gradients.reshape(-1, gradients.shape[-1]).float().numpy()
                         total = sums.setdefault(name, _Statistics(array.shape[1], self.draws, add))
                         total.add(array, weights.reshape(-1), first=draw == 0)
             self._keep("gradient", block, start, torch.stack(arriving))

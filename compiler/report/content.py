@@ -287,8 +287,8 @@ class Report:
             else AdaptersReport(),
             surveys=content.get("surveys", ()),
             factorized=[
-                FactorizedReport(**{**one, "shape": tuple(one["shape"])})
-                for one in content.get("factorized", ())
+                FactorizedReport(**{**entry, "shape": tuple(entry["shape"])})
+                for entry in content.get("factorized", ())
             ],
             targets=content.get("targets", {}),
         )

@@ -56,16 +56,18 @@ def fidelity_report(
         made[factorized] = _Made(Linear.weight, _plain_bytes)
     if factorized is None or any(linear.compressed is not None for linear in linears):
         made["quantized"] = _Made.compensated({})
-        found: dict[str, Factors] = {
+        compensated: dict[str, Factors] = {
             name: factors for name, factors in comparisons.items() if name != shipped
         }
         if shipped is not None:
-            found[shipped] = {one.name: one.factors for one in linears if one.factors is not None}
-        made |= {name: _Made.compensated(factors) for name, factors in found.items()}
-    variants = {name: Variant(compressed, one.weight_of) for name, one in made.items()}
+            compensated[shipped] = {
+                linear.name: linear.factors for linear in linears if linear.factors is not None
+            }
+        made |= {name: _Made.compensated(factors) for name, factors in compensated.items()}
+    variants = {name: Variant(compressed, variant.weight_of) for name, variant in made.items()}
     scores = score_variants(original, variants, windows, progress=progress)
     rows = [_original_row(scores["original"], original)]
-    rows += [_row(name, scores[name], compressed, one) for name, one in made.items()]
+    rows += [_row(name, scores[name], compressed, variant) for name, variant in made.items()]
     given = limits.model_dump(exclude_none=True)
     return FidelityReport(
         rows=rows,
@@ -78,11 +80,11 @@ def fidelity_report(
 
 @dataclass(frozen=True)
 class _Made:
-    """What passes have made of the linears, all of them or the first.
+    """The linears after some or all passes.
 
     Attributes:
-      weight_of: what a linear multiplies with.
-      bytes_of: what that takes as it is stored.
+      weight_of: the weight that a linear multiplies with.
+      bytes_of: the stored bytes of that weight.
     """
 
     weight_of: WeightOf
@@ -94,12 +96,12 @@ class _Made:
 
         def weight_of(linear: Linear) -> NDArray[np.float32]:
             weight = linear.backbone_weight()
-            found = factors.get(linear.name)
-            return weight if found is None else weight + found.product()
+            correction = factors.get(linear.name)
+            return weight if correction is None else weight + correction.product()
 
         def bytes_of(linear: Linear) -> int:
-            found = factors.get(linear.name)
-            return _backbone_bytes(linear) + (0 if found is None else found.nbytes)
+            correction = factors.get(linear.name)
+            return _backbone_bytes(linear) + (0 if correction is None else correction.nbytes)
 
         return cls(weight_of, bytes_of)
 
@@ -113,7 +115,7 @@ def _backbone_bytes(linear: Linear) -> int:
 
 
 def _shipped_bytes(linear: Linear) -> int:
-    """What the graph has in store for ``linear``."""
+    """The bytes that the graph stores for ``linear``."""
     return _backbone_bytes(linear) + (0 if linear.factors is None else linear.factors.nbytes)
 
 
@@ -127,14 +129,16 @@ def _original_row(scores: Scores, original: Executor) -> FidelityRow:
 
 
 def _row(name: str, scores: Scores, executor: Executor, made: _Made) -> FidelityRow:
-    """The row of the variant that ``executor`` runs as ``made`` says.
+    """The row of the variant ``made``, run by ``executor``.
 
     Bits are counted over the linears that the build compresses, per weight that the original has
     there: the two factors of one count against its weights.
     """
-    touched = [one for one in executor.linears if one.compressed is not None or one.whole]
-    wholes = {one.whole or one for one in touched}
-    weights = sum(one.in_features * one.out_features for one in wholes)
+    touched = [
+        linear for linear in executor.linears if linear.compressed is not None or linear.whole
+    ]
+    wholes = {linear.whole or linear for linear in touched}
+    weights = sum(linear.in_features * linear.out_features for linear in wholes)
     stored = sum(map(made.bytes_of, touched))
     return FidelityRow(
         name=name,

@@ -100,7 +100,7 @@ class ArtifactSummary:
     @property
     def bits_per_weight(self) -> float:
         """Per weight that the original has in them; scales, zero points and factors included."""
-        whole = {one.name: one.shape for one in self.report.factorized}
+        whole = {item.name: item.shape for item in self.report.factorized}
         shapes = {
             linear.factor_of or linear.name: whole.get(str(linear.factor_of), linear.shape)
             for linear in self._compressed
@@ -110,7 +110,9 @@ class ArtifactSummary:
     @property
     def _compressed(self) -> list[LinearReport]:
         """Linears that are quantized, or a factor of a weight, or both."""
-        return [one for one in self.report.linears if one.bits is not None or one.factor_of]
+        return [
+            linear for linear in self.report.linears if linear.bits is not None or linear.factor_of
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -128,19 +128,19 @@ def _figure(value: float | None) -> str:
 
 
 def report_lines(report: Report) -> list[str]:
-    """What stands under the table: parity, the worst linears, notes, limits, cost."""
+    """The lines under the table: parity, the worst linears, notes, limits, cost."""
     lines = [parity_line(report.parity), *survey_lines(report.surveys)]
     described: list[LinearReport | FactorizedReport] = [*report.factorized, *report.linears]
-    compressed = [one for one in described if one.errors]
+    compressed = [item for item in described if item.errors]
     worst = sorted(compressed, key=_last_error, reverse=True)[:_WORST]
     if worst:
         named = ", ".join(f"{linear.name} {_last_error(linear):.3f}" for linear in worst)
         lines.append(f"largest output errors: {named}")
-    lines += [f"note: {one.name}: {note}" for one in described for note in one.notes]
+    lines += [f"note: {item.name}: {note}" for item in described for note in item.notes]
     lines += adapter_lines(report.adapters)
     for target, built in report.targets.items():
         engines = built.get("engines", {}).items()
-        if sizes := ", ".join(f"{name} {format_bytes(one['size'])}" for name, one in engines):
+        if sizes := ", ".join(f"{name} {format_bytes(engine['size'])}" for name, engine in engines):
             lines.append(f"{target}: engines by compute capability: {sizes}")
     lines += [f"limit: {sentence}" for sentence in report.fidelity.exceeded]
     build = report.build
@@ -155,7 +155,7 @@ def report_lines(report: Report) -> list[str]:
 
 
 def survey_lines(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each survey found, in one line."""
+    """One line on the result of each survey."""
     # Loads the passes: a command that formats other lines has no need of them.
     from eoracc.passes import load_passes  # noqa: PLC0415
     from eoracc.passes.base import pass_type  # noqa: PLC0415
@@ -164,28 +164,30 @@ def survey_lines(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
     if surveys:
         load_passes()
     lines = []
-    for found in surveys:
-        survey = pass_type(found["pass"])
-        assert issubclass(survey, SurveyPass)  # noqa: S101 - nothing else finds anything
-        if summary := survey.summary(found):
+    for result in surveys:
+        survey = pass_type(result["pass"])
+        assert issubclass(survey, SurveyPass)  # noqa: S101 - only surveys have results
+        if summary := survey.summary(result):
             lines.append(f"{survey.name}: {summary}")
     return lines
 
 
 def adapter_lines(adapters: AdaptersReport) -> list[str]:
-    """What each adapter that was solved is, and what there is to say of it."""
+    """One line on each solved adapter, and its notes."""
     lines = []
-    for name, one in adapters.solved.items():
-        lines.append(_adapter_line(name, one, adapters.parity.get(name)))
-        lines += [f"note: adapter {name}: {note}" for note in one.notes]
+    for name, adapter in adapters.solved.items():
+        lines.append(_adapter_line(name, adapter, adapters.parity.get(name)))
+        lines += [f"note: adapter {name}: {note}" for note in adapter.notes]
     return lines
 
 
-def _adapter_line(name: str, one: AdapterReport, parity: AdapterParity | None) -> str:
+def _adapter_line(name: str, adapter: AdapterReport, parity: AdapterParity | None) -> str:
     line = (
-        f"adapter {name}: rank {one.rank}, {one.factor_type}, {format_bytes(one.bytes)}, "
-        f"{one.tokens:,} tokens, {one.cpu_s:.0f} s of processor time, "
-        f"mean output error {one.error_without:.3f} without and {one.error_with:.3f} with it"
+        f"adapter {name}: rank {adapter.rank}, {adapter.factor_type}, "
+        f"{format_bytes(adapter.bytes)}, "
+        f"{adapter.tokens:,} tokens, {adapter.cpu_s:.0f} s of processor time, "
+        f"mean output error {adapter.error_without:.3f} without "
+        f"and {adapter.error_with:.3f} with it"
     )
     if parity is not None:
         share = max(case["max_error"] / case["tolerance"] for case in parity.cases)
@@ -198,7 +200,7 @@ def parity_line(parity: Mapping[str, Any]) -> str:
     if not parity:
         return "parity: not checked"
     outcome = "passed" if parity["passed"] else "FAILED"
-    linears = max((one["tolerance_share"] for one in parity.get("linears", ())), default=0.0)
+    linears = max((linear["tolerance_share"] for linear in parity.get("linears", ())), default=0.0)
     cases = parity.get("logits", ())
     logits = max((case["max_error"] / case["tolerance"] for case in cases), default=0.0)
     return (

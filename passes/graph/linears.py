@@ -386,15 +386,15 @@ def find_again(model: ir.Model, before: Sequence[Linear]) -> list[Linear]:
             known[linear.node] = linear
         else:
             wholes |= dict.fromkeys(linear.nodes, linear)
-    found = find_linears(model)
-    for linear in found:
+    linears = find_linears(model)
+    for linear in linears:
         whole = wholes.get(linear.node)
         if whole is not None:
             linear.whole = whole
             # At z = v x the only weights known of the tokens are those of u's output.
             linear.token_weights = whole.token_weights
             linear.output_gram = _factors_output_gram(linear, whole)
-    return [known.get(linear.node, linear) for linear in found]
+    return [known.get(linear.node, linear) for linear in linears]
 
 
 def _factors_output_gram(linear: Linear, whole: Linear) -> Callable[[], NDArray[np.float32]] | None:

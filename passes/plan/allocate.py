@@ -132,7 +132,7 @@ class Allocate(SurveyPass):
 
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:
-        found = context.remember(self.name, lambda: self._found(context))
+        found = context.remember(self.name, lambda: self._plan(context))
         linears = {linear.name: linear for linear in context.linears}
         for name, choice in found["linears"].items():
             linears[name].plan.update(choice["plan"])
@@ -151,7 +151,7 @@ class Allocate(SurveyPass):
         )
         return f"{text}; {others}" if others else text
 
-    def _found(self, context: SurveyContext) -> dict[str, Any]:
+    def _plan(self, context: SurveyContext) -> dict[str, Any]:
         quantizer, compensation = self._steered(context)
         outputs = {linear.name for linear in context.linears if linear.output_gram is not None}
         if self.distortion == "outputs" and not outputs:
@@ -167,10 +167,10 @@ class Allocate(SurveyPass):
         calibrate = Recipe(context.following).calibrate or Calibrate()
         # Errors of different linears compare where every token counts by its own size alone.
         plain = replace(calibrate, tokens="equal")
-        found = context.each_group(
+        entries = context.each_group(
             self.name, plain, lambda group: [*map(asdict, trial.items(group))]
         )
-        items = [_Item.from_dict(item) for item in found]
+        items = [_Item.from_dict(item) for item in entries]
         if not items:
             raise PassError(
                 self.name, f"has nothing to choose: {quantizer.name!r} leaves all linears out"
@@ -238,11 +238,11 @@ class Allocate(SurveyPass):
             share = budget * _weights(part) // _weights(items)
             candidates = [[option.candidate for option in item.options] for item in part]
             try:
-                found = allocate(candidates, share)
+                allocation = allocate(candidates, share)
             except BudgetError:
                 raise _OverspentError(part, share, least_bytes(candidates)) from None
-            chosen += [item.options[at] for item, at in zip(part, found.chosen, strict=True)]
-            bound += found.bound
+            chosen += [item.options[at] for item, at in zip(part, allocation.chosen, strict=True)]
+            bound += allocation.bound
         return chosen, bound
 
     def _alternatives(self, items: Sequence[_Item], budget: int) -> dict[str, dict[str, Any]]:
@@ -252,7 +252,7 @@ class Allocate(SurveyPass):
         ways: dict[str, tuple[str, int]] = {"bits alone": ("rank", 0)}
         if len(self.widths) > 1:
             ways |= {f"rank alone, {bits} bits": ("bits", bits) for bits in self.widths}
-        found = {}
+        alternatives = {}
         for name, (key, value) in ways.items():
             narrowed = [
                 # A linear whose option an override sets has no other.
@@ -262,10 +262,10 @@ class Allocate(SurveyPass):
                 for item in items
             ]
             try:
-                found[name] = _summary(narrowed, self._allocate(narrowed, budget)[0])
+                alternatives[name] = _summary(narrowed, self._allocate(narrowed, budget)[0])
             except _OverspentError:
                 continue
-        return found
+        return alternatives
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class AllocateRatios(SurveyPass):
 
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:
-        found = context.remember(self.name, lambda: self._found(context))
+        found = context.remember(self.name, lambda: self._plan(context))
         linears = {linear.name: linear for linear in context.linears}
         for name, entry in found["linears"].items():
             linears[name].plan["ratio"] = entry["ratio"]
@@ -98,7 +98,7 @@ class AllocateRatios(SurveyPass):
             f"{found['removed']:.1%} of the parameters in all"
         )
 
-    def _found(self, context: SurveyContext) -> dict[str, Any]:
+    def _plan(self, context: SurveyContext) -> dict[str, Any]:
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         steered = Recipe(context.following).factorization
@@ -135,7 +135,7 @@ class AllocateRatios(SurveyPass):
 
     def _weights(self, context: SurveyContext, common: dict[str, float]) -> list[_Weight]:
         calibrate = Recipe(context.following).calibrate or Calibrate()
-        found = []
+        weights = []
         for group in context.walk(self.name, calibrate):
             ours = [linear for linear in group.linears if linear.name in common]
             if not ours:
@@ -147,8 +147,8 @@ class AllocateRatios(SurveyPass):
                 energies = scipy.linalg.eigvalsh(wide @ wide.T)[::-1].clip(min=0)
                 shape = (linear.out_features, linear.in_features)
                 ratio = common[linear.name]
-                found.append(_Weight(linear.name, linear.role, shape, ratio, energies))
-        return found
+                weights.append(_Weight(linear.name, linear.role, shape, ratio, energies))
+        return weights
 
     @staticmethod
     def _by_loss(weights: Sequence[_Weight]) -> dict[str, float]:

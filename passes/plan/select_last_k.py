@@ -310,9 +310,9 @@ class _Search:
         with self.context.progress.phase(f"free {number}", len(left)) as phase:
             for block in left:
                 choice = replace(kept, blocks=tuple(sorted((*kept.blocks, block))))
-                found = self._try(f"free-{number}-{block}", choice, base=kept, frozen=True)
-                costs[block] = found.error
-                phase.advance(f"block {block}: error {found.error:.4f}")
+                tried = self._try(f"free-{number}-{block}", choice, base=kept, frozen=True)
+                costs[block] = tried.error
+                phase.advance(f"block {block}: error {tried.error:.4f}")
         return costs
 
     def _try(self, name: str, choice: Choice, *, base: Choice, frozen: bool = False) -> _Tried:

@@ -38,21 +38,21 @@ def ratios_by_loss(losses: Sequence[float], sizes: Sequence[int], ratio: float) 
 
     Source: Wang et al., SVD-LLM V2, arXiv:2503.12340, algorithm 1.
 
-    >>> [round(one, 3) for one in ratios_by_loss([np.e, np.e**3], [10, 10], 0.2)]
+    >>> [round(ratio, 3) for ratio in ratios_by_loss([np.e, np.e**3], [10, 10], 0.2)]
     [0.3, 0.1]
     """
     shares = 1 / np.log(np.maximum(losses, np.e))
     weights = np.asarray(sizes, np.float64)
     held = np.zeros(len(shares), bool)
-    found = np.zeros(len(shares))
+    ratios = np.zeros(len(shares))
     while not held.all():
         left = ratio * weights.sum() - MAX_RATIO * weights[held].sum()
-        found = np.where(held, MAX_RATIO, left * shares / (weights * shares)[~held].sum())
-        beyond = (found > MAX_RATIO) & ~held
+        ratios = np.where(held, MAX_RATIO, left * shares / (weights * shares)[~held].sum())
+        beyond = (ratios > MAX_RATIO) & ~held
         if not beyond.any():
             break
         held |= beyond
-    return [float(one) for one in np.minimum(found, MAX_RATIO)]
+    return [float(share) for share in np.minimum(ratios, MAX_RATIO)]
 
 
 def ratios_by_energy(

@@ -67,19 +67,19 @@ def top_left_vectors(matrix: Float, rank: int) -> Float:
     """
     if rank == 0:
         return np.zeros((len(matrix), 0), matrix.dtype)
-    found = _found(matrix, rank)
-    if matrix.dtype == np.float32 and _drown(matrix, found):
-        found = _found(matrix.astype(np.float64), rank).astype(np.float32)
-    return _signed(found)
+    vectors = _vectors(matrix, rank)
+    if matrix.dtype == np.float32 and _drown(matrix, vectors):
+        vectors = _vectors(matrix.astype(np.float64), rank).astype(np.float32)
+    return _signed(vectors)
 
 
-def _found(matrix: Float, rank: int) -> Float:
+def _vectors(matrix: Float, rank: int) -> Float:
     """The vectors by whichever way is the faster, in the precision of ``matrix``."""
-    found = None
+    vectors = None
     side = min(matrix.shape)
     if side > _EXACT_SIDE and rank * _EXACT_SHARE <= side:
-        found = _krylov(matrix, rank)
-    return _exact(matrix, rank) if found is None else found
+        vectors = _krylov(matrix, rank)
+    return _exact(matrix, rank) if vectors is None else vectors
 
 
 def _drown(matrix: Float, vectors: Float) -> bool:

@@ -28,10 +28,10 @@ def launch_form(ptx: str, *, entry: str, present: Sequence[bool]) -> str:
     Raises:
       PluginError: ``ptx`` does not hold such a kernel.
     """
-    found = list(_ENTRY.finditer(ptx))
-    if len(found) != 1:
-        raise PluginError(f"{entry}: its PTX has {len(found)} kernels where one is launched")
-    (kernel,) = found
+    kernels = list(_ENTRY.finditer(ptx))
+    if len(kernels) != 1:
+        raise PluginError(f"{entry}: its PTX has {len(kernels)} kernels where one is launched")
+    (kernel,) = kernels
     given = [line.rstrip(",") for line in kernel["parameters"].split("\n")]
     inputs = given[: sum(present)]
     if len(inputs) < sum(present) or not all(".param .u64 .ptr" in line for line in inputs):

@@ -236,7 +236,7 @@ def _assemble(ptxas: str, ptx: str, architecture: str, folder: Path) -> tuple[by
 
 
 def _number(pattern: str, log: str) -> int:
-    found = re.search(pattern, log)
-    if found is None:
+    match = re.search(pattern, log)
+    if match is None:
         raise PluginError(f"ptxas says nothing that reads as {pattern!r}: {log.strip()}")
-    return int(found.group(1))
+    return int(match.group(1))

@@ -201,12 +201,12 @@ def tactics(
     Variant(bits=bits, group_size=group_size)
     if not 0 <= rank <= LARGEST_RANK or rank % 16:
         raise PluginError(f"rank is {rank}: the Triton kernel takes multiples of 16 up to 256")
-    one = [
+    fused = [
         _fitted(tactic, bits, group_size, rank)
         for tactic in _one_launch_tilings(rows, _ceil2(rank) if rank else 0, capability)
     ]
     if rank == 0:
-        return one
+        return fused
     two = [
         replace(
             _fitted(tactic, bits, group_size, 0),
@@ -215,7 +215,7 @@ def tactics(
         )
         for tactic in _tilings(rows, capability)
     ]
-    return [*one, *two] if rows <= FEW_ROWS and rank <= FEW_RANKS else [*two, *one]
+    return [*fused, *two] if rows <= FEW_ROWS and rank <= FEW_RANKS else [*two, *fused]
 
 
 def _tilings(rows: int, capability: int) -> list[Tactic]:

@@ -275,8 +275,8 @@ class _Store:
         bits: int,
     ) -> ir.Value:
         rows, columns = shape
-        found = (_array(node, position) for node in nodes)
-        dtype = next(tensor.dtype for tensor in found if tensor is not None)
+        arrays = (_array(node, position) for node in nodes)
+        dtype = next(tensor.dtype for tensor in arrays if tensor is not None)
         inner = (columns, TILE)
         if dtype in _INTEGERS:
             dtype, inner = ir.DataType.UINT8, (-(-columns // CHUNK[bits]), VECTOR)
