@@ -4,9 +4,9 @@ Modules in the order in which a request passes them, with those that they use on
 
     process         socket, signals, uvicorn
     middleware      request id, metrics, access log; API key, size and type of the body
-    app             routes (FastAPI), errors in OpenAI's shape
-    service         checks a request, makes a ServedRequest  schemas, catalog, token_bytes
-    replies         sends its answers until the client goes  responses
+    app             routes (FastAPI), errors in OpenAI's shape  api/body, api/errors
+    service         checks a request, makes a ServedRequest  api/schemas, catalog, token_bytes
+    replies         sends its answers until the client goes  api/responses
     served_request  from the engine's thread to the event loop  admission, metrics
 """
 

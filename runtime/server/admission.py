@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from eoracc.runtime.server.errors import queue_full, queue_timeout
+from eoracc.runtime.server.api.errors import queue_full, queue_timeout
 
 __all__ = ["Admission", "QueuePlace"]
 

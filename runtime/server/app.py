@@ -13,9 +13,10 @@ from starlette.exceptions import HTTPException
 
 from eoracc import __version__
 from eoracc.errors import ApiError, error_body
+from eoracc.runtime.server.api.body import StrictRoute
+from eoracc.runtime.server.api.schemas import ChatCompletionRequest, CompletionRequest
 from eoracc.runtime.server.middleware import Gate, Observe
 from eoracc.runtime.server.record import RequestRecord
-from eoracc.runtime.server.schemas import ChatCompletionRequest, CompletionRequest
 from eoracc.runtime.server.service import Service
 
 __all__ = ["create_app"]
@@ -25,6 +26,7 @@ def create_app(service: Service) -> Observe:
     """The ASGI application of ``service``, with all middleware."""
     # No documentation pages: FastAPI's load scripts from other servers.
     app = FastAPI(title="eoracc", version=__version__, docs_url=None, redoc_url=None)
+    app.router.route_class = StrictRoute
     _add_errors(app)
     _add_generation(app, service)
     _add_models(app, service)
@@ -57,6 +59,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> Response:
         """Whether the process works: 500 once the engine has failed."""
@@ -64,6 +67,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": "live"})
         return JSONResponse({"status": "failed"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
+    @app.head("/health", include_in_schema=False)
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health", tags=["operation"])
     @app.get("/health/ready", tags=["operation"])
     async def ready() -> Response:

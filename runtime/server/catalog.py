@@ -11,7 +11,7 @@ from typing import Any
 
 from eoracc.errors import ApiError
 from eoracc.runtime.request import AdapterChoice
-from eoracc.runtime.server.errors import bad_request
+from eoracc.runtime.server.api.errors import bad_request
 
 __all__ = [
     "Catalog",

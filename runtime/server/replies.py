@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from eoracc.errors import ApiError
+from eoracc.runtime.server.api.responses import Choice, Form, sse_event
 from eoracc.runtime.server.record import RequestRecord
-from eoracc.runtime.server.responses import Choice, Form, sse_event
 from eoracc.runtime.server.served_request import ServedRequest
 
 __all__ = ["TextReply"]

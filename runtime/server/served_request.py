@@ -20,7 +20,7 @@ from eoracc.errors import ApiError, BusyError, RequestError
 from eoracc.runtime.decode.continuation import Listener
 from eoracc.runtime.request import Piece, Request
 from eoracc.runtime.server.admission import Admission, QueuePlace
-from eoracc.runtime.server.errors import request_timeout, slow_client
+from eoracc.runtime.server.api.errors import request_timeout, slow_client
 from eoracc.runtime.server.metrics import Metrics
 from eoracc.runtime.server.options import ServerOptions
 

@@ -12,19 +12,18 @@ from typing import Protocol
 from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.request import AdapterChoice, Prompt, Request
 from eoracc.runtime.server.admission import Admission
+from eoracc.runtime.server.api.errors import bad_request, shutting_down
+from eoracc.runtime.server.api.responses import Answer, ChatForm, Choice, CompletionForm, Form
+from eoracc.runtime.server.api.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationFields,
+)
 from eoracc.runtime.server.catalog import Catalog
-from eoracc.runtime.server.errors import bad_request, shutting_down
 from eoracc.runtime.server.metrics import Metrics
 from eoracc.runtime.server.options import ServerOptions
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.replies import TextReply
-from eoracc.runtime.server.responses import Answer, ChatForm, Choice, CompletionForm, Form
-from eoracc.runtime.server.schemas import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationFields,
-    refuse_unsupported,
-)
 from eoracc.runtime.server.served_request import ServedRequest, ServingContext, SupportsSubmit
 
 __all__ = ["Codec", "ServedModel", "Service"]
@@ -180,7 +179,7 @@ class Service:
         logprobs: int | None,
         form: Callable[[Answer], Form],
     ) -> TextReply:
-        refuse_unsupported(body)
+        body.refuse_unread()
         name, adapter = self.catalog.resolve(body.model, body.adapters)
         copies = body.n or 1
         count = len(prompts) * copies

@@ -69,7 +69,7 @@ def test_fields_reach_the_engine() -> None:
             max_tokens=3,
             logprobs=2,
             user="ignored",
-            no_such_field={"a": 1},
+            no_such_field=None,
         )
         request = server.engine.generations[0].request
         assert list(request.prompt) == [104, 105]
@@ -202,7 +202,51 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, HI | {"response_format": {"type": "json_object"}}, 400, "response_format", "supported"),
     (CHAT, HI | {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs to be true"),
     (CHAT, HI | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "equal to 20"),
-    (CHAT, HI | {"stream_options": {"include_usage": 1}}, 400, None, "valid boolean"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        400,
+        "messages.0.content.0.type",
+        "input should be 'text'",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": 5}]},
+        400,
+        "messages.0.content",
+        "messages.0.content: input should be a valid string",
+    ),
+    (
+        CHAT,
+        HI | {"stream_options": {"include_usage": 1}},
+        400,
+        "stream_options.include_usage",
+        "valid boolean",
+    ),
+    (
+        CHAT,
+        HI | {"stream_options": {"continuous_usage_stats": True}},
+        400,
+        "stream_options.continuous_usage_stats",
+        "is not supported: leave it out or set it to false",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "x"}]}]},
+        400,
+        "messages.0.tool_calls",
+        "messages.0.tool_calls: is not supported: leave it out or set it to []",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+        400,
+        "messages.0.content.0.x",
+        "messages.0.content.0.x: is not a field of this request: leave it out",
+    ),
+    (COMPLETIONS, {"prompt": "a", "max_token": 3}, 400, "max_token", "use 'max_tokens', or leave"),
+    (COMPLETIONS, {"prompt": "a", "x\n": 3}, 400, "x\\n", "is not a field of this request"),
+    (CHAT, HI | {"prompt": "a"}, 400, "prompt", "send it to /v1/completions"),
 ]
 
 
@@ -239,8 +283,20 @@ def test_values_that_ask_for_nothing_are_no_reason_to_refuse() -> None:
             logit_bias={},
             store=False,
             metadata={"a": "b"},
+            stream_options={"include_usage": None, "include_obfuscation": True},
         )
         assert response.status_code == 200
+        answer: dict[str, object] = {
+            "role": "assistant",
+            "content": "a",
+            "refusal": None,
+            "annotations": [],
+            "audio": None,
+            "function_call": None,
+            "tool_calls": None,
+        }
+        messages = [HI["messages"][0], answer, {"role": "user", "content": "b"}]
+        assert (await server.post(CHAT, messages=messages)).status_code == 200
 
     run(test)
 
@@ -251,9 +307,6 @@ def test_text_parts_are_joined_and_developers_are_the_system() -> None:
         messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]
         body = (await server.post(CHAT, messages=messages)).json()
         assert body["choices"][0]["message"]["content"] == "A\nB"
-        image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-        refused = await server.post(CHAT, messages=[{"role": "user", "content": image}])
-        assert refused.status_code == 400
 
     run(test)
 
@@ -265,10 +318,9 @@ def test_text_parts_are_joined_and_developers_are_the_system() -> None:
         (b"", "the body must be a JSON object"),
         (b"[1]", "the body must be a JSON object"),
         (b"null", "the body must be a JSON object"),
-        (b"\xff\xfe", "body"),
-        (b"[" * 100_000, "body"),
-        (b'{"prompt": "a", "temperature": NaN}', "temperature: input should be a finite number"),
-        (b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}", ""),
+        (b"\xff\xfe", "the body is not UTF-8 text"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature: input should be a finite number"),
+        (b'{"prompt": "a", "temperature": NaN}', "NaN is no number in JSON"),
     ],
 )
 def test_malformed_bodies(content: bytes, text: str) -> None:
@@ -375,7 +427,9 @@ def test_a_backbone_named_like_an_adapter() -> None:
 def test_health_tells_draining_and_a_dead_engine() -> None:
     async def test(server: Server) -> None:
         async def health(path: str) -> int:
-            return (await server.client.get(path)).status_code
+            status = (await server.client.get(path)).status_code
+            assert (await server.client.head(path)).status_code == status
+            return status
 
         assert await health("/health") == await health("/health/live") == 200
         server.service.draining = True

@@ -1,26 +1,39 @@
 """Requests of the API: OpenAI's fields, and a few extensions.
 
-Unknown fields are ignored, as in OpenAI's API. Known but unsupported fields that would change the
-answer are rejected, unless they have their neutral value.
+:mod:`fields` lists the fields that are accepted or refused without being read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+)
 
-from eoracc.runtime.server.errors import bad_request
+from eoracc.runtime.server.api.fields import (
+    MESSAGE_FIELDS,
+    PART_FIELDS,
+    REQUEST_FIELDS,
+    STREAM_FIELDS,
+    UnreadFields,
+)
 
 __all__ = [
     "ChatCompletionRequest",
     "ChatMessage",
     "CompletionRequest",
+    "Fields",
     "GenerationFields",
     "StreamOptions",
     "TextPart",
-    "refuse_unsupported",
 ]
 
 _MAX_STOP = 16
@@ -30,26 +43,6 @@ _MAX_LOGPROBS = 20
 """Most alternatives of a token."""
 
 _INT64 = 2**63 - 1
-
-_NEUTRAL: Mapping[str, Sequence[Any]] = {
-    "audio": (),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_json": (),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-"""Unsupported fields, with their neutral values besides None."""
 
 
 def _unicode(text: str) -> str:
@@ -64,21 +57,62 @@ def _unicode(text: str) -> str:
 _Text = Annotated[str, AfterValidator(_unicode)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+def _describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add the fields that a model does not read to its JSON schema."""
+    if issubclass(model, Fields):
+        properties = model.unread.properties()
+        schema["properties"] = properties | schema["properties"]
+        schema["additionalProperties"] = {"type": "null"}
 
 
-class StreamOptions(_Strict):
+class Fields(BaseModel):
+    """An object of a request.
+
+    Attributes:
+      unread: the fields that the object may have without the model reading them.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=_describe)
+
+    unread: ClassVar[UnreadFields] = UnreadFields()
+
+    def refuse_unread(self, path: str = "") -> None:
+        """Refuse fields, here and in the objects inside, that could change the answer.
+
+        Args:
+          path: of the object in the request; empty for the request itself.
+
+        Raises:
+          ApiError: there is one; the text names it.
+        """
+        self.unread.check(self.model_extra or {}, known=type(self).model_fields, parent=path)
+        for name, inner in self._objects():
+            inner.refuse_unread(f"{path}.{name}" if path else name)
+
+    def _objects(self) -> Iterator[tuple[str, Fields]]:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Fields):
+                yield name, value
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    if isinstance(item, Fields):
+                        yield f"{name}.{index}", item
+
+
+class StreamOptions(Fields):
     """Options of a stream.
 
     Attributes:
       include_usage: end the stream with a chunk that counts tokens.
     """
 
-    include_usage: bool = False
+    unread = STREAM_FIELDS
+
+    include_usage: bool | None = None
 
 
-class GenerationFields(BaseModel):
+class GenerationFields(Fields):
     """Fields of both kinds of completion.
 
     Attributes:
@@ -90,7 +124,7 @@ class GenerationFields(BaseModel):
       seed: of the first choice; further choices count up from it.
     """
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    unread = REQUEST_FIELDS
 
     model: _Text | None = None
     adapters: dict[_Text, Annotated[float, Field(allow_inf_nan=False)]] | None = None
@@ -124,7 +158,7 @@ class GenerationFields(BaseModel):
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a count of its tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class CompletionRequest(GenerationFields):
@@ -168,25 +202,50 @@ def _are_tokens(items: Sequence[object]) -> bool:
     return all(type(item) is int and 0 <= item <= _INT64 for item in items)
 
 
-class TextPart(_Strict):
+class TextPart(Fields):
     """Part of a message."""
+
+    unread = PART_FIELDS
 
     type: Literal["text"]
     text: _Text
 
 
-class ChatMessage(_Strict):
-    """A turn of a chat."""
+def _form_of_content(content: object) -> str:
+    return "in parts" if isinstance(content, list) else "as text"
+
+
+class ChatMessage(Fields):
+    """A turn of a chat.
+
+    Attributes:
+      role: of the speaker; a developer is the system.
+      content: what is said; parts are joined by line ends.
+      name: of the speaker, for chat templates that use it.
+      reasoning_content: thoughts before an answer, for chat templates that use them.
+    """
+
+    unread = MESSAGE_FIELDS
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | list[TextPart]
+    # A tag that is no identifier stays out of the path that an error names.
+    content: Annotated[
+        Annotated[_Text, Tag("as text")] | Annotated[list[TextPart], Tag("in parts")],
+        Discriminator(_form_of_content),
+    ]
+    name: _Text | None = None
+    reasoning_content: _Text | None = None
 
     def as_dict(self) -> dict[str, str]:
         """The turn in the form of chat templates."""
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        for name in ("name", "reasoning_content"):
+            if (value := getattr(self, name)) is not None:
+                turn[name] = value
+        return turn
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -202,14 +261,3 @@ class ChatCompletionRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
-
-
-def refuse_unsupported(request: GenerationFields) -> None:
-    """Reject unsupported fields that would change the answer.
-
-    Raises:
-      ApiError: there is one; the text names it.
-    """
-    for name, value in (request.model_extra or {}).items():
-        if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
-            raise bad_request(f"{name}: is not supported: leave it out", name, "unsupported")
