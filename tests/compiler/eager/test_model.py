@@ -219,5 +219,5 @@ def test_factors_of_a_packed_weight_share_what_they_read(tmp_path: Path) -> None
 
 def test_a_factor_of_a_module_in_one_piece(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path)
-    with pytest.raises(ModelError, match=r"has 'model\.layers\.0\.mlp\.up_proj' in one piece"):
+    with pytest.raises(ModelError, match=r"has 'model\.layers\.0\.mlp\.up_proj' as one module"):
         load_eager(folder, {"model.layers.0.mlp.up_proj.u": draw(88, 3)})
