@@ -215,7 +215,8 @@ def _original(folder: Path, request: _Request, model: str | None, work: Path) ->
     named = request.manifest.source.get("model", "")
     source = model or named
     where = Path(source).expanduser()
-    if model is None and not where.exists() and (where.suffix == ".gguf" or named.count("/") != 1):
+    is_hub_id = where.suffix != ".gguf" and named.partition("@")[0].count("/") == 1
+    if model is None and not where.exists() and not is_hub_id:
         raise ArtifactError(
             f"{folder}: was built from {named!r}, which is not to be found from here: say where "
             "the original weights are with --model"

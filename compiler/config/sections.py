@@ -217,7 +217,8 @@ class BuildConfig(Section):
     """A build: one model, its passes, its targets, its gates."""
 
     model: Name
-    """A hub id, a local folder or a GGUF file; a relative path is relative to this file."""
+    """A hub id, ``NAME/MODEL`` or ``NAME/MODEL@REVISION``, a local folder or a GGUF file; a
+    relative path is relative to this file."""
     trust_remote_code: bool = False
     """Whether the model's own Python code may run while it is loaded."""
     calibration: CalibrationConfig | None = None

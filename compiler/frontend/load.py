@@ -8,23 +8,24 @@ equals the eager model.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eoracc.compiler.frontend.config import read_config, read_config_file
 from eoracc.compiler.frontend.files import (
-    check_config_file,
+    check_json_files,
     digest_files,
     find_checkpoint,
     find_tokenizer_json,
     first_line,
-    weight_files,
 )
+from eoracc.compiler.frontend.graph import build_graph
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.repairs.repair import repair
+from eoracc.compiler.frontend.weights import is_tied, read_tensors, weight_files
 from eoracc.errors import ModelError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class LoadedModel:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code
                 )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of many packages, some of which raise nothing more specific
             raise ModelError(
                 f"{self.folder} has no tokenizer that can be read ({first_line(error)}): "
                 "add tokenizer.json and tokenizer_config.json"
@@ -107,11 +108,16 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     Raises:
       ModelError: the checkpoint is missing, damaged, or of an architecture that is not supported.
     """
-    folder = find_checkpoint(source, work)
-    check_config_file(folder)
-    weights = weight_files(folder)
-    config = _read_config(folder, trust_remote_code=trust_remote_code)
-    model = _build(folder, config, trust_remote_code=trust_remote_code)
+    folder = find_checkpoint(source, work, trust_remote_code=trust_remote_code)
+    content = read_config_file(folder)
+    check_json_files(folder)
+    weights = weight_files(folder, content)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    tensors = read_tensors(weights)
+    config.tie_word_embeddings = is_tied(
+        folder, tensors, tie_word_embeddings=bool(config.tie_word_embeddings)
+    )
+    model = build_graph(folder, config, tensors)
     repair(model, config, folder=folder, weight_files=weights)
     _check_finite(model)
     return LoadedModel(
@@ -122,66 +128,6 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
         tokenizer_json=find_tokenizer_json(folder, work),
         trust_remote_code=trust_remote_code,
     )
-
-
-def _read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        with quiet():
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        raise ModelError(
-            f"{folder / 'config.json'}: transformers cannot read a configuration of model_type "
-            f"{model_type!r} ({first_line(error)})"
-        ) from error
-    return config
-
-
-def _build(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> ir.Model:
-    import mobius
-
-    unsupported = (
-        f"{folder}: architecture {_architecture(config)} is not supported; supported are decoders "
-        "of text with a key/value cache, such as Llama, Qwen2, Qwen3, Gemma3 (text), Phi-3, "
-        "Mistral and SmolLM"
-    )
-    if config.model_type not in mobius.registry or not _architecture(config).endswith(
-        "ForCausalLM"
-    ):
-        raise ModelError(unsupported)
-    try:
-        with quiet():
-            package = mobius.build(
-                str(folder),
-                execution_provider="onnx-standard",
-                dtype="f32",
-                trust_remote_code=trust_remote_code,
-            )
-    except Exception as error:
-        raise ModelError(
-            f"{folder}: the graph of {_architecture(config)} cannot be built ({first_line(error)})"
-        ) from error
-    model: ir.Model | None = package.get("model") if len(package) == 1 else None
-    if model is None or not {"input_ids", "logits", "present.0.key"} <= {
-        str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)
-    }:
-        raise ModelError(unsupported)
-    for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            raise ModelError(
-                f"{folder}: the checkpoint has no tensor {name}, which its config asks for"
-            )
-    model.graph.name = config.model_type  # mobius puts the local path there
-    return model
-
-
-def _architecture(config: PretrainedConfig) -> str:
-    architectures = config.architectures or []
-    return str(architectures[0]) if architectures else str(config.model_type)
 
 
 def _check_finite(model: ir.Model) -> None:

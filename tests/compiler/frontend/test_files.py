@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import json
-import struct
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants
 
 from eoracc.compiler.frontend import files
 from eoracc.compiler.frontend.load import load
-from eoracc.errors import ModelError
+from tests.compiler.frontend.checkpoints import lay_out_hub_cache, refused
 from tests.tiny_models import tiny_model
 
 if TYPE_CHECKING:
@@ -21,98 +20,109 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny_model("llama", tmp_path / "model")
 
 
-def _refused(source: Path | str, work: Path, match: str) -> None:
-    with pytest.raises(ModelError, match=match) as caught:
-        load(str(source), work=work)
-    assert "\n" not in str(caught.value)
-
-
 def test_missing_folder(tmp_path: Path) -> None:
-    _refused(tmp_path / "nowhere", tmp_path, "nowhere does not exist")
+    refused(tmp_path / "nowhere", tmp_path, "nowhere does not exist")
 
 
 def test_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("")
-    _refused(tmp_path / "model.txt", tmp_path, "neither a model folder nor a .gguf file")
+    refused(tmp_path / "model.txt", tmp_path, "neither a model folder nor a .gguf file")
+
+
+def test_folder_that_is_called_like_a_gguf_file(checkpoint: Path, tmp_path: Path) -> None:
+    folder = checkpoint.rename(tmp_path / "model.gguf")
+    assert load(str(folder), work=tmp_path).folder == folder
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
-    _refused(tmp_path, tmp_path, "has no config.json")
+    refused(tmp_path, tmp_path, "has no config.json")
 
 
 @pytest.mark.parametrize(
-    ("content", "match"), [("{", "is not valid JSON"), ("{}", "has no field model_type")]
+    "name", ["tokenizer_config.json", "tokenizer.json", "generation_config.json", "vocab.json"]
 )
-def test_damaged_config(checkpoint: Path, tmp_path: Path, content: str, match: str) -> None:
-    (checkpoint / "config.json").write_text(content)
-    _refused(checkpoint, tmp_path, match)
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [("{'a': 1}", "is not valid JSON"), ("[" * 99999, "is not valid JSON"), ("3", "JSON object")],
+)
+def test_file_that_is_no_json(
+    checkpoint: Path, tmp_path: Path, name: str, content: str, match: str
+) -> None:
+    (checkpoint / name).write_text(content)
+    refused(checkpoint, tmp_path, rf"{name} .*{match}.*: fetch it again")
 
 
-def test_folder_without_weights(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model.safetensors").unlink()
-    _refused(checkpoint, tmp_path, "holds no weights: model.safetensors or")
+@pytest.mark.parametrize(
+    "content", ["{}", '{"model": {"type": "BPE"}}', '{"version": "1.0", "model": null}']
+)
+def test_tokenizer_that_cannot_be_parsed(checkpoint: Path, tmp_path: Path, content: str) -> None:
+    (checkpoint / "tokenizer.json").write_text(content)
+    refused(checkpoint, tmp_path, "tokenizer.json is no tokenizer that the package tokenizers can")
 
 
-def test_pickled_weights_are_not_read(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    _refused(checkpoint, tmp_path, r"as pickle \(pytorch_model.bin\), which is not read")
+# --- the hub --------------------------------------------------------------------------------------
 
 
-def test_missing_shard(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model.safetensors").unlink()
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    _refused(checkpoint, tmp_path, "model-00001-of-00002.safetensors is missing")
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
-def test_damaged_index(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model.safetensors.index.json").write_text("[]")
-    _refused(checkpoint, tmp_path, "is not a valid safetensors index")
+@pytest.mark.parametrize("revision", ["main", "v2"])
+def test_hub_id_in_the_cache(checkpoint: Path, tmp_path: Path, cache: Path, revision: str) -> None:
+    digest = load(str(checkpoint), work=tmp_path).digest
+    snapshot = lay_out_hub_cache(checkpoint, cache, "someone/tiny", revision=revision)
+    source = "someone/tiny" + ("" if revision == "main" else f"@{revision}")
+    loaded = load(source, work=tmp_path)
+    assert loaded.folder == snapshot
+    assert loaded.digest == digest
+    assert [path.name for path in loaded.tokenizer_files()] == ["generation_config.json"]
 
 
-def test_truncated_data(checkpoint: Path, tmp_path: Path) -> None:
-    path = checkpoint / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    _refused(checkpoint, tmp_path, "is truncated: its header announces")
+@pytest.mark.parametrize("source", ["someone/other", "someone/tiny@v9", "some one/tiny"])
+def test_hub_id_that_is_not_there(
+    checkpoint: Path, tmp_path: Path, cache: Path, source: str
+) -> None:
+    lay_out_hub_cache(checkpoint, cache, "someone/tiny")
+    refused(source, tmp_path, f"'{source}' is no local folder and cannot be fetched")
 
 
-@pytest.mark.parametrize("size", [0, 5, 40])
-def test_truncated_header(checkpoint: Path, tmp_path: Path, size: int) -> None:
-    path = checkpoint / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    _refused(checkpoint, tmp_path, "is truncated inside its header")
-
-
-def test_trailing_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    path = checkpoint / "model.safetensors"
-    path.write_bytes(path.read_bytes() + b"x")
-    _refused(checkpoint, tmp_path, "has 1 bytes that its header does not know")
-
-
-def test_header_that_is_not_safetensors(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
-    _refused(checkpoint, tmp_path, "has a header that is not safetensors")
-
-
-def test_hub_model_is_fetched_without_pickles(
+def test_hub_model_is_fetched_without_pickles_and_code(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
+    published = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.model",
+        "additional_chat_templates/tools.jinja",
+        "pytorch_model.bin",
+        "rng_state.pt",
+        "modeling_own.py",
+        "consolidated.00.safetensors",
+        "original/params.json",
+        "onnx/model.safetensors",
+    ]
+    fetched: list[list[str]] = []
 
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
-        asked.update(repository=repository, patterns=allow_patterns)
+    def download(repository: str, **options: Any) -> str:  # noqa: ANN401 - of huggingface_hub
+        assert repository == "someone/tiny"
+        assert options.pop("revision") is None
+        allowed, ignored = options.pop("allow_patterns"), options.pop("ignore_patterns")
+        assert not options
+        fetched.append(
+            [
+                name
+                for name in published
+                if any(fnmatch(name, pattern) for pattern in allowed)
+                and not any(fnmatch(name, pattern) for pattern in ignored)
+            ]
+        )
         return str(checkpoint)
 
     monkeypatch.setattr(files, "snapshot_download", download)
-    assert load("someone/tiny", work=tmp_path).folder == checkpoint
-    assert asked["repository"] == "someone/tiny"
-    assert "*.safetensors" in asked["patterns"]
-    assert not any("bin" in pattern or "pt" in pattern for pattern in asked["patterns"])
-
-
-def test_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("no network\nand more lines")
-
-    monkeypatch.setattr(files, "snapshot_download", download)
-    _refused("someone/tiny", tmp_path, "'someone/tiny' is no local folder and cannot be fetched")
+    load("someone/tiny", work=tmp_path)
+    load("someone/tiny", work=tmp_path, trust_remote_code=True)
+    assert fetched == [published[:4], [*published[:4], "modeling_own.py"]]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from eoracc.errors import ModelError
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.names import PARTS
 from eoracc.passes.graph.spec import Stage, check
+from tests.compiler.frontend.checkpoints import edit_config, refused
 from tests.graph_session import GraphSession, assert_close, padded_mask
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
@@ -115,7 +115,7 @@ def test_graph_does_not_depend_on_where_the_checkpoint_lies(
 
 def test_digest_covers_weights_and_configuration(checkpoint: Path, tmp_path: Path) -> None:
     before = load(str(checkpoint), work=tmp_path).digest
-    _edit_config(checkpoint, rms_norm_eps=2e-6)
+    edit_config(checkpoint, rms_norm_eps=2e-6)
     after_config = load(str(checkpoint), work=tmp_path).digest
     _edit_weights(checkpoint, "model.norm.weight", lambda weight: weight + 1)
     assert len({before, after_config, load(str(checkpoint), work=tmp_path).digest}) == 3
@@ -142,11 +142,6 @@ def test_tokenizer_files_are_those_that_exist(checkpoint: Path, tmp_path: Path) 
 # --- bad input ------------------------------------------------------------------------------------
 
 
-def _edit_config(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 def _edit_weights(folder: Path, name: str, change: Any) -> None:  # noqa: ANN401
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -154,35 +149,24 @@ def _edit_weights(folder: Path, name: str, change: Any) -> None:  # noqa: ANN401
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _refused(source: Path | str, work: Path, match: str) -> None:
-    with pytest.raises(ModelError, match=match) as caught:
-        load(str(source), work=work)
-    assert "\n" not in str(caught.value)
-
-
-def test_config_that_transformers_refuses(checkpoint: Path, tmp_path: Path) -> None:
-    _edit_config(checkpoint, model_type="no_such_model")
-    _refused(checkpoint, tmp_path, "configuration of model_type 'no_such_model'")
-
-
 def test_missing_tensor(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "model.safetensors"
     tensors = load_file(path)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path)
-    _refused(checkpoint, tmp_path, "has no tensor model.layers.1.mlp.up_proj.weight")
+    refused(checkpoint, tmp_path, "has no tensor model.layers.1.mlp.up_proj.weight")
 
 
 def test_tensor_of_another_shape(checkpoint: Path, tmp_path: Path) -> None:
     _edit_weights(checkpoint, "model.norm.weight", lambda weight: weight[:-1])
-    _refused(checkpoint, tmp_path, "cannot be built.*model.norm.weight")
+    refused(checkpoint, tmp_path, "cannot be built.*model.norm.weight")
 
 
 def test_tensor_without_a_place(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "model.safetensors"
     extra = {"model.layers.0.self_attn.sinks": np.zeros(6, np.float32)}
     save_file(load_file(path) | extra, path)
-    _refused(checkpoint, tmp_path, "tensor model.layers.0.self_attn.sinks has no place")
+    refused(checkpoint, tmp_path, "tensor model.layers.0.self_attn.sinks has no place")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -195,7 +179,7 @@ def test_values_that_are_not_finite(
         return weight
 
     _edit_weights(checkpoint, name, poison)
-    _refused(checkpoint, tmp_path, f"{name} holds NaN or Inf")
+    refused(checkpoint, tmp_path, f"{name} holds NaN or Inf")
 
 
 @pytest.mark.parametrize(
@@ -205,5 +189,5 @@ def test_values_that_are_not_finite(
 def test_unsupported_architecture(
     checkpoint: Path, tmp_path: Path, model_type: str, architecture: str
 ) -> None:
-    _edit_config(checkpoint, model_type=model_type, architectures=[architecture])
-    _refused(checkpoint, tmp_path, f"architecture {architecture} is not supported; supported are")
+    edit_config(checkpoint, model_type=model_type, architectures=[architecture])
+    refused(checkpoint, tmp_path, f"architecture {architecture} is not supported; supported are")

@@ -1,0 +1,109 @@
+"""Read a checkpoint's config.json, and refuse what no graph can be built from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from eoracc.compiler.frontend.files import complaint, read_json_object
+from eoracc.compiler.frontend.quiet import quiet
+from eoracc.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PretrainedConfig
+
+__all__ = ["read_config", "read_config_file"]
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """The content of ``folder``'s config.json.
+
+    Raises:
+      ModelError: it is missing, damaged, or not the configuration of a model in full precision.
+    """
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        # transformers would load the model that the adapter was trained on, not this folder's.
+        raise ModelError(
+            f"{folder} holds an adapter of PEFT (adapter_config.json): merge it into its model "
+            "with merge_and_unload and save that, or remove the file where that has been done"
+        )
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    content = read_json_object(path)
+    if not isinstance(content.get("model_type"), str):
+        raise ModelError(f"{path} has no field model_type: it is not a model's configuration")
+    _refuse_quantized(path, content)
+    for name in _SIZES:
+        size = content.get(name)
+        if isinstance(size, int | float) and size < 1:
+            raise ModelError(f"{path}: field {name} is {size}: it must be a positive number")
+    return content
+
+
+def _refuse_quantized(path: Path, content: Mapping[str, Any]) -> None:
+    # compression_config is the older name in compressed-tensors.
+    for name in ("quantization_config", "compression_config"):
+        section = content.get(name)
+        if section is None:
+            continue
+        fields = section if isinstance(section, dict) else {}
+        method = fields.get("quant_method")
+        if method is None and any(key.startswith("load_in_") for key in fields):
+            method = "bitsandbytes"
+        said = f"quant_method {method!r}" if method is not None else "no quant_method"
+        raise ModelError(
+            f"{path}: the checkpoint is quantized already ({name} with {said}): give the model in "
+            "full precision that it was made from"
+        )
+
+
+def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The transformers configuration of a checkpoint, see :func:`read_config_file`.
+
+    Args:
+      folder: the checkpoint.
+      trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Raises:
+      ModelError: transformers cannot read it, or its sizes contradict each other.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    content = read_config_file(folder)
+    try:
+        with quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        if "auto_map" in content and not trust_remote_code:
+            raise ModelError(
+                f"{path}: model_type {content['model_type']!r} needs code that the checkpoint "
+                "brings (auto_map): read that code, then set 'trust_remote_code: true'"
+            ) from error
+        raise ModelError(
+            f"{path}: transformers cannot read a configuration of model_type "
+            f"{content['model_type']!r} ({complaint(error)})"
+        ) from error
+    heads = getattr(config, "num_attention_heads", None)
+    keys = getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(keys, int) and heads % keys:
+        raise ModelError(
+            f"{path}: num_attention_heads, {heads}, is no multiple of num_key_value_heads, {keys}"
+        )
+    return config

@@ -1,0 +1,100 @@
+"""Build the graph of a checkpoint with mobius, from our configuration and tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from eoracc.compiler.frontend.files import first_line
+from eoracc.compiler.frontend.quiet import quiet
+from eoracc.errors import ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig
+
+__all__ = ["build_graph"]
+
+
+def build_graph(
+    folder: Path, config: PretrainedConfig, tensors: dict[str, torch.Tensor]
+) -> ir.Model:
+    """The graph of a decoder, in float32, with weights that are read when they are used.
+
+    mobius could read the folder itself. It refuses links that lead out of the folder, as those of
+    the hub's cache do, and prefers other files than transformers.
+
+    Args:
+      folder: the checkpoint, for messages.
+      config: its configuration.
+      tensors: by the names of the checkpoint.
+
+    Raises:
+      ModelError: the architecture is not supported, or the tensors do not fit it.
+    """
+    import mobius
+
+    architecture = _architecture(config)
+    unsupported = (
+        f"{folder}: architecture {architecture} is not supported; supported are decoders "
+        "of text with a key/value cache, such as Llama, Qwen2, Qwen3, Gemma3 (text), Phi-3, "
+        "Mistral and SmolLM"
+    )
+    # mobius registers drafters of speculative decoding under their architecture.
+    if (
+        config.model_type not in mobius.registry
+        or architecture in mobius.registry
+        or not architecture.endswith("ForCausalLM")
+        or hasattr(config, "text_config")
+    ):
+        raise ModelError(unsupported)
+    try:
+        with quiet():
+            package = _build(config, tensors)
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: the graph of {architecture} cannot be built ({first_line(error)})"
+        ) from error
+    model: ir.Model | None = package.get("model") if len(package) == 1 else None
+    if model is None or not {"input_ids", "logits", "present.0.key"} <= {
+        str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)
+    }:
+        raise ModelError(unsupported)
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            raise ModelError(
+                f"{folder}: the checkpoint has no tensor {name}, which its config asks for"
+            )
+    model.graph.name = config.model_type
+    return model
+
+
+def _build(config: PretrainedConfig, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401 - untyped
+    import mobius
+
+    kind = config.model_type
+    module_class = mobius.registry.get(kind)
+    config_class = getattr(module_class, "config_class", mobius.ArchitectureConfig)
+    if config_class is mobius.ArchitectureConfig:
+        config_class = mobius.registry.get_config_class(kind) or config_class
+    settings = dataclasses.replace(
+        config_class.from_transformers(config, parent_config=config), dtype=ir.DataType.FLOAT
+    )
+    task = mobius.registry.get_task(kind) or getattr(
+        module_class, "default_task", "text-generation"
+    )
+    module = module_class(settings)
+    package = mobius.build_from_module(module, settings, task, execution_provider="onnx-standard")
+    if hasattr(module, "preprocess_weights"):
+        tensors = module.preprocess_weights(dict(tensors))
+    package.apply_weights(tensors)
+    return package
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    architectures = config.architectures or []
+    return str(architectures[0]) if architectures else str(config.model_type)
