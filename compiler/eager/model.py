@@ -266,13 +266,33 @@ def reference_logits(
     Returns:
       ``float32 [B, S, V]``; rows of padding tokens hold no meaning.
     """
-    from transformers import DynamicCache
-
     length = input_ids.shape[1]
     chunks = (length,) if chunks is None else chunks
     if sum(chunks) != length:
         raise ValueError(f"chunks {tuple(chunks)} do not add up to the {length} tokens given")
     mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+    if not _is_long_rope(model.config):
+        return _batch_logits(model, input_ids, mask, chunks)
+    # transformers rotates all rows as the longest of them wants it: alone each gets its own.
+    rows = [slice(row, row + 1) for row in range(len(input_ids))]
+    return np.concatenate([_batch_logits(model, input_ids[i], mask[i], chunks) for i in rows])
+
+
+def _is_long_rope(config: PretrainedConfig) -> bool:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = (parameters, *(kind for kind in parameters.values() if isinstance(kind, dict)))
+    return any(kind.get("rope_type") == "longrope" for kind in kinds)
+
+
+def _batch_logits(
+    model: PreTrainedModel,
+    input_ids: NDArray[np.int64],
+    mask: NDArray[np.int64],
+    chunks: Sequence[int],
+) -> NDArray[np.float32]:
+    """:func:`reference_logits`, of all rows in one batch."""
+    from transformers import DynamicCache
+
     position_ids = positions(mask)
     cache, logits, start = DynamicCache(config=model.config), [], 0
     with torch.inference_mode():

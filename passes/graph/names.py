@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-__all__ = ["LOGITS_TO_KEEP", "PARTS", "WINDOW_KEY"]
+__all__ = ["LOGITS_TO_KEEP", "PARTS", "ROPE_LENGTHS", "ROPE_ROWS", "WINDOW_KEY"]
 
 PARTS = MappingProxyType(
     {
@@ -21,3 +21,11 @@ WINDOW_KEY = "eoracc.local_window_size"
 
 LOGITS_TO_KEEP = "logits_to_keep"
 """Input of a lowered decoder: how many of each row's last tokens get logits; 1 unless given."""
+
+ROPE_LENGTHS = "rope.lengths"
+"""Value in the graph of a LongRoPE model, ``int64 [B, 1]``: each row's length, which decides by
+which tables it is rotated."""
+
+ROPE_ROWS = "rope.rows"
+"""Value in the graph of a LongRoPE model, ``int64 [B, S]``: rows of its tables, the positions
+themselves where the row is short."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from eoracc.compiler.frontend.repairs.rope import restore_rope
 from eoracc.compiler.frontend.repairs.scales import (
     restore_attention_scale,
     restore_embedding_scale,
@@ -31,7 +32,7 @@ def repair(
     """Repair the graph that mobius built from ``folder``, so that it equals the eager model.
 
     Raises:
-      ModelError: the checkpoint has tensors that the graph has no place for.
+      ModelError: the checkpoint has tensors or options that the graph has no place for.
     """
     _strip_provenance(model)
     mark_windows(model, config)
@@ -39,6 +40,7 @@ def repair(
     restore_biases(model, folder, weight_files)
     restore_embedding_scale(model, config)
     restore_attention_scale(model, config)
+    restore_rope(model, config, folder)
 
 
 def _strip_provenance(model: ir.Model) -> None:
