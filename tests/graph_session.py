@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from eoracc.compiler.eager.model import positions
+from eoracc.compiler.eager.model import load_eager, positions, reference_logits
+from tests.tiny_models import VOCABULARY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["GraphSession", "assert_close", "padded_mask"]
+    from eoracc.compiler.frontend.load import LoadedModel
+
+__all__ = ["GraphSession", "assert_close", "assert_equals_eager", "padded_mask"]
 
 
 class GraphSession:
@@ -115,3 +118,27 @@ def assert_close(
     tolerance = 8 * length**0.5 * 2.0**-24 * np.abs(expected[valid]).max()
     assert tolerance < 1e-2 * expected[valid].std()
     np.testing.assert_allclose(actual[valid], expected[valid], rtol=0, atol=tolerance)
+
+
+def assert_equals_eager(loaded: LoadedModel, folder: Path) -> None:
+    """The frontend's graph gives eager transformers' logits, padded or not, at once or cached."""
+    lengths = (12, 8, 5)
+    length = max(lengths)
+    session = GraphSession(loaded.model, folder)
+    eager = load_eager(loaded.folder, {})
+    input_ids = np.random.default_rng(7).integers(3, VOCABULARY, (len(lengths), length))
+    left = padded_mask(lengths, length, left=True)
+    right = padded_mask(lengths, length, left=False)
+    cases = [
+        (None, (length,)),  # prefill
+        (None, (8, 1, 1, 1, 1)),  # decode through the cache, past every window
+        (None, (7, 5)),  # a chunk on a cache
+        (left, (length,)),
+        (left, (9, 1, 1, 1)),
+        (left, (8, 4)),
+        (right, (length,)),
+    ]
+    for mask, chunks in cases:
+        expected = reference_logits(eager, input_ids, mask, chunks=chunks)
+        actual = session.logits(input_ids, mask, chunks=chunks)
+        assert_close(actual, expected, loaded.config, mask)

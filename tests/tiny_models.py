@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["FAMILIES", "VOCABULARY", "tiny_model"]
+__all__ = ["FAMILIES", "OTHER_FAMILIES", "VOCABULARY", "tiny_model"]
 
 VOCABULARY = 131
 
@@ -74,12 +74,51 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Family name to transformers model type and what its configuration says beyond the common part."""
 
+_HIDDEN_IS_HEADS: dict[str, Any] = {"head_dim": None, "hidden_size": 96}
+_ALTERNATING: dict[str, Any] = {
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+OTHER_FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 0.4,
+            "final_logit_softcapping": 2.0,
+            **_ALTERNATING,
+        },
+    ),
+    "cohere": ("cohere", {"logit_scale": 0.3, "attention_bias": True, **_HIDDEN_IS_HEADS}),
+    "cohere2": ("cohere2", {"tie_word_embeddings": True, **_ALTERNATING}),
+    "ernie4_5": ("ernie4_5", {"tie_word_embeddings": True, "use_bias": True}),
+    "helium": ("helium", {"tie_word_embeddings": False, "hidden_size": 96}),
+    "granite": (
+        "granite",
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+            **_HIDDEN_IS_HEADS,
+        },
+    ),
+    "olmo": ("olmo", {"tie_word_embeddings": False, "clip_qkv": 0.5, **_HIDDEN_IS_HEADS}),
+    "olmo2": ("olmo2", {"tie_word_embeddings": False, **_HIDDEN_IS_HEADS}),
+    "olmo3": ("olmo3", {"tie_word_embeddings": False, **_HIDDEN_IS_HEADS, **_ALTERNATING}),
+}
+"""Further families, which the tests of the frontend and of the lowerings run; as above."""
+
 
 def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: object) -> Path:
     """Write a checkpoint of ``family`` with random float32 weights.
 
     Args:
-      family: a key of :data:`FAMILIES`.
+      family: a key of :data:`FAMILIES` or :data:`OTHER_FAMILIES`.
       folder: where to write; created.
       seed: of the weights.
       **overrides: configuration fields that replace the family's own.
@@ -90,7 +129,7 @@ def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: object)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, fields = FAMILIES[family]
+    model_type, fields = {**FAMILIES, **OTHER_FAMILIES}[family]
     settings = {**_COMMON, **fields, **overrides}
     settings = {name: value for name, value in settings.items() if value is not None}
     if model_type == "phi3":
@@ -104,7 +143,7 @@ def tiny_model(family: str, folder: Path, *, seed: int = 0, **overrides: object)
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
             # Matrices keep the variance of their input; vectors stay near what training gives.
             parameter.mul_(parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.2)
-            if name.endswith("norm.weight") and model_type != "gemma3_text":
+            if name.endswith("norm.weight") and "gemma" not in model_type:
                 parameter.add_(1.0)
     with quiet():
         model.save_pretrained(folder)

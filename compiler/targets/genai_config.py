@@ -14,6 +14,28 @@ __all__ = ["genai_config", "read_generation_config"]
 
 _ERRORS_ONLY = 3
 
+_GENAI_TYPES = frozenset(
+    {
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
+)
+"""Model types that onnxruntime-genai 0.18 knows by name; it refuses to load any other name."""
+
+_GENERIC_TYPE = "decoder"
+"""Its name for a decoder with the inputs and outputs that the file lists."""
+
 
 def genai_config(
     config: PretrainedConfig,
@@ -52,7 +74,7 @@ def genai_config(
         if value.name == "past_key_values.0.key" and value.shape is not None
     )
     section: dict[str, Any] = {
-        "type": config.model_type,
+        "type": config.model_type if config.model_type in _GENAI_TYPES else _GENERIC_TYPE,
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         **_special_tokens(config, generation),

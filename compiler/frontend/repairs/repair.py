@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from eoracc.compiler.frontend.repairs.limits import restore_clipping, restore_logit_cap
+from eoracc.compiler.frontend.repairs.masks import restore_masks
 from eoracc.compiler.frontend.repairs.rope import restore_rope
+from eoracc.compiler.frontend.repairs.rotary import restore_rotary_layout
 from eoracc.compiler.frontend.repairs.scales import (
     restore_attention_scale,
     restore_embedding_scale,
 )
 from eoracc.compiler.frontend.repairs.tensors import restore_biases, restore_tie
-from eoracc.compiler.frontend.repairs.windows import mark_windows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +37,10 @@ def repair(
       ModelError: the checkpoint has tensors or options that the graph has no place for.
     """
     _strip_provenance(model)
-    mark_windows(model, config)
+    restore_masks(model, config)
+    restore_rotary_layout(model, config)
+    restore_clipping(model, config)
+    restore_logit_cap(model, config)
     restore_tie(model, config)
     restore_biases(model, folder, weight_files)
     restore_embedding_scale(model, config)

@@ -15,7 +15,7 @@ from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.graph.names import PARTS
 from eoracc.passes.graph.spec import Stage, check
 from tests.compiler.frontend.checkpoints import edit_config, refused
-from tests.graph_session import GraphSession, assert_close, padded_mask
+from tests.graph_session import GraphSession, assert_close, assert_equals_eager
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
@@ -46,24 +46,7 @@ def test_graph_equals_eager_model(
 ) -> None:
     loaded = load(str(checkpoints[family]), work=tmp_path)
     check(loaded.model, Stage.FRONTEND, after="frontend")
-    session = GraphSession(loaded.model, tmp_path)
-    eager = load_eager(loaded.folder, {})
-    input_ids = tokens()
-    left = padded_mask(LENGTHS, TOKENS, left=True)
-    right = padded_mask(LENGTHS, TOKENS, left=False)
-    cases = [
-        (None, (TOKENS,)),  # prefill
-        (None, (8, 1, 1, 1, 1)),  # decode through the cache, past every window
-        (None, (7, 5)),  # a chunk on a cache
-        (left, (TOKENS,)),
-        (left, (9, 1, 1, 1)),
-        (left, (8, 4)),
-        (right, (TOKENS,)),
-    ]
-    for mask, chunks in cases:
-        expected = reference_logits(eager, input_ids, mask, chunks=chunks)
-        actual = session.logits(input_ids, mask, chunks=chunks)
-        assert_close(actual, expected, loaded.config, mask)
+    assert_equals_eager(loaded, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

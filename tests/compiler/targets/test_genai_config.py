@@ -3,8 +3,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime_genai
 import pytest
 
+from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend.load import load
 from eoracc.compiler.targets.genai_config import genai_config, read_generation_config
 from eoracc.compiler.targets.onnxruntime.lower import lower
@@ -30,6 +34,30 @@ def test_llama(tmp_path: Path) -> None:
     assert "position_ids" not in decoder["inputs"]
     assert content["search"]["past_present_share_buffer"] is True
     assert content["search"]["max_length"] == 128
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen3", "qwen3"), ("gemma2", "gemma2"), ("cohere", "decoder"), ("olmo2", "decoder")],
+)
+def test_family_that_genai_does_not_know_is_a_decoder(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    """genai opens the artifact's folder, which it refuses for a type that it does not know."""
+    folder = tiny_model(family, tmp_path / "model")
+    loaded = load(str(folder), work=tmp_path)
+    graph = lower(loaded.model)
+    content = genai_config(loaded.config, graph)
+    assert content["model"]["type"] == kind
+    ir.save(graph, tmp_path / "model.onnx")
+    (tmp_path / "genai_config.json").write_text(json.dumps(content))
+    model = onnxruntime_genai.Model(str(tmp_path))
+    generator = onnxruntime_genai.Generator(model, onnxruntime_genai.GeneratorParams(model))
+    generator.append_tokens([5, 6, 7])
+    generator.generate_next_token()
+    tokens = np.array([[5, 6, 7]])
+    best = reference_logits(load_eager(folder, {}), tokens)[0, -1].argmax()
+    assert generator.get_sequence(0)[-1] == best
 
 
 def test_graph_that_keeps_its_attention_shares_no_buffer(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""Rotary embeddings of families that pair other elements, or that rotate some layers only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from eoracc.compiler.frontend.repairs.masks import layer_windows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["restore_rotary_layout"]
+
+_INTERLEAVED = frozenset({"cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium"})
+"""Model types that rotate neighbours (2i, 2i + 1) of a head, and not (i, i + half)."""
+
+_WINDOWED_LAYERS_ONLY = frozenset({"cohere2"})
+"""Model types that know positions in layers with a sliding window alone."""
+
+
+def restore_rotary_layout(model: ir.Model, config: PretrainedConfig) -> None:
+    """Make each RotaryEmbedding rotate the pairs that the family rotates, where it rotates any."""
+    if config.model_type in _INTERLEAVED:
+        for node in model.graph:
+            if node.op_type == "RotaryEmbedding":
+                node.attributes.add(ir.AttrInt64("interleaved", 1))
+    if config.model_type in _WINDOWED_LAYERS_ONLY:
+        attentions = [node for node in model.graph if node.op_type == "Attention"]
+        for node, window in zip(attentions, layer_windows(config), strict=True):
+            if not window:
+                _leave_unrotated(node)
+
+
+def _leave_unrotated(attention: ir.Node) -> None:
+    for position in (0, 1):
+        value = attention.inputs[position]
+        rotary = value.producer() if value is not None else None
+        if rotary is not None and rotary.op_type == "RotaryEmbedding":
+            attention.replace_input_with(position, rotary.inputs[0])
+            assert rotary.graph is not None  # noqa: S101 - of a graph that is walked
+            rotary.graph.remove(rotary, safe=True)
