@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def test_embeddings_are_scaled_by_the_root_in_float32(family: str, tmp_path: Path) -> None:
     graph = load(str(tiny_model(family, tmp_path / "model")), work=tmp_path).model.graph
     gather = next(node for node in graph if "embed_tokens" in str(node.inputs[0].name))  # type: ignore[union-attr]
-    scale = gather.outputs[0].uses()[0].node.inputs[1]
+    (use,) = gather.outputs[0].uses()
+    scale = use.node.inputs[1]
     assert scale is not None
     assert scale.const_value is not None
     assert scale.const_value.numpy().item() == np.float32(48**0.5)
