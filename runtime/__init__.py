@@ -8,6 +8,7 @@ from eoracc.runtime.engine import Engine, EngineLoad, Generation
 from eoracc.runtime.model import Model, load
 from eoracc.runtime.request import (
     AdapterChoice,
+    ChatOptions,
     Completion,
     ContinuationScore,
     Piece,
@@ -24,6 +25,7 @@ __all__ = [
     "BackendChoice",
     "BackendError",
     "BusyError",
+    "ChatOptions",
     "Completion",
     "ContinuationScore",
     "Engine",

@@ -17,6 +17,7 @@ from eoracc.runtime.decode.scoring import Targets, score_targets
 from eoracc.runtime.decode.text import Tokenizer
 from eoracc.runtime.request import (
     AdapterChoice,
+    ChatOptions,
     Completion,
     ContinuationScore,
     Piece,
@@ -107,9 +108,11 @@ class Model:
         """
         return self._device_bytes()
 
-    def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+    def encode(
+        self, prompt: Prompt, *, chat: bool = False, chat_options: ChatOptions | None = None
+    ) -> list[int]:
         """Tokens of a prompt, see :meth:`Tokenizer.encode_prompt`."""
-        return self.tokenizer.encode_prompt(prompt, chat=chat)
+        return self.tokenizer.encode_prompt(prompt, chat=chat, options=chat_options)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``, special ones left out."""
@@ -125,6 +128,7 @@ class Model:
         *,
         stream: Literal[True],
         chat: bool = ...,
+        chat_options: ChatOptions | None = ...,
         adapter: AdapterChoice = ...,
         temperature: float = ...,
         top_k: int = ...,
@@ -144,6 +148,7 @@ class Model:
         *,
         stream: Literal[False] = ...,
         chat: bool = ...,
+        chat_options: ChatOptions | None = ...,
         adapter: AdapterChoice = ...,
         temperature: float = ...,
         top_k: int = ...,
@@ -162,6 +167,7 @@ class Model:
         *,
         stream: bool = False,
         chat: bool = False,
+        chat_options: ChatOptions | None = None,
         adapter: AdapterChoice = None,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -179,6 +185,7 @@ class Model:
           max_new_tokens: most tokens to generate.
           stream: yield pieces as they are generated; their texts add up to the completion's.
           chat: treat a text as the user's turn of a chat.
+          chat_options: how messages become text; None for the defaults.
           adapter: a name, or weights by name, or None.
           temperature: 0 for greedy decoding.
           top_k: 0 for all tokens.
@@ -196,6 +203,7 @@ class Model:
         request = Request(
             prompt=prompt,
             chat=chat,
+            chat_options=chat_options,
             adapter=adapter,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -280,7 +288,7 @@ class Model:
           ArtifactError: the request is a chat and the artifact has no chat template.
         """
         room = self.context_length if max_tokens is None else max_tokens
-        prompt = self.encode(request.prompt, chat=request.chat)
+        prompt = self.encode(request.prompt, chat=request.chat, chat_options=request.chat_options)
         if not prompt:
             raise RequestError("the prompt is empty: give some text")
         if len(prompt) >= room:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from eoracc.errors import RequestError
 
 __all__ = [
     "NO_ADAPTER",
     "AdapterChoice",
+    "ChatOptions",
     "Completion",
     "ContinuationScore",
     "FinishReason",
@@ -27,8 +28,8 @@ __all__ = [
 NO_ADAPTER = "none"
 """Reserved adapter name: the backbone alone."""
 
-Message: TypeAlias = Mapping[str, str]
-"""One turn of a chat: ``{"role": "user", "content": "…"}``."""
+Message: TypeAlias = Mapping[str, Any]
+"""One turn of a chat: ``{"role": "user", "content": "…"}``, and fields that the template reads."""
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text to continue, its tokens, or the messages of a chat."""
@@ -41,12 +42,55 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How the messages of a chat become its text.
+
+    Attributes:
+      template: name of the chat template; None for ``tool_use`` if there are tools and such a
+        template, else for ``default``.
+      add_generation_prompt: whether the beginning of the assistant's answer follows the messages;
+        None for yes, unless the last message is continued.
+      continue_final_message: leave the last message open, so that the answer continues it; a name
+        continues this field of it instead of ``content``.
+      tools: descriptions of functions, as JSON schemas.
+      documents: with ``title`` and ``text`` each.
+      template_kwargs: further variables of the template, such as ``enable_thinking``.
+    """
+
+    template: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | str = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the combination.
+
+        Raises:
+          RequestError: an answer can not both begin and continue.
+        """
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "continue_final_message: excludes add_generation_prompt: leave one out"
+            )
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the beginning of the assistant's answer follows the messages."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A text to continue, with the options of generation.
 
     Attributes:
       prompt: text, tokens, or messages; messages go through the chat template.
       chat: treat a text as the user's turn of a chat.
+      chat_options: how messages become text; None for the defaults.
       adapter: its name, or a weight for each of several, or None for the backbone alone.
       max_new_tokens: most tokens to generate; the model's context is a limit too.
       temperature: 0 chooses the most likely token every time, among equals the lowest id.
@@ -63,6 +107,7 @@ class Request:
 
     prompt: Prompt
     chat: bool = False
+    chat_options: ChatOptions | None = None
     adapter: AdapterChoice = None
     max_new_tokens: int = 256
     temperature: float = 0.0

@@ -38,7 +38,7 @@ _VOCABULARY = len(_SPECIAL) + 256
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% if add_generation_prompt %}<s>assistant: {{ opening | default('') }}{% endif %}"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,18 @@ __all__ = ["run"]
     "--chat/--no-chat",
     default=None,
     help="Use the chat template; default: yes if the model has one.",
+)
+@click.option(
+    "--chat-template",
+    "template",
+    metavar="NAME",
+    help="Chat template, for models with several.",
+)
+@click.option(
+    "--chat-template-kwargs",
+    "template_kwargs",
+    metavar="JSON",
+    help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
 )
 @click.option(
     "--adapter",
@@ -90,6 +103,8 @@ def run(
     *,
     max_new_tokens: int,
     chat: bool | None,
+    template: str | None,
+    template_kwargs: str | None,
     adapters: tuple[str, ...],
     temperature: float,
     top_k: int,
@@ -102,10 +117,15 @@ def run(
     as_json: bool,
 ) -> None:
     """Generate text with ARTIFACT from PROMPT, or from standard input if PROMPT is - or absent."""
-    from eoracc.runtime import Request, load
+    from eoracc.runtime import ChatOptions, Request, load
 
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is part of what --json prints: give both")
+    if template is not None or template_kwargs is not None:
+        if chat is False:
+            raise click.UsageError("--no-chat excludes options of the chat template")
+        chat = True
+    chat_options = ChatOptions(template=template, template_kwargs=_parse_kwargs(template_kwargs))
     weights = _parse_adapters(adapters)
     if prompt == "-":
         prompt = _read_prompt()
@@ -116,6 +136,7 @@ def run(
     request = Request(
         prompt=prompt,
         chat=in_chat,
+        chat_options=chat_options,
         adapter=weights,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -149,6 +170,17 @@ def _parse_adapters(adapters: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             raise click.UsageError(f"--adapter {text}: its weight is no number") from None
     return weights
+
+
+def _parse_kwargs(text: str | None) -> dict[str, Any]:
+    """Variables of the chat template."""
+    try:
+        kwargs = json.loads(text or "{}")
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise click.UsageError(f"--chat-template-kwargs {text}: is no JSON object")
+    return kwargs
 
 
 def _details(model: Model, completion: Completion) -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""Between text and tokens: the tokenizer, the chat template, stop strings.
+"""Between text and tokens: the tokenizer and stop strings.
 
-onnxruntime-genai has the tokenizer and the template engine, which need only the artifact's folder
-and not its model.
+onnxruntime-genai has the tokenizer, which needs only the artifact's folder and not its model.
 """
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from eoracc.errors import ArtifactError, BackendError, RequestError, reason
+from eoracc.errors import BackendError, reason
+from eoracc.runtime.decode.chat_files import Chat
 from eoracc.runtime.packages import import_package
+from eoracc.runtime.request import ChatOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,25 +58,26 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether the artifact has a chat template."""
-        return self.chat_template is not None
+        return bool(self.chat.sources)
 
     @cached_property
-    def chat_template(self) -> str | None:
-        """The chat template, in Jinja; None if the artifact has none."""
-        file, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        if not config.is_file():
-            return None
-        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        return template if isinstance(template, str) else None
+    def chat(self) -> Chat:
+        """The chat templates of the artifact.
 
-    def encode_prompt(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+        Raises:
+          ArtifactError: a file is damaged.
+        """
+        return Chat(self.folder)
+
+    def encode_prompt(
+        self, prompt: Prompt, *, chat: bool = False, options: ChatOptions | None = None
+    ) -> list[int]:
         """Tokens of a text or of messages; tokens are returned as they are.
 
         Args:
-          prompt: messages go through the chat template, followed by the beginning of an answer.
+          prompt: messages go through the chat template.
           chat: treat a text as the user's turn.
+          options: how messages become text; None for the defaults.
 
         Raises:
           RequestError: a message lacks its role or content, or the template rejects it.
@@ -85,11 +86,11 @@ class Tokenizer:
         if isinstance(prompt, str):
             if not chat:
                 return self.encode(prompt)
-            return self.encode_chat([{"role": "user", "content": prompt}])
+            return self.encode_chat([{"role": "user", "content": prompt}], options)
         tokens = [int(item) for item in prompt if isinstance(item, Integral)]  # NumPy's too
         if len(tokens) == len(prompt):
             return tokens
-        return self.encode_chat([item for item in prompt if not isinstance(item, int)])
+        return self.encode_chat([item for item in prompt if not isinstance(item, int)], options)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of ``text``.
@@ -103,49 +104,12 @@ class Tokenizer:
             self._tokenizer.update_options(add_special_tokens="true" if special else "false")
             return [int(token) for token in self._tokenizer.encode(text)]
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a chat, followed by the beginning of the assistant's answer.
-
-        Raises:
-          RequestError: a message lacks its role or content, or the template rejects it.
-          ArtifactError: there is no chat template.
-        """
+    def encode_chat(
+        self, messages: Sequence[Message], options: ChatOptions | None = None
+    ) -> list[int]:
+        """Tokens of a chat, see :meth:`Chat.render`."""
         # The template itself adds BOS.
-        return self.encode(self.render_chat(messages), special=False)
-
-    def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
-    ) -> str:
-        """The text of a chat, special tokens spelled out.
-
-        Args:
-          messages: at least one.
-          add_generation_prompt: whether the beginning of the assistant's answer follows.
-
-        Raises:
-          RequestError: a message lacks its role or content, or the template rejects it.
-          ArtifactError: there is no chat template.
-        """
-        if not self.has_chat_template:
-            raise ArtifactError(f"{self.folder}: has no chat template: use --no-chat")
-        if not messages:
-            raise RequestError("messages: there are none: give at least one")
-        for index, message in enumerate(messages):
-            for key in ("role", "content"):
-                if not isinstance(_field(message, key), str):
-                    raise RequestError(f"messages[{index}]: its '{key}' is missing or no text")
-        try:
-            with self._lock:
-                return str(
-                    self._tokenizer.apply_chat_template(
-                        json.dumps([dict(message) for message in messages]),
-                        add_generation_prompt=add_generation_prompt,
-                    )
-                )
-        except Exception as error:  # noqa: BLE001 - a template may fail in any way
-            raise RequestError(
-                f"messages: the chat template refuses them: {reason(error)}"
-            ) from None
+        return self.encode(self.chat.render(messages, options or ChatOptions()), special=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``, special ones left out."""
@@ -212,10 +176,6 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
-
-
-def _field(message: object, key: str) -> object:
-    return message.get(key) if isinstance(message, Mapping) else None
 
 
 def _refusal(folder: Path, error: Exception) -> BackendError:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from eoracc.errors import RequestError
 from eoracc.runtime.model import load
-from eoracc.runtime.request import Request
+from eoracc.runtime.request import ChatOptions, Request
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -234,15 +234,25 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat, followed by the beginning of an answer if requested."""
-        return self.model.tokenizer.render_chat(
-            chat_history, add_generation_prompt=add_generation_prompt
+        """The text of a chat, ready for an answer.
+
+        Args:
+          chat_history: the messages.
+          add_generation_prompt: begin the answer; else the last message is its beginning.
+        """
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
+        return self.model.tokenizer.chat.render(chat_history, options)
 
     @override
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Source of the artifact's only template, whatever its name."""
-        return self.model.tokenizer.chat_template if chat_template else None
+        """Source of the chat template of that name, or of the default one."""
+        if not chat_template or not self.model.has_chat_template:
+            return None
+        name = chat_template if isinstance(chat_template, str) else None
+        return self.model.tokenizer.chat.source(ChatOptions(template=name))
 
 
 def _batch_size(batch_size: int | str, largest: int | None) -> int:

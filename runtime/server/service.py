@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from eoracc.errors import ArtifactError, RequestError
-from eoracc.runtime.request import AdapterChoice, Prompt, Request
+from eoracc.runtime.request import AdapterChoice, ChatOptions, Prompt, Request
 from eoracc.runtime.server.admission import Admission
 from eoracc.runtime.server.api.errors import bad_request, shutting_down
 from eoracc.runtime.server.api.responses import Answer, ChatForm, Choice, CompletionForm, Form
@@ -35,12 +36,14 @@ _COMPLETION_TOKENS = 16
 class Codec(Protocol):
     """Converts between text and tokens. Called from one thread, not the event loop's."""
 
-    def encode_prompt(self, prompt: Prompt, /) -> Sequence[int]:
+    def encode_prompt(
+        self, prompt: Prompt, /, *, options: ChatOptions | None = None
+    ) -> Sequence[int]:
         """Tokens of a text or of messages; tokens are returned as they are.
 
         Raises:
           RequestError: the chat template rejects the messages.
-          ArtifactError: there is no chat template.
+          ArtifactError: there is no chat template, or it is not valid.
         """
 
     def decode(self, tokens: Sequence[int], /) -> str:
@@ -168,7 +171,13 @@ class Service:
         max_tokens = body.max_completion_tokens
         if max_tokens is None:
             max_tokens = body.max_tokens
-        return await self._reply(body, record, [messages], max_tokens, logprobs, ChatForm)
+        try:
+            options = body.chat_options()
+        except RequestError as error:
+            raise bad_request(str(error), "continue_final_message") from None
+        return await self._reply(
+            body, record, [messages], max_tokens, logprobs, ChatForm, chat_options=options
+        )
 
     async def _reply(
         self,
@@ -178,6 +187,8 @@ class Service:
         max_tokens: int | None,
         logprobs: int | None,
         form: Callable[[Answer], Form],
+        *,
+        chat_options: ChatOptions | None = None,
     ) -> TextReply:
         body.refuse_unread()
         name, adapter = self.catalog.resolve(body.model, body.adapters)
@@ -188,7 +199,7 @@ class Service:
             raise bad_request(f"n: {count} answers exceed the limit of {most}: ask for fewer", "n")
         places = self.admission.enter(count)
         try:
-            encoded = await self._encode(prompts)
+            encoded = await self._encode(prompts, chat_options)
             echo = isinstance(body, CompletionRequest) and bool(body.echo)
             prefixes = await self._decode(encoded) if echo else []
             requests = [
@@ -284,19 +295,21 @@ class Service:
             )
         return max_tokens
 
-    async def _encode(self, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
+    async def _encode(
+        self, prompts: Sequence[Prompt], chat_options: ChatOptions | None
+    ) -> list[Sequence[int]]:
         loop = asyncio.get_running_loop()
+        encode = partial(self._served.codec.encode_prompt, options=chat_options)
         encoded: list[Sequence[int]] = []
         for prompt in prompts:
             try:
-                tokens = await loop.run_in_executor(
-                    self._thread, self._served.codec.encode_prompt, prompt
-                )
+                tokens = await loop.run_in_executor(self._thread, encode, prompt)
             except RequestError as error:
-                raise bad_request(str(error), "messages") from None
+                raise bad_request(str(error), _field_of(error)) from None
             except ArtifactError:
                 raise bad_request(
-                    f"'{self.catalog.backbone}' has no chat template: use /v1/completions",
+                    f"'{self.catalog.backbone}' has no chat template that can be used: use "
+                    "/v1/completions",
                     "messages",
                 ) from None
             unknown = next((token for token in tokens if token not in self._served.token_bytes), -1)
@@ -311,3 +324,9 @@ class Service:
             await loop.run_in_executor(self._thread, self._served.codec.decode, tokens)
             for tokens in encoded
         ]
+
+
+def _field_of(error: RequestError) -> str:
+    """The field of a chat request that an error begins with."""
+    name = str(error).partition(":")[0]
+    return name if name in ChatCompletionRequest.model_fields else "messages"

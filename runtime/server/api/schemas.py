@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 
+from eoracc.runtime.request import ChatOptions
 from eoracc.runtime.server.api.fields import (
     MESSAGE_FIELDS,
     PART_FIELDS,
@@ -255,9 +256,30 @@ class ChatCompletionRequest(GenerationFields):
       logprobs: report the probability of each token.
       top_logprobs: number of alternatives to report for each token.
       max_completion_tokens: newer name of ``max_tokens``.
+      add_generation_prompt: begin the assistant's answer, which is the default.
+      continue_final_message: the answer continues the last message.
+      chat_template_kwargs: variables of the chat template, such as ``enable_thinking``.
+      documents: for chat templates that show them.
     """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[_Text, Any] | None = None
+    documents: list[dict[_Text, Any]] | None = None
+
+    def chat_options(self) -> ChatOptions:
+        """How the messages become text.
+
+        Raises:
+          RequestError: the fields contradict each other.
+        """
+        return ChatOptions(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=bool(self.continue_final_message),
+            documents=self.documents,
+            template_kwargs=self.chat_template_kwargs or {},
+        )

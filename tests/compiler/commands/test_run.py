@@ -88,9 +88,32 @@ def test_log_probabilities(artifact: Path) -> None:
     assert "logprobs" not in made(artifact)
 
 
+def test_variables_of_the_chat_template(artifact: Path) -> None:
+    def prompt_tokens(*options: str) -> int:
+        command = ["run", str(artifact), "abc", "--json", "--max-new-tokens", "1", *options]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        return int(json.loads(result.stdout)["prompt_tokens"])
+
+    alone = prompt_tokens()
+    assert prompt_tokens("--chat-template-kwargs", '{"opening": "four"}') == alone + 4
+    assert prompt_tokens("--chat-template", "default", "--chat") == alone
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
+        (("--chat-template-kwargs", "{}"), "--no-chat excludes options of the chat template"),
+        (
+            ("--chat", "--chat-template-kwargs", "[]"),
+            "--chat-template-kwargs []: is no JSON object",
+        ),
+        (("--chat", "--chat-template-kwargs", "{"), "--chat-template-kwargs {: is no JSON object"),
+        (
+            ("--chat", "--chat-template-kwargs", '{"messages": []}'),
+            "chat_template_kwargs: 'messages' has an option of its own",
+        ),
+        (("--chat", "--chat-template", "rag"), "chat template 'rag': is none of default"),
         (("--adapter", "poems"), "has no adapter 'poems': it has math, prose"),
         (("--adapter", "math=much"), "--adapter math=much: its weight is no number"),
         (("--adapter", "math=nan"), "adapter 'math': its weight must be finite, not nan"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.decode.text import StopStrings, Tokenizer
+from eoracc.runtime.request import ChatOptions
 from tests.tiny_artifact import write_byte_tokenizer
 
 if TYPE_CHECKING:
@@ -99,8 +100,13 @@ def test_a_whole_chat_is_rendered(tokenizer: Tokenizer) -> None:
         {"role": "assistant", "content": "yes\nno"},
     ]
     wanted = "".join(f"<s>{one['role']}: {one['content']}</s>" for one in messages)
-    assert tokenizer.render_chat(messages, add_generation_prompt=False) == wanted
-    assert tokenizer.render_chat(messages) == f"{wanted}<s>assistant: "
+    whole = ChatOptions(add_generation_prompt=False)
+    assert tokenizer.chat.render(messages, whole) == wanted
+    begun = tokenizer.encode(f"{wanted}<s>assistant: ", special=False)
+    assert tokenizer.encode_prompt(messages) == tokenizer.encode_chat(messages) == begun
+    assert tokenizer.encode_prompt(messages, options=whole) == tokenizer.encode(
+        wanted, special=False
+    )
 
 
 @pytest.mark.parametrize(

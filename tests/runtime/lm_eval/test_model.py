@@ -164,8 +164,9 @@ def test_bos_is_there_once(tiny_artifact: Path, tmp_path: Path) -> None:
     assert chat == "<s>user: sky</s><s>assistant: "
     assert model.tok_encode(chat)[:2] == [1, model.tok_encode("u")[1]]
     answered = [{"role": "user", "content": "sky"}, {"role": "assistant", "content": "blue"}]
-    whole = model.apply_chat_template(answered, add_generation_prompt=False)
-    assert whole == "<s>user: sky</s><s>assistant: blue</s>"
+    # lm-eval gives the beginning of an answer so, for the model to continue.
+    begun = model.apply_chat_template(answered, add_generation_prompt=False)
+    assert begun == "<s>user: sky</s><s>assistant: blue"
     assert "m.role" in str(model.chat_template(True))
     assert model.chat_template(False) is None
 

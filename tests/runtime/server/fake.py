@@ -14,7 +14,7 @@ import httpx
 
 from eoracc.errors import RequestError
 from eoracc.runtime.decode.continuation import Listener
-from eoracc.runtime.request import FinishReason, Piece, Prompt, Request, TokenLogprob
+from eoracc.runtime.request import ChatOptions, FinishReason, Piece, Prompt, Request, TokenLogprob
 from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.middleware import Observe
 from eoracc.runtime.server.options import ServerOptions
@@ -103,9 +103,9 @@ def echo_prompt(request: Request) -> list[Piece]:
 
 
 class _Codec:
-    """Bytes are tokens; a chat is its last turn."""
+    """Bytes are tokens; a chat is its last turn, after the template's variable ``prefix``."""
 
-    def encode_prompt(self, prompt: Prompt) -> Sequence[int]:
+    def encode_prompt(self, prompt: Prompt, *, options: ChatOptions | None = None) -> Sequence[int]:
         if isinstance(prompt, str):
             return list(prompt.encode())
         if prompt and isinstance(prompt[0], int):
@@ -114,7 +114,8 @@ class _Codec:
         assert not isinstance(message, (int, str))
         if message["role"] == "assistant":
             raise RequestError("messages: the chat template refuses them: nobody is asking")
-        return list(message["content"].encode())
+        kwargs = {} if options is None else options.template_kwargs
+        return list(f"{kwargs.get('prefix', '')}{message['content']}".encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode()

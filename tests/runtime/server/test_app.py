@@ -53,6 +53,18 @@ def test_defaults_are_those_of_openai() -> None:
     run(test)
 
 
+def test_chat_options_reach_the_template() -> None:
+    async def test(server: Server) -> None:
+        await server.post(
+            "/v1/chat/completions",
+            messages=[{"role": "user", "content": "hello"}],
+            chat_template_kwargs={"prefix": "oh, "},
+        )
+        assert server.engine.generations[0].request.prompt == list(b"oh, hello")
+
+    run(test)
+
+
 def test_fields_reach_the_engine() -> None:
     async def test(server: Server) -> None:
         await server.post(
@@ -199,6 +211,21 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
         "nobody is asking",
     ),
     (CHAT, HI | {"tools": [{"type": "function"}]}, 400, "tools", "tools: is not supported"),
+    (
+        CHAT,
+        HI | {"chat_template": "{{ 1 }}"},
+        400,
+        "chat_template",
+        "chat_template: is not supported",
+    ),
+    (CHAT, HI | {"chat_template_kwargs": 1}, 400, "chat_template_kwargs", "valid dictionary"),
+    (
+        CHAT,
+        HI | {"continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "continue_final_message",
+        "excludes add_generation_prompt",
+    ),
     (CHAT, HI | {"response_format": {"type": "json_object"}}, 400, "response_format", "supported"),
     (CHAT, HI | {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs to be true"),
     (CHAT, HI | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "equal to 20"),
