@@ -1,6 +1,6 @@
 """The flow of a build, top to bottom.
 
-    model.yaml -> load -> passes -> adapters -> fidelity gate -> each target: lower, write
+    model.yaml -> load -> check -> passes -> adapters -> fidelity gate -> each target: lower, write
                -> parity gate -> artifact
 
 Slow results (a converted GGUF, the finished blocks of a sweep) are kept in a work folder
@@ -30,6 +30,7 @@ from eoracc.compiler.adapters.gates import (
 from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.progress import PhaseTime, SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import (
     AdaptersReport,
@@ -254,7 +255,7 @@ class _Inputs:
 
 
 def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress) -> _Inputs:
-    """Read the checkpoint and all texts."""
+    """Read the checkpoint, check its graph, and read all texts."""
     with progress.phase("load", 1) as phase:
         loaded = load(
             config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
@@ -262,6 +263,7 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
         phase.advance()
     check_contexts(config, loaded)
     spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
+    check_frontend(loaded, progress)
     tokenizer = loaded.tokenizer()
     held_out = evaluation_windows(
         config.calibration, config.verify, tokenizer, config_dir=config_dir

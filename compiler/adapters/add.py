@@ -27,6 +27,7 @@ from eoracc.compiler.adapters.restore import restore_backbone
 from eoracc.compiler.adapters.solve import SolvedAdapter, load_task, solve_adapter
 from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.progress import SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import AdaptersReport
 from eoracc.compiler.sweep.backbone import Backbone
@@ -189,6 +190,10 @@ def _solve(
     """Solve and score; check against PyTorch."""
     with progress.phase("load", 1) as phase:
         loaded = _original(folder, request, model, work)
+        phase.advance()
+    check_frontend(loaded, progress)
+    release_memory()
+    with progress.phase("restore", 1) as phase:
         task = load_task(name, config, loaded.tokenizer(), config_dir=data_dir, settings=_SETTINGS)
         original = Executor(loaded.model.clone())
         for item in request.config.passes:

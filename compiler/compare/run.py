@@ -31,6 +31,7 @@ from eoracc.compiler.compare.result import Comparison, Figures, Original, Row, T
 from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_together
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.progress import cpu_seconds
 from eoracc.compiler.report.fidelity import Scorer, Variant
 from eoracc.compiler.sweep.executor import Executor
@@ -130,6 +131,7 @@ class _Comparing:
             )
             phase.advance()
         spec.check(self._loaded.model, spec.Stage.FRONTEND, after="the frontend")
+        check_frontend(self._loaded, progress)
         tokenizer = self._loaded.tokenizer()
         self._texts: dict[str, Windows] = {
             _HELD_OUT: evaluation_windows(

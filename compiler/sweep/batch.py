@@ -32,11 +32,14 @@ class Batch:
       attention_mask: ``int64 [batch, sequence]``, 0 for padding.
       values: by value name; the graph inputs at first.
       weights: ``float32 [batch]``, the weight of each window's tokens in statistics; None for 1.
+      previous: the batch whose cache this one continues, run by the same executor before it; None
+        for an empty cache.
     """
 
     attention_mask: NDArray[np.int64]
     values: dict[str, Array] = field(default_factory=dict)
     weights: Float | None = None
+    previous: Batch | None = None
 
     @property
     def token_weights(self) -> Float:

@@ -76,14 +76,18 @@ def group_by_level(
 
 
 def cut_graph(
-    graph: ir.Graph, linears: Sequence[Linear], levels: Mapping[ir.Node, int]
+    graph: ir.Graph,
+    linears: Sequence[Linear],
+    levels: Mapping[ir.Node, int],
+    kept: Sequence[ir.Value],
 ) -> list[list[Segment]]:
     """The segments of each level, in execution order.
 
     Args:
-      graph: whose first output is the logits.
+      graph: to be cut.
       linears: all of the graph's.
       levels: from :func:`node_levels`.
+      kept: outputs of the graph that are wanted, the logits among them; they are never dropped.
 
     Returns:
       For each level the segments before its linears, and last those after the head. Each list
@@ -98,7 +102,7 @@ def cut_graph(
     positions = {place: position for position, place in enumerate(order)}
 
     nodes_at: dict[_Place, list[ir.Node]] = defaultdict(list)
-    last_reads: dict[ir.Value, int] = {graph.outputs[0]: len(order)}  # the logits are never dropped
+    last_reads: dict[ir.Value, int] = dict.fromkeys(kept, len(order))
     for node in graph:
         if node in places:
             nodes_at[places[node]].append(node)

@@ -54,6 +54,7 @@ class Executor:
         linears: Sequence[Linear] | None = None,
         *,
         precision: Precision = "float32",
+        cached: bool = False,
     ) -> None:
         """Cut ``model`` at its linears.
 
@@ -61,6 +62,8 @@ class Executor:
           model: the graph.
           linears: their view, where the caller has it already.
           precision: of the linears and of attention.
+          cached: compute attention by the graph's own nodes, read the cache that a batch continues
+            and keep its new one.
         """
         self._model = model
         self.precision: Precision = precision
@@ -75,7 +78,9 @@ class Executor:
         self.head_level = len(self.levels) - 1
         self._output_names = {linear: str(linear.node.outputs[0].name) for linear in self.linears}
         self._input_names = {linear: str(linear.input.name) for linear in self.linears}
-        self._segments = cut_graph(model.graph, self.linears, levels)
+        self._cached = cached
+        kept = model.graph.outputs if cached else model.graph.outputs[:1]
+        self._segments = cut_graph(model.graph, self.linears, levels, kept)
         self._sessions: dict[bytes, ort.InferenceSession] = {}
 
     @property
@@ -167,7 +172,7 @@ class Executor:
         segments = [
             (
                 partial(self._attend, segment.nodes)
-                if segment.is_attention
+                if segment.is_attention and not self._cached
                 else self._glue_runner(segment),
                 segment.drop,
             )
@@ -227,8 +232,11 @@ class Executor:
         return batch.values[self._input_names[linear]]  # type: ignore[return-value]
 
     def _value(self, batch: Batch, name: str) -> Array:
-        past = self._past.get(name)
-        return batch.values[name] if past is None else past(len(batch.attention_mask))
+        if name in batch.values:
+            return batch.values[name]
+        if batch.previous is not None:
+            return batch.previous.values[name.replace("past_key_values", "present")]
+        return self._past[name](len(batch.attention_mask))
 
     def _session(self, glue: Segment) -> ort.InferenceSession:
         """A session for the segment; blocks with equal glue share one and its memory arena."""

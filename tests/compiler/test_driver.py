@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler import driver
 from eoracc.compiler.driver import BuildResult
+from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
 from eoracc.compiler.sweep.resume import SweepState
@@ -22,6 +24,7 @@ from tests.tiny_build import EORA, tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
     from eoracc.compiler.config.sections import BuildConfig
+    from eoracc.compiler.frontend.load import LoadedModel
     from eoracc.passes.graph.linears import LinearGroup
 
 QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
@@ -74,7 +77,7 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
     assert stored.linears[-1].bits is None
     assert stored.build.peak_memory_bytes > 0
     phases = [phase["name"] for phase in stored.build.phases]
-    assert phases == ["load", "compress", "score", "record", "parity"]
+    assert phases == ["load", "check", "compress", "score", "record", "parity"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -211,6 +214,23 @@ def test_failed_parity_writes_no_artifact(workspace: Path, monkeypatch: pytest.M
     with pytest.raises(GateError, match=r"^parity: FAILED, .* no artifact was written"):
         build(workspace, tiny_config())
     assert left_over(workspace) == {".out.work"}
+
+
+def test_a_graph_that_differs_is_refused_before_any_work(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_wrong(source: str, **options: Any) -> LoadedModel:  # noqa: ANN401
+        loaded = load(source, **options)
+        attention = next(node for node in loaded.model.graph if node.op_type == "Attention")
+        attention.attributes.add(ir.AttrFloat32("scale", 0.2))
+        return loaded
+
+    monkeypatch.setattr(driver, "load", load_wrong)
+    progress = SilentProgress()
+    with pytest.raises(ModelError, match=r"does not compute what transformers does: .* attention"):
+        driver.build(tiny_config(verify=QUICK), config_dir=workspace, progress=progress)
+    assert [time.name for time in progress.times] == ["load", "check"]
+    assert left_over(workspace) == set()
 
 
 def test_existing_output_is_refused_before_any_work(workspace: Path) -> None:

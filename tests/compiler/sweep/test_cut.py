@@ -36,7 +36,7 @@ def test_segments_compute_every_node_once_and_after_its_inputs(family: str, tmp_
     linears = find_linears(model)
     levels = node_levels(model.graph, linears)
     groups = group_by_level(linears, levels)
-    segments = cut_graph(model.graph, linears, levels)
+    segments = cut_graph(model.graph, linears, levels, model.graph.outputs[:1])
     assert len(segments) == len(groups) + 1
     linear_nodes = {linear.node for linear in linears}
     weight_nodes = {linear.node.inputs[1].producer() for linear in linears}  # type: ignore[union-attr]
