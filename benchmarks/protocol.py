@@ -89,6 +89,7 @@ def load_protocol(
             samples=count,
             sequence_length=WINDOW_LENGTH,
             offset_tokens=offset,
+            limits=loaded.limits(),
         )
 
     return Protocol(

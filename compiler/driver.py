@@ -264,17 +264,19 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
     check_contexts(config, loaded)
     spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
     check_frontend(loaded, progress)
-    tokenizer = loaded.tokenizer()
+    tokenizer, limits = loaded.tokenizer(), loaded.limits()
     held_out = evaluation_windows(
-        config.calibration, config.verify, tokenizer, config_dir=config_dir
+        config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
     )
     calibration = (
-        calibration_windows(config.calibration, config.verify, tokenizer, config_dir=config_dir)
+        calibration_windows(
+            config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
+        )
         if config.calibration is not None and config.recipe.reads_text
         else None
     )
     tasks = [
-        load_task(name, adapter, tokenizer, config_dir=config_dir)
+        load_task(name, adapter, tokenizer, config_dir=config_dir, limits=limits)
         for name, adapter in config.adapters.items()
     ]
     release_memory()

@@ -49,7 +49,13 @@ if TYPE_CHECKING:
 
 __all__ = ["AddedAdapter", "solve_for_artifact"]
 
-_SETTINGS = Settings(samples="--samples", windows="--windows", offset="--held-out-offset")
+_SETTINGS = Settings(
+    samples="--samples",
+    windows="--windows",
+    offset="--held-out-offset",
+    length="--sequence-length",
+    window_length="--sequence-length",
+)
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,14 @@ def _solve(
     check_frontend(loaded, progress)
     release_memory()
     with progress.phase("restore", 1) as phase:
-        task = load_task(name, config, loaded.tokenizer(), config_dir=data_dir, settings=_SETTINGS)
+        task = load_task(
+            name,
+            config,
+            loaded.tokenizer(),
+            config_dir=data_dir,
+            limits=loaded.limits(),
+            settings=_SETTINGS,
+        )
         original = Executor(loaded.model.clone())
         for item in request.config.passes:
             if isinstance(item, ModelPass):

@@ -28,6 +28,7 @@ from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import AdapterState
+from eoracc.compiler.text.limits import TokenLimits
 from eoracc.compiler.text.windows import Settings, Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ConfigError
 from eoracc.passes.calibrate import Calibrate
@@ -110,6 +111,7 @@ def load_task(
     tokenizer: PreTrainedTokenizerBase,
     *,
     config_dir: Path,
+    limits: TokenLimits,
     settings: Settings | None = None,
 ) -> Task:
     """Read the texts of a task.
@@ -119,24 +121,32 @@ def load_task(
       config: its section of model.yaml.
       tokenizer: the model's.
       config_dir: the folder that relative paths are relative to.
+      limits: of the model.
       settings: names for messages; None for those of model.yaml.
 
     Raises:
+      ConfigError: windows are too long for the model.
       DataError: a text is missing, damaged, empty or too short.
     """
     names = settings or Settings(
         samples=f"adapters.{name}.samples",
         windows=f"adapters.{name}.verify.windows",
         offset=f"adapters.{name}.verify.offset_tokens",
+        length=f"adapters.{name}.sequence_length",
+        window_length=f"adapters.{name}.verify.window_length",
     )
-    return Task(
-        name,
-        config,
-        calibration_windows(
-            config, config.verify, tokenizer, config_dir=config_dir, settings=names
-        ),
-        evaluation_windows(config, config.verify, tokenizer, config_dir=config_dir, settings=names),
-    )
+    texts = [
+        cut(
+            config,
+            config.verify,
+            tokenizer,
+            config_dir=config_dir,
+            limits=limits,
+            settings=names,
+        )
+        for cut in (calibration_windows, evaluation_windows)
+    ]
+    return Task(name, config, *texts)
 
 
 def solve_adapter(

@@ -57,7 +57,11 @@ __all__ = ["compare", "work_folder"]
 _HELD_OUT, _OOD = "", "_ood"
 """Texts, named by the suffix of their figures."""
 
-_OOD_SETTINGS = Settings(windows="compare.ood.windows", offset="compare.ood.offset_tokens")
+_OOD_SETTINGS = Settings(
+    windows="compare.ood.windows",
+    offset="compare.ood.offset_tokens",
+    window_length="compare.ood.window_length",
+)
 
 _KEY_DIGITS = 32
 """Length of a digest in file names."""
@@ -132,10 +136,10 @@ class _Comparing:
             phase.advance()
         spec.check(self._loaded.model, spec.Stage.FRONTEND, after="the frontend")
         check_frontend(self._loaded, progress)
-        tokenizer = self._loaded.tokenizer()
+        tokenizer, limits = self._loaded.tokenizer(), self._loaded.limits()
         self._texts: dict[str, Windows] = {
             _HELD_OUT: evaluation_windows(
-                config.calibration, config.verify, tokenizer, config_dir=config_dir
+                config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
             )
         }
         ood = None if config.compare is None else config.compare.ood
@@ -145,13 +149,14 @@ class _Comparing:
                 ood,
                 tokenizer,
                 config_dir=config_dir,
+                limits=limits,
                 settings=_OOD_SETTINGS,
             )
         self._calibration = (
             None
             if config.calibration is None
             else calibration_windows(
-                config.calibration, config.verify, tokenizer, config_dir=config_dir
+                config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
             )
         )
         release_memory()

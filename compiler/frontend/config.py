@@ -51,6 +51,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         size = content.get(name)
         if isinstance(size, int | float) and size < 1:
             raise ModelError(f"{path}: field {name} is {size}: it must be a positive number")
+    if content.get("eos_token_id") == []:
+        raise ModelError(f"{path}: field eos_token_id is an empty list: name a token, or null")
     return content
 
 

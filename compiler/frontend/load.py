@@ -22,15 +22,17 @@ from eoracc.compiler.frontend.files import (
     find_tokenizer_json,
     first_line,
 )
+from eoracc.compiler.frontend.generation import read_generation_config
 from eoracc.compiler.frontend.graph import build_graph
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.repairs.repair import repair
 from eoracc.compiler.frontend.weights import is_tied, read_tensors, weight_files
+from eoracc.compiler.text.limits import TokenLimits
 from eoracc.errors import ModelError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["LoadedModel", "load"]
 
@@ -57,6 +59,7 @@ class LoadedModel:
         ``logits [B, S, V]``, ``present.<i>.key|value``. Weights are read when they are used.
       folder: the checkpoint in safetensors form.
       config: its transformers configuration.
+      generation: its generation_config.json; None where it has none.
       digest: sha256 over config.json and the weight files, hexadecimal.
       tokenizer_json: the tokenizer.json to ship, see :mod:`eoracc.compiler.frontend.tokenizer`;
         None where the checkpoint has none.
@@ -66,6 +69,7 @@ class LoadedModel:
     model: ir.Model
     folder: Path
     config: PretrainedConfig
+    generation: GenerationConfig | None
     digest: str
     tokenizer_json: Path | None
     trust_remote_code: bool = False
@@ -75,6 +79,11 @@ class LoadedModel:
         others = (self.folder / name for name in _TOKENIZER_FILES)
         files = [path for path in others if path.is_file()]
         return files if self.tokenizer_json is None else [self.tokenizer_json, *files]
+
+    def limits(self) -> TokenLimits:
+        """The tokens and the windows that the model takes."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return TokenLimits(rows=int(self.config.vocab_size), positions=positions)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.
@@ -113,6 +122,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     check_json_files(folder)
     weights = weight_files(folder, content)
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    generation = read_generation_config(folder)
     tensors = read_tensors(weights)
     config.tie_word_embeddings = is_tied(
         folder, tensors, tie_word_embeddings=bool(config.tie_word_embeddings)
@@ -124,6 +134,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
         model=model,
         folder=folder,
         config=config,
+        generation=generation,
         digest=digest_files([folder / "config.json", *weights]),
         tokenizer_json=find_tokenizer_json(folder, work),
         trust_remote_code=trust_remote_code,

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import onnx_ir as ir
     from transformers import GenerationConfig, PretrainedConfig
 
-__all__ = ["genai_config", "read_generation_config"]
+__all__ = ["genai_config"]
 
 _ERRORS_ONLY = 3
 
@@ -50,7 +48,7 @@ def genai_config(
     Args:
       config: the checkpoint's transformers configuration.
       model: the lowered graph; which inputs it has and whether it shares its cache buffer decides.
-      generation: the checkpoint's search defaults, see :func:`read_generation_config`.
+      generation: the checkpoint's search defaults and special tokens; None where it has none.
       filename: the model, relative to the artifact.
       custom_ops_library: the native library, relative to the artifact; None runs without one.
 
@@ -99,15 +97,6 @@ def genai_config(
         },
     }
     return {"model": section, "search": _search(config, model, generation)}
-
-
-def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The checkpoint's generation_config.json, None where it has none."""
-    if not (folder / "generation_config.json").is_file():
-        return None
-    from transformers import GenerationConfig
-
-    return GenerationConfig.from_pretrained(folder)
 
 
 def _special_tokens(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from eoracc.compiler.text.tokens import bos_tokens
-from eoracc.errors import DataError
+from eoracc.errors import DataError, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def read_documents(
       DataError: the text is missing or damaged.
     """
     path = config_dir / Path(spec.text).expanduser()
-    if path.is_file() and path.suffix != ".jsonl":
+    if path.is_file() and path.suffix.lower() != ".jsonl":
         for key in ("field", "messages", "split"):
             if getattr(spec, key) is not None:
                 raise DataError(
@@ -87,10 +87,22 @@ def _reading(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield file
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text: convert it to UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = _undecodable_line(path)
+        raise DataError(f"{path}:{line}: is not UTF-8 text: convert it to UTF-8") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line of ``path``, from 1, that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
@@ -102,6 +114,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: is not JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:  # huge numbers, and huge depth
+                raise DataError(f"{path}:{number}: cannot be read as JSON: {error}") from None
             yield f"{path}:{number}", record
 
 
@@ -129,9 +143,9 @@ def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, object]]:
         for number, record in enumerate(rows):
             yield f"{spec.text}, record {number}", record
     except Exception as error:  # the package raises whatever its file systems and readers raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        cause = reason(error) or type(error).__name__
         raise DataError(
-            f"{spec.text}: split '{split}' of this data set cannot be read: {reason}"
+            f"{spec.text}: split '{split}' of this data set cannot be read: {cause}"
         ) from error
 
 
@@ -152,7 +166,7 @@ def _record_text(
             raise DataError(
                 f"{where}: field '{key}' is no text: set 'field', or 'messages' for chat"
             )
-        return value
+        return _checked(where, key, value)
     if not tokenizer.chat_template:
         raise DataError(
             f"{where}: the tokenizer has no chat template for '{key}': use 'field' with text"
@@ -160,6 +174,21 @@ def _record_text(
     try:
         text = str(tokenizer.apply_chat_template(value, tokenize=False))
     except Exception as error:  # templates raise their own complaints, through jinja's classes
-        raise DataError(f"{where}: '{key}' does not fit the chat template: {error}") from error
+        raise DataError(
+            f"{where}: '{key}' does not fit the chat template: {reason(error)}"
+        ) from error
+    _checked(where, key, text)
     # Windows begin with BOS already where the tokenizer has one.
     return text.removeprefix(tokenizer.bos_token) if bos_tokens(tokenizer) else text
+
+
+def _checked(where: str, key: str, text: str) -> str:
+    """``text`` itself, unless it holds half of a surrogate pair, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: '{key}' holds half of a surrogate pair, {text[error.start]!a}, which is no "
+            "character: repair the record or take it out"
+        ) from None
+    return text

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
+from eoracc.compiler.text.limits import TokenLimits
 from eoracc.compiler.text.sources import read_documents
 from eoracc.compiler.text.tokens import CHARACTERS_PER_TOKEN, MARGIN, bos_tokens, first_tokens
 from eoracc.errors import DataError
@@ -61,11 +62,15 @@ class Settings:
       samples: of calibration.
       windows: of held-out text.
       offset: tokens that held-out text skips.
+      length: of calibration's windows.
+      window_length: of the windows of held-out text.
     """
 
     samples: str = "calibration.samples"
     windows: str = "verify.windows"
     offset: str = "verify.offset_tokens"
+    length: str = "calibration.sequence_length"
+    window_length: str = "verify.window_length"
 
 
 def calibration_windows(
@@ -74,6 +79,7 @@ def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     config_dir: Path,
+    limits: TokenLimits | None = None,
     settings: Settings = Settings(),
 ) -> Windows:
     """The windows of ``calibration``, text by text.
@@ -86,11 +92,15 @@ def calibration_windows(
       held_out: the text to avoid, where it comes from the same source.
       tokenizer: the model's.
       config_dir: the folder that relative paths are relative to.
+      limits: of the model; None checks none.
       settings: names for messages.
 
     Raises:
+      ConfigError: the windows are too long for the model.
       DataError: a text is missing, damaged, empty or too short.
     """
+    if limits is not None:
+        limits.check_length(settings.length, calibration.sequence_length)
     limit = held_out.offset_tokens if held_out.text is None else None
     parts = [
         load_windows(
@@ -102,6 +112,7 @@ def calibration_windows(
             seed=calibration.seed,
             layout=calibration.layout,
             limit_tokens=limit if calibration.seed is not None else None,
+            limits=limits,
             advice=settings.samples,
         )
         for text in calibration.texts()
@@ -126,6 +137,7 @@ def evaluation_windows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     config_dir: Path,
+    limits: TokenLimits | None = None,
     settings: Settings = Settings(),
 ) -> Windows:
     """Held-out windows: by default those after the windows of calibration, in the same text.
@@ -135,11 +147,15 @@ def evaluation_windows(
       held_out: the section of model.yaml.
       tokenizer: the model's.
       config_dir: the folder that relative paths are relative to.
+      limits: of the model; None checks none.
       settings: names for messages.
 
     Raises:
+      ConfigError: the windows are too long for the model.
       DataError: the text is missing, damaged, empty or too short.
     """
+    if limits is not None:
+        limits.check_length(settings.window_length, held_out.window_length)
     offset, skipped = held_out.offset_tokens or 0, 0
     advice = settings.windows + (f" or {settings.offset}" if offset else "")
     if held_out.text is None and held_out.offset_tokens is None and calibration is not None:
@@ -156,6 +172,7 @@ def evaluation_windows(
         sequence_length=held_out.window_length,
         offset_tokens=offset,
         skip_documents=skipped,
+        limits=limits,
         advice=advice,
     )
 
@@ -172,6 +189,7 @@ def load_windows(
     offset_tokens: int = 0,
     limit_tokens: int | None = None,
     skip_documents: int = 0,
+    limits: TokenLimits | None = None,
     advice: str = "calibration.samples",
 ) -> Windows:
     """Tokenize text into windows.
@@ -192,10 +210,12 @@ def load_windows(
       limit_tokens: packing: use at most so many tokens from the start of the text.
       skip_documents: documents to skip first. Blank lines separate the documents of a plain text
         file for padding; for packing it is one document.
+      limits: of the model; None checks none.
       advice: the setting to lower where the text is too short.
 
     Raises:
-      DataError: the text is missing, damaged, empty or too short.
+      DataError: the text is missing, damaged, empty or too short, or has a token that the model has
+        no embedding of.
     """
     all_documents = read_documents(
         spec,
@@ -223,6 +243,12 @@ def load_windows(
             advice=advice,
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if limits is not None:
+        limits.check_tokens("the tokenizer's beginning of every text", bos, tokenizer)
+        for row in chosen:
+            limits.check_tokens(spec.text, row, tokenizer)
+        # Padding is masked: any row of the embedding does for it.
+        pad = pad if pad < limits.rows else 0
     ids = np.full((samples, sequence_length), pad, np.int64)
     mask = np.zeros((samples, sequence_length), np.int64)
     for index, row in enumerate(chosen):

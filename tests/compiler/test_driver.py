@@ -16,7 +16,7 @@ from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
 from eoracc.compiler.sweep.resume import SweepState
-from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError, PassError
+from eoracc.errors import ArtifactError, ConfigError, DataError, GateError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.parity.record import PARITY_FILE
@@ -238,6 +238,36 @@ def test_existing_output_is_refused_before_any_work(workspace: Path) -> None:
     with pytest.raises(ArtifactError, match="exists: choose another 'output'"):
         build(workspace, tiny_config(model="missing"))
     assert left_over(workspace) == {"out"}
+
+
+def test_windows_beyond_the_positions_of_the_model(workspace: Path) -> None:
+    long, held_out = {"window_length": 129}, {"windows": 1, "window_length": 32}
+    text = {"text": "text.txt", "samples": 2, "sequence_length": 32}
+    task = {**text, "rank": 2, "verify": held_out}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("verify.window_length", {"verify": {**QUICK, **long}}),
+        ("calibration.sequence_length", {"calibration": {**text, "sequence_length": 129}}),
+        ("adapters.a.sequence_length", {"adapters": {"a": {**task, "sequence_length": 129}}}),
+        ("adapters.a.verify.window_length", {"adapters": {"a": {**task, "verify": long}}}),
+    ]
+    for setting, fields in cases:
+        config = tiny_config(**{"verify": QUICK, **fields})
+        with pytest.raises(ConfigError, match=f"^{setting}: windows of 129 tokens .* 128 pos"):
+            build(workspace, config)
+        assert left_over(workspace) == set()
+
+
+def test_text_with_a_token_beyond_the_embedding(workspace: Path) -> None:
+    path = workspace / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    token = {**content["added_tokens"][-1], "id": 260, "content": "<new>"}
+    content["added_tokens"].append(token)
+    path.write_text(json.dumps(content))
+    text = (workspace / "text.txt").read_text()
+    (workspace / "text.txt").write_text(f"{text[:100]}<new>{text[100:]}")
+    with pytest.raises(DataError, match=r"text\.txt: holds '<new>', token 260 .* has 260 rows"):
+        build(workspace, tiny_config(verify=QUICK))
+    assert left_over(workspace) == set()
 
 
 def test_override_that_matches_nothing(workspace: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eoracc.compiler.targets.genai_config import genai_config, read_generation_config
+from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.compiler.targets.parity_record import PARITY_STEPS, record_parity
@@ -42,7 +42,7 @@ def emit(job: Job) -> Emitted:
         genai_config(
             job.loaded.config,
             lowered,
-            generation=read_generation_config(job.loaded.folder),
+            generation=job.loaded.generation,
             custom_ops_library=writer.write_library(library_path()),
         )
     )

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from eoracc.compiler.config.sections import engine_sections
 from eoracc.compiler.targets.artifact import MODEL_FILE
-from eoracc.compiler.targets.genai_config import genai_config, read_generation_config
+from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.parity_record import PARITY_STEPS
 from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
 from eoracc.compiler.targets.tensorrt.engines.bindings import bindings_of, profiles_for
@@ -124,7 +124,7 @@ def write_engine_graph(
             genai_config(
                 job.loaded.config,
                 lowered,
-                generation=read_generation_config(job.loaded.folder),
+                generation=job.loaded.generation,
                 filename=f"{target}/{MODEL_FILE}",
             )
         )

@@ -18,7 +18,7 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import AdapterParity, Report
-from eoracc.errors import ArtifactError, GateError
+from eoracc.errors import ArtifactError, ConfigError, GateError
 from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
@@ -230,6 +230,8 @@ def test_refusals(workspace: Path, tmp_path: Path) -> None:
         add(workspace, "math", MATH, model=str(other))
     with pytest.raises(ArtifactError, match=r"was built from 'model', which is not to be found"):
         add(workspace, "math", MATH, model=None)
+    with pytest.raises(ConfigError, match="--sequence-length: windows of 129 tokens"):
+        add(workspace, "math", {**MATH, "sequence_length": 129})
     assert state(workspace / "out") == before
     add(workspace)
     with pytest.raises(ArtifactError, match=r"has an adapter 'math': choose another name"):

@@ -282,6 +282,13 @@ def test_no_other_text(workspace: Path) -> None:
             DataError,
             r"compare\.ood\.windows",
         ),
+        (
+            {"ood": {"text": "text.txt", "window_length": 129}},
+            ["none"],
+            [],
+            ConfigError,
+            r"compare\.ood\.window_length: windows of 129 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_compared(

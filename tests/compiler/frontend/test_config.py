@@ -44,6 +44,7 @@ def test_damaged_config(checkpoint: Path, tmp_path: Path, content: str, match: s
         ({"hidden_size": 0}, "field hidden_size is 0: it must be a positive number"),
         ({"num_attention_heads": 0}, "field num_attention_heads is 0"),
         ({"num_key_value_heads": 0}, "field num_key_value_heads is 0"),
+        ({"eos_token_id": []}, "field eos_token_id is an empty list"),
         ({"num_hidden_layers": -1}, "field num_hidden_layers is -1"),
         ({"vocab_size": 0}, "field vocab_size is 0"),
         ({"max_position_embeddings": 0}, "field max_position_embeddings is 0"),

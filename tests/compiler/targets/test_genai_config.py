@@ -10,7 +10,7 @@ import pytest
 
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend.load import load
-from eoracc.compiler.targets.genai_config import genai_config, read_generation_config
+from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.onnxruntime.lower import lower
 from tests.tiny_models import tiny_model
 
@@ -74,8 +74,7 @@ def test_search_defaults_come_from_the_checkpoint(tmp_path: Path) -> None:
     fields = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "eos_token_id": [2, 7]}
     (folder / "generation_config.json").write_text(json.dumps(fields))
     loaded = load(str(folder), work=tmp_path)
-    generation = read_generation_config(folder)
-    content = genai_config(loaded.config, lower(loaded.model), generation=generation)
+    content = genai_config(loaded.config, lower(loaded.model), generation=loaded.generation)
     assert content["model"]["eos_token_id"] == [2, 7]
     search = content["search"]
     assert (search["do_sample"], search["temperature"], search["top_p"]) == (True, 0.2, 0.9)
@@ -87,7 +86,3 @@ def test_padding_falls_back_to_the_end_token(tmp_path: Path, ends: object, pad: 
     loaded.config.pad_token_id = None
     loaded.config.eos_token_id = ends
     assert genai_config(loaded.config, lower(loaded.model))["model"]["pad_token_id"] == pad
-
-
-def test_checkpoint_without_generation_config(tmp_path: Path) -> None:
-    assert read_generation_config(tmp_path) is None

@@ -48,10 +48,21 @@ def test_chat_messages_go_through_the_template(
     [
         ("", {}, r"text\.txt: is empty: give a text"),
         ("\n \n", {"layout": "padding"}, "is empty"),
-        (b"abc\xff" + b"x" * 99, {}, r"text\.txt: is not UTF-8 text: convert it"),
+        (b"abc\xff" + b"x" * 99, {}, r"text\.txt:1: is not UTF-8 text: convert it"),
+        (b"abc\n" * 9 + b"\xff\n" + b"x" * 99, {}, r"text\.txt:10: is not UTF-8 text"),
+        ("abc def".encode("utf-16"), {}, r"text\.txt:1: is not UTF-8 text"),
+        (b'{"text": "a"}\n{"text": "\xe4"}\n', {"name": "t.jsonl"}, r"t\.jsonl:2: is not UTF-8"),
         ("abc", {"field": "text"}, "is a plain text and has no 'field': remove it"),
         ('{"text": "a"}\n{"text"\n', {"name": "t.jsonl"}, r"t\.jsonl:2: is not JSON"),
         ('{"body": "a"}\n', {"name": "t.jsonl"}, r"t\.jsonl:1: has no field 'text', only body"),
+        ('{"text": "a"}\n{"text"\n', {"name": "t.JSONL"}, r"t\.JSONL:2: is not JSON"),
+        ("[" * 99999, {"name": "t.jsonl"}, r"t\.jsonl:1: cannot be read as JSON"),
+        ('{"text": ' + "9" * 5000 + "}", {"name": "t.jsonl"}, r"t\.jsonl:1: cannot be read as"),
+        (
+            '{"text": "a"}\n\n{"text": "b \\ud83d c"}\n',
+            {"name": "t.jsonl"},
+            r"t\.jsonl:3: 'text' holds half of a surrogate pair, '\\ud83d'",
+        ),
         ("[1]\n", {"name": "t.jsonl"}, r"t\.jsonl:1: must be a JSON object"),
         ('{"text": 3}\n', {"name": "t.jsonl"}, r"t\.jsonl:1: field 'text' is no text"),
         ('{"text": ""}\n', {"name": "t.jsonl", "layout": "padding"}, "is empty"),
@@ -77,6 +88,19 @@ def test_texts_that_cannot_be_used(
 ) -> None:
     with pytest.raises(DataError, match=problem):
         windows(tmp_path, tokenizer, content, **options)
+
+
+def test_half_a_surrogate_pair_in_a_message(
+    tmp_path: Path, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    line = r'{"chat": [{"role": "user", "content": "\udc00"}]}'
+    with pytest.raises(DataError, match=r"t\.jsonl:1: 'chat' holds half of a surrogate pair"):
+        windows(tmp_path, bos_tokenizer, line, name="t.jsonl", messages="chat")
+
+
+def test_nul_is_a_character(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    found = windows(tmp_path, tokenizer, "a\0b", samples=1, sequence_length=3)
+    assert read(tokenizer, found) == ["a\0b"]
 
 
 def test_messages_that_do_not_fit_the_template(

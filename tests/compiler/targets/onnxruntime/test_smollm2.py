@@ -14,7 +14,7 @@ import torch
 
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend.load import LoadedModel, load
-from eoracc.compiler.targets.genai_config import genai_config, read_generation_config
+from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.passes.graph.spec import Stage, check
 from tests.graph_session import GraphSession, assert_close, padded_mask
@@ -42,8 +42,7 @@ def artifact(source: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> P
     lowered = lower(source.model)
     check(lowered, Stage.ONNXRUNTIME, after="lower")
     ir.save(lowered, folder / "model.onnx", external_data="model.onnx.data")
-    generation = read_generation_config(source.folder)
-    content = genai_config(source.config, lowered, generation=generation)
+    content = genai_config(source.config, lowered, generation=source.generation)
     (folder / "genai_config.json").write_text(json.dumps(content))
     for path in source.tokenizer_files():
         shutil.copy(path, folder)
