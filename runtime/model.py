@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from eoracc.errors import RequestError
 from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
@@ -23,6 +23,7 @@ from eoracc.runtime.request import (
     Piece,
     Prompt,
     Request,
+    RequestOptions,
     Score,
 )
 
@@ -127,17 +128,7 @@ class Model:
         max_new_tokens: int = ...,
         *,
         stream: Literal[True],
-        chat: bool = ...,
-        chat_options: ChatOptions | None = ...,
-        adapter: AdapterChoice = ...,
-        temperature: float = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        min_p: float = ...,
-        seed: int | None = ...,
-        stop: Sequence[str] = ...,
-        logprobs: int | None = ...,
-        ignore_end: bool = ...,
+        **options: Unpack[RequestOptions],
     ) -> Iterator[Piece]: ...
 
     @overload
@@ -147,17 +138,7 @@ class Model:
         max_new_tokens: int = ...,
         *,
         stream: Literal[False] = ...,
-        chat: bool = ...,
-        chat_options: ChatOptions | None = ...,
-        adapter: AdapterChoice = ...,
-        temperature: float = ...,
-        top_k: int = ...,
-        top_p: float = ...,
-        min_p: float = ...,
-        seed: int | None = ...,
-        stop: Sequence[str] = ...,
-        logprobs: int | None = ...,
-        ignore_end: bool = ...,
+        **options: Unpack[RequestOptions],
     ) -> Completion: ...
 
     def generate(
@@ -166,55 +147,21 @@ class Model:
         max_new_tokens: int = 256,
         *,
         stream: bool = False,
-        chat: bool = False,
-        chat_options: ChatOptions | None = None,
-        adapter: AdapterChoice = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
-        ignore_end: bool = False,
+        **options: Unpack[RequestOptions],
     ) -> Completion | Iterator[Piece]:
-        """Continue one text; :class:`Request` describes the options.
+        """Continue one text.
 
         Args:
           prompt: text, tokens or the messages of a chat.
           max_new_tokens: most tokens to generate.
           stream: yield pieces as they are generated; their texts add up to the completion's.
-          chat: treat a text as the user's turn of a chat.
-          chat_options: how messages become text; None for the defaults.
-          adapter: a name, or weights by name, or None.
-          temperature: 0 for greedy decoding.
-          top_k: 0 for all tokens.
-          top_p: 1 for all tokens.
-          min_p: 0 for all tokens.
-          seed: makes sampling repeatable.
-          stop: strings that end the text.
-          logprobs: number of most likely tokens to list; None for no probabilities.
-          ignore_end: continue after the token that ends the text.
+          **options: of a :class:`Request`, which describes them.
 
         Raises:
           RequestError: a value is out of range, the adapter is unknown, or the prompt too long.
           BackendError: a run fails.
         """
-        request = Request(
-            prompt=prompt,
-            chat=chat,
-            chat_options=chat_options,
-            adapter=adapter,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-            ignore_end=ignore_end,
-        )
+        request = Request(prompt=prompt, max_new_tokens=max_new_tokens, **options)
         if stream:
             return self.stream(request)
         return self.generate_batch([request])[0]
@@ -284,7 +231,7 @@ class Model:
           max_tokens: most tokens of prompt and answer together; None for the model's context.
 
         Raises:
-          RequestError: the prompt is empty or too long, or the adapter unknown.
+          RequestError: the prompt is empty or too long, or an adapter or a token unknown.
           ArtifactError: the request is a chat and the artifact has no chat template.
         """
         room = self.context_length if max_tokens is None else max_tokens
@@ -297,11 +244,14 @@ class Model:
                 "its answer included: shorten it"
             )
         self._check_tokens(prompt)
+        self._check_named_tokens("stop_token_ids", request.stop_token_ids)
+        self._check_named_tokens("logit_bias", request.logit_bias)
         return Continuation(
             request,
             self.tokenizer,
             prompt=prompt,
             limit=min(request.max_new_tokens, room - len(prompt)),
+            bad_words=self.tokenizer.encode_words(request.bad_words),
             place=self.bank.acquire(request.adapter),
             listener=listener,
         )
@@ -412,6 +362,14 @@ class Model:
         vocabulary = self._decoder.vocabulary
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise RequestError(f"a token is not in 0..{vocabulary - 1}, the model's vocabulary")
+
+    def _check_named_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        vocabulary = self._decoder.vocabulary
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise RequestError(
+                    f"{name}: there is no token {token}: the model has 0 to {vocabulary - 1}"
+                )
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from eoracc.errors import RequestError
 
@@ -20,6 +20,7 @@ __all__ = [
     "Piece",
     "Prompt",
     "Request",
+    "RequestOptions",
     "Score",
     "TokenLogprob",
     "adapter_weights",
@@ -83,6 +84,30 @@ class ChatOptions:
         return self.add_generation_prompt
 
 
+class RequestOptions(TypedDict, total=False):
+    """Options of a :class:`Request`, which describes them, as keywords."""
+
+    chat: bool
+    chat_options: ChatOptions | None
+    adapter: AdapterChoice
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    include_stop: bool
+    min_new_tokens: int
+    logit_bias: Mapping[int, float]
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    bad_words: Sequence[str]
+    logprobs: int | None
+    ignore_end: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A text to continue, with the options of generation.
@@ -101,6 +126,16 @@ class Request:
         [0, 1].
       seed: makes sampling repeatable, independent of other requests.
       stop: strings that end the text; they are not part of it.
+      stop_token_ids: tokens that end the text, beside those of the model.
+      include_stop: the string or token that ends the text is part of it.
+      min_new_tokens: before that many tokens, neither an end token nor a stop string ends the text.
+      logit_bias: is added to the logits of tokens, by their ids.
+      repetition_penalty: above 0; of every token in the prompt or the answer, a logit above 0 is
+        divided by it, and one below 0 multiplied.
+      presence_penalty: is subtracted from the logit of every token in the answer.
+      frequency_penalty: is subtracted as often as the answer has the token.
+      bad_words: strings that the answer does not contain. Their tokens count, with and without a
+        blank before: a string that is put together from other tokens is not seen.
       logprobs: number of most likely tokens to list beside each token; None for no probabilities.
       ignore_end: continue after the token that ends the text, as benchmarks need.
     """
@@ -116,6 +151,14 @@ class Request:
     min_p: float = 0.0
     seed: int | None = None
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop: bool = False
+    min_new_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bad_words: Sequence[str] = ()
     logprobs: int | None = None
     ignore_end: bool = False
 
@@ -134,12 +177,23 @@ class Request:
             "seed": self.seed is None or self.seed >= 0 or "must be 0 or more",
             "logprobs": self.logprobs is None or self.logprobs >= 0 or "must be 0 or more",
             "stop": not isinstance(self.stop, str) or "must be a list of strings",
+            "min_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens
+            or f"must be from 0 to max_new_tokens, {self.max_new_tokens}",
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf
+            or "must be above 0, and finite",
+            "presence_penalty": math.isfinite(self.presence_penalty) or "must be finite",
+            "frequency_penalty": math.isfinite(self.frequency_penalty) or "must be finite",
+            "logit_bias": all(map(math.isfinite, self.logit_bias.values()))
+            or "must hold finite numbers",
+            "bad_words": not isinstance(self.bad_words, str) or "must be a list of strings",
         }
         for name, problem in problems.items():
             if problem is not True:
                 raise RequestError(f"{name}: {problem}, not {getattr(self, name)!r}")
         if "" in self.stop:
             raise RequestError("stop: a stop string may not be empty: leave it out")
+        if "" in self.bad_words:
+            raise RequestError("bad_words: a string may not be empty: leave it out")
         adapter_weights(self.adapter)
 
 
@@ -172,11 +226,13 @@ class TokenLogprob:
       token: its id.
       logprob: natural logarithm of its probability.
       top: the most likely tokens with their logarithms, most likely first, as many as requested.
+      offset: characters of the text that were complete before the token.
     """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,10 +257,10 @@ class Completion:
     """A finished text.
 
     Attributes:
-      text: the generated text, without the stop string and without a character whose last bytes
-        are missing.
-      tokens: chosen by the model, without the token that ended the text, with those of a stop
-        string.
+      text: the generated text, without the stop string unless it was requested, and without a
+        character whose last bytes are missing.
+      tokens: chosen by the model, without the token that ended the text unless it was requested,
+        with those of a stop string.
       finish_reason: why the text ended.
       prompt_tokens: length of the prompt.
       logprobs: one for each token; None unless requested.

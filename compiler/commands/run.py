@@ -90,6 +90,28 @@ __all__ = ["run"]
     help="Stop before this text, which is not printed. May be repeated.",
 )
 @click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="ID",
+    help="Stop at this token, besides the model's end tokens. May be repeated.",
+)
+@click.option(
+    "--min-new-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Do not stop before this many tokens.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Make tokens of the prompt and the answer less likely; 1: do not.",
+)
+@click.option(
     "--logprobs",
     type=click.IntRange(min=0),
     metavar="N",
@@ -112,6 +134,9 @@ def run(
     min_p: float,
     seed: int | None,
     stops: tuple[str, ...],
+    stop_token_ids: tuple[int, ...],
+    min_new_tokens: int,
+    repetition_penalty: float,
     logprobs: int | None,
     backend: BackendChoice,
     as_json: bool,
@@ -145,6 +170,9 @@ def run(
         min_p=min_p,
         seed=seed,
         stop=stops,
+        stop_token_ids=stop_token_ids,
+        min_new_tokens=min_new_tokens,
+        repetition_penalty=repetition_penalty,
         logprobs=logprobs,
     )
     if as_json:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from eoracc.runtime.decode.logit_rules import LogitRules
 from eoracc.runtime.decode.sampling import choose, token_logprob
 from eoracc.runtime.decode.text import StopStrings
 from eoracc.runtime.request import Completion, FinishReason, Piece, Request, TokenLogprob
@@ -41,10 +42,21 @@ class Continuation:
         *,
         prompt: list[int],
         limit: int,
+        bad_words: Iterable[Sequence[int]] = (),
         place: int,
         listener: Listener,
     ) -> None:
-        """``limit`` is the number of tokens to generate; 0 ends the text at once."""
+        """Begin the text.
+
+        Args:
+          request: its options.
+          tokenizer: for its text and its end.
+          prompt: at least one token.
+          limit: number of tokens to generate; 0 ends the text at once.
+          bad_words: tokens of ``request.bad_words``.
+          place: of the adapter in the bank.
+          listener: of its pieces.
+        """
         self.request = request
         self.prompt = prompt
         self.place = place
@@ -53,10 +65,20 @@ class Continuation:
         self.finish_reason: FinishReason | None = None if limit else "length"
         self.cancelled = False
         self._limit = limit
-        self._ends = frozenset() if request.ignore_end else tokenizer.ends
+        self._ends = frozenset(request.stop_token_ids)
+        if not request.ignore_end:
+            self._ends |= tokenizer.ends
+        self._rules = LogitRules(
+            request,
+            prompt=prompt,
+            # An end that is ignored is no part of the text either.
+            ends=self._ends | tokenizer.ends,
+            bad_words=bad_words,
+        )
         self._rng = np.random.default_rng(request.seed)
         self._stream = tokenizer.stream()
-        self._stops = StopStrings(request.stop)
+        self._stops = StopStrings(request.stop, include=request.include_stop)
+        self._decoded = 0  # characters
         self._pending: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
@@ -71,24 +93,30 @@ class Continuation:
 
         Raises:
           BackendError: the logits are not finite.
+          RequestError: the request bans every token.
         """
         request = self.request
         token = choose(
-            logits,
+            self._rules.apply(logits, self.tokens),
             self._rng,
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
             min_p=request.min_p,
         )
-        if token in self._ends:
+        ends = token in self._ends
+        if ends and not request.include_stop:
             return self.end("stop")
         self.tokens.append(token)
         self._pending.append(token)
         if request.logprobs is not None:
-            self._logprobs.append(token_logprob(logits, token, request.logprobs))
-        text = self._stops.push(self._stream.decode(token))
-        if self._stops.found:
+            self._logprobs.append(
+                token_logprob(logits, token, request.logprobs, offset=self._decoded)
+            )
+        text = self._stream.decode(token)
+        self._decoded += len(text)
+        text = self._stops.push(text, search=len(self.tokens) > request.min_new_tokens)
+        if ends or self._stops.found:
             return self.end("stop", text)
         if len(self.tokens) == self._limit:
             return self.end("length", text)

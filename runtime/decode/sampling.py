@@ -182,13 +182,16 @@ def log_normalizer(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return result
 
 
-def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprob:
+def token_logprob(
+    logits: NDArray[np.float32], token: int, top: int, *, offset: int = 0
+) -> TokenLogprob:
     """Log-probabilities of ``token`` and of the ``top`` most likely tokens.
 
     Args:
       logits: ``float32 [V]``.
       token: its id.
       top: number of most likely tokens to list, which may include ``token``.
+      offset: of the token in its text, in characters.
     """
     normalizer = float(log_normalizer(logits))
     listed = _largest(logits, min(top, len(logits))) if top else ()
@@ -196,6 +199,7 @@ def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> TokenLog
         token,
         float(logits[token]) - normalizer,
         tuple((int(index), float(logits[index]) - normalizer) for index in listed),
+        offset,
     )
 
 

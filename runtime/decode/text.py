@@ -6,12 +6,12 @@ onnxruntime-genai has the tokenizer, which needs only the artifact's folder and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from eoracc.errors import BackendError, reason
+from eoracc.errors import BackendError, RequestError, reason
 from eoracc.runtime.decode.chat_files import Chat
 from eoracc.runtime.packages import import_package
 from eoracc.runtime.request import ChatOptions
@@ -104,6 +104,22 @@ class Tokenizer:
             self._tokenizer.update_options(add_special_tokens="true" if special else "false")
             return [int(token) for token in self._tokenizer.encode(text)]
 
+    def encode_words(self, words: Iterable[str]) -> list[list[int]]:
+        """Tokens of words, each as it is and after a blank.
+
+        Raises:
+          RequestError: a word has no tokens.
+        """
+        encoded = []
+        for word in words:
+            forms = [self.encode(word, special=False)]
+            if not word[:1].isspace():
+                forms.append(self.encode(" " + word, special=False))
+            if not all(forms):
+                raise RequestError(f"bad_words: {word!r} has no tokens: leave it out")
+            encoded += forms
+        return encoded
+
     def encode_chat(
         self, messages: Sequence[Message], options: ChatOptions | None = None
     ) -> list[int]:
@@ -143,23 +159,34 @@ class StopStrings:
     ('one', '\ntwo', '', True)
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """Look for ``stops``, which stay in the text if ``include`` is set."""
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.found = False
 
-    def push(self, text: str) -> str:
-        """Add ``text``; returns the text that is certainly before any stop string."""
+    def push(self, text: str, *, search: bool = True) -> str:
+        """Add ``text``; returns the text that is certainly before any stop string.
+
+        Args:
+          text: what follows the text of the call before.
+          search: a stop string that ends in ``text`` ends the whole.
+        """
         if not self._stops:
             return text
         buffer = self._held + text
+        # A stop string that is held back whole ended where none was searched for.
         matches = [
-            (start + len(stop), start) for stop in self._stops if (start := buffer.find(stop)) >= 0
+            (start + len(stop), start)
+            for stop in self._stops
+            if search and (start := buffer.find(stop, max(0, len(self._held) - len(stop) + 1))) >= 0
         ]
         if matches:
             self._held = ""
             self.found = True
-            return buffer[: min(matches)[1]]
+            end, start = min(matches)
+            return buffer[: end if self._include else start]
         keep = max(_overlap(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - keep :]
         return buffer[: len(buffer) - keep]

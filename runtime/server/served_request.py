@@ -255,7 +255,8 @@ def _cancel(submitted: Future[SupportsCancel]) -> None:
 
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError):
-        return ApiError(str(error))
+        name = str(error).partition(":")[0]
+        return ApiError(str(error), param=name if name.isidentifier() else None)
     if isinstance(error, BusyError):
         return ApiError(
             str(error),

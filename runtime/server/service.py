@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.request import AdapterChoice, ChatOptions, Prompt, Request
@@ -168,9 +168,7 @@ class Service:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         messages = [message.as_dict() for message in body.messages]
-        max_tokens = body.max_completion_tokens
-        if max_tokens is None:
-            max_tokens = body.max_tokens
+        max_tokens = _one_of(body, "max_completion_tokens", "max_tokens")
         try:
             options = body.chat_options()
         except RequestError as error:
@@ -192,6 +190,8 @@ class Service:
     ) -> TextReply:
         body.refuse_unread()
         name, adapter = self.catalog.resolve(body.model, body.adapters)
+        self._check_tokens("stop_token_ids", body.stop_token_ids or ())
+        self._check_tokens("logit_bias", body.token_biases)
         copies = body.n or 1
         count = len(prompts) * copies
         most = min(self.options.max_choices, self.admission.size)
@@ -199,7 +199,10 @@ class Service:
             raise bad_request(f"n: {count} answers exceed the limit of {most}: ask for fewer", "n")
         places = self.admission.enter(count)
         try:
-            encoded = await self._encode(prompts, chat_options)
+            encoded = [
+                self._truncated(tokens, body.truncate_prompt_tokens, max_tokens)
+                for tokens in await self._encode(prompts, chat_options)
+            ]
             echo = isinstance(body, CompletionRequest) and bool(body.echo)
             prefixes = await self._decode(encoded) if echo else []
             requests = [
@@ -246,10 +249,19 @@ class Service:
         logprobs: int | None,
         copy: int,
     ) -> Request:
+        most = self._answer_length(len(tokens), max_tokens)
+        least = body.min_tokens or 0
+        if least > most:
+            raise bad_request(
+                f"min_tokens: {least} exceeds the {most} tokens that the answer may have: "
+                "lower it or raise max_tokens",
+                "min_tokens",
+            )
         return Request(
             prompt=tokens,
             adapter=adapter,
-            max_new_tokens=self._answer_length(len(tokens), max_tokens),
+            max_new_tokens=most,
+            min_new_tokens=least,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=max(body.top_k or 0, 0),
             top_p=1.0 if body.top_p is None else body.top_p,
@@ -257,6 +269,13 @@ class Service:
             # OpenAI's API allows negative seeds, and the answers to one request must differ.
             seed=None if body.seed is None else (body.seed + copy) % 2**63,
             stop=body.stop_strings,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            include_stop=bool(body.include_stop_str_in_output),
+            bad_words=tuple(body.bad_words or ()),
+            logit_bias=body.token_biases,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=_one_of(body, "repetition_penalty", "repeat_penalty") or 1.0,
             logprobs=logprobs,
             ignore_end=bool(body.ignore_eos),
         )
@@ -295,6 +314,24 @@ class Service:
             )
         return max_tokens
 
+    def _truncated(
+        self, tokens: Sequence[int], kept: int | None, max_tokens: int | None
+    ) -> Sequence[int]:
+        """The last ``kept`` tokens of a prompt; -1 for as many as leave room for the answer."""
+        if kept is None:
+            return tokens
+        if kept < 0:
+            context = self._served.context_length
+            longest = self.options.max_prompt_tokens or context
+            kept = max(0, min(longest, context - max(max_tokens or 0, 1)))
+        return tokens[max(0, len(tokens) - kept) :]
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        """Refuse tokens that the model does not have."""
+        unknown = next((token for token in tokens if token not in self._served.token_bytes), None)
+        if unknown is not None:
+            raise bad_request(f"{name}: there is no token {unknown}", name)
+
     async def _encode(
         self, prompts: Sequence[Prompt], chat_options: ChatOptions | None
     ) -> list[Sequence[int]]:
@@ -312,9 +349,7 @@ class Service:
                     "/v1/completions",
                     "messages",
                 ) from None
-            unknown = next((token for token in tokens if token not in self._served.token_bytes), -1)
-            if unknown >= 0:
-                raise bad_request(f"prompt: there is no token {unknown}", "prompt")
+            self._check_tokens("prompt", tokens)
             encoded.append(tokens)
         return encoded
 
@@ -330,3 +365,15 @@ def _field_of(error: RequestError) -> str:
     """The field of a chat request that an error begins with."""
     name = str(error).partition(":")[0]
     return name if name in ChatCompletionRequest.model_fields else "messages"
+
+
+def _one_of(body: GenerationFields, name: str, other: str) -> Any:  # noqa: ANN401 - of any field
+    """The value of a field that has two names; None if neither is given.
+
+    Raises:
+      ApiError: both are given, and differ.
+    """
+    first, second = getattr(body, name), getattr(body, other)
+    if first is not None and second is not None and first != second:
+        raise bad_request(f"{other}: {second} contradicts {name}: give one of them", other)
+    return second if first is None else first

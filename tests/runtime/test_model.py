@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from eoracc.runtime import (
 )
 from eoracc.runtime.artifact.manifest import read_manifest
 from eoracc.runtime.onnxruntime.session import open_session
+from eoracc.runtime.request import RequestOptions
 from tests.tiny_artifact import tiny_linears
 
 if TYPE_CHECKING:
@@ -71,6 +72,48 @@ def test_greedy_tokens_and_their_probabilities_are_those_of_transformers(
         assert [one for one, _ in listed.top] == best.indices.tolist()
         np.testing.assert_allclose([one for _, one in listed.top], best.values, rtol=0, atol=bound)
         tokens.append(token)
+
+
+PRINTABLE = [chr(letter) for letter in range(ord("!"), ord("~") + 1)]
+
+
+@pytest.mark.parametrize("rule", ["repetition", "bias", "end", "least", "words"])
+def test_greedy_tokens_under_rules_are_those_of_transformers(
+    model: Model, eager: PreTrainedModel, rule: str
+) -> None:
+    import torch
+
+    prompt = model.encode(TEXT)
+    free = model.generate(prompt, 30).tokens
+    end = free[6]
+    biases = {free[0]: -2.0, free[9]: 0.3}
+    ours: dict[str, RequestOptions] = {
+        "repetition": {"repetition_penalty": 1.5},
+        "bias": {"logit_bias": biases},
+        "end": {"stop_token_ids": [end]},
+        "least": {"stop_token_ids": [end], "min_new_tokens": 11},
+        "words": {"bad_words": PRINTABLE},
+    }
+    theirs: dict[str, dict[str, Any]] = {
+        "repetition": {"repetition_penalty": 1.5},
+        "bias": {"sequence_bias": [[[token], bias] for token, bias in biases.items()]},
+        "end": {"eos_token_id": [2, end]},
+        "least": {"eos_token_id": [2, end], "min_new_tokens": 11},
+        "words": {"bad_words_ids": [model.encode(letter) for letter in PRINTABLE]},
+    }
+    generate: Any = eager.generate  # its type is that of a tensor
+    with torch.no_grad():
+        expected = generate(
+            torch.tensor([prompt]),
+            max_new_tokens=30,
+            do_sample=False,
+            **({"eos_token_id": 2} | theirs[rule]),
+        )
+    options = ours[rule]
+    options["include_stop"] = True
+    found = model.generate(prompt, 30, **options)
+    assert list(found.tokens) == expected[0, len(prompt) :].tolist()
+    assert found.tokens != free
 
 
 def test_greedy_tokens_agree_with_and_without_the_library(
@@ -178,6 +221,10 @@ def test_bounds(model: Model) -> None:
             model.generate([5, token])
     with pytest.raises(RequestError, match="adapter 'math': the artifact takes no adapters"):
         model.generate(TEXT, adapter="math")
+    for options in ({"stop_token_ids": [5, 260]}, {"logit_bias": {260: 1.0}}):
+        problem = f"{next(iter(options))}: there is no token 260: the model has 0 to 259"
+        with pytest.raises(RequestError, match=problem):
+            model.generate_batch([Request(prompt=TEXT, **options)])
     with pytest.raises(RequestError, match="top_p: must be above 0"):
         model.generate(TEXT, top_p=0)
 

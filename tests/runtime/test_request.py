@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
 from eoracc.runtime import Request, RequestError, Score
+from eoracc.runtime.request import RequestOptions
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,15 @@ from eoracc.runtime import Request, RequestError, Score
         ("logprobs", -1, "logprobs: must be 0 or more, not -1"),
         ("stop", "\n", "stop: must be a list of strings, not"),
         ("stop", ("a", ""), "stop: a stop string may not be empty: leave it out"),
+        ("min_new_tokens", -1, "min_new_tokens: must be from 0 to max_new_tokens, 256, not -1"),
+        ("min_new_tokens", 257, "min_new_tokens: must be from 0 to max_new_tokens, 256, not 257"),
+        ("repetition_penalty", 0.0, "repetition_penalty: must be above 0, and finite, not 0.0"),
+        ("repetition_penalty", math.nan, "repetition_penalty: must be above 0, and finite"),
+        ("presence_penalty", math.inf, "presence_penalty: must be finite, not inf"),
+        ("frequency_penalty", math.nan, "frequency_penalty: must be finite, not nan"),
+        ("logit_bias", {3: -math.inf}, r"logit_bias: must hold finite numbers, not \{3: -inf\}"),
+        ("bad_words", "word", "bad_words: must be a list of strings, not 'word'"),
+        ("bad_words", ["a", ""], "bad_words: a string may not be empty: leave it out"),
         ("adapter", {"a": math.nan}, "adapter 'a': its weight must be finite, not nan"),
     ],
 )
@@ -33,6 +44,14 @@ def test_values_out_of_range_are_named(field: str, value: Any, problem: str) -> 
 
 def test_edges_of_the_ranges() -> None:
     Request(prompt="a", max_new_tokens=0, top_p=1e-9, min_p=1, logprobs=0, seed=0, stop=["x"])
+
+
+def test_keywords_are_the_fields() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(Request)}
+    assert fields.pop("prompt") == "Prompt"
+    assert fields.pop("max_new_tokens") == "int"
+    keywords = {name: hint.__forward_arg__ for name, hint in RequestOptions.__annotations__.items()}
+    assert keywords == fields
 
 
 def test_perplexity() -> None:

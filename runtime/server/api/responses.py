@@ -166,8 +166,8 @@ class CompletionForm(_Form):
 
     def piece(self, index: int, choice: Choice, piece: Piece) -> Iterator[bytes]:
         """See :class:`Form`."""
-        offset = len(self._prefix_of(index)) + len(choice.text) - len(piece.text)
-        logprobs = self._logprobs(piece.logprobs or (), offset)
+        del choice
+        logprobs = self._logprobs(piece.logprobs or (), len(self._prefix_of(index)))
         yield self._part(index, piece.text, logprobs, piece.finish_reason)
 
     def _part(
@@ -185,22 +185,19 @@ class CompletionForm(_Form):
         }
         return self._chunk([choice])
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, entries: Sequence[TokenLogprob], start: int) -> dict[str, Any] | None:
+        """Probabilities of tokens; the answer starts at the character ``start`` of the text."""
         if not self._answer.with_logprobs:
             return None
         name = _names(self._answer.token_bytes)
-        tokens = [name(entry.token) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
         return {
-            "tokens": tokens,
+            "tokens": [name(entry.token) for entry in entries],
             "token_logprobs": [_finite(entry.logprob) for entry in entries],
             "top_logprobs": [
                 {name(token): _finite(value) for token, value in entry.top} for entry in entries
             ],
-            "text_offset": offsets,
+            # Not the length of the names: a character may take several tokens.
+            "text_offset": [start + entry.offset for entry in entries],
         }
 
 

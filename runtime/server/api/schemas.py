@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -43,7 +44,13 @@ _MAX_STOP = 16
 _MAX_LOGPROBS = 20
 """Most alternatives of a token."""
 
+_MAX_BAD_WORDS = 1000
+"""Most bad words of a request."""
+
 _INT64 = 2**63 - 1
+
+_TOKEN_NAME = re.compile("0|[1-9][0-9]{0,17}")
+"""A token's id as the key of a JSON object."""
 
 
 def _unicode(text: str) -> str:
@@ -56,6 +63,9 @@ def _unicode(text: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_unicode)]
+_Token = Annotated[int, Field(ge=0, le=_INT64)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
@@ -122,6 +132,18 @@ class GenerationFields(Fields):
       top_k: number of most likely tokens to sample from; 0 or -1 for all; an extension.
       min_p: least probability relative to that of the most likely token; an extension.
       ignore_eos: continue after the token that ends the text; an extension for benchmarks.
+      stop_token_ids: tokens that end the text, beside those of the model; an extension.
+      include_stop_str_in_output: keep the string or token that ends the text; an extension.
+      min_tokens: least number of tokens before the text may end; an extension.
+      bad_words: strings that the answer does not contain; an extension.
+      logit_bias: is added to the logits of tokens, by their ids.
+      presence_penalty: is subtracted from the logits of tokens in the answer.
+      frequency_penalty: is subtracted as often as the answer has the token.
+      repetition_penalty: divides positive logits of tokens in the prompt and the answer and
+        multiplies negative ones; an extension.
+      repeat_penalty: llama.cpp's name of ``repetition_penalty``.
+      truncate_prompt_tokens: number of the prompt's last tokens to keep; -1 for those that leave
+        room for the answer; an extension.
       seed: of the first choice; further choices count up from it.
     """
 
@@ -139,6 +161,18 @@ class GenerationFields(Fields):
     top_k: Annotated[int, Field(ge=-1, le=_INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: list[_Token] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
+    bad_words: Annotated[list[_Text], Field(max_length=_MAX_BAD_WORDS)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = (
+        None
+    )
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: _Factor | None = None
+    repeat_penalty: _Factor | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=_INT64)] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
 
     @field_validator("stop", mode="after")
@@ -150,6 +184,33 @@ class GenerationFields(Fields):
         if "" in strings:
             raise ValueError("holds an empty string")
         return stop
+
+    @field_validator("bad_words", mode="after")
+    @classmethod
+    def _check_bad_words(cls, words: list[str] | None) -> list[str] | None:
+        if words and "" in words:
+            raise ValueError("holds an empty string")
+        return words
+
+    @field_validator("truncate_prompt_tokens", mode="after")
+    @classmethod
+    def _check_truncation(cls, kept: int | None) -> int | None:
+        if kept == 0:
+            raise ValueError("must be -1, or 1 or more")
+        return kept
+
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _check_logit_bias(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
+        for name in biases or ():
+            if not _TOKEN_NAME.fullmatch(name):
+                raise ValueError(f"has {ascii(name)[:32]} where the id of a token belongs")
+        return biases
+
+    @property
+    def token_biases(self) -> dict[int, float]:
+        """``logit_bias`` by ids."""
+        return {int(name): bias for name, bias in (self.logit_bias or {}).items()}
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

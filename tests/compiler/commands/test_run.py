@@ -73,6 +73,18 @@ def test_stop_text_is_left_out(artifact: Path) -> None:
     assert stopped["finish_reason"] == "stop"
 
 
+def test_stop_tokens_and_repetition(artifact: Path) -> None:
+    free = made(artifact)
+    tokens = free["tokens"]
+    assert isinstance(tokens, list)
+    end = ("--stop-token-id", str(tokens[3]))
+    assert made(artifact, *end)["tokens"] == tokens[: tokens.index(tokens[3])]
+    later = made(artifact, *end, "--min-new-tokens", "8")["tokens"]
+    assert isinstance(later, list)
+    assert len(later) >= 8
+    assert made(artifact, "--repetition-penalty", "5")["tokens"] != tokens
+
+
 def test_log_probabilities(artifact: Path) -> None:
     content = made(artifact, "--logprobs", "2")
     assert content["prompt_tokens"] == 3
@@ -120,6 +132,9 @@ def test_variables_of_the_chat_template(artifact: Path) -> None:
         (("--adapter", "math", "--adapter", "math=2"), "--adapter math: is given twice"),
         (("--logprobs", "1"), "--logprobs is part of what --json prints: give both"),
         (("--stop", ""), "stop: a stop string may not be empty"),
+        (("--stop-token-id", "260"), "stop_token_ids: there is no token 260: the model has 0 to"),
+        (("--min-new-tokens", "999"), "min_new_tokens: must be from 0 to max_new_tokens"),
+        (("--repetition-penalty", "nan"), "repetition_penalty: must be above 0, and finite"),
     ],
     ids=str,
 )

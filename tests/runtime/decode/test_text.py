@@ -72,6 +72,37 @@ def test_nothing_is_held_back_that_cannot_be_completed() -> None:
     assert not matcher.found
 
 
+def test_stop_strings_that_end_where_none_is_searched_for() -> None:
+    matcher = StopStrings(["ab", "xaby", "bc"])
+    # "xab" is held back for "xaby"; the "ab" within does not count.
+    assert matcher.push("xab", search=False) == ""
+    assert (matcher.push("zb"), matcher.found) == ("xabz", False)
+    assert (matcher.push("c"), matcher.found) == ("", True)
+
+
+def test_a_stop_string_that_is_included() -> None:
+    matcher = StopStrings(["END", "ND!"], include=True)
+    assert [matcher.push(piece) for piece in ("aEN", "D! b")] == ["a", "END"]
+    assert matcher.found
+
+
+def test_words_are_encoded_with_and_without_a_blank(tokenizer: Tokenizer) -> None:
+    word = tokenizer.encode("ab")
+    (blank,) = tokenizer.encode(" ")
+    assert tokenizer.encode_words(["ab", " ab"]) == [word, [blank, *word], [blank, *word]]
+    assert tokenizer.encode_words(()) == []
+
+
+def test_a_word_without_tokens(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(text: str, *, special: bool) -> list[int]:
+        assert not special
+        return [] if text == "\u00ad" else [1]
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    with pytest.raises(RequestError, match=r"bad_words: '\\xad' has no tokens: leave it out"):
+        tokenizer.encode_words(["a", "\u00ad"])
+
+
 def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer) -> None:
     text = "naïve 日本 😀 end"
     tokens = tokenizer.encode(text)

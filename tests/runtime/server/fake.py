@@ -93,7 +93,9 @@ def echo_prompt(request: Request) -> list[Piece]:
         letter = bytes([token]).decode().upper()
         made = ord(letter)
         top = tuple((made + i, -float(i) - 0.5) for i in range(request.logprobs or 0))
-        logprobs = None if request.logprobs is None else (TokenLogprob(made, -0.5, top),)
+        logprobs = (
+            None if request.logprobs is None else (TokenLogprob(made, -0.5, top, offset=number),)
+        )
         last = number + 1 == min(len(tokens), request.max_new_tokens)
         reason: FinishReason | None = None
         if last:

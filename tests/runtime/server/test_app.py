@@ -78,6 +78,14 @@ def test_fields_reach_the_engine() -> None:
             ignore_eos=True,
             seed=-3,
             stop="\n",
+            stop_token_ids=[7, 8],
+            include_stop_str_in_output=True,
+            min_tokens=2,
+            bad_words=["x"],
+            logit_bias={"5": -1, "6": 2.5},
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            repeat_penalty=1.25,
             max_tokens=3,
             logprobs=2,
             user="ignored",
@@ -91,6 +99,36 @@ def test_fields_reach_the_engine() -> None:
         assert request.seed == 2**63 - 3
         assert request.stop == ("\n",)
         assert request.ignore_end
+        assert request.stop_token_ids == (7, 8)
+        assert request.include_stop
+        assert (request.min_new_tokens, request.bad_words) == (2, ("x",))
+        assert request.logit_bias == {5: -1, 6: 2.5}
+        assert (request.presence_penalty, request.frequency_penalty) == (0.5, -0.5)
+        assert request.repetition_penalty == 1.25
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("kept", "max_tokens", "prompt"),
+    [
+        (None, 5, range(80)),
+        (3, 5, range(77, 80)),
+        (200, 5, range(80)),
+        (-1, 5, range(80)),
+        (-1, 30, range(10, 80)),  # of a context of 100
+    ],
+)
+def test_prompts_are_truncated(kept: int | None, max_tokens: int, prompt: range) -> None:
+    async def test(server: Server) -> None:
+        response = await server.post(
+            "/v1/completions",
+            prompt=list(range(80)),
+            max_tokens=max_tokens,
+            truncate_prompt_tokens=kept,
+        )
+        assert response.json()["usage"]["prompt_tokens"] == len(prompt)
+        assert list(server.engine.generations[0].request.prompt) == list(prompt)
 
     run(test)
 
@@ -120,6 +158,11 @@ def test_logprobs_of_both_kinds() -> None:
             "top_logprobs": [{"H": -0.5, "I": -1.5}, {"I": -0.5, "J": -1.5}],
             "text_offset": [0, 1],
         }
+        response = await server.post(
+            "/v1/completions", prompt="hi", max_tokens=2, logprobs=0, stream=True
+        )
+        events = [json.loads(line[6:]) for line in response.text.split("\n\n")[:2]]
+        assert [e["choices"][0]["logprobs"]["text_offset"] for e in events] == [[0], [1]]
         messages = [{"role": "user", "content": "h"}]
         response = await server.post(
             "/v1/chat/completions", messages=messages, logprobs=True, top_logprobs=1
@@ -188,8 +231,39 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "a", "stop": ""}, 400, "stop", "holds an empty string"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix", "suffix: is not supported"),
     (COMPLETIONS, {"prompt": "a", "best_of": 2}, 400, "best_of", "best_of: is not supported"),
-    (COMPLETIONS, {"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty", "not supported"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
+    (COMPLETIONS, {"prompt": "a", "presence_penalty": 3}, 400, "presence_penalty", "equal to 2"),
+    (COMPLETIONS, {"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty", "than 0"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "has 'x' where the"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"05": 1}}, 400, "logit_bias", "has '05' where"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"300": 1}}, 400, "logit_bias", "no token 300"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias", "equal to 100"),
+    (COMPLETIONS, {"prompt": "a", "stop_token_ids": [300]}, 400, "stop_token_ids", "no token 300"),
+    (COMPLETIONS, {"prompt": "a", "stop_token_ids": 5}, 400, "stop_token_ids", "valid list"),
+    (COMPLETIONS, {"prompt": "a", "stop_token_ids": [True]}, 400, "stop_token_ids.0", "integer"),
+    (COMPLETIONS, {"prompt": "a", "min_tokens": 17}, 400, "min_tokens", "17 exceeds the 16 tokens"),
+    (COMPLETIONS, {"prompt": "a", "bad_words": [""]}, 400, "bad_words", "holds an empty string"),
+    (COMPLETIONS, {"prompt": "a", "bad_words": ["b"] * 1001}, 400, "bad_words", "at most 1000"),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "truncate_prompt_tokens": 0},
+        400,
+        "truncate_prompt_tokens",
+        "must be -1, or 1 or more",
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": "a", "repetition_penalty": 1.5, "repeat_penalty": 1.4},
+        400,
+        "repeat_penalty",
+        "repeat_penalty: 1.4 contradicts repetition_penalty: give one of them",
+    ),
+    (
+        CHAT,
+        HI | {"max_tokens": 5, "max_completion_tokens": 6},
+        400,
+        "max_tokens",
+        "max_tokens: 5 contradicts max_completion_tokens: give one of them",
+    ),
     (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo", "not supported"),
     (COMPLETIONS, {"prompt": "a", "adapters": {"x": 1}}, 400, "adapters", "no adapter 'x'"),
     (

@@ -190,6 +190,50 @@ def test_stop_ends_the_text(client: openai.OpenAI, model: Model) -> None:
     assert "".join(part.choices[0].text for part in parts) == before
 
 
+def test_rules_are_those_of_the_model(client: openai.OpenAI, model: Model) -> None:
+    free = model.generate(PROMPT, 24)
+    stop = free.tokens[7]
+    expected = model.generate(
+        PROMPT,
+        24,
+        stop_token_ids=[stop],
+        min_new_tokens=9,
+        repetition_penalty=1.2,
+        presence_penalty=0.25,
+        logit_bias={free.tokens[0]: -5.0},
+        bad_words=["a", "b"],
+    )
+    response = client.completions.create(
+        model=BACKBONE,
+        prompt=PROMPT,
+        max_tokens=24,
+        temperature=0,
+        presence_penalty=0.25,
+        logit_bias={str(free.tokens[0]): -5},
+        extra_body={
+            "stop_token_ids": [stop],
+            "min_tokens": 9,
+            "repetition_penalty": 1.2,
+            "bad_words": ["a", "b"],
+        },
+    )
+    assert response.choices[0].text == expected.text != free.text
+    assert response.choices[0].finish_reason == expected.finish_reason
+    assert response.usage is not None
+    assert response.usage.completion_tokens == len(expected.tokens)
+
+
+def test_a_request_that_bans_every_token(client: openai.OpenAI) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="every token is banned"):
+        client.completions.create(
+            model=BACKBONE,
+            prompt="a",
+            extra_body={"stop_token_ids": list(range(260)), "min_tokens": 1},
+        )
+
+
 def test_echo_and_several_prompts(client: openai.OpenAI, model: Model) -> None:
     response = client.completions.create(
         model=BACKBONE, prompt=["abc", "b"], max_tokens=4, temperature=0, echo=True
