@@ -82,6 +82,7 @@ OPS: Mapping[Stage, frozenset[Op]] = {
     | {
         ("", "GatherND"),
         ("", "Max"),
+        ("", "Pad"),
         ("com.microsoft", "GroupQueryAttention"),
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     },

@@ -44,19 +44,29 @@ class ModuleLayout:
 
     Attributes:
       stores_whole: whether query, key and value, and gate and up, are one module each.
-      query_rows: outputs of the query's projection.
-      key_rows: outputs of the key's projection, and of the value's.
+      query_heads: heads of the query.
+      key_heads: heads of the key, and of the value.
     """
 
     stores_whole: bool
-    query_rows: int
-    key_rows: int
+    query_heads: int
+    key_heads: int
 
     def rows(self, whole: str, total: int) -> tuple[int, ...]:
         """Rows of each part of ``whole``, which has ``total`` rows."""
+        shares = self._shares(whole)
+        return tuple(total * share // sum(shares) for share in shares)
+
+    def total(self, whole: str, role: str, rows: int) -> int:
+        """Rows of ``whole``, whose part ``role`` has ``rows``."""
+        shares = self._shares(whole)
+        return rows * sum(shares) // shares[_PARTS[whole].index(role)]
+
+    def _shares(self, whole: str) -> tuple[int, ...]:
+        """Heads, not their size: that of the cache may be padded."""
         if whole == "gate_up_proj":
-            return (total // 2, total // 2)
-        return (self.query_rows, self.key_rows, self.key_rows)
+            return (1, 1)
+        return (self.query_heads, self.key_heads, self.key_heads)
 
 
 def read_layout(folder: Path) -> ModuleLayout:
@@ -69,11 +79,10 @@ def read_layout(folder: Path) -> ModuleLayout:
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         decoder = model["decoder"]
-        size = int(decoder["head_size"])
         return ModuleLayout(
             stores_whole=model["type"] in _STORED_WHOLE,
-            query_rows=size * int(decoder["num_attention_heads"]),
-            key_rows=size * int(decoder["num_key_value_heads"]),
+            query_heads=int(decoder["num_attention_heads"]),
+            key_heads=int(decoder["num_key_value_heads"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         raise ArtifactError(
@@ -106,7 +115,8 @@ def linears_to_modules(factors: Mapping[str, LowRank], layout: ModuleLayout) -> 
             converted[name] = own
     for name, roles in joined.items():
         _, whole = _split_name(name)
-        total = len(_PARTS[whole]) * len(next(iter(roles.values())).lora_b)
+        role, own = next(iter(roles.items()))
+        total = layout.total(whole, role, len(own.lora_b))
         converted[name] = _join(roles, whole, layout.rows(whole, total))
     return converted
 

@@ -27,6 +27,7 @@ from eoracc.compiler.targets.onnxruntime.fuse_linears import (
     same_shape,
 )
 from eoracc.compiler.targets.onnxruntime.last_logits import keep_last_logits
+from eoracc.compiler.targets.onnxruntime.pad_heads import pad_heads
 from eoracc.compiler.targets.onnxruntime.slots import add_slots
 from eoracc.compiler.targets.onnxruntime.tiles import tile_operands
 from eoracc.passes.graph.names import WINDOW_KEY
@@ -43,6 +44,7 @@ __all__ = ["CONTRIB_DOMAIN", "lower"]
 CONTRIB_DOMAIN = "com.microsoft"
 
 _GQA = "GroupQueryAttention"
+_ROTARY_HEAD_MULTIPLE, _TABLE_MULTIPLE = 16, 8
 _SKIP_NORM = "SkipSimplifiedLayerNormalization"
 _IR_VERSION = 11
 """The newest that ONNX Runtime 1.31 and onnxruntime-genai 0.18 read; overloads need 10."""
@@ -129,6 +131,7 @@ def _fuse_attention(graph: ir.Graph, lengths: _Lengths) -> None:
     nodes = [node for node in graph if _is_fusable(node)]
     if not nodes:
         return
+    pad_heads(graph, nodes)
     tape = ir.tape.Tape()
     counts = [
         tape.op("Cast", [value], {"to": ir.DataType.INT32})
@@ -194,28 +197,33 @@ def _rotary_tables(node: ir.Node) -> list[ir.Value]:
     """The cosine and sine tables that the fused op can apply itself; empty where it cannot.
 
     It indexes them by position, so they must be gathered by ``position_ids`` and nothing else
-    (LongRoPE adds an offset), and it wants head dimensions in multiples of 16.
+    (LongRoPE adds an offset). It wants heads in multiples of 16 and tables in multiples of 8, which
+    rotate twice as many elements.
     """
     past_key = node.inputs[4]
     head_size = past_key.shape[3] if past_key is not None and past_key.shape is not None else None
     rotaries = [value.producer() if value is not None else None for value in node.inputs[:2]]
-    if not isinstance(head_size, int) or head_size % 16:
+    if not isinstance(head_size, int) or head_size % _ROTARY_HEAD_MULTIPLE:
         return []
     if any(rotary is None or rotary.op_type != "RotaryEmbedding" for rotary in rotaries):
         return []
     query, key = rotaries
     if tuple(query.inputs[1:]) != tuple(key.inputs[1:]) or len(query.inputs) != 3:  # type: ignore[union-attr]
         return []
-    tables = []
-    for gathered in query.inputs[1:]:  # type: ignore[union-attr]
-        gather = gathered.producer() if gathered is not None else None
-        if gather is None or gather.op_type != "Gather":
-            return []
-        table, indices = gather.inputs
-        if table is None or indices is None or indices.name != "position_ids":
-            return []
-        tables.append(table)
-    return tables
+    tables = [_table(gathered) for gathered in query.inputs[1:]]  # type: ignore[union-attr]
+    return [] if None in tables else [table for table in tables if table is not None]
+
+
+def _table(gathered: ir.Value | None) -> ir.Value | None:
+    """The table whose rows at ``position_ids`` are ``gathered``; None if it is not to be fused."""
+    gather = gathered.producer() if gathered is not None else None
+    if gather is None or gather.op_type != "Gather":
+        return None
+    table, indices = gather.inputs
+    if table is None or indices is None or indices.name != "position_ids":
+        return None
+    width = None if table.shape is None else table.shape[1]
+    return table if isinstance(width, int) and width % _TABLE_MULTIPLE == 0 else None
 
 
 def _packed_projection(*parts: ir.Value | None) -> ir.Value | None:

@@ -17,7 +17,7 @@ from eoracc.passes.pack_projections import PackProjections
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.graph_session import GraphSession, assert_close, padded_mask
-from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
+from tests.tiny_models import FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,6 +125,55 @@ def test_head_dimension_that_the_fused_rotary_does_not_take(tmp_path: Path) -> N
     lowered = lower(source.model)
     assert count(lowered)["RotaryEmbedding"] == 4
     assert "position_ids" in {value.name for value in lowered.graph.inputs}
+    check_parity(source, lowered, tmp_path)
+
+
+@pytest.mark.parametrize(("size", "padded"), [(6, 8), (12, 16), (100, 104)])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_heads_are_padded_to_what_the_fused_attention_takes(
+    family: str, size: int, padded: int, tmp_path: Path
+) -> None:
+    source = loaded(family, tmp_path, head_dim=size)
+    lowered = lower(source.model)
+    assert count(lowered)["GroupQueryAttention"] == 2
+    caches = [value for value in lowered.graph.inputs if "past_key_values" in str(value.name)]
+    assert [value.shape[3] for value in caches if value.shape] == [padded] * 4
+    check_parity(source, lowered, tmp_path)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 1), (6, 6), (4, 2)])
+def test_padded_heads_are_shared_as_before(heads: int, kv_heads: int, tmp_path: Path) -> None:
+    source = loaded(
+        "llama", tmp_path, head_dim=20, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    check_parity(source, lower(source.model), tmp_path)
+
+
+@pytest.mark.parametrize(("hidden", "share"), [(192, 0.75), (288, 0.25), (288, 0.5)])
+def test_rotary_part_that_the_fused_rotary_does_not_take(
+    hidden: int, share: float, tmp_path: Path
+) -> None:
+    """24 elements of 32, and 12 and 24 of 48: a table is half as wide, which 8 must divide."""
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": share}
+    source = loaded("phi3", tmp_path, hidden_size=hidden, rope_parameters=rotary)
+    lowered = lower(source.model)
+    assert count(lowered)["RotaryEmbedding"] == 4
+    check_parity(source, lowered, tmp_path)
+
+
+def test_rotary_part_that_the_fused_rotary_takes(tmp_path: Path) -> None:
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    source = loaded("phi3", tmp_path, hidden_size=192, rope_parameters=rotary)
+    lowered = lower(source.model)
+    assert count(lowered)["RotaryEmbedding"] == 0
+    check_parity(source, lowered, tmp_path)
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_lowered_graph_of_other_families_equals_eager_model(family: str, tmp_path: Path) -> None:
+    source = loaded(family, tmp_path)
+    lowered = lower(source.model)
+    assert count(lowered)["GroupQueryAttention"] == 2
     check_parity(source, lowered, tmp_path)
 
 
