@@ -10,6 +10,7 @@ With slots for adapters, and adapters for them::
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from tests.tiny_models import tiny_model
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx_ir as ir
@@ -130,14 +132,24 @@ def tiny_factors(
     return factors
 
 
-def write_tiny_artifact(work: Path, *, adapter_type: str = "none") -> Path:
-    """Build ``work/artifact`` from a SmolLM-like model in 3 bits, without calibration.
+def write_tiny_artifact(
+    work: Path,
+    *,
+    adapter_type: str = "none",
+    family: str = "smollm",
+    compress: bool = True,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """Build ``work/artifact`` from a small random model in 3 bits, without calibration.
 
     The checkpoint it was built from is ``work/checkpoint``.
 
     Args:
       work: an existing folder.
       adapter_type: of its slots: ``int8``, ``float16``, or ``none`` for an artifact without.
+      family: of the model.
+      compress: whether to compress it; its weights stay float32 otherwise.
+      fields: of its configuration, see :func:`tests.tiny_models.tiny_model`.
     """
     from eoracc.compiler.frontend import load as frontend
     from eoracc.compiler.report.content import BuildReport, FidelityReport, FidelityRow, Report
@@ -147,10 +159,10 @@ def write_tiny_artifact(work: Path, *, adapter_type: str = "none") -> Path:
     from eoracc.compiler.targets.onnxruntime.lower import lower
     from eoracc.plugins.library import library_path
 
-    source = tiny_model("smollm", work / "checkpoint", vocab_size=_VOCABULARY)
+    source = tiny_model(family, work / "checkpoint", **{"vocab_size": _VOCABULARY, **fields})
     write_byte_tokenizer(source, chat=True)
     loaded = frontend.load(str(source), work=work)
-    linears = _compress(loaded.model)
+    linears = _compress(loaded.model) if compress else []
     lowered = lower(loaded.model, adapter_type=adapter_type)
     row = FidelityRow(
         name="original",

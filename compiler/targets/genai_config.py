@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from eoracc.runtime.artifact.long_rope import LongRope
+
 if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import GenerationConfig, PretrainedConfig
@@ -71,10 +73,13 @@ def genai_config(
         for value in model.graph.inputs
         if value.name == "past_key_values.0.key" and value.shape is not None
     )
+    long_rope = LongRope.of(model.metadata_props)
+    # genai would go on with keys of short texts where a text outgrows the original length.
+    context_length = config.max_position_embeddings if long_rope is None else long_rope.original
     section: dict[str, Any] = {
         "type": config.model_type if config.model_type in _GENAI_TYPES else _GENERIC_TYPE,
         "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
+        "context_length": context_length,
         **_special_tokens(config, generation),
         "decoder": {
             "session_options": session_options,
@@ -96,7 +101,7 @@ def genai_config(
             },
         },
     }
-    return {"model": section, "search": _search(config, model, generation)}
+    return {"model": section, "search": _search(model, generation, context_length)}
 
 
 def _special_tokens(
@@ -114,7 +119,7 @@ def _special_tokens(
 
 
 def _search(
-    config: PretrainedConfig, model: ir.Model, generation: GenerationConfig | None
+    model: ir.Model, generation: GenerationConfig | None, context_length: int
 ) -> dict[str, Any]:
     attentions = {node.op_type for node in model.graph} & {"Attention", "GroupQueryAttention"}
     defaults = {
@@ -133,7 +138,7 @@ def _search(
         "num_beams": 1,
         "num_return_sequences": 1,
         "min_length": 0,
-        "max_length": config.max_position_embeddings,
+        "max_length": context_length,
         "early_stopping": True,
         # Only the fused op writes into the buffer that it reads its past from.
         "past_present_share_buffer": attentions == {"GroupQueryAttention"},

@@ -10,6 +10,7 @@ __all__ = [
     "LORA_B",
     "PAST",
     "PRESENT",
+    "TEXT_LENGTHS",
     "WRITE_INDICES",
 ]
 
@@ -27,6 +28,10 @@ LOGITS_POSITIONS = "logits_positions"
 
 WRITE_INDICES = "write_indices"
 """Input for TensorRT, ``int64 [B]``, with a cache in place: first column of a row's new tokens."""
+
+TEXT_LENGTHS = "text_lengths"
+"""Optional input for ONNX Runtime of a LongRoPE model, ``int64 [B, 1]``: length of each row when
+all of its prompt is processed; or 0, for its length so far."""
 
 LORA_A = ".lora_a"
 """End of the names of an adapter's inputs for TensorRT, ``<linear>.lora_a [R, K]``."""

@@ -82,6 +82,11 @@ class Continuation:
         self._pending: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
+    @property
+    def text(self) -> list[int]:
+        """The prompt and what has been generated."""
+        return [*self.prompt, *self.tokens]
+
     def push(self, logits: NDArray[np.float32]) -> Piece | None:
         """Choose the next token.
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from eoracc.runtime.artifact.long_rope import LongRope
     from eoracc.runtime.decode.bank import AdapterPlaces
 
 __all__ = ["Decoder", "Rows"]
@@ -20,6 +21,14 @@ class Decoder(Protocol):
     @property
     def context_length(self) -> int:
         """Tokens of a row at most."""
+
+    @property
+    def long_rope(self) -> LongRope | None:
+        """At which length the rotary embedding of a text changes; None where it never does.
+
+        A row that grows beyond it, token by token, has keys of the other embedding in its cache:
+        the caller clears it and processes its text anew.
+        """
 
     @property
     def vocabulary(self) -> int:
@@ -50,7 +59,13 @@ class Rows(Protocol):
         """Move the text of row ``source`` to row ``target``; ``source`` is empty afterwards."""
 
     def prefill(
-        self, row: int, tokens: Sequence[int], *, adapter: int, keep: int = 1
+        self,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        adapter: int,
+        keep: int = 1,
+        text_length: int = 0,
     ) -> NDArray[np.float32]:
         """Append ``tokens`` to the text of ``row``.
 
@@ -59,6 +74,7 @@ class Rows(Protocol):
           tokens: at least one; the whole text must fit the model's context.
           adapter: place in the bank.
           keep: number of last tokens to return logits of.
+          text_length: tokens of the whole text, where further calls process the rest of it.
 
         Returns:
           Logits, ``float32 [keep, V]``.

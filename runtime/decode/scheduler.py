@@ -3,6 +3,9 @@
 A step processes part of a prompt and then decodes one token of every active text in one run. Each
 prompt is processed alone, in chunks whose ends depend on nothing else, and its tokens are drawn
 with random numbers of its own: the result of a request does not depend on other requests.
+
+A text that outgrows the original length of a LongRoPE model is processed anew like a prompt, since
+the keys in its cache have the rotary embedding of short texts.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Scheduler:
                 raise RequestError(f"{name}: must be 1 or more, not {value}")
         self._batch = decoder.new_rows()
         self._bank = decoder.bank
+        self._long_rope = decoder.long_rope
         self._max_rows = max_rows
         self._chunk = chunk
         self._waiting: deque[Continuation] = deque()
@@ -71,6 +75,7 @@ class Scheduler:
         """
         self._drop_cancelled()
         self._process_prompts()
+        self._send_back_outgrown()
         if self._rows:
             self._decode()
         return bool(self._rows or self._filling or self._waiting)
@@ -113,19 +118,31 @@ class Scheduler:
         assert continuation is not None  # noqa: S101 - the caller has admitted it
         row = len(self._rows)
         done = self._batch.length(row)
-        chunk = continuation.prompt[done : done + self._chunk]
+        text = continuation.text
+        chunk = text[done : done + self._chunk]
         try:
-            logits = self._batch.prefill(row, chunk, adapter=continuation.place)
+            logits = self._batch.prefill(
+                row, chunk, adapter=continuation.place, text_length=len(text)
+            )
         except BackendError as error:
             self._filling = None
             self._end(continuation, error)
             return len(chunk)
-        if done + len(chunk) == len(continuation.prompt):
+        if done + len(chunk) == len(text):
             self._filling = None
             self._rows.append(continuation)
             if self._advance(continuation, logits[0]):
                 self._remove(row)
         return len(chunk)
+
+    def _send_back_outgrown(self) -> None:
+        """Send rows whose next token changes their rotary embedding back to prefill."""
+        if self._long_rope is None:
+            return
+        for row in reversed(range(len(self._rows))):
+            if self._batch.length(row) == self._long_rope.original:
+                self._waiting.appendleft(self._rows[row])
+                self._remove(row)
 
     # --- decoding ---------------------------------------------------------------------------------
 

@@ -139,6 +139,8 @@ def _score_long(rows: Rows, text: _Text, chunk: int) -> None:
     for start in range(0, len(text.inputs), chunk):
         tokens = text.inputs[start : start + chunk]
         keep = min(len(tokens), max(1, start + len(tokens) - text.first))
-        logits = rows.prefill(0, tokens, adapter=text.place, keep=keep)
+        logits = rows.prefill(
+            0, tokens, adapter=text.place, keep=keep, text_length=len(text.inputs)
+        )
         for answer in text.answers:
             answer.take(start + len(tokens) - keep, logits)

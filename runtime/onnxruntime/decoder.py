@@ -19,6 +19,7 @@ class GraphDecoder:
     Attributes:
       bank: the adapters.
       context_length: most tokens of a row.
+      long_rope: at which length the rotary embedding of a text changes; None where it never does.
       vocabulary: number of logits of a token.
     """
 
@@ -26,6 +27,7 @@ class GraphDecoder:
         self._graph = graph
         self.bank = bank
         self.context_length = graph.context_length
+        self.long_rope = graph.long_rope
         self.vocabulary = graph.vocabulary
 
     def new_rows(self) -> GraphRows:

@@ -8,6 +8,7 @@ import numpy as np
 
 from eoracc.errors import BackendError, reason
 from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST
+from eoracc.runtime.artifact.long_rope import LongRope
 from eoracc.runtime.onnxruntime.inference import DTYPES
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Graph:
 
     Attributes:
       context_length: most tokens of a row.
+      long_rope: at which length the rotary embedding of a text changes; None where it never does.
       in_place: whether attention writes into the buffers that it reads its past from.
       vocabulary: number of logits of a token.
       trims_logits: whether there is an input for the number of tokens that get logits.
@@ -41,13 +43,14 @@ class Graph:
 
         Args:
           inference: the session.
-          context_length: most tokens of a row.
+          context_length: most tokens of a row, of a model without LongRoPE.
           in_place: whether attention writes into the buffers that it reads its past from.
           defaults: that the session was opened with, kept here for as long as it lives.
         """
         self._inference = inference
         self._defaults = dict(defaults or {})
-        self.context_length = context_length
+        self.long_rope = LongRope.of(inference.get_modelmeta().custom_metadata_map)
+        self.context_length = context_length if self.long_rope is None else self.long_rope.longest
         self.in_place = in_place
         inputs = {value.name: value for value in inference.get_inputs()}
         optional = {value.name for value in inference.get_overridable_initializers()}

@@ -15,7 +15,7 @@ import numpy as np
 
 from eoracc.errors import BackendError
 from eoracc.plugins.op import ADAPTER_INDEX
-from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST, PRESENT
+from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST, PRESENT, TEXT_LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,13 @@ class GraphRows:
             self._decoding.forget(target)
 
     def prefill(
-        self, row: int, tokens: Sequence[int], *, adapter: int, keep: int = 1
+        self,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        adapter: int,
+        keep: int = 1,
+        text_length: int = 0,
     ) -> NDArray[np.float32]:
         """Append ``tokens`` to the text of ``row``.
 
@@ -73,6 +79,7 @@ class GraphRows:
           tokens: at least one; the whole text must fit the model's context.
           adapter: place in the bank; negative for none.
           keep: number of last tokens to return logits of.
+          text_length: tokens of the whole text, where further calls process the rest of it.
 
         Returns:
           Logits, ``float32 [keep, V]``.
@@ -80,7 +87,9 @@ class GraphRows:
         Raises:
           BackendError: ONNX Runtime fails.
         """
-        logits: NDArray[np.float32] = self._process(row, [tokens], [adapter], keep)[0]
+        logits: NDArray[np.float32] = self._process(
+            row, [tokens], [adapter], keep, text_length=text_length
+        )[0]
         return logits
 
     def process(
@@ -147,7 +156,13 @@ class GraphRows:
             raise
 
     def _process(
-        self, first: int, texts: Sequence[Sequence[int]], adapters: Sequence[int], keep: int
+        self,
+        first: int,
+        texts: Sequence[Sequence[int]],
+        adapters: Sequence[int],
+        keep: int,
+        *,
+        text_length: int = 0,
     ) -> NDArray[np.float32]:
         """Append to one row or start several, which is all that the fused attention supports."""
         count, longest = len(texts), max(map(len, texts))
@@ -169,6 +184,8 @@ class GraphRows:
             binding.read("position_ids", positions.astype(np.int64))
         if self._graph.trims_logits:
             binding.read(LOGITS_TO_KEEP, np.array(keep, np.int64))
+        if self._graph.long_rope is not None:
+            binding.read(TEXT_LENGTHS, np.full((count, 1), text_length, np.int64))
         _bind_bank(self._graph, binding, self._bank.inputs[1], np.array(adapters, np.int32))
         presents = self._bind_caches(binding, rows, past, past + longest)
         binding.run()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST, PRESENT
+from eoracc.runtime.artifact.long_rope import LongRope
 from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Session:
             for name, value in inputs.items()
             if name.startswith(PAST)
         }
+        self._long_rope = LongRope.of(inference.get_modelmeta().custom_metadata_map)
         self._outputs = [value.name for value in inference.get_outputs()]
 
     def run(
@@ -134,11 +136,7 @@ class Session:
           max_new_tokens: of each continuation.
           stop: token ids that end a continuation; they are not part of it.
         """
-        lengths = np.array([len(prompt) for prompt in prompts])
-        mask = (np.arange(lengths.max(initial=0)) < lengths[:, None]).astype(np.int64)
-        ids = np.zeros_like(mask)
-        for index, prompt in enumerate(prompts):
-            ids[index, : len(prompt)] = prompt
+        ids, mask = _padded(prompts)
         logits, past = self.run(ids, mask, last_only=True)
         continuations: list[list[int]] = [[] for _ in prompts]
         running = np.ones(len(prompts), bool)
@@ -149,6 +147,12 @@ class Session:
                 continuations[row].append(int(tokens[row]))
             if not running.any() or step + 1 == max_new_tokens:
                 break
+            if self._long_rope is not None and self._long_rope.original in mask.sum(1)[running]:
+                # The cache of a row that outgrows this length has keys of short texts.
+                parts = zip(prompts, continuations, strict=True)
+                ids, mask = _padded([[*prompt, *continuation] for prompt, continuation in parts])
+                logits, past = self.run(ids, mask, last_only=True)
+                continue
             mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
             logits, past = self.run(tokens[:, None].astype(np.int64), mask, past, last_only=True)
         return continuations
@@ -158,6 +162,16 @@ class Session:
             name: np.zeros((batch, shape[1], 0, shape[3]), dtype)
             for name, (dtype, shape) in self._empty.items()
         }
+
+
+def _padded(texts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and mask ``[B, S]`` of texts, padded on the right."""
+    lengths = np.array([len(text) for text in texts])
+    mask = (np.arange(lengths.max(initial=0)) < lengths[:, None]).astype(np.int64)
+    ids = np.zeros_like(mask)
+    for index, text in enumerate(texts):
+        ids[index, : len(text)] = text
+    return ids, mask
 
 
 def token_positions(attention_mask: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@ from eoracc.runtime.tensorrt.rows import TensorRTRows
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from eoracc.runtime.artifact.long_rope import LongRope
     from eoracc.runtime.decode.bank import FactorsOf
 
 __all__ = ["TensorRTDecoder"]
@@ -37,6 +38,7 @@ class TensorRTDecoder:
     Attributes:
       bank: the adapters.
       context_length: most tokens of a row.
+      long_rope: None, since engines are not built for longer texts than its original length.
       vocabulary: number of logits of a token.
       device_name: name of the GPU with its compute capability.
     """
@@ -45,6 +47,7 @@ class TensorRTDecoder:
         self._network = network
         self.bank = network.adapters
         self.context_length = network.context_length
+        self.long_rope: LongRope | None = None
         self.vocabulary = network.vocabulary
         device = network.device
         self.device_name = f"{device.name}, compute capability {device.compute_capability}"

@@ -44,7 +44,13 @@ class TensorRTRows:
         self._texts[source] = Text()
 
     def prefill(
-        self, row: int, tokens: Sequence[int], *, adapter: int, keep: int = 1
+        self,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        adapter: int,
+        keep: int = 1,
+        text_length: int = 0,  # noqa: ARG002 - no text is so long that it decides anything
     ) -> NDArray[np.float32]:
         """Append ``tokens`` to the text of ``row``."""
         ids = np.array([tokens], np.int64)

@@ -30,11 +30,11 @@ from eoracc.compiler.targets.onnxruntime.last_logits import keep_last_logits
 from eoracc.compiler.targets.onnxruntime.pad_heads import pad_heads
 from eoracc.compiler.targets.onnxruntime.slots import add_slots
 from eoracc.compiler.targets.onnxruntime.tiles import tile_operands
-from eoracc.passes.graph.names import WINDOW_KEY
+from eoracc.passes.graph.names import ROPE_LENGTHS, WINDOW_KEY
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.functions.overload import local_function
 from eoracc.plugins.op import DOMAIN
-from eoracc.runtime.artifact.graph_names import LINEARS_KEY
+from eoracc.runtime.artifact.graph_names import LINEARS_KEY, TEXT_LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,6 +75,7 @@ def lower(model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none
     if lengths is not None:
         _fuse_attention(graph, lengths)
         keep_last_logits(graph, lengths.last)
+    _take_text_lengths(graph)
     fuse_norm(graph)
     fuse_residual(graph)
     _fuse_skip_norm(graph)
@@ -233,6 +234,32 @@ def _packed_projection(*parts: ir.Value | None) -> ir.Value | None:
     if splits or split is None or split.op_type != "Split" or tuple(split.outputs) != parts:
         return None
     return split.inputs[0]
+
+
+# --- LongRoPE -------------------------------------------------------------------------------------
+
+
+def _take_text_lengths(graph: ir.Graph) -> None:
+    """Let a call say how long its rows will become, where that decides how they are rotated.
+
+    The first chunk of a long prompt must be rotated as the whole prompt. Who feeds a prompt at
+    once, as onnxruntime-genai does, needs not know the input.
+    """
+    values = (value for node in graph for value in node.outputs)
+    lengths = next((value for value in values if value.name == ROPE_LENGTHS), None)
+    if lengths is None:
+        return
+    default = np.zeros((1, 1), np.int64)
+    given = register_tensor(graph, ir.tensor(default, name=TEXT_LENGTHS))
+    given.shape = ir.Shape(["text_batch", 1])
+    graph.inputs.append(given)
+    uses = list(lengths.uses())
+    tape = ir.tape.Tape()
+    longest = tape.op("Max", [lengths, given])
+    longest.type, longest.shape = lengths.type, lengths.shape
+    for use in uses:
+        use.node.replace_input_with(use.idx, longest)
+    graph.insert_after(lengths.producer(), tape.nodes)  # type: ignore[arg-type]
 
 
 # --- norms ----------------------------------------------------------------------------------------

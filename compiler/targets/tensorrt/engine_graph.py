@@ -18,6 +18,7 @@ from eoracc.compiler.targets.tensorrt.half_precision import HALF
 from eoracc.compiler.targets.tensorrt.parity_record import GraphWeight, record_graph_parity
 from eoracc.errors import ConfigError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlot, AdapterSlots
+from eoracc.runtime.artifact.long_rope import LongRope
 from eoracc.runtime.parity.record import PARITY_FILE
 from eoracc.runtime.tensorrt.engine_set import Binding, EngineFile, EngineSet, Profile
 
@@ -84,15 +85,21 @@ class EngineGraph:
 def check_contexts(config: BuildConfig, loaded: LoadedModel) -> None:
     """Refuse engines for longer texts than the model has positions for.
 
+    Texts of a LongRoPE model must stay within its original length: an engine picks no rotary
+    embedding by the length of a row.
+
     Raises:
-      ConfigError: they are.
+      ConfigError: a target's ``context_length`` is larger.
     """
-    positions = loaded.config.max_position_embeddings
+    long_rope = LongRope.of(loaded.model.metadata_props)
+    positions, kind = loaded.config.max_position_embeddings, "positions"
+    if long_rope is not None:
+        positions, kind = long_rope.original, "positions before its LongRoPE changes"
     for section, options in engine_sections(config).items():
         if options.context_length > positions:
             raise ConfigError(
                 f"{section}.context_length: is {options.context_length}, and the model has "
-                f"{positions} positions: lower it to that"
+                f"{positions} {kind}: lower it to that"
             )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from eoracc.passes.graph.names import ROPE_ROWS
 from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ __all__ = ["cut_position_tables"]
 def cut_position_tables(graph: ir.Graph, length: int) -> None:
     """Keep the first ``length`` rows of each table that ``position_ids`` are looked up in.
 
+    Those are the rows for short texts in the tables of a LongRoPE model, whose original length
+    ``length`` does not exceed.
+
     A checkpoint's tables of cosines and sines go as far as its family was trained, which is a
     quarter of Gemma-3-270M's engine where 2048 are enough.
 
@@ -24,6 +28,7 @@ def cut_position_tables(graph: ir.Graph, length: int) -> None:
       graph: is changed.
       length: positions are below it.
     """
+    _look_up_short_texts(graph)
     cut: dict[ir.Value, ir.Value] = {}
     for node in list(_lookups(graph)):
         table = node.inputs[0]
@@ -39,6 +44,17 @@ def cut_position_tables(graph: ir.Graph, length: int) -> None:
     for table in cut:
         if not table.uses():
             graph.initializers.pop(str(table.name))
+
+
+def _look_up_short_texts(graph: ir.Graph) -> None:
+    """Look up the positions themselves where a row's length would decide."""
+    values = (value for node in graph for value in node.outputs)
+    rows = next((value for value in values if value.name == ROPE_ROWS), None)
+    if rows is None:
+        return
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    for use in list(rows.uses()):
+        use.node.replace_input_with(use.idx, positions)
 
 
 def _lookups(graph: ir.Graph) -> Iterator[ir.Node]:

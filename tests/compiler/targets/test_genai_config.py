@@ -69,6 +69,21 @@ def test_graph_that_keeps_its_attention_shares_no_buffer(tmp_path: Path) -> None
     assert "custom_ops_library" not in content["model"]["decoder"]["session_options"]
 
 
+def test_long_rope_ends_where_genai_would_keep_a_stale_cache(tmp_path: Path) -> None:
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 32,
+    }
+    folder = tiny_model("llama", tmp_path / "model", rope_parameters=parameters)
+    loaded = load(str(folder), work=tmp_path)
+    content = genai_config(loaded.config, lower(loaded.model))
+    assert content["model"]["context_length"] == content["search"]["max_length"] == 32
+    assert "text_lengths" not in content["model"]["decoder"]["inputs"]
+
+
 def test_search_defaults_come_from_the_checkpoint(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path / "model")
     fields = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "eos_token_id": [2, 7]}
