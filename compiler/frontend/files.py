@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer
 
-from eoracc.compiler.frontend.gguf import convert
+from eoracc.compiler.frontend.gguf.convert import convert
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.tokenizer import portable_tokenizer
 from eoracc.errors import ModelError
