@@ -93,6 +93,7 @@ OTHER_FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "cohere": ("cohere", {"logit_scale": 0.3, "attention_bias": True, **_HIDDEN_IS_HEADS}),
+    "cohere_norms": ("cohere", {"use_qk_norm": True, **_HIDDEN_IS_HEADS}),
     "cohere2": ("cohere2", {"tie_word_embeddings": True, **_ALTERNATING}),
     "ernie4_5": ("ernie4_5", {"tie_word_embeddings": True, "use_bias": True}),
     "helium": ("helium", {"tie_word_embeddings": False, "hidden_size": 96}),

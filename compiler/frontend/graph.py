@@ -84,6 +84,9 @@ def _build(config: PretrainedConfig, tensors: dict[str, torch.Tensor]) -> Any:  
     settings = dataclasses.replace(
         config_class.from_transformers(config, parent_config=config), dtype=ir.DataType.FLOAT
     )
+    if kind == "cohere":
+        # Its norms of queries and keys are added by a repair.
+        settings = dataclasses.replace(settings, attn_qk_norm=False)
     task = mobius.registry.get_task(kind) or getattr(
         module_class, "default_task", "text-generation"
     )

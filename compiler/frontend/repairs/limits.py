@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from eoracc.compiler.frontend.repairs.rotary import projections
 from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from transformers import PretrainedConfig
 
 __all__ = ["restore_clipping", "restore_logit_cap"]
@@ -60,7 +59,7 @@ def restore_clipping(model: ir.Model, config: PretrainedConfig) -> None:
         for role, bound in (("min", -limit), ("max", limit))
     ]
     for attention in [node for node in graph if node.op_type == "Attention"]:
-        for value in _projections(attention):
+        for value in projections(attention):
             source = value.producer()
             assert source is not None  # noqa: S101 - projections are computed
             clip = ir.node("Clip", [value, *bounds], name=f"{source.name}/clip")
@@ -70,14 +69,3 @@ def restore_clipping(model: ir.Model, config: PretrainedConfig) -> None:
             value.replace_all_uses_with(clipped)
             clip.replace_input_with(0, value)
             graph.insert_after(source, clip)
-
-
-def _projections(attention: ir.Node) -> Iterable[ir.Value]:
-    """The attention's query, key and value, before their rotation."""
-    for value in attention.inputs[:3]:
-        assert value is not None  # noqa: S101 - an attention has its first three inputs
-        rotary = value.producer()
-        is_rotated = rotary is not None and rotary.op_type == "RotaryEmbedding"
-        source = rotary.inputs[0] if rotary is not None and is_rotated else value
-        assert source is not None  # noqa: S101 - a rotation has an input
-        yield source

@@ -11,7 +11,7 @@ from eoracc.compiler.frontend.repairs.masks import layer_windows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["restore_rotary_layout"]
+__all__ = ["projections", "restore_rotary_layout"]
 
 _INTERLEAVED = frozenset({"cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium"})
 """Model types that rotate neighbours (2i, 2i + 1) of a head, and not (i, i + half)."""
@@ -41,3 +41,17 @@ def _leave_unrotated(attention: ir.Node) -> None:
             attention.replace_input_with(position, rotary.inputs[0])
             assert rotary.graph is not None  # noqa: S101 - of a graph that is walked
             rotary.graph.remove(rotary, safe=True)
+
+
+def projections(attention: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The attention's query, key and value, before their rotation."""
+    query, key, value = (_unrotated(operand) for operand in attention.inputs[:3])
+    return query, key, value
+
+
+def _unrotated(value: ir.Value | None) -> ir.Value:
+    rotary = value.producer() if value is not None else None
+    if rotary is not None and rotary.op_type == "RotaryEmbedding":
+        value = rotary.inputs[0]
+    assert value is not None  # noqa: S101 - attention and rotation have their first inputs
+    return value
