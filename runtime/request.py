@@ -84,6 +84,10 @@ class ChatOptions:
         return self.add_generation_prompt
 
 
+_MAX_WEIGHT = 10_000
+"""Largest weight of an adapter; far beyond it, activations leave the range of float32."""
+
+
 class RequestOptions(TypedDict, total=False):
     """Options of a :class:`Request`, which describes them, as keywords."""
 
@@ -201,7 +205,7 @@ def adapter_weights(adapter: AdapterChoice) -> tuple[tuple[str, float], ...]:
     """Names of adapters with their weights, sorted, without weights of 0.
 
     Raises:
-      RequestError: a weight is not finite.
+      RequestError: a weight is too large or no number.
 
     >>> adapter_weights("math")
     (('math', 1.0),)
@@ -213,8 +217,11 @@ def adapter_weights(adapter: AdapterChoice) -> tuple[tuple[str, float], ...]:
     if isinstance(adapter, str):
         return ((adapter, 1.0),)
     for name, weight in adapter.items():
-        if not math.isfinite(weight):
-            raise RequestError(f"adapter '{name}': its weight must be finite, not {weight}")
+        if not abs(weight) <= _MAX_WEIGHT:
+            raise RequestError(
+                f"adapter '{name}': its weight must be from -{_MAX_WEIGHT} to {_MAX_WEIGHT}, "
+                f"not {weight}"
+            )
     return tuple(sorted((name, float(weight)) for name, weight in adapter.items() if weight))
 
 

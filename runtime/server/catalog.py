@@ -5,17 +5,20 @@ As in vLLM, an adapter is a model: ``model: "math"`` is the backbone with the ad
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from eoracc.errors import ApiError
-from eoracc.runtime.request import AdapterChoice
+from eoracc.errors import ApiError, RequestError
+from eoracc.runtime.request import AdapterChoice, adapter_weights
 from eoracc.runtime.server.api.errors import bad_request
 
 __all__ = [
     "Catalog",
 ]
+
+
+_LONGEST_NAME = 64
+"""Most characters of an unknown name that an error repeats."""
 
 
 def _check_name(name: str, adapters: Iterable[str]) -> None:
@@ -79,7 +82,7 @@ class Catalog:
         if name not in self._cards:
             known = ", ".join(f"'{served}'" for served in self._cards)
             raise ApiError(
-                f"the model '{name}' is not served here: ask for one of {known}",
+                f"the model {name[:_LONGEST_NAME]!r} is not served here: ask for one of {known}",
                 status=404,
                 param="model",
                 code="model_not_found",
@@ -106,11 +109,15 @@ class Catalog:
             raise bad_request(
                 f"adapters: go with the model '{self.backbone}', not with an adapter", "adapters"
             )
-        for adapter, weight in weights.items():
+        for adapter in weights:
             if adapter not in self.adapters:
                 raise bad_request(
-                    f"adapters: there is no adapter '{adapter}' here", "adapters", "model_not_found"
+                    f"adapters: there is no adapter {adapter[:_LONGEST_NAME]!r} here",
+                    "adapters",
+                    "model_not_found",
                 )
-            if not math.isfinite(weight):
-                raise bad_request(f"adapters: the weight of '{adapter}' is not finite", "adapters")
+        try:
+            adapter_weights(weights)
+        except RequestError as error:
+            raise bad_request(f"adapters: {error}", "adapters") from None
         return name, dict(weights)

@@ -34,7 +34,12 @@ from eoracc.runtime.request import RequestOptions
         ("logit_bias", {3: -math.inf}, r"logit_bias: must hold finite numbers, not \{3: -inf\}"),
         ("bad_words", "word", "bad_words: must be a list of strings, not 'word'"),
         ("bad_words", ["a", ""], "bad_words: a string may not be empty: leave it out"),
-        ("adapter", {"a": math.nan}, "adapter 'a': its weight must be finite, not nan"),
+        (
+            "adapter",
+            {"a": math.nan},
+            "adapter 'a': its weight must be from -10000 to 10000, not nan",
+        ),
+        ("adapter", {"a": -1e5}, "adapter 'a': its weight must be from -10000 to 10000, not -1"),
     ],
 )
 def test_values_out_of_range_are_named(field: str, value: Any, problem: str) -> None:  # noqa: ANN401

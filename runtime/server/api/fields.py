@@ -100,6 +100,7 @@ def _shown(name: str) -> str:
 
 
 _USE_MAX_TOKENS = "use max_tokens"
+_USE_TEMPLATE = "give chat_template_kwargs what the chat template knows instead"
 _NO_STRUCTURE = "answers cannot be constrained to a form, leave it out"
 
 REQUEST_FIELDS = UnreadFields(
@@ -245,6 +246,7 @@ REQUEST_FIELDS = UnreadFields(
     instead={
         "do_sample": "use temperature, which is 0 for greedy decoding",
         "ebnf": _NO_STRUCTURE,
+        "enable_thinking": _USE_TEMPLATE,
         "grammar": _NO_STRUCTURE,
         "guided_choice": _NO_STRUCTURE,
         "guided_grammar": _NO_STRUCTURE,
@@ -262,6 +264,7 @@ REQUEST_FIELDS = UnreadFields(
         "num_predict": _USE_MAX_TOKENS,
         "options": "give its fields in the request itself",
         "prompt": "send it to /v1/completions",
+        "reasoning_effort": _USE_TEMPLATE,
         "regex": _NO_STRUCTURE,
         "return_full_text": "use echo with /v1/completions",
         "stop_sequences": "use stop",
@@ -269,6 +272,7 @@ REQUEST_FIELDS = UnreadFields(
         "structured_outputs": _NO_STRUCTURE,
         "system": "send a message with the role system",
         "system_prompt": "send a message with the role system",
+        "think": _USE_TEMPLATE,
         "top_logprobs": "use logprobs with a number of alternatives",
     },
 )

@@ -128,7 +128,10 @@ def test_variables_of_the_chat_template(artifact: Path) -> None:
         (("--chat", "--chat-template", "rag"), "chat template 'rag': is none of default"),
         (("--adapter", "poems"), "has no adapter 'poems': it has math, prose"),
         (("--adapter", "math=much"), "--adapter math=much: its weight is no number"),
-        (("--adapter", "math=nan"), "adapter 'math': its weight must be finite, not nan"),
+        (
+            ("--adapter", "math=nan"),
+            "adapter 'math': its weight must be from -10000 to 10000, not nan",
+        ),
         (("--adapter", "math", "--adapter", "math=2"), "--adapter math: is given twice"),
         (("--logprobs", "1"), "--logprobs is part of what --json prints: give both"),
         (("--stop", ""), "stop: a stop string may not be empty"),
