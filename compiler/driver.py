@@ -28,6 +28,7 @@ from eoracc.compiler.adapters.gates import (
     score_adapters,
 )
 from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
+from eoracc.compiler.chat.ship import ChatTemplates, ship_chat
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
@@ -146,6 +147,7 @@ def _build(
             ),
             adapters=adapters,
             targets=made.targets,
+            chat=made.chat,
         )
         _check_gates(report, work)
         writer.write_report(report)
@@ -174,6 +176,7 @@ class _Made:
       slots: where the model takes adapters; None where it takes none.
       cases: the outputs that parity expects by adapter; empty where parity is turned off.
       targets: the part of the report of each.
+      chat: the part of the report on chat templates.
     """
 
     digest: str
@@ -187,6 +190,7 @@ class _Made:
     slots: AdapterSlots | None
     cases: Mapping[str, AdapterCases]
     targets: Mapping[str, Mapping[str, Any]]
+    chat: Mapping[str, Any]
 
 
 def _make(
@@ -222,6 +226,7 @@ def _make(
         graphs=graphs,
     )
     emitted, cases = _emit(job, solved)
+    chat = ship_chat(inputs.chat, writer.folder, genai="onnxruntime" in config.targets)
     return _Made(
         digest=inputs.loaded.digest,
         fidelity=fidelity,
@@ -234,6 +239,7 @@ def _make(
         slots=next((target.slots for target in emitted.values()), None),
         cases=cases,
         targets={name: target.report for name, target in emitted.items() if target.report},
+        chat=chat,
     )
 
 
@@ -243,12 +249,14 @@ class _Inputs:
 
     Attributes:
       loaded: the checkpoint.
+      chat: its chat templates.
       held_out: text for fidelity and parity.
       calibration: text for statistics; None where no pass takes any.
       tasks: the adapters of model.yaml with their texts.
     """
 
     loaded: LoadedModel
+    chat: ChatTemplates
     held_out: Windows
     calibration: Windows | None
     tasks: list[Task]
@@ -280,7 +288,7 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
         for name, adapter in config.adapters.items()
     ]
     release_memory()
-    return _Inputs(loaded, held_out, calibration, tasks)
+    return _Inputs(loaded, ChatTemplates.of(tokenizer), held_out, calibration, tasks)
 
 
 def _score(

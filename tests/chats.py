@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def _tokenizer() -> Any:  # noqa: ANN401 - transformers' classes are untyped
     return factory(tokenizer_object=Tokenizer(models.BPE()), **SPECIAL_TOKENS)
 
 
-def of_transformers(source: str, chat: list[dict[str, Any]], options: ChatOptions) -> str | None:
+def of_transformers(
+    source: str, chat: Sequence[Mapping[str, Any]], options: ChatOptions
+) -> str | None:
     """What transformers renders; None if the template raises."""
     tokenizer = _tokenizer()
     tokenizer.chat_template = source

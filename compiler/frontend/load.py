@@ -44,7 +44,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "chat_template.json",
     "generation_config.json",
 )
 

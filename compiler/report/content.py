@@ -248,6 +248,7 @@ class Report:
       surveys: what each survey found, ``{"pass": name, ...}``, in order.
       factorized: the weights that became products of two, in execution order.
       targets: what each target built and how long that took, for those that build.
+      chat: the chat templates, see :func:`eoracc.compiler.chat.ship.ship_chat`.
     """
 
     fidelity: FidelityReport
@@ -258,6 +259,7 @@ class Report:
     surveys: Sequence[Mapping[str, Any]] = ()
     factorized: Sequence[FactorizedReport] = ()
     targets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -291,4 +293,5 @@ class Report:
                 for entry in content.get("factorized", ())
             ],
             targets=content.get("targets", {}),
+            chat=content.get("chat", {}),
         )

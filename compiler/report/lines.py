@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "adapter_lines",
     "adapter_tables",
+    "chat_lines",
     "fidelity_table",
     "format_bytes",
     "parity_line",
@@ -137,6 +138,7 @@ def report_lines(report: Report) -> list[str]:
         named = ", ".join(f"{linear.name} {_last_error(linear):.3f}" for linear in worst)
         lines.append(f"largest output errors: {named}")
     lines += [f"note: {item.name}: {note}" for item in described for note in item.notes]
+    lines += chat_lines(report.chat)
     lines += adapter_lines(report.adapters)
     for target, built in report.targets.items():
         engines = built.get("engines", {}).items()
@@ -169,6 +171,18 @@ def survey_lines(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
         assert issubclass(survey, SurveyPass)  # noqa: S101 - only surveys have results
         if summary := survey.summary(result):
             lines.append(f"{survey.name}: {summary}")
+    return lines
+
+
+def chat_lines(chat: Mapping[str, Any]) -> list[str]:
+    """What users of the chat templates must know; empty where there is nothing to say."""
+    lines = [f"note: {note}" for note in chat.get("notes", ())]
+    genai = chat.get("onnxruntime_genai", {})
+    if differences := genai.get("differences"):
+        lines.append(
+            f"chat template: unmodified onnxruntime-genai renders {len(differences)} of "
+            f"{genai['chats']} chats otherwise than eoracc and transformers ({differences[0]})"
+        )
     return lines
 
 

@@ -50,6 +50,10 @@ def left_over(workspace: Path) -> set[str]:
 
 
 def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
+    chat = "{% for m in messages %}\n  {% if 'x' in m.content %}\nyes\n  {% endif %}\n{% endfor %}"
+    (workspace / "model/chat_template.jinja").write_text(chat)
+    (workspace / "model/additional_chat_templates").mkdir()
+    (workspace / "model/additional_chat_templates/rag.jinja").write_text("R")
     limits = {"perplexity_ratio": 9.0, "top1_agreement": 0.01}
     verify = {"windows": 2, "window_length": 32, "compare": ["svd"], "limits": limits}
     config = tiny_config(verify=verify)
@@ -60,6 +64,7 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
     assert manifest.digest == result.manifest.digest
     assert manifest.config == config.resolved()
     assert PARITY_FILE in manifest.files
+    assert {"chat_template.jinja", "additional_chat_templates/rag.jinja"} <= manifest.files.keys()
 
     content = json.loads((result.output / "report.json").read_text())
     assert content == json.loads(json.dumps(result.report.as_dict()))
@@ -69,6 +74,11 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
     assert (fidelity.windows, fidelity.window_length) == (2, 32)
     assert (fidelity.limits, list(fidelity.exceeded)) == (limits, [])
     assert stored.parity["passed"]
+    assert stored.chat["templates"] == ["default", "rag"]
+    assert stored.chat["onnxruntime_genai"]["differences"] == []
+    assert (
+        "yes" in json.loads((result.output / "tokenizer_config.json").read_text())["chat_template"]
+    )
     names = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
     assert [linear.role for linear in stored.linears] == [*names, *names, "lm_head"]
     for linear in stored.linears[:-1]:

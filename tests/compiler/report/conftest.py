@@ -60,6 +60,15 @@ def report() -> Report:
             linear("a.k_proj", 0.4, 0.3, notes=("saw 3 tokens: rounded",)),
             linear("lm_head"),
         ],
+        chat={
+            "templates": ["default"],
+            "notes": ["chat template 'rag': is not a Jinja template (no name): replace it"],
+            "onnxruntime_genai": {
+                "chats": 7,
+                "differences": ["one turn: 'a' instead of 'b'", "tools: fails: no filter"],
+                "rewritten": False,
+            },
+        },
         build=BuildReport(
             wall_s=12.4,
             cpu_s=20.0,

@@ -39,6 +39,11 @@ def test_lines_under_the_table(report: Report) -> None:
         ),
         "largest output errors: a.k_proj 0.300, a.q_proj 0.200",
         "note: a.k_proj: saw 3 tokens: rounded",
+        "note: chat template 'rag': is not a Jinja template (no name): replace it",
+        (
+            "chat template: unmodified onnxruntime-genai renders 2 of 7 chats otherwise than "
+            "eoracc and transformers (one turn: 'a' instead of 'b')"
+        ),
         "limit: kl is 0.25, more than 0.1",
         "processor time of the passes: calibrate 4 s, eora 1 s",
         "took 12 s, 20 s of processor time, 1.5 GB of memory at most",
