@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator
 from typing_extensions import override
 
 from eoracc.passes.compression import Compression
 from eoracc.passes.overrides import Override
+from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.grid import group_width, round_to_nearest
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
+    from eoracc.passes.graph.linears import LinearGroup
+    from eoracc.passes.solvers.gram import Gram
     from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["Bits", "GroupSize", "Quantization", "QuantizeOverride"]
 
 _SCALE_BYTES = 2
-"""Of a group of codes: float16."""
+"""Of a group of codes: float16, but for weights beyond its range, where it is float32."""
 
 Bits = Literal[2, 3, 4, 8]
 """Width of a code."""
@@ -66,6 +70,30 @@ class Quantization(Compression):
     symmetric: bool = False
     clip_search: bool = True
     overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
+
+    @abstractmethod
+    def solve(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
+        """Quantize a weight ``[N, K]`` that is in the range of float16 scales.
+
+        Args:
+          weight: to be approximated.
+          gram: of the input, where statistics were taken.
+        """
+
+    @override
+    def requantize(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
+        shift = range_shift(weight, bits=self.bits)
+        return shift_scales(self.solve(shifted(weight, shift), gram), -shift)
+
+    @override
+    def call(self, group: LinearGroup) -> None:
+        super().call(group)
+        for linear in group.linears:
+            if linear.compressed is not None and linear.compressed.scales.dtype == np.float32:
+                linear.record.notes.append(
+                    f"{self.name}: scales are float32, for its weights, "
+                    f"{np.abs(linear.weight()).max():.2g} at most, are beyond float16 scales."
+                )
 
     @override
     def code_bytes(self, out_features: int, in_features: int) -> int:

@@ -14,6 +14,7 @@ from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.quantize.quantization import Quantization
 from eoracc.passes.solvers.descent import descend
+from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.gptq import Feedback, gptq
 from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
 
@@ -67,14 +68,17 @@ class QuantizeGptq(Quantization):
         self, weights: Iterable[NDArray[np.float32]], gram: Gram | None
     ) -> Iterator[NBitsWeight]:
         weights = list(weights)
-        stack = self.requantize(np.concatenate(weights), gram)
+        shifts = [range_shift(weight, bits=self.bits) for weight in weights]
+        stack = self.solve(
+            np.concatenate([shifted(*pair) for pair in zip(weights, shifts, strict=True)]), gram
+        )
         start = 0
-        for weight in weights:
-            yield _rows(stack, start, start + len(weight))
+        for weight, shift in zip(weights, shifts, strict=True):
+            yield shift_scales(_rows(stack, start, start + len(weight)), -shift)
             start += len(weight)
 
     @override
-    def requantize(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
+    def solve(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
         feedback = None if gram is None else self.feedback(gram)
         if gram is None or feedback is None:
             return self.round_to_nearest(weight)

@@ -32,7 +32,7 @@ class QuantizeRtn(Quantization):
     name: ClassVar[str] = "quantize_rtn"
 
     @override
-    def requantize(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
+    def solve(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
         return self.round_to_nearest(
             weight, importance=None if gram is None else np.diagonal(gram.matrix)
         )

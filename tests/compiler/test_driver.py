@@ -280,6 +280,22 @@ def test_text_with_a_token_beyond_the_embedding(workspace: Path) -> None:
     assert left_over(workspace) == set()
 
 
+def test_weights_beyond_float16_scales(workspace: Path) -> None:
+    path = workspace / "model" / "model.safetensors"
+    arrays = load_file(path)
+    for name, array in arrays.items():
+        # The same function, with weights of 1e-9 and of 1e7.
+        power = {"up_proj": -26, "down_proj": 26}.get(name.split(".")[-2], 0)
+        arrays[name] = np.ldexp(array, power)
+    save_file(arrays, path, metadata={"format": "pt"})
+    passes = ["calibrate", {"quantize_gptq": {"bits": 8, "group_size": 16}}]
+    report = build(workspace, tiny_config(passes, verify={**QUICK, "parity": True})).report
+    assert report.parity["passed"]
+    assert report.fidelity.rows[-1].kl < 1e-4
+    noted = {linear.role for linear in report.linears if linear.notes}
+    assert noted == {"up_proj", "down_proj"}
+
+
 def test_override_that_matches_nothing(workspace: Path) -> None:
     passes = ["calibrate", {"quantize_gptq": {"overrides": {"*.q_prj": {"bits": 4}}}}]
     with pytest.raises(ConfigError, match=r"no linear's name matches '\*\.q_prj': names are like"):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eoracc.compiler.targets.tensorrt.half_precision import round_to
+from eoracc.compiler.targets.tensorrt.half_precision import round_scales, round_to
 from eoracc.errors import PassError
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
@@ -118,7 +118,7 @@ class SignedWeight:
         Raises:
           ModelError: one is beyond the type of the graph.
         """
-        rounded = round_to(self.stored.scales, self.dtype, f"{self.name}: a scale")
+        rounded = round_scales(self.stored.scales, self.dtype, self.name)
         return self._per_block(rounded)
 
     def offsets(self) -> NDArray[np.int8]:
@@ -213,7 +213,7 @@ def rounded_product(
     Raises:
       ModelError: a value is beyond ``dtype``.
     """
-    scales = round_to(weight.scales, dtype, f"{name}: a scale").astype(np.float32)
+    scales = round_scales(weight.scales, dtype, name).astype(np.float32)
     product = replace(weight, scales=scales).dequantize()
     if factors is not None:
         a, b = signed_factors(factors, dtype, name)

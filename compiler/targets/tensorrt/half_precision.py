@@ -22,10 +22,13 @@ from eoracc.plugins.op import DOMAIN, FUSED_OP
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["HALF", "round_to", "to_half"]
+__all__ = ["HALF", "round_scales", "round_to", "to_half"]
 
 HALF = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 """The half-precision types by their names in model.yaml."""
+
+_SCALE_PRECISION = 2.0**-8
+"""Relative error that a scale may get: that of bfloat16, and of float16 down to 2**-17."""
 
 _FLOAT = ir.DataType.FLOAT
 _NORMS = ("LayerNormalization", "RMSNormalization")
@@ -49,6 +52,28 @@ def round_to(array: NDArray[Any], dtype: ir.DataType, name: str) -> NDArray[Any]
         raise ModelError(
             f"{name} holds {np.abs(array).max():.3g}, which is beyond {dtype.name.lower()}: "
             "choose dtype bfloat16 for this target"
+        )
+    return rounded
+
+
+def round_scales(scales: NDArray[Any], dtype: ir.DataType, name: str) -> NDArray[Any]:
+    """The scales of a weight in a narrow type, which may be narrower than they are stored in.
+
+    Args:
+      scales: float16 or float32.
+      dtype: one of :data:`HALF`.
+      name: of the linear or table, for the message.
+
+    Raises:
+      ModelError: a scale is beyond the range of ``dtype``.
+    """
+    rounded = round_to(scales, dtype, f"{name}: a scale")
+    widened, stored = rounded.astype(np.float32), scales.astype(np.float32)
+    lost = np.abs(widened - stored) > _SCALE_PRECISION * np.abs(stored)
+    if lost.any():
+        raise ModelError(
+            f"{name}: a scale of {stored[lost].min():.3g} is beyond the precision of "
+            f"{dtype.name.lower()}: choose dtype bfloat16 for this target"
         )
     return rounded
 

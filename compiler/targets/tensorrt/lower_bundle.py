@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
 from eoracc.compiler.targets.tensorrt.explicit_attention import constant
-from eoracc.compiler.targets.tensorrt.half_precision import round_to
+from eoracc.compiler.targets.tensorrt.half_precision import round_scales, round_to
 from eoracc.compiler.targets.tensorrt.lower_graph import AdapterType, Dtype, lower_decoder
 from eoracc.compiler.targets.tensorrt.lower_rtx import DequantizeWriter
 from eoracc.errors import PassError, PluginError
@@ -113,7 +113,7 @@ class PluginWriter(DequantizeWriter):
         weight, factors = stored_weight(node), stored_factors(node)
         operands: dict[str, NDArray[Any] | ir.Value | None] = {
             "weight": weight.packed.view(np.int8),
-            "scales": round_to(weight.scales, self._dtype, f"{name}: a scale"),
+            "scales": round_scales(weight.scales, self._dtype, name),
             "zero_points": None if weight.zero_points is None else weight.zero_points.view(np.int8),
             "bias": None,
             "lora_a": None,

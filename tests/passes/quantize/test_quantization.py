@@ -138,3 +138,37 @@ def test_a_factorised_linear_is_refused_within_its_sweep(method: type[Compressio
         )
     with pytest.raises(PassError, match="has been factorised in this sweep"):
         method().call(group)
+
+
+@pytest.mark.parametrize("method", QUANTIZATIONS)
+@pytest.mark.parametrize("power", [-24, -40, 18])
+def test_a_weight_beyond_float16_scales_is_quantized_like_a_larger_one(
+    method: type[Quantization], power: int
+) -> None:
+    group = qkv()
+    assert group.gram is not None
+    small = make_group(
+        {
+            linear.name: np.ldexp(linear.weight(), power if linear.role == "k_proj" else 0)
+            for linear in group.linears
+        }
+    )
+    small.gram = group.gram
+    method(bits=3, group_size=24).call(group)
+    method(bits=3, group_size=24).call(small)
+    for ordinary, found in zip(group.linears, small.linears, strict=True):
+        assert ordinary.compressed is not None
+        assert found.compressed is not None
+        is_small = found.role == "k_proj"
+        assert ordinary.compressed.scales.dtype == np.float16
+        assert found.compressed.scales.dtype == (np.float32 if is_small else np.float16)
+        np.testing.assert_array_equal(
+            found.compressed.dequantize(),
+            np.ldexp(ordinary.compressed.dequantize(), power if is_small else 0),
+        )
+        assert ["scales are float32" in note for note in found.record.notes] == [True] * is_small
+        assert found.record.errors[method.name] == pytest.approx(
+            ordinary.record.errors[method.name], rel=1e-4
+        )
+        again = method(bits=3, group_size=24).requantize(found.weight(), None)
+        assert again.scales.dtype == found.compressed.scales.dtype

@@ -14,6 +14,7 @@ from eoracc.compiler.targets.tensorrt.dequantize import (
     rounded_product,
     signed_factors,
 )
+from eoracc.compiler.targets.tensorrt.half_precision import round_scales
 from eoracc.errors import ModelError, PassError
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
@@ -160,6 +161,15 @@ def test_a_factor_beyond_float16_is_refused() -> None:
     factors = LowRank(lora_a=np.full((2, 48), 1e5, np.float32), lora_b=np.zeros((6, 2), np.float32))
     with pytest.raises(ModelError, match="w: a low-rank factor holds 1e\\+05"):
         signed_factors(factors, FLOAT16, "w")
+
+
+def test_scales_below_float16_are_refused() -> None:
+    scales = np.array([[0.5, 3e-8], [2.0**-16, 0.1]], np.float32)
+    with pytest.raises(ModelError, match=r"w: a scale of 3e-08 is beyond .* choose dtype bfloat16"):
+        round_scales(scales, FLOAT16, "w")
+    for dtype in (FLOAT16, BFLOAT16):
+        assert round_scales(scales[1:], dtype, "w").dtype == dtype.numpy()
+    assert round_scales(scales, BFLOAT16, "w")[0, 1] > 0
 
 
 def low_rank(kind: str) -> LowRank:
