@@ -164,7 +164,7 @@ class Service:
         Raises:
           ApiError: the request is rejected.
         """
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         messages = [message.as_dict() for message in body.messages]

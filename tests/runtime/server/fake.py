@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,17 +22,25 @@ from eoracc.runtime.server.service import ServedModel, Service
 
 __all__ = [
     "BACKBONE",
+    "CHAT",
+    "COMPLETIONS",
     "CONTEXT",
+    "HI",
+    "JSON",
     "FakeEngine",
     "FakeGeneration",
     "Server",
     "completion",
     "piece",
+    "run",
     "serve",
     "settle",
 ]
 
 BACKBONE = "backbone"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "hi"}]}
+JSON = {"Content-Type": "application/json"}
 CONTEXT = 100
 ADAPTERS = ("math", "prose")
 
@@ -185,6 +193,16 @@ async def serve(
     ) as client:
         yield Server(engine, service, app, client)
     service.close()
+
+
+def run(test: Callable[[Server], Awaitable[None]], **options: Any) -> None:  # noqa: ANN401
+    """Run a test with a server of its own; ``options`` are those of :func:`serve`."""
+
+    async def inner() -> None:
+        async with serve(**options) as server:
+            await test(server)
+
+    asyncio.run(inner())
 
 
 def completion(**fields: object) -> bytes:

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from eoracc.errors import ApiError
-from eoracc.runtime.server.api.fields import REQUEST_FIELDS, UnreadFields
+from eoracc.runtime.server.api.fields import (
+    MESSAGE_FIELDS,
+    PART_FIELDS,
+    REQUEST_FIELDS,
+    STREAM_FIELDS,
+    UnreadFields,
+)
 from eoracc.runtime.server.api.schemas import ChatCompletionRequest, CompletionRequest
 
 FIELDS = UnreadFields(
@@ -105,19 +111,27 @@ def test_the_page_lists_every_field() -> None:
         for name in model.model_fields:
             assert f"`{name}`" in page.partition("### Fields without support")[0], name
     section = page.partition("### Fields without support")[2].partition("\nErrors have")[0]
-    assert _table(REQUEST_FIELDS) in section
+    requests, _, objects = section.partition("objects inside")
+    assert _table(REQUEST_FIELDS) in requests
+    for name, fields in (
+        ("messages", MESSAGE_FIELDS),
+        ("parts of a message", PART_FIELDS),
+        ("`stream_options`", STREAM_FIELDS),
+    ):
+        for row in filter(None, _table(fields).split("\n")):
+            assert f"| {name} {row}\n" in objects, row
 
 
 def _table(fields: UnreadFields) -> str:
     """The rows of the page: names by the values that are accepted."""
-    names: dict[str, list[str]] = {"any": sorted(fields.harmless)}
+    names: dict[str, list[str]] = {"any": sorted(fields.harmless)} if fields.harmless else {}
     for name, values in sorted(fields.neutral.items()):
         cell = ", ".join(f"`{json.dumps(value)}`" for value in (None, *values))
         names.setdefault(cell, []).append(name)
     rows = [
         f"| {cell} | {', '.join(f'`{name}`' for name in group)} |" for cell, group in names.items()
     ]
-    return "\n".join([rows[0], *sorted(rows[1:], key=lambda row: (row.count("`"), row))])
+    return "\n".join(sorted(rows, key=lambda row: (row[2] == "`", row.count("`"), row)))
 
 
 def test_openapi_has_the_accepted_values() -> None:
