@@ -127,6 +127,8 @@ def read_tokenizer(file: GgufFile, vocabulary: Vocabulary) -> PreTrainedTokenize
             tokenizer.add_bos_token = True
     elif vocabulary.space_prefix is False:
         _drop_space_prefix(tokenizer.backend_tokenizer)
+    if vocabulary.pre is None and file.architecture == "phi3":
+        _strip_after_added_tokens(tokenizer)
     if len(vocabulary.templates) > 1 or "default" not in vocabulary.templates:
         tokenizer.chat_template = dict(vocabulary.templates) or None
     return tokenizer
@@ -215,4 +217,17 @@ def _drop_space_prefix(backend: Tokenizer) -> None:
         backend.pre_tokenizer = Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
     elif backend.pre_tokenizer is None:  # Phi-3: a normalizer puts it there
         backend.normalizer = ReplaceNormalizer(" ", _SPACE)
+    else:  # Gemma never has one
+        return
     backend.decoder = Decoders([Replace(_SPACE, " "), ByteFallback(), Fuse()])
+
+
+def _strip_after_added_tokens(tokenizer: Any) -> None:  # noqa: ANN401
+    """Let the tokens of Phi-3 take the white space after them, as its tokenizer.json has it.
+
+    GGUF has no key for that. Its template writes a line break after every ``<|user|>``.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for entry in content["added_tokens"]:
+        entry["rstrip"] = entry["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
