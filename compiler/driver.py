@@ -53,6 +53,8 @@ from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.parity_record import AdapterCases
 from eoracc.compiler.targets.registry import TARGETS
 from eoracc.compiler.targets.tensorrt.engine_graph import check_contexts
+from eoracc.compiler.targets.tokens import ShippedTokenizer, ship_tokenizer, tokenizer_report
+from eoracc.compiler.text.sources import read_documents
 from eoracc.compiler.text.windows import Windows, calibration_windows, evaluation_windows
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
@@ -148,6 +150,7 @@ def _build(
             adapters=adapters,
             targets=made.targets,
             chat=made.chat,
+            tokenizer=made.tokenizer,
         )
         _check_gates(report, work)
         writer.write_report(report)
@@ -177,6 +180,7 @@ class _Made:
       cases: the outputs that parity expects by adapter; empty where parity is turned off.
       targets: the part of the report of each.
       chat: the part of the report on chat templates.
+      tokenizer: its part of the report.
     """
 
     digest: str
@@ -191,6 +195,7 @@ class _Made:
     cases: Mapping[str, AdapterCases]
     targets: Mapping[str, Mapping[str, Any]]
     chat: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
 
 
 def _make(
@@ -225,6 +230,7 @@ def _make(
         progress=progress,
         graphs=graphs,
     )
+    writer.copy(inputs.tokenizer.files)
     emitted, cases = _emit(job, solved)
     chat = ship_chat(inputs.chat, writer.folder, genai="onnxruntime" in config.targets)
     return _Made(
@@ -240,6 +246,7 @@ def _make(
         cases=cases,
         targets={name: target.report for name, target in emitted.items() if target.report},
         chat=chat,
+        tokenizer=tokenizer_report(writer.folder, inputs.tokenizer, config.targets),
     )
 
 
@@ -250,6 +257,7 @@ class _Inputs:
     Attributes:
       loaded: the checkpoint.
       chat: its chat templates.
+      tokenizer: as it is shipped.
       held_out: text for fidelity and parity.
       calibration: text for statistics; None where no pass takes any.
       tasks: the adapters of model.yaml with their texts.
@@ -257,6 +265,7 @@ class _Inputs:
 
     loaded: LoadedModel
     chat: ChatTemplates
+    tokenizer: ShippedTokenizer
     held_out: Windows
     calibration: Windows | None
     tasks: list[Task]
@@ -276,6 +285,17 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
     held_out = evaluation_windows(
         config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
     )
+    shipped = ship_tokenizer(
+        loaded,
+        tokenizer,
+        held_out=read_documents(
+            config.verify.held_out_text(config.calibration),
+            tokenizer,
+            config_dir,
+            split_text=False,
+            separator="",
+        ),
+    )
     calibration = (
         calibration_windows(
             config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
@@ -288,7 +308,7 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
         for name, adapter in config.adapters.items()
     ]
     release_memory()
-    return _Inputs(loaded, ChatTemplates.of(tokenizer), held_out, calibration, tasks)
+    return _Inputs(loaded, ChatTemplates.of(tokenizer), shipped, held_out, calibration, tasks)
 
 
 def _score(
@@ -318,7 +338,6 @@ def _emit(
 ) -> tuple[dict[str, Emitted], Mapping[str, AdapterCases]]:
     """Write every target; record what the model must compute with each adapter."""
     config = job.config
-    job.writer.copy(job.loaded.tokenizer_files())
     emitted: dict[str, Emitted] = {name: TARGETS[name].emit(job) for name in config.targets}
     if not (config.verify.parity and solved and "onnxruntime" in emitted):
         return emitted, {}

@@ -157,6 +157,7 @@ def write_tiny_artifact(
     from eoracc.compiler.targets.artifact import ArtifactWriter
     from eoracc.compiler.targets.genai_config import genai_config
     from eoracc.compiler.targets.onnxruntime.lower import lower
+    from eoracc.compiler.targets.tokens import ship_tokenizer
     from eoracc.plugins.library import library_path
 
     source = tiny_model(family, work / "checkpoint", **{"vocab_size": _VOCABULARY, **fields})
@@ -175,7 +176,7 @@ def write_tiny_artifact(
     )
     with ArtifactWriter(work / "artifact") as writer:
         writer.write_model(lowered)
-        writer.copy(loaded.tokenizer_files())
+        writer.copy(ship_tokenizer(loaded, loaded.tokenizer()).files)
         library = writer.write_library(library_path())
         writer.write_genai_config(genai_config(loaded.config, lowered, custom_ops_library=library))
         writer.write_report(

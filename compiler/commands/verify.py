@@ -1,4 +1,4 @@
-"""``eoracc verify``: check the bytes and the parity of an artifact."""
+"""``eoracc verify``: check the bytes, the tokens and the parity of an artifact."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from eoracc.compiler.commands.common import PATH, json_option, print_json
 if TYPE_CHECKING:
     from eoracc.runtime import BackendChoice
     from eoracc.runtime.parity.engines import EngineParity
+    from eoracc.runtime.parity.tokens import TokenDifference
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -31,35 +32,50 @@ __all__ = ["verify"]
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: bool) -> None:
-    """Check the bytes of ARTIFACT against its manifest, then its parity with PyTorch's outputs."""
+    """Check the bytes of ARTIFACT against its manifest, its tokens, and its parity with PyTorch."""
     from eoracc.compiler.report.lines import parity_line
     from eoracc.runtime.artifact.manifest import verify_manifest
 
     manifest = verify_manifest(artifact)
 
+    from eoracc.runtime.decode.codec import Codec
     from eoracc.runtime.parity.check import check_parity
     from eoracc.runtime.parity.engines import check_engines
+    from eoracc.runtime.parity.tokens import compare_tokens, read_token_cases
 
+    cases = read_token_cases(artifact)
+    difference = compare_tokens(Codec(artifact), cases)
     engines = check_engines(artifact, manifest, backend)
     parity = check_parity(artifact)
-    passed = parity.passed and all(engine.passed for engine in engines)
+    passed = difference is None and parity.passed and all(engine.passed for engine in engines)
     if as_json:
         print_json(
             {
                 "passed": passed,
                 "digest": manifest.digest,
                 "files": len(manifest.files),
+                "tokens": {
+                    "texts": len(cases),
+                    "difference": None if difference is None else str(difference),
+                },
                 "parity": parity.as_dict(),
                 "engines": [engine.as_dict() for engine in engines],
             }
         )
     else:
         click.echo(f"files: {len(manifest.files)} are what {artifact / 'manifest.json'} says")
+        click.echo(_tokens_line(len(cases), difference))
         click.echo(parity_line(parity.as_dict()))
         for engine in engines:
             click.echo(_engine_line(engine))
     if not passed:
         ctx.exit(1)
+
+
+def _tokens_line(texts: int, difference: TokenDifference | None) -> str:
+    if difference is not None:
+        return f"tokens: FAILED: {difference}"
+    return f"tokens: those of the checkpoint ({texts} texts)" if texts else "tokens: no record"
 
 
 def _engine_line(engine: EngineParity) -> str:

@@ -18,15 +18,14 @@ from tokenizers import Tokenizer
 
 from eoracc.compiler.frontend.gguf.convert import convert
 from eoracc.compiler.frontend.quiet import quiet
-from eoracc.compiler.frontend.tokenizer import portable_tokenizer
 from eoracc.errors import ModelError
 
 __all__ = [
     "check_json_files",
+    "check_tokenizer_json",
     "complaint",
     "digest_files",
     "find_checkpoint",
-    "find_tokenizer_json",
     "first_line",
     "read_json_object",
 ]
@@ -126,19 +125,15 @@ def digest_files(files: Sequence[Path]) -> str:
     return sha256.hexdigest()
 
 
-def find_tokenizer_json(folder: Path, work: Path) -> Path | None:
-    """The checkpoint's tokenizer.json in portable form; None if it has none.
-
-    Args:
-      folder: the checkpoint.
-      work: a converted file is written there.
+def check_tokenizer_json(folder: Path) -> None:
+    """Check that the checkpoint's tokenizer.json, if it has one, is a tokenizer.
 
     Raises:
       ModelError: the file is damaged.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        return None
+        return
     try:
         Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing more specific
@@ -146,7 +141,6 @@ def find_tokenizer_json(folder: Path, work: Path) -> Path | None:
             f"{path} is no tokenizer that the package tokenizers can read ({first_line(error)}): "
             "fetch it again, or update tokenizers"
         ) from error
-    return portable_tokenizer(path, work)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ equals the eager model.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,16 @@ import numpy as np
 from eoracc.compiler.frontend.config import read_config, read_config_file
 from eoracc.compiler.frontend.files import (
     check_json_files,
+    check_tokenizer_json,
     digest_files,
     find_checkpoint,
-    find_tokenizer_json,
     first_line,
 )
 from eoracc.compiler.frontend.generation import read_generation_config
 from eoracc.compiler.frontend.graph import build_graph
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.repairs.repair import repair
+from eoracc.compiler.frontend.tokenizer import write_tokenizer
 from eoracc.compiler.frontend.weights import is_tied, read_tensors, weight_files
 from eoracc.compiler.text.limits import TokenLimits
 from eoracc.errors import ModelError
@@ -60,8 +62,7 @@ class LoadedModel:
       config: its transformers configuration.
       generation: its generation_config.json; None where it has none.
       digest: sha256 over config.json and the weight files, hexadecimal.
-      tokenizer_json: the tokenizer.json to ship, see :mod:`eoracc.compiler.frontend.tokenizer`;
-        None where the checkpoint has none.
+      work: the folder that the checkpoint was loaded with.
       trust_remote_code: whether code that the checkpoint brings may run.
     """
 
@@ -70,14 +71,29 @@ class LoadedModel:
     config: PretrainedConfig
     generation: GenerationConfig | None
     digest: str
-    tokenizer_json: Path | None
+    work: Path
     trust_remote_code: bool = False
 
-    def tokenizer_files(self) -> list[Path]:
-        """The files that an artifact needs to tokenize, chat and generate like the checkpoint."""
-        others = (self.folder / name for name in _TOKENIZER_FILES)
-        files = [path for path in others if path.is_file()]
-        return files if self.tokenizer_json is None else [self.tokenizer_json, *files]
+    def tokenizer_files(self, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+        """The files that an artifact needs to tokenize, chat and generate like the checkpoint.
+
+        Args:
+          tokenizer: of :meth:`tokenizer`.
+
+        Returns:
+          Files in ``work/tokenizer``, tokenizer.json first.
+
+        Raises:
+          ModelError: the tokenizer cannot be written, see
+            :mod:`eoracc.compiler.frontend.tokenizer`.
+        """
+        folder = self.work / "tokenizer"
+        shutil.rmtree(folder, ignore_errors=True)
+        written = write_tokenizer(tokenizer, self.folder, folder)
+        for name in _TOKENIZER_FILES:
+            if (self.folder / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+        return [*written, *sorted(set(folder.iterdir()) - set(written))]
 
     def limits(self) -> TokenLimits:
         """The tokens and the windows that the model takes."""
@@ -119,6 +135,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     folder = find_checkpoint(source, work, trust_remote_code=trust_remote_code)
     content = read_config_file(folder)
     check_json_files(folder)
+    check_tokenizer_json(folder)
     weights = weight_files(folder, content)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     generation = read_generation_config(folder)
@@ -135,7 +152,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
         config=config,
         generation=generation,
         digest=digest_files([folder / "config.json", *weights]),
-        tokenizer_json=find_tokenizer_json(folder, work),
+        work=work,
         trust_remote_code=trust_remote_code,
     )
 

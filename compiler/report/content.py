@@ -249,6 +249,7 @@ class Report:
       factorized: the weights that became products of two, in execution order.
       targets: what each target built and how long that took, for those that build.
       chat: the chat templates, see :func:`eoracc.compiler.chat.ship.ship_chat`.
+      tokenizer: notes on the tokenizer, and what unmodified onnxruntime-genai does with it.
     """
 
     fidelity: FidelityReport
@@ -260,6 +261,7 @@ class Report:
     factorized: Sequence[FactorizedReport] = ()
     targets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     chat: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -294,4 +296,5 @@ class Report:
             ],
             targets=content.get("targets", {}),
             chat=content.get("chat", {}),
+            tokenizer=content.get("tokenizer", {}),
         )

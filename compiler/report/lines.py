@@ -30,6 +30,7 @@ __all__ = [
     "parity_line",
     "report_lines",
     "survey_lines",
+    "tokenizer_lines",
 ]
 
 _WORST = 5
@@ -139,6 +140,7 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"largest output errors: {named}")
     lines += [f"note: {item.name}: {note}" for item in described for note in item.notes]
     lines += chat_lines(report.chat)
+    lines += tokenizer_lines(report.tokenizer)
     lines += adapter_lines(report.adapters)
     for target, built in report.targets.items():
         engines = built.get("engines", {}).items()
@@ -153,6 +155,23 @@ def report_lines(report: Report) -> list[str]:
         f"took {build.wall_s:.0f} s, {build.cpu_s:.0f} s of processor time, "
         f"{format_bytes(build.peak_memory_bytes)} of memory at most"
     )
+    return lines
+
+
+def tokenizer_lines(tokenizer: Mapping[str, Any]) -> list[str]:
+    """What is special about the tokenizer; empty where there is nothing to say."""
+    lines = [f"note: {note}" for note in tokenizer.get("notes", ())]
+    genai = tokenizer.get("onnxruntime_genai", {})
+    if "refused" in genai:
+        lines.append(
+            f"tokenizer: unmodified onnxruntime-genai cannot use it ({genai['refused']}), "
+            "eoracc can"
+        )
+    elif genai.get("other_tokens"):
+        lines.append(
+            "tokenizer: unmodified onnxruntime-genai gives other tokens for "
+            f"{genai['other_tokens']} of {genai['texts']} texts ({genai['first']}), eoracc does not"
+        )
     return lines
 
 

@@ -1,4 +1,4 @@
-"""genai_config.json: the files that ONNX Runtime loads, and the limits of the model."""
+"""genai_config.json: the files that ONNX Runtime loads, the model's limits and special tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eoracc.errors import ArtifactError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["CONFIG_FILE", "ModelFiles", "read_model_files"]
+__all__ = ["CONFIG_FILE", "ModelFiles", "read_model_files", "read_special_tokens"]
 
 CONFIG_FILE = "genai_config.json"
 
@@ -65,3 +65,21 @@ def read_model_files(folder: Path) -> ModelFiles:
         context_length=context_length,
         shares_cache=shares_cache,
     )
+
+
+def read_special_tokens(folder: Path) -> tuple[int | None, frozenset[int]]:
+    """BOS, None if there is none, and the tokens that end a text.
+
+    Raises:
+      ArtifactError: the file is missing or damaged.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        section = json.loads(path.read_text(encoding="utf-8"))["model"]
+        begin, ends = section.get("bos_token_id"), section.get("eos_token_id", [])
+        tokens = [int(token) for token in (ends if isinstance(ends, list) else [ends])]
+        return (None if begin is None or int(begin) < 0 else int(begin)), frozenset(tokens)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{path}: names no special tokens: build the artifact again") from None

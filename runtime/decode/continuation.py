@@ -76,7 +76,7 @@ class Continuation:
             bad_words=bad_words,
         )
         self._rng = np.random.default_rng(request.seed)
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(prompt)
         self._stops = StopStrings(request.stop, include=request.include_stop)
         self._decoded = 0  # characters
         self._pending: list[int] = []
@@ -129,7 +129,9 @@ class Continuation:
 
     def end(self, finish_reason: FinishReason, text: str = "") -> Piece:
         """End the text; returns its last piece."""
-        self.finish_reason = finish_reason
+        if not self._stops.found:
+            text += self._stops.push(self._stream.flush())
+        self.finish_reason = "stop" if self._stops.found else finish_reason
         return self._piece(text + self._stops.flush())
 
     def _piece(self, text: str) -> Piece:

@@ -1,19 +1,16 @@
-"""Between text and tokens: the tokenizer and stop strings.
-
-onnxruntime-genai has the tokenizer, which needs only the artifact's folder and not its model.
-"""
+"""Between text and tokens: the tokenizer of an artifact, its chats, stop strings."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from eoracc.errors import BackendError, RequestError, reason
+from eoracc.errors import RequestError
+from eoracc.runtime.artifact.genai_files import read_special_tokens
 from eoracc.runtime.decode.chat_files import Chat
-from eoracc.runtime.packages import import_package
+from eoracc.runtime.decode.codec import Codec
 from eoracc.runtime.request import ChatOptions
 
 if TYPE_CHECKING:
@@ -21,11 +18,11 @@ if TYPE_CHECKING:
 
     from eoracc.runtime.request import Message, Prompt
 
-__all__ = ["StopStrings", "TextStream", "Tokenizer"]
+__all__ = ["StopStrings", "Tokenizer"]
 
 
-class Tokenizer:
-    """The tokenizer of an artifact. Threads may share it.
+class Tokenizer(Codec):
+    """The tokenizer of an artifact, with its chats. Threads may share it.
 
     Attributes:
       folder: the artifact.
@@ -37,18 +34,11 @@ class Tokenizer:
         """Open the tokenizer.
 
         Raises:
-          BackendError: onnxruntime-genai is missing or rejects the folder.
+          ArtifactError: a file is missing or damaged.
         """
+        super().__init__(folder)
         self.folder = folder
-        genai = import_package("onnxruntime_genai")
-        try:
-            self._tokenizer = genai.Tokenizer(str(folder))
-            self.begin = _token(self._tokenizer, "bos_token_id")
-            self.ends = frozenset(int(token) for token in self._tokenizer.eos_token_ids)
-        except Exception as error:
-            raise _refusal(folder, error) from error
-        # Whether special tokens are added is a setting of the tokenizer, not of a call.
-        self._lock = threading.Lock()
+        self.begin, self.ends = read_special_tokens(folder)
 
     @property
     def beginning(self) -> int:
@@ -92,18 +82,6 @@ class Tokenizer:
             return tokens
         return self.encode_chat([item for item in prompt if not isinstance(item, int)], options)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Tokens of ``text``.
-
-        Args:
-          text: any; special tokens spelled out in it become special tokens.
-          special: add BOS if the tokenizer does so.
-        """
-        with self._lock:
-            # genai leaves BOS out by default, and Gemma fails without it.
-            self._tokenizer.update_options(add_special_tokens="true" if special else "false")
-            return [int(token) for token in self._tokenizer.encode(text)]
-
     def encode_words(self, words: Iterable[str]) -> list[list[int]]:
         """Tokens of words, each as it is and after a blank.
 
@@ -126,26 +104,6 @@ class Tokenizer:
         """Tokens of a chat, see :meth:`Chat.render`."""
         # The template itself adds BOS.
         return self.encode(self.chat.render(messages, options or ChatOptions()), special=False)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ``tokens``, special ones left out."""
-        with self._lock:
-            return str(self._tokenizer.decode(list(tokens)))
-
-    def stream(self) -> TextStream:
-        """A decoder of one text, token by token."""
-        return TextStream(self._tokenizer.create_stream())
-
-
-class TextStream:
-    """Decodes one text token by token, in whole characters."""
-
-    def __init__(self, stream: Any) -> None:  # noqa: ANN401 - onnxruntime-genai has no types
-        self._stream = stream
-
-    def decode(self, token: int) -> str:
-        """The text that ``token`` adds; empty while a character is incomplete."""
-        return str(self._stream.decode(token))
 
 
 class StopStrings:
@@ -203,16 +161,3 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
-
-
-def _refusal(folder: Path, error: Exception) -> BackendError:
-    """The error of onnxruntime-genai, as one sentence."""
-    return BackendError(f"{folder}: ONNX Runtime GenAI fails: {reason(error)}")
-
-
-def _token(tokenizer: Any, name: str) -> int | None:  # noqa: ANN401 - onnxruntime-genai has no types
-    try:
-        token = int(getattr(tokenizer, name))
-    except RuntimeError:
-        return None
-    return token if token >= 0 else None

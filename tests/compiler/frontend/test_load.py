@@ -16,6 +16,7 @@ from eoracc.passes.graph.names import PARTS
 from eoracc.passes.graph.spec import Stage, check
 from tests.compiler.frontend.checkpoints import edit_config, refused
 from tests.graph_session import GraphSession, assert_close, assert_equals_eager
+from tests.tiny_artifact import write_byte_tokenizer
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
@@ -115,11 +116,19 @@ def test_sharded_bfloat16_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     assert_close(GraphSession(loaded.model, tmp_path).logits(tokens()), expected, loaded.config)
 
 
-def test_tokenizer_files_are_those_that_exist(checkpoint: Path, tmp_path: Path) -> None:
-    loaded = load(str(checkpoint), work=tmp_path)
-    assert [path.name for path in loaded.tokenizer_files()] == ["generation_config.json"]
+def test_tokenizer_files(checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load(str(checkpoint), work=tmp_path / "work")
     with pytest.raises(ModelError, match="has no tokenizer that can be read"):
         loaded.tokenizer()
+    write_byte_tokenizer(checkpoint, chat=True)
+    files = loaded.tokenizer_files(loaded.tokenizer())
+    assert [path.name for path in files] == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ]
+    assert {path.parent for path in files} == {tmp_path / "work" / "tokenizer"}
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -1,12 +1,18 @@
+"""What is written gives transformers' tokens and text, for every kind of tokenizer."""
+
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Whitespace
 
-from eoracc.compiler.frontend.tokenizer import portable_tokenizer
+from eoracc.compiler.frontend.tokenizer import write_tokenizer
+from eoracc.errors import ModelError
+from eoracc.runtime.decode.codec import Codec
+from tests.tokenizer_zoo import STRINGS, ZOO, write_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,24 +27,43 @@ TEXTS = (
 )
 
 
-def written(pre_tokenizer: PreTokenizer | None, folder: Path) -> Path:
-    tokenizer = Tokenizer(models.BPE())
+def opened(folder: Path) -> Any:  # noqa: ANN401 - transformers has no types for it
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("member", ZOO)
+def test_tokens_and_text_are_those_of_transformers(tmp_path: Path, member: str) -> None:
+    tokenizer = opened(ZOO[member](tmp_path / "model"))
+    write_tokenizer(tokenizer, tmp_path / "model", tmp_path / "out")
+    codec = Codec(tmp_path / "out")
+    for text in STRINGS:
+        for special in (True, False):
+            tokens = tokenizer(text, add_special_tokens=special)["input_ids"]
+            assert codec.encode(text, special=special) == tokens, text
+        decoded = tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+        assert codec.decode(tokens) == decoded
+        stream = codec.stream()
+        assert "".join(stream.decode(token) for token in tokens) + stream.flush() == decoded
+
+
+def changed(folder: Path, pre_tokenizer: PreTokenizer | None) -> PreTokenizer | None:
+    tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, "<s>": 1, "</s>": 2}, merges=[]))
     if pre_tokenizer is not None:
         tokenizer.pre_tokenizer = pre_tokenizer
-    path = folder / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+    source = write_files(folder / "model", tokenizer)
+    written = write_tokenizer(opened(source), source, folder / "out")
+    step: PreTokenizer | None = Tokenizer.from_file(str(written[0])).pre_tokenizer
+    return step
 
 
 @pytest.mark.parametrize("individual", [True, False])
 def test_digits_are_cut_as_before(tmp_path: Path, *, individual: bool) -> None:
     original = Sequence([Digits(individual), ByteLevel(add_prefix_space=False)])
-    path = written(original, tmp_path)
-    portable = portable_tokenizer(path, tmp_path / "work")
-    assert portable == tmp_path / "work" / "tokenizer" / "tokenizer.json"
-    assert "Digits" not in portable.read_text(encoding="utf-8")
-    rewritten = Tokenizer.from_file(str(portable)).pre_tokenizer
+    rewritten = changed(tmp_path, original)
     assert rewritten is not None
+    assert "Digits" not in (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8")
     for text in TEXTS:
         assert rewritten.pre_tokenize_str(text) == original.pre_tokenize_str(text)
 
@@ -52,7 +77,43 @@ def test_digits_are_cut_as_before(tmp_path: Path, *, individual: bool) -> None:
         Sequence([Digits(), ByteLevel(add_prefix_space=True)]),
     ],
 )
-def test_others_are_shipped_as_they_are(tmp_path: Path, pre_tokenizer: PreTokenizer | None) -> None:
-    path = written(pre_tokenizer, tmp_path)
-    assert portable_tokenizer(path, tmp_path / "work") == path
-    assert not (tmp_path / "work").exists()
+def test_others_are_written_as_they_are(tmp_path: Path, pre_tokenizer: PreTokenizer | None) -> None:
+    assert str(changed(tmp_path, pre_tokenizer)) == str(pre_tokenizer)
+
+
+def test_limits_of_training_are_left_out(tmp_path: Path) -> None:
+    source = ZOO["llama3"](tmp_path / "model")
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = opened(source)
+    write_tokenizer(tokenizer, source, tmp_path / "out")
+    text = "one two three four five six"
+    tokens = tokenizer(text)["input_ids"]
+    assert len(tokens) > 4
+    assert Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode(text).ids == tokens
+    # A file that was not written here may have them.
+    assert Codec(source).encode(text) == tokens
+
+
+def test_config_is_that_of_the_checkpoint_or_the_least(tmp_path: Path) -> None:
+    source = ZOO["gpt2"](tmp_path / "model")
+    _, path = write_tokenizer(opened(source), source, tmp_path / "out")
+    assert path.read_text() == (source / "tokenizer_config.json").read_text()
+    source = ZOO["no_tokenizer_config"](tmp_path / "bare")
+    _, path = write_tokenizer(opened(source), source, tmp_path / "out")
+    assert json.loads(path.read_text()) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_python_code_is_refused(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    factory: Any = ByT5Tokenizer
+    with pytest.raises(ModelError, match="its tokenizer ByT5Tokenizer runs as Python code"):
+        write_tokenizer(factory(), tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ def artifact(source: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> P
     ir.save(lowered, folder / "model.onnx", external_data="model.onnx.data")
     content = genai_config(source.config, lowered, generation=source.generation)
     (folder / "genai_config.json").write_text(json.dumps(content))
-    for path in source.tokenizer_files():
+    for path in source.tokenizer_files(source.tokenizer()):
         shutil.copy(path, folder)
     return folder
 
