@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eoracc.errors import ApiError
 from eoracc.runtime.server.api.errors import bad_request
 
 __all__ = [
+    "CHAT_FIELDS",
+    "COMPLETION_FIELDS",
     "MESSAGE_FIELDS",
     "PART_FIELDS",
     "REQUEST_FIELDS",
@@ -89,7 +91,9 @@ class UnreadFields:
 
 
 def _is_same(value: object, neutral: object) -> bool:
-    """Equality of JSON, where true is not 1."""
+    """Equality of JSON, where true is not 1 and a member of null is none."""
+    if isinstance(value, dict):
+        value = {name: member for name, member in value.items() if member is not None}
     return isinstance(value, bool) is isinstance(neutral, bool) and value == neutral
 
 
@@ -159,7 +163,6 @@ REQUEST_FIELDS = UnreadFields(
         "web_search_options": (),
         # vLLM and SGLang
         "add_generation_prompt": (True,),
-        "add_special_tokens": (),
         "allowed_token_ids": (),
         "chat_template": (),
         "chat_template_kwargs": ({},),
@@ -190,7 +193,7 @@ REQUEST_FIELDS = UnreadFields(
         "skip_special_tokens": (True,),
         "stop_regex": ([],),
         "structural_tag": (),
-        "structured_outputs": (),
+        "structured_outputs": ({},),
         "thinking_token_budget": (),
         "truncation_side": ("left",),
         "use_beam_search": (False,),
@@ -254,20 +257,26 @@ REQUEST_FIELDS = UnreadFields(
         "guided_json_object": _NO_STRUCTURE,
         "guided_regex": _NO_STRUCTURE,
         "json_schema": _NO_STRUCTURE,
+        "extra_body": "give its fields in the request itself",
+        "inputs": "use prompt or messages",
         "max_completion_tokens": _USE_MAX_TOKENS,
         "max_length": _USE_MAX_TOKENS,
         "max_new_tokens": _USE_MAX_TOKENS,
+        "max_output_tokens": _USE_MAX_TOKENS,
         "min_length": "use min_tokens",
         "min_new_tokens": "use min_tokens",
         "messages": "send it to /v1/chat/completions",
         "n_predict": _USE_MAX_TOKENS,
         "num_predict": _USE_MAX_TOKENS,
+        "num_return_sequences": "use n",
+        "parameters": "give its fields in the request itself",
         "options": "give its fields in the request itself",
         "prompt": "send it to /v1/completions",
         "reasoning_effort": _USE_TEMPLATE,
         "regex": _NO_STRUCTURE,
         "return_full_text": "use echo with /v1/completions",
         "stop_sequences": "use stop",
+        "stop_words": "use stop",
         "structural_tag": _NO_STRUCTURE,
         "structured_outputs": _NO_STRUCTURE,
         "system": "send a message with the role system",
@@ -277,6 +286,16 @@ REQUEST_FIELDS = UnreadFields(
     },
 )
 """Of a request for a completion, of either kind."""
+
+COMPLETION_FIELDS = replace(
+    REQUEST_FIELDS, neutral={**REQUEST_FIELDS.neutral, "add_special_tokens": (True,)}
+)
+"""Of ``/v1/completions``, which adds what the tokenizer adds to a text."""
+
+CHAT_FIELDS = replace(
+    REQUEST_FIELDS, neutral={**REQUEST_FIELDS.neutral, "add_special_tokens": (False,)}
+)
+"""Of ``/v1/chat/completions``, where the chat template adds all of them."""
 
 STREAM_FIELDS = UnreadFields(
     harmless=frozenset({"include_obfuscation"}),  # pads events, and leaves the answer

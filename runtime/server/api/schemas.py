@@ -21,9 +21,10 @@ from pydantic import (
 
 from eoracc.runtime.request import ChatOptions
 from eoracc.runtime.server.api.fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
     MESSAGE_FIELDS,
     PART_FIELDS,
-    REQUEST_FIELDS,
     STREAM_FIELDS,
     UnreadFields,
 )
@@ -147,8 +148,6 @@ class GenerationFields(Fields):
       seed: of the first choice; further choices count up from it.
     """
 
-    unread = REQUEST_FIELDS
-
     model: _Text | None = None
     adapters: dict[_Text, Annotated[float, Field(allow_inf_nan=False)]] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -231,6 +230,8 @@ class CompletionRequest(GenerationFields):
       echo: start the answer with the prompt.
       logprobs: number of alternatives to report for each token.
     """
+
+    unread = COMPLETION_FIELDS
 
     prompt: _Text | list[_Text] | list[int] | list[list[int]]
     echo: bool | None = None
@@ -322,6 +323,8 @@ class ChatCompletionRequest(GenerationFields):
       chat_template_kwargs: variables of the chat template, such as ``enable_thinking``.
       documents: for chat templates that show them.
     """
+
+    unread = CHAT_FIELDS
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     logprobs: bool | None = None

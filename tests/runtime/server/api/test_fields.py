@@ -21,7 +21,13 @@ from eoracc.runtime.server.api.schemas import ChatCompletionRequest, CompletionR
 
 FIELDS = UnreadFields(
     harmless=frozenset({"user"}),
-    neutral={"best_of": (1,), "store": (False,), "tools": ([],), "audio": ()},
+    neutral={
+        "best_of": (1,),
+        "store": (False,),
+        "tools": ([],),
+        "audio": (),
+        "response_format": ({"type": "text"},),
+    },
     instead={"max_new_tokens": "use max_tokens"},
 )
 DOCS = Path(__file__).parents[4] / "docs/serving.md"
@@ -33,6 +39,7 @@ DOCS = Path(__file__).parents[4] / "docs/serving.md"
         {"user": {"any": "thing"}},
         {"best_of": 1, "store": False, "tools": []},
         {"best_of": 1.0},
+        {"response_format": {"type": "text", "json_schema": None}},
         {"best_of": None, "audio": None, "max_new_tokens": None, "strange": None},
     ],
     ids=str,
@@ -95,7 +102,7 @@ def test_every_field_of_openai_is_known(
     of_the_client = {"self", "extra_body", "extra_headers", "extra_query", "timeout"}
     fields = set(inspect.signature(client.create).parameters) - of_the_client
     assert len(fields) > 15
-    known = set(model.model_fields) | REQUEST_FIELDS.harmless | set(REQUEST_FIELDS.neutral)
+    known = set(model.model_fields) | model.unread.harmless | set(model.unread.neutral)
     assert fields <= known
 
 
@@ -113,6 +120,9 @@ def test_the_page_lists_every_field() -> None:
     section = page.partition("### Fields without support")[2].partition("\nErrors have")[0]
     requests, _, objects = section.partition("objects inside")
     assert _table(REQUEST_FIELDS) in requests
+    for model in (CompletionRequest, ChatCompletionRequest):
+        for name in set(model.unread.neutral) - set(REQUEST_FIELDS.neutral):
+            assert f"`{name}`" in requests
     for name, fields in (
         ("messages", MESSAGE_FIELDS),
         ("parts of a message", PART_FIELDS),
