@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation", "conversations_for"]
 
-_TOOL: Mapping[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather of the next days, in °C",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "description": "its <name>"},
-                "days": {"type": ["integer", "null"]},
+
+def _tool(days: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool whose second parameter is ``days``."""
+    return {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather of the next days, in °C",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": "its <name>"},
+                    "days": days,
+                },
+                "required": ["city"],
             },
-            "required": ["city"],
         },
-    },
-}
+    }
+
+
+_TOOL = _tool({"type": "integer", "description": "how many"})
 
 _CALL: Mapping[str, Any] = {
     "id": "call12345",
@@ -92,6 +98,11 @@ _CONVERSATIONS = (
 
 _WITH_TOOLS = (
     Conversation("tools", _chat("Weather?", system="You are brief."), ChatOptions(tools=[_TOOL])),
+    Conversation(
+        "two tools, one with several types",
+        _chat("Weather?"),
+        ChatOptions(tools=[_TOOL, _tool({"type": ["integer", "null"]})]),
+    ),
     Conversation(
         "a call of a tool",
         [

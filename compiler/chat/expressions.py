@@ -39,11 +39,32 @@ _TOJSON_DEFAULTS = {"ensure_ascii": False, "indent": None, "separators": None, "
 _ESCAPES = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 _UPPERCASE = ", ".join(f"'{letter}': '{letter.upper()}'" for letter in string.ascii_lowercase)
-_CASE_MACROS = {
-    "capitalize": "eoracc_capitalize",
-    "title": "eoracc_capitalize",
-    "upper": "eoracc_upper",
+_REWRITTEN = {
+    ("capitalize", 0): "eoracc_capitalize({text})",
+    ("first", 0): "({text}[:1] if {text} is string else {text}[0])",
+    ("keys", 0): "({text}.items()|map(attribute=0)|list)",
+    ("last", 0): "({text}[-1:] if {text} is string else {text}[-1])",
+    ("lower", 0): "({text}|lower)",
+    ("reverse", 0): "{text}[::-1]",
+    ("title", 0): "eoracc_capitalize({text})",
+    ("upper", 0): "eoracc_upper({text})",
+    ("values", 0): "({text}.items()|map(attribute=1)|list)",
+    ("count", 1): "({text}.split({0})|length - 1)",
+    ("find", 1): "({text}.split({0})[0]|length if {found} else -1)",
+    ("partition", 1): (
+        "([{text}.split({0})[0], {0}, ({text}.split({0})[1:]|join({0}))] if {found}"
+        " else [{text}, '', ''])"
+    ),
+    ("rsplit once", 1): (
+        "([({text}.split({0})[:-1]|join({0})), {text}.split({0})[-1]] if {found} else [{text}])"
+    ),
+    ("split once", 1): (
+        "([{text}.split({0})[0], ({text}.split({0})[1:]|join({0}))] if {found} else [{text}])"
+    ),
+    ("replace", 2): "({text}.split({0})|join({1}))",
 }
+"""Methods and filters by name and number of arguments, in terms of those that all engines have."""
+
 _MACROS = {
     "eoracc_capitalize": f"{{{{- {{{_UPPERCASE}}}.get(text[:1], text[:1]) ~ (text[1:]|lower) -}}}}",
     "eoracc_upper": (
@@ -217,44 +238,18 @@ class Expressions(NodeVisitor):
     def _method(
         self, text: str, node: nodes.Expr, name: str, args: Sequence[nodes.Expr]
     ) -> str | None:
-        """A method or filter of a text or dictionary in other words; None where it needs none."""
-        values = [self.write(arg) for arg in args]
-        plain = None
-        match name, values:
-            case "reverse", []:
-                plain = f"{text}[::-1]"
-            case "lower", []:
-                plain = f"({text}|lower)"
-            case "upper" | "capitalize" | "title", []:
-                macro = _CASE_MACROS[name]
-                self._used.add(macro)
-                plain = f"{macro}({text})"
-            case "keys", []:
-                plain = f"({text}.items()|map(attribute=0)|list)"
-            case "values", []:
-                plain = f"({text}.items()|map(attribute=1)|list)"
-            case "replace", [old, new]:
-                plain = f"({text}.split({old})|join({new}))"
-            case "count", [part]:
-                plain = f"({text}.split({part})|length - 1)"
-            case "find", [part]:
-                found = f"{text}.split({part})[0]|length"
-                plain = f"({found} if {self._contains(args[0], node)} else -1)"
-            case "startswith" | "endswith", [_] if isinstance(args[0], nodes.Tuple):
-                ends = (f"{text}.{name}({self.write(item)})" for item in args[0].items)
-                plain = f"({' or '.join(ends)})"
-            case "split", [mark, "1"]:
-                halves = f"[{text}.split({mark})[0], ({text}.split({mark})[1:]|join({mark}))]"
-                plain = f"({halves} if {self._contains(args[0], node)} else [{text}])"
-            case "rsplit", [mark, "1"]:
-                halves = f"[({text}.split({mark})[:-1]|join({mark})), {text}.split({mark})[-1]]"
-                plain = f"({halves} if {self._contains(args[0], node)} else [{text}])"
-            case "partition", [mark]:
-                parts = (
-                    f"[{text}.split({mark})[0], {mark}, ({text}.split({mark})[1:]|join({mark}))]"
-                )
-                plain = f"({parts} if {self._contains(args[0], node)} else [{text}, '', ''])"
-        return plain
+        """A method or filter in other words; None where it needs none."""
+        if name in ("startswith", "endswith") and args and isinstance(args[0], nodes.Tuple):
+            ends = (f"{text}.{name}({self.write(item)})" for item in args[0].items)
+            return f"({' or '.join(ends)})"
+        if name in ("split", "rsplit") and len(args) == 2 and self.write(args[1]) == "1":
+            name, args = f"{name} once", args[:1]
+        pattern = _REWRITTEN.get((name, len(args)))
+        if pattern is None:
+            return None
+        self._used |= {macro for macro in _MACROS if pattern.startswith(macro)}
+        found = self._contains(args[0], node) if len(args) == 1 else ""
+        return pattern.format(*map(self.write, args), text=text, found=found)
 
     def _list(self, items: Iterable[nodes.Node]) -> str:
         return ", ".join(map(self.write, items))

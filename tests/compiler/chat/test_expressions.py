@@ -45,6 +45,8 @@ REWRITTEN = [
     "m.values() | list | length",
     "m.items() | list | count",
     "[1, 2, 3] | reverse | join",
+    "(t.split('</think>') | first).rstrip('a') ~ (t.split('</think>') | last)",
+    "(t | first) ~ (t | last) ~ ([1, 2] | first)",
     "m is sequence",
     "missing is undefined",
     "3 is odd and 4 is even",
