@@ -14,7 +14,7 @@ from eoracc.runtime.decode.chat_template import ChatTemplate
 from eoracc.runtime.request import ChatOptions
 from tests.chats import user
 
-TEXTS = ("<think>a</think>b</think>c", "plain user", "", "a/no_think", 'it\'s "x"\n\\t é')
+TEXTS = ("<think>a</think>b</think>c", "plain user", "", "a/no_think", 'it\'s "x"\n\\t é.')
 
 REWRITTEN = [
     "'</think>' in t",
