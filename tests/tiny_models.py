@@ -111,6 +111,54 @@ OTHER_FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("olmo", {"tie_word_embeddings": False, "clip_qkv": 0.5, **_HIDDEN_IS_HEADS}),
     "olmo2": ("olmo2", {"tie_word_embeddings": False, **_HIDDEN_IS_HEADS}),
     "olmo3": ("olmo3", {"tie_word_embeddings": False, **_HIDDEN_IS_HEADS, **_ALTERNATING}),
+    "ministral": ("ministral", {"tie_word_embeddings": False, **_ALTERNATING}),
+    "ministral3": (
+        "ministral3",
+        {
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True, "no_rope_layers": [1, 0]}),
+    "exaone4": ("exaone4", {"tie_word_embeddings": False, **_ALTERNATING}),
+    "exaone4_full": (
+        "exaone4",
+        {"tie_word_embeddings": True, "layer_types": ["full_attention"] * 2},
+    ),
+    "arcee": ("arcee", {"tie_word_embeddings": False}),
+    "apertus": ("apertus", {"tie_word_embeddings": False, **_HIDDEN_IS_HEADS}),
+    "seed_oss": ("seed_oss", {"tie_word_embeddings": False}),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "factor": 1.0,
+                "alpha": 1000.0,
+            },
+        },
+    ),
+    "stablelm": (
+        "stablelm",
+        {"tie_word_embeddings": False, "use_qkv_bias": True, **_HIDDEN_IS_HEADS},
+    ),
+    "starcoder2": ("starcoder2", {"tie_word_embeddings": True, "sliding_window": 5}),
+    "phi": ("phi", {"tie_word_embeddings": False, **_HIDDEN_IS_HEADS}),
+    "nemotron": ("nemotron", {"tie_word_embeddings": False}),
+    "glm": ("glm", {"tie_word_embeddings": False}),
+    "glm4": ("glm4", {"tie_word_embeddings": False}),
 }
 """Further families, which the tests of the frontend and of the lowerings run; as above."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from eoracc.compiler.frontend.families import check_family
 from eoracc.compiler.frontend.files import first_line
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import ModelError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["build_graph"]
+
+_OUTPUT_BIAS_APART = frozenset({"glm", "glm4", "helium", "seed_oss"})
+"""Model types whose attention_bias leaves the output projection alone."""
 
 
 def build_graph(
@@ -36,34 +40,23 @@ def build_graph(
     Raises:
       ModelError: the architecture is not supported, or the tensors do not fit it.
     """
-    import mobius
-
-    architecture = _architecture(config)
-    unsupported = (
-        f"{folder}: architecture {architecture} is not supported; supported are decoders "
-        "of text with a key/value cache, such as Llama, Qwen2, Qwen3, Gemma3 (text), Phi-3, "
-        "Mistral and SmolLM"
-    )
-    # mobius registers drafters of speculative decoding under their architecture.
-    if (
-        config.model_type not in mobius.registry
-        or architecture in mobius.registry
-        or not architecture.endswith("ForCausalLM")
-        or hasattr(config, "text_config")
-    ):
-        raise ModelError(unsupported)
+    check_family(folder, config)
     try:
         with quiet():
             package = _build(config, tensors)
     except Exception as error:
         raise ModelError(
-            f"{folder}: the graph of {architecture} cannot be built ({first_line(error)})"
+            f"{folder}: the graph of model_type {config.model_type!r} cannot be built "
+            f"({first_line(error)})"
         ) from error
     model: ir.Model | None = package.get("model") if len(package) == 1 else None
     if model is None or not {"input_ids", "logits", "present.0.key"} <= {
         str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)
     }:
-        raise ModelError(unsupported)
+        raise ModelError(
+            f"{folder}: this variant of model_type {config.model_type!r} is not supported: its "
+            "graph is no decoder with a key/value cache"
+        )
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             raise ModelError(
@@ -87,6 +80,10 @@ def _build(config: PretrainedConfig, tensors: dict[str, torch.Tensor]) -> Any:  
     if kind == "cohere":
         # Its norms of queries and keys are added by a repair.
         settings = dataclasses.replace(settings, attn_qk_norm=False)
+    if kind in _OUTPUT_BIAS_APART:
+        # mobius reads attention_bias for all projections.
+        bias = bool(getattr(config, "attention_out_bias", False))
+        settings = dataclasses.replace(settings, attn_o_bias=bias)
     task = mobius.registry.get_task(kind) or getattr(
         module_class, "default_task", "text-generation"
     )
@@ -96,8 +93,3 @@ def _build(config: PretrainedConfig, tensors: dict[str, torch.Tensor]) -> Any:  
         tensors = module.preprocess_weights(dict(tensors))
     package.apply_weights(tensors)
     return package
-
-
-def _architecture(config: PretrainedConfig) -> str:
-    architectures = config.architectures or []
-    return str(architectures[0]) if architectures else str(config.model_type)

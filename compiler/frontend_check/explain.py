@@ -142,7 +142,7 @@ def part_of(value: ir.Value, linear: Linear | None, linears: Collection[ir.Node]
     kinds = {node.op_type for node in nodes}
     if not passes_linear:
         return "embedding or first norm"
-    if "Attention" in kinds and linear.role == "o_proj":
+    if "Attention" in kinds:
         return "attention"
     return "norm" if kinds & _NORMS else "MLP"
 

@@ -37,7 +37,7 @@ class Stage(StrEnum):
     TENSORRT = "tensorrt"
 
 
-_ARITHMETIC = ("Add", "Cast", "Clip", "Div", "Mul", "Neg", "Sub")
+_ARITHMETIC = ("Add", "Cast", "Clip", "Div", "Exp", "Floor", "Log", "Min", "Mul", "Neg", "Sub")
 _MASKS = (
     "And",
     "CumSum",

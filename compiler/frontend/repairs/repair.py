@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from eoracc.compiler.frontend.repairs.limits import restore_clipping, restore_logit_cap
 from eoracc.compiler.frontend.repairs.masks import restore_masks
+from eoracc.compiler.frontend.repairs.names import restore_names
 from eoracc.compiler.frontend.repairs.query_norms import add_query_norms
 from eoracc.compiler.frontend.repairs.rope import restore_rope
 from eoracc.compiler.frontend.repairs.rotary import restore_rotary_layout
@@ -38,6 +39,7 @@ def repair(
       ModelError: the checkpoint has tensors or options that the graph has no place for.
     """
     _strip_provenance(model)
+    restore_names(model, config)
     restore_masks(model, config)
     restore_rotary_layout(model, config)
     add_query_norms(model, config, folder, weight_files)
