@@ -24,6 +24,10 @@ _OUTPUT_BIAS_APART = frozenset({"glm", "glm4", "helium", "seed_oss"})
 """Model types whose attention_bias leaves the output projection alone."""
 
 
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings that mobius computes right but for single options."""
+
+
 def build_graph(
     folder: Path, config: PretrainedConfig, tensors: dict[str, torch.Tensor]
 ) -> ir.Model:
@@ -77,6 +81,15 @@ def _build(config: PretrainedConfig, tensors: dict[str, torch.Tensor]) -> Any:  
     settings = dataclasses.replace(
         config_class.from_transformers(config, parent_config=config), dtype=ir.DataType.FLOAT
     )
+    if settings.rope_type is not None:
+        # Repairs put the right tables in place of those of a kind that mobius does not know.
+        rope_type = settings.rope_type if settings.rope_type in _ROPE_TYPES else "default"
+        scaling = settings.rope_scaling or {}
+        settings = dataclasses.replace(
+            settings,
+            rope_type=rope_type,
+            rope_scaling={name: value for name, value in scaling.items() if value is not None},
+        )
     if kind == "cohere":
         # Its norms of queries and keys are added by a repair.
         settings = dataclasses.replace(settings, attn_qk_norm=False)

@@ -1,8 +1,8 @@
 """Rotary embeddings: the tables that the eager model has, for each layer and each row.
 
-mobius computes its own tables, which leave out some of the options of a ``rope_type``: dynamic NTK
-within the trained length, YaRN's ``attention_factor`` and ``truncate``, LongRoPE's
-``attention_factor`` and ``factor``, proportional's ``factor``. A table that differs is replaced.
+mobius computes its own tables, which leave out options: YaRN's ``attention_factor`` and
+``truncate``, all that is special about LongRoPE and proportional embeddings; and it heeds a
+``partial_rotary_factor`` that some families ignore. A table that differs is replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from eoracc.compiler.frontend.repairs.rope_tables import layer_tables
-from eoracc.errors import ModelError
+from eoracc.errors import ModelError, reason
 from eoracc.passes.graph.names import ROPE_LENGTHS, ROPE_ROWS
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.runtime.artifact.long_rope import LongRope
@@ -38,11 +38,19 @@ def restore_rope(model: ir.Model, config: PretrainedConfig, folder: Path) -> Non
     (:class:`eoracc.runtime.artifact.long_rope.LongRope`).
 
     Raises:
-      ModelError: the layers of a LongRoPE model have different original lengths.
+      ModelError: the configuration has no rotary embedding that can be computed, or the layers of
+        a LongRoPE model have different original lengths.
     """
     graph = model.graph
     attentions = [node for node in graph if node.op_type == "Attention"]
-    layers = layer_tables(config)
+    try:
+        layers = layer_tables(config)
+    except Exception as error:  # as many kinds as there are wrong fields
+        said = f"no entry {error}" if isinstance(error, KeyError) else reason(error)
+        raise ModelError(
+            f"{folder / 'config.json'}: rope_parameters: transformers cannot compute a rotary "
+            f"embedding from them ({said}): correct them"
+        ) from error
     if len(attentions) != len(layers):
         return
     lookups = _Lookups(graph)
@@ -71,13 +79,13 @@ def restore_rope(model: ir.Model, config: PretrainedConfig, folder: Path) -> Non
 
 
 def _rotaries(attention: ir.Node) -> list[ir.Node]:
-    """The nodes that rotate queries and keys, factors after them aside; none in a layer without."""
+    """The nodes that rotate queries and keys before this attention; none in a layer without."""
     found = []
     for value in attention.inputs[:2]:
         node = value.producer() if value is not None else None
-        while node is not None and node.op_type == "Mul":
+        while node is not None and node.op_type not in ("MatMul", "RotaryEmbedding"):
             node = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 3:
+        if node is not None and node.op_type == "RotaryEmbedding":
             found.append(node)
     return found
 

@@ -110,6 +110,9 @@ def layer_tables(config: PretrainedConfig) -> list[RopeTables | None]:
 
     Returns:
       One entry a layer; None where the eager model computes no such tables.
+
+    Raises:
+      Exception: of any kind, where transformers cannot compute them.
     """
     layers = int(config.num_hidden_layers)
     rotary = _rotary_embedding(config)
@@ -147,6 +150,8 @@ def _tables(
     if not parameters:
         return None
     values = _call(rotary, [0, 1], layer_type)[0]
+    if not values.isfinite().all():
+        raise ValueError("its cosines are no finite numbers")
     columns = _distinct_columns(values)
     if columns is None:
         return None

@@ -44,10 +44,10 @@ def longrope(**options: object) -> dict[str, object]:
 
 
 def yarn(**options: object) -> dict[str, object]:
-    return rope("yarn", factor=4.0, **ORIGINAL_LENGTH, **options)
+    return rope("yarn", **({"factor": 4.0} | ORIGINAL_LENGTH | options))
 
 
-# Family, and its rope_parameters; tables that mobius computes right.
+# Family, and its rope_parameters, of tables that mobius computes right.
 RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("llama", rope("default", rope_theta=500000.0)),
     "linear": ("qwen2", rope("linear", factor=4.0)),
@@ -56,8 +56,10 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
         rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL_LENGTH),
     ),
     "yarn": ("qwen3", yarn()),
+    "yarn without values": ("llama", yarn(beta_fast=None, beta_slow=None)),
     "yarn mscale": ("llama", yarn(mscale=0.707, mscale_all_dim=1.2)),
     "yarn beta": ("llama", yarn(beta_fast=8.0, beta_slow=0.5)),
+    "dynamic": ("llama", rope("dynamic", factor=4.0)),
     "partial": ("phi3", rope("default", partial_rotary_factor=0.5)),
     "two thetas": (
         "gemma3",
@@ -70,7 +72,7 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
 
 # The same, where mobius leaves something out.
 REPAIRED: dict[str, tuple[str, dict[str, Any]]] = {
-    "dynamic": ("llama", rope("dynamic", factor=4.0)),
+    "yarn without a factor": ("llama", yarn(factor=None)),
     "yarn attention_factor": ("mistral", yarn(attention_factor=0.9)),
     "yarn without truncate": ("llama", yarn(truncate=False)),
     "proportional": ("llama", rope("proportional", partial_rotary_factor=0.5, factor=2.0)),
@@ -183,6 +185,27 @@ def test_old_fields(family: str, fields: dict[str, Any], tmp_path: Path) -> None
     del config["rope_parameters"]
     path.write_text(json.dumps(config | fields))
     check_calls(folder, load(str(folder), work=tmp_path).model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (rope("su"), "no entry 'su'"),
+        (longrope(short_factor=SHORT[:5]), "must match the size"),
+        (longrope(original_max_position_embeddings=1), "division by zero"),
+        (rope("linear", factor=0.0), "its cosines are no finite numbers"),
+        (rope("default", rope_theta=None), "unsupported operand"),
+    ],
+)
+def test_parameters_that_give_no_tables(
+    parameters: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = tiny_model("llama", tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": parameters}))
+    with pytest.raises(ModelError, match=rf"config\.json: rope_parameters: .*{message}") as caught:
+        load(str(folder), work=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_layers_that_change_at_different_lengths(tmp_path: Path) -> None:
