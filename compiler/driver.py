@@ -52,7 +52,7 @@ from eoracc.compiler.targets.artifact import ArtifactWriter, check_output, refus
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.parity_record import AdapterCases
 from eoracc.compiler.targets.registry import TARGETS
-from eoracc.compiler.targets.tensorrt.engine_graph import check_contexts
+from eoracc.compiler.targets.tensorrt.check_model import check_model
 from eoracc.compiler.targets.tokens import ShippedTokenizer, ship_tokenizer, tokenizer_report
 from eoracc.compiler.text.sources import read_documents
 from eoracc.compiler.text.windows import Windows, calibration_windows, evaluation_windows
@@ -278,7 +278,7 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
             config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
         )
         phase.advance()
-    check_contexts(config, loaded)
+    check_model(config, loaded)
     spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
     check_frontend(loaded, progress)
     tokenizer, limits = loaded.tokenizer(), loaded.limits()

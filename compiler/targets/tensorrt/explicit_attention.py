@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["WRITE_INDICES", "CacheLayout", "constant", "explicit_attention"]
+__all__ = [
+    "WRITE_INDICES",
+    "CacheLayout",
+    "check_attention",
+    "constant",
+    "explicit_attention",
+    "head_size",
+]
 
 CacheLayout = Literal["concat", "in_place"]
 """``concat``: past and this call's tokens become a longer present. ``in_place``: this call's tokens
@@ -61,9 +68,8 @@ def explicit_attention(
     Raises:
       PassError: an attention is not a causal one over the cache, or caps its scores.
     """
+    check_attention(graph)
     nodes = [node for node in graph if node.op_type == "Attention"]
-    for node in nodes:
-        _refuse(node)
     inputs = {str(value.name): value for value in graph.inputs}
     _name_dimensions(graph, inputs, capacity if cache == "in_place" else None)
     masks = _Masks(graph, inputs["attention_mask"], inputs["position_ids"], mask_dtype)
@@ -72,6 +78,26 @@ def explicit_attention(
         update = _in_place(graph, inputs["attention_mask"], nodes[0])
     for node in nodes:
         _rewrite(graph, node, masks, update)
+
+
+def check_attention(graph: ir.Graph) -> None:
+    """Check that TensorRT can be given the attention of ``graph``, a decoder of the frontend.
+
+    Raises:
+      PassError: an attention is not a causal one over the cache, or caps its scores.
+    """
+    for node in graph:
+        if node.op_type == "Attention":
+            _refuse(node)
+
+
+def head_size(attention: ir.Node) -> int:
+    """Elements of a key in the cache of an attention that :func:`check_attention` has passed."""
+    past = attention.inputs[4]
+    assert past is not None and past.shape is not None  # noqa: PT018, S101 - an input of the graph
+    size = past.shape[3]
+    assert isinstance(size, int)  # noqa: S101 - only calls decide the other dimensions
+    return size
 
 
 def _refuse(node: ir.Node) -> None:
@@ -90,7 +116,9 @@ def _refuse(node: ir.Node) -> None:
         )
     if node.attributes.get_float("softcap", 0.0) > 0:
         raise PassError(
-            where, "TensorRT's attention cannot cap scores: take the target out of 'targets'"
+            where,
+            "caps its scores (attn_logit_softcapping), which TensorRT's attention cannot: "
+            "take the target out of 'targets'",
         )
 
 
@@ -204,8 +232,9 @@ def _rewrite(graph: ir.Graph, node: ir.Node, masks: _Masks, update: _Update) -> 
     )
     pasts = node.inputs[4:6]
     prefix = str(node.name)
+    size = head_size(node)
     heads = [
-        _split_heads(graph, tape, value, count)
+        _split_heads(graph, tape, value, count, size)
         for value, count in zip(node.inputs[:3], (query_heads, kv_heads, kv_heads), strict=True)
     ]
     presents, read = [], []
@@ -221,16 +250,17 @@ def _rewrite(graph: ir.Graph, node: ir.Node, masks: _Masks, update: _Update) -> 
     mixed = tape.op("Transpose", [mixed], {"perm": [0, 2, 1, 3]})
     merged = tape.op("Reshape", [mixed, constant(graph, "heads.merge", np.array([0, 0, -1]))])
     for made in tape.nodes:
-        made.outputs[0].type = node.outputs[0].type
+        for output in made.outputs:
+            output.type = node.outputs[0].type
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], tape.nodes, node.outputs, [merged, *presents]
     )
 
 
 def _split_heads(
-    graph: ir.Graph, tape: ir.tape.Tape, value: ir.Value | None, heads: int
+    graph: ir.Graph, tape: ir.tape.Tape, value: ir.Value | None, heads: int, size: int
 ) -> ir.Value:
-    """``[B, S, heads * D]`` as ``[B, heads, S, D]``; an existing rotation is applied afterwards."""
+    """``[B, S, heads * size]`` as ``[B, heads, S, size]``, rotated if it was rotated before."""
     assert value is not None  # noqa: S101 - attention always has its first three inputs
     shape = constant(graph, f"heads.{heads}", np.array([0, 0, heads, -1]))
     rotary = value.producer()
@@ -238,18 +268,44 @@ def _split_heads(
     source = rotary.inputs[0] if is_rotated else value  # type: ignore[union-attr]
     split = tape.op("Reshape", [source, shape])
     split = tape.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
-    if not is_rotated:
+    if rotary is None or not is_rotated:
         return split
-    attributes = {
-        name: rotary.attributes.get_int(name, 0)  # type: ignore[union-attr]
-        for name in ("interleaved", "rotary_embedding_dim")
-    }
+    rotated = rotary.attributes.get_int("rotary_embedding_dim", 0)
+    if rotary.attributes.get_int("interleaved", 0):
+        split = _part_pairs(graph, tape, split, rotated or size, size)
     return tape.op(
         "RotaryEmbedding",
-        [split, *rotary.inputs[1:]],  # type: ignore[union-attr]
-        attributes,
-        name=rotary.name,  # type: ignore[union-attr]
+        [split, *rotary.inputs[1:]],
+        {"interleaved": 0, "rotary_embedding_dim": rotated},
+        name=rotary.name,
     )
+
+
+def _part_pairs(
+    graph: ir.Graph, tape: ir.tape.Tape, split: ir.Value, rotated: int, size: int
+) -> ir.Value:
+    """Put the first elements of all pairs of neighbours before the second ones.
+
+    TensorRT for RTX does not build an interleaved rotation. Queries and keys are reordered alike,
+    which changes no score; the cache holds keys in this order.
+
+    Args:
+      graph: for constants.
+      tape: for the nodes.
+      split: ``[B, heads, S, size]``.
+      rotated: elements of a head that are rotated, the first ones.
+      size: of a head.
+    """
+    parts = [split]
+    if rotated < size:
+        sizes = constant(graph, "heads.rotated", np.array([rotated, size - rotated]))
+        parts = list(tape.op_multi_out("Split", [split, sizes], {"axis": 3}, num_outputs=2))
+    pairs = constant(graph, "heads.pairs", np.array([0, 0, 0, rotated // 2, 2]))
+    halves = tape.op("Reshape", [parts[0], pairs])
+    halves = tape.op("Transpose", [halves], {"perm": [0, 1, 2, 4, 3]})
+    whole = constant(graph, "heads.halves", np.array([0, 0, 0, rotated]))
+    parts[0] = tape.op("Reshape", [halves, whole])
+    return parts[0] if len(parts) == 1 else tape.op("Concat", parts, {"axis": 3})
 
 
 def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

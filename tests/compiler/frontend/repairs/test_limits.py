@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         ("gemma3", {"final_logit_softcapping": 2.0}),
         # Gemma 3 has the field of Gemma 2, and eager transformers does not read it.
         ("gemma3", {"attn_logit_softcapping": 0.4}),
-        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": 0.4}),
+        ("gemma2", {"final_logit_softcapping": 1e4, "attn_logit_softcapping": 0.4}),
         ("gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1e4}),
     ],
 )

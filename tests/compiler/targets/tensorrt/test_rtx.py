@@ -15,12 +15,13 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
 from eoracc.compiler.report.lines import report_lines
-from eoracc.errors import ConfigError, TargetError
+from eoracc.errors import ConfigError, PassError, TargetError
 from eoracc.runtime.adapters.files import read_adapter
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from tests.optional import require
 from tests.tiny_build import tiny_config, tiny_workspace
+from tests.tiny_models import tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +83,13 @@ def test_a_context_beyond_the_models_positions_is_refused_before_any_work(worksp
     output = str(workspace / "long")
     options = config(workspace, output=output, tensorrt_rtx=ENGINES | {"context_length": 129})
     with pytest.raises(ConfigError, match=r"context_length: is 129, and the model has 128 pos"):
+        build(workspace, options)
+
+
+def test_attention_that_tensorrt_lacks_is_refused_before_any_work(workspace: Path) -> None:
+    tiny_model("gemma2", workspace / "capped")
+    options = config(workspace, model=str(workspace / "capped"), output=str(workspace / "none"))
+    with pytest.raises(PassError, match="caps its scores"):
         build(workspace, options)
 
 
