@@ -75,7 +75,10 @@ def loading_config(file: GgufFile) -> PretrainedConfig:
     sizes["num_key_value_heads"] = (
         file.integer(file.own("attention.head_count_kv")) or sizes["num_attention_heads"]
     )
-    vocabulary = file.integer(file.own("vocab_size"))
+    embedding = file.shape("token_embd.weight")
+    # A key is no use where it contradicts the tensor, and old files have none.
+    vocabulary = embedding[0] if embedding else file.integer(file.own("vocab_size"))
+    file.consume([file.own("vocab_size")])
     epsilon = _epsilon(file)
     config = _read_by_transformers(file)
     for field, value in {**sizes, **epsilon}.items():

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-6
 """Of ``1 / divisor``, which lies in (0, 1]: some roundings of the float32 that wrote it."""
 
 _PUBLISHED_FACTORS = (8.0, 32.0, 16.0, 4.0, 2.0)
-_PUBLISHED_LENGTHS = (8192, 4096, 2048, 16384, 32768)
+_USUAL_LENGTHS = (8192, *(1 << power for power in range(4, 21)))
 _LOW, _HIGH = 1.0, 4.0
 
 
@@ -77,7 +77,7 @@ def recover_llama3(
     largest = float(divisors.max())
     if divisors.min() < 1 or largest == 1:
         return None
-    lengths = dict.fromkeys([*hints, *_PUBLISHED_LENGTHS])
+    lengths = dict.fromkeys([*hints, *_USUAL_LENGTHS])
     for factor in dict.fromkeys([largest, *_PUBLISHED_FACTORS]):
         published = ((_LOW, _HIGH, length) for length in lengths)
         solved = _solutions(divisors, _per_wavelength(theta, dims), factor)

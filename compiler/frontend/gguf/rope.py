@@ -54,9 +54,9 @@ def rope_scaling(file: GgufFile, *, theta: float, dims: int, context: int) -> Ma
             raise file.refusal(f"the tensors {_SHORT} and {_LONG} contradict another rope scaling")
         return _longrope(file, tables, factor=factor, original=original, context=context)
     if divisors is not None and not (divisors == 1).all():
-        if kind in ("linear", "yarn", "longrope") and factor != 1:
-            raise file.refusal(f"tensor {_FREQUENCIES} contradicts rope scaling of type {kind}")
-        return _llama3(file, divisors, theta=theta, dims=dims, original=original, context=context)
+        if kind != "none" and factor != 1:
+            raise file.refusal(f"tensor {_FREQUENCIES} contradicts rope scaling by {factor}")
+        return _divided(file, divisors, theta=theta, dims=dims, original=original, context=context)
     if kind == "longrope":
         raise file.refusal(f"rope scaling of type longrope needs the tensors {_SHORT} and {_LONG}")
     if kind == "yarn":
@@ -122,7 +122,7 @@ def _longrope(
     return parameters
 
 
-def _llama3(
+def _divided(
     file: GgufFile,
     divisors: np.ndarray,
     *,
@@ -131,9 +131,17 @@ def _llama3(
     original: int,
     context: int,
 ) -> dict[str, Any]:
+    if (divisors <= 0).any():
+        raise file.refusal(f"tensor {_FREQUENCIES} holds divisors that are not positive")
     found = recover_llama3(divisors, theta=theta, dims=dims, hints=(original, context))
-    if found is None:
-        raise file.refusal(
-            f"tensor {_FREQUENCIES} holds divisors that no Llama 3 rope scaling gives"
-        )
-    return found
+    if found is not None:
+        return found
+    # LongRoPE with equal tables divides by any numbers, and by nothing else at a factor of 1.
+    table = [float(value) for value in divisors]
+    return {
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "short_factor": table,
+        "long_factor": table,
+        "original_max_position_embeddings": context,
+    }

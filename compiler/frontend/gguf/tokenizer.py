@@ -53,6 +53,8 @@ class Vocabulary:
         self.tokens: Items[str] = file.items("tokenizer.ggml.tokens", str) or []
         if not self.tokens:
             raise file.refusal("its vocabulary tokenizer.ggml.tokens is missing or empty")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise file.refusal("its vocabulary tokenizer.ggml.tokens has a token twice")
         self.types: Items[int] = file.items("tokenizer.ggml.token_type", int) or []
         merges = file.items("tokenizer.ggml.merges", str)
         if kind == "gpt2":

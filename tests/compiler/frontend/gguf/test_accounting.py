@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer.ggml.tokens": [1, 2, 3]},
         "tokenizer.ggml.tokens is a list of 3, not a list of str",
     ),
+    "token twice": ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "has a token twice"),
     "base that is no number": (
         {"{arch}.rope.freq_base": float("nan")},
         "rope.freq_base is nan, not a finite number",
@@ -123,6 +124,7 @@ HARMLESS: dict[str, Any] = {
     "{arch}.rope.scaling.type": "none",
     "{arch}.rope.scaling.finetuned": False,
     "{arch}.tensor_data_layout": "Meta AI original pth",
+    "{arch}.vocab_size": 3,
     "{arch}.block_count": (2, U64),
     "{arch}.attention.head_count_kv": (2, I8),
     "tokenizer.ggml.fim_prefix_token_id": 4,
@@ -148,6 +150,17 @@ def test_key_is_refused(name: str, checkpoint: Path, tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
 
 
+def test_frequencies_are_not_scaled_twice(checkpoint: Path, tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        checkpoint,
+        keys={"{arch}.rope.scaling.factor": 2.0},
+        tensors={"rope_freqs.weight": [1.0, 2.0, 4.0, 4.0]},
+    )
+    with pytest.raises(ModelError, match=r"rope_freqs.weight contradicts rope scaling by 2\.0"):
+        convert(path, tmp_path / "source")
+
+
 def test_keys_that_change_nothing_are_passed_over(checkpoint: Path, tmp_path: Path) -> None:
     plain = convert(write_gguf(tmp_path / "plain.gguf", checkpoint), tmp_path / "plain")
     path = write_gguf(tmp_path / "model.gguf", checkpoint, keys=HARMLESS)
@@ -164,10 +177,11 @@ def test_keys_that_change_nothing_are_passed_over(checkpoint: Path, tmp_path: Pa
         ({"blk.1.ffn_up.weight": None}, "tensor blk.1.ffn_up.weight is missing"),
         ({"blk.1.attn_q.bias": [0.0] * 48}, "tensor blk.1.attn_q.bias has no place"),
         ({"blk.0.attn_q.bias": [0.0] * 48}, "tensor blk.0.attn_k.bias is missing"),
-        ({"rope_freqs.weight": [2.0, 1.0, 3.0, 1.0]}, "divisors that no Llama 3 rope scaling"),
+        ({"rope_freqs.weight": [2.0, 1.0, 0.0, 1.0]}, "divisors that are not positive"),
         ({"rope_freqs.weight": [1.0, 1.0]}, "rope_freqs.weight has 2 values where 4 belong"),
         ({"rope_freqs.weight": [1.0, float("nan"), 1.0, 1.0]}, "rope_freqs.weight holds NaN"),
         ({"rope_factors_long.weight": [1.0] * 4}, "only one of the tensors"),
+        ({"token_embd.weight": None}, "tensor token_embd.weight is missing"),
     ],
 )
 def test_tensor_is_refused(

@@ -41,7 +41,7 @@ WINDOW = {"{arch}.attention.sliding_window": 5}
 CAPS = {"{arch}.attn_logit_softcapping": 0.4, "{arch}.final_logit_softcapping": 2.0}
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
 }
 
 MEMBERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -106,9 +106,39 @@ MEMBERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         scaling(None, 2.0, original_context_length=24),
         FACTORS,
     ),
+    "other divisors": (
+        "llama",
+        rope(
+            "longrope",
+            factor=1.0,
+            long_factor=LONG[::-1],
+            short_factor=LONG[::-1],
+            original_max_position_embeddings=128,
+        ),
+        {},
+        {"rope_freqs.weight": LONG[::-1]},
+    ),
     "phi3 window": ("phi3", {"sliding_window": 5}, WINDOW, {}),
     "phi3 rotates a part": ("phi3", rope("default", partial_rotary_factor=0.5), {}, {}),
     "mistral": ("mistral", {}, WINDOW, {}),
+    "name that transformers takes for a family": (
+        "mistral",
+        {},
+        {**WINDOW, "general.name": "mistral"},
+        {},
+    ),
+    "no length of a head": (
+        "llama",
+        {},
+        {"{arch}.attention.key_length": None, "{arch}.attention.value_length": None},
+        {},
+    ),
+    "as many keys as queries": (
+        "qwen2",
+        {"num_key_value_heads": 6},
+        {"{arch}.attention.head_count_kv": None},
+        {},
+    ),
     "qwen2 window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
@@ -129,7 +159,7 @@ MEMBERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
             **WINDOW,
             "{arch}.attention.sliding_window_pattern": [True, False],
             "{arch}.rope.freq_base": 1e6,
-            "{arch}.rope.freq_base_swa": 10000.0,
+            "{arch}.rope.freq_base_swa": 5000.0,
             **scaling("linear", 8.0),
         },
         {},
