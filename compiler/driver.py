@@ -30,6 +30,7 @@ from eoracc.compiler.adapters.gates import (
 from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
 from eoracc.compiler.chat.ship import ChatTemplates, ship_chat
 from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.frontend.context import context_notes
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.progress import PhaseTime, SilentProgress, cpu_seconds
@@ -151,6 +152,7 @@ def _build(
             targets=made.targets,
             chat=made.chat,
             tokenizer=made.tokenizer,
+            notes=made.notes,
         )
         _check_gates(report, work)
         writer.write_report(report)
@@ -181,6 +183,7 @@ class _Made:
       targets: the part of the report of each.
       chat: the part of the report on chat templates.
       tokenizer: its part of the report.
+      notes: on the model, for the report.
     """
 
     digest: str
@@ -196,6 +199,7 @@ class _Made:
     targets: Mapping[str, Mapping[str, Any]]
     chat: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
+    notes: Sequence[str]
 
 
 def _make(
@@ -247,6 +251,7 @@ def _make(
         targets={name: target.report for name, target in emitted.items() if target.report},
         chat=chat,
         tokenizer=tokenizer_report(writer.folder, inputs.tokenizer, config.targets),
+        notes=context_notes(inputs.loaded.config, inputs.loaded.model.metadata_props),
     )
 
 

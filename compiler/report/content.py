@@ -250,6 +250,7 @@ class Report:
       targets: what each target built and how long that took, for those that build.
       chat: the chat templates, see :func:`eoracc.compiler.chat.ship.ship_chat`.
       tokenizer: notes on the tokenizer, and what unmodified onnxruntime-genai does with it.
+      notes: what else there is to say about the model.
     """
 
     fidelity: FidelityReport
@@ -262,6 +263,7 @@ class Report:
     targets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     chat: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -297,4 +299,5 @@ class Report:
             targets=content.get("targets", {}),
             chat=content.get("chat", {}),
             tokenizer=content.get("tokenizer", {}),
+            notes=content.get("notes", ()),
         )

@@ -139,6 +139,7 @@ def report_lines(report: Report) -> list[str]:
         named = ", ".join(f"{linear.name} {_last_error(linear):.3f}" for linear in worst)
         lines.append(f"largest output errors: {named}")
     lines += [f"note: {item.name}: {note}" for item in described for note in item.notes]
+    lines += [f"note: {note}" for note in report.notes]
     lines += chat_lines(report.chat)
     lines += tokenizer_lines(report.tokenizer)
     lines += adapter_lines(report.adapters)

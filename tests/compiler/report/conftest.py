@@ -60,6 +60,7 @@ def report() -> Report:
             linear("a.k_proj", 0.4, 0.3, notes=("saw 3 tokens: rounded",)),
             linear("lm_head"),
         ],
+        notes=["texts have up to 64 tokens"],
         chat={
             "templates": ["default"],
             "notes": ["chat template 'rag': is not a Jinja template (no name): replace it"],

@@ -39,6 +39,7 @@ def test_lines_under_the_table(report: Report) -> None:
         ),
         "largest output errors: a.k_proj 0.300, a.q_proj 0.200",
         "note: a.k_proj: saw 3 tokens: rounded",
+        "note: texts have up to 64 tokens",
         "note: chat template 'rag': is not a Jinja template (no name): replace it",
         (
             "chat template: unmodified onnxruntime-genai renders 2 of 7 chats otherwise than "
