@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.frontend.files import complaint, read_json_object
@@ -27,6 +28,20 @@ _SIZES = (
     "max_position_embeddings",
 )
 
+_MOST_POSITIONS = 1 << 24
+"""The graph has a table of all positions."""
+
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+)
+
 
 def read_config_file(folder: Path) -> dict[str, Any]:
     """The content of ``folder``'s config.json.
@@ -49,8 +64,14 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     _refuse_quantized(path, content)
     for name in _SIZES:
         size = content.get(name)
-        if isinstance(size, int | float) and size < 1:
+        if isinstance(size, int | float) and not 1 <= size < math.inf:
             raise ModelError(f"{path}: field {name} is {size}: it must be a positive number")
+    positions = content.get("max_position_embeddings")
+    if isinstance(positions, int | float) and positions > _MOST_POSITIONS:
+        raise ModelError(
+            f"{path}: field max_position_embeddings is {positions}: lower it to the length that is "
+            f"needed, {_MOST_POSITIONS} at most"
+        )
     if content.get("eos_token_id") == []:
         raise ModelError(f"{path}: field eos_token_id is an empty list: name a token, or null")
     return content
@@ -102,6 +123,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             f"{path}: transformers cannot read a configuration of model_type "
             f"{content['model_type']!r} ({complaint(error)})"
         ) from error
+    _check_numbers(path, config)
     heads = getattr(config, "num_attention_heads", None)
     keys = getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(keys, int) and heads % keys:
@@ -109,3 +131,26 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             f"{path}: num_attention_heads, {heads}, is no multiple of num_key_value_heads, {keys}"
         )
     return config
+
+
+def _check_numbers(path: Path, config: PretrainedConfig) -> None:
+    """Check numbers that transformers takes as they are and that would make tables of NaN."""
+    fields = config.to_dict()
+    for name, value in fields.items():
+        is_epsilon = name.endswith(("norm_eps", "norm_epsilon"))
+        if is_epsilon and value is not None and not 0 <= value < math.inf:
+            raise ModelError(f"{path}: field {name} is {value}: it must not be negative")
+    rope = fields.get("rope_parameters") or {}
+    sections = [rope, *(section for section in rope.values() if isinstance(section, dict))]
+    for section in sections:
+        for name in _ROPE_NUMBERS:
+            value = section.get(name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise ModelError(
+                    f"{path}: {name} of the rotary embedding is {value!r}: it must be a positive "
+                    "number"
+                )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

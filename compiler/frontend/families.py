@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ModelError
 
@@ -132,7 +132,8 @@ def check_family(folder: Path, config: PretrainedConfig) -> None:
       ModelError: it is not; says why where that is known.
     """
     kind = config.model_type
-    architecture = str((config.architectures or [kind])[0])
+    named: Any = config.architectures or [kind]  # whatever config.json holds
+    architecture = named if isinstance(named, str) else str(named[0])
     if kind not in SUPPORTED:
         why = _reason(config)
         raise ModelError(

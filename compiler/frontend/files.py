@@ -95,7 +95,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path} is not valid JSON ({first_line(error)}): fetch it again"
         ) from error
@@ -111,8 +113,27 @@ def check_json_files(folder: Path) -> None:
       ModelError: a file is damaged.
     """
     for name in _JSON_FILES:
-        if (folder / name).exists():
-            read_json_object(folder / name)
+        path = folder / name
+        template = read_json_object(path).get("chat_template") if path.exists() else None
+        if template is not None and not _is_chat_template(template):
+            raise ModelError(
+                f"{path}: field chat_template is neither a template nor a list of named ones"
+            )
+
+
+def _is_chat_template(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(part, str) for part in value.values())
+    named = value if isinstance(value, list) else []
+    return isinstance(value, str) or (
+        isinstance(value, list)
+        and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("template"), str)
+            for entry in named
+        )
+    )
 
 
 def digest_files(files: Sequence[Path]) -> str:

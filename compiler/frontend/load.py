@@ -113,6 +113,7 @@ class LoadedModel:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code
                 )
+                tokenizer("a")  # some bad fields are noticed only here
         except Exception as error:  # of many packages, some of which raise nothing more specific
             raise ModelError(
                 f"{self.folder} has no tokenizer that can be read ({first_line(error)}): "

@@ -157,9 +157,7 @@ def _record_text(
     key = spec.messages or spec.field or "text"
     if key not in record:
         option = "messages" if spec.messages else "field"
-        raise DataError(
-            f"{where}: has no field '{key}', only {', '.join(map(str, record))}: set '{option}'"
-        )
+        raise DataError(f"{where}: has no field '{key}', only {_names(record)}: set '{option}'")
     value = record[key]
     if spec.messages is None:
         if not isinstance(value, str):
@@ -180,6 +178,11 @@ def _record_text(
     _checked(where, key, text)
     # Windows begin with BOS already where the tokenizer has one.
     return text.removeprefix(tokenizer.bos_token) if bos_tokens(tokenizer) else text
+
+
+def _names(record: dict[str, object]) -> str:
+    # A key may hold half of a surrogate pair, which cannot be printed.
+    return ", ".join(record).encode(errors="backslashreplace").decode()
 
 
 def _checked(where: str, key: str, text: str) -> str:

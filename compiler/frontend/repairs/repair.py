@@ -46,7 +46,7 @@ def repair(
     restore_clipping(model, config)
     restore_logit_cap(model, config)
     restore_tie(model, config)
-    restore_biases(model, folder, weight_files)
+    restore_biases(model, config, folder, weight_files)
     restore_embedding_scale(model, config)
     restore_attention_scale(model, config)
     restore_rope(model, config, folder)

@@ -43,7 +43,16 @@ def restore_tie(model: ir.Model, config: PretrainedConfig) -> None:
     del graph.initializers["lm_head.weight_t"]
 
 
-def restore_biases(model: ir.Model, folder: Path, weight_files: Sequence[Path]) -> None:
+_BIAS_FLAGS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_bias"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp_bias"),
+}
+"""The field of the configuration that gives a linear a bias, by the role of the linear."""
+
+
+def restore_biases(
+    model: ir.Model, config: PretrainedConfig, folder: Path, weight_files: Sequence[Path]
+) -> None:
     """Add the biases that mobius drops (Llama's ``mlp_bias``); refuse any other lost tensor."""
     linears = {linear.name: linear for linear in find_linears(model)}
     for path in weight_files:
@@ -56,6 +65,13 @@ def restore_biases(model: ir.Model, folder: Path, weight_files: Sequence[Path]) 
                     raise ModelError(
                         f"{folder}: tensor {name} has no place in the graph: "
                         "this variant of the architecture is not supported"
+                    )
+                flag = _BIAS_FLAGS.get(linears[module].role, "")
+                if getattr(config, flag, None) is False:
+                    raise ModelError(
+                        f"{folder}: tensor {name} is in the checkpoint, and {flag} in its "
+                        "config.json is false, so that transformers leaves it out: correct one of "
+                        "the two"
                     )
                 bias = tensors.get_tensor(name).float().numpy()
                 _add_bias(model.graph, linears[module].node, name, bias)
@@ -75,8 +91,10 @@ def _add_bias(graph: ir.Graph, matmul: ir.Node, name: str, bias: NDArray[np.gene
     value = register_tensor(graph, ir.tensor(bias.astype(np.float32), name=name))
     product = matmul.outputs[0]
     add = ir.node("Add", [product, value], name=f"{matmul.name}_bias")
-    add.outputs[0].name = f"{product.name}_bias"
-    add.outputs[0].type, add.outputs[0].shape = product.type, product.shape
-    product.replace_all_uses_with(add.outputs[0])
+    total = add.outputs[0]
+    total.type, total.shape = product.type, product.shape
+    # The output of the graph keeps its name.
+    total.name, product.name = product.name, f"{product.name}_without_bias"
+    product.replace_all_uses_with(total, replace_graph_outputs=True)
     add.replace_input_with(0, product)
     graph.insert_after(matmul, add)

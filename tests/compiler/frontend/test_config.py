@@ -48,6 +48,12 @@ def test_damaged_config(checkpoint: Path, tmp_path: Path, content: str, match: s
         ({"num_hidden_layers": -1}, "field num_hidden_layers is -1"),
         ({"vocab_size": 0}, "field vocab_size is 0"),
         ({"max_position_embeddings": 0}, "field max_position_embeddings is 0"),
+        ({"vocab_size": float("nan")}, "field vocab_size is nan"),
+        ({"max_position_embeddings": 10**9}, "is 1000000000: lower it to .* 16777216 at most"),
+        ({"rms_norm_eps": -1e-6}, "field rms_norm_eps is -1e-06: it must not be negative"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta .* is '1e4': it must be a pos"),
+        ({"rope_parameters": {"rope_theta": -5.0}}, "rope_theta .* is -5.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor of the rotary embedding is 0"),
         ({"hidden_size": "48"}, r"llama' \(TypeError: Field 'hidden_size' expected int, got str"),
         ({"rms_norm_eps": None}, "'rms_norm_eps' expected float, got NoneType"),
         ({"rope_parameters": "linear"}, "'rope_parameters' with value 'linear' doesn't match"),
@@ -96,6 +102,14 @@ def test_configuration_that_is_not_quantized_says_so_with_null(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     edit_config(checkpoint, quantization_config=None)
+    assert load(str(checkpoint), work=tmp_path).digest
+
+
+@pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM"])
+def test_architectures_that_name_no_class_or_only_one(
+    checkpoint: Path, tmp_path: Path, architectures: object
+) -> None:
+    edit_config(checkpoint, architectures=architectures)
     assert load(str(checkpoint), work=tmp_path).digest
 
 

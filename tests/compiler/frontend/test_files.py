@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,27 @@ def test_file_that_is_no_json(
 ) -> None:
     (checkpoint / name).write_text(content)
     refused(checkpoint, tmp_path, rf"{name} .*{match}.*: fetch it again")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+def test_folder_in_place_of_a_file(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).mkdir()
+    refused(checkpoint, tmp_path, f"{name} cannot be read: Is a directory")
+
+
+@pytest.mark.parametrize("template", [3, [{"name": "a"}], ["a"], {"a": 1}])
+def test_chat_template_of_another_type(checkpoint: Path, tmp_path: Path, template: object) -> None:
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    refused(checkpoint, tmp_path, "field chat_template is neither a template nor a list")
+
+
+@pytest.mark.parametrize("template", ["a", [{"name": "a", "template": "b"}], {"a": "b"}, None])
+def test_chat_templates_that_transformers_reads(
+    checkpoint: Path, tmp_path: Path, template: object
+) -> None:
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert load(str(checkpoint), work=tmp_path).digest
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,13 @@ def test_tokenizer_files(checkpoint: Path, tmp_path: Path) -> None:
     assert {path.parent for path in files} == {tmp_path / "work" / "tokenizer"}
 
 
+def test_tokenizer_that_loads_and_cannot_tokenize(checkpoint: Path, tmp_path: Path) -> None:
+    path = write_byte_tokenizer(checkpoint) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        load(str(checkpoint), work=tmp_path).tokenizer()
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -177,3 +185,27 @@ def test_values_that_are_not_finite(
 def test_unsupported_family(checkpoint: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     refused(checkpoint, tmp_path, "model_type 'gpt2' is not supported: its position embeddings are")
+
+
+@pytest.mark.parametrize(
+    ("linear", "flag"),
+    [("self_attn.q_proj", "attention_bias"), ("mlp.up_proj", "mlp_bias")],
+)
+def test_bias_that_the_configuration_turns_off(
+    checkpoint: Path, tmp_path: Path, linear: str, flag: str
+) -> None:
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    name = f"model.layers.0.{linear}"
+    tensors[f"{name}.bias"] = np.ones(len(tensors[f"{name}.weight"]), np.float32)
+    save_file(tensors, path)
+    refused(checkpoint, tmp_path, f"tensor {name}.bias .* {flag} in its config.json is false")
+
+
+def test_bias_of_the_head_keeps_the_name_of_the_output(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    before = GraphSession(load(str(checkpoint), work=tmp_path).model, tmp_path).logits(tokens())
+    bias = np.random.default_rng(3).standard_normal(VOCABULARY).astype(np.float32)
+    save_file(load_file(path) | {"lm_head.bias": bias}, path)
+    after = GraphSession(load(str(checkpoint), work=tmp_path).model, tmp_path).logits(tokens())
+    np.testing.assert_allclose(after, before + bias, rtol=0, atol=1e-5)

@@ -63,6 +63,7 @@ def test_chat_messages_go_through_the_template(
             {"name": "t.jsonl"},
             r"t\.jsonl:3: 'text' holds half of a surrogate pair, '\\ud83d'",
         ),
+        (r'{"\ud83d": 1}', {"name": "t.jsonl"}, r"has no field 'text', only \\ud83d: set"),
         ("[1]\n", {"name": "t.jsonl"}, r"t\.jsonl:1: must be a JSON object"),
         ('{"text": 3}\n', {"name": "t.jsonl"}, r"t\.jsonl:1: field 'text' is no text"),
         ('{"text": ""}\n', {"name": "t.jsonl", "layout": "padding"}, "is empty"),
