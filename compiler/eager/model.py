@@ -34,6 +34,7 @@ def load_eager(
     weights: Mapping[str, NDArray[np.float32]],
     *,
     trust_remote_code: bool = False,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint and put ``weights`` in place of its modules' own.
 
@@ -44,6 +45,7 @@ def load_eager(
         ``NAME.v [r, in]`` and ``NAME.u [out, r]`` make two modules of the one called ``NAME``.
         Values are read one at a time, so a lazy mapping keeps memory at one model.
       trust_remote_code: let transformers run code that the checkpoint brings.
+      config: replaces the folder's own, for a model with fewer blocks.
 
     Returns:
       The model in float32, evaluation mode, eager attention. A tied head that has a weight of its
@@ -59,6 +61,7 @@ def load_eager(
     with quiet():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             attn_implementation="eager",
             trust_remote_code=trust_remote_code,

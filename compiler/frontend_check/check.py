@@ -1,5 +1,7 @@
 """Compare a loaded graph with the eager model of the original checkpoint, before any other work.
 
+Of a large model, the first blocks stand for all (:mod:`eoracc.compiler.frontend_check.blocks`).
+
 The graph is mobius's reading of config.json. A field that it does not know leaves a graph that is
 well formed and computes something else. So every command that loads a checkpoint compares the two
 first, at the input of each linear and at the logits, and no option turns it off.
@@ -18,7 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eoracc.compiler.eager.model import load_eager
+from eoracc.compiler.frontend.config import read_config
 from eoracc.compiler.frontend.files import first_line
+from eoracc.compiler.frontend_check.blocks import compared_blocks, first_blocks, shorten
 from eoracc.compiler.frontend_check.calls import Call, calls_for
 from eoracc.compiler.frontend_check.eager import EagerValues, run_eager
 from eoracc.compiler.frontend_check.explain import Difference, explain, part_of
@@ -51,36 +55,52 @@ def check_frontend(loaded: LoadedModel, progress: Progress) -> None:
     Raises:
       ModelError: it does not; names the first node whose output differs.
     """
-    calls = _calls(loaded)
+    config, model, blocks = loaded.config, *_first_blocks(loaded)
+    calls = calls_for(
+        config,
+        block_parameters=_block_parameters(model),
+        cached_elements=sum(heads * size for heads, size in past_shapes(model).values()),
+    )
     with progress.phase("check", 2) as phase:
-        expected = _eager_values(loaded, calls)
+        expected = _eager_values(loaded, model, calls, blocks)
         phase.advance("eager model")
-        run = GraphRun(loaded.model, calls, loaded.config.vocab_size)
-        difference = next(_differences(run, calls, expected, loaded.config.hidden_size), None)
+        run = GraphRun(model, calls, config.vocab_size)
+        difference = next(_differences(run, calls, expected, config.hidden_size), None)
         phase.advance("graph")
     if difference is not None:
-        raise ModelError(f"{loaded.folder}: {explain(difference, loaded.config)}")
+        raise ModelError(f"{loaded.folder}: {explain(difference, config)}")
 
 
-def _calls(loaded: LoadedModel) -> list[Call]:
-    return calls_for(
-        loaded.config,
-        block_parameters=sum(
-            linear.in_features * linear.out_features
-            for linear in find_linears(loaded.model)
-            if linear.block is not None
-        ),
-        cached_elements=sum(heads * size for heads, size in past_shapes(loaded.model).values()),
+def _first_blocks(loaded: LoadedModel) -> tuple[ir.Model, int]:
+    """The graph of the blocks that are compared, and their number."""
+    blocks = compared_blocks(loaded.config, _block_parameters(loaded.model))
+    if blocks < loaded.config.num_hidden_layers:
+        shortened = first_blocks(loaded.model, blocks)
+        if shortened is not None:
+            return shortened, blocks
+    return loaded.model, int(loaded.config.num_hidden_layers)
+
+
+def _block_parameters(model: ir.Model) -> int:
+    return sum(
+        linear.in_features * linear.out_features
+        for linear in find_linears(model)
+        if linear.block is not None
     )
 
 
-def _eager_values(loaded: LoadedModel, calls: Sequence[Call]) -> list[list[EagerValues]]:
-    """By call and row. The model is gone afterwards."""
-    linears = [linear.name for linear in find_linears(loaded.model)]
+def _eager_values(
+    loaded: LoadedModel, model: ir.Model, calls: Sequence[Call], blocks: int
+) -> list[list[EagerValues]]:
+    """By call and row. The eager model is gone afterwards."""
+    linears = [linear.name for linear in find_linears(model)]
+    config = read_config(loaded.folder, trust_remote_code=loaded.trust_remote_code)
+    shorten(config, blocks)
     try:
-        model = load_eager(loaded.folder, {}, trust_remote_code=loaded.trust_remote_code)
-        shapes = past_shapes(loaded.model)
-        return [run_eager(model, call, linears, shapes) for call in calls]
+        eager = load_eager(
+            loaded.folder, {}, trust_remote_code=loaded.trust_remote_code, config=config
+        )
+        return [run_eager(eager, call, linears, past_shapes(model)) for call in calls]
     except EoraccError:
         raise
     except Exception as error:

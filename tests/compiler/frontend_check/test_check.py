@@ -123,7 +123,7 @@ def _forget_late_positions(loaded: LoadedModel) -> None:
 
 
 def _widen_window(loaded: LoadedModel) -> None:
-    value = loaded.model.graph.initializers["window_5.keys"]
+    value = loaded.model.graph.initializers["mask.window_5"]
     value.const_value = ir.tensor(np.array(6), name=value.name)
 
 
