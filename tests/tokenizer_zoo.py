@@ -208,6 +208,11 @@ def _added(tokenizer: Tokenizer, *tokens: AddedToken) -> Tokenizer:
     return tokenizer
 
 
+def _llama2() -> Tokenizer:
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    return _sentencepiece(normalizers.Sequence(steps))
+
+
 def _vocab_and_merges(folder: Path) -> Path:
     """Qwen2's older form: vocab.json and merges.txt alone."""
     write_files(folder, _byte_level(_QWEN2), model_type="qwen2", tokenizer_class="Qwen2Tokenizer")
@@ -246,14 +251,7 @@ ZOO: Mapping[str, Callable[[Path], Path]] = {
         f, _byte_level(steps=[pre_tokenizers.Digits(individual_digits=True)])
     ),
     "falcon": lambda f: write_files(f, _falcon()),
-    "llama2_legacy": lambda f: write_files(
-        f,
-        _sentencepiece(
-            normalizers.Sequence(
-                [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-            )
-        ),
-    ),
+    "llama2_legacy": lambda f: write_files(f, _llama2()),
     "metaspace_first": lambda f: write_files(
         f,
         _sentencepiece(pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
@@ -306,6 +304,28 @@ ZOO: Mapping[str, Callable[[Path], Path]] = {
     ),
     "add_bos_token": lambda f: write_files(f, _byte_level(), add_bos_token=True),
     "split_special_tokens": lambda f: write_files(f, _byte_level(), split_special_tokens=True),
+    "llama_class": lambda f: write_files(
+        f, _llama2(), tokenizer_class="LlamaTokenizer", legacy=True, add_bos_token=True
+    ),
+    "llama_class_new": lambda f: write_files(
+        f, _llama2(), tokenizer_class="LlamaTokenizerFast", legacy=False, add_prefix_space=False
+    ),
+    "gemma_class": lambda f: write_files(
+        f, _llama2(), model_type="gemma", tokenizer_class="GemmaTokenizer"
+    ),
+    "cohere_class": lambda f: write_files(
+        f, _byte_level(), model_type="cohere", tokenizer_class="CohereTokenizer"
+    ),
+    "phi3_added": lambda f: write_files(
+        f,
+        _added(
+            _llama2(),
+            AddedToken("<|end|>", rstrip=True, special=True),
+            AddedToken("[TOOL]", lstrip=True, rstrip=True, special=False, normalized=False),
+        ),
+        model_type="phi3",
+        tokenizer_class="LlamaTokenizer",
+    ),
     "vocab_and_merges": _vocab_and_merges,
     "no_tokenizer_config": _no_config,
 }

@@ -27,7 +27,7 @@ from eoracc.compiler.frontend.generation import read_generation_config
 from eoracc.compiler.frontend.graph import build_graph
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.repairs.repair import repair
-from eoracc.compiler.frontend.tokenizer import write_tokenizer
+from eoracc.compiler.frontend.tokenizer import tokenizer_advice, write_tokenizer
 from eoracc.compiler.frontend.weights import is_tied, read_tensors, weight_files
 from eoracc.compiler.text.limits import TokenLimits
 from eoracc.errors import ModelError
@@ -117,7 +117,7 @@ class LoadedModel:
         except Exception as error:  # of many packages, some of which raise nothing more specific
             raise ModelError(
                 f"{self.folder} has no tokenizer that can be read ({first_line(error)}): "
-                "add tokenizer.json and tokenizer_config.json"
+                f"{tokenizer_advice(self.folder)}"
             ) from error
         return tokenizer
 

@@ -12,6 +12,7 @@ with it the token ids. Two Splits say the same and both libraries follow them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,25 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DIGIT_PATTERN", "GPT2_PATTERN", "write_tokenizer"]
+__all__ = ["DIGIT_PATTERN", "GPT2_PATTERN", "tokenizer_advice", "write_tokenizer"]
 
 DIGIT_PATTERN = r"\p{N}"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """The pattern by which ``ByteLevel`` with ``use_regex`` splits."""
+
+
+_READERS = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken"}
+"""Packages that transformers reads other forms of tokenizers with."""
+
+
+def tokenizer_advice(folder: Path) -> str:
+    """What to do where transformers cannot read a checkpoint's tokenizer, after a colon."""
+    if not (folder / TOKENIZER_FILE).is_file():
+        for pattern, package in _READERS.items():
+            names = sorted(path.name for path in folder.glob(pattern))
+            if names and importlib.util.find_spec(package) is None:
+                return f"install {package}, which reads {names[0]}, or add {TOKENIZER_FILE}"
+    return f"add {TOKENIZER_FILE} and {CONFIG_FILE}"
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> list[Path]:

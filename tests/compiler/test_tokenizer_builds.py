@@ -87,11 +87,12 @@ def test_what_is_built_runs(tmp_path: Path, change: Callable[[Path], None], said
     tokenizer: Any = AutoTokenizer.from_pretrained(workspace / "model")
     for text in STRINGS:
         assert model.encode(text) == tokenizer(text)["input_ids"]
-    completion = model.generate("abc", 4, ignore_end=True)
-    assert len(completion.tokens) == 4
-    assert "".join(
-        piece.text for piece in model.generate("abc", 4, stream=True, ignore_end=True)
-    ) == (completion.text)
+    options: dict[str, Any] = {"ignore_end": True, "temperature": 1.0, "seed": 1}
+    completion = model.generate("abc", 12, **options)
+    assert len(completion.tokens) == 12
+    assert completion.text == model.decode(completion.tokens)
+    pieces = [piece.text for piece in model.generate("abc", 12, stream=True, **options)]
+    assert "".join(pieces) == completion.text
     if change is named_templates:
         assert (
             model.encode("a", chat=True)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Whitespace
 
-from eoracc.compiler.frontend.tokenizer import write_tokenizer
+from eoracc.compiler.frontend.tokenizer import tokenizer_advice, write_tokenizer
 from eoracc.errors import ModelError
 from eoracc.runtime.decode.codec import Codec
 from tests.tokenizer_zoo import STRINGS, ZOO, write_files
@@ -117,3 +117,24 @@ def test_python_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="its tokenizer ByT5Tokenizer runs as Python code"):
         write_tokenizer(factory(), tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_packages_that_read_other_forms_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = ["tiktoken"]
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: name if name in installed else None
+    )
+    least = "add tokenizer.json and tokenizer_config.json"
+    assert tokenizer_advice(tmp_path) == least
+    (tmp_path / "vocabulary.tiktoken").touch()
+    assert tokenizer_advice(tmp_path) == least
+    (tmp_path / "tokenizer.model").touch()
+    advice = "install sentencepiece, which reads tokenizer.model, or add tokenizer.json"
+    assert tokenizer_advice(tmp_path) == advice
+    installed.clear()
+    (tmp_path / "tokenizer.model").unlink()
+    assert tokenizer_advice(tmp_path).startswith("install tiktoken, which reads vocabulary.tikt")
+    (tmp_path / "tokenizer.json").touch()
+    assert tokenizer_advice(tmp_path) == least

@@ -8,6 +8,7 @@ import pytest
 
 from eoracc.errors import ArtifactError
 from eoracc.runtime.decode.codec import Codec
+from eoracc.runtime.decode.detokenize import TextStream
 from eoracc.runtime.parity.tokens import (
     TOKENS_FILE,
     TokenCase,
@@ -39,6 +40,16 @@ def test_the_first_difference_is_found(codec: Codec) -> None:
     assert compare_tokens(codec, [other]) == TokenDifference(other, codec.encode(text)[1:])
     decoded = replace(right, decoded="Hello")
     assert compare_tokens(codec, [decoded]) == TokenDifference(decoded, text)
+
+
+def test_text_as_a_whole_and_piece_by_piece(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Hello world"
+    case = TokenCase(text, special=True, tokens=codec.encode(text), decoded=text)
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "decode", lambda _: "whole")
+        assert compare_tokens(codec, [case]) == TokenDifference(case, "whole")
+    monkeypatch.setattr(codec, "stream", lambda: TextStream(lambda _: "pieces"))
+    assert compare_tokens(codec, [case]) == TokenDifference(case, "pieces")
 
 
 def test_a_difference_in_words() -> None:
