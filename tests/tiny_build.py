@@ -27,9 +27,12 @@ EORA: Sequence[Any] = (
 )
 
 
-def tiny_workspace(folder: Path, family: str = "smollm") -> Path:
-    """``folder`` with a checkpoint ``model`` of ``family``, its tokenizer, and ``text.txt``."""
-    write_byte_tokenizer(tiny_model(family, folder / "model", vocab_size=_BYTES))
+def tiny_workspace(folder: Path, family: str = "smollm", **fields: Any) -> Path:  # noqa: ANN401
+    """``folder`` with a checkpoint ``model`` of ``family``, its tokenizer, and ``text.txt``.
+
+    ``fields`` replace those of its configuration.
+    """
+    write_byte_tokenizer(tiny_model(family, folder / "model", vocab_size=_BYTES, **fields))
     letters = np.random.default_rng(0).choice(list("aaabcdefgh "), 4000)
     (folder / "text.txt").write_text("".join(letters))
     return folder

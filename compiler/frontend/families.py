@@ -118,6 +118,15 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 )
 """The ``model_type`` of families that were tried and are refused, with the reason."""
 
+_VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "gemma3_text": ("use_bidirectional_attention",),
+        "phi": ("qk_layernorm",),
+        "stablelm": ("qk_layernorm", "use_parallel_residual"),
+    }
+)
+"""Switches of supported families with which the graph builder makes another model."""
+
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -149,6 +158,12 @@ def check_family(folder: Path, config: PretrainedConfig) -> None:
             f"{folder}: architecture {architecture} of model_type {kind!r} is not supported: give "
             "a model for text generation (…ForCausalLM)"
         )
+    for field in _VARIANTS.get(kind, ()):
+        if getattr(config, field, False):
+            raise ModelError(
+                f"{folder / 'config.json'}: {field} is true, and this variant of model_type "
+                f"{kind!r} is not supported: give a model without it"
+            )
 
 
 def _reason(config: PretrainedConfig) -> str | None:

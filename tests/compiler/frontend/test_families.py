@@ -81,6 +81,24 @@ def test_others_are_refused_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [
+        ("gemma3_text", "use_bidirectional_attention"),
+        ("phi", "qk_layernorm"),
+        ("stablelm", "qk_layernorm"),
+        ("stablelm", "use_parallel_residual"),
+    ],
+)
+def test_switch_that_makes_another_model_is_named(model_type: str, field: str) -> None:
+    from transformers import AutoConfig
+
+    check_family(Path("folder"), AutoConfig.for_model(model_type, **{field: False}))
+    config = AutoConfig.for_model(model_type, **{field: True})
+    with pytest.raises(ModelError, match=f"^folder/config.json: {field} is true, and this variant"):
+        check_family(Path("folder"), config)
+
+
 def test_a_config_without_architectures_is_let_in() -> None:
     from transformers import AutoConfig
 
