@@ -114,11 +114,6 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
                 folder, trust_remote_code=trust_remote_code
             )
     except Exception as error:
-        if "auto_map" in content and not trust_remote_code:
-            raise ModelError(
-                f"{path}: model_type {content['model_type']!r} needs code that the checkpoint "
-                "brings (auto_map): read that code, then set 'trust_remote_code: true'"
-            ) from error
         raise ModelError(
             f"{path}: transformers cannot read a configuration of model_type "
             f"{content['model_type']!r} ({complaint(error)})"

@@ -16,8 +16,6 @@ from eoracc.errors import ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig
-
 __all__ = ["REFUSED", "SUPPORTED", "check_family"]
 
 SUPPORTED: Mapping[str, str] = MappingProxyType(
@@ -130,47 +128,45 @@ _VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def check_family(folder: Path, config: PretrainedConfig) -> None:
+def check_family(folder: Path, content: Mapping[str, Any]) -> None:
     """Check that a checkpoint is a language model of a supported family.
 
     Args:
       folder: the checkpoint, for messages.
-      config: its configuration.
+      content: of its config.json.
 
     Raises:
       ModelError: it is not; says why where that is known.
     """
-    kind = config.model_type
-    named: Any = config.architectures or [kind]  # whatever config.json holds
-    architecture = named if isinstance(named, str) else str(named[0])
+    kind = content["model_type"]
     if kind not in SUPPORTED:
-        why = _reason(config)
+        why = _reason(content)
         raise ModelError(
             f"{folder}: model_type {kind!r} is not supported{f': {why}' if why else ''}; supported "
             f"are {len(SUPPORTED)} families of dense decoders, such as Llama, Qwen3, Gemma 3 and "
             "Phi-3, which docs/families.md lists"
         )
-    # Heads of classifiers, and drafters of speculative decoding, which have no embedding or head.
-    if config.architectures and (
-        not architecture.endswith("ForCausalLM") or architecture.startswith("Eagle")
-    ):
+    architectures = content.get("architectures") or f"{kind}ForCausalLM"
+    name = str(architectures[0] if isinstance(architectures, list) else architectures)
+    # Heads of classifiers, and drafters of speculative decoding without embedding or head.
+    if not name.endswith("ForCausalLM") or name.startswith("Eagle"):
         raise ModelError(
-            f"{folder}: architecture {architecture} of model_type {kind!r} is not supported: give "
-            "a model for text generation (…ForCausalLM)"
+            f"{folder}: architecture {name} of model_type {kind!r} is not supported: give a model "
+            "for text generation (…ForCausalLM)"
         )
     for field in _VARIANTS.get(kind, ()):
-        if getattr(config, field, False):
+        if content.get(field):
             raise ModelError(
                 f"{folder / 'config.json'}: {field} is true, and this variant of model_type "
                 f"{kind!r} is not supported: give a model without it"
             )
 
 
-def _reason(config: PretrainedConfig) -> str | None:
-    if config.model_type in REFUSED:
-        return REFUSED[config.model_type]
-    if any(getattr(config, name, None) for name in _EXPERT_FIELDS):
+def _reason(content: Mapping[str, Any]) -> str | None:
+    if content["model_type"] in REFUSED:
+        return REFUSED[content["model_type"]]
+    if any(content.get(name) for name in _EXPERT_FIELDS):
         return _EXPERTS
-    if hasattr(config, "text_config"):
+    if "text_config" in content:
         return "it holds more than a text model"
     return None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from eoracc.compiler.frontend.families import check_family
 from eoracc.compiler.frontend.files import first_line
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import ModelError
@@ -44,7 +43,6 @@ def build_graph(
     Raises:
       ModelError: the architecture is not supported, or the tensors do not fit it.
     """
-    check_family(folder, config)
     try:
         with quiet():
             package = _build(config, tensors)

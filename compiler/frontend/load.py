@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eoracc.compiler.frontend.config import read_config, read_config_file
+from eoracc.compiler.frontend.families import check_family
 from eoracc.compiler.frontend.files import (
     check_json_files,
     check_tokenizer_json,
@@ -135,6 +136,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     """
     folder = find_checkpoint(source, work, trust_remote_code=trust_remote_code)
     content = read_config_file(folder)
+    check_family(folder, content)
     check_json_files(folder)
     check_tokenizer_json(folder)
     weights = weight_files(folder, content)

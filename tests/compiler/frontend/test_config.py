@@ -60,10 +60,10 @@ def test_damaged_config(checkpoint: Path, tmp_path: Path, content: str, match: s
         ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' expected bool, got str"),
         ({"num_key_value_heads": 4}, "num_attention_heads, 6, is no multiple of .*heads, 4"),
         ({"head_dim": 15}, "head_dim"),
-        ({"model_type": "no_such_model"}, "configuration of model_type 'no_such_model'"),
+        ({"architectures": "LlamaModel"}, "architecture LlamaModel of model_type 'llama' is not"),
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
-            "needs code that the checkpoint brings .*set 'trust_remote_code: true'",
+            "model_type 'own' is not supported",
         ),
         ({"vocab_size": VOCABULARY + 1}, "cannot be built .*shape mismatch for 'lm_head.weight'"),
     ],

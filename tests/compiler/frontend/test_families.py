@@ -50,8 +50,16 @@ def test_every_supported_family_has_a_checkpoint_in_the_tests() -> None:
         ),
         ("gpt2", {}, r"model_type 'gpt2' is not supported: its position embeddings are learned"),
         # Not in the table: the configuration tells.
-        ("afmoe", {}, "model_type 'afmoe' is not supported: it is a mixture of experts"),
-        ("gemma3", {}, "model_type 'gemma3' is not supported: it holds more than a text model"),
+        (
+            "afmoe",
+            {"num_experts": 8},
+            "model_type 'afmoe' is not supported: it is a mixture of experts",
+        ),
+        (
+            "gemma3",
+            {"text_config": {}},
+            "model_type 'gemma3' is not supported: it holds more than a text model",
+        ),
         (
             "bitnet",
             {},
@@ -72,11 +80,8 @@ def test_every_supported_family_has_a_checkpoint_in_the_tests() -> None:
 def test_others_are_refused_in_one_sentence(
     model_type: str, fields: dict[str, object], match: str
 ) -> None:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(model_type, **fields)
     with pytest.raises(ModelError, match=match) as caught:
-        check_family(Path("folder"), config)
+        check_family(Path("folder"), {"model_type": model_type, **fields})
     assert str(caught.value).startswith("folder: ")
     assert "\n" not in str(caught.value)
 
@@ -91,15 +96,10 @@ def test_others_are_refused_in_one_sentence(
     ],
 )
 def test_switch_that_makes_another_model_is_named(model_type: str, field: str) -> None:
-    from transformers import AutoConfig
-
-    check_family(Path("folder"), AutoConfig.for_model(model_type, **{field: False}))
-    config = AutoConfig.for_model(model_type, **{field: True})
+    check_family(Path("folder"), {"model_type": model_type, field: False})
     with pytest.raises(ModelError, match=f"^folder/config.json: {field} is true, and this variant"):
-        check_family(Path("folder"), config)
+        check_family(Path("folder"), {"model_type": model_type, field: True})
 
 
 def test_a_config_without_architectures_is_let_in() -> None:
-    from transformers import AutoConfig
-
-    check_family(Path("folder"), AutoConfig.for_model("llama"))
+    check_family(Path("folder"), {"model_type": "llama"})
