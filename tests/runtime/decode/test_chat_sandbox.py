@@ -61,6 +61,7 @@ def render(source: str) -> str:
     "source",
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = 'a' * 99999 %}{% for a in n %}{% for b in n %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) if a < range(99999) | sum %}{% endfor %}",
         "{% for a in range(999) recursive %}{{ loop(range(999)) if loop.depth < 9 }}{% endfor %}",
         "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(40) }}",

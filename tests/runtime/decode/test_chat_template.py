@@ -55,7 +55,9 @@ def test_templates_of_models_render_as_in_transformers(
         ([user("a"), assistant("b", reasoning="c ")], "reasoning"),
         ([user("a"), assistant("b", thinking="c")], "reasoning_content"),
         ([user([{"type": "text", "text": "x "}, {"type": "image"}])], True),
+        ([user([{"type": "text", "text": "x"}, {"type": "text", "text": "y "}])], True),
         ([user([{"type": "image"}])], True),
+        ([user("CONTINUE_FINAL_MESSAGE_TAG a"), assistant("b")], True),
         ([user("a"), assistant("", tool_calls=[CALL])], True),
         ([user("a"), assistant(None, tool_calls=[CALL])], True),
         ([user("a")], "name"),
@@ -69,6 +71,9 @@ def test_templates_of_models_render_as_in_transformers(
         "{% for m in messages %}<{{ m.thinking }}{{ m.content[0].text }}>{% endfor %}",
         "{% for m in messages[:-1] %}<{{ m.content }}>{% endfor %}",
         "{{ messages[0].role }}",
+        "{% for part in messages[-1].content %}{{ part.text }}|{% endfor %}",
+        "{% for m in messages %}{{ m.values() | join }}{% endfor %}",
+        "{% for m in messages %}<{{ m.content | replace('b', '') }}>{% endfor %}",
     ],
 )
 def test_a_continued_message_is_left_open(
