@@ -22,6 +22,9 @@ __all__ = ["ChatTemplate"]
 _MAX_SOURCE = 1 << 20
 """Most characters of a template; those of models have a few thousand."""
 
+_MAX_DEPTH = 100
+"""Most levels of lists and dictionaries in messages, tools and variables."""
+
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 """Marks the end of a message that is to be continued; transformers has the same."""
 
@@ -155,12 +158,14 @@ def _plain_list(items: Sequence[Mapping[str, Any]] | None, name: str) -> list[An
     return [_plain(item, name) for item in items]
 
 
-def _plain(value: Any, where: str) -> Any:  # noqa: ANN401 - as in JSON
+def _plain(value: Any, where: str, depth: int = 0) -> Any:  # noqa: ANN401 - as in JSON
     """A copy in the types of JSON: a template must not reach the methods of other objects.
 
     Raises:
-      RequestError: it has a value of another type.
+      RequestError: it has a value of another type, or is nested too deeply.
     """
+    if depth > _MAX_DEPTH:
+        raise RequestError(f"{where}: is nested deeper than {_MAX_DEPTH} levels: flatten it")
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, np.generic):
@@ -169,9 +174,9 @@ def _plain(value: Any, where: str) -> Any:  # noqa: ANN401 - as in JSON
         if isinstance(value, kind):
             return kind(value) if kind is not str else str.__str__(value)
     if isinstance(value, Mapping):
-        return {_plain(name, where): _plain(item, where) for name, item in value.items()}
+        return {_plain(name, where): _plain(item, where, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
+        return [_plain(item, where, depth + 1) for item in value]
     raise RequestError(
         f"{where}: has a value of type {type(value).__name__}: use text, numbers, lists and "
         "dictionaries"

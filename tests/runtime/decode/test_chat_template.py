@@ -111,6 +111,13 @@ def test_variables_of_the_template() -> None:
             render(source, template_kwargs={name: 1})
     with pytest.raises(RequestError, match="chat_template_kwargs: has a value of type object"):
         render(source, template_kwargs={"x": [object()]})
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(
+        RequestError, match="chat_template_kwargs: is nested deeper than 100 levels"
+    ):
+        render(source, template_kwargs={"x": nested})
     with pytest.raises(RequestError, match="tools: must be a list of objects"):
         render(source, tools=["weather"])
 
