@@ -221,3 +221,20 @@ def test_a_factor_of_a_module_in_one_piece(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path)
     with pytest.raises(ModelError, match=r"has 'model\.layers\.0\.mlp\.up_proj' as one module"):
         load_eager(folder, {"model.layers.0.mlp.up_proj.u": draw(88, 3)})
+
+
+def test_rows_of_long_rope_do_not_depend_on_the_longest(tmp_path: Path) -> None:
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [3.0] * 8,
+        "original_max_position_embeddings": 8,
+    }
+    model = load_eager(tiny_model("llama", tmp_path, rope_parameters=parameters), {})
+    lengths = (12, 8, 5)
+    ids = input_ids()
+    logits = reference_logits(model, ids, padded_mask(lengths, 12, left=False))
+    for row, length in enumerate(lengths):
+        alone = reference_logits(model, ids[row : row + 1, :length])
+        assert_close(logits[row : row + 1, :length], alone, model.config)
