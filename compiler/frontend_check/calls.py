@@ -29,6 +29,9 @@ _PROMPT_PRODUCTS = 2 * 10**10
 _PROMPT_TOKENS = 1024
 """Tokens of a prompt at most: eager attention holds a score for each pair of them."""
 
+_PROMPT_LOGITS = 1 << 25
+"""Logits of a row at most: 128 MiB."""
+
 _CACHE_BYTES = 1 << 28
 """Size of a made-up cache at most."""
 
@@ -103,7 +106,12 @@ def calls_for(
     passed = sorted(
         {length for length in (window_of(config), original_positions(config)) if length}
     )
-    affordable = min(_PROMPT_TOKENS, _PROMPT_PRODUCTS // block_parameters, positions - 1)
+    affordable = min(
+        _PROMPT_TOKENS,
+        _PROMPT_PRODUCTS // block_parameters,
+        _PROMPT_LOGITS // int(config.vocab_size),
+        positions - 1,
+    )
     prompt = max(1, min(_PROMPT, positions - 1))
     for length in passed:
         if length + _BEYOND <= affordable:

@@ -102,7 +102,9 @@ def explain(difference: Difference, config: PretrainedConfig) -> str:
     node = difference.value.producer()
     name = difference.value.name if node is None else node.name
     linear = difference.linear
-    block = "" if linear is None or linear.block is None else f" of block {linear.block}"
+    block = ""
+    if linear is not None:
+        block = " before the head" if linear.block is None else f" of block {linear.block}"
     calls = (
         "in every call"
         if difference.everywhere

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler import driver
 from eoracc.compiler.driver import BuildResult
-from eoracc.compiler.frontend.load import load
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
 from eoracc.compiler.sweep.resume import SweepState
@@ -21,10 +19,10 @@ from eoracc.passes.compensate.eora import Eora
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.parity.record import PARITY_FILE
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
+from tests.wrong_graph import load_wrong
 
 if TYPE_CHECKING:
     from eoracc.compiler.config.sections import BuildConfig
-    from eoracc.compiler.frontend.load import LoadedModel
     from eoracc.passes.graph.linears import LinearGroup
 
 QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
@@ -229,12 +227,6 @@ def test_failed_parity_writes_no_artifact(workspace: Path, monkeypatch: pytest.M
 def test_a_graph_that_differs_is_refused_before_any_work(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_wrong(source: str, **options: Any) -> LoadedModel:  # noqa: ANN401
-        loaded = load(source, **options)
-        attention = next(node for node in loaded.model.graph if node.op_type == "Attention")
-        attention.attributes.add(ir.AttrFloat32("scale", 0.2))
-        return loaded
-
     monkeypatch.setattr(driver, "load", load_wrong)
     progress = SilentProgress()
     with pytest.raises(ModelError, match=r"does not compute what transformers does: .* attention"):

@@ -18,11 +18,12 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import AdapterParity, Report
-from eoracc.errors import ArtifactError, ConfigError, GateError
+from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError
 from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 from tests.tiny_models import tiny_model
+from tests.wrong_graph import load_wrong
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,6 +86,13 @@ def state(workspace: Path) -> dict[str, bytes]:
         for path in sorted(workspace.rglob("*"))
         if path.is_file()
     }
+
+
+def test_a_graph_that_differs_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_add, "load", load_wrong)
+    with pytest.raises(ModelError, match="does not compute what transformers does"):
+        add(workspace)
+    assert not adapter_names(workspace / "out")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from eoracc.errors import ConfigError, DataError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config, tiny_workspace
+from tests.wrong_graph import load_wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -368,8 +369,14 @@ def test_an_original_that_overflows_is_told(
 
 def test_nothing_is_left_of_what_could_not_begin(workspace: Path) -> None:
     with pytest.raises(DataError, match="gone"):
-        run(workspace, config(ood={"text": "gone.txt"}), ["none"])
+        run(workspace, config(ood={"text": "gone.txt", **TEXT}), ["none"])
     assert not work_folder(config(), workspace).exists()
+
+
+def test_a_graph_that_differs_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eoracc.compiler.compare.run.load", load_wrong)
+    with pytest.raises(ModelError, match="does not compute what transformers does"):
+        run(workspace, config(), ["none"])
 
 
 def test_rows_are_numbered_in_progress(workspace: Path) -> None:
@@ -381,7 +388,7 @@ def test_rows_are_numbered_in_progress(workspace: Path) -> None:
         config_dir=workspace,
         progress=progress,
     )
-    assert [time.name for time in progress.times[2:]] == [
+    assert [time.name for time in progress.times[3:]] == [
         "1/2 none: compress",
         "1/2 none: score",
         "2/2 a name of many char… 6: compress",

@@ -88,6 +88,11 @@ def _scale_attention_output(loaded: LoadedModel) -> None:
     _insert(loaded, linear.node.outputs[0], "Mul", _constant(loaded, 1.001))
 
 
+def _shift_last_norm(loaded: LoadedModel) -> None:
+    (last,) = _nodes(loaded, "RMSNormalization")[-1].outputs
+    _insert(loaded, last, "Add", _constant(loaded, 0.01))
+
+
 def _other_activation(loaded: LoadedModel) -> None:
     sigmoid = _nodes(loaded, "Sigmoid")[0]
     _insert(loaded, sigmoid.outputs[0], "Mul", _constant(loaded, 1.001))
@@ -142,6 +147,7 @@ def _widen_window(loaded: LoadedModel) -> None:
             _other_activation,
             r"MLP of block 0.*hidden_act 'silu'.*layers\.0/mlp/Mul_node_31",
         ),
+        ("llama", _shift_last_norm, r"in the norm before the head, .*\(node inserted_Add "),
         ("llama", _scale_logits, r"in the head .*node inserted_Mul is off by 0\.001"),
         ("llama", _count_from_the_step, r"attention .* in a prompt and a step on its cache, round"),
         ("extended", _forget_late_positions, r"rope_parameters \(llama3: .*after a cache of 64, r"),
