@@ -192,12 +192,12 @@ def _size_of(operator: str, left: Any, right: Any) -> int:
     if operator == "**":
         both = isinstance(left, int) and isinstance(right, int)
         return left.bit_length() * right if both else 0
-    for one, other in ((left, right), (right, left)):
-        if isinstance(other, int):
-            if isinstance(one, sized):
-                return len(one) * other
-            if isinstance(one, int):
-                return one.bit_length() + other.bit_length()
+    for value, factor in ((left, right), (right, left)):
+        if isinstance(factor, int):
+            if isinstance(value, sized):
+                return len(value) * factor
+            if isinstance(value, int):
+                return value.bit_length() + factor.bit_length()
     return 0
 
 

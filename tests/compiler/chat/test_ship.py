@@ -108,7 +108,7 @@ def test_what_cannot_be_rewritten_is_reported(tmp_path: Path) -> None:
     assert not genai["rewritten"]
 
 
-def test_a_template_that_is_none_is_reported(tmp_path: Path) -> None:
+def test_an_invalid_template_is_reported(tmp_path: Path) -> None:
     report = ship({"default": "{% if %}", "rag": "R"}, tmp_path)
     (note,) = report["notes"]
     assert note.startswith("chat template 'default': is not a Jinja template")
@@ -126,7 +126,7 @@ def test_special_tokens_of_the_class_are_shipped(tmp_path: Path) -> None:
     assert Chat(tmp_path).render([user("hi")], ChatOptions()) == "</s>"
 
 
-def test_a_name_that_is_no_file_name_is_refused() -> None:
+def test_a_name_unfit_for_a_file_is_refused() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -124,7 +124,7 @@ def test_damaged_files_are_named(files: dict[str, Any], problem: str, tmp_path: 
         Chat(tmp_path)
 
 
-def test_a_template_that_is_none_is_found_when_it_is_used(tmp_path: Path) -> None:
+def test_an_invalid_template_fails_at_its_first_use(tmp_path: Path) -> None:
     chat = Chat(write(tmp_path, {"chat_template.jinja": "{% if %}"}))
     with pytest.raises(ArtifactError, match="chat template 'default': is not a Jinja template"):
         chat.render([user("hi")], ChatOptions())

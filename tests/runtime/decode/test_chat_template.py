@@ -142,7 +142,7 @@ def test_messages_stay_as_they_are() -> None:
         "{% include %}",
     ],
 )
-def test_a_source_that_is_no_template_is_refused(source: str) -> None:
+def test_an_invalid_source_is_refused(source: str) -> None:
     with pytest.raises(ArtifactError, match=r"^the folder: is not a Jinja template"):
         ChatTemplate(source, origin="the folder")
 
