@@ -1,8 +1,8 @@
 """The tokenizer of an artifact, held against transformers' on the original checkpoint.
 
 The shipped files are opened as the runtime opens them, before anything slow is done. Compared are
-strings that tokenizers are known to treat differently, every added token with and without blanks
-around it, rendered chats, and the beginning of the held-out text. A part of them goes into the
+strings that tokenizers are known to treat differently, added tokens with and without blanks
+around them, rendered chats, and the beginning of the held-out text. A part of them goes into the
 artifact, where ``eoracc verify`` compares them again.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import EoraccError, ModelError, reason
 from eoracc.runtime.decode.codec import TOKENIZER_FILE, Codec
 from eoracc.runtime.packages import import_package
@@ -106,8 +107,9 @@ def ship_tokenizer(
       ModelError: the tokenizer cannot be shipped, or gives other tokens than transformers.
     """
     files = loaded.tokenizer_files(tokenizer)
-    hard = list(_hard_cases(tokenizer))
-    cases = [*hard, *_chat_cases(tokenizer), *_text_cases(tokenizer, held_out)]
+    with quiet():
+        hard = list(_hard_cases(tokenizer))
+        cases = [*hard, *_chat_cases(tokenizer), *_text_cases(tokenizer, held_out)]
     folder = files[0].parent
     difference = compare_tokens(Codec(folder), cases)
     if difference is not None:
