@@ -32,7 +32,7 @@ _PROMPT_TOKENS = 1024
 _PROMPT_LOGITS = 1 << 25
 """Logits of a row at most: 128 MiB."""
 
-_CACHE_BYTES = 1 << 28
+_CACHE_BYTES = 1 << 29
 """Size of a made-up cache at most."""
 
 _FLOAT_BYTES = 4

@@ -22,6 +22,7 @@ import numpy as np
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend.config import read_config
 from eoracc.compiler.frontend.files import first_line
+from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend_check.blocks import compared_blocks, first_blocks, shorten
 from eoracc.compiler.frontend_check.calls import Call, calls_for
 from eoracc.compiler.frontend_check.eager import EagerValues, run_eager
@@ -100,7 +101,8 @@ def _eager_values(
         eager = load_eager(
             loaded.folder, {}, trust_remote_code=loaded.trust_remote_code, config=config
         )
-        return [run_eager(eager, call, linears, past_shapes(model)) for call in calls]
+        with quiet():
+            return [run_eager(eager, call, linears, past_shapes(model)) for call in calls]
     except EoraccError:
         raise
     except Exception as error:

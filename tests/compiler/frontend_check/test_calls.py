@@ -82,8 +82,9 @@ def test_no_call_goes_beyond_the_positions() -> None:
 
 def test_a_cache_that_is_too_large_is_left_out() -> None:
     config = _config("mistral", sliding_window=1000)
-    assert _pasts(calls_for(config, block_parameters=10**9, cached_elements=67_000)) == [0, 0, 1000]
-    assert _pasts(calls_for(config, block_parameters=10**9, cached_elements=68_000)) == [0, 0]
+    for elements, pasts in ((134_000, [0, 0, 1000]), (135_000, [0, 0])):
+        calls = calls_for(config, block_parameters=10**9, cached_elements=elements)
+        assert _pasts(calls) == pasts
 
 
 def test_tokens_masks_and_caches() -> None:

@@ -119,6 +119,26 @@ def _count_from_the_step(loaded: LoadedModel) -> None:
     graph.insert_before(next(iter(graph)), first)
 
 
+def _mix_rows(loaded: LoadedModel) -> None:
+    """A factor that is 1 for the longest row of a batch alone."""
+    graph = loaded.model.graph
+    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    embedding = _nodes(loaded, "Gather")[0].outputs[0]
+    tape = ir.tape.Tape()
+    axis = tape.initializer(ir.tensor(np.array([1]), name="second_axis"))
+    rows = tape.initializer(ir.tensor(np.array([0]), name="first_axis"))
+    length = tape.op("ReduceSum", [mask, axis], {"keepdims": 1})
+    longest = tape.op("ReduceMax", [length, rows], {"keepdims": 1})
+    share = tape.op("Div", [tape.op("Cast", [value], {"to": 1}) for value in (length, longest)])
+    factor = tape.op("Unsqueeze", [share, axis])
+    for value in (length, longest):
+        value.type = ir.TensorType(ir.DataType.INT64)
+    for value in tape.initializers:
+        graph.register_initializer(value)
+    graph.insert_before(next(iter(graph)), tape.nodes)
+    _insert(loaded, embedding, "Mul", factor)
+
+
 def _forget_late_positions(loaded: LoadedModel) -> None:
     value = loaded.model.graph.initializers["model.rotary_emb.cos_cache"]
     assert value.const_value is not None
@@ -150,6 +170,7 @@ def _widen_window(loaded: LoadedModel) -> None:
         ("llama", _shift_last_norm, r"in the norm before the head, .*\(node inserted_Add "),
         ("llama", _scale_logits, r"in the head .*node inserted_Mul is off by 0\.001"),
         ("llama", _count_from_the_step, r"attention .* in a prompt and a step on its cache, round"),
+        ("llama", _mix_rows, r"block 0.*in a batch of two lengths, rounding"),
         ("extended", _forget_late_positions, r"rope_parameters \(llama3: .*after a cache of 64, r"),
         ("mistral", _widen_window, r"attention of block 0.*sliding_window 5 .*every call"),
     ],
