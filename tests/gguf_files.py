@@ -30,6 +30,7 @@ _MODEL_TYPES = {
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "stablelm": "stablelm",
 }
@@ -146,6 +147,8 @@ def _tensors(checkpoint: Path, config: dict[str, Any], architecture: str) -> dic
             value = halves.swapaxes(1, 2).reshape(tensor.shape)
         if architecture in _WITH_OFFSET and name.endswith("norm.weight"):
             value = value + 1
+        if name.endswith("shared_expert_gate.weight"):
+            value = value[0]
         stem, _, suffix = name.rpartition(".")
         if ".experts." in stem:  # stacked, in the order of the experts
             layer, kind = stem.split(".")[2], stem.split(".")[-1].removesuffix("_proj")

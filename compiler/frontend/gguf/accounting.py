@@ -63,7 +63,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "rope.scaling.yarn_attn_factor": (0.0, 1.0),
         "rope.scaling.yarn_beta_fast": (32.0,),
         "rope.scaling.yarn_beta_slow": (1.0,),
-        "rope.scaling.yarn_ext_factor": (0.0, 1.0),
+        "rope.scaling.yarn_ext_factor": (-1.0, 0.0),
         "rope.scaling.yarn_log_multiplier": (0.0,),
         "router_logit_softcapping": (0.0,),
         "tensor_data_layout": ("Meta AI original pth",),

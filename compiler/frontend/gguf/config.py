@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,8 @@ _PARTIAL_ROTARY = frozenset({"phi3", "stablelm", "nemotron"})
 _WITHOUT_SCALING = frozenset({"phi3"})
 """Their configuration takes LongRoPE and no other scaling."""
 
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+
 _GEMMA_27B_BLOCKS = MappingProxyType({"gemma2": 46, "gemma3": 62})
 """The one size of each whose queries are scaled by the width of the model per head."""
 
@@ -72,6 +75,7 @@ def loading_config(file: GgufFile) -> PretrainedConfig:
             f"{', '.join(EPSILONS)})"
         )
     sizes = {field: _size(file, key) for key, field in _COUNTS}
+    _check_blocks(file, sizes["num_hidden_layers"])
     sizes["num_key_value_heads"] = (
         file.integer(file.own("attention.head_count_kv")) or sizes["num_attention_heads"]
     )
@@ -123,12 +127,22 @@ def _size(file: GgufFile, key: str) -> int:
     return value
 
 
+def _check_blocks(file: GgufFile, count: int) -> None:
+    """Compare the number of blocks with the tensors, before anything is built for them."""
+    blocks = {int(number[1]) for number in map(_BLOCK.match, file.tensors) if number}
+    if len(blocks) != count or max(blocks, default=-1) != count - 1:
+        raise file.refusal(
+            f"key {file.own('block_count')} is {count}, and the file has tensors of "
+            f"{len(blocks)} blocks"
+        )
+
+
 def _epsilon(file: GgufFile) -> dict[str, float]:
     field, keys = EPSILONS[file.architecture]
     values = [file.real(file.own(key)) for key in keys]
     known = [value for value in values if value is not None]
-    if not known:
-        raise file.refusal(f"key {file.own(keys[0])} is missing")
+    if not known or known[0] <= 0:
+        raise file.refusal(f"key {file.own(keys[0])} is {known[0] if known else 'missing'}")
     return {field: known[0]}
 
 
@@ -190,6 +204,8 @@ def _set_rope(file: GgufFile, config: PretrainedConfig) -> None:
     elif local_theta is not None and local_theta != file.real(file.own("rope.freq_base")):
         raise file.refusal(f"key {local} has no place in the configuration of {config.model_type}")
     theta = file.real(file.own("rope.freq_base"))
+    if theta is not None and theta <= 0:
+        raise file.refusal(f"key {file.own('rope.freq_base')} is {theta}")
     if theta is not None:
         parameters["rope_theta"] = theta
     elif file.architecture != "gemma3":
@@ -217,6 +233,8 @@ def _set_window(file: GgufFile, config: PretrainedConfig) -> None:
     key = file.own("attention.sliding_window")
     pattern_key = key + "_pattern"
     window = file.integer(key) or None
+    if window is not None and window < 0:
+        raise file.refusal(f"key {key} is {window}")
     layer_types = _layer_types(file, pattern_key, config.num_hidden_layers)
     if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
         if file.architecture == "gemma3" and window is None:

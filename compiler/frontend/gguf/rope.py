@@ -85,7 +85,7 @@ def _yarn(file: GgufFile, *, factor: float, original: int) -> dict[str, Any]:
         if value is not None:
             parameters[field] = value
     extrapolation = file.own("rope.scaling.yarn_ext_factor")
-    if (file.real(extrapolation) or 1.0) != 1.0:
+    if file.real(extrapolation) not in (None, -1.0, 1.0):  # -1 stands for the default
         raise file.refusal(
             f"key {extrapolation} is not 1, and transformers' YaRN has no such field"
         )

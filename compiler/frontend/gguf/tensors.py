@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import reason
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PretrainedConfig
 
     from eoracc.compiler.frontend.gguf.reading import GgufFile
@@ -23,7 +26,7 @@ def match_tensors(file: GgufFile, config: PretrainedConfig) -> None:
     """Count the tensors that transformers loads as read, by its own table of names.
 
     Raises:
-      ModelError: a parameter of the model has no tensor in the file.
+      ModelError: a parameter of the model has no tensor in the file, or one of another size.
     """
     import torch  # noqa: PLC0415 - slow to import
     from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
@@ -43,7 +46,14 @@ def match_tensors(file: GgufFile, config: PretrainedConfig) -> None:
     stored = {*file.tensors, *(name.removesuffix(".weight") for name in file.tensors)}
     filled = {parameter for name, parameter in names.items() if name in stored}
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
-    for parameter in model.state_dict():
+    for parameter, weight in model.state_dict().items():
+        sources = [name for name in file.tensors if names.get(name) == parameter]
+        shape = file.shape(sources[0]) if sources else None
+        if shape is not None and math.prod(shape) != weight.numel():
+            raise file.refusal(
+                f"tensor {sources[0]} is {_times(shape)} where the keys of the file make it "
+                f"{_times(weight.shape)}"
+            )
         if parameter not in filled and parameter not in tied:
             name = next((name for name, target in names.items() if target == parameter), None)
             raise file.refusal(f"tensor {name or parameter} is missing")
@@ -52,3 +62,7 @@ def match_tensors(file: GgufFile, config: PretrainedConfig) -> None:
         for name in file.tensors
         if {name, name.removesuffix(".weight")} & names.keys() or name.endswith(_REMAINS)
     )
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -67,7 +67,7 @@ class Vocabulary:
         if kind == "llama" and merges is None and scores is None:
             raise file.refusal("key tokenizer.ggml.scores is missing")
         for name, values in (("token_type", self.types), ("scores", scores or [])):
-            if kind == "llama" and values and len(values) != len(self.tokens):
+            if values and len(values) != len(self.tokens):
                 raise file.refusal(
                     f"key tokenizer.ggml.{name} has {len(values)} values for {len(self.tokens)} "
                     "tokens"

@@ -78,6 +78,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer.ggml.eot_token_id": 999},
         f"eot_token_id is 999, and the vocabulary has {len(VOCABULARY)} tokens",
     ),
+    "fewer blocks": ({"{arch}.block_count": 1}, "is 1, and the file has tensors of 2 blocks"),
+    "many blocks": ({"{arch}.block_count": 10**9}, "has tensors of 2 blocks"),
+    "few token types": (
+        {"tokenizer.ggml.token_type": [3, 3]},
+        f"token_type has 2 values for {len(VOCABULARY)} tokens",
+    ),
+    "negative window": (
+        {"{arch}.attention.sliding_window": (-5, gguf.GGUFValueType.INT32)},
+        "attention.sliding_window is -5",
+    ),
+    "base of zero": ({"{arch}.rope.freq_base": 0.0}, r"rope.freq_base is 0\.0"),
+    "negative epsilon": (
+        {"{arch}.attention.layer_norm_rms_epsilon": -1.0},
+        r"layer_norm_rms_epsilon is -1\.0",
+    ),
+    "another width": (
+        {"{arch}.feed_forward_length": 40},
+        "tensor blk.0.ffn_gate.weight is 88 x 48 where the keys of the file make it 40 x 48",
+    ),
+    "another number of keys": (
+        {"{arch}.attention.head_count_kv": 3},
+        "tensor blk.0.attn_k.weight is 16 x 48 where the keys of the file make it 24 x 48",
+    ),
     "no head count": ({"{arch}.attention.head_count": None}, "attention.head_count is missing"),
     "no epsilon": (
         {"{arch}.attention.layer_norm_rms_epsilon": None},

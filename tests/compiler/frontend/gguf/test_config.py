@@ -10,6 +10,8 @@ import pytest
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend.gguf.convert import convert
 from eoracc.compiler.frontend.gguf.llama3 import llama3_divisors
+from eoracc.compiler.frontend.quiet import quiet
+from eoracc.errors import ModelError
 from tests.gguf_files import VOCABULARY, write_gguf
 from tests.tiny_models import tiny_model
 
@@ -187,3 +189,99 @@ def test_member_computes_what_the_checkpoint_computes(name: str, tmp_path: Path)
     given = reference_logits(load_eager(folder, {}), IDS)
     # The weights are equal; scalars were rounded to float32.
     np.testing.assert_allclose(given, expected, atol=1e-4 * np.abs(expected).max())
+
+
+COMMON = {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": len(VOCABULARY),
+    "max_position_embeddings": 128,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERT_KEYS = {
+    "{arch}.expert_count": 4,
+    "{arch}.expert_used_count": 2,
+    "{arch}.expert_feed_forward_length": 24,
+}
+PERIOD = {"{arch}.attention.sliding_window_pattern": 2}
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ministral": (
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {**WINDOW, **PERIOD},
+    ),
+    "nemotron": ({"norm_eps": 1e-3}, {}),
+    "qwen2_moe": (
+        {**EXPERTS, "shared_expert_intermediate_size": 40},
+        {
+            **EXPERT_KEYS,
+            "{arch}.expert_shared_feed_forward_length": 40,
+            "{arch}.expert_weights_norm": False,
+        },
+    ),
+    "qwen3_moe": (
+        {**EXPERTS, "head_dim": 8, "norm_topk_prob": True},
+        {**EXPERT_KEYS, "{arch}.expert_gating_func": 1},
+    ),
+    "stablelm": ({"use_qkv_bias": True, **rope("default", partial_rotary_factor=0.5)}, {}),
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_family_computes_what_the_checkpoint_computes(
+    model_type: str, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields, keys = OTHERS[model_type]
+    config = AutoConfig.for_model(model_type, **COMMON, **fields)
+    generator = torch.Generator().manual_seed(0)
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    with quiet():
+        model.save_pretrained(tmp_path / "model")
+    path = write_gguf(tmp_path / "model.gguf", tmp_path / "model", keys=keys)
+    folder = convert(path, tmp_path / "source")
+    expected = reference_logits(load_eager(tmp_path / "model", {}), IDS)
+    given = reference_logits(load_eager(folder, {}), IDS)
+    np.testing.assert_allclose(given, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "match"),
+    [
+        ("phi3", scaling("linear", 4.0), "rope scaling of type linear has no place"),
+        ("phi3", scaling("yarn", 4.0), "rope scaling of type yarn has no place"),
+        ("phi3", {**WINDOW, **PERIOD}, "sliding_window_pattern has no place"),
+        (
+            "gemma3",
+            {"{arch}.attention.sliding_window": None},
+            "attention.sliding_window is missing",
+        ),
+        ("gemma3", {**WINDOW, "{arch}.attention.scale": 0.3}, "attention.scale is not the root"),
+        ("llama_bias", WINDOW, "attention.sliding_window has no place .* Llama with biases"),
+        (
+            "qwen3",
+            {**WINDOW, "{arch}.attention.sliding_window_pattern": [True]},
+            "does not have one value for each of 2 blocks",
+        ),
+    ],
+)
+def test_family_that_cannot_hold_a_key(
+    family: str, keys: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    checkpoint = tiny_model(family, tmp_path / "model", vocab_size=len(VOCABULARY))
+    path = write_gguf(tmp_path / "model.gguf", checkpoint, keys=keys)
+    with pytest.raises(ModelError, match=match):
+        convert(path, tmp_path / "source")
