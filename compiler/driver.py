@@ -157,7 +157,11 @@ def _build(
         _check_gates(report, work)
         writer.write_report(report)
         manifest = writer.commit(
-            source={"model": config.model, "digest": made.digest},
+            source={
+                "model": config.model,
+                "model_type": made.model_type,
+                "digest": made.digest,
+            },
             config=config.resolved(),
             parity=report.parity,
         )
@@ -170,6 +174,7 @@ class _Made:
     """The results of a build that outlive its model, which is freed before parity is checked.
 
     Attributes:
+      model_type: of the checkpoint's configuration.
       digest: of the checkpoint.
       fidelity: scores on held-out text.
       linears: a report of each.
@@ -186,6 +191,7 @@ class _Made:
       notes: on the model, for the report.
     """
 
+    model_type: str
     digest: str
     fidelity: FidelityReport
     linears: list[LinearReport]
@@ -238,6 +244,7 @@ def _make(
     emitted, cases = _emit(job, solved)
     chat = ship_chat(inputs.chat, writer.folder, genai="onnxruntime" in config.targets)
     return _Made(
+        model_type=inputs.loaded.config.model_type,
         digest=inputs.loaded.digest,
         fidelity=fidelity,
         linears=[linear_report(linear) for linear in compressed.linears],

@@ -17,7 +17,12 @@ from eoracc.passes.solvers.factor_types import store_factors
 from eoracc.runtime.adapters.adapter import Adapter
 from eoracc.runtime.adapters.files import decode_adapter, encode_adapter, read_adapter
 from eoracc.runtime.adapters.peft_format import PEFT_WEIGHTS, encode_peft, read_peft
-from eoracc.runtime.adapters.peft_modules import linears_to_modules, modules_to_linears, read_layout
+from eoracc.runtime.adapters.peft_modules import (
+    ModuleLayout,
+    linears_to_modules,
+    modules_to_linears,
+    read_layout,
+)
 from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.artifact.manifest import read_manifest
 
@@ -61,7 +66,7 @@ def export_peft(artifact: Path, name: str, folder: Path) -> list[Path]:
       ArtifactError: there is no such adapter, it is damaged, or the folder cannot be made.
     """
     adapter = read_adapter(artifact, name)
-    files = encode_peft(linears_to_modules(adapter.factors, read_layout(artifact)))
+    files = encode_peft(linears_to_modules(adapter.factors, _layout(artifact)))
     origin = {
         "format": _FORMAT,
         "name": adapter.name,
@@ -147,7 +152,7 @@ def import_peft(
         )
     modules = read_peft(folder)
     floats = modules_to_linears(
-        modules, slots.linears, read_layout(artifact), place=str(folder / PEFT_WEIGHTS)
+        modules, slots.linears, _layout(artifact), place=str(folder / PEFT_WEIGHTS)
     )
     factors = {linear: round_factors(low_rank, stored_as) for linear, low_rank in floats.items()}  # type: ignore[arg-type]
     errors = {
@@ -285,3 +290,8 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
     return [folder / name for name in files]
+
+
+def _layout(artifact: Path) -> ModuleLayout:
+    model_type = read_manifest(artifact).source.get("model_type", "")
+    return read_layout(artifact, model_type)

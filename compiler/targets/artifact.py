@@ -262,7 +262,8 @@ class ArtifactWriter:
         """Write the manifest and move the finished folder to :attr:`output`.
 
         Args:
-          source: the checkpoint: ``model`` as configured and ``digest`` over its weights.
+          source: the checkpoint: ``model`` as configured, its ``model_type``, and ``digest`` over
+            its weights.
           config: the resolved model.yaml.
           parity: figures of the parity gate.
           packages: versions; None looks them up.

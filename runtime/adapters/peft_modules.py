@@ -34,8 +34,14 @@ _PARTS = MappingProxyType(
 )
 _FACTORS = ("v", "u")
 """Roles of the two linears of a factorised weight."""
-_STORED_WHOLE = ("phi3",)
-"""Families that store joined projections as one module."""
+_STORED_WHOLE = MappingProxyType(
+    {
+        "glm": frozenset({"gate_up_proj"}),
+        "glm4": frozenset({"gate_up_proj"}),
+        "phi3": frozenset(_PARTS),
+    }
+)
+"""By model type, the joined projections that transformers stores as one module."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,12 @@ class ModuleLayout:
     """How transformers stores a family's projections.
 
     Attributes:
-      stores_whole: whether query, key and value, and gate and up, are one module each.
+      wholes: the joined projections that are one module.
       query_heads: heads of the query.
       key_heads: heads of the key, and of the value.
     """
 
-    stores_whole: bool
+    wholes: frozenset[str]
     query_heads: int
     key_heads: int
 
@@ -69,18 +75,21 @@ class ModuleLayout:
         return (self.query_heads, self.key_heads, self.key_heads)
 
 
-def read_layout(folder: Path) -> ModuleLayout:
+def read_layout(folder: Path, model_type: str) -> ModuleLayout:
     """Layout of the model that an artifact was built from.
+
+    Args:
+      folder: the artifact.
+      model_type: of the checkpoint, as the manifest says.
 
     Raises:
       ArtifactError: genai_config.json is missing or damaged.
     """
     path = folder / CONFIG_FILE
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        decoder = model["decoder"]
+        decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
         return ModuleLayout(
-            stores_whole=model["type"] in _STORED_WHOLE,
+            wholes=_STORED_WHOLE.get(model_type, frozenset()),
             query_heads=int(decoder["num_attention_heads"]),
             key_heads=int(decoder["num_key_value_heads"]),
         )
@@ -105,9 +114,9 @@ def linears_to_modules(factors: Mapping[str, LowRank], layout: ModuleLayout) -> 
                 f"'{name}' is a factor of the weight of '{parent}', which transformers has in one "
                 "piece: such an adapter can be written as .onnx_adapter only"
             )
-        if layout.stores_whole and (whole := _whole_of(role)):
+        if (whole := _whole_of(role)) in layout.wholes:
             joined[f"{parent}.{whole}"][role] = own
-        elif not layout.stores_whole and role in _PARTS:
+        elif role in _PARTS and role not in layout.wholes:
             parts = split_rows(own, layout.rows(role, len(own.lora_b)))
             names = [f"{parent}.{part}" for part in _PARTS[role]]
             converted |= dict(zip(names, parts, strict=True))

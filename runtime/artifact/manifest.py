@@ -73,7 +73,8 @@ class Manifest:
 
     Attributes:
       files: every other file of the artifact by its path in it, with forward slashes.
-      source: the original checkpoint: ``model`` as configured and ``digest`` over its weights.
+      source: the original checkpoint: ``model`` as configured, its ``model_type``, and ``digest``
+        over its weights.
       config: the resolved model.yaml.
       packages: versions of the packages that the build used.
       parity: figures of the parity gate; empty if it was turned off.

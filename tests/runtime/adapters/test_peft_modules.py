@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-PARTS = ModuleLayout(stores_whole=False, query_heads=3, key_heads=1)
-WHOLE = ModuleLayout(stores_whole=True, query_heads=3, key_heads=1)
+PARTS = ModuleLayout(wholes=frozenset(), query_heads=3, key_heads=1)
+WHOLE = ModuleLayout(wholes=frozenset({"qkv_proj", "gate_up_proj"}), query_heads=3, key_heads=1)
+GATE_UP_WHOLE = ModuleLayout(wholes=frozenset({"gate_up_proj"}), query_heads=3, key_heads=1)
 BLOCK = "model.layers.0"
 ATTENTION = tuple(f"{BLOCK}.self_attn.{role}_proj" for role in "qkv")
 MLP = tuple(f"{BLOCK}.mlp.{role}_proj" for role in ("gate", "up"))
@@ -75,6 +76,14 @@ def test_parts_are_joined_for_a_family_that_stores_wholes(there: tuple[str, ...]
     np.testing.assert_allclose(modules[QKV].product(), stacked(factors, ATTENTION), rtol=1e-5)
     np.testing.assert_allclose(modules[GATE_UP].product(), stacked(factors, MLP), rtol=1e-5)
     assert modules[DOWN] is factors[DOWN]
+
+
+def test_one_projection_is_stored_whole_and_the_other_in_parts() -> None:
+    factors = draw(*ATTENTION, GATE_UP)
+    assert linears_to_modules(factors, GATE_UP_WHOLE) == factors
+    packed = draw(QKV, GATE_UP)
+    modules = linears_to_modules(packed, GATE_UP_WHOLE)
+    assert set(modules) == {*ATTENTION, GATE_UP}
 
 
 def test_wholes_are_taken_apart_where_the_artifact_has_parts() -> None:
@@ -132,13 +141,13 @@ def test_module_that_takes_no_adapter(name: str) -> None:
 def test_layout_is_read_from_the_artifact(tmp_path: Path) -> None:
     decoder = {"head_size": 8, "num_attention_heads": 3, "num_key_value_heads": 1}
     # Heads of 4 are padded in the cache, which the rows of the projections are not.
-    for family, expected in (("llama", PARTS), ("phi3", WHOLE)):
-        config = {"model": {"type": family, "decoder": decoder}}
-        (tmp_path / "genai_config.json").write_text(json.dumps(config))
-        assert read_layout(tmp_path) == expected
+    config = {"model": {"type": "decoder", "decoder": decoder}}
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    for family, expected in (("llama", PARTS), ("phi3", WHOLE), ("glm4", GATE_UP_WHOLE)):
+        assert read_layout(tmp_path, family) == expected
     (tmp_path / "genai_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="does not describe a decoder"):
-        read_layout(tmp_path)
+        read_layout(tmp_path, "llama")
 
 
 def test_factors_of_a_weight_are_no_modules() -> None:
