@@ -193,7 +193,7 @@ def test_old_fields(family: str, fields: dict[str, Any], tmp_path: Path) -> None
         (rope("su"), "no entry 'su'"),
         (longrope(short_factor=SHORT[:5]), "must match the size"),
         (longrope(original_max_position_embeddings=1), "division by zero"),
-        (rope("linear", factor=0.0), "its cosines are no finite numbers"),
+        (longrope(short_factor=[0.0] * 8), "its cosines are no finite numbers"),
         (rope("default", rope_theta=None), "unsupported operand"),
     ],
 )
