@@ -39,6 +39,12 @@ def _tool(days: Mapping[str, Any]) -> Mapping[str, Any]:
 
 _TOOL = _tool({"type": "integer", "description": "how many"})
 
+_NO_PARAMETERS: Mapping[str, Any] = {
+    "name": "time",
+    "description": "Time of day",
+    "parameters": {"type": "object", "properties": {}, "required": []},
+}
+
 _CALL: Mapping[str, Any] = {
     "id": "call12345",
     "type": "function",
@@ -102,6 +108,11 @@ _WITH_TOOLS = (
         "two tools, one with several types",
         _chat("Weather?"),
         ChatOptions(tools=[_TOOL, _tool({"type": ["integer", "null"]})]),
+    ),
+    Conversation(
+        "a tool without parameters",
+        _chat("Weather?"),
+        ChatOptions(tools=[{"type": "function", "function": _NO_PARAMETERS}]),
     ),
     Conversation(
         "a call of a tool",

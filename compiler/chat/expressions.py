@@ -65,6 +65,15 @@ _REWRITTEN = {
 }
 """Methods and filters by name and number of arguments, in terms of those that all engines have."""
 
+_JOIN_EMPTY = (
+    # Other engines break the line inside an empty object or list, where Python writes {} and [].
+    # The replaced text can only come from there: JSON escapes line ends inside strings.
+    "{%- set ns = namespace(text=text) -%}{%- for depth in range(16) -%}"
+    "{%- set inner = '\\n' ~ (' ' * (indent * (depth + 1))) ~ '\\n' ~ (' ' * (indent * depth)) -%}"
+    "{%- set ns.text = ns.text.split('{' ~ inner ~ '}')|join('{}') -%}"
+    "{%- set ns.text = ns.text.split('[' ~ inner ~ ']')|join('[]') -%}"
+    "{%- endfor -%}{{- ns.text -}}"
+)
 _MACROS = {
     "eoracc_capitalize": f"{{{{- {{{_UPPERCASE}}}.get(text[:1], text[:1]) ~ (text[1:]|lower) -}}}}",
     "eoracc_upper": (
@@ -73,8 +82,9 @@ _MACROS = {
         "{%- set ns.text = ns.text.split(lower)|join(upper) -%}"
         "{%- endfor -%}{{- ns.text -}}"
     ),
+    "eoracc_lines": _JOIN_EMPTY,
 }
-"""Bodies of macros of one argument, ``text``."""
+"""Bodies of macros of the arguments ``text`` and, for ``eoracc_lines``, ``indent``."""
 
 
 class UnportableError(ValueError):
@@ -99,7 +109,7 @@ class Expressions(NodeVisitor):
     def macros(self) -> list[str]:
         """Definitions of the macros that the expressions written so far call."""
         return [
-            f"{{%- macro {name}(text) -%}}{_MACROS[name]}{{%- endmacro -%}}"
+            f"{{%- macro {name}(text, indent=0) -%}}{_MACROS[name]}{{%- endmacro -%}}"
             for name in sorted(self._used)
         ]
 
@@ -225,7 +235,11 @@ class Expressions(NodeVisitor):
         if plain is not None:
             return plain
         arguments = self._arguments(node)
-        return f"({value}|{name}{f'({arguments})' if arguments else ''})"
+        text = f"({value}|{name}{f'({arguments})' if arguments else ''})"
+        if name == "tojson" and arguments.startswith("indent="):
+            self._used.add("eoracc_lines")
+            return f"eoracc_lines({text}, {arguments})"
+        return text
 
     def visit_Call(self, node: nodes.Call) -> str:
         if isinstance(node.node, nodes.Getattr) and not node.kwargs:

@@ -54,6 +54,7 @@ REWRITTEN = [
     "1 < 2 < 3",
     "m | tojson(ensure_ascii=false, indent=none)",
     "m | tojson(indent=2)",
+    "{'a': {}, 'b': [[], {'c': {}}], 'd': t} | tojson(indent=4)",
     "t.split('</think>')[-1].lstrip('\\n') | trim",
     "'it\\'s' ~ \"\\\"\" ~ '\\n\\t\\\\' ~ '\\u00e9' ~ 1 ~ true",
     "(1 + 2) * 3 - 4 // 2 % 3 + -1",
