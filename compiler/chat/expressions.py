@@ -121,6 +121,20 @@ class Expressions(NodeVisitor):
         """
         return str(self.visit(node))
 
+    def condition(self, node: nodes.Node) -> str:
+        """An expression of which only its truth counts: elsewhere an empty dictionary is true.
+
+        Raises:
+          UnportableError: it has a kind of node that cannot be written.
+        """
+        if isinstance(node, nodes.And | nodes.Or):
+            operator = _OPERATORS[type(node)]
+            return f"({self.condition(node.left)} {operator} {self.condition(node.right)})"
+        text = self.write(node)
+        if isinstance(node, nodes.Name | nodes.Getattr | nodes.Getitem):
+            return f"({text} and {text} != {{}})"
+        return text
+
     @override
     def generic_visit(self, node: nodes.Node, *args: object, **kwargs: object) -> str:
         if isinstance(node, nodes.BinExpr):
@@ -171,7 +185,7 @@ class Expressions(NodeVisitor):
     # --- operators --------------------------------------------------------------------------------
 
     def visit_Not(self, node: nodes.Not) -> str:
-        return f"(not {self.write(node.node)})"
+        return f"(not {self.condition(node.node)})"
 
     def visit_Neg(self, node: nodes.Neg) -> str:
         return f"(-{self.write(node.node)})"
@@ -185,7 +199,7 @@ class Expressions(NodeVisitor):
     def visit_CondExpr(self, node: nodes.CondExpr) -> str:
         # Without another value it is undefined, which is the empty text in all uses but a test.
         other = "''" if node.expr2 is None else self.write(node.expr2)
-        return f"({self.write(node.expr1)} if {self.write(node.test)} else {other})"
+        return f"({self.write(node.expr1)} if {self.condition(node.test)} else {other})"
 
     def visit_Compare(self, node: nodes.Compare) -> str:
         parts = []

@@ -88,13 +88,14 @@ class _Statements(NodeVisitor):
     def visit_If(self, node: nodes.If) -> list[str]:
         lines = []
         for word, branch in [("if", node), *(("elif", branch) for branch in node.elif_)]:
-            lines += [f"{{%- {word} {self._text(branch.test)} -%}}", *self._inner(branch.body)]
+            test = self.expressions.condition(branch.test)
+            lines += [f"{{%- {word} {test} -%}}", *self._inner(branch.body)]
         if node.else_:
             lines += ["{%- else -%}", *self._inner(node.else_)]
         return [*lines, "{%- endif -%}"]
 
     def visit_For(self, node: nodes.For) -> list[str]:
-        test = "" if node.test is None else f" if {self._text(node.test)}"
+        test = "" if node.test is None else f" if {self.expressions.condition(node.test)}"
         recursive = " recursive" if node.recursive else ""
         loop = f"{self._text(node.target)} in {self._text(node.iter)}{test}{recursive}"
         lines = [f"{{%- for {loop} -%}}", *self._inner(node.body)]

@@ -48,6 +48,8 @@ REWRITTEN = [
     "(t.split('</think>') | first).rstrip('a') ~ (t.split('</think>') | last)",
     "(t | first) ~ (t | last) ~ ([1, 2] | first)",
     "m is sequence",
+    "'full' if m and {'a': {}}.a or missing else 'empty'",
+    "not {'a': {}}['a'] and not t",
     "missing is undefined",
     "3 is odd and 4 is even",
     "t is eq('plain user') or t is ne('')",
