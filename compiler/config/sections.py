@@ -182,7 +182,8 @@ class VerifyConfig(HeldOutConfig):
     limits: Limits = Limits()
     """Fidelity limits."""
     parity: bool = True
-    """Whether to compare the artifact with the compressed model in eager PyTorch."""
+    """Whether to compare the artifact with the compressed model in eager PyTorch. The loaded graph
+    is compared with the original either way."""
 
 
 TargetName = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
