@@ -32,17 +32,12 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 """The pattern by which ``ByteLevel`` with ``use_regex`` splits."""
 
 
-_READERS = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken"}
-"""Packages that transformers reads other forms of tokenizers with."""
-
-
 def tokenizer_advice(folder: Path) -> str:
     """What to do where transformers cannot read a checkpoint's tokenizer, after a colon."""
-    if not (folder / TOKENIZER_FILE).is_file():
-        for pattern, package in _READERS.items():
-            names = sorted(path.name for path in folder.glob(pattern))
-            if names and importlib.util.find_spec(package) is None:
-                return f"install {package}, which reads {names[0]}, or add {TOKENIZER_FILE}"
+    names = sorted(path.name for path in folder.glob("*.tiktoken"))
+    is_needed = names and not (folder / TOKENIZER_FILE).is_file()
+    if is_needed and importlib.util.find_spec("tiktoken") is None:
+        return f"install tiktoken, which reads {names[0]}, or add {TOKENIZER_FILE}"
     return f"add {TOKENIZER_FILE} and {CONFIG_FILE}"
 
 

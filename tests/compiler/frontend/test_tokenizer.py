@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Whitespace
 
@@ -25,6 +27,7 @@ TEXTS = (
     "   ",
     "",
 )
+WORDS = "the cat sat on a mat and then it ran over three hills in 1999"
 
 
 def opened(folder: Path) -> Any:  # noqa: ANN401 - transformers has no types for it
@@ -110,6 +113,39 @@ def test_config_is_that_of_the_checkpoint_or_the_least(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
+def test_tokenizer_model_alone(tmp_path: Path) -> None:
+    """A checkpoint with SentencePiece's own file: its tokens are those of SentencePiece."""
+    model = io.BytesIO()
+    words = WORDS.split()
+    lines = [" ".join(words[i % 7 :] + words[: i % 5]) for i in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = opened(source)
+    write_tokenizer(tokenizer, source, tmp_path / "out")
+    codec = Codec(tmp_path / "out")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for text in ("the cat", "then three hills ran", "in 1999", "日本 é", "mat\tx"):
+        tokens = codec.encode(text, special=False)
+        assert tokens == processor.encode(text) == tokenizer.encode(text, add_special_tokens=False)
+        assert codec.decode(tokens) == text
+
+
 def test_python_code_is_refused(tmp_path: Path) -> None:
     from transformers import ByT5Tokenizer
 
@@ -119,7 +155,7 @@ def test_python_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_packages_that_read_other_forms_are_named(
+def test_the_package_that_reads_tiktoken_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = ["tiktoken"]
@@ -130,11 +166,8 @@ def test_packages_that_read_other_forms_are_named(
     assert tokenizer_advice(tmp_path) == least
     (tmp_path / "vocabulary.tiktoken").touch()
     assert tokenizer_advice(tmp_path) == least
-    (tmp_path / "tokenizer.model").touch()
-    advice = "install sentencepiece, which reads tokenizer.model, or add tokenizer.json"
-    assert tokenizer_advice(tmp_path) == advice
     installed.clear()
-    (tmp_path / "tokenizer.model").unlink()
-    assert tokenizer_advice(tmp_path).startswith("install tiktoken, which reads vocabulary.tikt")
+    advice = "install tiktoken, which reads vocabulary.tiktoken, or add tokenizer.json"
+    assert tokenizer_advice(tmp_path) == advice
     (tmp_path / "tokenizer.json").touch()
     assert tokenizer_advice(tmp_path) == least
