@@ -16,13 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["check_kind", "refuse_unread_keys", "refuse_unread_tensors"]
 
 _DESCRIPTIONS = (
-    # Where the model comes from and what it is called.
-    r"general\.(name|author|version|organization|finetune|basename|description|quantized_by)",
-    r"general\.(size_label|parameter_count|license|license\.name|license\.link|tags|languages)",
-    r"general\.(url|doi|uuid|repo_url|datasets|base_models?)",
-    r"general\.(source|base_model|dataset)\.[\w.-]+",
-    # How it is stored: the tensors say the same.
-    r"general\.(type|alignment|file_type|quantization_version)",
+    # Where the model comes from, what it is called, and how it is stored: the tensors say the same.
+    r"general\.(?!architecture$|sampling\.).+",
     r"quantize\.imatrix\.\w+",
     r"split\.\w+(\.count)?",
     # Defaults of samplers that generation_config.json has no field for.

@@ -134,6 +134,7 @@ HARMLESS: dict[str, Any] = {
     "general.name": "A name",
     "general.base_model.0.repo_url": "https://example.org",
     "general.tags": ["a", "b"],
+    "general.converted_by": "a tool",
     "general.quantization_version": 2,
     "general.file_type": 0,
     "general.sampling.mirostat": 0,
