@@ -219,7 +219,7 @@ def _make(
     """Load, compress, solve adapters and write; what parity will be checked against is recorded."""
     for name in config.targets:
         TARGETS[name].require()
-    inputs = _load(config, config_dir, work, progress)
+    inputs = _load(config, config_dir, work, writer.folder, progress)
     graphs.keep("frontend", inputs.loaded.model)
     original = Executor(inputs.loaded.model.clone())
     compressed = compress(
@@ -240,7 +240,6 @@ def _make(
         progress=progress,
         graphs=graphs,
     )
-    writer.copy(inputs.tokenizer.files)
     emitted, cases = _emit(job, solved)
     chat = ship_chat(inputs.chat, writer.folder, genai="onnxruntime" in config.targets)
     return _Made(
@@ -283,8 +282,10 @@ class _Inputs:
     tasks: list[Task]
 
 
-def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress) -> _Inputs:
-    """Read the checkpoint, check its graph, and read all texts."""
+def _load(
+    config: BuildConfig, config_dir: Path, work: Path, artifact: Path, progress: Progress
+) -> _Inputs:
+    """Read the checkpoint, check its graph, write its tokenizer, and read all texts."""
     with progress.phase("load", 1) as phase:
         loaded = load(
             config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
@@ -300,6 +301,7 @@ def _load(config: BuildConfig, config_dir: Path, work: Path, progress: Progress)
     shipped = ship_tokenizer(
         loaded,
         tokenizer,
+        artifact,
         held_out=read_documents(
             config.verify.held_out_text(config.calibration),
             tokenizer,

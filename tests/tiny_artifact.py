@@ -176,7 +176,7 @@ def write_tiny_artifact(
     )
     with ArtifactWriter(work / "artifact") as writer:
         writer.write_model(lowered)
-        writer.copy(ship_tokenizer(loaded, loaded.tokenizer()).files)
+        ship_tokenizer(loaded, loaded.tokenizer(), writer.folder)
         library = writer.write_library(library_path())
         writer.write_genai_config(genai_config(loaded.config, lowered, custom_ops_library=library))
         writer.write_report(

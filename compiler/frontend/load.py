@@ -63,7 +63,6 @@ class LoadedModel:
       config: its transformers configuration.
       generation: its generation_config.json; None where it has none.
       digest: sha256 over config.json and the weight files, hexadecimal.
-      work: the folder that the checkpoint was loaded with.
       trust_remote_code: whether code that the checkpoint brings may run.
     """
 
@@ -72,29 +71,29 @@ class LoadedModel:
     config: PretrainedConfig
     generation: GenerationConfig | None
     digest: str
-    work: Path
     trust_remote_code: bool = False
 
-    def tokenizer_files(self, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
-        """The files that an artifact needs to tokenize, chat and generate like the checkpoint.
+    def write_tokenizer(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[Path]:
+        """Write the files that an artifact needs to tokenize, chat and generate.
 
         Args:
           tokenizer: of :meth:`tokenizer`.
+          folder: where to write; created.
 
         Returns:
-          Files in ``work/tokenizer``, tokenizer.json first.
+          The files, tokenizer.json first.
 
         Raises:
           ModelError: the tokenizer cannot be written, see
             :mod:`eoracc.compiler.frontend.tokenizer`.
         """
-        folder = self.work / "tokenizer"
-        shutil.rmtree(folder, ignore_errors=True)
-        written = write_tokenizer(tokenizer, self.folder, folder)
-        for name in _TOKENIZER_FILES:
-            if (self.folder / name).is_file() and not (folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
-        return [*written, *sorted(set(folder.iterdir()) - set(written))]
+        files = write_tokenizer(tokenizer, self.folder, folder)
+        for name in sorted(_TOKENIZER_FILES):
+            source, path = self.folder / name, folder / name
+            if source.is_file() and path not in files:
+                shutil.copyfile(source, path)
+                files.append(path)
+        return files
 
     def limits(self) -> TokenLimits:
         """The tokens and the windows that the model takes."""
@@ -155,7 +154,6 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
         config=config,
         generation=generation,
         digest=digest_files([folder / "config.json", *weights]),
-        work=work,
         trust_remote_code=trust_remote_code,
     )
 

@@ -76,16 +76,13 @@ _CHATS = (
 
 @dataclass(frozen=True)
 class ShippedTokenizer:
-    """The tokenizer files of an artifact, seen to give transformers' tokens.
+    """The tokenizer of an artifact, which has been compared with transformers'.
 
     Attributes:
-      files: to copy into the artifact, the record of :mod:`eoracc.runtime.parity.tokens` among
-        them.
       cases: what transformers gives, for other tokenizers to be compared with.
       notes: what there is to say about the checkpoint's own files.
     """
 
-    files: Sequence[Path]
     cases: Sequence[TokenCase]
     notes: Sequence[str] = field(default=())
 
@@ -93,24 +90,27 @@ class ShippedTokenizer:
 def ship_tokenizer(
     loaded: LoadedModel,
     tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
     *,
     held_out: Iterable[str] = (),
 ) -> ShippedTokenizer:
-    """Write a checkpoint's tokenizer for an artifact, and compare it with transformers'.
+    """Write a checkpoint's tokenizer into an artifact, and compare it with transformers'.
+
+    A record for later comparisons goes beside it, see :mod:`eoracc.runtime.parity.tokens`.
 
     Args:
       loaded: the checkpoint.
       tokenizer: its tokenizer in transformers.
+      folder: of the artifact.
       held_out: texts; the beginning is compared.
 
     Raises:
       ModelError: the tokenizer cannot be shipped, or gives other tokens than transformers.
     """
-    files = loaded.tokenizer_files(tokenizer)
+    loaded.write_tokenizer(tokenizer, folder)
     with quiet():
         hard = list(_hard_cases(tokenizer))
         cases = [*hard, *_chat_cases(tokenizer), *_text_cases(tokenizer, held_out)]
-    folder = files[0].parent
     difference = compare_tokens(Codec(folder), cases)
     if difference is not None:
         raise ModelError(
@@ -118,8 +118,8 @@ def ship_tokenizer(
             f"{type(tokenizer).__name__}, so that the artifact would compute other tokens: "
             f"{difference}"
         )
+    write_token_cases(folder, hard)
     return ShippedTokenizer(
-        files=[*files, write_token_cases(folder, hard)],
         cases=cases,
         notes=_notes(loaded.folder, tokenizer, hard),
     )

@@ -98,12 +98,11 @@ def compare_tokens(codec: Codec, cases: Iterable[TokenCase]) -> TokenDifference 
     return None
 
 
-def write_token_cases(folder: Path, cases: Iterable[TokenCase]) -> Path:
-    """Write a record into ``folder``; returns its path."""
+def write_token_cases(folder: Path, cases: Iterable[TokenCase]) -> None:
+    """Write a record into ``folder``."""
     content = {"format": _FORMAT, "schema": _SCHEMA, "cases": [asdict(case) for case in cases]}
-    path = folder / TOKENS_FILE
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    text = json.dumps(content, ensure_ascii=False) + "\n"
+    (folder / TOKENS_FILE).write_text(text, encoding="utf-8")
 
 
 def read_token_cases(folder: Path) -> list[TokenCase]:

@@ -138,7 +138,7 @@ QUANTIZATION = NewPass(
         limit: Annotated[float, Field(gt=0)] = 9
 
         @override
-        def requantize(self, weight, gram):
+        def solve(self, weight, gram):
             return self.round_to_nearest(weight.clip(-self.limit, self.limit))
     ''',
     [

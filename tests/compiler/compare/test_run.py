@@ -270,14 +270,14 @@ def test_no_other_text(workspace: Path) -> None:
         ({}, [], ["6"], ConfigError, r"^there are no methods to compare: give --methods none"),
         ({}, ["eora"], [], ConfigError, r"^there are no budgets to compare at: give --budgets 3"),
         (
-            {"ood": {"text": "gone.txt"}},
+            {"ood": {"text": "gone.txt", "window_length": 32}},
             ["none"],
             [],
             DataError,
             r"gone\.txt",
         ),
         (
-            {"ood": {"text": "text.txt", "windows": 9000}},
+            {"ood": {"text": "text.txt", "windows": 9000, "window_length": 32}},
             ["none"],
             [],
             DataError,

@@ -122,14 +122,14 @@ def test_tokenizer_files(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no tokenizer that can be read"):
         loaded.tokenizer()
     write_byte_tokenizer(checkpoint, chat=True)
-    files = loaded.tokenizer_files(loaded.tokenizer())
+    files = loaded.write_tokenizer(loaded.tokenizer(), tmp_path / "out")
     assert [path.name for path in files] == [
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
         "generation_config.json",
     ]
-    assert {path.parent for path in files} == {tmp_path / "work" / "tokenizer"}
+    assert {path.parent for path in files} == {tmp_path / "out"}
 
 
 def test_tokenizer_that_loads_and_cannot_tokenize(checkpoint: Path, tmp_path: Path) -> None:

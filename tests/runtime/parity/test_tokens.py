@@ -82,7 +82,8 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_records(tmp_path: Path, change: dict[str, Any]) -> None:
-    path = write_token_cases(tmp_path, [CASE])
+    write_token_cases(tmp_path, [CASE])
+    path = tmp_path / TOKENS_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError, match=TOKENS_FILE):
         read_token_cases(tmp_path)

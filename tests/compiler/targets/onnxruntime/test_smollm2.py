@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,8 +43,7 @@ def artifact(source: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> P
     ir.save(lowered, folder / "model.onnx", external_data="model.onnx.data")
     content = genai_config(source.config, lowered, generation=source.generation)
     (folder / "genai_config.json").write_text(json.dumps(content))
-    for path in source.tokenizer_files(source.tokenizer()):
-        shutil.copy(path, folder)
+    source.write_tokenizer(source.tokenizer(), folder)
     return folder
 
 
