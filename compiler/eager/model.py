@@ -16,6 +16,7 @@ import torch
 from typing_extensions import override
 
 from eoracc.compiler.frontend.quiet import quiet
+from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.errors import ModelError
 from eoracc.passes.graph.names import PARTS
 
@@ -282,9 +283,8 @@ def reference_logits(
 
 
 def _is_long_rope(config: PretrainedConfig) -> bool:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = (parameters, *(kind for kind in parameters.values() if isinstance(kind, dict)))
-    return any(kind.get("rope_type") == "longrope" for kind in kinds)
+    sections = rope_sections(config)
+    return any(section.get("rope_type") == "longrope" for section in sections)
 
 
 def _batch_logits(

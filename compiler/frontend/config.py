@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.frontend.files import complaint, read_json_object
 from eoracc.compiler.frontend.quiet import quiet
+from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.errors import ModelError
 
 if TYPE_CHECKING:
@@ -135,9 +136,7 @@ def _check_numbers(path: Path, config: PretrainedConfig) -> None:
         is_epsilon = name.endswith(("norm_eps", "norm_epsilon"))
         if is_epsilon and value is not None and not 0 <= value < math.inf:
             raise ModelError(f"{path}: field {name} is {value}: it must not be negative")
-    rope = fields.get("rope_parameters") or {}
-    sections = [rope, *(section for section in rope.values() if isinstance(section, dict))]
-    for section in sections:
+    for section in (fields.get("rope_parameters") or {}, *rope_sections(config)):
         for name in _ROPE_NUMBERS:
             value = section.get(name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.runtime.artifact.long_rope import LongRope
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ def context_notes(config: PretrainedConfig, metadata: Mapping[str, str]) -> list
             "changes the keys of a cache"
         )
         return [note]
-    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-    if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+    sections = rope_sections(config)
+    if any(section.get("rope_type") == "dynamic" for section in sections):
         note = (
             f"texts have up to {config.max_position_embeddings} tokens (max_position_embeddings): "
             "beyond, dynamic NTK changes the keys of a cache with every token"

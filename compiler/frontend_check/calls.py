@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from eoracc.compiler.frontend.rope_parameters import rope_sections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PretrainedConfig
 
-__all__ = ["Call", "calls_for", "original_positions", "rope_sections", "window_of"]
+__all__ = ["Call", "calls_for", "original_positions", "window_of"]
 
 _PROMPT = 24
 """Tokens of a prompt that need not pass anything."""
@@ -137,13 +138,6 @@ def original_positions(config: PretrainedConfig) -> int:
     own = getattr(config, "original_max_position_embeddings", None)
     lengths = [
         own,
-        *(rope.get("original_max_position_embeddings") for rope in rope_sections(config)),
+        *(section.get("original_max_position_embeddings") for section in rope_sections(config)),
     ]
     return int(next((length for length in lengths if length), 0))
-
-
-def rope_sections(config: PretrainedConfig) -> Iterator[Mapping[str, Any]]:
-    """The parameters of the rotary embedding, once for each type of layer that has its own."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [section for section in rope.values() if isinstance(section, Mapping)]
-    yield from nested or ([rope] if rope else [])

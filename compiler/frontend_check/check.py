@@ -94,7 +94,7 @@ def _eager_values(
     loaded: LoadedModel, model: ir.Model, calls: Sequence[Call], blocks: int
 ) -> list[list[EagerValues]]:
     """By call and row. The eager model is gone afterwards."""
-    linears = [linear.name for linear in find_linears(model)]
+    linears, shapes = [linear.name for linear in find_linears(model)], past_shapes(model)
     config = read_config(loaded.folder, trust_remote_code=loaded.trust_remote_code)
     shorten(config, blocks)
     try:
@@ -102,7 +102,7 @@ def _eager_values(
             loaded.folder, {}, trust_remote_code=loaded.trust_remote_code, config=config
         )
         with quiet():
-            return [run_eager(eager, call, linears, past_shapes(model)) for call in calls]
+            return [run_eager(eager, call, linears, shapes) for call in calls]
     except EoraccError:
         raise
     except Exception as error:

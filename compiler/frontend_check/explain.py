@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from eoracc.compiler.frontend_check.calls import Call, rope_sections
+from eoracc.compiler.frontend.rope_parameters import rope_sections
+from eoracc.compiler.frontend_check.calls import Call
 
 if TYPE_CHECKING:
     import onnx_ir as ir

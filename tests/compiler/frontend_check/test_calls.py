@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.compiler.frontend_check.calls import (
     Call,
     calls_for,
     original_positions,
-    rope_sections,
     window_of,
 )
 
