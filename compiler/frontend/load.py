@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["LoadedModel", "load"]
 
 _TOKENIZER_FILES = (
-    "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -89,10 +88,9 @@ class LoadedModel:
         """
         files = write_tokenizer(tokenizer, self.folder, folder)
         for name in sorted(_TOKENIZER_FILES):
-            source, path = self.folder / name, folder / name
-            if source.is_file() and path not in files:
-                shutil.copyfile(source, path)
-                files.append(path)
+            source = self.folder / name
+            if source.is_file():
+                files.append(shutil.copyfile(source, folder / name))
         return files
 
     def limits(self) -> TokenLimits:
@@ -146,7 +144,7 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
         folder, tensors, tie_word_embeddings=bool(config.tie_word_embeddings)
     )
     model = build_graph(folder, config, tensors)
-    repair(model, config, folder=folder, weight_files=weights)
+    repair(model, config, folder=folder, tensors=tensors)
     _check_finite(model)
     return LoadedModel(
         model=model,

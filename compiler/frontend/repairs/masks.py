@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.passes.graph.names import WINDOW_KEY
-from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.graph.tensors import constant
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -109,7 +109,4 @@ class _Masks:
         return tape.op("Squeeze", [tape.op("Shape", [source], {"start": 1, "end": 2})])
 
     def _constant(self, role: str, value: int | list[int]) -> ir.Value:
-        name = f"mask.{role}"
-        if name in self._graph.initializers:
-            return self._graph.initializers[name]
-        return register_tensor(self._graph, ir.tensor(np.array(value), name=name))
+        return constant(self._graph, f"mask.{role}", np.array(value))

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from safetensors import safe_open
 
 from eoracc.compiler.frontend.repairs.rotary import projections
 from eoracc.errors import ModelError
-from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.graph.tensors import constant, register_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from numpy.typing import NDArray
     from transformers import PretrainedConfig
 
@@ -23,7 +23,7 @@ __all__ = ["add_query_norms"]
 
 
 def add_query_norms(
-    model: ir.Model, config: PretrainedConfig, folder: Path, weight_files: Sequence[Path]
+    model: ir.Model, config: PretrainedConfig, folder: Path, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Normalise queries and keys before they are rotated, where the configuration says so.
 
@@ -36,7 +36,6 @@ def add_query_norms(
         return
     graph = model.graph
     attentions = [node for node in graph if node.op_type == "Attention"]
-    weights = _read_weights(weight_files)
     for layer, attention in enumerate(attentions):
         query, key, _ = projections(attention)
         for role, value, heads in (
@@ -44,24 +43,14 @@ def add_query_norms(
             ("k_norm", key, config.num_key_value_heads),
         ):
             name = f"model.layers.{layer}.self_attn.{role}.weight"
-            weight = weights.get(name)
+            weight = tensors.get(name)
             if weight is None or len(weight) != heads:
                 raise ModelError(
                     f"{folder}: the checkpoint has no tensor {name} of {heads} heads, which its "
                     "config asks for"
                 )
-            tensor = register_tensor(graph, ir.tensor(weight, name=name))
+            tensor = register_tensor(graph, ir.tensor(weight.float().numpy(), name=name))
             _normalise(graph, value, tensor, epsilon=config.layer_norm_eps)
-
-
-def _read_weights(files: Sequence[Path]) -> dict[str, NDArray[np.float32]]:
-    weights = {}
-    for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if name.endswith(("self_attn.q_norm.weight", "self_attn.k_norm.weight")):
-                    weights[name] = tensors.get_tensor(name).float().numpy()
-    return weights
 
 
 def _normalise(graph: ir.Graph, value: ir.Value, weight: ir.Value, *, epsilon: float) -> None:
@@ -89,7 +78,4 @@ def _normalise(graph: ir.Graph, value: ir.Value, weight: ir.Value, *, epsilon: f
 
 
 def _constant(graph: ir.Graph, role: str, content: list[int] | NDArray[np.float32]) -> ir.Value:
-    name = f"query_norms.{role}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    return register_tensor(graph, ir.tensor(np.array(content), name=name))
+    return constant(graph, f"query_norms.{role}", np.array(content))

@@ -21,19 +21,30 @@ from eoracc.compiler.frontend.repairs.scales import (
 from eoracc.compiler.frontend.repairs.tensors import restore_biases, restore_tie
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx_ir as ir
+    import torch
     from transformers import PretrainedConfig
 
 __all__ = ["repair"]
 
 
 def repair(
-    model: ir.Model, config: PretrainedConfig, *, folder: Path, weight_files: Sequence[Path]
+    model: ir.Model,
+    config: PretrainedConfig,
+    *,
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Repair the graph that mobius built from ``folder``, so that it equals the eager model.
+
+    Args:
+      model: changed in place.
+      config: of the checkpoint.
+      folder: the checkpoint, for messages.
+      tensors: of the checkpoint.
 
     Raises:
       ModelError: the checkpoint has tensors or options that the graph has no place for.
@@ -42,11 +53,11 @@ def repair(
     restore_names(model, config)
     restore_masks(model, config)
     restore_rotary_layout(model, config)
-    add_query_norms(model, config, folder, weight_files)
+    add_query_norms(model, config, folder, tensors)
     restore_clipping(model, config)
     restore_logit_cap(model, config)
     restore_tie(model, config)
-    restore_biases(model, config, folder, weight_files)
+    restore_biases(model, config, folder, tensors)
     restore_embedding_scale(model, config)
     restore_attention_scale(model, config)
     restore_rope(model, config, folder)

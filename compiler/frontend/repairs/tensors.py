@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from safetensors import safe_open
 
 from eoracc.errors import ModelError
 from eoracc.passes.graph.linears import find_linears
@@ -14,9 +13,10 @@ from eoracc.passes.graph.names import PARTS
 from eoracc.passes.graph.tensors import register_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from numpy.typing import NDArray
     from transformers import PretrainedConfig
 
@@ -51,30 +51,26 @@ _BIAS_FLAGS = {
 
 
 def restore_biases(
-    model: ir.Model, config: PretrainedConfig, folder: Path, weight_files: Sequence[Path]
+    model: ir.Model, config: PretrainedConfig, folder: Path, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Add the biases that mobius drops (Llama's ``mlp_bias``); refuse any other lost tensor."""
     linears = {linear.name: linear for linear in find_linears(model)}
-    for path in weight_files:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                module, _, kind = name.rpartition(".")
-                if _is_placed(name, model.graph) or (module in linears and kind == "weight"):
-                    continue
-                if module not in linears or kind != "bias":
-                    raise ModelError(
-                        f"{folder}: tensor {name} has no place in the graph: "
-                        "this variant of the architecture is not supported"
-                    )
-                flag = _BIAS_FLAGS.get(linears[module].role, "")
-                if getattr(config, flag, None) is False:
-                    raise ModelError(
-                        f"{folder}: tensor {name} is in the checkpoint, and {flag} in its "
-                        "config.json is false, so that transformers leaves it out: correct one of "
-                        "the two"
-                    )
-                bias = tensors.get_tensor(name).float().numpy()
-                _add_bias(model.graph, linears[module].node, name, bias)
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if _is_placed(name, model.graph) or (module in linears and kind == "weight"):
+            continue
+        if module not in linears or kind != "bias":
+            raise ModelError(
+                f"{folder}: tensor {name} has no place in the graph: "
+                "this variant of the architecture is not supported"
+            )
+        flag = _BIAS_FLAGS.get(linears[module].role, "")
+        if getattr(config, flag, None) is False:
+            raise ModelError(
+                f"{folder}: tensor {name} is in the checkpoint, and {flag} in its config.json is "
+                "false, so that transformers leaves it out: correct one of the two"
+            )
+        _add_bias(model.graph, linears[module].node, name, tensor.float().numpy())
 
 
 def _is_placed(name: str, graph: ir.Graph) -> bool:

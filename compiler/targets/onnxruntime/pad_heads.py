@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.graph.tensors import constant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -97,7 +97,4 @@ def _describe(value: ir.Value, like: ir.Value, width: int) -> None:
 
 
 def _constant(graph: ir.Graph, role: str, content: list[int]) -> ir.Value:
-    name = f"heads.{role}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    return register_tensor(graph, ir.tensor(np.array(content, np.int64), name=name))
+    return constant(graph, f"heads.{role}", np.array(content, np.int64))

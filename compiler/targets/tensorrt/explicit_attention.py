@@ -13,25 +13,23 @@ that is padding sees a valid one too, so that no softmax is of nothing: every ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from eoracc.errors import PassError
 from eoracc.passes.graph.names import WINDOW_KEY
-from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.graph.tensors import constant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
 
 __all__ = [
     "WRITE_INDICES",
     "CacheLayout",
     "check_attention",
-    "constant",
     "explicit_attention",
     "head_size",
 ]
@@ -306,10 +304,3 @@ def _part_pairs(
     whole = constant(graph, "heads.halves", np.array([0, 0, 0, rotated]))
     parts[0] = tape.op("Reshape", [halves, whole])
     return parts[0] if len(parts) == 1 else tape.op("Concat", parts, {"axis": 3})
-
-
-def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """The initializer ``name``, created from ``array`` if it does not exist."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    return register_tensor(graph, ir.tensor(array, name=name))

@@ -25,13 +25,12 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
-from eoracc.compiler.targets.tensorrt.explicit_attention import constant
 from eoracc.compiler.targets.tensorrt.half_precision import round_scales, round_to
 from eoracc.compiler.targets.tensorrt.lower_graph import AdapterType, Dtype, lower_decoder
 from eoracc.compiler.targets.tensorrt.lower_rtx import DequantizeWriter
 from eoracc.errors import PassError, PluginError
 from eoracc.passes.graph.stored import stored_factors, stored_weight
-from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.graph.tensors import constant, register_tensor
 from eoracc.plugins.op import DOMAIN, FUSED_OP
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight

@@ -20,14 +20,13 @@ from eoracc import __version__
 from eoracc.compiler.targets.onnxruntime.last_logits import head_chain
 from eoracc.compiler.targets.tensorrt.explicit_attention import (
     CacheLayout,
-    constant,
     explicit_attention,
 )
 from eoracc.compiler.targets.tensorrt.half_precision import HALF, round_to, to_half
 from eoracc.compiler.targets.tensorrt.position_tables import cut_position_tables
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import block_of
-from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.graph.tensors import constant, register_tensor
 from eoracc.plugins.op import DOMAIN, GATHER_OP, Input
 
 __all__ = [

@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.compiler.targets.tensorrt.dequantize import SignedFactor, SignedWeight, signed_factors
-from eoracc.compiler.targets.tensorrt.explicit_attention import constant
 from eoracc.compiler.targets.tensorrt.lower_graph import (
     AdapterType,
     CacheLayout,
@@ -23,7 +22,7 @@ from eoracc.compiler.targets.tensorrt.lower_graph import (
     lower_decoder,
 )
 from eoracc.passes.graph.stored import stored_factors, stored_weight
-from eoracc.passes.graph.tensors import register_tensor
+from eoracc.passes.graph.tensors import constant, register_tensor
 from eoracc.plugins.op import Input
 
 if TYPE_CHECKING:
