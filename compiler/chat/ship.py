@@ -20,6 +20,7 @@ from eoracc.errors import ArtifactError, BackendError, ModelError, RequestError
 from eoracc.runtime.artifact.versioned_json import is_file_name
 from eoracc.runtime.decode.chat_files import ADDITIONAL_FOLDER, DEFAULT_NAME, TEMPLATE_FILE, Chat
 from eoracc.runtime.decode.chat_template import ChatTemplate
+from eoracc.runtime.decode.codec import CONFIG_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ChatTemplates", "ship_chat"]
-
-_CONFIG_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _write_config(
     special_tokens: Mapping[str, str], folder: Path, template: str | None = None
 ) -> None:
     """Set the special tokens and the template in tokenizer_config.json."""
-    path = folder / _CONFIG_FILE
+    path = folder / CONFIG_FILE
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     content.pop("chat_template", None)
     for name, token in special_tokens.items():

@@ -124,16 +124,14 @@ def check_json_files(folder: Path) -> None:
 def _is_chat_template(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(part, str) for part in value.values())
-    named = value if isinstance(value, list) else []
-    return isinstance(value, str) or (
-        isinstance(value, list)
-        and all(
+    if isinstance(value, list):
+        return all(
             isinstance(entry, dict)
             and isinstance(entry.get("name"), str)
             and isinstance(entry.get("template"), str)
-            for entry in named
+            for entry in value
         )
-    )
+    return isinstance(value, str)
 
 
 def digest_files(files: Sequence[Path]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ArtifactError, RequestError, reason
 from eoracc.runtime.decode.chat_template import ChatTemplate
+from eoracc.runtime.decode.codec import CONFIG_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ def read_templates(folder: Path) -> dict[str, str]:
     templates = {name: _read_text(path) for name, path in files.items() if path.is_file()}
     if templates:
         return templates
-    path = folder / "tokenizer_config.json"
+    path = folder / CONFIG_FILE
     template = _read_json(path).get("chat_template")
     if template is None:
         return {}
@@ -132,7 +133,7 @@ def read_templates(folder: Path) -> dict[str, str]:
 
 def _read_special_tokens(folder: Path) -> dict[str, str]:
     """The special tokens by name, without those that the tokenizer lacks."""
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / CONFIG_FILE)
     if "added_tokens_decoder" not in config:  # else special_tokens_map.json is out of date
         config |= _read_json(folder / "special_tokens_map.json")
     tokens = {}

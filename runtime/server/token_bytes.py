@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from eoracc.errors import ArtifactError
+from eoracc.runtime.decode.codec import TOKENIZER_FILE
 
 __all__ = ["read_token_bytes"]
 
-_TOKENIZER_FILE = "tokenizer.json"
 _LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -27,7 +27,7 @@ def read_token_bytes(folder: Path) -> Mapping[int, bytes]:
     Raises:
       ArtifactError: tokenizer.json is missing or damaged.
     """
-    path = folder / _TOKENIZER_FILE
+    path = folder / TOKENIZER_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         decode = _byte_level if _is_byte_level(content) else _sentencepiece

@@ -203,6 +203,14 @@ SENTENCEPIECE_KEYS = {
     "ggml.scores": [0.0] * 259 + [-float(index) for index in range(len(SENTENCEPIECE) - 259)],
     "ggml.unknown_token_id": 0,
 }
+
+
+def sentencepiece(checkpoint: Path, folder: Path, prefix: bool | None) -> Any:  # noqa: ANN401
+    """:func:`converted`, of a SentencePiece tokenizer with that ``add_space_prefix``."""
+    keys = {**SENTENCEPIECE_KEYS, "ggml.add_space_prefix": prefix}
+    return converted(checkpoint, folder, SENTENCEPIECE, SENTENCEPIECE_TYPES, **keys)
+
+
 PIECES = ["ab a b", " ab", "  ab", "<|user|>ab", "x<s>ab é", "a<|user|> ab"]
 
 
@@ -212,14 +220,7 @@ def test_sentencepiece_begins_as_the_file_says(
 ) -> None:
     from transformers import LlamaTokenizer
 
-    given = converted(
-        checkpoint,
-        tmp_path,
-        SENTENCEPIECE,
-        SENTENCEPIECE_TYPES,
-        **SENTENCEPIECE_KEYS,
-        **{"ggml.add_space_prefix": prefix},
-    )
+    given = sentencepiece(checkpoint, tmp_path, prefix)
     factory: Any = LlamaTokenizer
     expected = factory(
         vocab={token: index for index, token in enumerate(SENTENCEPIECE)},
@@ -237,14 +238,7 @@ def test_sentencepiece_begins_as_the_file_says(
 @pytest.mark.parametrize("prefix", [None, True, False])
 def test_phi3_takes_the_space_after_added_tokens(prefix: bool | None, tmp_path: Path) -> None:
     checkpoint = tiny_model("phi3", tmp_path / "model", vocab_size=600)
-    given = converted(
-        checkpoint,
-        tmp_path,
-        SENTENCEPIECE,
-        SENTENCEPIECE_TYPES,
-        **SENTENCEPIECE_KEYS,
-        **{"ggml.add_space_prefix": prefix},
-    )
+    given = sentencepiece(checkpoint, tmp_path, prefix)
     # As the tokenizer.json of Phi-3 has it.
     expected = Tokenizer(
         BPE(
@@ -279,14 +273,7 @@ def test_gemma_begins_without_a_space(prefix: bool | None, tmp_path: Path) -> No
     from transformers import GemmaTokenizer
 
     checkpoint = tiny_model("gemma3", tmp_path / "model", vocab_size=600)
-    given = converted(
-        checkpoint,
-        tmp_path,
-        SENTENCEPIECE,
-        SENTENCEPIECE_TYPES,
-        **SENTENCEPIECE_KEYS,
-        **{"ggml.add_space_prefix": prefix},
-    )
+    given = sentencepiece(checkpoint, tmp_path, prefix)
     factory: Any = GemmaTokenizer
     expected = factory(
         vocab={token: index for index, token in enumerate(SENTENCEPIECE)},
