@@ -448,7 +448,8 @@ def _check_parity(artifact: Path, progress: Progress) -> tuple[ParityReport, int
     if done.returncode == EoraccError.exit_code:
         raise ArtifactError(done.stderr.strip())
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+        said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+        raise RuntimeError(f"the process of the parity check fails: {said[-1]}")
     content = json.loads(done.stdout)
     report = ParityReport.from_dict(content["report"])
     return report, resident_bytes() + content["peak_memory_bytes"]

@@ -39,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
     try:
         config = BuildConfig.model_validate(document.data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentences(document, error.errors()))) from None
+        raise ConfigError(*_sentences(document, error.errors())) from None
     for where, problem in contradictions(config):
         raise ConfigError(f"{document.where(where)}: {dotted(where)}: {problem}")
     return config
@@ -58,7 +58,7 @@ def adapter_config(options: Mapping[str, Any]) -> AdapterConfig:
         config = AdapterConfig.model_validate(options)
     except ValidationError as error:
         sentences = [f"{_option(detail['loc'])}: {_problem(detail)}" for detail in error.errors()]
-        raise ConfigError("\n".join(sentences)) from None
+        raise ConfigError(*sentences) from None
     if config.field is not None and config.messages is not None:
         raise ConfigError("--messages: conflicts with --field: keep one of the two")
     held_out = config.verify

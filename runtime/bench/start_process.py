@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from eoracc.errors import EoraccError
+from eoracc.failure import end_process
 from eoracc.runtime.bench import workloads
 from eoracc.runtime.bench.start import Start
 from eoracc.runtime.memory import peak_bytes, resident_bytes
@@ -48,6 +48,5 @@ if __name__ == "__main__":
         chosen = cast("BackendChoice", sys.argv[2])
         measured = start(Path(sys.argv[1]), chosen, *map(int, sys.argv[3:]))
         sys.stdout.write(json.dumps(asdict(measured)))
-    except EoraccError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
+    except BaseException as error:  # noqa: BLE001 - panics of Rust libraries are no Exception
+        sys.exit(end_process(error, prefix=""))

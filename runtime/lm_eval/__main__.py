@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import sys
 
-from eoracc.errors import EoraccError
+from eoracc.failure import end_process
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Run lm-eval; an error of the user ends it with one sentence and exit code 2."""
-    from lm_eval.__main__ import cli_evaluate
-
-    # The import registers the model.
-    import eoracc.runtime.lm_eval.model  # noqa: F401, PLC0415
-
+    """Run lm-eval; an error ends it with one sentence and the exit code of ``eoracc.failure``."""
     try:
+        from lm_eval.__main__ import cli_evaluate
+
+        # The import registers the model.
+        import eoracc.runtime.lm_eval.model  # noqa: F401, PLC0415
+
         cli_evaluate()
-    except EoraccError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - panics of Rust libraries are no Exception
+        sys.exit(end_process(error))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eoracc.errors import EoraccError
+from eoracc.failure import end_process
 from eoracc.runtime.memory import peak_bytes, release_memory
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from eoracc.runtime.onnxruntime.session import Session, open_session
@@ -115,6 +115,5 @@ if __name__ == "__main__":
     try:
         checked = check_parity(Path(sys.argv[1])).as_dict()
         sys.stdout.write(json.dumps({"report": checked, "peak_memory_bytes": peak_bytes()}) + "\n")
-    except EoraccError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
+    except BaseException as error:  # noqa: BLE001 - panics of Rust libraries are no Exception
+        sys.exit(end_process(error, prefix=""))

@@ -23,6 +23,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
+from eoracc.printable import printable
+
 __all__ = [
     "ApiError",
     "ArtifactError",
@@ -41,13 +45,27 @@ __all__ = [
     "reason",
 ]
 
+_REASON_CHARS = 400
+
 _NO_HEADERS: Mapping[str, str] = {}
 
 
 class EoraccError(Exception):
-    """Base of every error that eoracc raises on purpose; its text is one clear sentence."""
+    """Base of every error that eoracc raises on purpose; its text is one clear sentence.
+
+    Attributes:
+      sentences: what is wrong, one sentence for each mistake.
+    """
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, *sentences: str) -> None:
+        super().__init__(*sentences)
+        self.sentences = sentences
+
+    @override
+    def __str__(self) -> str:
+        return "\n".join(self.sentences)
 
 
 class PluginError(EoraccError):
@@ -141,5 +159,5 @@ def error_body(
 
 
 def reason(error: Exception) -> str:
-    """The text of an error of another package, on one line."""
-    return re.sub(r"\s+", " ", str(error)).strip()
+    """The text of an error of another package, on one line without control characters."""
+    return printable(re.sub(r"\s+", " ", str(error)).strip(), _REASON_CHARS)

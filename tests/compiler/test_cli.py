@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -19,8 +22,6 @@ from eoracc.errors import GateError, ModelError
 from eoracc.runtime.artifact.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from eoracc.compiler.config.sections import BuildConfig
 
 YAML = """\
@@ -123,9 +124,53 @@ def test_errors_are_one_sentence_and_a_code(
     assert json.loads(result.stdout) == {"error": sentence}
 
 
-def test_bugs_keep_their_traceback(model_yaml: Path, driver: Callable[[Build], None]) -> None:
+class PanicException(BaseException):
+    """As the Rust libraries raise it: not an ``Exception``."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("bug"), RecursionError("deep"), PanicException("bug"), EOFError("bug")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_bug_is_one_sentence(
+    model_yaml: Path, driver: Callable[[Build], None], error: BaseException
+) -> None:
+    driver(raising(error))
+    result = run("build", model_yaml)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: internal error: ")
+    assert f"{type(error).__name__}: {error}; set EORACC_DEBUG=1" in line
+    result = run("build", model_yaml, "--json")
+    assert (result.exit_code, result.stderr) == (3, "")
+    assert json.loads(result.stdout)["error"] == line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("where", ["before", "after", "variable"])
+def test_debug_shows_the_trace(
+    model_yaml: Path,
+    driver: Callable[[Build], None],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    monkeypatch.setenv("EORACC_DEBUG", "1" if where == "variable" else "0")
     driver(raising(ZeroDivisionError("bug")))
-    assert isinstance(run("build", model_yaml).exception, ZeroDivisionError)
+    before, after = (["--debug"] if where == place else [] for place in ("before", "after"))
+    result = run(*before, "build", model_yaml, *after, "--json")
+    assert result.exit_code == 3
+    assert "raise error\nZeroDivisionError: bug\n" in result.stderr
+    assert list(json.loads(result.stdout)) == ["error"]
+
+
+def test_every_command_has_the_debug_option() -> None:
+    commands: list[click.Command] = [main]
+    while commands:
+        command = commands.pop()
+        assert any("--debug" in parameter.opts for parameter in command.params), command.name
+        if isinstance(command, click.Group):
+            commands.extend(command.commands.values())
 
 
 def test_build_refuses_before_it_works(
@@ -156,6 +201,8 @@ def test_every_mistake_has_its_own_line(model_yaml: Path) -> None:
         ("inspect", "x", "--jsno", "--json"),
         ("inspect", "--json"),
         ("nothing", "--json"),
+        ("--jsno", "--json"),
+        ("adapter", "lsit", "--json"),
         ("run", "x", "y", "--top-p", "2", "--json"),
         ("inspect", "nowhere", "--json"),
     ],
@@ -280,6 +327,60 @@ def test_process_exits_with_code_and_pure_streams(tmp_path: Path) -> None:
     done = process("inspect", tmp_path / "nowhere", "--json")
     assert (done.returncode, done.stderr) == (2, "")
     assert "error" in json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_full_disk_is_one_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "eoracc.compiler.cli", "schema"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: input or output fails: No space left on device\n"
+
+
+WAITING = """
+import sys, time, types, warnings
+
+def build(*_, **__):
+    warnings.warn("for developers")
+    print("ready", flush=True)
+    time.sleep(60)
+
+sys.modules["eoracc.compiler.driver"] = types.SimpleNamespace(build=build)
+from eoracc.compiler.cli import main
+main(prog_name="eoracc")
+"""
+"""Runs the command line with a build that warns and waits."""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_signals_end_a_build_that_resumes(
+    model_yaml: Path, number: signal.Signals, code: int, word: str
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, "build", str(model_yaml)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(number)
+        _, said = child.communicate(timeout=60)
+    assert (child.returncode, said) == (
+        code,
+        f"error: {word}: run the same command again to go on after the last finished block\n",
+    )
 
 
 @pytest.mark.parametrize("command", ["schema", "inspect"])
