@@ -42,6 +42,7 @@ from eoracc.failure import (
     write_trace,
 )
 from eoracc.printable import printable
+from eoracc.runtime.artifact.folder_lock import WAIT_S, waiting_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +71,7 @@ class _Main(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Known before options are parsed: a mistake in them is an error like any other.
         options = args[: args.index("--")] if "--" in args else args
-        command = next((word for word in options if not word.startswith("-")), None)
+        command = next((word for word in options if word in self.commands), None)
         ctx.meta[_JSON] = "--json" in options and command not in _JSON_TO_FILE
         if "--debug" in options:
             # Processes that a command starts inherit it.
@@ -148,6 +149,8 @@ def _own_process() -> None:
             # A terminal may lack the characters of a name.
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    # Waits and repairs; every other line is of a library.
+    logging.getLogger("eoracc.artifact").addHandler(logging.StreamHandler())
     if debugging():
         return
     hide_thread_traces()
@@ -182,8 +185,19 @@ def _add_debug_option(command: click.Command) -> None:
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="eoracc")
-def main() -> None:
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.IntRange(min=0),
+    metavar="SECONDS",
+    default=int(WAIT_S),
+    show_default=True,
+    help="Wait at most this long for an artifact that another process reads or changes.",
+)
+@click.pass_context
+def main(ctx: click.Context, wait_s: int) -> None:
     """Compress language models and compensate the loss with low-rank factors."""
+    ctx.with_resource(waiting_at_most(wait_s))
 
 
 for _command in (

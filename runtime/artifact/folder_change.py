@@ -5,21 +5,23 @@ the change. Then the files move to their places. If the process ends before they
 the next reader or writer finishes the change. A full disk or a crash therefore leaves either the
 old files or the new ones, never a mixture.
 
-Readers share a lock and a writer excludes them. The lock is on the folder itself: it leaves no
-file, ends with its process, and needs no permission to write.
+Readers share a lock and a writer excludes them (:mod:`eoracc.runtime.artifact.folder_lock`). The
+lock is for as long as the files of a folder are opened, not for as long as they are used: what is
+mapped or read already stays as it was.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.folder_lock import lock_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -32,6 +34,8 @@ STAGED = ".change.partial"
 PENDING = ".change"
 """Folder of a committed change, whose files are moving to their places."""
 
+_log = logging.getLogger("eoracc.artifact")
+
 _FILES = "files"
 _REMOVED = "removed.json"
 
@@ -40,24 +44,30 @@ _REMOVED = "removed.json"
 def reading(folder: Path) -> Iterator[None]:
     """Lock ``folder`` against changes; a missing folder is not locked.
 
+    An interrupted change is finished first, or removed if it had not been committed. Several
+    readers may be inside, of one process too, but not :func:`changing`.
+
     Raises:
-      ArtifactError: an interrupted change cannot be finished.
+      ArtifactError: the folder is locked for too long, or an interrupted change cannot be finished.
     """
-    if not folder.is_dir():
-        yield
-        return
-    with _locked(folder, fcntl.LOCK_SH) as descriptor:
-        if (folder / PENDING).exists():
-            _lock(descriptor, fcntl.LOCK_EX)
-            _finish(folder)
-        yield
+    repaired = False
+    while folder.is_dir():
+        with lock_folder(folder, exclusive=False):
+            begun = os.path.lexists(folder / STAGED) and not repaired
+            if not (begun or (folder / PENDING).exists()):
+                yield
+                return
+        with lock_folder(folder, exclusive=True):
+            _repair(folder)
+            repaired = True
+    yield
 
 
 @contextmanager
 def changing(folder: Path) -> Iterator[None]:
     """Lock ``folder`` against other readers and writers.
 
-    :func:`change_files` may be called inside, but not :func:`reading`, which would wait forever.
+    :func:`change_files` may be called inside, but not :func:`reading`, which would wait in vain.
 
     Raises:
       ArtifactError: the folder is missing or cannot be locked, or an interrupted change cannot be
@@ -65,8 +75,8 @@ def changing(folder: Path) -> Iterator[None]:
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no such folder")
-    with _locked(folder, fcntl.LOCK_EX):
-        _finish(folder)
+    with lock_folder(folder, exclusive=True):
+        _repair(folder)
         yield
 
 
@@ -86,9 +96,6 @@ def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection
         _inside(folder, name)
     staged = folder / STAGED
     try:
-        if staged.is_symlink():
-            staged.unlink()
-        shutil.rmtree(staged, ignore_errors=True)
         for name, content in written.items():
             _write(staged / _FILES / name, content)
         _write(staged / _REMOVED, json.dumps(sorted(removed)).encode())
@@ -105,6 +112,16 @@ def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection
         raise
     sync_path(folder)
     _finish(folder)
+
+
+def _repair(folder: Path) -> None:
+    """Finish a change that was committed, remove one that was not; a line says so."""
+    if (folder / PENDING).exists():
+        _finish(folder)
+        _log.warning("%s: finished a change that had been interrupted", folder)
+    if os.path.lexists(folder / STAGED):
+        _remove(folder / STAGED)
+        _log.warning("%s: removed the beginnings of a change that had been interrupted", folder)
 
 
 def _finish(folder: Path) -> None:
@@ -133,7 +150,7 @@ def _finish(folder: Path) -> None:
                 parent.rmdir()
         # The list of removed files goes last: without it the change would look damaged.
         shutil.rmtree(files, ignore_errors=True)
-        shutil.rmtree(folder / STAGED, ignore_errors=True)
+        _remove(folder / STAGED)
         pending.rename(folder / STAGED)
         shutil.rmtree(folder / STAGED, ignore_errors=True)
         sync_path(folder)
@@ -178,29 +195,9 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _locked(folder: Path, kind: int) -> Iterator[int]:
-    """Hold a lock on ``folder``; yields the descriptor of the lock."""
-    while True:
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise ArtifactError(f"{folder}: cannot be read: {error.strerror}") from None
-        try:
-            _lock(descriptor, kind)
-            # The folder may have been replaced by another one meanwhile.
-            moved = not folder.is_dir() or not os.path.samestat(os.fstat(descriptor), folder.stat())
-            if not moved:
-                yield descriptor
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int, kind: int) -> None:
-    try:
-        fcntl.flock(descriptor, kind)
-    except OSError as error:
-        if kind == fcntl.LOCK_EX:
-            raise ArtifactError(f"the folder cannot be locked: {error.strerror}") from None
-        # A file system without locks: every file is compared with its digest anyway.
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link in its place, as far as permissions allow."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)

@@ -19,6 +19,7 @@ from eoracc.compiler.cli import main
 from eoracc.compiler.report.content import Report
 from eoracc.compiler.report.inspection import inspect_path
 from eoracc.errors import GateError, ModelError
+from eoracc.runtime.artifact.folder_lock import lock_folder
 from eoracc.runtime.artifact.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -327,6 +328,18 @@ def test_process_exits_with_code_and_pure_streams(tmp_path: Path) -> None:
     done = process("inspect", tmp_path / "nowhere", "--json")
     assert (done.returncode, done.stderr) == (2, "")
     assert "error" in json.loads(done.stdout)
+
+
+def test_process_says_what_it_waits_for_and_repairs(tmp_path: Path) -> None:
+    (tmp_path / "artifact" / ".change.partial").mkdir(parents=True)
+    with lock_folder(tmp_path / "artifact", exclusive=True):
+        done = process("--wait", "2", "verify", tmp_path / "artifact")
+    assert done.returncode == 2
+    waits, error = done.stderr.splitlines()
+    assert waits.startswith(f"{tmp_path / 'artifact'}: waiting for at most 2 s for process ")
+    assert error.startswith(f"error: {tmp_path / 'artifact'}: is locked by process {os.getpid()} ")
+    done = process("--wait", "0", "verify", tmp_path / "artifact")
+    assert "removed the beginnings of a change" in done.stderr.splitlines()[0]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")

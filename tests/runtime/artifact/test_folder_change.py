@@ -96,11 +96,8 @@ def test_killed_at_any_step_it_leaves_all_or_nothing(folder: Path, tmp_path: Pat
             kill_at(patches, step)
             change(copy)
         with reading(copy):
-            left = {
-                name: content
-                for name, content in contents(copy).items()
-                if not name.startswith(f"{STAGED}/")
-            }
+            left = contents(copy)
+            assert {path.name for path in copy.iterdir()}.isdisjoint({STAGED, PENDING})
         assert left in (OLD, NEW), step
         seen.append(left == NEW)
         change(copy)
@@ -205,6 +202,31 @@ def test_reader_waits_for_a_writer(folder: Path) -> None:
         assert not seen
     reader.join(10)
     assert seen == [NEW]
+
+
+def test_reader_says_what_it_repairs(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / PENDING / "files").mkdir(parents=True)
+    (folder / PENDING / "files" / "changed").write_bytes(b"new")
+    (folder / PENDING / "removed.json").write_text("[]")
+    with reading(folder):
+        assert contents(folder) == OLD | {"changed": b"new"}
+    (folder / STAGED / "files").mkdir(parents=True)
+    with reading(folder):
+        assert not (folder / STAGED).exists()
+    assert caplog.messages == [
+        f"{folder}: finished a change that had been interrupted",
+        f"{folder}: removed the beginnings of a change that had been interrupted",
+    ]
+
+
+def test_reader_without_permission_to_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        pass  # what rmtree does with ignore_errors
+
+    (folder / STAGED).mkdir()
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with reading(folder):
+        assert contents(folder) == OLD
 
 
 def test_readers_do_not_wait_for_each_other(folder: Path) -> None:
