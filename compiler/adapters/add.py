@@ -92,7 +92,9 @@ class _Request:
     slots: AdapterSlots
 
 
-def _check_request(folder: Path, name: str, config: AdapterConfig, *, force: bool) -> _Request:
+def _check_request(
+    folder: Path, name: str, config: AdapterConfig, *, force: bool, trust_remote_code: bool
+) -> _Request:
     """Check that an adapter can be added, before any work is done for it.
 
     Args:
@@ -100,10 +102,11 @@ def _check_request(folder: Path, name: str, config: AdapterConfig, *, force: boo
       name: of the adapter.
       config: of the adapter.
       force: replace an adapter of that name.
+      trust_remote_code: what the command line says; the artifact's manifest cannot allow it.
 
     Raises:
-      ArtifactError: the artifact is damaged, takes no adapters or none of that type, or has one of
-        that name.
+      ArtifactError: the artifact is damaged, takes no adapters or none of that type, has one of
+        that name, or needs Python code that the command line does not allow.
     """
     check_adapter_name(name)
     manifest = verify_manifest(folder)
@@ -124,6 +127,11 @@ def _check_request(folder: Path, name: str, config: AdapterConfig, *, force: boo
             f"{folder}: its manifest holds no configuration that this eoracc knows: "
             "build the artifact again"
         ) from None
+    if built.trust_remote_code and not trust_remote_code:
+        raise ArtifactError(
+            f"{folder}: its model, {built.model!r}, needs Python code of its own repository, which "
+            "an artifact cannot allow to run: add --trust-remote-code if you trust it"
+        )
     return _Request(manifest, built, slots)
 
 
@@ -135,6 +143,7 @@ def solve_for_artifact(
     data_dir: Path,
     progress: SilentProgress,
     model: str | None = None,
+    trust_remote_code: bool = False,
     force: bool = False,
     parity: bool = True,
 ) -> AddedAdapter:
@@ -147,6 +156,7 @@ def solve_for_artifact(
       data_dir: the folder that relative paths of texts are relative to.
       progress: shown the phases.
       model: source of the original weights; None for the one in the manifest.
+      trust_remote_code: let transformers run code that this source brings.
       force: replace an adapter of that name.
       parity: whether to compare the artifact with the adapter to eager PyTorch.
 
@@ -155,12 +165,21 @@ def solve_for_artifact(
       GateError: the artifact computes the adapter wrongly; it is not stored.
     """
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
-    request = _check_request(folder, name, config, force=force)
+    request = _check_request(folder, name, config, force=force, trust_remote_code=trust_remote_code)
     # Of this adapter alone: others may be solved at the same time.
     work = folder.absolute().with_name(f".{folder.absolute().name}.{name}.work")
     try:
         solved, report = _solve(
-            folder, name, config, request, work, data_dir, progress, model, parity=parity
+            folder,
+            name,
+            config,
+            request,
+            work,
+            data_dir,
+            progress,
+            model,
+            trust_remote_code=trust_remote_code,
+            parity=parity,
         )
     except Exception as error:
         refuse_full_disk(folder, error)
@@ -191,11 +210,12 @@ def _solve(
     progress: SilentProgress,
     model: str | None,
     *,
+    trust_remote_code: bool,
     parity: bool,
 ) -> tuple[SolvedAdapter, AdaptersReport]:
     """Solve and score; check against PyTorch."""
     with progress.phase("load", 1) as phase:
-        loaded = _original(folder, request, model, work)
+        loaded = _original(folder, request, model, work, trust_remote_code=trust_remote_code)
         phase.advance()
     check_frontend(loaded, progress)
     release_memory()
@@ -224,7 +244,9 @@ def _solve(
     return solved, report
 
 
-def _original(folder: Path, request: _Request, model: str | None, work: Path) -> LoadedModel:
+def _original(
+    folder: Path, request: _Request, model: str | None, work: Path, *, trust_remote_code: bool
+) -> LoadedModel:
     """The checkpoint that the artifact was built from.
 
     Raises:
@@ -239,7 +261,7 @@ def _original(folder: Path, request: _Request, model: str | None, work: Path) ->
             f"{folder}: was built from {named!r}, which is not to be found from here: say where "
             "the original weights are with --model"
         )
-    loaded = load(source, work=work, trust_remote_code=request.config.trust_remote_code)
+    loaded = load(source, work=work, trust_remote_code=trust_remote_code)
     digest = request.manifest.source.get("digest")
     if loaded.digest != digest:
         raise ArtifactError(

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eoracc.compiler.commands.common import PATH, json_option, make_console, print_json
+from eoracc.compiler.commands.common import (
+    PATH,
+    json_option,
+    make_console,
+    print_json,
+    trust_remote_code_option,
+)
 
 if TYPE_CHECKING:
     from eoracc.compiler.adapters.add import AddedAdapter
@@ -61,6 +67,7 @@ _LAYOUTS = click.Choice(["packing", "padding"])
     help="The original weights: a folder, a .gguf file or a hub id; by default where the artifact "
     "was built from.",
 )
+@trust_remote_code_option
 @click.option("--no-parity", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--force", is_flag=True, help="Replace an existing adapter of this name.")
 @json_option
@@ -69,6 +76,7 @@ def add(
     *,
     name: str,
     model: str | None,
+    trust_remote_code: bool,
     no_parity: bool,
     force: bool,
     as_json: bool,
@@ -100,6 +108,7 @@ def add(
             data_dir=Path(),
             progress=progress,
             model=model,
+            trust_remote_code=trust_remote_code,
             force=force,
             parity=not no_parity,
         )

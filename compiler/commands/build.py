@@ -7,7 +7,13 @@ from pathlib import Path
 
 import click
 
-from eoracc.compiler.commands.common import PATH, json_option, make_console, print_json
+from eoracc.compiler.commands.common import (
+    PATH,
+    json_option,
+    make_console,
+    print_json,
+    trust_remote_code_option,
+)
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -30,6 +36,7 @@ __all__ = ["build"]
     metavar="DIR",
     help="Write the graph after each stage to DIR, as .onnx files with their weights.",
 )
+@trust_remote_code_option
 @json_option
 def build(
     model_yaml: Path,
@@ -37,6 +44,7 @@ def build(
     *,
     force: bool,
     keep_graphs: Path | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Build the artifact that MODEL_YAML describes."""
@@ -47,7 +55,7 @@ def build(
     from eoracc.compiler.config.load import load_config
     from eoracc.compiler.targets.artifact import check_output
 
-    config = load_config(model_yaml, overrides)
+    config = load_config(model_yaml, overrides, trust_remote_code=trust_remote_code)
     config_dir = model_yaml.parent
     # Before the heavy imports: what cannot be written needs no waiting for.
     check_output(config.output_path(config_dir), force=force)

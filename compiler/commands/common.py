@@ -25,6 +25,7 @@ __all__ = [
     "make_table",
     "print_backend",
     "print_json",
+    "trust_remote_code_option",
 ]
 
 PATH = click.Path(path_type=Path)
@@ -36,6 +37,12 @@ json_option = click.option(
     help="Print one JSON value and nothing else.",
 )
 
+
+trust_remote_code_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python code that the model's repository brings. Only for models that you trust.",
+)
 
 backend_option = click.option(
     "--backend",

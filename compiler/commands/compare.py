@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eoracc.compiler.commands.common import PATH, make_console, make_table
+from eoracc.compiler.commands.common import (
+    PATH,
+    make_console,
+    make_table,
+    trust_remote_code_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -61,6 +66,7 @@ _SPARE = ("linears", "CPU s", "spent on", "budget")
 @click.option(
     "--fresh", is_flag=True, help="Compute all rows again, also those that earlier runs finished."
 )
+@trust_remote_code_option
 def compare(
     model_yaml: Path,
     methods: str | None,
@@ -70,6 +76,7 @@ def compare(
     plot_file: Path | None,
     *,
     fresh: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Compress the model of MODEL_YAML with several methods and compare the results.
 
@@ -85,7 +92,7 @@ def compare(
     from eoracc.compiler.config.budget import parse_budget
     from eoracc.compiler.config.load import load_config
 
-    config = load_config(model_yaml, overrides)
+    config = load_config(model_yaml, overrides, trust_remote_code=trust_remote_code)
     section = config.compare
     names = _parts(methods, () if section is None else tuple(section.methods))
     spent = [

@@ -22,13 +22,16 @@ from eoracc.passes.base import pass_type
 __all__ = ["adapter_config", "load_config"]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> BuildConfig:
     """Read and validate a model.yaml.
 
     Args:
       path: the file.
       overrides: assignments like ``calibration.samples=16`` or ``passes.eora.rank=0``, applied in
         order; the values are YAML.
+      trust_remote_code: what the command line says; the file cannot allow it.
 
     Raises:
       ConfigError: one sentence per mistake, each with the line and the field.
@@ -42,7 +45,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
         raise ConfigError(*_sentences(document, error.errors())) from None
     for where, problem in contradictions(config):
         raise ConfigError(f"{document.where(where)}: {dotted(where)}: {problem}")
-    return config
+    if config.trust_remote_code and not trust_remote_code:
+        place: KeyPath = ("trust_remote_code",)
+        raise ConfigError(
+            f"{document.where(place)}: {dotted(place)}: the model needs Python code of its own "
+            "repository, which a file cannot allow to run: add --trust-remote-code to the command "
+            f"if you trust {config.model!r}"
+        )
+    return config.model_copy(update={"trust_remote_code": trust_remote_code})
 
 
 def adapter_config(options: Mapping[str, Any]) -> AdapterConfig:

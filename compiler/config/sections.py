@@ -221,7 +221,8 @@ class BuildConfig(Section):
     """A hub id, ``NAME/MODEL`` or ``NAME/MODEL@REVISION``, a local folder or a GGUF file; a
     relative path is relative to this file."""
     trust_remote_code: bool = False
-    """Whether the model's own Python code may run while it is loaded."""
+    """Whether the model needs Python code of its own repository. The code runs only with
+    ``--trust-remote-code`` on the command line: a file cannot allow it."""
     calibration: CalibrationConfig | None = None
     """The text that statistics are taken over; needed by the pass ``calibrate``."""
     passes: tuple[PassItem, ...] = Field(min_length=1)

@@ -138,7 +138,9 @@ def _dataset(spec: TextConfig, path: Path) -> Iterator[tuple[str, object]]:
             rows = loaded[split] if (path / "dataset_dict.json").exists() else loaded
         else:
             source = str(path) if path.is_dir() else spec.text
-            rows = datasets.load_dataset(source, split=split, streaming=True)
+            rows = datasets.load_dataset(
+                source, split=split, streaming=True, trust_remote_code=False
+            )
         # Inside the try, since a streamed set is read, and can fail, only here.
         for number, record in enumerate(rows):
             yield f"{spec.text}, record {number}", record

@@ -152,7 +152,7 @@ def _read_by_transformers(file: GgufFile) -> PretrainedConfig:
     try:
         with quiet():
             config: PretrainedConfig = AutoConfig.from_pretrained(
-                file.path.parent, gguf_file=file.path.name
+                file.path.parent, gguf_file=file.path.name, trust_remote_code=False
             )
             if file.architecture == "llama" and config.model_type != "llama":
                 # The reader takes a file of the name "mistral" for one, and then fails to load it.

@@ -107,6 +107,7 @@ def _write_model(
                 config=config,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                trust_remote_code=False,
             )
     except Exception as error:
         raise ModelError(

@@ -35,7 +35,7 @@ def match_tensors(file: GgufFile, config: PretrainedConfig) -> None:
     reader: Any = modeling_gguf_pytorch_utils
     try:
         with quiet(), torch.device("meta"):
-            model = factory.from_config(copy.deepcopy(config))
+            model = factory.from_config(copy.deepcopy(config), trust_remote_code=False)
         processor = reader.TENSOR_PROCESSORS.get(file.architecture, reader.TensorProcessor)
         names: dict[str, str] = reader.get_gguf_hf_weights_map(
             model, processor(config=config.to_dict())

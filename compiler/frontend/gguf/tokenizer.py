@@ -118,7 +118,7 @@ def read_tokenizer(file: GgufFile, vocabulary: Vocabulary) -> PreTrainedTokenize
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                file.path.parent, gguf_file=file.path.name
+                file.path.parent, gguf_file=file.path.name, trust_remote_code=False
             )
     except Exception as error:
         raise file.refusal(f"transformers cannot read its tokenizer ({reason(error)})") from error

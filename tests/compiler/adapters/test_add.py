@@ -95,6 +95,51 @@ def test_a_graph_that_differs_is_refused(workspace: Path, monkeypatch: pytest.Mo
     assert not adapter_names(workspace / "out")
 
 
+def test_code_of_the_model_runs_only_when_the_command_line_says_so(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import dynamic_module_utils
+
+    modules = workspace / "modules"
+    modules.mkdir()
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    monkeypatch.syspath_prepend(modules)
+    marker = workspace / "marker"
+    model = workspace / "model"
+    (model / "brought.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig\n"
+        f"Path({str(marker)!r}).touch()\n"
+        "class Brought(LlamaConfig):\n"
+        "    pass\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "brought.Brought"}
+    (model / "config.json").write_text(json.dumps(config))
+    manifest_file = workspace / "out" / "manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    manifest["config"]["trust_remote_code"] = True
+    manifest_file.write_text(json.dumps(manifest))
+
+    command: list[str | Path] = [
+        workspace / "out",
+        "--name",
+        "math",
+        "--data",
+        workspace / "text.txt",
+    ]
+    command += ["--model", model]
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert "add --trust-remote-code if you trust it" in refused.stderr
+    manifest["config"]["trust_remote_code"] = False
+    manifest_file.write_text(json.dumps(manifest))
+    assert "has digest" in run(*command).stderr  # config.json is another one now
+    assert not marker.exists()
+    assert "has digest" in run(*command, "--trust-remote-code").stderr
+    assert marker.exists()
+
+
 @pytest.mark.parametrize(
     "passes",
     [EORA, ["pack_projections", *EORA[:2], {"eora": {"rank": 5, "factor_type": "int8"}}]],

@@ -228,3 +228,19 @@ def test_override_of_a_pass_that_stands_twice(tmp_path: Path) -> None:
     assert error(tmp_path, text, "passes.eora.rank=1") == (
         "--set passes.eora.rank=1: 'eora' occurs there twice: give passes.0.eora or passes.3.eora"
     )
+
+
+@pytest.mark.parametrize("overrides", [(), ("trust_remote_code=true",)])
+def test_a_file_cannot_allow_code_of_the_model(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    text = MINIMAL if overrides else f"trust_remote_code: true\n{MINIMAL}"
+    message = error(tmp_path, text, *overrides)
+    assert "trust_remote_code: the model needs Python code of its own repository" in message
+    assert "add --trust-remote-code to the command if you trust 'data/tiny.gguf'" in message
+    allowed = load_config(tmp_path / "model.yaml", overrides, trust_remote_code=True)
+    assert allowed.trust_remote_code
+
+
+def test_the_command_line_allows_code_of_the_model(tmp_path: Path) -> None:
+    assert not load(tmp_path).trust_remote_code
+    config = load_config(tmp_path / "model.yaml", trust_remote_code=True)
+    assert config.resolved()["trust_remote_code"] is True
