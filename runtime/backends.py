@@ -11,14 +11,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from eoracc.errors import ArtifactError, BackendError, EoraccError
-from eoracc.runtime.adapters.adapter import combine
-from eoracc.runtime.adapters.files import check_adapter_exists, listed_adapters, read_adapter
+from eoracc.runtime.adapters.adapter import Adapter, combine
+from eoracc.runtime.adapters.files import (
+    check_adapter_exists,
+    listed_adapters,
+    read_listed_adapter,
+)
 from eoracc.runtime.adapters.slots import find_slots
 from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.decode.bank import AdapterBank, FactorsOf, Weights
 from eoracc.runtime.onnxruntime.decoder import GraphDecoder
 from eoracc.runtime.onnxruntime.graph import Graph
 from eoracc.runtime.onnxruntime.inference import open_inference, ort_values
+from eoracc.runtime.onnxruntime.own_memory import own_mapped_files
 from eoracc.runtime.tensorrt.decoder import TensorRTDecoder
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE
 
@@ -130,7 +135,7 @@ def _not_built(folder: Path, manifest: Manifest, wanted: Backend, built: Sequenc
 def _open(
     folder: Path, manifest: Manifest, backend: Backend, *, threads: int, adapters: Sequence[str]
 ) -> Opened:
-    load = _factors_in(folder)
+    load = _factors_in(folder, manifest)
     if backend != "onnxruntime":
         decoder = TensorRTDecoder.open(folder / backend, adapters, load)
         device_name = decoder.device_name
@@ -141,6 +146,7 @@ def _open(
     inference = open_inference(
         str(files.model), files.library, threads, str(files.model), defaults=defaults
     )
+    own_mapped_files(folder)
     graph = Graph(
         inference,
         context_length=files.context_length,
@@ -150,13 +156,20 @@ def _open(
     return Opened(backend, f"CPU, {threads} threads", GraphDecoder(graph, bank))
 
 
-def _factors_in(folder: Path) -> FactorsOf:
-    """Make a function that reads weighted sums of the adapters of ``folder``."""
+def _factors_in(folder: Path, manifest: Manifest) -> FactorsOf:
+    """Make a function that gives weighted sums of the adapters of ``folder``.
+
+    Each adapter is read once and kept. The bank asks for every adapter alone while it opens, so
+    that later sums come from memory: the folder may hold another artifact by then.
+    """
+    adapters: dict[str, Adapter] = {}
 
     def load(weights: Weights) -> Mapping[str, LowRank]:
-        adapters = [(read_adapter(folder, name), weight) for name, weight in weights]
-        if len(adapters) == 1 and adapters[0][1] == 1:
-            return adapters[0][0].factors
-        return combine(adapters, "sum").factors
+        for name, _ in weights:
+            if name not in adapters:
+                adapters[name] = read_listed_adapter(folder, manifest, name)
+        if len(weights) == 1 and weights[0][1] == 1:
+            return adapters[weights[0][0]].factors
+        return combine([(adapters[name], weight) for name, weight in weights], "sum").factors
 
     return load

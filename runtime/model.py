@@ -15,6 +15,7 @@ from eoracc.runtime.decode.continuation import Continuation, Listener, complete
 from eoracc.runtime.decode.scheduler import PREFILL_CHUNK, Scheduler
 from eoracc.runtime.decode.scoring import Targets, score_targets
 from eoracc.runtime.decode.text import Tokenizer
+from eoracc.runtime.folder_watch import FolderWatch
 from eoracc.runtime.request import (
     AdapterChoice,
     ChatOptions,
@@ -25,6 +26,7 @@ from eoracc.runtime.request import (
     Request,
     RequestOptions,
     Score,
+    adapter_weights,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Model:
       device: description of the CPU or GPU that it runs on.
       fallback_reason: why ONNX Runtime runs an artifact that has TensorRT engines, where
         :func:`load` made that choice; else None.
+      folder_watch: tells whether the folder still holds what was loaded.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Model:
         """
         self.folder = folder
         self.manifest = manifest
+        self.folder_watch = FolderWatch(folder, manifest)
         # By default, ONNX Runtime may take one of a virtual machine's two processors for the
         # hyperthread of the other and leave it idle.
         self.threads = threads or _processors()
@@ -252,7 +256,7 @@ class Model:
             prompt=prompt,
             limit=min(request.max_new_tokens, room - len(prompt)),
             bad_words=self.tokenizer.encode_words(request.bad_words),
-            place=self.bank.acquire(request.adapter),
+            place=self._acquire(request.adapter),
             listener=listener,
         )
 
@@ -343,7 +347,7 @@ class Model:
     def _score(
         self, queries: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: AdapterChoice
     ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        place = self.bank.acquire(adapter)
+        place = self._acquire(adapter)
         try:
             return score_targets(
                 self._decoder,
@@ -351,6 +355,17 @@ class Model:
             )
         finally:
             self.bank.release(adapter)
+
+    def _acquire(self, adapter: AdapterChoice) -> int:
+        """The place of ``adapter`` in the bank, reserved until the bank releases it.
+
+        Raises:
+          RequestError: an adapter is unknown; the text says so if only the changed folder has it.
+        """
+        for name, _ in adapter_weights(adapter):
+            if name not in self.bank.names and (text := self.folder_watch.explain_missing(name)):
+                raise RequestError(text)
+        return self.bank.acquire(adapter)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         # The last token of a scored text is predicted and never an input.

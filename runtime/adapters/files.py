@@ -38,6 +38,7 @@ __all__ = [
     "listed_adapters",
     "model_version",
     "read_adapter",
+    "read_listed_adapter",
 ]
 
 _FORMAT = "eoracc adapter"
@@ -87,15 +88,24 @@ def read_adapter(folder: Path, name: str) -> Adapter:
     """
     with reading(folder):
         manifest = read_manifest(folder)
-        check_adapter_exists(folder, manifest, name)
-        place = folder / _path(name, _FACTORS)
-        adapter = decode_adapter(
-            read_listed(folder, manifest, _path(name, _DESCRIPTION)),
-            read_listed(folder, manifest, _path(name, _FACTORS)),
-            read_slots(folder, manifest),
-            backbone=manifest.digest,
-            place=str(place),
-        )
+        return read_listed_adapter(folder, manifest, name)
+
+
+def read_listed_adapter(folder: Path, manifest: Manifest, name: str) -> Adapter:
+    """One adapter of an artifact whose manifest has been read, every byte compared with it.
+
+    Raises:
+      ArtifactError: see :func:`read_adapter`.
+    """
+    check_adapter_exists(folder, manifest, name)
+    place = folder / _path(name, _FACTORS)
+    adapter = decode_adapter(
+        read_listed(folder, manifest, _path(name, _DESCRIPTION)),
+        read_listed(folder, manifest, _path(name, _FACTORS)),
+        read_slots(folder, manifest),
+        backbone=manifest.digest,
+        place=str(place),
+    )
     if adapter.name != name:
         raise ArtifactError(f"{place}: is adapter {adapter.name!r} under another name: remove it")
     return adapter

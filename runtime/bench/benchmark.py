@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eoracc.errors import RequestError
+from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.backends import BackendChoice
 from eoracc.runtime.bench import workloads
 from eoracc.runtime.bench.report import AdapterFigures, BatchFigures, BenchReport, SwitchFigures
@@ -64,6 +64,8 @@ def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
         new_tokens=options.new_tokens,
         backend=model.backend,
     )
+    if (change := model.folder_watch.check()) is not None:
+        raise ArtifactError(f"{folder}: {change.text} after it was loaded: measure it again")
     return BenchReport(
         artifact=str(folder),
         digest=model.manifest.digest,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ArtifactError, RequestError, reason
@@ -11,7 +10,7 @@ from eoracc.runtime.decode.chat_template import ChatTemplate
 from eoracc.runtime.decode.codec import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from eoracc.runtime.request import ChatOptions, Message
@@ -50,13 +49,14 @@ class Chat:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the templates in ``folder``.
+        """Read the templates and special tokens in ``folder``, which is not read again.
 
         Raises:
           ArtifactError: a file is damaged.
         """
         self.sources = read_templates(folder)
         self._folder = folder
+        self._special_tokens = _read_special_tokens(folder)
         self._compiled: dict[str, ChatTemplate] = {}
 
     def source(self, options: ChatOptions) -> str:
@@ -81,10 +81,6 @@ class Chat:
             origin = f"{self._folder}: chat template '{name}'"
             template = self._compiled[name] = ChatTemplate(self.sources[name], origin=origin)
         return template.render(messages, options, self._special_tokens)
-
-    @cached_property
-    def _special_tokens(self) -> Mapping[str, str]:
-        return _read_special_tokens(self._folder)
 
     def _choose(self, options: ChatOptions) -> str:
         if not self.sources:

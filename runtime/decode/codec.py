@@ -85,6 +85,11 @@ class Codec:
         text = self._decode(tokens)
         return clean_up_spaces(text) if self._clean_up else text
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json, from memory."""
+        content: str = self._tokenizer.to_str()
+        return content
+
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A decoder of one text, token by token.
 

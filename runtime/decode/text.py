@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from eoracc.errors import RequestError
+from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.artifact.genai_files import read_special_tokens
 from eoracc.runtime.decode.chat_files import Chat
 from eoracc.runtime.decode.codec import Codec
@@ -39,6 +38,7 @@ class Tokenizer(Codec):
         super().__init__(folder)
         self.folder = folder
         self.begin, self.ends = read_special_tokens(folder)
+        self._chat = _read_chat(folder)
 
     @property
     def beginning(self) -> int:
@@ -50,14 +50,16 @@ class Tokenizer(Codec):
         """Whether the artifact has a chat template."""
         return bool(self.chat.sources)
 
-    @cached_property
+    @property
     def chat(self) -> Chat:
         """The chat templates of the artifact.
 
         Raises:
           ArtifactError: a file is damaged.
         """
-        return Chat(self.folder)
+        if isinstance(self._chat, ArtifactError):
+            raise ArtifactError(str(self._chat))
+        return self._chat
 
     def encode_prompt(
         self, prompt: Prompt, *, chat: bool = False, options: ChatOptions | None = None
@@ -104,6 +106,14 @@ class Tokenizer(Codec):
         """Tokens of a chat, see :meth:`Chat.render`."""
         # The template itself adds BOS.
         return self.encode(self.chat.render(messages, options or ChatOptions()), special=False)
+
+
+def _read_chat(folder: Path) -> Chat | ArtifactError:
+    """Read the chat files now, since the folder may change; their error waits for a chat."""
+    try:
+        return Chat(folder)
+    except ArtifactError as error:
+        return error
 
 
 class StopStrings:

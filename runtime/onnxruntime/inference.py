@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eoracc.errors import BackendError
+from eoracc.runtime.onnxruntime.own_memory import library_in_memory
 from eoracc.runtime.packages import import_package
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def open_inference(
         options.intra_op_num_threads = threads
     try:
         if library is not None:
-            options.register_custom_ops_library(str(library))
+            options.register_custom_ops_library(library_in_memory(library))
         # Otherwise DequantizeLinear and MatMul become a product that rounds activations to int8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         if weights is not None:

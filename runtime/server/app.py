@@ -74,10 +74,13 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """Whether requests are accepted: 503 while shutting down."""
         if service.draining:
-            return JSONResponse({"status": "draining"}, HTTPStatus.SERVICE_UNAVAILABLE)
-        if not service.alive:
-            return JSONResponse({"status": "failed"}, HTTPStatus.SERVICE_UNAVAILABLE)
-        return JSONResponse({"status": "ready"})
+            status, code = "draining", HTTPStatus.SERVICE_UNAVAILABLE
+        elif not service.alive:
+            status, code = "failed", HTTPStatus.SERVICE_UNAVAILABLE
+        else:
+            status, code = "ready", HTTPStatus.OK
+        artifact = "changed" if service.folder_changed else "loaded"
+        return JSONResponse({"status": status, "artifact": artifact}, code)
 
     @app.get("/metrics", tags=["operation"])
     async def metrics() -> Response:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eoracc.runtime.backends import BackendChoice
+from eoracc.runtime.decode.codec import TOKENIZER_FILE
 from eoracc.runtime.engine import Engine
 from eoracc.runtime.model import Model, load
+from eoracc.runtime.server.api.token_bytes import token_bytes
 from eoracc.runtime.server.service import ServedModel
-from eoracc.runtime.server.token_bytes import read_token_bytes
 
 __all__ = ["open_artifact"]
 
@@ -48,9 +49,10 @@ def open_artifact(
         rows=rows,
         is_alive=lambda: engine.alive,
         codec=model.tokenizer,
-        token_bytes=read_token_bytes(folder),
+        token_bytes=token_bytes(model.tokenizer.to_json(), folder / TOKENIZER_FILE),
         context_length=min(context_length or model.context_length, model.context_length),
         adapters=model.adapters,
         fingerprint=f"fp_{model.manifest.digest[:_FINGERPRINT_LENGTH]}",
+        folder=model.folder_watch,
         close=lambda: engine.close(drain=False),
     )

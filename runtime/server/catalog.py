@@ -5,7 +5,8 @@ As in vLLM, an adapter is a model: ``model: "math"`` is the backbone with the ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 from eoracc.errors import ApiError, RequestError
@@ -40,7 +41,13 @@ class Catalog:
     """Names that ``/v1/models`` lists and that a request may give as ``model``."""
 
     def __init__(
-        self, backbone: str, adapters: Iterable[str], *, context_length: int, created: int
+        self,
+        backbone: str,
+        adapters: Iterable[str],
+        *,
+        context_length: int,
+        created: int,
+        explain_missing: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         """List an artifact.
 
@@ -49,12 +56,14 @@ class Catalog:
           adapters: names of its adapters.
           context_length: most tokens of a prompt and its answer.
           created: seconds since 1970.
+          explain_missing: says why an adapter is not listed, if there is more to say than that.
 
         Raises:
           ApiError: the backbone has the name of an adapter.
         """
         self.backbone = backbone
         self.adapters = tuple(adapters)
+        self._explain_missing = explain_missing
         _check_name(backbone, self.adapters)
         self._cards = {
             name: {
@@ -80,10 +89,11 @@ class Catalog:
           ApiError: 404.
         """
         if name not in self._cards:
+            self._check_folder(name, HTTPStatus.NOT_FOUND, "model")
             known = ", ".join(f"'{served}'" for served in self._cards)
             raise ApiError(
                 f"the model {name[:_LONGEST_NAME]!r} is not served here: ask for one of {known}",
-                status=404,
+                status=HTTPStatus.NOT_FOUND,
                 param="model",
                 code="model_not_found",
             )
@@ -111,6 +121,7 @@ class Catalog:
             )
         for adapter in weights:
             if adapter not in self.adapters:
+                self._check_folder(adapter, HTTPStatus.BAD_REQUEST, "adapters")
                 raise bad_request(
                     f"adapters: there is no adapter {adapter[:_LONGEST_NAME]!r} here",
                     "adapters",
@@ -121,3 +132,14 @@ class Catalog:
         except RequestError as error:
             raise bad_request(f"adapters: {error}", "adapters") from None
         return name, dict(weights)
+
+    def _check_folder(self, adapter: str, status: HTTPStatus, param: str) -> None:
+        """Raise ApiError if only the changed folder of the artifact has ``adapter``."""
+        text = self._explain_missing(adapter)
+        if text is not None:
+            raise ApiError(
+                text,
+                status=status,
+                param=param,
+                code="artifact_changed",
+            )

@@ -21,6 +21,7 @@ from eoracc.runtime.server.api.schemas import (
     GenerationFields,
 )
 from eoracc.runtime.server.catalog import Catalog
+from eoracc.runtime.server.folder_monitor import FolderMonitor, SupportsFolderWatch
 from eoracc.runtime.server.metrics import Metrics
 from eoracc.runtime.server.options import ServerOptions
 from eoracc.runtime.server.record import RequestRecord
@@ -63,6 +64,7 @@ class ServedModel:
       context_length: most tokens of a prompt and its answer.
       adapters: names of the adapters.
       fingerprint: identifies the artifact's content.
+      folder: tells whether the artifact's folder still holds what was loaded.
       close: ends the engine.
     """
 
@@ -74,6 +76,7 @@ class ServedModel:
     context_length: int
     adapters: Sequence[str]
     fingerprint: str
+    folder: SupportsFolderWatch
     close: Callable[[], object]
 
 
@@ -99,6 +102,7 @@ class Service:
         self.catalog = Catalog(
             model_name,
             served.adapters,
+            explain_missing=served.folder.explain_missing,
             context_length=served.context_length,
             created=int(time.time()),
         )
@@ -110,16 +114,27 @@ class Service:
         self._context = ServingContext(
             served.engine, self._thread, self.admission, self.metrics, options, self._running
         )
+        self._folder = FolderMonitor(served.folder)
         gauges = self.admission
         self.metrics.gauge(
             "eoracc_queue_length", "Answers that wait for a row", lambda: gauges.waiting
         )
         self.metrics.gauge("eoracc_active_rows", "Answers in generation", lambda: gauges.active)
+        self.metrics.gauge(
+            "eoracc_artifact_changed",
+            "1 once the artifact's folder no longer holds what was loaded from it",
+            lambda: self.folder_changed,
+        )
 
     @property
     def alive(self) -> bool:
         """Whether the engine works."""
         return self._served.is_alive()
+
+    @property
+    def folder_changed(self) -> bool:
+        """Whether the artifact's folder no longer holds what was loaded from it."""
+        return self._folder.changed
 
     def check_open(self) -> None:
         """Check, before the body is read, whether a request can be accepted.
@@ -138,6 +153,7 @@ class Service:
 
     def close(self) -> None:
         """End the threads. No request may be running."""
+        self._folder.close()
         self._thread.shutdown()
         self._served.close()
 

@@ -14,6 +14,7 @@ import httpx
 
 from eoracc.errors import RequestError
 from eoracc.runtime.decode.continuation import Listener
+from eoracc.runtime.folder_watch import FolderChange
 from eoracc.runtime.request import ChatOptions, FinishReason, Piece, Prompt, Request, TokenLogprob
 from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.middleware import Observe
@@ -28,6 +29,7 @@ __all__ = [
     "HI",
     "JSON",
     "FakeEngine",
+    "FakeFolder",
     "FakeGeneration",
     "Server",
     "completion",
@@ -112,6 +114,20 @@ def echo_prompt(request: Request) -> list[Piece]:
     return pieces or [Piece("", finish_reason="length")]
 
 
+@dataclass
+class FakeFolder:
+    """A folder that a test changes."""
+
+    change: FolderChange | None = None
+    added: tuple[str, ...] = ()
+
+    def check(self) -> FolderChange | None:
+        return self.change
+
+    def explain_missing(self, adapter: str) -> str | None:
+        return f"adapter '{adapter}': restart to use it" if adapter in self.added else None
+
+
 class _Codec:
     """Bytes are tokens; a chat is its last turn, after the template's variable ``prefix``."""
 
@@ -169,6 +185,7 @@ async def serve(
     engine: FakeEngine | None = None,
     *,
     rows: int = 2,
+    folder: FakeFolder | None = None,
     **options: Any,  # noqa: ANN401
 ) -> AsyncIterator[Server]:
     """A server of ``engine``, which echoes by default."""
@@ -182,6 +199,7 @@ async def serve(
         context_length=CONTEXT,
         adapters=ADAPTERS,
         fingerprint="fp_0123",
+        folder=FakeFolder() if folder is None else folder,
         close=engine.close,
     )
     service = Service(served, ServerOptions(**options), model_name=BACKBONE)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from eoracc.errors import ApiError
+from eoracc.runtime.folder_watch import FolderChange
 from eoracc.runtime.server.options import ServerOptions
 from tests.runtime.server.fake import (
     BACKBONE,
@@ -19,6 +20,7 @@ from tests.runtime.server.fake import (
     HI,
     JSON,
     FakeEngine,
+    FakeFolder,
     Server,
     completion,
     run,
@@ -332,6 +334,34 @@ def test_health_tells_draining_and_a_dead_engine() -> None:
         assert await health("/health/live") == 500
 
     run(test)
+
+
+def test_a_changed_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = FakeFolder()
+
+    async def test(server: Server) -> None:
+        gauge = "eoracc_artifact_changed"
+        assert (await server.client.get("/health")).json() == HEALTHY
+        assert await server.metric(gauge) == 0
+        assert (await server.post(COMPLETIONS, prompt="a", model="poetry")).status_code == 404
+
+        folder.change, folder.added = FolderChange("is gone"), ("poetry",)
+        assert await server.settled(gauge, 1) == 1
+        told = await server.client.get("/health")
+        assert (told.status_code, told.json()) == (200, HEALTHY | {"artifact": "changed"})
+        for status, fields in (
+            (404, {"model": "poetry"}),
+            (400, {"adapters": {"math": 0.5, "poetry": 0.5}}),
+        ):
+            refused = await server.post(COMPLETIONS, prompt="a", **fields)
+            assert refused.status_code == status
+            assert refused.json()["error"]["code"] == "artifact_changed"
+            assert "restart" in refused.json()["error"]["message"]
+        assert (await server.post(COMPLETIONS, prompt="a", model="math")).status_code == 200
+
+    HEALTHY = {"status": "ready", "artifact": "loaded"}
+    monkeypatch.setattr("eoracc.runtime.server.folder_monitor._INTERVAL_S", 0.01)
+    run(test, folder=folder)
 
 
 def test_an_error_of_the_engine_is_the_request_s_alone(caplog: pytest.LogCaptureFixture) -> None:

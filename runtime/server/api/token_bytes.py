@@ -1,6 +1,6 @@
 """The bytes of each token, which may be part of a character.
 
-They are read from tokenizer.json. Vocabularies encode bytes in two ways: as printable characters
+They come from tokenizer.json. Vocabularies encode bytes in two ways: as printable characters
 (byte-level BPE), or as plain text with ``▁`` for a blank and ``<0xE2>`` for a single byte.
 """
 
@@ -14,33 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.decode.codec import TOKENIZER_FILE
 
-__all__ = ["read_token_bytes"]
+__all__ = ["token_bytes"]
 
 _LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def read_token_bytes(folder: Path) -> Mapping[int, bytes]:
-    """The bytes of every token of the artifact in ``folder``, by its id.
+def token_bytes(tokenizer: str, path: Path) -> Mapping[int, bytes]:
+    """The bytes of every token, by its id.
+
+    Args:
+      tokenizer: content of tokenizer.json.
+      path: of the file, for errors.
 
     Raises:
-      ArtifactError: tokenizer.json is missing or damaged.
+      ArtifactError: it is damaged.
     """
-    path = folder / TOKENIZER_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(tokenizer)
         decode = _byte_level if _is_byte_level(content) else _sentencepiece
-        token_bytes = {
-            index: decode(token) for token, index in _vocabulary(content["model"]["vocab"])
-        }
+        found = {index: decode(token) for token, index in _vocabulary(content["model"]["vocab"])}
         for token in content.get("added_tokens", ()):
-            token_bytes[token["id"]] = token["content"].encode()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found[token["id"]] = token["content"].encode()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{path}: holds no vocabulary ({type(error).__name__}): build the artifact again"
         ) from None
-    return token_bytes
+    return found
 
 
 def _vocabulary(vocabulary: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - JSON
