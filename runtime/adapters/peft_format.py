@@ -1,18 +1,15 @@
 """Adapters in PEFT's form: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Modules are named as in transformers and factors are plain floats. PEFT multiplies their product by
-``lora_alpha / r``: reading moves that factor into ``lora_b``, and files are written with 1. PEFT
-has many kinds of LoRA that are no plain sum ``W + B A``, or that change more than weights: reading
-rejects each of them by name.
+a number (:mod:`eoracc.runtime.adapters.peft_config`): reading moves it into ``lora_b``, and files
+are written with 1.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from safetensors.numpy import save
 
 from eoracc.errors import ArtifactError
 from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.runtime.adapters.peft_config import PEFT_CONFIG, PeftConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "encode_peft", "read_peft"]
 
-PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 _PICKLED = "adapter_model.bin"
@@ -37,77 +34,11 @@ _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
-_PLAIN = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-"""Options that leave an adapter a plain sum, or that have a check of their own."""
-
-_REFUSED: Mapping[str, str] = {
-    "alora_invocation_tokens": "it acts from some token of the text on (aLoRA)",
-    "fan_in_fan_out": "its factors are those of transposed weights",
-    "layer_replication": "it repeats layers of the model",
-    "lora_bias": "it adds biases",
-    "modules_to_save": "it replaces whole modules, which belong to the backbone",
-    "target_parameters": "it is for parameters that are no linear's weight",
-    "trainable_token_indices": "it replaces embeddings, which belong to the backbone",
-    "use_dora": "it scales the weights themselves (DoRA)",
-    "use_qalora": "it pools its inputs (QALoRA)",
-}
-"""Options that make an adapter more than low-rank factors, with the reason."""
-
-_CHANGES_WEIGHTS = ("corda", "loftq", "lora_ga", "olora", "pissa")
-"""Initializations that subtract the adapter's first state from the model's weights."""
-
 _DTYPES: Mapping[str, type[np.generic]] = {
     "F16": np.float16,
     "F32": np.float32,
     "F64": np.float64,
 }
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """The factor by which PEFT multiplies ``lora_B lora_A``."""
-
-    config: Mapping[str, Any]
-
-    def rank(self, module: str) -> int:
-        return int(self._of(module, "rank_pattern", "r"))
-
-    def factor(self, module: str) -> float:
-        rank = self.rank(module)
-        divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
-        return float(self._of(module, "alpha_pattern", "lora_alpha")) / divisor
-
-    def _of(self, module: str, pattern: str, default: str) -> Any:  # noqa: ANN401 - a number
-        for key, value in (self.config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        return self.config[default]
 
 
 def read_peft(folder: Path) -> dict[str, LowRank]:
@@ -120,7 +51,7 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
       ArtifactError: the adapter is no plain LoRA, a file is missing or damaged, or a value is not
         finite.
     """
-    scaling = _Scaling(_read_config(folder / PEFT_CONFIG))
+    config = PeftConfig.read(folder / PEFT_CONFIG)
     path = folder / PEFT_WEIGHTS
     if not path.is_file():
         pickled = (folder / _PICKLED).is_file()
@@ -146,7 +77,7 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
         key = min(foreign, key=lambda key: (_BASE_LAYER in key, key))
         raise ArtifactError(f"{path}: holds '{key}', {_reason(key)}")
     return {
-        module: _factors(f"{path}: module '{module}'", module, parts, scaling)
+        module: _factors(f"{path}: module '{module}'", module, parts, config)
         for module, parts in modules.items()
     }
 
@@ -164,54 +95,22 @@ def _reason(key: str) -> str:
 
 
 def _factors(
-    place: str, module: str, parts: Mapping[str, NDArray[np.float32]], scaling: _Scaling
+    place: str, module: str, parts: Mapping[str, NDArray[np.float32]], config: PeftConfig
 ) -> LowRank:
     if set(parts) != {"A", "B"}:
         raise ArtifactError(f"{place}: has lora_{min(parts)} and not the other factor")
     a, b = parts["A"], parts["B"]
-    try:
-        rank, factor = scaling.rank(module), scaling.factor(module)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error):
-        raise ArtifactError(
-            f"{place}: {PEFT_CONFIG} has no valid r and lora_alpha for it"
-        ) from None
+    rank, factor = config.rank_of(module), config.factor_of(module)
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
         raise ArtifactError(
             f"{place}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not have rank {rank}, "
             f"which {PEFT_CONFIG} gives"
         )
-    b = b * np.float32(factor)
+    with np.errstate(over="ignore"):  # what is not finite is refused below
+        b = b * np.float32(factor)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ArtifactError(f"{place}: its factors hold NaN or Inf")
     return LowRank(lora_a=a, lora_b=b)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path}: is missing: give a folder that PEFT has saved an adapter to"
-        ) from None
-    except (OSError, ValueError):
-        raise ArtifactError(f"{path}: cannot be read as JSON") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise ArtifactError(f"{path}: is a PEFT adapter of type {kind}: only LORA is known")
-    if config.get("bias", "none") != "none":
-        raise ArtifactError(f"{path}: 'bias' is {config['bias']!r}: it replaces biases")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGES_WEIGHTS):
-        raise ArtifactError(
-            f"{path}: 'init_lora_weights' is {start!r}: it is for weights that its training has "
-            "changed: save it with PEFT's path_initial_model_for_weight_conversion"
-        )
-    for key, value in config.items():
-        if value and key not in _PLAIN:
-            raise ArtifactError(
-                f"{path}: {key!r} is set: {_REFUSED.get(key, 'that kind of LoRA is not known')}"
-            )
-    return dict(config)
 
 
 def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
@@ -227,7 +126,8 @@ def _array(place: str, tensor: Mapping[str, Any]) -> NDArray[np.float32]:
     if dtype == "BF16":  # the upper half of a float32
         flat = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
     elif dtype in _DTYPES:
-        flat = np.frombuffer(data, _DTYPES[dtype]).astype(np.float32)
+        with np.errstate(over="ignore"):  # to Inf, which is refused
+            flat = np.frombuffer(data, _DTYPES[dtype]).astype(np.float32)
     else:
         raise ArtifactError(f"{place}: is of type {dtype}: save it as float32, float16 or bfloat16")
     array: NDArray[np.float32] = flat.reshape(tensor["shape"])
