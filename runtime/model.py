@@ -12,6 +12,7 @@ from eoracc.errors import RequestError
 from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
 from eoracc.runtime.backends import Backend, BackendChoice, open_backend
 from eoracc.runtime.decode.continuation import Continuation, Listener, complete
+from eoracc.runtime.decode.sampling import LogitsError
 from eoracc.runtime.decode.scheduler import PREFILL_CHUNK, Scheduler
 from eoracc.runtime.decode.scoring import Targets, score_targets
 from eoracc.runtime.decode.text import Tokenizer
@@ -353,6 +354,8 @@ class Model:
                 self._decoder,
                 [Targets(tuple(inputs), tuple(targets), place) for inputs, targets in queries],
             )
+        except LogitsError as error:
+            raise error.of(adapter) from None
         finally:
             self.bank.release(adapter)
 

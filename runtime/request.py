@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from eoracc.errors import RequestError
+from eoracc.runtime.request_ranges import check_ranges, check_weight
 
 __all__ = [
     "NO_ADAPTER",
@@ -82,10 +83,6 @@ class ChatOptions:
         if self.add_generation_prompt is None:
             return not self.continue_final_message
         return self.add_generation_prompt
-
-
-_MAX_WEIGHT = 10_000
-"""Largest weight of an adapter; far beyond it, activations leave the range of float32."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -172,28 +169,7 @@ class Request:
         Raises:
           RequestError: a value is out of range.
         """
-        problems = {
-            "max_new_tokens": self.max_new_tokens >= 0 or "must be 0 or more",
-            "temperature": 0 <= self.temperature < math.inf or "must be 0 or more, and finite",
-            "top_k": self.top_k >= 0 or "must be 0 (all) or more",
-            "top_p": 0 < self.top_p <= 1 or "must be above 0 and at most 1",
-            "min_p": 0 <= self.min_p <= 1 or "must be from 0 to 1",
-            "seed": self.seed is None or self.seed >= 0 or "must be 0 or more",
-            "logprobs": self.logprobs is None or self.logprobs >= 0 or "must be 0 or more",
-            "stop": not isinstance(self.stop, str) or "must be a list of strings",
-            "min_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens
-            or f"must be from 0 to max_new_tokens, {self.max_new_tokens}",
-            "repetition_penalty": 0 < self.repetition_penalty < math.inf
-            or "must be above 0, and finite",
-            "presence_penalty": math.isfinite(self.presence_penalty) or "must be finite",
-            "frequency_penalty": math.isfinite(self.frequency_penalty) or "must be finite",
-            "logit_bias": all(map(math.isfinite, self.logit_bias.values()))
-            or "must hold finite numbers",
-            "bad_words": not isinstance(self.bad_words, str) or "must be a list of strings",
-        }
-        for name, problem in problems.items():
-            if problem is not True:
-                raise RequestError(f"{name}: {problem}, not {getattr(self, name)!r}")
+        check_ranges(self)
         if "" in self.stop:
             raise RequestError("stop: a stop string may not be empty: leave it out")
         if "" in self.bad_words:
@@ -216,12 +192,10 @@ def adapter_weights(adapter: AdapterChoice) -> tuple[tuple[str, float], ...]:
         return ()
     if isinstance(adapter, str):
         return ((adapter, 1.0),)
+    if not isinstance(adapter, Mapping):
+        raise RequestError("adapter: must be a name, or weights by name")
     for name, weight in adapter.items():
-        if not abs(weight) <= _MAX_WEIGHT:
-            raise RequestError(
-                f"adapter '{name}': its weight must be from -{_MAX_WEIGHT} to {_MAX_WEIGHT}, "
-                f"not {weight}"
-            )
+        check_weight(name, weight)
     return tuple(sorted((name, float(weight)) for name, weight in adapter.items() if weight))
 
 

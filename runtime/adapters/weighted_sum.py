@@ -25,6 +25,8 @@ __all__ = ["weighted_sum"]
 
 _Codes: TypeAlias = tuple[NDArray[np.int8], NDArray[np.float64]]
 
+_BEYOND = "a weight takes the factors beyond the range of float32: choose a smaller weight"
+
 _WIDENED = LARGEST[8] // LARGEST[4]
 """Factor of the codes when 4-bit values become 8-bit ones, with steps smaller by as much."""
 
@@ -42,7 +44,8 @@ def weighted_sum(terms: Sequence[tuple[LowRank, float]]) -> LowRank:
       most, with the scales ``s`` of its rows and ``c = |weight| ||lora_a||_F``.
 
     Raises:
-      PluginError: the terms are of several types, or there are none.
+      PluginError: the terms are of several types, there are none, or a weight takes a term beyond
+        the range of float32.
     """
     kinds = {(factors.lora_a.dtype, factors.lora_b.dtype) for factors, _ in terms}
     if len(kinds) != 1:
@@ -74,10 +77,18 @@ def _replace_scale(factors: LowRank, scale: NDArray[np.float64]) -> LowRank:
     return LowRank(
         lora_a=factors.lora_a,
         lora_b=factors.lora_b,
-        lora_a_scale=scale.astype(np.float32),
+        lora_a_scale=_to_float32(scale),
         lora_b_scale=factors.lora_b_scale,
         bits=factors.bits,
     )
+
+
+def _to_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        converted = values.astype(np.float32)
+    if not np.isfinite(converted).all():
+        raise PluginError(_BEYOND)
+    return converted
 
 
 def _take_ranks(factors: LowRank, rank: int) -> LowRank:
@@ -94,13 +105,15 @@ def _sum_floats(terms: Sequence[LowRank]) -> LowRank:
     return LowRank(
         lora_a=np.concatenate([factors.lora_a for factors in terms]),
         lora_b=np.concatenate([factors.lora_b for factors in terms], axis=1),
-        lora_a_scale=np.concatenate([_scale(factors) for factors in terms]).astype(np.float32),
+        lora_a_scale=_to_float32(np.concatenate([_scale(factors) for factors in terms])),
     )
 
 
 def _sum_integers(terms: Sequence[tuple[LowRank, float]]) -> LowRank:
     # [terms] and [terms, N]: effect of one step of a term's lora_b on each row of the output.
-    sizes = np.array([abs(weight) * np.linalg.norm(factors.down()) for factors, weight in terms])
+    sizes = np.array([abs(weight) * _norm(factors) for factors, weight in terms])
+    if not np.isfinite(sizes).all():
+        raise PluginError(_BEYOND)
     sizes = np.where(sizes > 0, sizes, 1.0)
     wide = [_widen(factors) for factors, _ in terms]
     steps = np.stack([scale * size for (_, scale), size in zip(wide, sizes, strict=True)])
@@ -119,9 +132,15 @@ def _sum_integers(terms: Sequence[tuple[LowRank, float]]) -> LowRank:
     return LowRank(
         lora_a=np.concatenate([factors.lora_a for factors, _ in terms]),
         lora_b=np.concatenate(lora_b, axis=1),
-        lora_a_scale=(np.concatenate(scales) / balance).astype(np.float32),
-        lora_b_scale=(common * balance).astype(np.float32),
+        lora_a_scale=_to_float32(np.concatenate(scales) / balance),
+        lora_b_scale=_to_float32(common * balance),
     )
+
+
+def _norm(factors: LowRank) -> float:
+    """Frobenius norm of ``lora_a``; in float64, as scales may be near the end of float32."""
+    with np.errstate(over="ignore"):
+        return float(np.linalg.norm(factors.lora_a * _scale(factors)[:, None]))
 
 
 def _widen(factors: LowRank) -> _Codes:

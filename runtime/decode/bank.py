@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from eoracc.errors import RequestError
+from eoracc.errors import ArtifactError, PluginError, RequestError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter, stack_adapters
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.request import AdapterChoice, adapter_weights
@@ -112,8 +112,8 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
         """The place of ``adapter``, reserved until :meth:`release`.
 
         Raises:
-          RequestError: an adapter is unknown.
-          EoraccError: an adapter cannot be read, or the sum does not fit the model.
+          RequestError: an adapter is unknown, or the sum does not fit the model or float32.
+          BackendError: memory is exhausted.
         """
         weights = self.check(adapter)
         if not weights:
@@ -131,7 +131,14 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
                     self._users[weights] += 1
                     return place
             # Without the lock: other threads need not wait while files are read.
-            packed = self._pack(weights)
+            packed = self._pack_sum(weights)
+
+    def _pack_sum(self, weights: Weights) -> _PackedT:
+        # Adapters alone are loaded with the model: what fails here are the weights of a request.
+        try:
+            return self._pack(weights)
+        except (ArtifactError, PluginError) as error:
+            raise RequestError(f"adapters: {error}") from error
 
     def release(self, adapter: AdapterChoice) -> None:
         """Give up the reservation of :meth:`acquire`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from eoracc.runtime.decode.logit_rules import LogitRules
-from eoracc.runtime.decode.sampling import choose, token_logprob
+from eoracc.runtime.decode.sampling import LogitsError, choose, token_logprob
 from eoracc.runtime.decode.text import StopStrings
 from eoracc.runtime.request import Completion, FinishReason, Piece, Request, TokenLogprob
 
@@ -98,17 +98,21 @@ class Continuation:
 
         Raises:
           BackendError: the logits are not finite.
-          RequestError: the request bans every token.
+          RequestError: the request bans every token, or the adapter makes logits not finite.
         """
         request = self.request
-        token = choose(
-            self._rules.apply(logits, self.tokens),
-            self._rng,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            min_p=request.min_p,
-        )
+        allowed = self._rules.apply(logits, self.tokens)
+        try:
+            token = choose(
+                allowed,
+                self._rng,
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                min_p=request.min_p,
+            )
+        except LogitsError as error:
+            raise error.of(request.adapter) from None
         ends = token in self._ends
         if ends and not request.include_stop:
             return self.end("stop")

@@ -11,19 +11,44 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eoracc.errors import BackendError
-from eoracc.runtime.request import TokenLogprob
+from eoracc.errors import BackendError, EoraccError, RequestError
+from eoracc.printable import printable
+from eoracc.runtime.request import AdapterChoice, TokenLogprob, adapter_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["choose", "distribution", "log_normalizer", "target_logprobs", "token_logprob"]
+__all__ = [
+    "LogitsError",
+    "choose",
+    "distribution",
+    "log_normalizer",
+    "target_logprobs",
+    "token_logprob",
+]
 
 _DEPTHS = (2.0, 4.0, 8.0, 16.0, np.inf)
 """Distances below the highest logit in which to search for the most likely tokens, in turn."""
 
 _COLDEST = 1e-30
 """Lowest temperature to divide by; there the most likely token is practically certain."""
+
+
+class LogitsError(BackendError):
+    """Logits that are not finite: of a damaged model, or of an adapter with huge factors."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not finite: check the artifact (eoracc verify)")
+
+    def of(self, adapter: AdapterChoice) -> EoraccError:
+        """The error of a request: its own fault if it asks for an adapter."""
+        names = [f"'{name}' by {weight:g}" for name, weight in adapter_weights(adapter)]
+        if not names:
+            return self
+        return RequestError(
+            f"adapter: {printable(' and '.join(names))} takes the logits beyond the range of "
+            "float32: choose a smaller weight or another adapter"
+        )
 
 
 def choose(
@@ -46,11 +71,11 @@ def choose(
       min_p: see :func:`distribution`.
 
     Raises:
-      BackendError: a logit is NaN, or none is finite.
+      LogitsError: a logit is NaN, or none is finite.
     """
     best = int(logits.argmax())
     if not np.isfinite(logits[best]):
-        raise BackendError("the model's logits are not finite: check the artifact (eoracc verify)")
+        raise LogitsError
     if temperature == 0 or top_k == 1:
         return best
     ids, probabilities = distribution(
@@ -215,6 +240,11 @@ def target_logprobs(
     Returns:
       Natural logarithms of probabilities, ``float64 [N]``, and whether greedy decoding chooses the
       token, ``bool [N]``.
+
+    Raises:
+      LogitsError: a logit is NaN, or none is finite.
     """
+    if not np.isfinite(logits.max(axis=-1)).all():
+        raise LogitsError
     logprobs = logits[np.arange(len(targets)), targets] - log_normalizer(logits)
     return logprobs, logits.argmax(axis=-1) == targets

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from eoracc.errors import ArtifactError, RequestError
+from eoracc.printable import printable
 from eoracc.runtime.artifact.genai_files import read_special_tokens
 from eoracc.runtime.decode.chat_files import Chat
 from eoracc.runtime.decode.codec import Codec
@@ -96,7 +97,9 @@ class Tokenizer(Codec):
             if not word[:1].isspace():
                 forms.append(self.encode(" " + word, special=False))
             if not all(forms):
-                raise RequestError(f"bad_words: {word!r} has no tokens: leave it out")
+                raise RequestError(
+                    f"bad_words: '{printable(word, 64)}' has no tokens: leave it out"
+                )
             encoded += forms
         return encoded
 

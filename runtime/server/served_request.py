@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -209,8 +210,10 @@ class ServedRequest:
         submitted = context.thread.submit(
             context.engine.submit, self._requests[index], listener=listen
         )
+        # The engine may end a short answer before ``submit`` has returned in its thread. So only
+        # the answer's end is waited for: whoever reads the answer ends this task soon after it.
+        submitted.add_done_callback(partial(_tell_refusal, listen))
         try:
-            await asyncio.wrap_future(submitted)
             return await end
         finally:
             if end.cancelled() or not end.done():
@@ -245,6 +248,12 @@ class ServedRequest:
         metrics.first_token_seconds.observe(now - self._arrived)
         if self.first_token_s is None:
             self.first_token_s = now - self._arrived
+
+
+def _tell_refusal(listen: Listener, submitted: Future[SupportsCancel]) -> None:
+    """Tell the listener that the engine has not accepted the generation."""
+    if not submitted.cancelled() and isinstance(error := submitted.exception(), Exception):
+        listen(error)
 
 
 def _cancel(submitted: Future[SupportsCancel]) -> None:

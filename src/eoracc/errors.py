@@ -6,6 +6,7 @@ The sentence names the file, field or node, says what is wrong, and gives the wa
     ├── PluginError            the native library, or an operand of one of its ops
     ├── ArtifactError          an artifact that is missing, damaged, foreign, or in the way
     ├── BackendError           a package, driver or GPU is missing, or refuses the model
+    │   └── LogitsError        logits that are not finite
     ├── RequestError           a request that cannot be served as it is
     ├── BusyError              more requests than may wait
     ├── ApiError               the answer to an HTTP request that is refused
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 _REASON_CHARS = 400
+_MESSAGE_CHARS = 500
+_PARAM_CHARS = 100
 
 _NO_HEADERS: Mapping[str, str] = {}
 
@@ -154,8 +157,10 @@ class GateError(EoraccError):
 def error_body(
     message: str, *, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error as OpenAI's API returns it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """An error as OpenAI's API returns it; a client's own text in it is printable and bounded."""
+    shown = None if param is None else printable(param, _PARAM_CHARS)
+    content = {"message": printable(message, _MESSAGE_CHARS), "type": kind, "param": shown}
+    return {"error": {**content, "code": code}}
 
 
 def reason(error: Exception) -> str:

@@ -40,11 +40,38 @@ from eoracc.runtime.request import RequestOptions
             "adapter 'a': its weight must be from -10000 to 10000, not nan",
         ),
         ("adapter", {"a": -1e5}, "adapter 'a': its weight must be from -10000 to 10000, not -1"),
+        ("adapter", {"a": 10**400}, "from -10000 to 10000, not an integer of 1329 bits"),
+        ("adapter", {"a": "1"}, "from -10000 to 10000, not '1'"),
+        ("adapter", {"a": None}, "from -10000 to 10000, not None"),
+        ("adapter", {3: 1.0}, "adapter '3': its weight must be"),
+        ("adapter", 3, "adapter: must be a name, or weights by name"),
+        ("temperature", 10**400, "and finite, not an integer of 1329 bits"),
+        ("temperature", "warm", "temperature: must be 0 or more, and finite, not 'warm'"),
+        ("top_p", None, "top_p: must be above 0 and at most 1, not None"),
+        ("repetition_penalty", 10**4000, "and finite, not an integer of 13288 bits"),
+        ("presence_penalty", 10**400, "presence_penalty: must be finite, not an integer"),
+        ("max_new_tokens", 1.5, "max_new_tokens: must be 0 or more, not 1.5"),
+        ("min_new_tokens", "1", "min_new_tokens: must be from 0 to max_new_tokens, 256, not '1'"),
+        ("logit_bias", {3: 10**5000}, "logit_bias: must hold finite numbers, not a dict"),
+        ("logit_bias", [1], r"logit_bias: must hold finite numbers, not \[1\]"),
+        ("stop", [b"a"], "stop: must be a list of strings"),
+        ("stop", None, "stop: must be a list of strings, not None"),
     ],
 )
 def test_values_out_of_range_are_named(field: str, value: Any, problem: str) -> None:  # noqa: ANN401
     with pytest.raises(RequestError, match=problem):
         Request(prompt="a", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stop", "\x1b[2J" * 10_000), ("seed", -(10**4000)), ("adapter", {"\x1b" * 10_000: 1e9})],
+)
+def test_texts_are_short_and_printable(field: str, value: Any) -> None:  # noqa: ANN401
+    with pytest.raises(RequestError) as caught:
+        Request(prompt="a", **{field: value})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 def test_edges_of_the_ranges() -> None:

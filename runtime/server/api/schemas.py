@@ -150,7 +150,7 @@ class GenerationFields(Fields):
 
     model: _Text | None = None
     adapters: dict[_Text, Annotated[float, Field(allow_inf_nan=False)]] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=_INT64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: _Text | list[_Text] | None = None

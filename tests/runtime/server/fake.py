@@ -33,6 +33,7 @@ __all__ = [
     "FakeGeneration",
     "Server",
     "completion",
+    "echo_prompt",
     "piece",
     "run",
     "serve",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
+from typing_extensions import override
 
 from eoracc.errors import ApiError
+from eoracc.runtime.decode.continuation import Listener
 from eoracc.runtime.folder_watch import FolderChange
+from eoracc.runtime.request import Request
 from eoracc.runtime.server.options import ServerOptions
 from tests.runtime.server.fake import (
     BACKBONE,
@@ -21,8 +25,10 @@ from tests.runtime.server.fake import (
     JSON,
     FakeEngine,
     FakeFolder,
+    FakeGeneration,
     Server,
     completion,
+    echo_prompt,
     run,
 )
 
@@ -413,6 +419,27 @@ def test_access_log_has_figures_and_no_text(caplog: pytest.LogCaptureFixture) ->
     assert second["route"] == "/v1/models/{name}"
     assert second["id"] != "bad id\t"
     assert second["code"] == "model_not_found"
+
+
+def test_an_answer_that_ends_before_submit_returns_counts_as_ended() -> None:
+    """The engine's thread may be faster than the one that submits."""
+    returned = threading.Event()
+
+    class SlowToReturn(FakeEngine):
+        @override
+        def submit(self, request: Request, *, listener: Listener) -> FakeGeneration:
+            generation = super().submit(request, listener=listener)
+            assert returned.wait(10)
+            return generation
+
+    async def test(server: Server) -> None:
+        body = (await server.post(COMPLETIONS, prompt="abc")).json()
+        assert body["choices"][0]["text"] == "ABC"
+        reason = f'eoracc_answers_total{{model="{BACKBONE}",reason="stop"}}'
+        assert await server.settled(reason, 1) == 1
+        returned.set()
+
+    run(test, engine=SlowToReturn(echo_prompt))
 
 
 def test_metrics_add_up() -> None:
