@@ -93,6 +93,46 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     show_default=True,
     help="Seconds that running requests have to finish after SIGTERM.",
 )
+@click.option(
+    "--max-connections",
+    type=_POSITIVE,
+    default=1000,
+    show_default=True,
+    help="Connections that may be open. A further one takes the place of one without a request.",
+)
+@click.option(
+    "--max-connections-per-address",
+    type=_POSITIVE,
+    help="Connections that one client address may have open; default: no limit of its own.",
+)
+@click.option(
+    "--header-timeout",
+    type=_SECONDS,
+    default=10.0,
+    show_default=True,
+    help="Seconds that a client has to send the headers of a request.",
+)
+@click.option(
+    "--body-timeout",
+    type=_SECONDS,
+    default=30.0,
+    show_default=True,
+    help="Seconds that a client has to send the body of a request.",
+)
+@click.option(
+    "--keep-alive",
+    type=_POSITIVE,
+    default=15,
+    show_default=True,
+    help="Seconds that a connection stays open between two requests.",
+)
+@click.option(
+    "--send-timeout",
+    type=_SECONDS,
+    default=30.0,
+    show_default=True,
+    help="Seconds that a client has to read what was sent to it.",
+)
 @click.option("--access-log/--no-access-log", default=True, show_default=True)
 @backend_option
 def serve(
@@ -113,12 +153,19 @@ def serve(
     queue_timeout: float,
     request_timeout: float,
     grace: float,
+    max_connections: int,
+    max_connections_per_address: int | None,
+    header_timeout: float,
+    body_timeout: float,
+    keep_alive: int,
+    send_timeout: float,
     access_log: bool,
     backend: BackendChoice,
 ) -> None:
     """Serve ARTIFACT and its adapters through an OpenAI-compatible API."""
     try:
         from eoracc.runtime.server.artifact import open_artifact
+        from eoracc.runtime.server.connections.limits import ConnectionLimits
         from eoracc.runtime.server.options import ServerOptions
         from eoracc.runtime.server.process import listen, run
         from eoracc.runtime.server.service import Service
@@ -135,6 +182,14 @@ def serve(
         queue_timeout_s=queue_timeout,
         request_timeout_s=request_timeout,
         grace_s=grace,
+        connections=ConnectionLimits(
+            max_connections=max_connections,
+            max_per_address=max_connections_per_address,
+            header_timeout_s=header_timeout,
+            body_timeout_s=body_timeout,
+            keep_alive_s=keep_alive,
+            send_timeout_s=send_timeout,
+        ),
     )
     # Before the model is loaded: an address that cannot be had needs no waiting for.
     with listen(host, port) as listener:

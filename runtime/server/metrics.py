@@ -38,6 +38,12 @@ class Metrics:
             buckets=_REQUEST_S,
             registry=self._registry,
         )
+        self.connections_closed = Counter(
+            "eoracc_connections_closed",
+            "Connections that the server refused or cut, by reason",
+            ("reason",),
+            registry=self._registry,
+        )
         self.answers = Counter(
             "eoracc_answers",
             "Answers (choices) by model and finish reason",

@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eoracc.errors import ApiError
+from eoracc.runtime.server.api.errors import body_timeout
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.service import Service
 
@@ -159,12 +160,13 @@ class Gate:
     async def _read(self, headers: Headers, body: _Body) -> bytes | None:
         """Read the whole body; None if the client closes the connection."""
         limit = self._service.options.max_body_bytes
+        limit_s = self._service.options.connections.body_timeout_s
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
         whole = bytearray()
         try:
-            async with asyncio.timeout(self._service.options.request_timeout_s):
+            async with asyncio.timeout(limit_s):
                 while body.more:
                     part = await body.read()
                     if part is None:
@@ -173,12 +175,7 @@ class Gate:
                     if len(whole) > limit:
                         raise _too_large(limit)
         except TimeoutError:
-            raise ApiError(
-                "the request's body did not arrive in time: send it faster",
-                status=HTTPStatus.REQUEST_TIMEOUT,
-                code="timeout",
-                headers={"Connection": "close"},
-            ) from None
+            raise body_timeout(limit_s) from None
         return bytes(whole)
 
 

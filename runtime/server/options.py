@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eoracc.errors import ApiError
+from eoracc.runtime.server.connections.limits import ConnectionLimits
 
 __all__ = ["ServerOptions"]
 
@@ -24,6 +25,7 @@ class ServerOptions:
       request_timeout_s: seconds from the request's arrival to the last byte of its answer.
       stream_buffer: unread events of a stream before its client counts as too slow.
       grace_s: seconds for running requests to finish at shutdown.
+      connections: limits of connections.
     """
 
     api_key: str | None = None
@@ -36,6 +38,7 @@ class ServerOptions:
     request_timeout_s: float = 300.0
     stream_buffer: int = 1024
     grace_s: float = 30.0
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key and self.api_key.isascii()):

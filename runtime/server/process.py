@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import sys
 from collections.abc import Callable
 from time import monotonic
 from types import FrameType
@@ -15,13 +14,19 @@ from typing_extensions import override
 
 from eoracc.errors import BackendError
 from eoracc.runtime.server.app import create_app
-from eoracc.runtime.server.middleware import ACCESS_LOGGER, Observe
+from eoracc.runtime.server.connections.acceptor import Acceptor
+from eoracc.runtime.server.connections.limits import ConnectionLimits, fit_to_descriptors
+from eoracc.runtime.server.middleware import Observe
+from eoracc.runtime.server.quiet_log import set_up_logging
 from eoracc.runtime.server.service import Service
 
 __all__ = ["listen", "run"]
 
 _STALLED_MS = 60_000
 """Time without acknowledgement after which a connection counts as lost."""
+
+_TICKS_OF_CHECK = 3
+"""Tenths of a second between two checks for connections of slow clients."""
 
 _POLL_S = 0.02
 _LAST_WORDS_S = 2.0
@@ -72,7 +77,7 @@ def run(
       access_log: write a line of JSON to standard error for each request.
       on_ready: called once connections are accepted.
     """
-    _set_up_logging(access_log=access_log)
+    set_up_logging(access_log=access_log)
     app = create_app(service)
     config = uvicorn.Config(
         app,
@@ -81,9 +86,17 @@ def run(
         access_log=False,
         server_header=False,
         ws="none",
+        timeout_keep_alive=service.options.connections.keep_alive_s,
         timeout_graceful_shutdown=_CLOSE_S,
     )
-    server = _Server(config, service, app, on_ready)
+    limits = fit_to_descriptors(service.options.connections)
+    if limits != service.options.connections:
+        _log.warning(
+            "'ulimit -n' leaves room for %d connections only, not %d",
+            limits.max_connections,
+            service.options.connections.max_connections,
+        )
+    server = _Server(config, service, app, listener, limits, on_ready)
     try:
         server.run([listener])
     finally:
@@ -91,8 +104,9 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with a graceful shutdown: the socket stays open until running requests finish.
+    """uvicorn with limits of connections and a graceful shutdown.
 
+    The socket stays open until running requests finish.
     Meanwhile ``/health`` returns 503 to load balancers, and new requests get 503 instead of a
     refused connection.
     """
@@ -102,11 +116,16 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         service: Service,
         app: Observe,
+        listener: socket.socket,
+        limits: ConnectionLimits,
         on_ready: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._service = service
         self._app = app
+        self._listener = listener
+        self._limits = limits
+        self._acceptor: Acceptor | None = None
         self._on_ready = on_ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -114,8 +133,30 @@ class _Server(uvicorn.Server):
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await super().startup([])
+        metrics = self._service.metrics
+        acceptor = self._acceptor = Acceptor(
+            self._listener,
+            self.config,
+            self.server_state,
+            self._limits,
+            on_closed=lambda reason: metrics.connections_closed.labels(reason).inc(),
+        )
+        metrics.gauge("eoracc_connections", "Open connections", lambda: acceptor.count)
+        acceptor.start()
         self._on_ready()
+
+    @override
+    async def on_tick(self, counter: int) -> bool:
+        if self._acceptor is not None and counter % _TICKS_OF_CHECK == 0:
+            self._acceptor.check()
+        return await super().on_tick(counter)
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._acceptor is not None:
+            self._acceptor.close()
+        await super().shutdown(sockets)
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -146,20 +187,3 @@ class _Server(uvicorn.Server):
         while self._app.in_flight and monotonic() < end:
             await asyncio.sleep(_POLL_S)
         return not self._app.in_flight
-
-
-def _set_up_logging(*, access_log: bool) -> None:
-    """Log requests as JSON lines and everything else as text, on standard error."""
-    lines = logging.StreamHandler(sys.stderr)
-    lines.setFormatter(logging.Formatter("%(message)s"))
-    access = logging.getLogger(ACCESS_LOGGER)
-    access.handlers = [lines] if access_log else []
-    access.propagate = False
-    access.setLevel(logging.INFO if access_log else logging.CRITICAL)
-    texts = logging.StreamHandler(sys.stderr)
-    texts.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name, level in (("eoracc.server", logging.INFO), ("uvicorn.error", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers = [texts]
-        logger.propagate = False
-        logger.setLevel(level)

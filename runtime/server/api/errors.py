@@ -9,11 +9,14 @@ from eoracc.errors import ApiError
 
 __all__ = [
     "bad_request",
+    "body_timeout",
+    "header_timeout",
     "queue_full",
     "queue_timeout",
     "request_timeout",
     "shutting_down",
     "slow_client",
+    "too_many_connections",
 ]
 
 
@@ -54,6 +57,26 @@ def request_timeout(limit_s: float) -> ApiError:
     )
 
 
+def header_timeout(limit_s: float) -> ApiError:
+    """The request's headers are not complete in time."""
+    return ApiError(
+        f"the request's headers did not arrive within {limit_s:g} s: send them faster",
+        status=408,
+        code="timeout",
+        headers={"Connection": "close"},
+    )
+
+
+def body_timeout(limit_s: float) -> ApiError:
+    """The request's body is not complete in time."""
+    return ApiError(
+        f"the request's body did not arrive within {limit_s:g} s: send it faster",
+        status=408,
+        code="timeout",
+        headers={"Connection": "close"},
+    )
+
+
 def slow_client(events: int) -> ApiError:
     """The client reads its stream too slowly."""
     return ApiError(
@@ -72,4 +95,16 @@ def shutting_down() -> ApiError:
         kind="server_error",
         code="shutting_down",
         headers={"Retry-After": "5", "Connection": "close"},
+    )
+
+
+def too_many_connections(limit: int, address: str | None = None) -> ApiError:
+    """There is no room for a further connection, from one address or at all."""
+    origin = "" if address is None else f" from {address}"
+    return ApiError(
+        f"{limit} connections{origin} are open already, all with requests: try again in a moment",
+        status=503,
+        kind="server_error",
+        code="too_many_connections",
+        headers={"Retry-After": "1", "Connection": "close"},
     )

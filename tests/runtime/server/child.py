@@ -27,9 +27,12 @@ class ServerProcess:
       lines: of its standard error, so far.
     """
 
-    def __init__(self, artifact: Path, *options: str) -> None:
+    def __init__(self, artifact: Path, *options: str, descriptors: int | None = None) -> None:
+        """Prepare to serve ``artifact``, with a limit on the process's open files."""
         command = [sys.executable, "-m", "eoracc.compiler.cli", "serve", str(artifact)]
         command += ["--port", "0", "--threads", "1", *options]
+        if descriptors is not None:
+            command = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh", *command]
         self._process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,

@@ -1,0 +1,145 @@
+"""The log of a server, which no client can make grow without bound."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from typing_extensions import override
+
+from eoracc.runtime.server.middleware import ACCESS_LOGGER
+
+__all__ = ["LineBudget", "RepeatFilter", "set_up_logging"]
+
+_WINDOW_S = 60.0
+_MOST_KINDS = 100
+_LINES_PER_S = 100.0
+_BURST = 6000
+
+
+def set_up_logging(*, access_log: bool) -> None:
+    """Log requests as JSON lines and everything else as text, on standard error."""
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    lines.addFilter(LineBudget(_LINES_PER_S, _BURST))
+    access = logging.getLogger(ACCESS_LOGGER)
+    access.handlers = [lines] if access_log else []
+    access.propagate = False
+    access.setLevel(logging.INFO if access_log else logging.CRITICAL)
+    texts = logging.StreamHandler(sys.stderr)
+    texts.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    texts.addFilter(RepeatFilter())
+    for name, level in (
+        ("eoracc.server", logging.INFO),
+        ("uvicorn.error", logging.WARNING),
+        ("asyncio", logging.WARNING),
+    ):
+        logger = logging.getLogger(name)
+        logger.handlers = [texts]
+        logger.propagate = False
+        logger.setLevel(level)
+
+
+class _Kind(NamedTuple):
+    """What records have in common that count as repetitions of one message."""
+
+    logger: str
+    template: str
+    error: str
+
+
+_OTHERS = _Kind("", "", "")
+
+
+class RepeatFilter(logging.Filter):
+    """Lets a message through once a minute, with the number of those left out before.
+
+    Messages are equal if their text before formatting, and the place where their exception comes
+    from, are. More than a hundred kinds in a minute count as one.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start with an empty memory; ``clock`` returns seconds."""
+        super().__init__()
+        self._clock = clock
+        self._begun: dict[_Kind, float] = {}
+        self._omitted: dict[_Kind, int] = {}
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = self._clock()
+        kind = _kind(record)
+        if kind not in self._begun and len(self._begun) >= _MOST_KINDS:
+            self._forget_old(now)
+            if len(self._begun) >= _MOST_KINDS:
+                kind = _OTHERS
+        if now - self._begun.get(kind, now - _WINDOW_S) < _WINDOW_S:
+            self._omitted[kind] = self._omitted.get(kind, 0) + 1
+            return False
+        self._begun[kind] = now
+        omitted = self._omitted.pop(kind, 0)
+        if omitted:
+            record.msg = f"{record.getMessage()} (and {omitted} more like this before)"
+            record.args = ()
+        return True
+
+    def _forget_old(self, now: float) -> None:
+        for kind, begun in list(self._begun.items()):
+            if now - begun >= _WINDOW_S and kind not in self._omitted:
+                del self._begun[kind]
+
+
+def _kind(record: logging.LogRecord) -> _Kind:
+    error = record.exc_info[1] if record.exc_info else None
+    place = ""
+    if error is not None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        line = "" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        place = f"{type(error).__name__} {line}"
+    return _Kind(record.name, str(record.msg), place)
+
+
+class LineBudget(logging.Filter):
+    """Lets through so many lines a second on average, and counts those left out.
+
+    The next line that passes stands behind one with the count: ``{"omitted": 17}``.
+    """
+
+    def __init__(
+        self, per_second: float, burst: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start with a full budget.
+
+        Args:
+          per_second: lines that the budget regains.
+          burst: most lines that the budget holds.
+          clock: returns seconds.
+        """
+        super().__init__()
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._left = float(burst)
+        self._last = clock()
+        self._omitted = 0
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = self._clock()
+        self._left = min(self._left + (now - self._last) * self._per_second, self._burst)
+        self._last = now
+        if self._left < 1:
+            self._omitted += 1
+            return False
+        self._left -= 1
+        if self._omitted:
+            record.msg = json.dumps({"omitted": self._omitted}) + "\n" + record.getMessage()
+            record.args = ()
+            self._omitted = 0
+        return True
