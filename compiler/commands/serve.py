@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +37,13 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     show_envvar=True,
     help="Bearer token that requests must carry. Prefer the environment variable: others can "
     "see a process's arguments.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="Host name that requests may ask for besides localhost; may be repeated; '*' for all. "
+    "By default all where --host is an address that other machines reach.",
 )
 @click.option("--model-name", help="Name of the backbone; default: the folder's name.")
 @click.option(
@@ -141,6 +147,7 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
+    allowed_hosts: tuple[str, ...],
     model_name: str | None,
     threads: int | None,
     rows: int,
@@ -164,35 +171,38 @@ def serve(
 ) -> None:
     """Serve ARTIFACT and its adapters through an OpenAI-compatible API."""
     try:
-        from eoracc.runtime.server.artifact import open_artifact
         from eoracc.runtime.server.connections.limits import ConnectionLimits
+        from eoracc.runtime.server.hosts import HostRule, is_loopback
         from eoracc.runtime.server.options import ServerOptions
         from eoracc.runtime.server.process import listen, run
+        from eoracc.runtime.server.served.artifact import open_artifact
         from eoracc.runtime.server.service import Service
     except ModuleNotFoundError as error:
         raise BackendError(f"{error.name} is not installed: pip install 'eoracc[serve]'") from None
 
-    options = ServerOptions(
-        api_key=api_key,
-        max_waiting=max_waiting,
-        max_choices=max_choices,
-        max_body_bytes=max_body_bytes,
-        max_prompt_tokens=max_prompt_tokens,
-        max_tokens=max_tokens,
-        queue_timeout_s=queue_timeout,
-        request_timeout_s=request_timeout,
-        grace_s=grace,
-        connections=ConnectionLimits(
-            max_connections=max_connections,
-            max_per_address=max_connections_per_address,
-            header_timeout_s=header_timeout,
-            body_timeout_s=body_timeout,
-            keep_alive_s=keep_alive,
-            send_timeout_s=send_timeout,
-        ),
-    )
     # Before the model is loaded: an address that cannot be had needs no waiting for.
     with listen(host, port) as listener:
+        address, bound = listener.getsockname()[:2]
+        options = ServerOptions(
+            api_key=api_key,
+            max_waiting=max_waiting,
+            max_choices=max_choices,
+            max_body_bytes=max_body_bytes,
+            max_prompt_tokens=max_prompt_tokens,
+            max_tokens=max_tokens,
+            queue_timeout_s=queue_timeout,
+            request_timeout_s=request_timeout,
+            grace_s=grace,
+            hosts=HostRule(address, allowed_hosts),
+            connections=ConnectionLimits(
+                max_connections=max_connections,
+                max_per_address=max_connections_per_address,
+                header_timeout_s=header_timeout,
+                body_timeout_s=body_timeout,
+                keep_alive_s=keep_alive,
+                send_timeout_s=send_timeout,
+            ),
+        )
         served = open_artifact(
             artifact,
             rows=rows,
@@ -202,8 +212,7 @@ def serve(
             on_load=print_backend,
         )
         service = Service(served, options, model_name=model_name or artifact.resolve().name)
-        address, bound = listener.getsockname()[:2]
-        if api_key is None and not ipaddress.ip_address(address).is_loopback:
+        if api_key is None and not is_loopback(address):
             click.echo(f"warning: whoever reaches {host} is let in: set --api-key", err=True)
         shown = f"[{address}]" if ":" in address else address
         models = ", ".join((service.catalog.backbone, *service.catalog.adapters))

@@ -8,11 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from eoracc import __version__
 from eoracc.errors import ApiError, error_body
+from eoracc.printable import printable
 from eoracc.runtime.server.api.body import StrictRoute
 from eoracc.runtime.server.api.schemas import ChatCompletionRequest, CompletionRequest
 from eoracc.runtime.server.middleware import Gate, Observe
@@ -20,6 +21,9 @@ from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.service import Service
 
 __all__ = ["create_app"]
+
+_SHOWN_CHARS = 64
+"""Characters of a path that an error repeats."""
 
 
 def create_app(service: Service) -> Observe:
@@ -47,11 +51,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models", tags=["models"])
     async def models() -> dict[str, Any]:
         """List the backbone and its adapters."""
         return service.catalog.as_dict()
 
+    @app.head("/v1/models/{name:path}", include_in_schema=False)
     @app.get("/v1/models/{name:path}", tags=["models"])
     async def model(name: str) -> dict[str, Any]:
         """Describe one of the models."""
@@ -82,7 +88,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         artifact = "changed" if service.folder_changed else "loaded"
         return JSONResponse({"status": status, "artifact": artifact}, code)
 
-    @app.get("/metrics", tags=["operation"])
+    @app.head("/metrics", include_in_schema=False)
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["operation"])
     async def metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(service.metrics.render(), media_type=service.metrics.content_type)
@@ -105,10 +112,13 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def not_served(request: Request, error: HTTPException) -> Response:
+        method, path = (
+            printable(text, _SHOWN_CHARS) for text in (request.method, request.url.path)
+        )
         message = {
-            HTTPStatus.NOT_FOUND: f"there is no {request.method} {request.url.path} here",
+            HTTPStatus.NOT_FOUND: f"there is no {method} {path} here",
             HTTPStatus.METHOD_NOT_ALLOWED: (
-                f"{request.url.path} does not take {request.method}: use "
+                f"{path} does not take {method}: use "
                 f"{(error.headers or {}).get('Allow', 'another method')}"
             ),
         }.get(HTTPStatus(error.status_code), str(error.detail))

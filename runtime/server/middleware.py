@@ -110,7 +110,7 @@ class Observe:
 
 
 class Gate:
-    """Checks the API key, and the type, size and speed of the body."""
+    """Checks the host, the API key, and the type, size and speed of the body."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -126,6 +126,8 @@ class Gate:
         """
         if scope["type"] == "http":
             headers = Headers(scope=scope)
+            if self._service.options.hosts is not None:
+                self._service.options.hosts.check(headers.getlist("host"))
             if scope["path"] not in _HEALTH_ROUTES:
                 self._check_key(headers)
             if scope["method"] == "POST" and scope["path"] in _ROUTES:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from eoracc.errors import ApiError
 from eoracc.runtime.server.connections.limits import ConnectionLimits
+from eoracc.runtime.server.hosts import HostRule
 
 __all__ = ["ServerOptions"]
 
@@ -26,6 +27,7 @@ class ServerOptions:
       stream_buffer: unread events of a stream before its client counts as too slow.
       grace_s: seconds for running requests to finish at shutdown.
       connections: limits of connections.
+      hosts: that the server answers to; None for all.
     """
 
     api_key: str | None = None
@@ -39,6 +41,7 @@ class ServerOptions:
     stream_buffer: int = 1024
     grace_s: float = 30.0
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    hosts: HostRule | None = None
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key and self.api_key.isascii()):

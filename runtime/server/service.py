@@ -20,12 +20,12 @@ from eoracc.runtime.server.api.schemas import (
     CompletionRequest,
     GenerationFields,
 )
-from eoracc.runtime.server.catalog import Catalog
-from eoracc.runtime.server.folder_monitor import FolderMonitor, SupportsFolderWatch
 from eoracc.runtime.server.metrics import Metrics
 from eoracc.runtime.server.options import ServerOptions
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.replies import TextReply
+from eoracc.runtime.server.served.catalog import Catalog
+from eoracc.runtime.server.served.folder_monitor import FolderMonitor, SupportsFolderWatch
 from eoracc.runtime.server.served_request import ServedRequest, ServingContext, SupportsSubmit
 
 __all__ = ["Codec", "ServedModel", "Service"]

@@ -206,7 +206,7 @@ async def serve(
     service = Service(served, ServerOptions(**options), model_name=BACKBONE)
     app = create_app(service)
     transport = httpx.ASGITransport(app)
-    headers = {"Authorization": f"Bearer {options.get('api_key', '')}"}
+    headers = {"Authorization": f"Bearer {options.get('api_key') or ''}"}
     async with httpx.AsyncClient(
         transport=transport, base_url="http://test", headers=headers
     ) as client:

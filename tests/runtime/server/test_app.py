@@ -32,6 +32,9 @@ from tests.runtime.server.fake import (
     run,
 )
 
+LONG = "x\x1b[2J\u202e" * 3000
+"""A value that nobody wants to see in full, or raw."""
+
 
 def test_completion() -> None:
     async def test(server: Server) -> None:
@@ -313,10 +316,65 @@ def test_keys_that_no_client_could_send(key: str) -> None:
 
 
 def test_a_backbone_named_like_an_adapter() -> None:
-    from eoracc.runtime.server.catalog import Catalog
+    from eoracc.runtime.server.served.catalog import Catalog
 
     with pytest.raises(ApiError, match="'math' is the name of the backbone and of an adapter"):
         Catalog("math", ["math"], context_length=1, created=0)
+
+
+def test_what_can_be_got_has_a_head() -> None:
+    async def test(server: Server) -> None:
+        paths = ("/health", "/health/live", "/health/ready", "/metrics", "/openapi.json")
+        for path in (*paths, "/v1/models", "/v1/models/math", "/v1/models/none"):
+            wanted = await server.client.get(path)
+            found = await server.client.head(path)
+            assert found.status_code == wanted.status_code
+            assert found.headers["content-type"] == wanted.headers["content-type"]
+
+    run(test)
+
+
+def test_the_schema_declares_the_type_of_the_metrics() -> None:
+    async def test(server: Server) -> None:
+        schema = (await server.client.get("/openapi.json")).json()
+        declared = schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+        answer = await server.client.get("/metrics")
+        assert list(declared) == [answer.headers["content-type"].partition(";")[0]]
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (COMPLETIONS, {"model": LONG}),
+        (COMPLETIONS, {"adapters": {LONG: 1}}),
+        (COMPLETIONS, {"adapters": {LONG: "x"}}),
+        (COMPLETIONS, {"adapters": {"math": 1e4, LONG: 1e38}}),
+        (COMPLETIONS, {"n": 10**400}),
+        (COMPLETIONS, {"logit_bias": {LONG: 1}}),
+        (COMPLETIONS, {"logit_bias": {"9" * 17: 1}}),
+        (COMPLETIONS, {LONG: 1}),
+        (COMPLETIONS, {LONG.replace("\x1b", "x"): {"x": LONG}}),
+        (COMPLETIONS, {"stream_options": {LONG: LONG}}),
+        (COMPLETIONS, {"stop_token_ids": [2**63 - 1] * 9000}),
+        (CHAT, {"messages": [{"role": LONG, "content": "x"}]}),
+        (CHAT, {"messages": [{"role": "assistant", "content": LONG}]}),
+        (f"/{LONG.replace(chr(27), 'x')}", {}),
+        (f"/v1/models/{LONG.replace(chr(27), 'x')}", {}),
+    ],
+)
+def test_errors_repeat_little_of_a_bad_value(path: str, fields: dict[str, object]) -> None:
+    async def test(server: Server) -> None:
+        body = ({"prompt": "a"} if path == COMPLETIONS else {}) | fields
+        answer = await server.client.post(path, json=body)
+        assert 400 <= answer.status_code < 500
+        error = answer.json()["error"]
+        assert len(answer.content) < 1000
+        assert error["message"].isprintable()
+        assert (error["param"] or "x").isprintable()
+
+    run(test)
 
 
 def test_health_tells_draining_and_a_dead_engine() -> None:
@@ -366,7 +424,7 @@ def test_a_changed_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await server.post(COMPLETIONS, prompt="a", model="math")).status_code == 200
 
     HEALTHY = {"status": "ready", "artifact": "loaded"}
-    monkeypatch.setattr("eoracc.runtime.server.folder_monitor._INTERVAL_S", 0.01)
+    monkeypatch.setattr("eoracc.runtime.server.served.folder_monitor._INTERVAL_S", 0.01)
     run(test, folder=folder)
 
 

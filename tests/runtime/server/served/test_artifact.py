@@ -19,8 +19,8 @@ from eoracc.runtime.adapters.adapter import Adapter
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import read_manifest
 from eoracc.runtime.server.app import create_app
-from eoracc.runtime.server.artifact import open_artifact
 from eoracc.runtime.server.options import ServerOptions
+from eoracc.runtime.server.served.artifact import open_artifact
 from eoracc.runtime.server.service import Service
 from tests.runtime.folder_changes import build_again
 from tests.tiny_artifact import tiny_factors, tiny_slots
@@ -113,7 +113,7 @@ def test_a_build_under_a_server(
     adapted_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(adapted_artifact, tmp_path / "artifact")
-    monkeypatch.setattr("eoracc.runtime.server.folder_monitor._INTERVAL_S", 0.02)
+    monkeypatch.setattr("eoracc.runtime.server.served.folder_monitor._INTERVAL_S", 0.02)
     sums = [{"math": 0.7}, {"math": 0.5, "prose": 0.5}]
 
     async def test() -> None:

@@ -6,14 +6,14 @@ import time
 import pytest
 
 from eoracc.runtime.folder_watch import FolderChange
-from eoracc.runtime.server.folder_monitor import FolderMonitor
+from eoracc.runtime.server.served.folder_monitor import FolderMonitor
 from tests.runtime.server.fake import FakeFolder
 
 
 def test_each_change_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("eoracc.runtime.server.folder_monitor._INTERVAL_S", 0.005)
+    monkeypatch.setattr("eoracc.runtime.server.served.folder_monitor._INTERVAL_S", 0.005)
     folder = FakeFolder()
     monitor = FolderMonitor(folder)
     with caplog.at_level(logging.INFO, logger="eoracc.server"):
