@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.report.content import LinearReport, Report
+from eoracc.compiler.report.lines import report_lines
 from eoracc.errors import ArtifactError, ModelError
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
 
@@ -162,9 +163,11 @@ def _artifact(folder: Path) -> ArtifactSummary:
     path = folder / REPORT_FILE
     try:
         report = Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        # Parts that other packages write are plain mappings: whether they can be read shows here.
+        report_lines(report)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: is missing: build the artifact again") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         raise ArtifactError(
             f"{path}: is not the report of a build: build the artifact again"
         ) from None

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from eoracc.errors import ArtifactError
+from eoracc.runtime.parity.record_checks import check_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,7 +120,7 @@ class ParityRecord:
         with safe_open(path, framework="numpy") as file:
             index = json.loads(file.metadata()["parity"])
             widths = [k.partition("/")[2] for k in file.keys() if k.startswith("inputs/")]  # noqa: SIM118 - no mapping
-            return cls(
+            record = cls(
                 inputs={int(width): file.get_tensor(f"inputs/{width}") for width in widths},
                 linears=[
                     ParityLinear(
@@ -144,3 +145,5 @@ class ParityRecord:
                 ],
                 compression_effect=index["compression_effect"],
             )
+        check_record(record, path)
+        return record
