@@ -12,6 +12,7 @@ from eoracc.compiler.adapters.solve import SolvedAdapter, Task, solve_adapter
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend import load as frontend
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
@@ -224,7 +225,7 @@ class Interrupted(SilentProgress):
 
 @pytest.fixture
 def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
 
 
 @pytest.mark.usefixtures("save_at_once")
