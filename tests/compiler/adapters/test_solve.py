@@ -263,11 +263,11 @@ def test_key_covers_what_the_factors_depend_on(
 ) -> None:
     keys: list[str] = []
 
-    def stop(self: AdapterState) -> None:
-        keys.append(self.key)
+    def stop(_: AdapterState, __: Path, key: str) -> None:
+        keys.append(key)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AdapterState, "__post_init__", stop)
+    monkeypatch.setattr(AdapterState, "__init__", stop)
     text = windows(1, highest=30)
     heavy = Windows(text.input_ids, text.attention_mask, np.full(6, 2, np.float32))
     for what, weight_of in (
