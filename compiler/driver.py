@@ -4,8 +4,7 @@
                -> parity gate -> artifact
 
 Slow results (a converted GGUF, the finished blocks of a sweep) are kept in a work folder
-beside the output until the build succeeds: an interrupted build resumes from there, and what a
-power loss or the disk has damaged is computed again.
+beside the output until the build succeeds: an interrupted build resumes from there.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.context import context_notes
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
-from eoracc.compiler.kept.claim import claimed
-from eoracc.compiler.kept.files import replace_file
 from eoracc.compiler.progress import PhaseTime, SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import (
     AdaptersReport,
@@ -60,6 +57,7 @@ from eoracc.compiler.targets.tensorrt.check_model import check_model
 from eoracc.compiler.targets.tokens import ShippedTokenizer, ship_tokenizer, tokenizer_report
 from eoracc.compiler.text.sources import read_documents
 from eoracc.compiler.text.windows import Windows, calibration_windows, evaluation_windows
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
@@ -71,6 +69,8 @@ from eoracc.runtime.memory import peak_bytes, release_memory, resident_bytes
 from eoracc.runtime.parity.report import ParityReport
 
 __all__ = ["BuildResult", "build"]
+
+_PARITY_CHECK = Reader(ArtifactError, "build again")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _build(
 ) -> BuildResult:
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
     work = output.with_name(f".{output.name}.work")
-    with ArtifactWriter(output, force=force) as writer, claimed(work, "build"):
+    with ArtifactWriter(output, force=force) as writer:
         made = _make(config, config_dir, work, writer, progress, graphs)
         # The model and its weights are gone by now: checking needs the artifact alone.
         release_memory()
@@ -168,7 +168,7 @@ def _build(
             config=config.resolved(),
             parity=report.parity,
         )
-        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return BuildResult(output, manifest, report)
 
 
@@ -453,7 +453,7 @@ def _check_parity(artifact: Path, progress: Progress) -> tuple[ParityReport, int
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
         raise RuntimeError(f"the process of the parity check fails: {said[-1]}")
-    content = json.loads(done.stdout)
+    content = _PARITY_CHECK.parse(done.stdout, "the parity check")
     report = ParityReport.from_dict(content["report"])
     return report, resident_bytes() + content["peak_memory_bytes"]
 
@@ -467,5 +467,6 @@ def _check_gates(report: Report, work: Path) -> None:
     if not failed:
         return
     path = work / "report.json"
-    replace_file(path, f"{json.dumps(report.as_dict(), indent=2)}\n".encode())
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     raise GateError(f"{'; '.join(failed)}: no artifact was written, the report is {path}")

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eoracc.documents import Reader
 from eoracc.errors import PluginError
 from eoracc.plugins.op import ADAPTER_OPERANDS
 from eoracc.plugins.operands.codes import CHUNK, TILE, VECTOR, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank, merge_factors, split_rows
+from eoracc.printable import printable
 
 __all__ = [
     "SLOTS_KEY",
@@ -32,6 +34,7 @@ __all__ = [
     "unpack_adapter",
 ]
 
+_READER = Reader(PluginError, "build the artifact again")
 _Array = NDArray[np.generic]
 
 SLOTS_KEY = "eoracc.adapters"
@@ -120,13 +123,14 @@ class AdapterSlots:
         Raises:
           PluginError: ``text`` is not the JSON of any slots.
         """
-        try:
-            content = json.loads(text)
+        place = f"metadata {SLOTS_KEY!r} of the model"
+        content = _READER.as_object(_READER.parse(text, place), place)
+        with _READER.refusing_form(place, "are damaged"):
             slots = cls(str(content["type"]), tuple(map(_slot_from, content["slots"])))
-        except (ValueError, KeyError, TypeError):
-            raise PluginError(f"metadata {SLOTS_KEY!r} of the model are damaged") from None
         if slots.type not in _TYPES:
-            raise PluginError(f"metadata {SLOTS_KEY!r} name an unknown type {slots.type!r}")
+            raise PluginError(
+                f"metadata {SLOTS_KEY!r} name an unknown type '{printable(slots.type)}'"
+            )
         return slots
 
 

@@ -125,6 +125,92 @@ def test_imports_point_one_way(package: str) -> None:
                 assert not name.startswith(f"{forbidden}."), f"{module} imports {name}"
 
 
+# What reads a document without bounds, and the modules that may: each says why.
+UNBOUNDED = {
+    ("json", "load"),
+    ("json", "loads"),
+    ("yaml", "load"),
+    ("yaml", "safe_load"),
+    ("yaml", "SafeLoader"),
+    ("safetensors", "safe_open"),
+    ("safetensors", "deserialize"),
+    ("safetensors.numpy", "load"),
+    ("safetensors.numpy", "load_file"),
+    ("safetensors.torch", "load"),
+    ("safetensors.torch", "load_file"),
+    ("onnx", "load"),
+    ("onnx_ir", "load"),
+    ("gguf", "GGUFReader"),
+    ("tokenizers", "Tokenizer.from_file"),
+}
+READERS = {
+    "eoracc.tensor_files": "checks the header first",
+    "eoracc.compiler.config.yaml_tree": "bounds depth and aliases",
+    "eoracc.compiler.frontend.gguf.reading": "checks every count first",
+    "eoracc.compiler.frontend.weights": "its callers have checked the headers",
+    "eoracc.compiler.targets.tensorrt.engines.build": "messages of its own process",
+    "eoracc.compiler.targets.tensorrt.engines.bundle": "its own text",
+    "eoracc.compiler.targets.tensorrt.engines.task": "messages of its own process",
+    "eoracc.compiler.compare.folder": "work of its own, compared with digests",
+    "eoracc.compiler.compare.shared_sweep": "work of its own, compared with digests",
+    "eoracc.compiler.eager.output_gradients": "work of its own, compared with digests",
+    "eoracc.compiler.sweep.activation_store": "work of its own, compared with digests",
+    "eoracc.compiler.sweep.resume": "work of its own, compared with digests",
+    "eoracc.compiler.sweep.survey": "work of its own, compared with digests",
+    "eoracc.passes.plan.calibrate_outputs": "work of its own, compared with digests",
+    "eoracc.plugins.tensorrt.plugin": "is copied into bundles and imports nothing of eoracc",
+    "eoracc.runtime.artifact.graph_file": "bounds the size first",
+    "eoracc.runtime.server.api.body": "bodies have a reader of their own, which answers 400",
+}
+
+
+def unbounded_reads(tree: ast.AST) -> set[tuple[str, str]]:
+    """The functions of ``UNBOUNDED`` that a module names, however it imports them."""
+    origins: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            origins |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            origins |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
+    spelled = {f"{module}.{name}": (module, name) for module, name in UNBOUNDED}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            head, dot, rest = ast.unparse(node).partition(".")
+            full = f"{origins.get(head, head)}{dot}{rest}"
+            if full in spelled:
+                found.add(spelled[full])
+    return found
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import json\njson.loads(x)",
+        "from json import loads as parse\nparse(x)",
+        "import json as j\nmap(j.load, x)",
+        "from safetensors.numpy import load_file\nload_file(x)",
+        "import onnx_ir as ir\nir.load(x)",
+        "import tokenizers\ntokenizers.Tokenizer.from_file(x)",
+        "from tokenizers import Tokenizer\nTokenizer.from_file(x)",
+    ],
+)
+def test_unbounded_reads_are_found(program: str) -> None:
+    assert len(unbounded_reads(ast.parse(program))) == 1
+
+
+def test_documents_are_read_within_bounds() -> None:
+    reading = {
+        module: found
+        for module, path in modules().items()
+        if (found := unbounded_reads(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert set(reading) <= set(READERS), f"use eoracc.documents or eoracc.tensor_files: {reading}"
+    assert set(READERS) <= set(reading), "these no longer read by themselves: remove them"
+
+
 def sources() -> Iterator[Path]:
     """Files of the product that git keeps, or would."""
     for package in PACKAGES:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.passes.solvers.factor_types import store_factors
 from eoracc.runtime.adapters.adapter import Adapter
@@ -49,6 +50,10 @@ ORIGIN_FILE = "eoracc_adapter.json"
 """A file beside PEFT's own with the origin of the adapter."""
 
 _FORMAT = "eoracc adapter origin"
+_ORIGIN = Reader(ArtifactError, "remove it")
+_READER = Reader(ArtifactError, "copy or make the adapter again")
+_MAX_FACTORS = 1 << 31
+"""Bytes; offsets in an .onnx_adapter have 32 bits."""
 
 
 def export_peft(artifact: Path, name: str, folder: Path) -> list[Path]:
@@ -186,11 +191,8 @@ def import_onnx(artifact: Path, path: Path, name: str | None) -> Adapter:
       ArtifactError: it is damaged, for another backbone, or has no name.
     """
     description = path.with_suffix(".json")
-    try:
-        factors = path.read_bytes()
-        described = description.read_bytes() if description.is_file() else None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    factors = _READER.read_bytes(path, limit=_MAX_FACTORS)
+    described = _READER.read_bytes(description) if description.is_file() else None
     adapter = decode_adapter(
         described,
         factors,
@@ -260,13 +262,10 @@ def relative_error(exact: LowRank, stored: LowRank) -> float:
 def _read_origin(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
-        if origin["format"] == _FORMAT and isinstance(origin["details"], dict):
-            return dict(origin)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ArtifactError(f"{path}: does not say where the adapter comes from: remove it")
+    origin = _ORIGIN.read_object(path)
+    if origin.get("format") != _FORMAT or not isinstance(origin.get("details"), dict):
+        _ORIGIN.refuse(path, "does not say where the adapter comes from")
+    return origin
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:

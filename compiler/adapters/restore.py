@@ -23,6 +23,7 @@ from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_r
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.artifact.genai_files import read_model_files
+from eoracc.runtime.artifact.graph_file import read_graph
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 __all__ = ["restore_backbone"]
@@ -43,10 +44,7 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
         factors of a weight: what these were before is in neither of the two.
     """
     path = read_model_files(folder).model
-    try:
-        stored = ir.load(path)
-    except Exception as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from error
+    stored = read_graph(path)
     backbone = Backbone.of(model)
     _restore_products(stored, backbone)
     linears = {linear.name: linear for linear in backbone.linears}

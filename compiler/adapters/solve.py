@@ -193,10 +193,7 @@ def solve_adapter(
     solution = _Solution(weight_of)
     state = AdapterState(work, _key(backbone, task, calibrate, weight_of))
     forward = ForwardPass(executor, batches, solution.weight, match=calibrate.match)
-    resumed = state.resume(solution.factors, solution.errors, forward.live)
-    begin = resumed.position
-    if not resumed.has_activations:
-        forward.run(begin)
+    begin = state.resume(solution.factors, solution.errors, forward.live)
     with progress.phase(f"{label} {task.name}", executor.head_level) as phase:
         for level in range(executor.head_level):
             if level < begin:
@@ -212,7 +209,7 @@ def solve_adapter(
             ends = finished == executor.head_level
             if ends or executor.levels[finished][0].linears[0].block != block:
                 release_weights()
-                if ends or state.interval.is_due:
+                if ends or state.is_due:
                     # At the end nothing needs the activations any more.
                     live = [] if ends else forward.live
                     state.save(finished, solution.factors, solution.errors, live)

@@ -16,6 +16,7 @@ from eoracc.compiler.chat.conversations import conversations_for
 from eoracc.compiler.chat.expressions import UnportableError
 from eoracc.compiler.chat.genai import GenaiTemplates, Rendering
 from eoracc.compiler.chat.portable import portable_template
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, BackendError, ModelError, RequestError
 from eoracc.runtime.artifact.versioned_json import is_file_name
 from eoracc.runtime.decode.chat_files import ADDITIONAL_FOLDER, DEFAULT_NAME, TEMPLATE_FILE, Chat
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ChatTemplates", "ship_chat"]
+
+_READER = Reader(ModelError, "fetch the checkpoint again", constants=True)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _write_config(
 ) -> None:
     """Set the special tokens and the template in tokenizer_config.json."""
     path = folder / CONFIG_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = _READER.read_object(path) if path.exists() else {}
     content.pop("chat_template", None)
     for name, token in special_tokens.items():
         # A tokenizer's class has tokens that the checkpoint does not name.

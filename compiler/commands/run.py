@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from eoracc.compiler.commands.common import (
     print_backend,
     print_json,
 )
+from eoracc.documents import Reader
+from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:
     from eoracc.runtime import BackendChoice, Completion, Model
@@ -202,13 +203,9 @@ def _parse_adapters(adapters: tuple[str, ...]) -> dict[str, float]:
 
 def _parse_kwargs(text: str | None) -> dict[str, Any]:
     """Variables of the chat template."""
-    try:
-        kwargs = json.loads(text or "{}")
-    except ValueError:
-        kwargs = None
-    if not isinstance(kwargs, dict):
-        raise click.UsageError(f"--chat-template-kwargs {text}: is no JSON object")
-    return kwargs
+    reader = Reader(ConfigError, "give an object, as '{\"enable_thinking\": false}'")
+    option = "--chat-template-kwargs"
+    return reader.as_object(reader.parse(text or "{}", option), option)
 
 
 def _details(model: Model, completion: Completion) -> dict[str, Any]:

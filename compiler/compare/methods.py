@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from eoracc.compiler.config.contradictions import pass_problems
-from eoracc.compiler.config.document import dotted, suggest
+from eoracc.compiler.config.document import suggest
 from eoracc.compiler.config.passes import method_names
 from eoracc.compiler.config.sections import BuildConfig
+from eoracc.compiler.config.yaml_tree import dotted
 from eoracc.errors import ConfigError
 from eoracc.passes.base import Pass, pass_type
 from eoracc.passes.calibrate import Calibrate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from eoracc.compiler.config.document import KeyPath, dotted, suggest
+from eoracc.compiler.config.document import suggest
 from eoracc.compiler.config.passes import method_names
 from eoracc.compiler.config.sections import (
     AdapterConfig,
@@ -16,6 +16,7 @@ from eoracc.compiler.config.sections import (
     engine_sections,
 )
 from eoracc.compiler.config.tensorrt import EngineConfig
+from eoracc.compiler.config.yaml_tree import KeyPath, dotted
 from eoracc.passes.base import Pass
 from eoracc.passes.recipe import Recipe
 from eoracc.plugins.adapters import AdapterSlots

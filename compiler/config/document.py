@@ -1,4 +1,4 @@
-"""YAML with the line of every node, so that an error can name the place of a mistake."""
+"""A model.yaml with its assignments, so that an error can name the place of a mistake."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from eoracc.compiler.config.yaml_tree import KeyPath, dotted, read_yaml
+from eoracc.documents import Reader
 from eoracc.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-__all__ = ["Document", "KeyPath", "dotted", "suggest"]
+__all__ = ["Document", "suggest"]
 
-KeyPath = tuple[str | int, ...]
-"""The path of a value: ``("passes", 2, "eora", "rank")``."""
-
-
-def dotted(path: Iterable[str | int]) -> str:
-    """``passes.2.eora.rank``, as ``--set`` takes it."""
-    return ".".join(str(part) for part in path)
+_READER = Reader(ConfigError, "give the model.yaml of a build")
+_MAX_BYTES = 1 << 20
+_WORD_CHARS = 80
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -34,7 +30,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     'known here: samples, seed'
     """
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:_WORD_CHARS], known, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known) or 'nothing'}"
 
 
@@ -61,31 +57,11 @@ class Document:
         Raises:
           ConfigError: it cannot be read, is no YAML mapping, or has a key twice.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file: give a model.yaml") from None
-        except IsADirectoryError:
-            raise ConfigError(f"{path}: is a folder: give the model.yaml in it") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            lines: dict[KeyPath, int] = {}
-            if isinstance(node, yaml.Node):
-                _walk(path, node, (), lines, frozenset())
-            data = None if node is None else loader.construct_document(node)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            at = f":{mark.line + 1}" if mark else ""
-            raise ConfigError(f"{path}{at}: is not valid YAML: {error.problem}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: is not valid YAML: {error}") from None
-        finally:
-            loader.dispose()
+        if not path.exists():
+            raise ConfigError(f"{path}: there is no such file: give a model.yaml")
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder: give the model.yaml in it")
+        data, lines = read_yaml(_READER.read_text(path, limit=_MAX_BYTES), path)
         if data is None:
             raise ConfigError(f"{path}: is empty: give at least model, passes and output")
         if not isinstance(data, dict):
@@ -123,8 +99,8 @@ class Document:
         if not equals or not all(parts):
             raise ConfigError(f"--set {assignment}: give it as path=value, calibration.samples=16")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value, _ = read_yaml(text, "the value")
+        except ConfigError:
             raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
         parent: Any = self.data
         path: KeyPath = ()
@@ -169,31 +145,3 @@ class Document:
             places = " or ".join(dotted((*path, index, part)) for index in matches)
             raise ConfigError(f"--set {assignment}: '{part}' occurs there twice: give {places}")
         return matches[0], True
-
-
-def _walk(
-    file: Path, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], open_: frozenset[int]
-) -> None:
-    """Note the line of everything under ``node`` and refuse a key that occurs twice."""
-    if id(node) in open_:
-        raise ConfigError(f"{file}:{node.start_mark.line + 1}: an alias that contains itself")
-    inside = open_ | {id(node)}
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{file}:{line}: a key must be a single word")
-            key = key_node.value
-            if key in seen:
-                raise ConfigError(
-                    f"{file}:{line}: {dotted((*path, key))}: occurs twice, first in line "
-                    f"{seen[key]}: keep one"
-                )
-            seen[key] = line
-            lines[(*path, key)] = line
-            _walk(file, value_node, (*path, key), lines, inside)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*path, index)] = item.start_mark.line + 1
-            _walk(file, item, (*path, index), lines, inside)

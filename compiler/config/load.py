@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from eoracc.compiler.config.contradictions import contradictions
-from eoracc.compiler.config.document import Document, KeyPath, dotted, suggest
+from eoracc.compiler.config.document import Document, suggest
 from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
+from eoracc.compiler.config.yaml_tree import KeyPath, dotted
 from eoracc.errors import ConfigError
 from eoracc.passes.base import pass_type
+from eoracc.printable import printable
 
 __all__ = ["adapter_config", "load_config"]
 
@@ -91,6 +93,9 @@ def _option(path: KeyPath) -> str:
     return f"--{names.get(path, str(path[-1])).replace('_', '-')}"
 
 
+_VALUE_CHARS = 120
+_MESSAGE_CHARS = 1_000
+
 _FRIENDLY = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -138,17 +143,22 @@ def _problem(detail: ErrorDetails) -> str:
         problem = f"is missing: add '{path[-1]}: …'"
     elif kind == "literal_error":
         expected = detail["ctx"]["expected"]
-        problem = f"must be {expected}, not {value!r}"
+        problem = f"must be {expected}, not {_shown(value)}"
         if isinstance(value, str):
             choices = re.findall(r"'([^']+)'", expected)
             problem += f": {suggest(value, choices)}"
     elif kind in _FRIENDLY:
-        problem = _FRIENDLY[kind] + ("" if "empty" in _FRIENDLY[kind] else f", not {value!r}")
+        problem = _FRIENDLY[kind] + ("" if "empty" in _FRIENDLY[kind] else f", not {_shown(value)}")
     elif kind == "value_error" or kind.startswith(("pass_", "number_")):
-        problem = detail["msg"].removeprefix("Value error, ")
+        problem = printable(detail["msg"].removeprefix("Value error, "), _MESSAGE_CHARS)
     else:
-        problem = f"{detail['msg'].replace('Input should', 'must')}, not {value!r}"
+        problem = f"{detail['msg'].replace('Input should', 'must')}, not {_shown(value)}"
     return problem
+
+
+def _shown(value: object) -> str:
+    """The value as Python spells it, cut short."""
+    return printable(repr(value), _VALUE_CHARS)
 
 
 def _known_keys(kind: object, path: KeyPath) -> list[str]:

@@ -7,18 +7,19 @@ is converted once.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tokenizers import Tokenizer
 
+from eoracc.compiler.frontend.documents import CHECKPOINT
 from eoracc.compiler.frontend.gguf.convert import convert
 from eoracc.compiler.frontend.quiet import quiet
+from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ModelError
+from eoracc.printable import printable
 
 __all__ = [
     "check_json_files",
@@ -27,8 +28,9 @@ __all__ = [
     "digest_files",
     "find_checkpoint",
     "first_line",
-    "read_json_object",
 ]
+
+_TOKENIZERS = Reader(ModelError, "fetch it again, or update tokenizers")
 
 _JSON_FILES = (
     "generation_config.json",
@@ -87,25 +89,6 @@ def find_checkpoint(source: str, work: Path, *, trust_remote_code: bool = False)
     return Path(folder)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-      ModelError: the file cannot be read, is no JSON, or holds something else than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{path} is not valid JSON ({first_line(error)}): fetch it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object: fetch it again")
-    return content
-
-
 def check_json_files(folder: Path) -> None:
     """Check that the files beside the weights can be parsed.
 
@@ -114,7 +97,9 @@ def check_json_files(folder: Path) -> None:
     """
     for name in _JSON_FILES:
         path = folder / name
-        template = read_json_object(path).get("chat_template") if path.exists() else None
+        if not path.exists():
+            continue
+        template = CHECKPOINT.read_object(path, limit=VOCABULARY_BYTES).get("chat_template")
         if template is not None and not _is_chat_template(template):
             raise ModelError(
                 f"{path}: field chat_template is neither a template nor a list of named ones"
@@ -153,19 +138,15 @@ def check_tokenizer_json(folder: Path) -> None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
-    try:
-        Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing more specific
-        raise ModelError(
-            f"{path} is no tokenizer that the package tokenizers can read ({first_line(error)}): "
-            "fetch it again, or update tokenizers"
-        ) from error
+    content = CHECKPOINT.read_text(path, limit=VOCABULARY_BYTES)
+    with _TOKENIZERS.refusing(path, "is no tokenizer that the package tokenizers can read"):
+        Tokenizer.from_str(content)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for a message of one line; else the error's type."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    return printable(lines[0].rstrip(".:")) if lines else type(error).__name__
 
 
 def complaint(error: BaseException) -> str:
@@ -179,4 +160,4 @@ def complaint(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines = lines[1:]
-    return lines[0].split(" Errors: ")[0].rstrip(".:") if lines else type(error).__name__
+    return printable(lines[0].split(" Errors: ")[0].rstrip(".:")) if lines else type(error).__name__

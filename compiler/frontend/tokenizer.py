@@ -17,6 +17,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from eoracc.compiler.frontend.documents import CHECKPOINT
 from eoracc.errors import ModelError, reason
 from eoracc.runtime.decode.codec import CONFIG_FILE, TOKENIZER_FILE
 
@@ -59,7 +60,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Pa
     try:
         if backend is None:
             raise TypeError("it is no tokenizer of the library tokenizers")
-        content = json.loads(backend.to_str())
+        content = CHECKPOINT.parse(backend.to_str(), source)
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(
             f"{source}: its tokenizer {type(tokenizer).__name__} runs as Python "

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from eoracc.compiler.frontend.files import read_json_object
+from eoracc.compiler.frontend.documents import CHECKPOINT
+from eoracc.documents import VOCABULARY_BYTES
 from eoracc.errors import ModelError
+from eoracc.printable import printable
+from eoracc.tensor_files import read_tensor_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
+
+    from eoracc.tensor_files import TensorEntry
 
 __all__ = ["is_tied", "read_tensors", "weight_files"]
 
@@ -67,14 +68,16 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     else:
         raise ModelError(_without_weights(folder))
     for path in files:
-        _check_safetensors(path)
+        if not path.exists():
+            raise ModelError(f"weight file {path} is missing: fetch the checkpoint again")
+        _check_types(path, read_tensor_header(path, CHECKPOINT).tensors)
     return files
 
 
 def _indexed(index: Path) -> list[Path]:
     if not index.is_file():
         raise ModelError(f"weight index {index} is missing: fetch the checkpoint again")
-    names = read_json_object(index).get("weight_map")
+    names = CHECKPOINT.read_object(index, limit=VOCABULARY_BYTES).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} is not a valid safetensors index: fetch it again")
     files = {_inside(index.parent, name, where=f"{index}: weight_map") for name in names.values()}
@@ -84,12 +87,14 @@ def _indexed(index: Path) -> list[Path]:
 def _inside(folder: Path, name: object, *, where: str) -> Path:
     """``folder / name``, where ``name`` comes from the checkpoint and may be hostile."""
     if not isinstance(name, str) or not name.endswith((".safetensors", ".index.json")):
-        raise ModelError(f"{where} names {name!r}, which is no safetensors file: fetch it again")
+        raise ModelError(
+            f"{where} names '{printable(name)}', which is no safetensors file: fetch it again"
+        )
     # This class knows both separators, and drives.
     parsed = PureWindowsPath(name)
     if parsed.anchor or ".." in parsed.parts:
         raise ModelError(
-            f"{where} names {name!r}, which is outside of the folder and is not read: "
+            f"{where} names '{printable(name)}', which is outside of the folder and is not read: "
             "get the checkpoint from a source that you trust"
         )
     return folder.joinpath(*parsed.parts)
@@ -112,51 +117,19 @@ def _without_weights(folder: Path) -> str:
     return f"{missing}: fetch the checkpoint again"
 
 
-def _check_safetensors(path: Path) -> None:
-    """Check that the header parses, and that the file has the data and the types it should have.
-
-    The layout is ``u64 header size | JSON header | data``. A reader that maps a truncated file
-    would notice only when it reads the missing tensor.
-    """
-    if not path.is_file():
-        raise ModelError(f"weight file {path} is missing: fetch the checkpoint again")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise ModelError(f"{path} is truncated inside its header: fetch it again")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            types = {name: str(entry["dtype"]) for name, entry in header.items()}
-            data = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ModelError(
-                f"{path} has a header that is not safetensors: fetch it again"
-            ) from error
-    if 8 + length + data != size:
-        raise ModelError(
-            f"{path} is truncated: its header announces {8 + length + data} bytes, it has {size}"
-            if 8 + length + data > size
-            else f"{path} has {size - 8 - length - data} bytes that its header does not know"
-        )
-    _check_types(path, types)
-
-
-def _check_types(path: Path, types: Mapping[str, str]) -> None:
-    for name in types:
+def _check_types(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
+    for name in tensors:
         method = _QUANTIZED_PARTS.get(name.rpartition(".")[2])
         if method is not None:
             raise ModelError(
-                f"{path}: tensor {name} belongs to a quantized checkpoint ({method}): give the "
-                "model in full precision that it was made from"
+                f"{path}: tensor {printable(name)} belongs to a quantized checkpoint ({method}): "
+                "give the model in full precision that it was made from"
             )
-    for name, kind in types.items():
-        if kind not in _FLOATS:
+    for name, entry in tensors.items():
+        if entry.dtype not in _FLOATS:
             raise ModelError(
-                f"{path}: tensor {name} is of type {kind}, and weights must be floating point: "
-                "give the model in full precision"
+                f"{path}: tensor {printable(name)} is of type {printable(entry.dtype)}, and "
+                "weights must be floating point: give the model in full precision"
             )
 
 
@@ -170,10 +143,8 @@ def read_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
-        try:
+        with CHECKPOINT.refusing(path, "cannot be read"):
             tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read ({error}): fetch it again") from error
     return tensors
 
 

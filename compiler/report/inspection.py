@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.report.content import LinearReport, Report
-from eoracc.compiler.report.lines import report_lines
+from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ArtifactError, ModelError
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
+from eoracc.tensor_files import read_tensor_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ArtifactSummary", "CheckpointSummary", "TensorSummary", "inspect_path"]
 
-_LARGEST_HEADER = 100_000_000
-"""The safetensors format's own limit on its header, in bytes."""
+_READER = Reader(ArtifactError, "build the artifact again")
+_CHECKPOINT = Reader(ModelError, "fetch it again")
 
 
 @dataclass(frozen=True)
@@ -161,54 +161,21 @@ def inspect_path(path: Path) -> ArtifactSummary | CheckpointSummary:
 def _artifact(folder: Path) -> ArtifactSummary:
     manifest = read_manifest(folder)
     path = folder / REPORT_FILE
-    try:
-        report = Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        # Parts that other packages write are plain mappings: whether they can be read shows here.
-        report_lines(report)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
-        raise ArtifactError(
-            f"{path}: is not the report of a build: build the artifact again"
-        ) from None
+    content = _READER.read_object(path, limit=VOCABULARY_BYTES)
+    with _READER.refusing_form(path, "is not the report of a build"):
+        report = Report.from_dict(content)
     return ArtifactSummary(folder, manifest, report)
 
 
 def _safetensors(path: Path) -> Iterator[TensorSummary]:
-    """Read a safetensors header: its length in eight bytes, then JSON."""
-    damaged = f"{path}: is not a safetensors file, or is cut short: fetch it again"
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _LARGEST_HEADER:
-                raise ModelError(damaged)
-            header = json.loads(file.read(length))
-        end = 8 + length
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, stop = entry["data_offsets"]
-            end = max(end, 8 + length + stop)
-            yield TensorSummary(
-                name, tuple(entry["shape"]), str(entry["dtype"]), stop - begin, path.name
-            )
-        if path.stat().st_size < end:
-            raise ModelError(damaged)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(damaged) from None
+    for name, entry in read_tensor_header(path, _CHECKPOINT).tensors.items():
+        yield TensorSummary(name, entry.shape, entry.dtype, entry.end - entry.begin, path.name)
 
 
 def _gguf(path: Path) -> Iterator[TensorSummary]:
-    from gguf import GGUFReader  # noqa: PLC0415 - only GGUF files need it
+    from eoracc.compiler.frontend.gguf.reading import open_gguf  # noqa: PLC0415 - slow to import
 
-    try:
-        reader = GGUFReader(path)
-        tensors = reader.tensors
-    except Exception as error:
-        raise ModelError(
-            f"{path}: is not a GGUF file, or is cut short: fetch it again ({error})"
-        ) from error
-    for tensor in tensors:
+    for tensor in open_gguf(path).tensors:
         # GGUF lists the innermost dimension first.
         shape = tuple(int(size) for size in reversed(tensor.shape))
         yield TensorSummary(

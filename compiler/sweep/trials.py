@@ -163,8 +163,7 @@ class SweepTrials:
         return {name: linear for linears in blocks.values() for name, linear in linears.items()}
 
     def __enter__(self) -> Self:
-        """Delete what a killed run has left in the survey's folder."""
-        self._store.clear()
+        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from safetensors import SafetensorError
 
 from eoracc import __version__
+from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ArtifactError
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import encode_adapter
@@ -350,11 +351,12 @@ def package_versions() -> dict[str, str]:
 
 
 def _is_artifact(folder: Path) -> bool:
+    reader = Reader(ArtifactError, "it is no artifact")
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = reader.read_object(folder / MANIFEST_FILE, limit=VOCABULARY_BYTES)
+    except ArtifactError:
         return False
-    return isinstance(content, dict) and content.get("format") == "eoracc artifact"
+    return content.get("format") == "eoracc artifact"
 
 
 def _nearest(path: Path) -> Path:

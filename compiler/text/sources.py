@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from eoracc.compiler.text.tokens import bos_tokens
+from eoracc.documents import Reader
 from eoracc.errors import DataError, reason
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from eoracc.compiler.config.sections import TextConfig
 
 __all__ = ["read_documents"]
+
+_READER = Reader(DataError, "mend or remove the record", constants=True, half_pairs=True)
 
 
 def read_documents(
@@ -110,13 +112,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: is not JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:  # huge numbers, and huge depth
-                raise DataError(f"{path}:{number}: cannot be read as JSON: {error}") from None
-            yield f"{path}:{number}", record
+            yield f"{path}:{number}", _READER.parse(line, f"{path}:{number}")
 
 
 def _may_be_dataset_id(text: str) -> bool:

@@ -18,8 +18,10 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, PluginError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter, unpack_adapter
+from eoracc.printable import printable
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from eoracc.runtime.adapters.slots import read_slots
@@ -41,6 +43,7 @@ __all__ = [
     "read_listed_adapter",
 ]
 
+_READER = Reader(ArtifactError, "copy or make the adapter again")
 _FORMAT = "eoracc adapter"
 _SCHEMA = 1
 _FACTORS = ".onnx_adapter"
@@ -188,8 +191,8 @@ def decode_adapter(
 
 
 def _description(content: bytes, place: str) -> dict[str, Any]:
+    values = _READER.parse(content, f"{place}: its .json")
     try:
-        values = json.loads(content)
         schema = values["schema"] if values["format"] == _FORMAT else None
         strings = [values[key] for key in ("name", "backbone", "sha256")]
         complete = all(isinstance(value, str) for value in strings)
@@ -198,8 +201,8 @@ def _description(content: bytes, place: str) -> dict[str, Any]:
         schema, complete, values = None, False, {}
     if schema not in (None, _SCHEMA):
         raise ArtifactError(
-            f"{place}: its .json has schema {schema}, this eoracc reads {_SCHEMA}: use the eoracc "
-            "that made it, or make it again"
+            f"{place}: its .json has schema {printable(schema)}, this eoracc reads {_SCHEMA}: use "
+            "the eoracc that made it, or make it again"
         )
     if schema is None or not complete:
         raise ArtifactError(f"{place}: its .json does not describe an eoracc adapter")
@@ -208,8 +211,8 @@ def _description(content: bytes, place: str) -> dict[str, Any]:
 
 def _wrong_backbone(place: str, own: str, backbone: str) -> ArtifactError:
     return ArtifactError(
-        f"{place}: is for the backbone {own[:12]}, this one is {backbone[:12]}: make the adapter "
-        "anew for this artifact"
+        f"{place}: is for the backbone {printable(own[:12])}, this one is {backbone[:12]}: make "
+        "the adapter anew for this artifact"
     )
 
 

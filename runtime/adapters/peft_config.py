@@ -8,13 +8,13 @@ back-references, which PEFT's own files do not use either.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import re2
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.printable import printable
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["PEFT_CONFIG", "PeftConfig"]
 
 PEFT_CONFIG = "adapter_config.json"
+
+_READER = Reader(ArtifactError, "save the adapter with PEFT", constants=True)
 
 _PLAIN = frozenset(
     {
@@ -143,13 +145,7 @@ class PeftConfig:
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ArtifactError(f"{path}: is missing: give a folder that PEFT has saved an adapter to")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise ArtifactError(f"{path}: cannot be read as JSON") from None
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path}: holds no JSON object: save the adapter with PEFT")
-    return config
+    return _READER.read_object(path)
 
 
 def _refuse_other_kinds(path: Path, config: Mapping[str, Any]) -> None:

@@ -10,24 +10,32 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.printable import printable
 from eoracc.runtime.adapters.peft_config import PEFT_CONFIG, PeftConfig
+from eoracc.tensor_files import read_tensor_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from eoracc.tensor_files import TensorEntry
+
 __all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "encode_peft", "read_peft"]
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
+
+_READER = Reader(ArtifactError, "save the adapter with PEFT again", constants=True)
+_MAX_WEIGHTS = 1 << 36
+"""Bytes; the factors of any model are far smaller."""
 
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -75,9 +83,9 @@ def read_peft(folder: Path) -> dict[str, LowRank]:
     if foreign:
         # The file has no order. Factors explain more than the base weight beside them.
         key = min(foreign, key=lambda key: (_BASE_LAYER in key, key))
-        raise ArtifactError(f"{path}: holds '{key}', {_reason(key)}")
+        raise ArtifactError(f"{path}: holds '{printable(key)}', {_reason(key)}")
     return {
-        module: _factors(f"{path}: module '{module}'", module, parts, config)
+        module: _factors(f"{path}: module '{printable(module)}'", module, parts, config)
         for module, parts in modules.items()
     }
 
@@ -114,23 +122,25 @@ def _factors(
 
 
 def _read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read as safetensors: {error}") from None
-    return {name: _array(f"{path}: '{name}'", tensor) for name, tensor in tensors}
+    header = read_tensor_header(path, _READER)
+    content = memoryview(_READER.read_bytes(path, limit=_MAX_WEIGHTS))
+    return {
+        name: _array(f"{path}: '{printable(name)}'", entry, content[entry.begin : entry.end])
+        for name, entry in header.tensors.items()
+    }
 
 
-def _array(place: str, tensor: Mapping[str, Any]) -> NDArray[np.float32]:
-    dtype, data = tensor["dtype"], bytes(tensor["data"])
-    if dtype == "BF16":  # the upper half of a float32
+def _array(place: str, entry: TensorEntry, data: memoryview) -> NDArray[np.float32]:
+    if entry.dtype == "BF16":  # the upper half of a float32
         flat = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    elif dtype in _DTYPES:
+    elif entry.dtype in _DTYPES:
         with np.errstate(over="ignore"):  # to Inf, which is refused
-            flat = np.frombuffer(data, _DTYPES[dtype]).astype(np.float32)
+            flat = np.frombuffer(data, _DTYPES[entry.dtype]).astype(np.float32)
     else:
-        raise ArtifactError(f"{place}: is of type {dtype}: save it as float32, float16 or bfloat16")
-    array: NDArray[np.float32] = flat.reshape(tensor["shape"])
+        raise ArtifactError(
+            f"{place}: is of type {printable(entry.dtype)}: save it as float32, float16 or bfloat16"
+        )
+    array: NDArray[np.float32] = flat.reshape(entry.shape)
     return array
 
 

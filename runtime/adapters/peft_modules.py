@@ -8,7 +8,6 @@ side by side, each acting on the rows of its part, unless the parts share one ``
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.plugins.operands.low_rank import LowRank, split_rows
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModuleLayout", "linears_to_modules", "modules_to_linears", "read_layout"]
 
+_READER = Reader(ArtifactError, "build the artifact again")
 _PARTS = MappingProxyType(
     {
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -86,17 +87,14 @@ def read_layout(folder: Path, model_type: str) -> ModuleLayout:
       ArtifactError: genai_config.json is missing or damaged.
     """
     path = folder / CONFIG_FILE
-    try:
-        decoder = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]
+    content = _READER.read_object(path)
+    with _READER.refusing_form(path, "does not describe a decoder"):
+        decoder = content["model"]["decoder"]
         return ModuleLayout(
             wholes=_STORED_WHOLE.get(model_type, frozenset()),
             query_heads=int(decoder["num_attention_heads"]),
             key_heads=int(decoder["num_key_value_heads"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ArtifactError(
-            f"{path}: does not describe a decoder: build the artifact again"
-        ) from None
 
 
 def linears_to_modules(factors: Mapping[str, LowRank], layout: ModuleLayout) -> dict[str, LowRank]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.runtime.adapters.adapter import check_adapter_name
 from eoracc.runtime.adapters.files import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_adapter", "remove_adapter"]
 
+_READER = Reader(ArtifactError, "copy or build the artifact again")
 _Report = dict[str, Any]
 
 
@@ -114,14 +116,15 @@ def _edited_report(
     if REPORT_FILE not in manifest.files:
         return {}
     before = read_listed(folder, manifest, REPORT_FILE)
-    report: _Report = json.loads(before)
+    path = folder / REPORT_FILE
+    report: _Report = _READER.as_object(_READER.parse(before, path), path)
     _forget(report, name)
     if edit is not None:
         edit(report)
     try:
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
-        raise ArtifactError(f"{folder / REPORT_FILE}: cannot be written as JSON: {error}") from None
+        raise ArtifactError(f"{path}: cannot be written as JSON: {error}") from None
     return {} if text.encode() == before else {REPORT_FILE: text.encode()}
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.runtime.artifact.folder_lock import lock_folder
 
@@ -38,6 +39,7 @@ _log = logging.getLogger("eoracc.artifact")
 
 _FILES = "files"
 _REMOVED = "removed.json"
+_READER = Reader(ArtifactError, "the change was interrupted and cannot be finished")
 
 
 @contextmanager
@@ -133,7 +135,7 @@ def _finish(folder: Path) -> None:
     files = pending / _FILES
     touched: set[Path] = {folder}
     try:
-        removed = [str(name) for name in json.loads((pending / _REMOVED).read_bytes())]
+        removed = [str(name) for name in _READER.read_json(pending / _REMOVED)]
         # Deepest paths first: an artifact's manifest moves after the files that it lists.
         paths = [path for path in files.rglob("*") if not path.is_dir()]
         for path in sorted(paths, key=lambda path: (-len(path.parts), path)):

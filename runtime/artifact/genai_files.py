@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
+from eoracc.printable import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG_FILE", "ModelFiles", "read_model_files", "read_special_tokens"]
 
 CONFIG_FILE = "genai_config.json"
+
+_READER = Reader(ArtifactError, "build the artifact again")
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,19 @@ def read_model_files(folder: Path) -> ModelFiles:
       ArtifactError: the file is missing or damaged.
     """
     path = folder / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = _READER.read_object(path)
+    with _READER.refusing_form(path, "does not describe a decoder"):
         section = content["model"]
         decoder = section["decoder"]
         model = str(decoder["filename"])
         context_length = int(section["context_length"])
         library = decoder.get("session_options", {}).get("custom_ops_library")
         shares_cache = bool(content.get("search", {}).get("past_present_share_buffer"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ArtifactError(
-            f"{path}: does not describe a decoder: build the artifact again"
-        ) from None
     for name in filter(None, (model, library)):
         if not (folder / str(name)).resolve().is_relative_to(folder.resolve()):
             raise ArtifactError(
-                f"{path}: names '{name}', which is not in the folder: do not trust this artifact"
+                f"{path}: names '{printable(name)}', which is not in the folder: do not trust this "
+                "artifact"
             )
     return ModelFiles(
         model=folder / model,
@@ -74,12 +72,9 @@ def read_special_tokens(folder: Path) -> tuple[int | None, frozenset[int]]:
       ArtifactError: the file is missing or damaged.
     """
     path = folder / CONFIG_FILE
-    try:
-        section = json.loads(path.read_text(encoding="utf-8"))["model"]
+    content = _READER.read_object(path)
+    with _READER.refusing_form(path, "names no special tokens"):
+        section = content["model"]
         begin, ends = section.get("bos_token_id"), section.get("eos_token_id", [])
         tokens = [int(token) for token in (ends if isinstance(ends, list) else [ends])]
         return (None if begin is None or int(begin) < 0 else int(begin)), frozenset(tokens)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing: build the artifact again") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ArtifactError(f"{path}: names no special tokens: build the artifact again") from None

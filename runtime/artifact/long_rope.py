@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ __all__ = ["LONG_ROPE_KEY", "LongRope"]
 
 LONG_ROPE_KEY = "eoracc.long_rope"
 """Metadata of a graph: its :class:`LongRope`."""
+
+_READER = Reader(ArtifactError, "build the artifact again")
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,7 @@ class LongRope:
         text = metadata.get(LONG_ROPE_KEY)
         if text is None:
             return None
-        try:
-            content = json.loads(text)
+        place = f"metadata {LONG_ROPE_KEY!r} of the model"
+        content = _READER.as_object(_READER.parse(text, place), place)
+        with _READER.refusing_form(place, "are damaged"):
             return cls(original=int(content["original"]), longest=int(content["longest"]))
-        except (ValueError, KeyError, TypeError):
-            raise ArtifactError(
-                f"metadata {LONG_ROPE_KEY!r} of the model are damaged: build the artifact again"
-            ) from None

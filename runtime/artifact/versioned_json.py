@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ArtifactError
+from eoracc.printable import printable
 
 __all__ = ["check_versioned", "is_file_name", "read_versioned"]
+
+_READER = Reader(ArtifactError, "build the artifact again")
 
 
 def read_versioned(
@@ -26,12 +29,9 @@ def read_versioned(
     Raises:
       ArtifactError: the file is missing, no JSON, or of another format or schema.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(missing) from None
-    except (OSError, ValueError):
-        raise ArtifactError(f"{path}: cannot be read as JSON: build the artifact again") from None
+    if not path.exists():
+        raise ArtifactError(missing)
+    content = _READER.read_json(path, limit=VOCABULARY_BYTES)
     return check_versioned(content, path, file_format=file_format, schema=schema, foreign=foreign)
 
 
@@ -47,8 +47,8 @@ def check_versioned(
         raise ArtifactError(f"{path}: {foreign}")
     if content.get("schema") != schema:
         raise ArtifactError(
-            f"{path}: has schema {content.get('schema')}, this eoracc reads {schema}: use the "
-            "eoracc that built it, or build again"
+            f"{path}: has schema {printable(content.get('schema'))}, this eoracc reads {schema}: "
+            "use the eoracc that built it, or build again"
         )
     return content
 

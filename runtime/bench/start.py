@@ -6,17 +6,18 @@ what an artifact needs.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from eoracc.documents import Reader
 from eoracc.errors import BackendError
 from eoracc.runtime.backends import Backend
 
 __all__ = ["Start", "measure_start"]
 
+_READER = Reader(BackendError, "run the benchmark again")
 _PROCESS = "eoracc.runtime.bench.start_process"
 
 
@@ -54,8 +55,8 @@ def measure_start(
         check=False,
     )
     try:
-        return Start(**json.loads(done.stdout))
-    except (ValueError, TypeError):
+        return Start(**_READER.parse(done.stdout, folder))
+    except (BackendError, TypeError):
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"its process ended with code {done.returncode}"
         raise BackendError(f"{folder}: cannot be started on its own: {reason}") from None

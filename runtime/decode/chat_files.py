@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from eoracc.errors import ArtifactError, RequestError, reason
+from eoracc.documents import Reader
+from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.decode.chat_template import ChatTemplate
 from eoracc.runtime.decode.codec import CONFIG_FILE
 
@@ -39,6 +39,7 @@ SPECIAL_TOKENS = (
 """Special tokens that a template may name."""
 
 _TOOLS_NAME = "tool_use"
+_READER = Reader(ArtifactError, "replace it", constants=True)
 
 
 class Chat:
@@ -107,7 +108,7 @@ def read_templates(folder: Path) -> dict[str, str]:
     """
     files = {DEFAULT_NAME: folder / TEMPLATE_FILE}
     files |= {path.stem: path for path in sorted((folder / ADDITIONAL_FOLDER).glob("*.jinja"))}
-    templates = {name: _read_text(path) for name, path in files.items() if path.is_file()}
+    templates = {name: _READER.read_text(path) for name, path in files.items() if path.is_file()}
     if templates:
         return templates
     path = folder / CONFIG_FILE
@@ -141,21 +142,6 @@ def _read_special_tokens(folder: Path) -> dict[str, str]:
     return tokens
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError:
-        raise ArtifactError(f"{path}: is not UTF-8 text: replace it") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The content of a file, empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read_text(path))
-    except ValueError as error:
-        raise ArtifactError(f"{path}: is not JSON ({reason(error)}): replace it") from None
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: is no JSON object: replace it")
-    return content
+    return _READER.read_object(path) if path.exists() else {}

@@ -7,15 +7,13 @@ word, and ends a text at a NUL character.
 
 from __future__ import annotations
 
-import json
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from eoracc.errors import ArtifactError, RequestError, reason
+from eoracc.documents import VOCABULARY_BYTES, Reader
+from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.decode.detokenize import TextStream, clean_up_spaces
-from eoracc.runtime.decode.prompt_bound import PromptBound, prompt_bound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,9 +23,7 @@ __all__ = ["CONFIG_FILE", "TOKENIZER_FILE", "Codec"]
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-_LONG_TEXT = 2000
-"""Characters that take milliseconds to tokenize."""
-
+_READER = Reader(ArtifactError, "build the artifact again", constants=True)
 _SEED = 8
 """Tokens of the prompt that the text of an answer continues from."""
 
@@ -42,14 +38,9 @@ class Codec:
           ArtifactError: a file is missing or damaged.
         """
         path = folder / TOKENIZER_FILE
-        if not path.is_file():
-            raise ArtifactError(f"{path}: is missing: build the artifact again")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
-            raise ArtifactError(
-                f"{path}: is no tokenizer ({reason(error)}): build the artifact again"
-            ) from None
+        content = _READER.read_text(path, limit=VOCABULARY_BYTES)
+        with _READER.refusing(path, "is no tokenizer"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
         # A file may keep the limits of its training; a prompt is neither cut nor padded.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -61,11 +52,6 @@ class Codec:
             for index, token in self._tokenizer.get_added_tokens_decoder().items()
             if token.special
         )
-
-    @cached_property
-    def bound(self) -> PromptBound | None:
-        """How many bytes a token can hold; None if there is no bound."""
-        return prompt_bound(json.loads(self.to_json()))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of ``text``.
@@ -79,12 +65,7 @@ class Codec:
           RequestError: half of a surrogate pair stands alone in ``text``.
         """
         try:
-            if len(text) < _LONG_TEXT:
-                encoding = self._tokenizer.encode(text, add_special_tokens=special)
-            else:
-                # Other threads run meanwhile: unlike 'encode', it releases the interpreter's lock.
-                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-            ids: list[int] = encoding.ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         except (TypeError, UnicodeEncodeError):
             place = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if place is None:
@@ -128,15 +109,7 @@ class Codec:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: cannot be read as JSON: build the artifact again")
-    return content
+    return _READER.read_object(path) if path.exists() else {}
 
 
 def _cleans_up(config: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.graph_file import read_graph
 from eoracc.runtime.artifact.graph_names import (
     LOGITS_POSITIONS,
     LORA_A,
@@ -73,10 +73,7 @@ class GraphSession:
           ArtifactError: the file cannot be read.
           BackendError: ONNX Runtime is missing or rejects the graph.
         """
-        try:
-            model = ir.load(path)
-        except Exception as error:
-            raise ArtifactError(f"{path}: cannot be read: {error}") from error
+        model = read_graph(path)
         proto = ir.to_proto(float32_twin(model, rounded=rounded)).SerializeToString()
         # Lean: weights are widened at every call and stay in the mapped file.
         inference = open_inference(

@@ -14,6 +14,7 @@ from eoracc.errors import ArtifactError
 from eoracc.plugins.functions.overload import local_function
 from eoracc.plugins.op import DOMAIN, Input
 from eoracc.runtime.artifact.genai_files import read_model_files
+from eoracc.runtime.artifact.graph_file import read_graph
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
 
@@ -45,10 +46,7 @@ def open_linears(
       BackendError: ONNX Runtime is missing or rejects the op.
     """
     files = read_model_files(folder)
-    try:
-        model = ir.load(files.model)
-    except Exception as error:
-        raise ArtifactError(f"{files.model}: cannot be read: {error}") from error
+    model = read_graph(files.model)
     places = {
         name: (node, part)
         for node in model.graph

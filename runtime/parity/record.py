@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
-from eoracc.runtime.parity.record_checks import check_record
+from eoracc.tensor_files import open_arrays
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +22,8 @@ __all__ = ["PARITY_FILE", "ParityCase", "ParityLinear", "ParityRecord"]
 
 PARITY_FILE = "parity.safetensors"
 """File of a record, at the artifact's root and in the folder of each TensorRT target."""
+
+_READER = Reader(ArtifactError, "build the artifact again")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +116,17 @@ class ParityRecord:
 
     @classmethod
     def load(cls, path: Path) -> ParityRecord:
-        """Read what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote.
+
+        Raises:
+          ArtifactError: the file is missing or damaged.
+        """
         if not path.is_file():
             raise ArtifactError(f"{path} is missing: build the artifact with 'verify.parity: true'")
-        with safe_open(path, framework="numpy") as file:
-            index = json.loads(file.metadata()["parity"])
+        with open_arrays(path, _READER) as file:
+            index = _READER.parse((file.metadata() or {}).get("parity", ""), f"{path}: metadata")
             widths = [k.partition("/")[2] for k in file.keys() if k.startswith("inputs/")]  # noqa: SIM118 - no mapping
-            record = cls(
+            return cls(
                 inputs={int(width): file.get_tensor(f"inputs/{width}") for width in widths},
                 linears=[
                     ParityLinear(
@@ -145,5 +151,3 @@ class ParityRecord:
                 ],
                 compression_effect=index["compression_effect"],
             )
-        check_record(record, path)
-        return record

@@ -9,7 +9,10 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from eoracc.errors import ModelError, reason
+from eoracc.compiler.frontend.gguf.bounds import check_bounds
+from eoracc.documents import Reader
+from eoracc.errors import ModelError
+from eoracc.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,9 +20,12 @@ if TYPE_CHECKING:
 
     from gguf.gguf_reader import ReaderTensor
 
-__all__ = ["WAY_OUT", "GgufFile"]
+__all__ = ["READER", "WAY_OUT", "GgufFile", "open_gguf"]
 
 WAY_OUT = "use the model's safetensors folder instead"
+READER = Reader(ModelError, "it is truncated or damaged, fetch it again")
+"""Its errors are about GGUF files."""
+
 _VERSIONS = (2, 3)
 _MAGIC = b"GGUF"
 
@@ -41,22 +47,16 @@ class GgufFile:
         Raises:
           ModelError: the file is missing, truncated, no GGUF, or of an unknown version.
         """
-        if not path.is_file():
+        if not path.exists():
             raise ModelError(f"GGUF file {path} does not exist")
         self.path = path
-        _check_version(path)
-        try:
-            reader = GGUFReader(path)
+        reader = open_gguf(path)
+        with READER.refusing(path, "is not a complete GGUF file"):
             self._values = {
                 name: field.contents()
                 for name, field in reader.fields.items()
                 if not name.startswith("GGUF.")
             }
-        except Exception as error:
-            raise ModelError(
-                f"{path} is not a complete GGUF file ({reason(error)}): it is truncated or "
-                "damaged, fetch it again"
-            ) from error
         self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in reader.tensors}
         self._read_keys: set[str] = set()
         self._read_tensors: set[str] = set()
@@ -177,17 +177,31 @@ class GgufFile:
         return self._values.get(key)
 
     def _wrong_type(self, key: str, value: object, expected: str) -> ModelError:
-        given = f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:40]
+        given = f"a list of {len(value)}" if isinstance(value, list) else printable(repr(value), 40)
         return self.refusal(f"key {key} is {given}, not {expected}")
 
 
+def open_gguf(path: Path) -> GGUFReader:
+    """The library's view of a file, after its version and its counts have been checked.
+
+    Raises:
+      ModelError: the file is missing, truncated, no GGUF, or of an unknown version.
+    """
+    _check_version(path)
+    with READER.refusing(path, "is not a complete GGUF file"):
+        return GGUFReader(path)
+
+
 def _check_version(path: Path) -> None:
-    with path.open("rb") as stream:
+    with READER.opened(path) as (stream, _):
         head = stream.read(8)
+    if head[:4] != _MAGIC:
+        READER.refuse(path, "is not a complete GGUF file (its first bytes are others)")
     version = int.from_bytes(head[4:8], "little")
-    if len(head) == 8 and head[:4] == _MAGIC and version not in _VERSIONS:
+    if version not in _VERSIONS:
         known = " and ".join(map(str, _VERSIONS))
         raise ModelError(
             f"{path} is GGUF of version {version}, or written for a big-endian machine; versions "
             f"{known} in little-endian order are read: convert the model again, or {WAY_OUT}"
         )
+    check_bounds(path, READER)

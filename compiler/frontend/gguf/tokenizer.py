@@ -13,6 +13,7 @@ from tokenizers.normalizers import Replace as ReplaceNormalizer
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence, Split
 
 from eoracc.compiler.frontend.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenization
+from eoracc.compiler.frontend.gguf.reading import READER
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import reason
 
@@ -183,7 +184,7 @@ def _respell_added_tokens(tokenizer: Any, vocabulary: Vocabulary) -> None:  # no
     ``<｜User｜>`` of DeepSeek would be cut into pieces, and named special tokens of that kind get
     a new id behind the vocabulary.
     """
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = READER.parse(tokenizer.backend_tokenizer.to_str(), "its tokenizer")
     known = {entry["id"]: entry for entry in content["added_tokens"]}
     added = vocabulary.added()
     if all(index in known and known[index]["content"] == text for index, text, _ in added) and all(
@@ -229,7 +230,7 @@ def _strip_after_added_tokens(tokenizer: Any) -> None:  # noqa: ANN401
 
     GGUF has no key for that. Its template writes a line break after every ``<|user|>``.
     """
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = READER.parse(tokenizer.backend_tokenizer.to_str(), "its tokenizer")
     for entry in content["added_tokens"]:
         entry["rstrip"] = entry["content"] not in ("<unk>", "<s>", "<|endoftext|>")
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))

@@ -6,17 +6,18 @@ They come from tokenizer.json. Vocabularies encode bytes in two ways: as printab
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 
 __all__ = ["token_bytes"]
 
+_READER = Reader(ArtifactError, "build the artifact again")
 _LONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -30,16 +31,12 @@ def token_bytes(tokenizer: str, path: Path) -> Mapping[int, bytes]:
     Raises:
       ArtifactError: it is damaged.
     """
-    try:
-        content = json.loads(tokenizer)
+    content = _READER.as_object(_READER.parse(tokenizer, path), path)
+    with _READER.refusing_form(path, "holds no vocabulary"):
         decode = _byte_level if _is_byte_level(content) else _sentencepiece
         found = {index: decode(token) for token, index in _vocabulary(content["model"]["vocab"])}
         for token in content.get("added_tokens", ()):
             found[token["id"]] = token["content"].encode()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path}: holds no vocabulary ({type(error).__name__}): build the artifact again"
-        ) from None
     return found
 
 

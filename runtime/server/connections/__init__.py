@@ -1,4 +1,4 @@
-"""What strangers can use up: connections, the seconds that they keep the server waiting, the log.
+"""Connections of the server: who is let in, and for how long a client may keep the server waiting.
 
 Modules::
 
@@ -6,7 +6,6 @@ Modules::
     acceptor     accepts connections, makes room for new ones, waits while descriptors are short
     connection   uvicorn's HTTP/1.1 protocol with deadlines
     refusal      answers a connection that finds no room
-    quiet_log    the log, which clients cannot flood
 """
 
 from __future__ import annotations

@@ -425,7 +425,7 @@ def test_sources_that_are_none(work: Path, lora: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="takes factors of type int8 or int4, not float16"):
         import_adapter(artifact, lora, "x", "float16")
     (lora / "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ArtifactError, match="cannot be read as safetensors"):
+    with pytest.raises(ArtifactError, match="is truncated inside its header"):
         import_adapter(artifact, lora / "adapter_model.safetensors", "x")
     (lora / "adapter_config.json").unlink()
     with pytest.raises(ArtifactError, match=r"adapter_config\.json: is missing: give a folder"):

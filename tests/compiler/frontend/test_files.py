@@ -45,20 +45,20 @@ def test_folder_without_config(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize(
     ("content", "match"),
-    [("{'a': 1}", "is not valid JSON"), ("[" * 99999, "is not valid JSON"), ("3", "JSON object")],
+    [("{'a': 1}", "is not valid JSON"), ("[" * 99999, "is nested more"), ("3", "JSON object")],
 )
 def test_file_that_is_no_json(
     checkpoint: Path, tmp_path: Path, name: str, content: str, match: str
 ) -> None:
     (checkpoint / name).write_text(content)
-    refused(checkpoint, tmp_path, rf"{name} .*{match}.*: fetch it again")
+    refused(checkpoint, tmp_path, rf"{name}: .*{match}.*: fetch it again")
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
 def test_folder_in_place_of_a_file(checkpoint: Path, tmp_path: Path, name: str) -> None:
     (checkpoint / name).unlink(missing_ok=True)
     (checkpoint / name).mkdir()
-    refused(checkpoint, tmp_path, f"{name} cannot be read: Is a directory")
+    refused(checkpoint, tmp_path, f"{name}: is a folder: fetch it again")
 
 
 @pytest.mark.parametrize("template", [3, [{"name": "a"}], ["a"], {"a": 1}])
@@ -80,7 +80,7 @@ def test_chat_templates_that_transformers_reads(
 )
 def test_tokenizer_that_cannot_be_parsed(checkpoint: Path, tmp_path: Path, content: str) -> None:
     (checkpoint / "tokenizer.json").write_text(content)
-    refused(checkpoint, tmp_path, "tokenizer.json is no tokenizer that the package tokenizers can")
+    refused(checkpoint, tmp_path, "tokenizer.json: is no tokenizer that the package tokenizers can")
 
 
 # --- the hub --------------------------------------------------------------------------------------

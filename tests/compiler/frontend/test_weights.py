@@ -129,11 +129,11 @@ def test_names_that_lead_out_of_the_folder(checkpoint: Path, tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("[]", "holds no JSON object"),
+        ("[]", "is a list where a JSON object is expected"),
         ("{", "is not valid JSON"),
         ("{}", "is not a valid safetensors index"),
         ('{"weight_map": {}}', "is not a valid safetensors index"),
-        ('{"weight_map": {"a": 3}}', "names 3, which is no safetensors file"),
+        ('{"weight_map": {"a": 3}}', "names '3', which is no safetensors file"),
         ('{"weight_map": {"a": "a.bin"}}', "names 'a.bin', which is no safetensors file"),
         ('{"weight_map": {"a": "a-1.safetensors"}}', "a-1.safetensors is missing"),
     ],
@@ -194,7 +194,7 @@ def test_trailing_bytes(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_header_that_is_not_safetensors(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
-    refused(checkpoint, tmp_path, "has a header that is not safetensors")
+    refused(checkpoint, tmp_path, "header: is a list where a JSON object is expected")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])

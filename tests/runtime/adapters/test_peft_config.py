@@ -85,7 +85,7 @@ def test_patterns_that_no_linear_time_can_match(tmp_path: Path, field: str, patt
         ({"rank_pattern": [1]}, "'rank_pattern' is no object of patterns"),
         ({"rank_pattern": {f"m{i}": 1 for i in range(9000)}}, "has 9,000 patterns, 8,192 are"),
         ({"lora_alpha": None}, "'lora_alpha' is None where a finite number"),
-        ({"lora_alpha": 10**400}, "where a finite number"),
+        ({"lora_alpha": 10**400}, "holds a number of 401 digits"),
         ({"lora_alpha": math.nan}, "'lora_alpha' is nan where a finite number"),
         ({"alpha_pattern": {"q_proj": "8"}}, "'alpha_pattern' is '8' where a finite number"),
         ({"use_rslora": "yes"}, "'use_rslora' is no true or false"),

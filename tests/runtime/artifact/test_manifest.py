@@ -123,7 +123,7 @@ def test_edited_hash_does_not_fit_the_digest(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "is not the manifest of an eoracc artifact"),
         ('{"format": "other"}', "is not the manifest of an eoracc artifact"),
         ('{"format": "eoracc artifact", "schema": 99}', "has schema 99, this eoracc reads 1"),

@@ -112,8 +112,8 @@ def test_special_tokens_are_those_of_transformers(files: dict[str, Any], tmp_pat
         ({"config": {"chat_template": 3}}, "neither a text nor a list of named templates"),
         ({"config": {"chat_template": [{"name": "default"}]}}, "neither a text nor a list"),
         ({"config": {"chat_template": [{"name": "a", "template": None}]}}, "neither a text nor"),
-        ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: is not JSON"),
-        ({"tokenizer_config.json": "[]"}, r"tokenizer_config\.json: is no JSON object"),
+        ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: is not valid JSON"),
+        ({"tokenizer_config.json": "[]"}, r"tokenizer_config\.json: is a list where a JSON object"),
     ],
 )
 def test_damaged_files_are_named(files: dict[str, Any], problem: str, tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def test_half_a_surrogate_pair_is_named(folder: Path) -> None:
 
 def test_damaged_files(folder: Path) -> None:
     config = folder / "tokenizer_config.json"
-    for text in ("{", "[]"):
+    for text, problem in (("{", "is not valid JSON"), ("[]", "is a list where")):
         config.write_text(text)
-        with pytest.raises(ArtifactError, match=r"tokenizer_config\.json: cannot be read as JSON"):
+        with pytest.raises(ArtifactError, match=rf"tokenizer_config\.json: {problem}"):
             Codec(folder)
     config.unlink()
     Codec(folder)

@@ -97,5 +97,5 @@ def test_refuses_what_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is missing: build the artifact again"):
         read_engine_set(tmp_path)
     (tmp_path / ENGINES_FILE).write_text("{")
-    with pytest.raises(ArtifactError, match="cannot be read as JSON"):
+    with pytest.raises(ArtifactError, match="is not valid JSON"):
         read_engine_set(tmp_path)
