@@ -10,7 +10,9 @@ STAMP := .venv/.complete
 # Tests run in so many processes; one on the real model takes up to 2 GB.
 WORKERS ?= 2
 PYTEST_FLAGS ?=
-PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile \
+# More threads than processors wait for each other, and spin while they do.
+THREADS := $(shell threads=$$(($$(nproc) / $(WORKERS))); echo $$((threads > 0 ? threads : 1)))
+PYTEST = OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile \
   --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # The native library is built by pip; these files make the set-up stale.

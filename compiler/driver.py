@@ -4,7 +4,8 @@
                -> parity gate -> artifact
 
 Slow results (a converted GGUF, the finished blocks of a sweep) are kept in a work folder
-beside the output until the build succeeds: an interrupted build resumes from there.
+beside the output until the build succeeds: an interrupted build resumes from there, and what a
+power loss or the disk has damaged is computed again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.context import context_notes
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
+from eoracc.compiler.kept.claim import claimed
+from eoracc.compiler.kept.files import replace_file
 from eoracc.compiler.progress import PhaseTime, SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import (
     AdaptersReport,
@@ -130,7 +133,7 @@ def _build(
 ) -> BuildResult:
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
     work = output.with_name(f".{output.name}.work")
-    with ArtifactWriter(output, force=force) as writer:
+    with ArtifactWriter(output, force=force) as writer, claimed(work, "build"):
         made = _make(config, config_dir, work, writer, progress, graphs)
         # The model and its weights are gone by now: checking needs the artifact alone.
         release_memory()
@@ -168,7 +171,7 @@ def _build(
             config=config.resolved(),
             parity=report.parity,
         )
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return BuildResult(output, manifest, report)
 
 
@@ -467,6 +470,5 @@ def _check_gates(report: Report, work: Path) -> None:
     if not failed:
         return
     path = work / "report.json"
-    work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    replace_file(path, f"{json.dumps(report.as_dict(), indent=2)}\n".encode())
     raise GateError(f"{'; '.join(failed)}: no artifact was written, the report is {path}")

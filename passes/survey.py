@@ -12,6 +12,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eoracc.passes.base import LayerPass, Pass
 from eoracc.passes.calibrate import AskedPrecision, Calibrate
 from eoracc.passes.graph.linears import Linear, LinearGroup
@@ -104,8 +107,20 @@ class SurveyContext(Protocol):
           make: JSON-able results of a group. An interrupted survey resumes after the last group.
         """
 
-    def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The JSON-able result of ``make``, cached in :attr:`folder` across interrupted builds."""
+    def remember(
+        self, name: str, make: Callable[[], dict[str, Any]], *, files: str = ""
+    ) -> dict[str, Any]:
+        """The result of ``make``, cached in :attr:`folder` across interrupted builds.
+
+        Args:
+          name: of the result.
+          make: computes it; JSON must be able to hold it.
+          files: a folder in :attr:`folder` whose .safetensors files, which ``make`` writes, belong
+            to the result: it is computed again where one of them is damaged.
+        """
+
+    def write_arrays(self, name: str, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """Write ``name.safetensors`` in :attr:`folder`, inside of :meth:`remember`."""
 
     def trials(
         self, option: str, *, probes: Collection[int], resume: Iterable[int]

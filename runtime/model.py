@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
-from eoracc.errors import RequestError
+from eoracc.errors import PromptTooLongError, RequestError
 from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
 from eoracc.runtime.backends import Backend, BackendChoice, open_backend
 from eoracc.runtime.decode.continuation import Continuation, Listener, complete
@@ -240,11 +240,13 @@ class Model:
           ArtifactError: the request is a chat and the artifact has no chat template.
         """
         room = self.context_length if max_tokens is None else max_tokens
-        prompt = self.encode(request.prompt, chat=request.chat, chat_options=request.chat_options)
+        prompt = self.tokenizer.encode_prompt(
+            request.prompt, chat=request.chat, options=request.chat_options, limit=room - 1
+        )
         if not prompt:
             raise RequestError("the prompt is empty: give some text")
         if len(prompt) >= room:
-            raise RequestError(
+            raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens, the model takes {room}, "
                 "its answer included: shorten it"
             )

@@ -28,6 +28,7 @@ from eoracc.compiler.adapters.solve import SolvedAdapter, load_task, solve_adapt
 from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
+from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.progress import SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import AdaptersReport
 from eoracc.compiler.sweep.backbone import Backbone
@@ -168,29 +169,30 @@ def solve_for_artifact(
     request = _check_request(folder, name, config, force=force, trust_remote_code=trust_remote_code)
     # Of this adapter alone: others may be solved at the same time.
     work = folder.absolute().with_name(f".{folder.absolute().name}.{name}.work")
-    try:
-        solved, report = _solve(
-            folder,
-            name,
-            config,
-            request,
-            work,
-            data_dir,
-            progress,
-            model,
-            trust_remote_code=trust_remote_code,
-            parity=parity,
+    with claimed(work, f"run that adds '{name}'", otherwise="give the adapter another name"):
+        try:
+            solved, report = _solve(
+                folder,
+                name,
+                config,
+                request,
+                work,
+                data_dir,
+                progress,
+                model,
+                trust_remote_code=trust_remote_code,
+                parity=parity,
+            )
+        except Exception as error:
+            refuse_full_disk(folder, error)
+            raise
+        adapter = Adapter(
+            name, solved.factors, request.manifest.digest, adapter_details(solved, report)
         )
-    except Exception as error:
-        refuse_full_disk(folder, error)
-        raise
-    adapter = Adapter(
-        name, solved.factors, request.manifest.digest, adapter_details(solved, report)
-    )
-    manifest = add_adapter(
-        folder, adapter, force=force, edit_report=lambda stored: _merge(stored, report)
-    )
-    shutil.rmtree(work, ignore_errors=True)
+        manifest = add_adapter(
+            folder, adapter, force=force, edit_report=lambda stored: _merge(stored, report)
+        )
+        shutil.rmtree(work, ignore_errors=True)
     return AddedAdapter(
         adapter,
         report,

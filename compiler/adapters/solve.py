@@ -193,7 +193,10 @@ def solve_adapter(
     solution = _Solution(weight_of)
     state = AdapterState(work, _key(backbone, task, calibrate, weight_of))
     forward = ForwardPass(executor, batches, solution.weight, match=calibrate.match)
-    begin = state.resume(solution.factors, solution.errors, forward.live)
+    resumed = state.resume(solution.factors, solution.errors, forward.live)
+    begin = resumed.position
+    if not resumed.has_activations:
+        forward.run(begin)
     with progress.phase(f"{label} {task.name}", executor.head_level) as phase:
         for level in range(executor.head_level):
             if level < begin:
@@ -209,7 +212,7 @@ def solve_adapter(
             ends = finished == executor.head_level
             if ends or executor.levels[finished][0].linears[0].block != block:
                 release_weights()
-                if ends or state.is_due:
+                if ends or state.interval.is_due:
                     # At the end nothing needs the activations any more.
                     live = [] if ends else forward.live
                     state.save(finished, solution.factors, solution.errors, live)

@@ -8,8 +8,6 @@ results are saved as the state of each contender's own sweep, which then resumes
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +15,13 @@ from pathlib import Path
 
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
+from eoracc.compiler.kept.files import keeping
 from eoracc.compiler.progress import cpu_seconds
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.pipeline import stage_key
 from eoracc.compiler.sweep.products import resolve_precision
-from eoracc.compiler.sweep.resume import SweepState
+from eoracc.compiler.sweep.resume import SweepState, saved_spent_s
 from eoracc.compiler.sweep.survey import calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
@@ -36,8 +35,6 @@ from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["Sharing", "seconds_spent", "sweep_together"]
-
-_SPENT = "spent.json"
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,13 @@ def sweep_together(
 
 
 def seconds_spent(folder: Path) -> float:
-    """Seconds of processor time that a shared sweep spent on one contender's own passes."""
-    path = folder / _SPENT
-    return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
+    """Seconds of processor time that a shared sweep spent on one contender's own passes.
+
+    Args:
+      folder: where the contender saves its sweeps, which are complete.
+    """
+    stages = sorted(path for path in folder.glob("*") if path.name.isdigit())
+    return sum(saved_spent_s(stage) for stage in stages)
 
 
 @dataclass(frozen=True)
@@ -187,16 +188,18 @@ def _sweep(
             forward.step(level)
             if _block(executor, level + 1) != _block(executor, level):
                 release_memory()
-                if forward_state.is_due:
-                    for run in runs:
-                        run.save(executor, level + 1)
-                    # Last, so that no contender is behind the saved forward pass.
-                    forward_state.save(level + 1, [], forward.live, {})
+                if forward_state.interval.is_due:
+                    with forward_state.interval.saving():
+                        for run in runs:
+                            run.save(executor, level + 1)
+                        # Last, so that no contender is behind the saved forward pass.
+                        forward_state.save(level + 1, [], forward.live, {})
     for run in runs:
+        run.plan.state.spent_s = run.seconds
         run.save(executor, len(executor.levels))
-        (run.plan.folder / _SPENT).write_text(json.dumps(run.seconds), encoding="utf-8")
-        run.plan.state.folder.replace(run.plan.done)
-    shutil.rmtree(forward_state.folder, ignore_errors=True)
+        with keeping(run.plan.done):
+            run.plan.state.folder.replace(run.plan.done)
+    forward_state.discard()
     return cpu_seconds() - begun_s - sum(run.seconds for run in runs)
 
 
@@ -211,12 +214,13 @@ def _prepare(
 
     state = SweepState(folder, key)
     forward = new_forward()
-    begin = state.resume([], forward.live, {})
-    if begin > min(run.finished for run in runs):
-        # A contender that the interrupted run did not have needs the statistics from the start.
-        shutil.rmtree(folder)
+    resumed = state.resume([], forward.live, {})
+    # A contender that the interrupted run did not have, or whose results are damaged, needs earlier
+    # statistics.
+    if not resumed.has_activations or resumed.position > min(run.finished for run in runs):
+        state.discard()
         return new_forward(), state, 0
-    return forward, state, begin
+    return forward, state, resumed.position
 
 
 class _Run:
@@ -234,7 +238,7 @@ class _Run:
         self.prefixes = [repr(plan.own[: n + 1]) for n in range(len(plan.own))]
         self.seconds = 0.0
         self._linears = {linear.name: linear for linear in linears}
-        self.finished = plan.state.resume(linears, [], {})
+        self.finished = plan.state.resume(linears, [], {}).position
 
     def apply(
         self, shown: LinearGroup, known: dict[str, list[_Result]], shared: Mapping[str, int]

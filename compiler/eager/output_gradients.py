@@ -20,13 +20,12 @@ model's own code. So the activations and the ``G`` of one block are in memory, w
 from __future__ import annotations
 
 import inspect
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from eoracc.compiler.eager.model import module_rows, positions
+from eoracc.compiler.eager.run_files import RunFiles
 from eoracc.errors import ModelError
 from eoracc.passes.graph.linears import block_of
 from eoracc.passes.solvers.gram import GramSum
@@ -57,7 +57,6 @@ _BATCH = 4
 """Windows per forward pass of a block."""
 _CHUNK = 128
 """Tokens whose logits are in memory at the same time."""
-_STATE: Final = "state.json"
 
 
 def output_gradient_grams(
@@ -98,9 +97,10 @@ def output_gradient_grams(
     Raises:
       ModelError: the model's blocks cannot be run one by one, or a gradient is NaN or Inf.
     """
-    run = _Run(model, names, windows, folder, labels, draws, seed)
+    files = RunFiles(folder, key)
+    run = _Run(model, names, windows, files, labels, draws, seed)
     with progress.phase("gradients", len(run.layers) + 2) as phase:
-        run.resume(key)
+        files.resume()
         model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)  # type: ignore[arg-type]
         _use_fast_attention(model)
         run.forward(phase)
@@ -140,53 +140,38 @@ class _Run:
     model: PreTrainedModel
     names: Sequence[str]
     windows: Windows
-    folder: Path
+    files: RunFiles
     labels: Labels
     draws: int
     seed: int
 
     def __post_init__(self) -> None:
         self.layers = _layers(self.model, self.names)
-        self._state: dict[str, Any] = {}
         self._starts = range(0, len(self.windows.input_ids), _BATCH)
 
     # --- files ------------------------------------------------------------------------------------
 
-    def resume(self, key: str) -> None:
-        """Resume a run with this key, or start it."""
-        path = self.folder / _STATE
-        if path.exists():
-            self._state = json.loads(path.read_text(encoding="utf-8"))
-        if self._state.get("key") != key:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            # The blocks that still need their backward pass, plus one for the head.
-            self._state = {"key": key, "left": None}
-
-    def _finish(self, left: int) -> None:
-        self._state["left"] = left
-        partial = self.folder / f"{_STATE}.partial"
-        partial.write_text(json.dumps(self._state), encoding="utf-8")
-        partial.replace(self.folder / _STATE)
-
-    def _file(self, what: str, block: int, start: int) -> Path:
-        return self.folder / f"{what}-{block:03d}-{start:05d}.safetensors"
+    def _file(self, what: str, block: int, start: int) -> str:
+        return f"{what}-{block:03d}-{start:05d}.safetensors"
 
     def _keep(self, what: str, block: int, start: int, tensor: torch.Tensor) -> None:
-        save_tensors({what: tensor.detach().contiguous()}, self._file(what, block, start))
+        tensors = {what: tensor.detach().contiguous()}
+        self.files.put(self._file(what, block, start), partial(save_tensors, tensors))
 
     def _kept(self, what: str, block: int, start: int) -> torch.Tensor:
-        return load_tensors(self._file(what, block, start))[what]
+        return load_tensors(self.files.folder / self._file(what, block, start))[what]
 
-    def _discard(self, what: str, block: int) -> None:
-        for start in self._starts:
-            self._file(what, block, start).unlink(missing_ok=True)
+    def _finish(self, left: int, *done: tuple[str, int]) -> None:
+        """``left`` blocks, with the head, are left; the files ``done`` have served."""
+        self.files.finish(
+            left, {self._file(what, block, start) for what, block in done for start in self._starts}
+        )
 
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, phase: Phase) -> None:
         """Save the input of every block, and the output of the last one."""
-        if self._state["left"] is None:
+        if self.files.left is None:
             for start in self._starts:
                 with self._kept_inputs(start), torch.inference_mode():
                     self.model.base_model(**self._inputs(slice(start, start + _BATCH)))
@@ -234,7 +219,7 @@ class _Run:
     def head(self, phase: Phase) -> None:
         """Save the gradient at the output of the last block."""
         last = len(self.layers)
-        if self._state["left"] > last:
+        if self.files.is_left(last):
             if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
                 raise ModelError(
                     f"{type(self.model).__name__}: takes no 'logits_to_keep', without which "
@@ -244,8 +229,7 @@ class _Run:
                 hidden = self._kept("hidden", last, start)
                 gradients = [self._head(start + i, row) for i, row in enumerate(hidden)]
                 self._keep("gradient", last, start, torch.stack(gradients, dim=1))
-            self._finish(last)
-            self._discard("hidden", last)
+            self._finish(last, ("hidden", last))
         phase.advance("head")
 
     def _head(self, window: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -295,18 +279,16 @@ class _Run:
         """Sum the Grams of every block's linears, the last block first."""
         modules: Mapping[str, Any] = dict(self.model.named_modules())
         for block in reversed(range(len(self.layers))):
-            if self._state["left"] > block:
+            if self.files.is_left(block):
                 places = {
                     name: module_rows(modules, self.model.config, name)
                     for name in self.names
                     if block_of(name) == block
                 }
                 self._block(block, places, add)
-                self._finish(block)
-                for what, done in (("hidden", block), ("gradient", block + 1)):
-                    self._discard(what, done)
+                done = [("hidden", block), ("gradient", block + 1)]
+                self._finish(block, *done, *([] if block else [("gradient", 0)]))
             phase.advance(f"block {block}")
-        self._discard("gradient", 0)
 
     def _block(
         self,
@@ -337,7 +319,7 @@ class _Run:
                         total.add(array, weights.reshape(-1), first=draw == 0)
             self._keep("gradient", block, start, torch.stack(arriving))
         for name, total in sums.items():
-            save_file(total.tensors(name), self.folder / f"{name}.safetensors")
+            self.files.put(f"{name}.safetensors", partial(save_file, total.tensors(name)))
 
     def _run(self, block: int, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """One block's output for ``hidden``, with the other arguments that its model passes."""

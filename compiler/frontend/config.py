@@ -10,6 +10,7 @@ from eoracc.compiler.frontend.files import complaint
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.errors import ModelError
+from eoracc.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-__all__ = ["read_config", "read_config_file"]
+__all__ = ["TOKEN_FIELDS", "check_token_field", "read_config", "read_config_file"]
 
 _SIZES = (
     "hidden_size",
@@ -30,8 +31,14 @@ _SIZES = (
     "max_position_embeddings",
 )
 
-_MOST_POSITIONS = 1 << 24
-"""The graph has a table of all positions."""
+_MOST_POSITIONS = 1 << 22
+"""The graph has a table of all positions: 2 GB for heads of 128 columns."""
+
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields of config.json and generation_config.json that name tokens."""
+
+_MOST_TOKENS = 1 << 10
+"""Of a list: a model has a handful of end tokens."""
 
 _ROPE_NUMBERS = (
     "rope_theta",
@@ -67,16 +74,42 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     for name in _SIZES:
         size = content.get(name)
         if isinstance(size, int | float) and not 1 <= size < math.inf:
-            raise ModelError(f"{path}: field {name} is {size}: it must be a positive number")
+            raise ModelError(
+                f"{path}: field {name} is {printable(size)}: it must be a positive number"
+            )
     positions = content.get("max_position_embeddings")
     if isinstance(positions, int | float) and positions > _MOST_POSITIONS:
         raise ModelError(
-            f"{path}: field max_position_embeddings is {positions}: lower it to the length that is "
-            f"needed, {_MOST_POSITIONS} at most"
+            f"{path}: field max_position_embeddings is {printable(positions)}: lower it to the "
+            f"length that is needed, {_MOST_POSITIONS} at most"
         )
-    if content.get("eos_token_id") == []:
-        raise ModelError(f"{path}: field eos_token_id is an empty list: name a token, or null")
+    for name in TOKEN_FIELDS:
+        if content.get(name) is not None:
+            check_token_field(path, name, content[name])
     return content
+
+
+def check_token_field(path: Path, name: str, value: object) -> None:
+    """Check a field that names a token, or several.
+
+    Args:
+      path: of the file, for errors.
+      name: of the field.
+      value: of the field; -1 stands for no token.
+
+    Raises:
+      ModelError: it is neither a token's number nor a list of them.
+    """
+    if value == []:
+        raise ModelError(f"{path}: field {name} is an empty list: name a token, or null")
+    tokens = value if isinstance(value, list) else [value]
+    if len(tokens) > _MOST_TOKENS or not all(
+        type(token) is int and -1 <= token < 1 << 31 for token in tokens
+    ):
+        raise ModelError(
+            f"{path}: field {name} is {printable(repr(value))}: it must be a token's number, or a "
+            "list of them"
+        )
 
 
 def _refuse_quantized(path: Path, content: Mapping[str, Any]) -> None:
@@ -135,15 +168,22 @@ def _check_numbers(path: Path, config: PretrainedConfig) -> None:
     fields = config.to_dict()
     for name, value in fields.items():
         is_epsilon = name.endswith(("norm_eps", "norm_epsilon"))
-        if is_epsilon and value is not None and not 0 <= value < math.inf:
-            raise ModelError(f"{path}: field {name} is {value}: it must not be negative")
+        if is_epsilon and value is not None and not (_is_number(value) and 0 <= value < math.inf):
+            raise ModelError(
+                f"{path}: field {name} is {printable(repr(value))}: it must be a number, and not "
+                "negative"
+            )
     for section in (fields.get("rope_parameters") or {}, *rope_sections(config)):
+        if not isinstance(section, dict):
+            raise ModelError(
+                f"{path}: field rope_parameters is {printable(repr(section))}: it must be an object"
+            )
         for name in _ROPE_NUMBERS:
             value = section.get(name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ModelError(
-                    f"{path}: {name} of the rotary embedding is {value!r}: it must be a positive "
-                    "number"
+                    f"{path}: {name} of the rotary embedding is {printable(repr(value))}: it must "
+                    "be a positive number"
                 )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eoracc.compiler.frontend.bounds import TensorBounds
 from eoracc.compiler.frontend.config import read_config, read_config_file
 from eoracc.compiler.frontend.families import check_family
 from eoracc.compiler.frontend.files import (
@@ -135,11 +136,15 @@ def load(source: str, *, work: Path, trust_remote_code: bool = False) -> LoadedM
     content = read_config_file(folder)
     check_family(folder, content)
     check_json_files(folder)
-    check_tokenizer_json(folder)
     weights = weight_files(folder, content)
+    tensors = read_tensors(weights)
+    # Before other packages read these files: they trust every number in them.
+    bounds = TensorBounds.of(tuple(tensor.shape) for tensor in tensors.values())
+    bounds.check_config(folder / "config.json", content)
+    bounds.check_token_files(folder)
+    check_tokenizer_json(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     generation = read_generation_config(folder)
-    tensors = read_tensors(weights)
     config.tie_word_embeddings = is_tied(
         folder, tensors, tie_word_embeddings=bool(config.tie_word_embeddings)
     )

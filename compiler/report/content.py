@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from pydantic import TypeAdapter
 
 __all__ = [
     "AdapterParity",
@@ -274,8 +274,9 @@ class Report:
         """Inverse of :meth:`as_dict`, JSON's lists allowed for tuples.
 
         Raises:
-          KeyError, TypeError: a part is missing or unknown.
+          KeyError, TypeError, ValueError: a part is missing, unknown, or of another type.
         """
+        _TYPES.validate_python(content)
         fidelity = content["fidelity"]
         return cls(
             fidelity=FidelityReport(
@@ -301,3 +302,7 @@ class Report:
             tokenizer=content.get("tokenizer", {}),
             notes=content.get("notes", ()),
         )
+
+
+_TYPES = TypeAdapter(Report)
+"""Checks the types of what is read; an artifact may come from anywhere."""

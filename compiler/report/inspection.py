@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.report.content import LinearReport, Report
+from eoracc.compiler.report.lines import report_lines
 from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ArtifactError, ModelError
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
@@ -164,6 +165,8 @@ def _artifact(folder: Path) -> ArtifactSummary:
     content = _READER.read_object(path, limit=VOCABULARY_BYTES)
     with _READER.refusing_form(path, "is not the report of a build"):
         report = Report.from_dict(content)
+        # Parts that other packages write are plain mappings: whether they can be read shows here.
+        report_lines(report)
     return ArtifactSummary(folder, manifest, report)
 
 

@@ -188,7 +188,8 @@ def survey_lines(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for result in surveys:
         survey = pass_type(result["pass"])
-        assert issubclass(survey, SurveyPass)  # noqa: S101 - only surveys have results
+        if not issubclass(survey, SurveyPass):
+            raise TypeError(f"{survey.name} is no survey, so it has no result")
         if summary := survey.summary(result):
             lines.append(f"{survey.name}: {summary}")
     return lines

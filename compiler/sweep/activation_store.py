@@ -1,8 +1,10 @@
-"""Store activations: in memory up to a limit, on disk beyond."""
+"""Store activations: in memory up to a limit, on disk beyond.
+
+The files serve the process that wrote them and no other: they are neither flushed nor checked.
+"""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+
+from eoracc.compiler.kept.files import keeping, remove
 
 __all__ = ["ActivationStore"]
 
@@ -36,17 +40,24 @@ class ActivationStore:
         return key in self._kept
 
     def put(self, key: str, batches: Sequence[Values]) -> None:
-        """Store ``batches``, whose arrays must not be written to any more."""
+        """Store ``batches``, whose arrays must not be written to any more.
+
+        Raises:
+          ArtifactError: the disk is full or fails.
+        """
         self.drop(key)
         if self._bytes_with(batches) <= self.limit:
             self._kept[key] = [dict(values) for values in batches]
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with keeping(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for position, values in enumerate(batches):
             paths.append(self.folder / f"{key}-{position:04d}.safetensors")
             # Not ascontiguousarray, which makes a scalar a vector.
-            save_file({k: np.require(v, requirements="C") for k, v in values.items()}, paths[-1])
+            arrays = {k: np.require(v, requirements="C") for k, v in values.items()}
+            with keeping(paths[-1]):
+                save_file(arrays, paths[-1])
         self._kept[key] = paths
 
     def batches(self, key: str) -> Iterator[dict[str, NDArray[np.generic]]]:
@@ -63,8 +74,7 @@ class ActivationStore:
     def clear(self) -> None:
         """Delete everything, and the folder with the files that a killed run left there."""
         self._kept.clear()
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        remove(self.folder)
 
     def _bytes_with(self, batches: Sequence[Values]) -> int:
         held = [values for kept in self._kept.values() for values in kept]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from eoracc.passes.graph.linears import Linear, LinearGroup
-from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.functions.overload import use_local_functions
 from eoracc.plugins.op import DOMAIN
 
 __all__ = ["Segment", "cut_graph", "group_by_level", "node_levels", "segment_model"]
@@ -157,12 +157,8 @@ def segment_model(glue: Segment, parent: ir.Model) -> ir.Model:
         )
         for position, node in enumerate(glue.nodes)
     ]
-    functions = {}
-    for node in nodes:
-        if node.domain == DOMAIN:
-            function = local_function(node)
-            node.overload = function.overload
-            functions[function.identifier()] = function
+    functions: dict[ir.OperatorIdentifier, ir.Function] = {}
+    use_local_functions((node for node in nodes if node.domain == DOMAIN), functions)
     constants = dict.fromkeys(
         copy(value)
         for node in glue.nodes

@@ -65,6 +65,16 @@ class ForwardPass:
         for original, batch in zip(self._originals, self._batches, strict=False):
             original.values = dict(batch.values)
 
+    def run(self, position: int) -> None:
+        """Compute everything before the linears of level ``position``, which are solved below it.
+
+        Nothing is left to compute after the last level.
+        """
+        for level in range(min(position, self._executor.head_level)):
+            if level == 0:
+                self.start()
+            self.step(level)
+
     def show(self, group: LinearGroup) -> None:
         """Give ``group`` access to its input."""
         group.activations = inputs_over(self._executor, group, self._batches)

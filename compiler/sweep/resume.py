@@ -1,17 +1,20 @@
 """Save the state of a sweep, so that an interrupted build resumes after the last saved block.
 
 The folder holds the result of every finished linear, the activations at the level reached, and
-``state.json``. That file is replaced last: the files that it names are complete. All arrays are
-safetensors.
+``state.json``. That record is replaced last: the files that it names are complete and on disk. All
+arrays are safetensors.
+
+Files are compared with their digests when the sweep resumes. It goes on before the first damaged
+file of results. Activations that are damaged, or of a later block, are computed again by a forward
+pass through the restored linears.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +22,87 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from typing_extensions import override
 
+from eoracc.compiler.kept.folder import KeptFolder
+from eoracc.compiler.kept.interval import SaveInterval
+from eoracc.compiler.kept.record import read_record
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.passes.graph.linears import Factorized, Linear
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
-__all__ = ["AdapterState", "SweepState"]
+__all__ = ["AdapterState", "Resumed", "SweepState", "saved_spent_s"]
 
 Array = NDArray[np.generic]
 _INDEX = "state.json"
 
-SAVE_INTERVAL_S = 10.0
-"""Least time between two saves. Writing the activations of a small model takes as long as
-compressing a block, and an interruption may cost a few seconds of work."""
-
 _FACTORS = ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Resumed:
+    """The point from which a sweep goes on.
+
+    Attributes:
+      position: levels whose linears have been restored.
+      has_activations: whether the batches are at that level, and not at the graph inputs.
+    """
+
+    position: int
+    has_activations: bool = True
+
+
 class _State:
     """The saved state of one forward sweep.
 
     Attributes:
       folder: created by the first save.
-      key: digest of everything that the result depends on; a folder with another key is deleted.
+      interval: tells when the next save is due.
     """
 
-    folder: Path
-    key: str
-    _saved_s: float = field(init=False, repr=False)
+    def __init__(self, folder: Path, key: str) -> None:
+        """Read nothing yet.
 
-    def __post_init__(self) -> None:
-        self._saved_s = time.monotonic()
+        Args:
+          folder: of the state.
+          key: digest of everything that the result depends on; the state of another key is
+            discarded.
+        """
+        self.folder = folder
+        self._kept = KeptFolder(folder, key)
+        self.interval = SaveInterval()
+        self._read: dict[str, Any] | None = None
 
-    @property
-    def is_due(self) -> bool:
-        """Whether enough time has passed since the last save."""
-        return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
+    def discard(self) -> None:
+        """Remove the saved state."""
+        self._kept.clear()
+        self._read = None
 
-    def _finished(
-        self, index: Mapping[str, Any]
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
+    def _finished(self) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
         """The record of each finished linear, with the arrays of its file.
 
         The factors of factorised weights are memory-mapped.
         """
-        for file in index["operands"]:
-            path = self.folder / file["name"]
+        for step in self._index["steps"]:
+            path = self.folder / step["file"]["name"]
             arrays = _map_factors(path)
             with safe_open(path, framework="numpy") as stored:
                 arrays |= {name: stored.get_tensor(name) for name in {*stored.keys()} - {*arrays}}
-            for meta in file["linears"]:
+            for meta in step["linears"]:
                 yield meta, arrays
 
-    def _read_activations(self, index: Mapping[str, Any], batches: Sequence[Batch]) -> None:
+    def _read_activations(self, batches: Sequence[Batch]) -> Resumed:
+        """Set the activations of ``batches``, where they are sound."""
+        position = int(self._index["position"])
+        saved = self._index["activations"]
+        if saved is None or not self._kept.holds(saved):
+            return Resumed(position, has_activations=False)
         # A sweep that has reached its end has saved none.
-        for batch, name in zip(batches, index["activations"], strict=False):
+        for batch, file in zip(batches, saved, strict=False):
             batch.values.clear()
-            batch.values.update(load_file(self.folder / name))
+            batch.values.update(load_file(self.folder / file["name"]))
+        return Resumed(position)
 
     def _write(
         self,
@@ -85,7 +110,7 @@ class _State:
         metas: Sequence[Mapping[str, Any]],
         arrays: dict[str, Array],
         batches: Sequence[Batch],
-    ) -> str:
+    ) -> Path:
         """Save the linears that have been finished since the last save.
 
         Args:
@@ -95,56 +120,82 @@ class _State:
           batches: the activations at the level reached.
 
         Returns:
-          The name of the file with the arrays.
+          The file with the arrays.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        index = self._index() or {"key": self.key, "operands": [], "activations": []}
-        name = f"operands-{position:05d}.safetensors"
-        save_file(arrays, self.folder / name)
-        stale: list[str] = index["activations"]
-        live: list[str] = []
-        # One file per batch: writing copies the arrays, and a copy of all at once would be the
-        # peak of a build's memory.
-        for i, batch in enumerate(batches):
-            live.append(f"activations-{position:05d}-{i:04d}.safetensors")
-            values = {key: np.ascontiguousarray(value) for key, value in batch.values.items()}
-            save_file(values, self.folder / live[-1])
-        index["operands"].append({"name": name, "linears": metas})
-        index.update(activations=live, position=position)
-        partial = self.folder / f"{_INDEX}.partial"
-        partial.write_text(json.dumps(index))
-        partial.replace(self.folder / _INDEX)
-        for old in set(stale) - set(live):
-            (self.folder / old).unlink(missing_ok=True)
-        self._saved_s = time.monotonic()
-        return name
+        with self.interval.saving():
+            name = f"operands-{position:05d}.safetensors"
+            self._kept.put(name, _saving(arrays))
+            live = []
+            # One file per batch: writing copies the arrays, and a copy of all at once would be the
+            # peak of a build's memory.
+            for place, batch in enumerate(batches):
+                live.append(f"activations-{position:05d}-{place:04d}.safetensors")
+                values = {key: np.ascontiguousarray(value) for key, value in batch.values.items()}
+                self._kept.put(live[-1], _saving(values))
+            operands, *activations = self._kept.seal([name, *live])
+            step = {"position": position, "file": operands, "linears": metas}
+            steps = [*self._index["steps"], step]
+            self._publish(
+                {"position": position, "steps": steps, "activations": activations, **self._extras()}
+            )
+        return self.folder / name
+
+    def _extras(self) -> Mapping[str, Any]:
+        """Further entries of the record."""
+        return {}
 
     def _saved_names(self) -> set[str]:
         """Names of the saved linears."""
-        index = self._index() or {"operands": []}
-        return {meta["name"] for file in index["operands"] for meta in file["linears"]}
+        return {meta["name"] for step in self._index["steps"] for meta in step["linears"]}
 
-    def _index(self) -> dict[str, Any] | None:
-        """The content of state.json; None where there is none with the same key."""
-        path = self.folder / _INDEX
-        if not path.exists():
-            return None
-        index: dict[str, Any] = json.loads(path.read_text())
-        if index["key"] != self.key:
-            shutil.rmtree(self.folder)
-            return None
-        return index
+    @property
+    def _index(self) -> dict[str, Any]:
+        """The content of the record: ``position``, ``steps`` and ``activations``.
+
+        When it is read, what was saved after a damaged file of results is cut off.
+        """
+        if self._read is None:
+            content = self._kept.read(_INDEX) or {"position": 0, "steps": [], "activations": []}
+            steps = list(takewhile(lambda step: self._kept.holds([step["file"]]), content["steps"]))
+            self._read = content
+            if len(steps) < len(content["steps"]):
+                position = steps[-1]["position"] if steps else 0
+                self._publish({"position": position, "steps": steps, "activations": None})
+        return self._read
+
+    def _publish(self, content: dict[str, Any]) -> None:
+        """Replace the record, and remove the files that it does not name."""
+        self._kept.write(_INDEX, content)
+        self._read = content
+        named = {_INDEX}
+        named.update(step["file"]["name"] for step in content["steps"])
+        named.update(file["name"] for file in content["activations"] or ())
+        self._kept.keep_only(named)
 
 
 class SweepState(_State):
-    """The saved state of a sweep that compresses."""
+    """The saved state of a sweep that compresses.
+
+    Attributes:
+      spent_s: seconds of processor time of the passes, where a sweep of several contenders has
+        measured them; saved with the state.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """See :class:`_State`."""
+        super().__init__(folder, key)
+        self.spent_s = 0.0
+
+    @override
+    def _extras(self) -> Mapping[str, Any]:
+        return {"spent_s": self.spent_s}
 
     def resume(
         self,
         linears: Sequence[Linear],
         batches: Sequence[Batch],
         comparisons: Mapping[str, dict[str, LowRank]],
-    ) -> int:
+    ) -> Resumed:
         """Restore the saved state into the arguments.
 
         Args:
@@ -153,16 +204,13 @@ class SweepState(_State):
           comparisons: factors of each comparator, by linear.
 
         Returns:
-          How many levels are finished.
+          Where to go on.
         """
-        index = self._index()
-        if index is None:
-            return 0
+        self.spent_s = self._index.get("spent_s", 0.0)
         by_name = {linear.name: linear for linear in linears}
-        for meta, arrays in self._finished(index):
+        for meta, arrays in self._finished():
             _restore(by_name[meta["name"]], meta, arrays, comparisons)
-        self._read_activations(index, batches)
-        return int(index["position"])
+        return self._read_activations(batches)
 
     def save(
         self,
@@ -179,6 +227,9 @@ class SweepState(_State):
             file afterwards, to free the memory.
           batches: the activations at the level reached.
           comparisons: the comparators' factors.
+
+        Raises:
+          ArtifactError: the disk is full or fails; the state saved before is as it was.
         """
         saved = self._saved_names()
         # A linear that the passes skip has an error of zero on record, and no weight to save.
@@ -194,11 +245,19 @@ class SweepState(_State):
         ]
         arrays: dict[str, Array] = {}
         metas = [_pack(linear, arrays, comparisons) for linear in fresh]
-        name = self._write(position, metas, arrays, batches)
-        mapped = _map_factors(self.folder / name)
+        mapped = _map_factors(self._write(position, metas, arrays, batches))
         for linear in fresh:
             if linear.factorized is not None:
                 linear.hold_factors(_factorized(linear.name, mapped))
+
+
+def saved_spent_s(folder: Path) -> float:
+    """``spent_s`` of the sweep that is saved in ``folder``; 0 where none is.
+
+    The caller has resumed that sweep, which discards what is damaged.
+    """
+    path = folder / _INDEX
+    return float(read_record(path).content.get("spent_s", 0.0)) if path.exists() else 0.0
 
 
 class AdapterState(_State):
@@ -209,7 +268,7 @@ class AdapterState(_State):
         factors: dict[str, LowRank],
         figures: dict[str, dict[str, float]],
         batches: Sequence[Batch],
-    ) -> int:
+    ) -> Resumed:
         """Restore the saved state into the arguments.
 
         Args:
@@ -218,16 +277,12 @@ class AdapterState(_State):
           batches: whose activations are set.
 
         Returns:
-          How many levels are finished.
+          Where to go on.
         """
-        index = self._index()
-        if index is None:
-            return 0
-        for meta, arrays in self._finished(index):
+        for meta, arrays in self._finished():
             factors[meta["name"]] = _restore_factors(meta["name"], "", meta["bits"], arrays)
             figures[meta["name"]] = meta["figures"]
-        self._read_activations(index, batches)
-        return int(index["position"])
+        return self._read_activations(batches)
 
     def save(
         self,
@@ -243,6 +298,9 @@ class AdapterState(_State):
           factors: of the adapter, by linear.
           figures: errors of each linear.
           batches: the activations at the level reached.
+
+        Raises:
+          ArtifactError: the disk is full or fails; the state saved before is as it was.
         """
         saved = self._saved_names()
         arrays: dict[str, Array] = {}
@@ -250,7 +308,7 @@ class AdapterState(_State):
             {
                 "name": name,
                 "bits": _pack_factors(name, "", low_rank, arrays),
-                "figures": figures[name],
+                "figures": dict(figures[name]),
             }
             for name, low_rank in factors.items()
             if name not in saved
@@ -258,10 +316,18 @@ class AdapterState(_State):
         self._write(position, metas, arrays, batches)
 
 
+def _saving(arrays: dict[str, Array]) -> Callable[[Path], None]:
+    return lambda path: save_file(arrays, path)
+
+
 def _pack(
     linear: Linear, arrays: dict[str, Array], comparisons: Mapping[str, Mapping[str, LowRank]]
 ) -> dict[str, Any]:
-    meta = {"name": linear.name, "errors": linear.record.errors, "notes": linear.record.notes}
+    meta = {
+        "name": linear.name,
+        "errors": dict(linear.record.errors),
+        "notes": [*linear.record.notes],
+    }
     if linear.factorized is not None:
         # In the layout of the graph, which maps them from the file.
         arrays[f"{linear.name}/u"] = linear.factorized.u.T

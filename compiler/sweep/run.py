@@ -72,7 +72,7 @@ def run_sweep(
     forward = None if calibrate is None else _forward(executor, calibrate, batches)
     live = [] if forward is None else forward.live
     comparisons: Comparisons = {name: {} for name in comparators}
-    begin = state.resume(executor.linears, live, comparisons)
+    begin = _resume(state, executor, forward, comparisons)
     with progress.phase("compress", len(executor.levels)) as phase:
         for level, groups in enumerate(executor.levels):
             if level < begin:
@@ -99,13 +99,27 @@ def run_sweep(
                 if _block(executor, level + 1) != _block(executor, level):
                     # Trimmed too: between activations that come and go, the heap fills with holes.
                     release_memory()
-                    if state.is_due:
+                    if state.interval.is_due:
                         _save(state, level + 1, executor, live, comparisons)
             phase.advance(f"block {_block(executor, level)}")
     if begin < len(executor.levels):
         # Without activations: nothing goes on from the end but what comes after the sweep.
         _save(state, len(executor.levels), executor, [], comparisons)
     return comparisons
+
+
+def _resume(
+    state: SweepState,
+    executor: Executor,
+    forward: ForwardPass | None,
+    comparisons: Comparisons,
+) -> int:
+    """Restore what is saved; the number of finished levels."""
+    live = [] if forward is None else forward.live
+    resumed = state.resume(executor.linears, live, comparisons)
+    if forward is not None and not resumed.has_activations:
+        forward.run(resumed.position)
+    return resumed.position
 
 
 def _save(

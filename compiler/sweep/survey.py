@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.eager.output_gradients import Labels, output_gradient_grams
+from eoracc.compiler.kept.files import remove
+from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.compiler.sweep.batch import Batch, make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
@@ -113,20 +117,30 @@ class Survey:
             results += self.remember(f"{name}.{index}", partial(_as_found, make, group))["found"]
         return results
 
-    def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def remember(
+        self, name: str, make: Callable[[], dict[str, Any]], *, files: str = ""
+    ) -> dict[str, Any]:
         """See :meth:`.SurveyContext.remember`."""
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["key"] == self.key:
-                found: dict[str, Any] = kept["found"]
+        kept = KeptFolder(self.folder, self.key)
+        record = f"{name}.json"
+        content = kept.read(record)
+        if content is not None:
+            if kept.holds(content["files"]):
+                found: dict[str, Any] = content["found"]
                 return found
+            remove(self.folder / files)
+        if files and not (self.folder / files).is_dir():
+            remove(self.folder / files)
         found = make()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        begun = path.with_suffix(".partial")
-        begun.write_text(json.dumps({"key": self.key, "found": found}), encoding="utf-8")
-        begun.replace(path)
+        arrays = sorted((self.folder / files).glob("*.safetensors")) if files else []
+        sealed = kept.seal(path.relative_to(self.folder).as_posix() for path in arrays)
+        kept.write(record, {"found": found, "files": sealed})
         return found
+
+    def write_arrays(self, name: str, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """See :meth:`.SurveyContext.write_arrays`."""
+        kept = KeptFolder(self.folder, self.key)
+        kept.put(f"{name}.safetensors", lambda path: save_file(dict(arrays), path))
 
     def trials(self, option: str, *, probes: Collection[int], resume: Iterable[int]) -> SweepTrials:
         """See :meth:`.SurveyContext.trials`."""

@@ -163,7 +163,8 @@ class SweepTrials:
         return {name: linear for linears in blocks.values() for name, linear in linears.items()}
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Delete what a killed run has left in the survey's folder."""
+        self._store.clear()
         return self
 
     def __exit__(self, *_: object) -> None:

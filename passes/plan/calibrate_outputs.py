@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from typing_extensions import override
 
 from eoracc.errors import PassError
@@ -75,7 +74,7 @@ class CalibrateOutputs(SurveyPass):
         if not linears:
             raise PassError(self.name, "the model has no linear in a decoder block")
         take = self._of_gradients if self.by == "logits" else self._of_outputs
-        found = context.remember("output_grams", lambda: take(context, linears))
+        found = context.remember("output_grams", lambda: take(context, linears), files=_FOLDER)
         for linear in linears.values():
             linear.output_gram = self._gram_of(linear, linears, context.folder)
             if self.by == "logits":
@@ -102,8 +101,6 @@ class CalibrateOutputs(SurveyPass):
 
     def _of_outputs(self, context: SurveyContext, linears: Mapping[str, Linear]) -> dict[str, Any]:
         del linears
-        folder = context.folder / _FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         calibrate = Calibrate(tokens="equal", precision=self.precision)
         for group in context.walk(self.name, calibrate):
             assert group.gram is not None  # noqa: S101 - walk() has taken it
@@ -111,7 +108,9 @@ class CalibrateOutputs(SurveyPass):
                 if linear.block is not None:
                     weight = linear.weight().astype(np.float64)
                     mean = weight @ group.gram.matrix @ weight.T / max(group.gram.tokens, 1.0)
-                    save_file({_GRAM: mean.astype(np.float32)}, _file(context.folder, linear.name))
+                    context.write_arrays(
+                        f"{_FOLDER}/{linear.name}", {_GRAM: mean.astype(np.float32)}
+                    )
         return {}
 
     def _gram_of(self, linear: Linear, linears: Mapping[str, Linear], folder: Path) -> OutputGram:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,7 @@ OPSET = 24
 
 _INT, _INTS = ir.AttributeType.INT, ir.AttributeType.INTS
 
-_Attribute = int | str | Sequence[int] | ir.TensorProtocol | ir.Attr
+_Attribute = int | str | Sequence[int] | ir.Tensor[Any] | ir.Attr
 
 
 class Body:
@@ -48,10 +49,7 @@ class Body:
         self, op_type: str, count: int, *inputs: ir.Value, **attributes: _Attribute
     ) -> Sequence[ir.Value]:
         """Append a standard op of ``count`` outputs."""
-        converted = [
-            value if isinstance(value, ir.Attr) else ir.convenience.convert_attribute(key, value)
-            for key, value in attributes.items()
-        ]
+        converted = [_converted(name, value) for name, value in attributes.items()]
         index = self._count
         node = ir.Node("", op_type, inputs, converted, num_outputs=count, name=f"{op_type}_{index}")
         self.nodes.append(node)
@@ -73,7 +71,7 @@ class Body:
 
     def constant(self, array: NDArray[np.generic]) -> ir.Value:
         """A constant tensor."""
-        return self.op("Constant", value=ir.tensor(array))
+        return self.op("Constant", value=ir.Tensor(array))
 
     def integers(self, *values: int) -> ir.Value:
         """A constant ``int64 [len(values)]``."""
@@ -94,3 +92,19 @@ class Body:
     def as_float(self, value: ir.Value) -> ir.Value:
         """``value`` as float32."""
         return self.op("Cast", value, to=int(ir.DataType.FLOAT))
+
+
+def _converted(name: str, value: _Attribute) -> ir.Attr:
+    """``value`` as the attribute ``name``.
+
+    ``ir.convenience`` would infer the type by protocols, which takes longer than all else here.
+    """
+    if isinstance(value, ir.Attr):
+        return value
+    if isinstance(value, int):
+        return ir.AttrInt64(name, value)
+    if isinstance(value, str):
+        return ir.AttrString(name, value)
+    if isinstance(value, ir.Tensor):
+        return ir.AttrTensor(name, value)
+    return ir.AttrInt64s(name, value)

@@ -10,6 +10,8 @@ dequantization of the weight when it loads the model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, MutableMapping
+
 import onnx_ir as ir
 
 from eoracc.errors import PluginError
@@ -18,18 +20,52 @@ from eoracc.plugins.functions.ops import BUILDERS
 from eoracc.plugins.functions.variant import Variant
 from eoracc.plugins.op import ATTRIBUTES, DOMAIN, INPUTS, REQUIRED, TOGETHER
 
-__all__ = ["local_function"]
+__all__ = ["local_function", "use_local_functions"]
 
 
 def local_function(node: ir.Node) -> ir.Function:
     """The function that computes ``node``, a ``MatMulNBitsLowRank`` or ``GatherNBits``.
 
     Nodes with equal overloads share one function, whatever their sizes. The caller adds the
-    function to the model and names it on the node (``node.overload = function.overload``).
+    function to the model and names it on the node (``node.overload = function.overload``), or
+    leaves both to :func:`use_local_functions`.
 
     Raises:
       PluginError: the node is of another op, or its inputs or attributes do not fit the op.
     """
+    variant, present = _checked(node)
+    body = Body(INPUTS[node.op_type], present)
+    output = BUILDERS[node.op_type](body, variant)
+    return ir.Function(
+        DOMAIN,
+        node.op_type,
+        variant.overload(present),
+        graph=ir.Graph(
+            body.inputs, [output], nodes=body.nodes, opset_imports={"": OPSET}, name=node.op_type
+        ),
+        attributes=[
+            ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[node.op_type]
+        ],
+    )
+
+
+def use_local_functions(
+    nodes: Iterable[ir.Node], functions: MutableMapping[ir.OperatorIdentifier, ir.Function]
+) -> None:
+    """Name the overload on each of ``nodes``, and build those that ``functions`` lacks.
+
+    Raises:
+      PluginError: as :func:`local_function`.
+    """
+    for node in nodes:
+        variant, present = _checked(node)
+        node.overload = variant.overload(present)
+        if node.op_identifier() not in functions:
+            functions[node.op_identifier()] = local_function(node)
+
+
+def _checked(node: ir.Node) -> tuple[Variant, set[str]]:
+    """The variant of ``node``, and the names of the inputs that it has."""
     inputs = INPUTS.get(node.op_type)
     if node.domain != DOMAIN or inputs is None:
         raise PluginError(
@@ -47,17 +83,4 @@ def local_function(node: ir.Node) -> ir.Function:
                 f"node {node.name}: {', '.join(names[:-1])} and {names[-1]} come together or not "
                 "at all"
             )
-
-    body = Body(inputs, present)
-    output = BUILDERS[node.op_type](body, variant)
-    return ir.Function(
-        DOMAIN,
-        node.op_type,
-        variant.overload(present),
-        graph=ir.Graph(
-            body.inputs, [output], nodes=body.nodes, opset_imports={"": OPSET}, name=node.op_type
-        ),
-        attributes=[
-            ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[node.op_type]
-        ],
-    )
+    return variant, present

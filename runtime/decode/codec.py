@@ -7,6 +7,7 @@ word, and ends a text at a NUL character.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -14,6 +15,7 @@ import tokenizers
 from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ArtifactError, RequestError
 from eoracc.runtime.decode.detokenize import TextStream, clean_up_spaces
+from eoracc.runtime.decode.prompt_bound import PromptBound, prompt_bound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +25,9 @@ __all__ = ["CONFIG_FILE", "TOKENIZER_FILE", "Codec"]
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+_LONG_TEXT = 2000
+"""Characters that take milliseconds to tokenize."""
+
 _READER = Reader(ArtifactError, "build the artifact again", constants=True)
 _SEED = 8
 """Tokens of the prompt that the text of an answer continues from."""
@@ -53,6 +58,11 @@ class Codec:
             if token.special
         )
 
+    @cached_property
+    def bound(self) -> PromptBound | None:
+        """How many bytes a token can hold; None if there is no bound."""
+        return prompt_bound(_READER.parse(self.to_json(), TOKENIZER_FILE))
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of ``text``.
 
@@ -65,7 +75,12 @@ class Codec:
           RequestError: half of a surrogate pair stands alone in ``text``.
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+            if len(text) < _LONG_TEXT:
+                encoding = self._tokenizer.encode(text, add_special_tokens=special)
+            else:
+                # Other threads run meanwhile: unlike 'encode', it releases the interpreter's lock.
+                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+            ids: list[int] = encoding.ids
         except (TypeError, UnicodeEncodeError):
             place = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if place is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from eoracc.errors import ArtifactError, RequestError
+from eoracc.errors import ArtifactError, PromptTooLongError, RequestError
 from eoracc.printable import printable
 from eoracc.runtime.artifact.genai_files import read_special_tokens
 from eoracc.runtime.decode.chat_files import Chat
@@ -63,7 +63,12 @@ class Tokenizer(Codec):
         return self._chat
 
     def encode_prompt(
-        self, prompt: Prompt, *, chat: bool = False, options: ChatOptions | None = None
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = False,
+        options: ChatOptions | None = None,
+        limit: int | None = None,
     ) -> list[int]:
         """Tokens of a text or of messages; tokens are returned as they are.
 
@@ -71,19 +76,24 @@ class Tokenizer(Codec):
           prompt: messages go through the chat template.
           chat: treat a text as the user's turn.
           options: how messages become text; None for the defaults.
+          limit: tokens that there is room for: a text that surely has more is not tokenized. The
+            result may be longer all the same.
 
         Raises:
+          PromptTooLongError: the text has more bytes than ``limit`` tokens can hold.
           RequestError: a message lacks its role or content, or the template rejects it.
           ArtifactError: a chat, and there is no chat template.
         """
         if isinstance(prompt, str):
             if not chat:
+                self._check_length(prompt, limit)
                 return self.encode(prompt)
-            return self.encode_chat([{"role": "user", "content": prompt}], options)
+            prompt = [{"role": "user", "content": prompt}]
         tokens = [int(item) for item in prompt if isinstance(item, Integral)]  # NumPy's too
         if len(tokens) == len(prompt):
             return tokens
-        return self.encode_chat([item for item in prompt if not isinstance(item, int)], options)
+        messages = [item for item in prompt if not isinstance(item, int)]
+        return self.encode_chat(messages, options, limit=limit)
 
     def encode_words(self, words: Iterable[str]) -> list[list[int]]:
         """Tokens of words, each as it is and after a blank.
@@ -104,11 +114,26 @@ class Tokenizer(Codec):
         return encoded
 
     def encode_chat(
-        self, messages: Sequence[Message], options: ChatOptions | None = None
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions | None = None,
+        *,
+        limit: int | None = None,
     ) -> list[int]:
-        """Tokens of a chat, see :meth:`Chat.render`."""
+        """Tokens of a chat, see :meth:`Chat.render` and :meth:`encode_prompt`."""
+        text = self.chat.render(messages, options or ChatOptions())
+        self._check_length(text, limit)
         # The template itself adds BOS.
-        return self.encode(self.chat.render(messages, options or ChatOptions()), special=False)
+        return self.encode(text, special=False)
+
+    def _check_length(self, text: str, limit: int | None) -> None:
+        if limit is None or len(text) <= limit or self.bound is None:
+            return
+        if self.bound.excludes(text, limit):
+            raise PromptTooLongError(
+                f"the prompt has {len(text)} characters, more than {limit} tokens can hold: "
+                "shorten it"
+            )
 
 
 def _read_chat(folder: Path) -> Chat | ArtifactError:

@@ -17,12 +17,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from eoracc.errors import ArtifactError
 from eoracc.failure import end_process
+from eoracc.printable import printable
 from eoracc.runtime.memory import peak_bytes, release_memory
 from eoracc.runtime.onnxruntime.graph_session import GraphSession
 from eoracc.runtime.onnxruntime.session import Session, open_session
 from eoracc.runtime.onnxruntime.single_linears import open_linears
 from eoracc.runtime.parity.record import PARITY_FILE, ParityCase, ParityRecord
+from eoracc.runtime.parity.record_checks import read_record
 from eoracc.runtime.parity.report import CaseParity, LinearParity, ParityReport, compare_logits
 
 __all__ = ["check_cases", "check_parity"]
@@ -46,7 +49,7 @@ def check_parity(folder: Path) -> ParityReport:
     logits: list[CaseParity] = []
     effects: list[float] = []
     if (folder / PARITY_FILE).is_file() or not graphs:
-        record = ParityRecord.load(folder / PARITY_FILE)
+        record = read_record(folder / PARITY_FILE)
         effects.append(record.compression_effect)
         for through in ("library", "function"):
             library = through == "library"
@@ -55,7 +58,7 @@ def check_parity(folder: Path) -> ParityReport:
             logits.extend(check_cases(folder, record.cases, library=library))
             release_memory()
     for name in graphs:
-        record = ParityRecord.load(folder / name / PARITY_FILE)
+        record = read_record(folder / name / PARITY_FILE)
         effects.append(record.compression_effect)
         session = GraphSession.open(folder / name / _GRAPH_FILE)
         logits.extend(_compare(session, case, through=name) for case in record.cases)
@@ -71,6 +74,11 @@ def _check_linears(folder: Path, record: ParityRecord, *, library: bool) -> Line
     computed = open_linears(folder, names, library=library)
     for linear, run in zip(record.linears, computed, strict=True):
         outputs = run(record.inputs)
+        if outputs.shape != linear.outputs.shape:
+            raise ArtifactError(
+                f"{folder}: linear {printable(linear.name)}: gives {list(outputs.shape)} outputs, "
+                f"its record has {list(linear.outputs.shape)}: build the artifact again"
+            )
         error = np.abs(outputs.astype(np.float64) - linear.outputs)
         # Written so that NaN fails: only a value within tolerance passes.
         ratio = np.where(error <= linear.tolerance, error / (linear.tolerance + 1e-45), np.inf)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from eoracc.errors import EoraccError
 from eoracc.runtime.backends import Backend, BackendChoice, backends_of, open_backend
 from eoracc.runtime.decode.bank import NO_PLACE
-from eoracc.runtime.parity.record import PARITY_FILE, ParityCase, ParityRecord
+from eoracc.runtime.parity.record import PARITY_FILE, ParityCase
+from eoracc.runtime.parity.record_checks import read_record
 from eoracc.runtime.parity.report import CaseParity, compare_logits
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def check_engines(folder: Path, manifest: Manifest, choice: BackendChoice) -> li
                 raise
             results.append(EngineParity(backend, "", str(error), ()))
             continue
-        record = ParityRecord.load(folder / backend / PARITY_FILE)
+        record = read_record(folder / backend / PARITY_FILE)
         logits = tuple(_check_engine(opened.decoder, record.cases))
         results.append(EngineParity(backend, opened.device, None, logits))
     return results

@@ -116,7 +116,7 @@ class ParityRecord:
 
     @classmethod
     def load(cls, path: Path) -> ParityRecord:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; whether its arrays fit one another is not checked.
 
         Raises:
           ArtifactError: the file is missing or damaged.

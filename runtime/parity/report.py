@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eoracc.errors import ArtifactError
+from eoracc.printable import printable
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -95,8 +98,17 @@ def compare_logits(
       logits: of the call, ``float32 [B, S, V]``.
       through: what computed them, for the report.
       tolerance: largest allowed deviation of a logit.
+
+    Raises:
+      ArtifactError: the model has another vocabulary than the record.
     """
-    error = np.abs(logits[case.rows, case.columns] - case.logits).max()
+    kept = logits[case.rows, case.columns]
+    if kept.shape != case.logits.shape:
+        raise ArtifactError(
+            f"case {printable(case.name)}: the model gives {kept.shape[-1]} logits for a token, "
+            f"its record has {case.logits.shape[-1]}: build the artifact again"
+        )
+    error = np.abs(kept - case.logits).max()
     return CaseParity(
         through=through,
         name=case.name,

@@ -2,10 +2,10 @@
 
 Modules in the order in which a request passes them, with those that they use on the right::
 
-    process         socket, signals, uvicorn                    connections, quiet_log
+    process         socket, signals, uvicorn                    connections
     middleware      request id, metrics, access log; API key, size and type of the body
     app             routes (FastAPI), errors in OpenAI's shape  api/body, api/errors
-    service         checks a request, makes a ServedRequest  api/schemas, catalog, token_bytes
+    service         checks a request, makes a ServedRequest  api/schemas, catalog, text_threads
     replies         sends its answers until the client goes  api/responses
     served_request  from the engine's thread to the event loop  admission, metrics
 """

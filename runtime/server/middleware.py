@@ -19,12 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eoracc.errors import ApiError
 from eoracc.runtime.server.api.errors import body_timeout
+from eoracc.runtime.server.connections.quiet_log import ACCESS_LOGGER
 from eoracc.runtime.server.record import RequestRecord
 from eoracc.runtime.server.service import Service
 
-__all__ = ["ACCESS_LOGGER", "Gate", "Observe"]
+__all__ = ["Gate", "Observe"]
 
-ACCESS_LOGGER = "eoracc.access"
 _HEALTH_ROUTES = frozenset({"/health", "/health/live", "/health/ready"})
 
 _ROUTES = _HEALTH_ROUTES | {
@@ -162,7 +162,8 @@ class Gate:
     async def _read(self, headers: Headers, body: _Body) -> bytes | None:
         """Read the whole body; None if the client closes the connection."""
         limit = self._service.options.max_body_bytes
-        limit_s = self._service.options.connections.body_timeout_s
+        options = self._service.options
+        limit_s = min(options.connections.body_timeout_s, options.request_timeout_s)
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)

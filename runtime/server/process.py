@@ -16,8 +16,8 @@ from eoracc.errors import BackendError
 from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.connections.acceptor import Acceptor
 from eoracc.runtime.server.connections.limits import ConnectionLimits, fit_to_descriptors
+from eoracc.runtime.server.connections.quiet_log import set_up_logging
 from eoracc.runtime.server.middleware import Observe
-from eoracc.runtime.server.quiet_log import set_up_logging
 from eoracc.runtime.server.service import Service
 
 __all__ = ["listen", "run"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from eoracc.errors import ArtifactError, RequestError
+from eoracc.errors import ApiError, ArtifactError, PromptTooLongError, RequestError
 from eoracc.runtime.request import AdapterChoice, ChatOptions, Prompt, Request
 from eoracc.runtime.server.admission import Admission
-from eoracc.runtime.server.api.errors import bad_request, shutting_down
+from eoracc.runtime.server.api.errors import bad_request, queue_timeout, shutting_down
 from eoracc.runtime.server.api.responses import Answer, ChatForm, Choice, CompletionForm, Form
 from eoracc.runtime.server.api.schemas import (
     ChatCompletionRequest,
@@ -27,6 +27,7 @@ from eoracc.runtime.server.replies import TextReply
 from eoracc.runtime.server.served.catalog import Catalog
 from eoracc.runtime.server.served.folder_monitor import FolderMonitor, SupportsFolderWatch
 from eoracc.runtime.server.served_request import ServedRequest, ServingContext, SupportsSubmit
+from eoracc.runtime.server.text_threads import TextThreads
 
 __all__ = ["Codec", "ServedModel", "Service"]
 
@@ -35,14 +36,20 @@ _COMPLETION_TOKENS = 16
 
 
 class Codec(Protocol):
-    """Converts between text and tokens. Called from one thread, not the event loop's."""
+    """Converts between text and tokens. Called from several threads, not the event loop's."""
 
     def encode_prompt(
-        self, prompt: Prompt, /, *, options: ChatOptions | None = None
+        self, prompt: Prompt, /, *, options: ChatOptions | None = None, limit: int | None = None
     ) -> Sequence[int]:
         """Tokens of a text or of messages; tokens are returned as they are.
 
+        Args:
+          prompt: to encode.
+          options: how messages become text.
+          limit: tokens that there is room for; a text that surely has more is refused.
+
         Raises:
+          PromptTooLongError: the text has more bytes than ``limit`` tokens can hold.
           RequestError: the chat template rejects the messages.
           ArtifactError: there is no chat template, or it is not valid.
         """
@@ -109,7 +116,8 @@ class Service:
         self.admission = Admission(served.rows, options.max_waiting)
         self.metrics = Metrics()
         self._served = served
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="eoracc-text")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="eoracc-submit")
+        self._texts = TextThreads()
         self._running: set[ServedRequest] = set()
         self._context = ServingContext(
             served.engine, self._thread, self.admission, self.metrics, options, self._running
@@ -154,6 +162,7 @@ class Service:
     def close(self) -> None:
         """End the threads. No request may be running."""
         self._folder.close()
+        self._texts.close()
         self._thread.shutdown()
         self._served.close()
 
@@ -217,7 +226,9 @@ class Service:
         try:
             encoded = [
                 self._truncated(tokens, body.truncate_prompt_tokens, max_tokens)
-                for tokens in await self._encode(prompts, chat_options)
+                for tokens in await self._encode(
+                    prompts, chat_options, truncates=body.truncate_prompt_tokens is not None
+                )
             ]
             echo = isinstance(body, CompletionRequest) and bool(body.echo)
             prefixes = await self._decode(encoded) if echo else []
@@ -296,6 +307,19 @@ class Service:
             ignore_end=bool(body.ignore_eos),
         )
 
+    @property
+    def _longest_prompt(self) -> int:
+        """Most tokens of a prompt, which leave room for one of the answer."""
+        longest = self._served.context_length - 1
+        return min(longest, self.options.max_prompt_tokens or longest)
+
+    def _too_long(self, size: str) -> ApiError:
+        return bad_request(
+            f"the prompt has {size}, {self._longest_prompt} are allowed: shorten it",
+            "prompt",
+            "context_length_exceeded",
+        )
+
     def _answer_length(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """Most tokens to generate after a prompt.
 
@@ -303,16 +327,10 @@ class Service:
           ApiError: the prompt or ``max_tokens`` is too long.
         """
         context, limit = self._served.context_length, self.options.max_tokens
-        longest = self.options.max_prompt_tokens or context
         if not prompt_tokens:
             raise bad_request("the prompt is empty: give some text", "prompt")
-        if prompt_tokens > longest or prompt_tokens >= context:
-            raise bad_request(
-                f"the prompt has {prompt_tokens} tokens, {min(longest, context - 1)} are allowed: "
-                "shorten it",
-                "prompt",
-                "context_length_exceeded",
-            )
+        if prompt_tokens > self._longest_prompt:
+            raise self._too_long(f"{prompt_tokens} tokens")
         left = context - prompt_tokens
         if max_tokens is None:
             return min(left, limit or left)
@@ -349,14 +367,32 @@ class Service:
             raise bad_request(f"{name}: there is no token {unknown}", name)
 
     async def _encode(
-        self, prompts: Sequence[Prompt], chat_options: ChatOptions | None
+        self,
+        prompts: Sequence[Prompt],
+        chat_options: ChatOptions | None,
+        *,
+        truncates: bool,
     ) -> list[Sequence[int]]:
-        loop = asyncio.get_running_loop()
-        encode = partial(self._served.codec.encode_prompt, options=chat_options)
+        """Tokens of each prompt.
+
+        Raises:
+          ApiError: a prompt is refused, or waits too long for its turn.
+        """
+        limit = None if truncates else self._longest_prompt
+        encode = partial(self._served.codec.encode_prompt, options=chat_options, limit=limit)
         encoded: list[Sequence[int]] = []
         for prompt in prompts:
+            if limit is not None and _is_tokens(prompt) and len(prompt) > limit:
+                raise self._too_long(f"{len(prompt)} tokens")
             try:
-                tokens = await loop.run_in_executor(self._thread, encode, prompt)
+                async with asyncio.timeout(self.options.queue_timeout_s):
+                    tokens = await self._texts.run(encode, prompt)
+            except TimeoutError:
+                raise queue_timeout(
+                    self.options.queue_timeout_s, self.admission.retry_after_s
+                ) from None
+            except PromptTooLongError as error:
+                raise bad_request(str(error), "prompt", "context_length_exceeded") from None
             except RequestError as error:
                 raise bad_request(str(error), _field_of(error)) from None
             except ArtifactError:
@@ -365,16 +401,17 @@ class Service:
                     "/v1/completions",
                     "messages",
                 ) from None
-            self._check_tokens("prompt", tokens)
+            if _is_tokens(prompt):
+                self._check_tokens("prompt", tokens)
             encoded.append(tokens)
         return encoded
 
     async def _decode(self, encoded: Sequence[Sequence[int]]) -> list[str]:
-        loop = asyncio.get_running_loop()
-        return [
-            await loop.run_in_executor(self._thread, self._served.codec.decode, tokens)
-            for tokens in encoded
-        ]
+        return [await self._texts.run(self._served.codec.decode, tokens) for tokens in encoded]
+
+
+def _is_tokens(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], int)
 
 
 def _field_of(error: RequestError) -> str:

@@ -8,6 +8,7 @@ The sentence names the file, field or node, says what is wrong, and gives the wa
     ├── BackendError           a package, driver or GPU is missing, or refuses the model
     │   └── LogitsError        logits that are not finite
     ├── RequestError           a request that cannot be served as it is
+    │   └── PromptTooLongError a prompt that the model has no room for
     ├── BusyError              more requests than may wait
     ├── ApiError               the answer to an HTTP request that is refused
     ├── ConfigError            model.yaml or the command line
@@ -40,6 +41,7 @@ __all__ = [
     "ModelError",
     "PassError",
     "PluginError",
+    "PromptTooLongError",
     "RequestError",
     "TargetError",
     "error_body",
@@ -85,6 +87,10 @@ class BackendError(EoraccError):
 
 class RequestError(EoraccError):
     """A request that cannot be served: a bad value, no room, an unknown adapter."""
+
+
+class PromptTooLongError(RequestError):
+    """A prompt that the model has no room for."""
 
 
 class BusyError(EoraccError):

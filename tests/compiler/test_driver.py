@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler import driver
 from eoracc.compiler.driver import BuildResult
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
 from eoracc.compiler.sweep.resume import SweepState
@@ -165,7 +166,7 @@ def test_same_inputs_give_the_same_digest(template: Path, tmp_path: Path) -> Non
 def test_interrupted_build_goes_on_and_ends_the_same(
     workspace: Path, match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     skip = {"model.layers.0.mlp.up_proj": {"skip": True}}
     quantize = {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": skip}}
     config = tiny_config([{"calibrate": {"match": match}}, quantize, EORA[2]])
@@ -197,7 +198,7 @@ def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch
     def save(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     monkeypatch.setattr(SweepState, "save", save)
     with pytest.raises(ArtifactError, match=r"out: the disk is full: free some space or choose"):
         build(workspace, tiny_config())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from eoracc import __version__
 from eoracc.compiler.frontend.gguf.accounting import (
     check_kind,
     refuse_unread_keys,
@@ -15,11 +15,14 @@ from eoracc.compiler.frontend.gguf.accounting import (
 )
 from eoracc.compiler.frontend.gguf.config import loading_config, written_config
 from eoracc.compiler.frontend.gguf.generation import end_tokens, sampling
-from eoracc.compiler.frontend.gguf.reading import READER, GgufFile
+from eoracc.compiler.frontend.gguf.reading import GgufFile
 from eoracc.compiler.frontend.gguf.tensors import match_tensors
 from eoracc.compiler.frontend.gguf.tokenizer import read_tokenizer, read_vocabulary
 from eoracc.compiler.frontend.quiet import quiet
+from eoracc.compiler.kept.files import keeping, remove
+from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.errors import ModelError, reason
+from eoracc.runtime.artifact.folder_change import sync_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +37,7 @@ _CONVERSION = 2
 
 
 def convert(path: Path, folder: Path) -> Path:
-    """Convert the model in ``path`` to ``folder``, unless the same file has been converted already.
+    """Convert the model in ``path`` to ``folder``, unless a sound conversion of it is there.
 
     Args:
       path: a GGUF file of any quantization that transformers can dequantize.
@@ -44,20 +47,26 @@ def convert(path: Path, folder: Path) -> Path:
     Raises:
       ModelError: the file is missing, truncated, no GGUF, not supported by transformers, or holds
         something that changes the model and has no place in such a folder.
+      ArtifactError: the disk is full or fails.
     """
     if not path.is_file():
         raise ModelError(f"GGUF file {path} does not exist")
-    stamp = {"file": path.name, "sha256": _sha256(path), "conversion": _CONVERSION}
-    if _read_stamp(folder) == stamp:
+    key = f"{path.name} {_sha256(path)} {__version__} {_CONVERSION}"
+    files = KeptFolder(folder, key).read(_STAMP)
+    if files is not None and KeptFolder(folder, key).holds(files):
         return folder
     temporary = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    remove(temporary)
+    with keeping(temporary):
+        temporary.mkdir(parents=True)
     try:
         _write(path, temporary)
-        (temporary / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        written = KeptFolder(temporary, key)
+        written.write(_STAMP, written.seal(sorted(file.name for file in temporary.iterdir())))
+        remove(folder)
+        with keeping(folder):
+            temporary.rename(folder)
+            sync_path(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -66,13 +75,6 @@ def convert(path: Path, folder: Path) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_stamp(folder: Path) -> object:
-    try:
-        return READER.read_json(folder / _STAMP)
-    except ModelError:
-        return None
 
 
 def _write(path: Path, folder: Path) -> None:

@@ -32,7 +32,7 @@ from eoracc.compiler.targets.onnxruntime.slots import add_slots
 from eoracc.compiler.targets.onnxruntime.tiles import tile_operands
 from eoracc.passes.graph.names import ROPE_LENGTHS, WINDOW_KEY
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.functions.overload import use_local_functions
 from eoracc.plugins.op import DOMAIN
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY, TEXT_LENGTHS
 
@@ -84,7 +84,7 @@ def lower(model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none
     _drop_unused_inputs(graph)
     if adapter_type != "none":
         add_slots(lowered, adapter_type)
-    _add_functions(lowered)
+    use_local_functions(_eoracc_nodes(graph), lowered.functions)
     for node in graph:
         for key in set(node.metadata_props) - {LINEARS_KEY}:
             del node.metadata_props[key]
@@ -305,11 +305,3 @@ def _drop_unused_inputs(graph: ir.Graph) -> None:
 
 def _eoracc_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     return (node for node in graph if node.domain == DOMAIN)
-
-
-def _add_functions(model: ir.Model) -> None:
-    """Give every eoracc node its body of standard ops, so that a stock runtime can run it."""
-    for node in _eoracc_nodes(model.graph):
-        function = local_function(node)
-        node.overload = function.overload
-        model.functions.setdefault(function.identifier(), function)

@@ -1,4 +1,4 @@
-"""Connections of the server: who is let in, and for how long a client may keep the server waiting.
+"""What strangers can use up: connections, the seconds that they keep the server waiting, the log.
 
 Modules::
 
@@ -6,6 +6,7 @@ Modules::
     acceptor     accepts connections, makes room for new ones, waits while descriptors are short
     connection   uvicorn's HTTP/1.1 protocol with deadlines
     refusal      answers a connection that finds no room
+    quiet_log    the log, which clients cannot flood
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def open_artifact(
     model = load(folder, threads=threads, backend=backend)
     on_load(model)
     engine = Engine(model, max_rows=rows, max_tokens=context_length)
+    _ = model.tokenizer.bound  # found out now rather than during a request
     return ServedModel(
         engine=engine,
         rows=rows,

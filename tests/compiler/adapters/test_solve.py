@@ -12,6 +12,7 @@ from eoracc.compiler.adapters.solve import SolvedAdapter, Task, solve_adapter
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.eager.model import load_eager, reference_logits
 from eoracc.compiler.frontend import load as frontend
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
@@ -224,7 +225,7 @@ class Interrupted(SilentProgress):
 
 @pytest.fixture
 def save_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
 
 
 @pytest.mark.usefixtures("save_at_once")
@@ -262,11 +263,11 @@ def test_key_covers_what_the_factors_depend_on(
 ) -> None:
     keys: list[str] = []
 
-    def stop(self: AdapterState) -> None:
-        keys.append(self.key)
+    def stop(_: AdapterState, __: Path, key: str) -> None:
+        keys.append(key)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AdapterState, "__post_init__", stop)
+    monkeypatch.setattr(AdapterState, "__init__", stop)
     text = windows(1, highest=30)
     heavy = Windows(text.input_ids, text.attention_mask, np.full(6, 2, np.float32))
     for what, weight_of in (

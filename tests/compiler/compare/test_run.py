@@ -13,6 +13,7 @@ from eoracc.compiler.compare import run as module
 from eoracc.compiler.compare.folder import WorkFolder
 from eoracc.compiler.compare.result import Comparison, Row
 from eoracc.compiler.compare.run import compare, work_folder
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.fidelity import Scorer
 from eoracc.compiler.sweep import pipeline
@@ -204,7 +205,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
 def test_an_interrupted_comparison_goes_on(
     workspace: Path, through: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     methods = ["none", "eora"]
     whole = run(workspace, config(through), methods)
     shutil.rmtree(work_folder(config(through), workspace))
@@ -220,7 +221,7 @@ def test_an_interrupted_comparison_goes_on(
 def test_what_was_begun_together_can_be_finished_alone(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     whole = run(workspace, config("original"), ["eora", "lqer", "none"])
     shutil.rmtree(work_folder(config(), workspace))
     seen = interrupt(monkeypatch, times=5)

@@ -14,6 +14,7 @@ from typing_extensions import override
 from eoracc.compiler.eager import output_gradients
 from eoracc.compiler.eager.model import load_eager, module_rows, positions
 from eoracc.compiler.eager.output_gradients import draw_labels, output_gradient_grams
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ModelError
@@ -247,6 +248,7 @@ class _Interrupted(SilentProgress):
 def test_goes_on_where_it_was_interrupted(
     step: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     text = windows()
     whole = measure(load_eager(llama, {}), text, tmp_path / "whole", labels="model")
     folder = tmp_path / "parts"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -103,3 +104,42 @@ def test_things_that_are_neither(tmp_path: Path, checkpoint: Path) -> None:
         with pytest.raises(EoraccError) as caught:
             inspect_path(tmp_path / name)
         assert str(caught.value).startswith(f"{tmp_path / name}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("fidelity", "rows", 0, "perplexity"), "many"),
+        (("fidelity", "rows", 0, "bytes"), {}),
+        (("fidelity", "rows", 0, "kl"), 10**400),
+        (("fidelity", "exceeded"), 3),
+        (("linears", 0, "bytes"), {}),
+        (("linears", 0, "shape"), [1, None]),
+        (("linears", 0, "errors"), {"eora": "small"}),
+        (("build", "passes"), [{"name": "eora"}]),
+        (("build", "wall_s"), None),
+        (("adapters", "perplexity"), {"math": [1.0]}),
+        (("adapters", "original"), []),
+        (("parity",), {"passed": True, "logits": [{"max_error": 1.0, "tolerance": 0.0}]}),
+        (("parity",), [1]),
+        (("surveys",), [{"pass": "eora"}]),
+        (("surveys",), [{"pass": "allocate", "alternatives": 1}]),
+        (("targets",), {"tensorrt": {"engines": {"89": {"size": "big"}}}}),
+        (("chat",), {"notes": 1}),
+        (("tokenizer",), {"onnxruntime_genai": {"other_tokens": 1}}),
+    ],
+)
+def test_parts_of_a_report_of_another_type(
+    tiny_artifact: Path, tmp_path: Path, place: tuple[str | int, ...], value: object
+) -> None:
+    folder = shutil.copytree(tiny_artifact, tmp_path / "artifact", copy_function=os.symlink)
+    path = folder / "report.json"
+    content = json.loads(path.read_text())
+    part = content
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    path.unlink()
+    path.write_text(json.dumps(content))
+    with pytest.raises(EoraccError, match=r"report\.json: is not the report of a build"):
+        inspect_path(folder)

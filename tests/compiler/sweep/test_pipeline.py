@@ -14,6 +14,7 @@ from typing_extensions import override
 from eoracc.compiler import driver
 from eoracc.compiler.config.load import load_config
 from eoracc.compiler.driver import BuildResult
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.errors import ConfigError, PassError
@@ -166,7 +167,7 @@ def test_an_interrupted_build_goes_on_in_the_sweep_that_it_was_in(
     stop: tuple[str, int],
     factorizations: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     whole = build(workspace, [Peek(), *TWO_SWEEPS])
     shutil.rmtree(whole.output)
     Peek.made.clear()
@@ -198,7 +199,7 @@ def test_a_sweep_keeps_nothing_of_what_it_has_not_reached(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of linears that an earlier sweep has compressed, too."""
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     passes = ["calibrate", QUANTIZE, "calibrate", {"eora": {"rank": 4}}]
     whole = build(workspace, passes)
     shutil.rmtree(whole.output)

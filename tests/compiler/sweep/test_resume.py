@@ -7,7 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from eoracc.compiler.sweep.batch import Batch
-from eoracc.compiler.sweep.resume import SAVE_INTERVAL_S, SweepState
+from eoracc.compiler.sweep.resume import SweepState
 from eoracc.passes import load_passes
 from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.graph.linears import Linear
@@ -55,7 +55,7 @@ def test_puts_back_what_it_kept(tmp_path: Path, *, symmetric: bool) -> None:
     again = list(qkv().linears)
     found: Comparisons = {"svd": {}}
     live = batches({"stale": values["a"]}, {})
-    assert state.resume(again, live, found) == 4
+    assert state.resume(again, live, found).position == 4
     assert again[0].compressed is not None
     np.testing.assert_array_equal(again[0].effective_weight(), first.effective_weight())
     assert (again[0].compressed.zero_points is None) is symmetric
@@ -85,7 +85,7 @@ def test_later_saves_add_linears_and_replace_activations(tmp_path: Path) -> None
     ]
     again = list(qkv().linears)
     live = batches({})
-    assert state.resume(again, live, {"svd": {}}) == 2
+    assert state.resume(again, live, {"svd": {}}).position == 2
     assert list(live[0].values) == ["c"]
     assert again[0].compressed is not None
 
@@ -95,14 +95,14 @@ def test_another_key_discards_it(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     SweepState(folder, "old").save(3, [first, second], batches({}), comparisons)
     linears = list(qkv().linears)
-    assert SweepState(folder, "new").resume(linears, batches({}), {"svd": {}}) == 0
+    assert SweepState(folder, "new").resume(linears, batches({}), {"svd": {}}).position == 0
     assert not folder.exists()
     assert linears[0].compressed is None
 
 
 def test_nothing_kept_begins_at_the_beginning(tmp_path: Path) -> None:
     live = batches({"input_ids": np.zeros((1, 3), np.float32)})
-    assert SweepState(tmp_path / "none", "key").resume([], live, {}) == 0
+    assert SweepState(tmp_path / "none", "key").resume([], live, {}).position == 0
     assert list(live[0].values) == ["input_ids"]
 
 
@@ -113,19 +113,7 @@ def test_files_that_the_state_does_not_name_are_not_read(tmp_path: Path) -> None
     # As an interruption in the middle of a save leaves it.
     (state.folder / "operands-00002.safetensors").write_bytes(b"half")
     (state.folder / "state.json.partial").write_text("{")
-    assert state.resume(list(qkv().linears), batches({}), {"svd": {}}) == 1
-
-
-def test_saves_are_some_seconds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = [100.0]
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.time.monotonic", lambda: now_s[0])
-    state = SweepState(tmp_path / "sweep", "key")
-    due = [state.is_due]
-    now_s[0] += SAVE_INTERVAL_S
-    due.append(state.is_due)
-    state.save(1, [], batches({}), {})
-    due.append(state.is_due)
-    assert due == [False, True, False]
+    assert state.resume(list(qkv().linears), batches({}), {"svd": {}}).position == 1
 
 
 def factorized() -> Linear:
@@ -154,7 +142,7 @@ def test_factors_of_weights_are_kept_and_mapped_from_there(tmp_path: Path) -> No
     state = SweepState(tmp_path / "sweep", "key")
     state.save(1, [first], batches({}), {})
     again = qkv().linears[0]
-    assert state.resume([again], batches({}), {}) == 1
+    assert state.resume([again], batches({}), {}).position == 1
     assert again.record.errors == {"factorize_svd": 0.5}
     for linear in (first, again):
         np.testing.assert_array_equal(linear.effective_weight(), product)

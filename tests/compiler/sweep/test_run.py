@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend import load as frontend
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import PassTimes, SilentProgress
 from eoracc.compiler.sweep.batch import make_batches
 from eoracc.compiler.sweep.executor import Executor
@@ -329,7 +330,7 @@ def test_comparators_get_the_rank_and_type_of_each_linear_and_change_nothing(
 def test_resumed_sweep_ends_bit_for_bit_the_same(
     source: Path, tmp_path: Path, calibrate: Calibrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     passes = (calibrate, GPTQ, Eora(rank=4))
     solver = {"svd": compensation_solver("svd")}
     whole, compared = sweep(source, tmp_path / "whole", *passes, comparators=solver)
@@ -350,7 +351,7 @@ def test_resumed_sweep_ends_bit_for_bit_the_same(
 def test_checkpoint_of_other_inputs_is_not_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoracc.compiler.sweep.resume.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
     sweep(source, tmp_path, Calibrate(), GPTQ, key="old")
     watch = Watch(seen=[])
     executor, _ = sweep(source, tmp_path, Calibrate(), QuantizeRtn(bits=8), watch, key="new")

@@ -11,7 +11,6 @@ import pytest
 
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.sweep import run as sweep
 from eoracc.compiler.sweep import trials
 from eoracc.compiler.sweep.activation_store import ActivationStore
 from eoracc.compiler.sweep.executor import Executor
@@ -52,13 +51,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """Whose graph nobody may change."""
     work = tmp_path_factory.mktemp("select")
     return load(str(tiny_model("llama", work / "model", num_hidden_layers=BLOCKS)), work=work)
-
-
-@pytest.fixture(autouse=True)
-def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trimming the heap takes longer than anything that is done here to so small a model."""
-    for module in (sweep, trials):
-        monkeypatch.setattr(module, "release_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")

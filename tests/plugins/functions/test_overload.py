@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
-from eoracc.plugins.functions.overload import local_function
+from eoracc.plugins.functions.overload import local_function, use_local_functions
 from eoracc.plugins.operands.codes import BITS
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.fused_op import (
@@ -58,6 +58,19 @@ def _function_of(weight: NBitsWeight, operands: dict[str, NDArray[Any] | None]) 
     return local_function(
         ir.node("MatMulNBitsLowRank", inputs, attributes_of(weight), domain="eoracc", name="n")
     )
+
+
+def test_nodes_of_one_overload_share_the_function() -> None:
+    nodes = [_node("MatMulNBitsLowRank", 3, bits=bits, layout=1) for bits in (3, 4, 3)]
+    functions: dict[ir.OperatorIdentifier, ir.Function] = {}
+    use_local_functions(nodes[:2], functions)
+    first = dict(functions)
+    use_local_functions(nodes[2:], functions)
+    assert functions == first  # functions are equal only to themselves
+    assert [node.overload for node in nodes] == ["bits3_tiles", "bits4_tiles", "bits3_tiles"]
+    for node in nodes:
+        expected = ir.to_proto(local_function(node))
+        assert ir.to_proto(functions[node.op_identifier()]) == expected
 
 
 def _node(op_type: str, inputs: int | list[ir.Value | None], **attributes: Any) -> ir.Node:  # noqa: ANN401

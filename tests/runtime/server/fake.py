@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from eoracc.errors import RequestError
+from eoracc.errors import PromptTooLongError, RequestError
 from eoracc.runtime.decode.continuation import Listener
 from eoracc.runtime.folder_watch import FolderChange
 from eoracc.runtime.request import ChatOptions, FinishReason, Piece, Prompt, Request, TokenLogprob
@@ -132,8 +132,14 @@ class FakeFolder:
 class _Codec:
     """Bytes are tokens; a chat is its last turn, after the template's variable ``prefix``."""
 
-    def encode_prompt(self, prompt: Prompt, *, options: ChatOptions | None = None) -> Sequence[int]:
+    def encode_prompt(
+        self, prompt: Prompt, *, options: ChatOptions | None = None, limit: int | None = None
+    ) -> Sequence[int]:
         if isinstance(prompt, str):
+            if limit is not None and len(prompt) > 4 * limit:
+                raise PromptTooLongError("the prompt is longer than its tokens can be: shorten it")
+            if prompt.startswith("slow"):
+                time.sleep(0.5)
             return list(prompt.encode())
         if prompt and isinstance(prompt[0], int):
             return prompt  # type: ignore[return-value] # ints all

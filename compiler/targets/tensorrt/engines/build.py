@@ -18,8 +18,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eoracc.compiler.kept.files import keeping, remove
+from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.compiler.targets.tensorrt.engines.task import PARTIAL, EngineTask, ShapeRange
-from eoracc.documents import Reader
 from eoracc.errors import TargetError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ _INSTALL = {
     "tensorrt": "pip install 'eoracc[tensorrt]'",
     "tensorrt_rtx": "pip install 'eoracc[tensorrt-rtx]'",
 }
-_READER = Reader(TargetError, "build the engine again")
 _GRACE_SECONDS = 2.0
 """Seconds that a cancelled build may take to stop by itself."""
 
@@ -95,7 +95,11 @@ def build_engines(
       TargetError: TensorRT is missing, fails or does not take the graph.
     """
     require_package(package)
-    work.mkdir(parents=True, exist_ok=True)
+    if not work.is_dir():
+        remove(work)
+    with keeping(work):
+        work.mkdir(parents=True, exist_ok=True)
+    engines = KeptFolder(work, package)
     depends_on = {
         "graph": _digest(graph),
         "package": [package, package_version(package)],
@@ -113,22 +117,23 @@ def build_engines(
             compute_capability=capability,
             profiles=tuple(profiles),
         )
-        kept = _kept(task)
-        if kept is None:
-            kept = build_engine(task, progress)
-            place.with_suffix(".json").write_text(json.dumps(kept.summary), encoding="utf-8")
-        built.append(kept)
+        engine = _kept(task, engines)
+        if engine is None:
+            engine = build_engine(task, progress)
+            files = engines.seal([task.engine.name, task.log.name])
+            engines.write(f"{place.name}.json", {"summary": engine.summary, "files": files})
+        built.append(engine)
     return built
 
 
-def _kept(task: EngineTask) -> BuiltEngine | None:
-    """The engine of ``task`` if an earlier build finished it."""
-    try:
-        summary = _READER.read_object(task.engine.with_suffix(".json"))
-    except TargetError:
-        task.engine.unlink(missing_ok=True)
+def _kept(task: EngineTask, engines: KeptFolder) -> BuiltEngine | None:
+    """The engine of ``task`` if an earlier build finished it and its files are sound."""
+    content = engines.read(f"{task.engine.stem}.json")
+    if content is None or not engines.holds(content["files"]):
+        for path in (task.engine, task.engine.with_suffix(PARTIAL), task.log):
+            remove(path)
         return None
-    return BuiltEngine(task.compute_capability, task.engine, task.log, summary)
+    return BuiltEngine(task.compute_capability, task.engine, task.log, content["summary"])
 
 
 def build_engine(task: EngineTask, progress: Progress) -> BuiltEngine:

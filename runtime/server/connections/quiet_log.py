@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from typing_extensions import override
 
-from eoracc.runtime.server.middleware import ACCESS_LOGGER
+__all__ = ["ACCESS_LOGGER", "LineBudget", "RepeatFilter", "set_up_logging"]
 
-__all__ = ["LineBudget", "RepeatFilter", "set_up_logging"]
+ACCESS_LOGGER = "eoracc.access"
 
 _WINDOW_S = 60.0
 _MOST_KINDS = 100

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 
-from eoracc.runtime.server.quiet_log import LineBudget, RepeatFilter
+from eoracc.runtime.server.connections.quiet_log import LineBudget, RepeatFilter
 
 
 class Clock:
