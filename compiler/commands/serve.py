@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from eoracc.compiler.commands.common import PATH, backend_option, print_backend
 from eoracc.errors import BackendError
+from eoracc.log_lines import LogFormat
 
 if TYPE_CHECKING:
     from eoracc.runtime import BackendChoice
@@ -139,6 +141,13 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     show_default=True,
     help="Seconds that a client has to read what was sent to it.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(get_args(LogFormat)),
+    default="text",
+    show_default=True,
+    help="Form of the log on standard error: lines for people, or JSON.",
+)
 @click.option("--access-log/--no-access-log", default=True, show_default=True)
 @backend_option
 def serve(
@@ -166,12 +175,14 @@ def serve(
     body_timeout: float,
     keep_alive: int,
     send_timeout: float,
+    log_format: LogFormat,
     access_log: bool,
     backend: BackendChoice,
 ) -> None:
     """Serve ARTIFACT and its adapters through an OpenAI-compatible API."""
     try:
         from eoracc.runtime.server.connections.limits import ConnectionLimits
+        from eoracc.runtime.server.connections.quiet_log import set_up_logging
         from eoracc.runtime.server.hosts import HostRule, is_loopback
         from eoracc.runtime.server.options import ServerOptions
         from eoracc.runtime.server.process import listen, run
@@ -180,6 +191,8 @@ def serve(
     except ModuleNotFoundError as error:
         raise BackendError(f"{error.name} is not installed: pip install 'eoracc[serve]'") from None
 
+    set_up_logging(log_format, access_log=access_log)
+    log = logging.getLogger("eoracc.server")
     # Before the model is loaded: an address that cannot be had needs no waiting for.
     with listen(host, port) as listener:
         address, bound = listener.getsockname()[:2]
@@ -213,11 +226,11 @@ def serve(
         )
         service = Service(served, options, model_name=model_name or artifact.resolve().name)
         if api_key is None and not is_loopback(address):
-            click.echo(f"warning: whoever reaches {host} is let in: set --api-key", err=True)
+            log.warning("whoever reaches %s is let in: set --api-key", host)
         shown = f"[{address}]" if ":" in address else address
         models = ", ".join((service.catalog.backbone, *service.catalog.adapters))
 
         def ready() -> None:
-            click.echo(f"serving {models} at http://{shown}:{bound}/v1", err=True)
+            log.info("serving %s at http://%s:%d/v1", models, shown, bound)
 
-        run(service, listener, access_log=access_log, on_ready=ready)
+        run(service, listener, on_ready=ready)

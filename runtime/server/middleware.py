@@ -10,7 +10,6 @@ import logging
 import re
 import uuid
 from contextlib import suppress
-from datetime import UTC, datetime
 from http import HTTPStatus
 from time import monotonic
 
@@ -18,6 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eoracc.errors import ApiError
+from eoracc.printable import printable
 from eoracc.runtime.server.api.errors import body_timeout
 from eoracc.runtime.server.connections.quiet_log import ACCESS_LOGGER
 from eoracc.runtime.server.record import RequestRecord
@@ -37,6 +37,7 @@ _ROUTES = _HEALTH_ROUTES | {
 _MODEL_ROUTE = "/v1/models/"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLIENT_GONE = 499
+_METHOD_CHARS = 16
 _DISCARD_S = 1.0
 
 _log = logging.getLogger("eoracc.server")
@@ -85,28 +86,28 @@ class Observe:
         metrics.requests.labels(record.route, str(record.status)).inc()
         metrics.request_seconds.labels(record.route).observe(seconds)
         client = scope.get("client")
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        fields = {
             "id": record.id,
             "client": client[0] if client else None,
-            "method": scope["method"],
+            "method": printable(scope["method"], _METHOD_CHARS),
             "route": record.route,
             "status": record.status,
-            "seconds": round(seconds, 4),
+            "latency_ms": _in_ms(seconds),
         }
         if record.code is not None:
-            line["code"] = record.code
+            fields["code"] = record.code
         if record.model is not None:
-            line |= {
+            fields |= {
                 "model": record.model,
+                "adapter": record.adapter,
                 "stream": record.stream,
                 "choices": record.choices,
                 "prompt_tokens": record.prompt_tokens,
                 "completion_tokens": record.completion_tokens,
             }
             if record.first_token_s is not None:
-                line["first_token_seconds"] = round(record.first_token_s, 4)
-        _access.info(json.dumps(line))
+                fields["first_token_ms"] = _in_ms(record.first_token_s)
+        _access.info("request", extra={"fields": fields})
 
 
 class Gate:
@@ -258,6 +259,10 @@ def _internal_error() -> ApiError:
         kind="server_error",
         code="internal_error",
     )
+
+
+def _in_ms(seconds: float) -> float:
+    return round(1000 * seconds, 1)
 
 
 def _hash(key: bytes) -> bytes:

@@ -16,7 +16,6 @@ from eoracc.errors import BackendError
 from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.connections.acceptor import Acceptor
 from eoracc.runtime.server.connections.limits import ConnectionLimits, fit_to_descriptors
-from eoracc.runtime.server.connections.quiet_log import set_up_logging
 from eoracc.runtime.server.middleware import Observe
 from eoracc.runtime.server.service import Service
 
@@ -66,7 +65,6 @@ def run(
     service: Service,
     listener: socket.socket,
     *,
-    access_log: bool = True,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until a signal, then let running requests finish within the grace period.
@@ -74,10 +72,8 @@ def run(
     Args:
       service: behind the routes.
       listener: socket from :func:`listen`; closed at the end.
-      access_log: write a line of JSON to standard error for each request.
       on_ready: called once connections are accepted.
     """
-    set_up_logging(access_log=access_log)
     app = create_app(service)
     config = uvicorn.Config(
         app,

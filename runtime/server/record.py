@@ -7,6 +7,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from eoracc.runtime.request import AdapterChoice
+
 __all__ = ["RequestRecord"]
 
 _KEY = "eoracc.record"
@@ -22,6 +24,7 @@ class RequestRecord:
       arrived: by ``time.monotonic``.
       status: of the response; 499 if the client closed the connection before it.
       model: name in the request, once it is known to exist.
+      adapter: its name, or weights by name; None for the backbone alone.
       stream: whether the answer is a stream.
       choices: number of answers.
       prompt_tokens: of all prompts.
@@ -35,6 +38,7 @@ class RequestRecord:
     arrived: float = field(default_factory=time.monotonic)
     status: int = 499
     model: str | None = None
+    adapter: AdapterChoice = None
     stream: bool = False
     choices: int = 0
     prompt_tokens: int = 0

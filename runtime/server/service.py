@@ -242,7 +242,8 @@ class Service:
                 place.leave()
             raise
         lengths = [len(tokens) for tokens in encoded for _ in range(copies)]
-        record.model, record.stream, record.choices = name, bool(body.stream), count
+        record.model, record.adapter = name, adapter
+        record.stream, record.choices = bool(body.stream), count
         record.prompt_tokens = sum(map(len, encoded))
         served_request = ServedRequest(
             self._context,

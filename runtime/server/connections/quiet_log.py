@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from typing_extensions import override
+
+from eoracc.log_lines import LogFormat, log_lines
 
 __all__ = ["ACCESS_LOGGER", "LineBudget", "RepeatFilter", "set_up_logging"]
 
@@ -21,25 +22,25 @@ _LINES_PER_S = 100.0
 _BURST = 6000
 
 
-def set_up_logging(*, access_log: bool) -> None:
-    """Log requests as JSON lines and everything else as text, on standard error."""
-    lines = logging.StreamHandler(sys.stderr)
-    lines.setFormatter(logging.Formatter("%(message)s"))
-    lines.addFilter(LineBudget(_LINES_PER_S, _BURST))
+def set_up_logging(form: LogFormat = "text", *, access_log: bool = True) -> None:
+    """Log on standard error: requests, unless ``access_log`` is False, and everything else."""
+    requests = logging.StreamHandler(sys.stderr)
+    requests.setFormatter(log_lines(form))
+    requests.addFilter(LineBudget(_LINES_PER_S, _BURST))
     access = logging.getLogger(ACCESS_LOGGER)
-    access.handlers = [lines] if access_log else []
+    access.handlers = [requests] if access_log else []
     access.propagate = False
     access.setLevel(logging.INFO if access_log else logging.CRITICAL)
-    texts = logging.StreamHandler(sys.stderr)
-    texts.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    texts.addFilter(RepeatFilter())
+    others = logging.StreamHandler(sys.stderr)
+    others.setFormatter(log_lines(form))
+    others.addFilter(RepeatFilter())
     for name, level in (
         ("eoracc.server", logging.INFO),
         ("uvicorn.error", logging.WARNING),
         ("asyncio", logging.WARNING),
     ):
         logger = logging.getLogger(name)
-        logger.handlers = [texts]
+        logger.handlers = [others]
         logger.propagate = False
         logger.setLevel(level)
 
@@ -106,9 +107,9 @@ def _kind(record: logging.LogRecord) -> _Kind:
 
 
 class LineBudget(logging.Filter):
-    """Lets through so many lines a second on average, and counts those left out.
+    """Lets through so many lines a second on average.
 
-    The next line that passes stands behind one with the count: ``{"omitted": 17}``.
+    The next line that passes gets a field with the number of those left out before: ``omitted``.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class LineBudget(logging.Filter):
             return False
         self._left -= 1
         if self._omitted:
-            record.msg = json.dumps({"omitted": self._omitted}) + "\n" + record.getMessage()
-            record.args = ()
+            fields = getattr(record, "fields", {"message": record.getMessage()})
+            record.fields = {**fields, "omitted": self._omitted}
             self._omitted = 0
         return True

@@ -59,8 +59,9 @@ class FolderMonitor:
             if change is None:
                 _log.info("the artifact's folder holds again what was loaded from it")
             else:
-                _log.warning(
-                    "the artifact's folder %s: answers still come from what was loaded: restart "
-                    "the server to serve the folder",
-                    printable(change.text),
+                # One text for each change: repeated ones may be left out of the log.
+                text = (
+                    f"the artifact's folder {printable(change.text)}: answers still come from what "
+                    "was loaded: restart the server to serve the folder"
                 )
+                _log.warning(text)

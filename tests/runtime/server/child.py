@@ -30,7 +30,7 @@ class ServerProcess:
     def __init__(self, artifact: Path, *options: str, descriptors: int | None = None) -> None:
         """Prepare to serve ``artifact``, with a limit on the process's open files."""
         command = [sys.executable, "-m", "eoracc.compiler.cli", "serve", str(artifact)]
-        command += ["--port", "0", "--threads", "1", *options]
+        command += ["--port", "0", "--threads", "1", "--log-format", "json", *options]
         if descriptors is not None:
             command = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh", *command]
         self._process = subprocess.Popen(
@@ -85,15 +85,20 @@ class ServerProcess:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """Its access log."""
-        return [json.loads(line) for line in self.lines if line.startswith("{")]
+        """Its requests in the log."""
+        return [line for line in self.all_log if "route" in line]
+
+    @property
+    def all_log(self) -> list[dict[str, Any]]:
+        """Its log."""
+        return [json.loads(line) for line in self.lines]
 
     def _read(self) -> None:
         stream = self._process.stderr
         assert stream is not None
         for line in stream:
             self.lines.append(line)
-            if match := re.search(r"serving .* at (http://\S+)", line):
+            if match := re.search(r'serving .* at (http://[^\s"]+)', line):
                 self.url = match[1]
                 self._ready.set()
         self._ready.set()

@@ -12,6 +12,7 @@ import pytest
 from typing_extensions import override
 
 from eoracc.errors import ApiError
+from eoracc.log_lines import JsonLines
 from eoracc.runtime.decode.continuation import Listener
 from eoracc.runtime.folder_watch import FolderChange
 from eoracc.runtime.request import Request
@@ -466,14 +467,16 @@ def test_access_log_has_figures_and_no_text(caplog: pytest.LogCaptureFixture) ->
 
     with caplog.at_level(logging.INFO, logger="eoracc.access"):
         run(test)
-    lines = [json.loads(one.getMessage()) for one in caplog.records if one.name == "eoracc.access"]
-    assert "sesame" not in caplog.text.lower()
+    access = [record for record in caplog.records if record.name == "eoracc.access"]
+    lines = [json.loads(JsonLines().format(record)) for record in access]
+    assert "sesame" not in str(lines).lower()
     first, second = lines
     assert first["id"] == "abc-1"
     assert first["status"] == 200
     assert (first["prompt_tokens"], first["completion_tokens"]) == (6, 4)
     assert first["model"] == BACKBONE
-    assert first["first_token_seconds"] <= first["seconds"]
+    assert first["adapter"] is None
+    assert first["first_token_ms"] <= first["latency_ms"]
     assert second["route"] == "/v1/models/{name}"
     assert second["id"] != "bad id\t"
     assert second["code"] == "model_not_found"

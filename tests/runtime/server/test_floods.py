@@ -17,7 +17,7 @@ from tests.runtime.server.child import KEY, ServerProcess
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 DESCRIPTORS = 80
-HALF = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 LONG = {"prompt": "a", "max_tokens": 100, "temperature": 0, "ignore_eos": True, "stream": True}
 
 
@@ -73,7 +73,7 @@ def test_quiet_connections_neither_stop_the_server_nor_fill_its_log(scant: Serve
     lines = len(scant.lines)
     asyncio.run(test())
     assert any("leaves room for" in line for line in scant.lines)
-    others = [line for line in scant.lines[lines:] if not line.startswith("{")]
+    others = [line for line in scant.lines[lines:] if '"route"' not in line]
     assert len(others) <= 3, others
 
 
@@ -89,7 +89,7 @@ def test_a_server_out_of_descriptors_comes_back(scant: ServerProcess) -> None:
             assert statuses == {200}
     finally:
         resource.prlimit(scant.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
-    others = [line for line in scant.lines[lines:] if not line.startswith("{")]
+    others = [line for line in scant.lines[lines:] if '"route"' not in line]
     assert sum("Too many open files" in line for line in others) == 1
     assert len(others) <= 4, others
 

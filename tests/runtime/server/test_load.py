@@ -230,7 +230,7 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(server: ServerProcess)
     """A connection that is closed with bytes unread is reset, which overtakes the answer."""
     body = b" " * 2**23
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: eoracc\r\nContent-Type: text/plain\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
         f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     url = httpx.URL(server.url)

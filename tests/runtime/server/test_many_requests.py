@@ -18,7 +18,7 @@ REQUESTS = 500
 @pytest.mark.parametrize("connections", [600, 40])
 def test_each_of_500_requests_is_answered(connections: int) -> None:
     body = completion()
-    lines = [f"POST {COMPLETIONS} HTTP/1.1", "Host: a", "Connection: close"]
+    lines = [f"POST {COMPLETIONS} HTTP/1.1", "Host: localhost", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in JSON.items()]
     request = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 
+from eoracc.log_lines import JsonLines
 from eoracc.runtime.server.connections.quiet_log import LineBudget, RepeatFilter
 
 
@@ -17,10 +18,13 @@ class Clock:
         return self.now
 
 
-def logger_of(name: str, kept: logging.Filter) -> tuple[logging.Logger, io.StringIO]:
+def logger_of(
+    name: str, kept: logging.Filter, form: logging.Formatter | None = None
+) -> tuple[logging.Logger, io.StringIO]:
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.addFilter(kept)
+    handler.setFormatter(form)
     logger = logging.getLogger(f"test_quiet_log.{name}")
     logger.handlers = [handler]
     logger.propagate = False
@@ -71,16 +75,19 @@ def test_messages_that_all_differ_cannot_flood() -> None:
 
 def test_lines_are_limited_on_average() -> None:
     clock = Clock()
-    logger, written = logger_of("a", LineBudget(10, 50, clock=clock))
+    logger, written = logger_of("a", LineBudget(10, 50, clock=clock), JsonLines())
     for _ in range(1000):
-        logger.warning('{"status": 401}')
+        logger.warning("request", extra={"fields": {"status": 401}})
     assert written.getvalue().count("\n") == 50
     clock.now += 1
     for _ in range(1000):
-        logger.warning('{"status": 401}')
+        logger.warning("request", extra={"fields": {"status": 401}})
     lines = [json.loads(line) for line in written.getvalue().splitlines()[50:]]
-    assert lines == [{"omitted": 950}] + [{"status": 401}] * 10
+    assert [(line["status"], line.get("omitted")) for line in lines] == [
+        (401, 950),
+        *[(401, None)] * 9,
+    ]
     clock.now += 3600
     for _ in range(1000):
-        logger.warning('{"status": 401}')
+        logger.warning("request", extra={"fields": {"status": 401}})
     assert written.getvalue().count('"status"') == 50 + 10 + 50
