@@ -52,8 +52,9 @@ from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
-from eoracc.compiler.targets.artifact import ArtifactWriter, check_output, refuse_full_disk
+from eoracc.compiler.targets.artifact import ArtifactWriter
 from eoracc.compiler.targets.job import Emitted, Job
+from eoracc.compiler.targets.output_place import check_output, refuse_full_disk
 from eoracc.compiler.targets.parity_record import AdapterCases
 from eoracc.compiler.targets.registry import TARGETS
 from eoracc.compiler.targets.tensorrt.check_model import check_model

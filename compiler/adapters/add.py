@@ -33,7 +33,7 @@ from eoracc.compiler.progress import SilentProgress, cpu_seconds
 from eoracc.compiler.report.content import AdaptersReport
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.targets.artifact import refuse_full_disk
+from eoracc.compiler.targets.output_place import refuse_full_disk
 from eoracc.compiler.text.windows import Settings
 from eoracc.errors import ArtifactError, GateError
 from eoracc.passes.base import ModelPass

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +23,8 @@ from eoracc.runtime.adapters.peft_modules import (
 )
 from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.artifact.manifest import read_manifest
+from eoracc.runtime.artifact.staged_folder import staged_folder
+from eoracc.runtime.artifact.sync import sync_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -270,24 +269,20 @@ def _read_origin(path: Path) -> dict[str, Any]:
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     """Create ``folder`` with ``files`` in it, atomically."""
-    parent = folder.absolute().parent
-    staged: Path | None = None
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
-        for name, content in files.items():
-            (staged / name).write_bytes(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        staged.chmod(0o777 & ~umask)  # mkdtemp gives 0700
-        staged.rename(folder)  # an empty folder may be there, and nothing else
+        target = folder.absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(target) as staged:
+            for name, content in files.items():
+                (staged / name).write_bytes(content)
+                sync_path(staged / name)
+            sync_path(staged)
+            # Not by an exchange: an empty folder may be there, and nothing else.
+            staged.rename(target)
     except OSError as error:
         raise ArtifactError(
             f"{folder}: cannot be made: {error.strerror}: choose another --to"
         ) from error
-    finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
     return [folder / name for name in files]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import reason
+from eoracc.runtime.artifact.staged_folder import staged_folder
 from eoracc.runtime.packages import import_package
 
 if TYPE_CHECKING:
@@ -67,14 +68,14 @@ class GenaiTemplates:
         """
         genai = import_package("onnxruntime_genai")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **special_tokens}
-        with tempfile.TemporaryDirectory() as name:
+        with staged_folder(Path(tempfile.gettempdir()) / "eoracc-tokenizer") as folder:
             for file, content in (
                 ("genai_config.json", _CONFIG),
                 ("tokenizer.json", _TOKENIZER),
                 ("tokenizer_config.json", config),
             ):
-                (Path(name) / file).write_text(json.dumps(content), encoding="utf-8")
-            self._tokenizer: Any = genai.Tokenizer(name)
+                (folder / file).write_text(json.dumps(content), encoding="utf-8")
+            self._tokenizer: Any = genai.Tokenizer(str(folder))
 
     def differences(self, source: str, renderings: Sequence[Rendering]) -> list[str]:
         """A sentence for each chat that ``source`` renders otherwise here."""

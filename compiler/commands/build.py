@@ -53,7 +53,7 @@ def build(
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from eoracc.compiler.config.load import load_config
-    from eoracc.compiler.targets.artifact import check_output
+    from eoracc.compiler.targets.output_place import check_output
 
     config = load_config(model_yaml, overrides, trust_remote_code=trust_remote_code)
     config_dir = model_yaml.parent

@@ -36,7 +36,7 @@ from eoracc.compiler.progress import cpu_seconds
 from eoracc.compiler.report.fidelity import Scorer, Variant
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import compress
-from eoracc.compiler.targets.artifact import refuse_full_disk
+from eoracc.compiler.targets.output_place import refuse_full_disk
 from eoracc.compiler.text.windows import (
     Settings,
     Windows,

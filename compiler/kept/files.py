@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.artifact.folder_change import sync_path
+from eoracc.runtime.artifact.sync import sync_path
 
 __all__ = [
     "DamagedError",

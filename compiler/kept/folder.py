@@ -21,7 +21,7 @@ from eoracc.compiler.kept.files import (
     write_with,
 )
 from eoracc.compiler.kept.record import ForeignError, Record, read_record, write_record
-from eoracc.runtime.artifact.folder_change import sync_path
+from eoracc.runtime.artifact.sync import sync_path
 
 __all__ = ["Entry", "KeptFolder"]
 

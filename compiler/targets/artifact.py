@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from safetensors import SafetensorError
-
 from eoracc import __version__
-from eoracc.documents import VOCABULARY_BYTES, Reader
+from eoracc.compiler.targets.output_place import check_output, refuse_full_disk, refuse_strangers
 from eoracc.errors import ArtifactError
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import encode_adapter
 from eoracc.runtime.adapters.slots import parse_slots
-from eoracc.runtime.artifact.folder_change import changing, sync_path
+from eoracc.runtime.artifact.folder_change import changing
+from eoracc.runtime.artifact.folder_exchange import put_in_place
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE, read_model_files
 from eoracc.runtime.artifact.manifest import (
     MANIFEST_FILE,
@@ -31,6 +28,8 @@ from eoracc.runtime.artifact.manifest import (
     describe_bytes,
     describe_folder,
 )
+from eoracc.runtime.artifact.staged_folder import staged_folder
+from eoracc.runtime.artifact.sync import sync_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -46,9 +45,7 @@ __all__ = [
     "DATA_FILE",
     "MODEL_FILE",
     "ArtifactWriter",
-    "check_output",
     "package_versions",
-    "refuse_full_disk",
 ]
 
 MODEL_FILE = "model.onnx"
@@ -63,59 +60,7 @@ _ALIGN_ABOVE = 1 << 12
 _INLINE_BELOW = 1 << 8
 """Smaller tensors stay in model.onnx, where shape inference can see them."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
 _PACKAGES = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
-
-
-def check_output(output: Path, *, force: bool = False) -> None:
-    """Check an output folder before any work is done for it.
-
-    Args:
-      output: the artifact's folder.
-      force: let an existing artifact be replaced; anything else is refused all the same.
-
-    Raises:
-      ArtifactError: it exists, or its place cannot be written to.
-    """
-    try:
-        exists = output.is_symlink() or output.exists()
-    except OSError as error:  # the name is too long
-        raise ArtifactError(f"{output}: {error.strerror}: choose another 'output'") from error
-    if exists:
-        if not force:
-            raise ArtifactError(
-                f"{output}: exists: choose another 'output', or replace it with --force"
-            )
-        if output.is_symlink() or not _is_artifact(output):
-            raise ArtifactError(
-                f"{output}: exists and is no eoracc artifact, so --force does not replace it: "
-                "remove it or choose another 'output'"
-            )
-    parent = _nearest(output.parent)
-    if not parent.is_dir():
-        raise ArtifactError(f"{output}: {parent} is no folder: choose another 'output'")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ArtifactError(f"{output}: {parent} cannot be written to: choose another 'output'")
-
-
-def refuse_full_disk(output: Path, error: BaseException) -> None:
-    """Raise an error of one sentence if ``error`` came from a full disk at ``output``.
-
-    Args:
-      output: the artifact's folder.
-      error: of any kind; it is followed to those that it came from.
-
-    Raises:
-      ArtifactError: the disk was full.
-    """
-    origin: BaseException | None = error
-    while origin is not None:
-        if _is_disk_full(origin):
-            raise ArtifactError(
-                f"{output}: the disk is full: free some space or choose another 'output'"
-            ) from error
-        origin = origin.__cause__ or origin.__context__
 
 
 class ArtifactWriter:
@@ -128,7 +73,8 @@ class ArtifactWriter:
             ...
             writer.commit(source=..., config=..., parity=...)
 
-    Leaving the context without :meth:`commit`, by whatever exception, leaves nothing behind.
+    Leaving the context without :meth:`commit`, by whatever exception, leaves nothing behind. What
+    a killed process leaves is removed by the next writer for the same output.
 
     Attributes:
       output: where the artifact will be.
@@ -142,22 +88,21 @@ class ArtifactWriter:
         check_output(output, force=force)
         self.output = output
         self._force = force
-        self._made: list[Path] = []
         self._adapters: list[Adapter] = []
-        self._committed = False
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         parent = self.output.parent
         missing = [path for path in (parent, *parent.parents) if not path.exists()]
-        try:
-            for path in reversed(missing):
-                path.mkdir()
-                self._made.append(path)
-            prefix = f".{self.output.name}.partial-"
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        except OSError as error:
-            self._clean()
-            raise ArtifactError(f"{self.output}: cannot be made: {error.strerror}") from error
+        with ExitStack() as stack:
+            try:
+                for path in reversed(missing):
+                    path.mkdir()
+                    stack.callback(_remove_empty, path)
+                self.folder = stack.enter_context(staged_folder(self.output))
+            except OSError as error:
+                raise ArtifactError(f"{self.output}: cannot be made: {error.strerror}") from error
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -166,9 +111,7 @@ class ArtifactWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._committed:
-            return
-        self._clean()
+        self._stack.__exit__(kind, error, trace)
         if error is not None:
             refuse_full_disk(self.output, error)
 
@@ -288,7 +231,6 @@ class ArtifactWriter:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # safetensors gives 0600
             sync_path(path)
         sync_path(self.folder)
-        self.folder.chmod(0o777 & ~umask)  # mkdtemp gives 0700
         self._move()
         return manifest
 
@@ -310,33 +252,25 @@ class ArtifactWriter:
 
     def _move(self) -> None:
         check_output(self.output, force=self._force)
-        # Whoever reads or changes what is there goes first, and finds the new one afterwards.
-        with changing(self.output) if self.output.exists() else nullcontext():
-            if self.output.exists():
-                self.output.rename(self._replaced)
-            try:
-                self.folder.rename(self.output)
-            except BaseException:
-                if self._replaced.exists():
-                    self._replaced.rename(self.output)
-                raise
-        self._committed = True
-        sync_path(self.output.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        try:
+            if not self.output.exists():
+                put_in_place(self.folder, self.output)
+                return
+            # Whoever reads or changes what is there goes first, and finds the new one afterwards.
+            with changing(self.output):
+                refuse_strangers(self.output)
+                put_in_place(self.folder, self.output)
+        except OSError as error:
+            refuse_full_disk(self.output, error)
+            raise ArtifactError(
+                f"{self.output}: cannot be put in its place: {error.strerror}: choose another "
+                "'output'"
+            ) from error
 
-    @property
-    def _replaced(self) -> Path:
-        """The folder for the replaced artifact until the new one is in its place."""
-        return self.folder.with_name(f"{self.folder.name}-replaced")
 
-    def _clean(self) -> None:
-        if hasattr(self, "folder"):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        for path in reversed(self._made):
-            try:
-                path.rmdir()
-            except OSError:  # somebody else has put something there meanwhile
-                break
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # holds the artifact, or what somebody else has put there meanwhile
+        folder.rmdir()
 
 
 def package_versions() -> dict[str, str]:
@@ -348,23 +282,3 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _is_artifact(folder: Path) -> bool:
-    reader = Reader(ArtifactError, "it is no artifact")
-    try:
-        content = reader.read_object(folder / MANIFEST_FILE, limit=VOCABULARY_BYTES)
-    except ArtifactError:
-        return False
-    return content.get("format") == "eoracc artifact"
-
-
-def _nearest(path: Path) -> Path:
-    """The nearest ancestor of ``path`` that exists, itself included."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    if isinstance(error, SafetensorError):  # has no errno, only its text
-        return any(f"(os error {number})" in str(error) for number in _FULL)
-    return isinstance(error, OSError) and error.errno in _FULL

@@ -16,18 +16,20 @@ import json
 import logging
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.folder_exchange import finish_exchange
 from eoracc.runtime.artifact.folder_lock import lock_folder
+from eoracc.runtime.artifact.sync import sync_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-__all__ = ["PENDING", "STAGED", "change_files", "changing", "reading", "sync_path"]
+__all__ = ["PENDING", "STAGED", "change_files", "changing", "reading"]
 
 STAGED = ".change.partial"
 """Folder of a change that is being written, ignored until it is renamed."""
@@ -53,13 +55,13 @@ def reading(folder: Path) -> Iterator[None]:
       ArtifactError: the folder is locked for too long, or an interrupted change cannot be finished.
     """
     repaired = False
-    while folder.is_dir():
-        with lock_folder(folder, exclusive=False):
+    while _is_there(folder):
+        with _locked(folder, exclusive=False):
             begun = os.path.lexists(folder / STAGED) and not repaired
             if not (begun or (folder / PENDING).exists()):
                 yield
                 return
-        with lock_folder(folder, exclusive=True):
+        with _locked(folder, exclusive=True):
             _repair(folder)
             repaired = True
     yield
@@ -75,11 +77,30 @@ def changing(folder: Path) -> Iterator[None]:
       ArtifactError: the folder is missing or cannot be locked, or an interrupted change cannot be
         finished.
     """
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: there is no such folder")
-    with lock_folder(folder, exclusive=True):
+    with _locked(folder, exclusive=True):
         _repair(folder)
         yield
+
+
+@contextmanager
+def _locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
+    """Lock the folder that is in the place, also while another one is put there."""
+    with ExitStack() as stack:
+        while _is_there(folder):
+            with suppress(FileNotFoundError):
+                stack.enter_context(lock_folder(folder, exclusive=exclusive))
+                break
+        else:
+            raise ArtifactError(f"{folder}: there is no such folder")
+        yield
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether there is a folder, after an exchange that is under way."""
+    while not folder.is_dir():
+        if not finish_exchange(folder) and not folder.is_dir():
+            return False
+    return True
 
 
 def change_files(folder: Path, written: Mapping[str, bytes], removed: Collection[str] = ()) -> None:
@@ -186,15 +207,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_path(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

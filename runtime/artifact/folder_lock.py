@@ -13,11 +13,8 @@ import os
 import time
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from typing_extensions import override
 
 from eoracc.errors import ArtifactError
 from eoracc.printable import printable
@@ -64,13 +61,16 @@ def lock_folder(folder: Path, *, exclusive: bool) -> Iterator[None]:
         process.
 
     Raises:
-      ArtifactError: it is missing or cannot be read, is locked for longer than
-        :func:`waiting_at_most` allows, or a writer finds a file system without locks.
+      FileNotFoundError: there is no such folder, or it goes while its lock is waited for.
+      ArtifactError: it cannot be read, is locked for longer than :func:`waiting_at_most` allows, or
+        a writer finds a file system without locks.
     """
     deadline_s = time.monotonic() + _wait_s.get()
     while True:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise ArtifactError(f"{folder}: cannot be read: {error.strerror}") from None
         try:
@@ -142,8 +142,8 @@ def _wait(descriptor: int, folder: Path, deadline_s: float, *, exclusive: bool) 
         now_s = time.monotonic()
         if now_s >= deadline_s:
             raise ArtifactError(
-                f"{folder}: is locked by {lock_holders(folder)}: wait for that to end, or wait "
-                f"longer than {_wait_s.get():g} s with 'eoracc --wait SECONDS ...'"
+                f"{folder}: is locked by {_holders_and_uses(folder)}: wait for that to end, or "
+                f"wait longer than {_wait_s.get():g} s with 'eoracc --wait SECONDS ...'"
             )
         if not noticed and now_s - begun_s >= _NOTICE_S:
             noticed = True
@@ -151,7 +151,7 @@ def _wait(descriptor: int, folder: Path, deadline_s: float, *, exclusive: bool) 
                 "%s: waiting for at most %g s for %s",
                 folder,
                 _wait_s.get(),
-                lock_holders(folder),
+                _holders_and_uses(folder),
             )
         time.sleep(min(pause_s, deadline_s - now_s))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -160,39 +160,42 @@ def _wait(descriptor: int, folder: Path, deadline_s: float, *, exclusive: bool) 
 # --- who holds a lock -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Holder:
-    """A process that holds a lock; ``pid`` is 0 outside this process's namespace."""
-
-    pid: int
-    writes: bool
-
-    @override
-    def __str__(self) -> str:
-        does = "changes" if self.writes else "reads"
-        if self.pid == os.getpid():
-            return f"this process, which {does} it"
-        if self.pid <= 0:
-            return f"a process of another container, which {does} it"
-        command = _command(self.pid)
-        return f"process {self.pid}{command and f' ({command})'}, which {does} it"
-
-
 def lock_holders(folder: Path) -> str:
     """The processes that have locked ``folder``, as far as the kernel tells; for a sentence."""
+    return ", ".join(_process(pid) for pid, _ in _held(folder)) or "another process"
+
+
+def _holders_and_uses(folder: Path) -> str:
+    """The processes, each with what it does."""
+    uses = (
+        f"{_process(pid)}, which {'changes' if writes else 'reads'} it"
+        for pid, writes in _held(folder)
+    )
+    return ", ".join(uses) or "another process"
+
+
+def _held(folder: Path) -> list[tuple[int, bool]]:
+    """Each process with a lock on ``folder``, and whether the lock is a writer's."""
     try:
         status = folder.stat()
         # 7: FLOCK  ADVISORY  WRITE 4711 fd:01:262145 0 EOF
         rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     except OSError:
-        return "another process"
+        return []
     place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    holders = dict.fromkeys(
-        _Holder(int(row[4]), row[3] == "WRITE")
-        for row in rows
-        if row[1] == "FLOCK" and row[5] == place
-    )
-    return ", ".join(map(str, holders)) or "another process"
+    held = {
+        (int(row[4]), row[3] == "WRITE") for row in rows if row[1] == "FLOCK" and row[5] == place
+    }
+    return sorted(held)
+
+
+def _process(pid: int) -> str:
+    if pid == os.getpid():
+        return "this process"
+    if pid <= 0:
+        return "a process of another container"
+    command = _command(pid)
+    return f"process {pid}{command and f' ({command})'}"
 
 
 def _command(pid: int) -> str:

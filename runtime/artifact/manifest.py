@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ArtifactError
 from eoracc.runtime.artifact.folder_change import STAGED, reading
+from eoracc.runtime.artifact.folder_exchange import finish_exchange
 from eoracc.runtime.artifact.versioned_json import read_versioned
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
       ArtifactError: ``folder`` is no artifact, or its manifest is damaged.
     """
     path = folder / MANIFEST_FILE
+    finish_exchange(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no such folder: give an artifact's folder")
     content = read_versioned(

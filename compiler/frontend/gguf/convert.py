@@ -22,7 +22,7 @@ from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.kept.files import keeping, remove
 from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.errors import ModelError, reason
-from eoracc.runtime.artifact.folder_change import sync_path
+from eoracc.runtime.artifact.sync import sync_path
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -87,7 +87,7 @@ def test_holder_that_the_kernel_does_not_name(folder: Path) -> None:
     assert lock_holders(folder) == "another process"
     assert lock_holders(folder / "gone") == "another process"
     with lock_folder(folder, exclusive=True):
-        assert lock_holders(folder) == "this process, which changes it"
+        assert lock_holders(folder) == "this process"
 
 
 def test_short_wait_is_silent(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -141,10 +141,7 @@ def test_file_system_without_locks(
 
 def test_folder_that_is_gone(folder: Path) -> None:
     gone = folder / "gone"
-    with (
-        pytest.raises(ArtifactError, match="gone: cannot be read: No such file"),
-        lock_folder(gone, exclusive=False),
-    ):
+    with pytest.raises(FileNotFoundError), lock_folder(gone, exclusive=False):
         pass
     assert try_lock(gone) is None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from eoracc.compiler.targets.tensorrt.engines.task import EngineTask
 from eoracc.errors import ArtifactError, TargetError
 from eoracc.runtime.artifact.folder_change import change_files, changing
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_bytes, read_manifest
+from eoracc.runtime.artifact.staged_folder import staged_folder
 from eoracc.runtime.tensorrt.cuda import open_device
 from eoracc.runtime.tensorrt.engine_set import (
     ENGINES_FILE,
@@ -90,19 +90,21 @@ def build_from_bundle(
         )
     folder = bundle.folder if output is None else output.absolute()
     known = _known_engines(folder, bundle, force=force, capability=capability)
-    work = Path(tempfile.mkdtemp(prefix="eoracc-engine-"))
-    task = EngineTask(
-        package=_PACKAGE,
-        graph=bundle.folder / bundle.engines.graph,
-        engine=work / "new.engine",
-        log=work / "builder.log",
-        compute_capability="",
-        profiles=tuple(
-            profile_shapes(bundle.engines.bindings, profile) for profile in bundle.engines.profiles
-        ),
-        plugin_capability=capability,
-    )
-    try:
+    place = Path(tempfile.gettempdir()) / "eoracc-engine"
+    # The text of a TargetError names the log, which stays until the next engine is built.
+    with staged_folder(place, kept=TargetError) as work:
+        task = EngineTask(
+            package=_PACKAGE,
+            graph=bundle.folder / bundle.engines.graph,
+            engine=work / "new.engine",
+            log=work / "builder.log",
+            compute_capability="",
+            profiles=tuple(
+                profile_shapes(bundle.engines.bindings, profile)
+                for profile in bundle.engines.profiles
+            ),
+            plugin_capability=capability,
+        )
         built = build_engine(task, progress)
         stored = store_engine(
             bundle,
@@ -113,12 +115,6 @@ def build_from_bundle(
             log=built.log.read_bytes(),
             version=str(built.summary["version"]),
         )
-    except TargetError:
-        raise  # its text names the log, which stays
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
     return MadeEngine(stored, capability, device.name, built.summary)
 
 
