@@ -44,10 +44,12 @@ from eoracc.compiler.report.content import (
     FidelityReport,
     LinearReport,
     Report,
+    WarningReport,
 )
 from eoracc.compiler.report.gates import fidelity_report
-from eoracc.compiler.report.linears import factorized_reports, linear_report
+from eoracc.compiler.report.linears import factorized_reports, linear_report, linear_warnings
 from eoracc.compiler.report.lines import parity_line
+from eoracc.compiler.report.texts import text_warnings
 from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
@@ -60,7 +62,12 @@ from eoracc.compiler.targets.registry import TARGETS
 from eoracc.compiler.targets.tensorrt.check_model import check_model
 from eoracc.compiler.targets.tokens import ShippedTokenizer, ship_tokenizer, tokenizer_report
 from eoracc.compiler.text.sources import read_documents
-from eoracc.compiler.text.windows import Windows, calibration_windows, evaluation_windows
+from eoracc.compiler.text.windows import (
+    Windows,
+    calibration_windows,
+    checking_window,
+    evaluation_windows,
+)
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
@@ -160,6 +167,7 @@ def _build(
             chat=made.chat,
             tokenizer=made.tokenizer,
             notes=made.notes,
+            warnings=made.warnings,
         )
         _check_gates(report, work)
         writer.write_report(report)
@@ -196,6 +204,7 @@ class _Made:
       chat: the part of the report on chat templates.
       tokenizer: its part of the report.
       notes: on the model, for the report.
+      warnings: on the texts and on linears.
     """
 
     model_type: str
@@ -213,6 +222,7 @@ class _Made:
     chat: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     notes: Sequence[str]
+    warnings: Sequence[WarningReport]
 
 
 def _make(
@@ -230,7 +240,13 @@ def _make(
     graphs.keep("frontend", inputs.loaded.model)
     original = Executor(inputs.loaded.model.clone())
     compressed = compress(
-        config, inputs.loaded, inputs.calibration, work / "sweep", progress, graphs=graphs
+        config,
+        inputs.loaded,
+        inputs.calibration,
+        work / "sweep",
+        progress,
+        held_out=inputs.checking,
+        graphs=graphs,
     )
     release_memory()
     solved = _solve(config, compressed, inputs.tasks, work / "adapters", progress)
@@ -264,7 +280,14 @@ def _make(
         targets={name: target.report for name, target in emitted.items() if target.report},
         chat=chat,
         tokenizer=tokenizer_report(writer.folder, inputs.tokenizer, config.targets),
-        notes=context_notes(inputs.loaded.config, inputs.loaded.model.metadata_props),
+        notes=[
+            *context_notes(inputs.loaded.config, inputs.loaded.model.metadata_props),
+            *_unchecked(inputs, compressed),
+        ],
+        warnings=[
+            *text_warnings(inputs.calibration, inputs.held_out),
+            *linear_warnings(compressed.linears),
+        ],
     )
 
 
@@ -278,6 +301,7 @@ class _Inputs:
       tokenizer: as it is shipped.
       held_out: text for fidelity and parity.
       calibration: text for statistics; None where no pass takes any.
+      checking: held-out text that factors are checked on; None where there is none.
       tasks: the adapters of model.yaml with their texts.
     """
 
@@ -286,6 +310,7 @@ class _Inputs:
     tokenizer: ShippedTokenizer
     held_out: Windows
     calibration: Windows | None
+    checking: Windows | None
     tasks: list[Task]
 
 
@@ -324,12 +349,35 @@ def _load(
         if config.calibration is not None and config.recipe.reads_text
         else None
     )
+    checking = (
+        None
+        if calibration is None
+        else checking_window(
+            config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
+        )
+    )
     tasks = [
         load_task(name, adapter, tokenizer, config_dir=config_dir, limits=limits)
         for name, adapter in config.adapters.items()
     ]
     release_memory()
-    return _Inputs(loaded, ChatTemplates.of(tokenizer), shipped, held_out, calibration, tasks)
+    return _Inputs(
+        loaded=loaded,
+        chat=ChatTemplates.of(tokenizer),
+        tokenizer=shipped,
+        held_out=held_out,
+        calibration=calibration,
+        checking=checking,
+        tasks=tasks,
+    )
+
+
+def _unchecked(inputs: _Inputs, compressed: Compressed) -> list[str]:
+    """A note where held-out text was too short to check factors on."""
+    compensated = any(linear.factors is not None for linear in compressed.linears)
+    if inputs.calibration is None or inputs.checking is not None or not compensated:
+        return []
+    return ["factors were not checked on held-out text: it has no window beyond those of 'verify'."]
 
 
 def _score(

@@ -12,7 +12,12 @@ from typing_extensions import override
 
 from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, Pass, Problem, register
-from eoracc.passes.solvers.gram import accumulate_cross, accumulate_gram, output_matching
+from eoracc.passes.solvers.gram import (
+    HeldOut,
+    accumulate_cross,
+    accumulate_gram,
+    output_matching,
+)
 from eoracc.passes.statistics import note_too_few_tokens, saw_too_few_tokens
 
 if TYPE_CHECKING:
@@ -101,14 +106,36 @@ class Calibrate(LayerPass):
                 "its input over the calibration text holds NaN or Inf: "
                 "the checkpoint or the text is damaged",
             )
+        matching = self._matching(group, gram)
         group.gram = replace(
-            gram, activations=group.activations, matching=self._matching(group, gram)
+            gram,
+            activations=group.activations,
+            matching=matching,
+            held_out=self._held_out(group, outputs=matching is not None),
         )
+
+    def _held_out(self, group: LinearGroup, *, outputs: bool) -> HeldOut | None:
+        """The held-out tokens of ``group`` as calibration's count, without padding."""
+        unit = self.tokens == "unit"
+        if group.held_out is None:
+            return None
+        if not outputs or group.held_out_originals is None:
+            batches = map(_unit, group.held_out()) if unit else group.held_out()
+            return HeldOut(np.concatenate([rows[weights > 0] for rows, weights in batches]))
+        parts = [
+            (rows[weights > 0], difference[weights > 0])
+            for difference, rows, weights in _differences(
+                group.held_out, group.held_out_originals, unit=unit
+            )
+        ]
+        inputs, differences = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return HeldOut(inputs, differences)
 
     def _matching(self, group: LinearGroup, gram: Gram) -> NDArray[np.float32] | None:
         """``M``, which takes the group's weights to their targets; None if they are the targets."""
         if self.match == "weights" or group.originals is None:
             return None
+        assert group.activations is not None  # noqa: S101 - requires() has checked
         if saw_too_few_tokens(gram):
             for linear in group.linears:
                 if linear.block is not None:
@@ -121,7 +148,7 @@ class Calibrate(LayerPass):
                     )
             return None
         cross = accumulate_cross(
-            _differences(group, unit=self.tokens == "unit"),
+            _differences(group.activations, group.originals, unit=self.tokens == "unit"),
             len(gram.matrix),
             add=None if group.products is None else group.products.cross,
         )
@@ -135,16 +162,12 @@ class Calibrate(LayerPass):
 
 
 def _differences(
-    group: LinearGroup, *, unit: bool
+    activations: Activations, originals: Activations, *, unit: bool
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
     """Per batch ``X - X~``, ``X~`` and the token weights; ``unit`` divides both by ``||x~||``."""
-    assert group.activations is not None  # noqa: S101 - Calibrate.requires() has checked
-    assert group.originals is not None  # noqa: S101 - its caller has
-    for (inputs, weights), (originals, _) in zip(
-        group.activations(), group.originals(), strict=True
-    ):
+    for (inputs, weights), (original, _) in zip(activations(), originals(), strict=True):
         # Before products round: the difference of equal inputs is exactly zero.
-        difference = originals - inputs
+        difference = original - inputs
         if unit:
             scale = _unit_scale(inputs)
             with np.errstate(invalid="ignore"):  # bad values are found in the sums

@@ -268,7 +268,7 @@ def _solve_group(
                 "without": solved.error_without,
                 "with": solved.error_with,
             }
-    group.activations = group.originals = group.gram = None
+    group.forget_inputs()
 
 
 def _notes(task: Task, solution: _Solution) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
     model.yaml -> load, tokenize, score the original -> per contender: passes, score -> rows
 
-A contender's passes run as in a build (:func:`eoracc.compiler.sweep.pipeline.compress`), so its
-figures are those of the artifact. A folder beside the output caches finished rows by a digest of
-everything that they depend on, and the saved state of the current sweep.
+A contender's passes run as in a build (:func:`eoracc.compiler.sweep.pipeline.compress`), except
+that no factors are dropped on held-out text: the figures are those of the method itself. A folder
+beside the output caches finished rows by a digest of everything that they depend on, and the saved
+state of the current sweep.
 """
 
 from __future__ import annotations

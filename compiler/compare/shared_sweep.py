@@ -181,7 +181,7 @@ def _sweep(
                 runs = [
                     run for run in runs if run.finished > level or run.apply(group, known, shared)
                 ]
-                group.activations = group.gram = None
+                group.forget_inputs()
             phase.advance(groups[0].name)
             if level == executor.head_level:
                 break
@@ -320,6 +320,7 @@ class _Result:
         linear.record.output_norm = self.record.output_norm
         linear.record.errors.update(self.record.errors)
         linear.record.notes.extend(self.record.notes)
+        linear.record.warnings = list(self.record.warnings)
 
 
 def _block(executor: Executor, level: int) -> int | None:

@@ -19,6 +19,7 @@ __all__ = [
     "FidelityRow",
     "LinearReport",
     "Report",
+    "WarningReport",
 ]
 
 
@@ -236,6 +237,23 @@ class BuildReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarningReport:
+    """Something that the user of the artifact should know.
+
+    Attributes:
+      code: kind of warning, ``few_tokens``.
+      linear: that it is about; None of the build as a whole.
+      message: a sentence.
+      figures: numbers behind it, by name.
+    """
+
+    code: str
+    linear: str | None
+    message: str
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The whole of report.json.
 
@@ -251,6 +269,7 @@ class Report:
       chat: the chat templates, see :func:`eoracc.compiler.chat.ship.ship_chat`.
       tokenizer: notes on the tokenizer, and what unmodified onnxruntime-genai does with it.
       notes: what else there is to say about the model.
+      warnings: of the build as a whole, then of linears in execution order.
     """
 
     fidelity: FidelityReport
@@ -264,6 +283,7 @@ class Report:
     chat: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    warnings: Sequence[WarningReport] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -301,6 +321,7 @@ class Report:
             chat=content.get("chat", {}),
             tokenizer=content.get("tokenizer", {}),
             notes=content.get("notes", ()),
+            warnings=[WarningReport(**entry) for entry in content.get("warnings", ())],
         )
 
 

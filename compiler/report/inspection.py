@@ -130,6 +130,7 @@ class ArtifactSummary:
             "files": {name: entry.size for name, entry in self.manifest.files.items()},
             "linears": content["linears"],
             "factorized": content["factorized"],
+            "warnings": content["warnings"],
         }
 
 

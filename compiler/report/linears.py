@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eoracc.compiler.report.content import FactorizedReport, LinearReport
+from eoracc.compiler.report.content import FactorizedReport, LinearReport, WarningReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from eoracc.passes.graph.linears import Linear
 
-__all__ = ["factorized_reports", "linear_report"]
+__all__ = ["factorized_reports", "linear_report", "linear_warnings"]
 
 
 def linear_report(linear: Linear, *, stored_bytes: int | None = None) -> LinearReport:
@@ -46,6 +46,21 @@ def factorized_reports(linears: Iterable[Linear]) -> list[FactorizedReport]:
     """Describe the weights that ``linears`` hold factors of, once each, in their order."""
     wholes = dict.fromkeys(linear.whole for linear in linears if linear.whole is not None)
     return [_factorized_report(whole) for whole in wholes]
+
+
+def linear_warnings(linears: Sequence[Linear]) -> list[WarningReport]:
+    """The warnings of ``linears`` and of the weights that they hold factors of, in their order."""
+    wholes = dict.fromkeys(linear.whole for linear in linears if linear.whole is not None)
+    return [
+        WarningReport(
+            code=warning.code,
+            linear=linear.name,
+            message=warning.message,
+            figures=dict(warning.figures),
+        )
+        for linear in (*wholes, *linears)
+        for warning in linear.record.warnings
+    ]
 
 
 def _factorized_report(whole: Linear) -> FactorizedReport:

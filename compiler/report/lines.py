@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         FidelityRow,
         LinearReport,
         Report,
+        WarningReport,
     )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "report_lines",
     "survey_lines",
     "tokenizer_lines",
+    "warning_lines",
 ]
 
 _WORST = 5
@@ -130,8 +132,9 @@ def _figure(value: float | None) -> str:
 
 
 def report_lines(report: Report) -> list[str]:
-    """The lines under the table: parity, the worst linears, notes, limits, cost."""
-    lines = [parity_line(report.parity), *survey_lines(report.surveys)]
+    """The lines under the table: warnings, parity, the worst linears, notes, limits, cost."""
+    lines = [*warning_lines(report.warnings), parity_line(report.parity)]
+    lines += survey_lines(report.surveys)
     described: list[LinearReport | FactorizedReport] = [*report.factorized, *report.linears]
     compressed = [item for item in described if item.errors]
     worst = sorted(compressed, key=_last_error, reverse=True)[:_WORST]
@@ -156,6 +159,20 @@ def report_lines(report: Report) -> list[str]:
         f"took {build.wall_s:.0f} s, {build.cpu_s:.0f} s of processor time, "
         f"{format_bytes(build.peak_memory_bytes)} of memory at most"
     )
+    return lines
+
+
+def warning_lines(warnings: Sequence[WarningReport]) -> list[str]:
+    """One line for each kind of warning, with the first linear that has it."""
+    kinds: dict[str, list[WarningReport]] = {}
+    for warning in warnings:
+        kinds.setdefault(warning.code, []).append(warning)
+    lines = []
+    for code, alike in kinds.items():
+        first = alike[0]
+        place = "" if first.linear is None else f"{first.linear}: "
+        others = "" if len(alike) == 1 else f" (and {len(alike) - 1} more linears)"
+        lines.append(f"warning: {code}: {place}{first.message}{others}")
     return lines
 
 

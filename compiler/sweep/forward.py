@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,7 @@ class ForwardPass:
         weight_of: WeightOf,
         *,
         match: Literal["weights", "outputs"],
+        held_out: Sequence[Batch] = (),
     ) -> None:
         """Begin at the graph inputs.
 
@@ -46,13 +48,15 @@ class ForwardPass:
           batches: the windows, graph inputs set.
           weight_of: gives the weight of each linear, after its group has been solved.
           match: ``outputs`` runs the original model in parallel.
+          held_out: windows that no statistics are taken of, to check factors with.
         """
         self._executor = executor
         self._products = gram_products(executor.precision)
         self._weight_of = weight_of
-        self._batches = list(batches)
+        self._calibration = len(batches)
+        self._batches = [*batches, *held_out]
         self._originals = (
-            [replace(batch, values=dict(batch.values)) for batch in batches]
+            [replace(batch, values=dict(batch.values)) for batch in self._batches]
             if match == "outputs"
             else []
         )
@@ -77,10 +81,15 @@ class ForwardPass:
 
     def show(self, group: LinearGroup) -> None:
         """Give ``group`` access to its input."""
-        group.activations = inputs_over(self._executor, group, self._batches)
+        show = partial(inputs_over, self._executor, group)
+        first = self._calibration
+        group.activations = show(self._batches[:first])
         group.products = self._products
         if self._originals:
-            group.originals = inputs_over(self._executor, group, self._originals)
+            group.originals = show(self._originals[:first])
+        if len(self._batches) > first:
+            group.held_out = show(self._batches[first:])
+            group.held_out_originals = show(self._originals[first:]) if self._originals else None
 
     def step(self, level: int) -> None:
         """Compute the linears of ``level``, with the new weights and with the original ones."""

@@ -64,6 +64,7 @@ def compress(
     folder: Path,
     progress: Progress,
     *,
+    held_out: Windows | None = None,
     graphs: StageGraphs | None = None,
 ) -> Compressed:
     """Run the passes of ``config`` on ``loaded.model``, which they change in place.
@@ -74,6 +75,7 @@ def compress(
       calibration: the text that statistics are taken over; None where no pass asks for any.
       folder: where finished work is kept, for a build that is interrupted.
       progress: shown the phases of each stage.
+      held_out: text on which factors must not do harm; None ships all factors.
       graphs: given the graph after each stage.
 
     Raises:
@@ -85,7 +87,7 @@ def compress(
     graphs, times = graphs or StageGraphs(), PassTimes()
     all_stages = config.recipe.stages()
     for position, members in enumerate(all_stages):
-        key = stage_key(config, loaded, members, position, calibration)
+        key = stage_key(config, loaded, members, position, calibration, held_out)
         kept = folder / str(position)
         first = members[0]
         if isinstance(first, SurveyPass):
@@ -111,7 +113,9 @@ def compress(
         else:
             passes = [item for item in members if isinstance(item, LayerPass)]
             state = SweepState(kept, key)
-            _sweep(config, compressed, passes, calibration, state, progress, times)
+            _sweep(
+                config, compressed, passes, calibration, state, progress, times, held_out=held_out
+            )
             graphs.keep("+".join(item.name for item in passes), model)
     compressed.times = times.times()
     return compressed
@@ -132,6 +136,8 @@ def _sweep(
     state: SweepState,
     progress: Progress,
     times: PassTimes,
+    *,
+    held_out: Windows | None,
 ) -> None:
     names = [table.name for table in compressed.embeddings]
     names += [name for linear in compressed.linears for name in linear.known_as]
@@ -155,6 +161,7 @@ def _sweep(
         state=state,
         progress=progress,
         times=times,
+        held_out=[] if held_out is None else calibration_batches(held_out),
     )
     for item in passes:
         if isinstance(item, Compression):
@@ -170,6 +177,7 @@ def stage_key(
     members: Sequence[Pass],
     position: int,
     calibration: Windows | None,
+    held_out: Windows | None = None,
 ) -> str:
     """Digest of everything that a stage's result depends on."""
     digest = hashlib.sha256(
@@ -183,9 +191,11 @@ def stage_key(
             }
         ).encode()
     )
-    if calibration is not None:
-        digest.update(calibration.input_ids.tobytes())
-        digest.update(calibration.attention_mask.tobytes())
-        if calibration.weights is not None:
-            digest.update(calibration.weights.tobytes())
+    for windows in (calibration, held_out):
+        if windows is None:
+            continue
+        digest.update(windows.input_ids.tobytes())
+        digest.update(windows.attention_mask.tobytes())
+        if windows.weights is not None:
+            digest.update(windows.weights.tobytes())
     return digest.hexdigest()

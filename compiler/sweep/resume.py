@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.kept.record import read_record
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.passes.graph.linears import Factorized, Linear
+from eoracc.passes.graph.record import LinearWarning
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
@@ -327,6 +328,7 @@ def _pack(
         "name": linear.name,
         "errors": dict(linear.record.errors),
         "notes": [*linear.record.notes],
+        "warnings": [asdict(warning) for warning in linear.record.warnings],
     }
     if linear.factorized is not None:
         # In the layout of the graph, which maps them from the file.
@@ -364,6 +366,7 @@ def _restore(
     # Replaced, not extended: the entries of earlier sweeps have been saved too.
     linear.record.errors = dict(meta["errors"])
     linear.record.notes[:] = meta["notes"]
+    linear.record.warnings = [LinearWarning(**warning) for warning in meta["warnings"]]
     if f"{linear.name}/u" in arrays:
         product = _factorized(linear.name, arrays)
         linear.factorize(product.u, product.v)

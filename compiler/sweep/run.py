@@ -18,8 +18,10 @@ from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.resume import SweepState
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.gram_warnings import warn_of_gram
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.held_out import call_checked
 from eoracc.passes.progress import Progress
 from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.factor_types import FactorType
@@ -49,6 +51,7 @@ def run_sweep(
     state: SweepState,
     progress: Progress,
     times: PassTimes,
+    held_out: Sequence[Batch] = (),
 ) -> Comparisons:
     """Apply ``passes`` to every group of linears, in execution order.
 
@@ -61,6 +64,8 @@ def run_sweep(
       state: saves finished blocks; the blocks that it has already are restored from it.
       progress: shown one step per group.
       times: given the time of each pass.
+      held_out: windows on which factors must not do harm (:mod:`eoracc.passes.held_out`); empty
+        checks none.
 
     Returns:
       The comparators' factors.
@@ -69,7 +74,7 @@ def run_sweep(
       PassError: a pass cannot run on a group, or leaves nodes that the stage does not allow.
     """
     calibrate = Recipe(passes).calibrate
-    forward = None if calibrate is None else _forward(executor, calibrate, batches)
+    forward = None if calibrate is None else _forward(executor, calibrate, batches, held_out)
     live = [] if forward is None else forward.live
     comparisons: Comparisons = {name: {} for name in comparators}
     begin = _resume(state, executor, forward, comparisons)
@@ -88,11 +93,12 @@ def run_sweep(
                 for layer_pass in passes:
                     layer_pass.requires(group)
                     with one_thread(layer_pass), times.measure(layer_pass):
-                        layer_pass.call(group)
+                        call_checked(layer_pass, group)
                     spec.check_linears(group.linears, spec.Stage.COMPRESSED, after=layer_pass.name)
                 with one_thread():
                     _compare(group, comparators, comparisons)
-                group.activations = group.originals = group.gram = None
+                warn_of_gram(group)
+                group.forget_inputs()
             if level < executor.head_level:
                 if forward is not None:
                     forward.step(level)
@@ -139,9 +145,11 @@ def _save(
     state.save(position, finished, live, comparisons)
 
 
-def _forward(executor: Executor, calibrate: Calibrate, batches: Sequence[Batch]) -> ForwardPass:
+def _forward(
+    executor: Executor, calibrate: Calibrate, batches: Sequence[Batch], held_out: Sequence[Batch]
+) -> ForwardPass:
     weight_of = Linear.weight if calibrate.through == "original" else Linear.effective_weight
-    return ForwardPass(executor, batches, weight_of, match=calibrate.match)
+    return ForwardPass(executor, batches, weight_of, match=calibrate.match, held_out=held_out)
 
 
 def _compare(

@@ -103,7 +103,7 @@ class Survey:
                     calibrate.call(group)
                     with one_thread():
                         yield group
-                    group.activations = group.gram = None
+                    group.forget_inputs()
                 if level < executor.head_level:
                     forward.step(level)
                 phase.advance(groups[0].name)

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.config.sections import CalibrationConfig, HeldOutConfig, TextConfig
 
-__all__ = ["Settings", "Windows", "calibration_windows", "evaluation_windows", "load_windows"]
+__all__ = [
+    "Settings",
+    "Windows",
+    "calibration_windows",
+    "checking_window",
+    "evaluation_windows",
+    "load_windows",
+]
 
 _T = TypeVar("_T")
 
@@ -139,6 +146,7 @@ def evaluation_windows(
     config_dir: Path,
     limits: TokenLimits | None = None,
     settings: Settings = Settings(),
+    skip_tokens: int = 0,
 ) -> Windows:
     """Held-out windows: by default those after the windows of calibration, in the same text.
 
@@ -149,6 +157,7 @@ def evaluation_windows(
       config_dir: the folder that relative paths are relative to.
       limits: of the model; None checks none.
       settings: names for messages.
+      skip_tokens: to skip beyond those.
 
     Raises:
       ConfigError: the windows are too long for the model.
@@ -170,11 +179,44 @@ def evaluation_windows(
         config_dir=config_dir,
         samples=held_out.windows,
         sequence_length=held_out.window_length,
-        offset_tokens=offset,
+        offset_tokens=offset + skip_tokens,
         skip_documents=skipped,
         limits=limits,
         advice=advice,
     )
+
+
+def checking_window(
+    calibration: CalibrationConfig | None,
+    held_out: HeldOutConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config_dir: Path,
+    limits: TokenLimits | None = None,
+) -> Windows | None:
+    """The window of held-out text that factors are checked on; None where the text has no more.
+
+    It comes after the windows that fidelity is measured on, which thus have no say in what is
+    shipped.
+
+    Args:
+      calibration: as for :func:`evaluation_windows`, whose windows have been read already.
+      held_out: likewise.
+      tokenizer: the model's.
+      config_dir: the folder that relative paths are relative to.
+      limits: of the model; None checks none.
+    """
+    try:
+        return evaluation_windows(
+            calibration,
+            held_out.model_copy(update={"windows": 1}),
+            tokenizer,
+            config_dir=config_dir,
+            limits=limits,
+            skip_tokens=held_out.windows * held_out.window_length,
+        )
+    except DataError:
+        return None
 
 
 def load_windows(

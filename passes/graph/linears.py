@@ -340,6 +340,9 @@ class LinearGroup:
       linears: in graph order.
       activations: the shared input over the calibration text, behind the present prefix.
       originals: the same tokens' input in the original model; None if no pass needs it.
+      held_out: the shared input over text that nothing is solved on, to check factors with; None
+        where there is none.
+      held_out_originals: the same tokens' input in the original model; None if no pass needs it.
       gram: set by ``calibrate``; None before.
       products: multiplies activations for ``calibrate`` in the precision of the forward pass; None
         for float32.
@@ -350,6 +353,13 @@ class LinearGroup:
     originals: Activations | None = None
     gram: Gram | None = None
     products: GramProducts | None = None
+    held_out: Activations | None = None
+    held_out_originals: Activations | None = None
+
+    def forget_inputs(self) -> None:
+        """Let go of everything that was shown or computed of the shared input."""
+        self.activations = self.originals = self.gram = None
+        self.held_out = self.held_out_originals = None
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ The output error that ``delta`` causes on the calibration tokens is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import scipy.linalg
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from eoracc.passes.solvers.singular import top_left_vectors
 
 __all__ = [
+    "SUM_ROUNDOFF",
     "activation_scale",
     "balanced",
     "energy_rank",
@@ -24,12 +25,16 @@ __all__ = [
     "gram_root",
     "lqer_scale",
     "output_weighted_factors",
+    "root_and_rank",
     "scaled_factors",
     "svd_factors",
     "to_float16",
     "top_of_gram",
     "weighted_norm",
 ]
+
+SUM_ROUNDOFF: Final = 2.0**-24
+"""Unit roundoff of float32, in which the products of a Gram are summed."""
 
 Float = NDArray[np.float64]
 
@@ -56,12 +61,26 @@ def gram_root(gram: Float) -> Float:
     The Cholesky factor where there is one; otherwise (a singular Gram) the eigenvectors scaled by
     the roots of their eigenvalues, with those that rounding made negative taken as zero.
     """
+    return root_and_rank(gram)[0]
+
+
+def root_and_rank(gram: Float) -> tuple[Float, int]:
+    """The root of :func:`gram_root`, and the rank of ``gram`` as far as it shows on the way.
+
+    The rank is full where there is a Cholesky factor. Otherwise it is the number of eigenvalues
+    above ``K u max(eigenvalue)``, with the unit roundoff ``u`` of the sums that a Gram is made of.
+
+    >>> root_and_rank(np.diag([4.0, 1.0]))[1], root_and_rank(np.diag([4.0, 0.0]))[1]
+    (2, 1)
+    """
     try:
         root: Float = np.asarray(np.linalg.cholesky(gram), np.float64)
+        rank = len(gram)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(gram)
         root = vectors * np.sqrt(np.maximum(values, 0))
-    return root
+        rank = int(np.sum(values > len(gram) * SUM_ROUNDOFF * values.max()))
+    return root, rank
 
 
 def eora_factors(

@@ -43,12 +43,16 @@ class Feedback:
         that the columns to come can no longer make good.
       damping: what was added to the diagonal, as a fraction of its mean; more than was asked for
         where the Gram was too close to singular.
+      least_share: the smallest share of a column's damped energy that its pivot keeps, in 0..1.
+        Below ``K`` times the unit roundoff of the Gram's sums it is nothing but rounding. Scales
+        of columns do not enter it.
     """
 
     order: NDArray[np.intp]
     weights: NDArray[np.float32]
     pivots: NDArray[np.float64]
     damping: float
+    least_share: float
 
 
 def feedback(
@@ -86,6 +90,7 @@ def feedback(
         weights=np.ascontiguousarray(weights, dtype=np.float32),
         pivots=(roots**2)[::-1].copy(),
         damping=damping,
+        least_share=float(np.min(roots**2 / (diagonal + damping * mean))),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from eoracc.passes.solvers.factors import gram_root, top_of_gram
+from eoracc.passes.solvers.factors import root_and_rank, top_of_gram
 from eoracc.passes.solvers.gptq import Feedback, feedback
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "Gram",
     "GramProducts",
     "GramSum",
+    "HeldOut",
     "accumulate_cross",
     "accumulate_gram",
     "output_matching",
@@ -59,6 +60,20 @@ class GramProducts:
 
 
 @dataclass(frozen=True, eq=False)
+class HeldOut:
+    """The inputs of a linear over held-out tokens.
+
+    Attributes:
+      inputs: ``X~``, behind the compressed prefix, ``float32 [tokens, K]``.
+      differences: ``X - X~``, with the inputs ``X`` of the original model, where its outputs are
+        to be matched; None where ``W X~`` is to be.
+    """
+
+    inputs: NDArray[np.float32]
+    differences: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Gram:
     """``H = sum_t w_t x_t x_t^T`` over calibration tokens.
 
@@ -73,12 +88,14 @@ class Gram:
       matching: ``M``, ``float32 [K, K]``, which takes a weight ``W`` to the target ``W + W M``
         (:func:`output_matching`); None where the target is the weight itself.
       activations: the inputs that were summed, for other statistics; None if they are gone.
+      held_out: inputs that were not summed, to check factors with; None where there are none.
     """
 
     matrix: NDArray[np.float64]
     tokens: float
     matching: NDArray[np.float32] | None = field(default=None, repr=False)
     activations: Activations | None = field(default=None, repr=False)
+    held_out: HeldOut | None = field(default=None, repr=False)
     # Arrays, no LostOutput: that would hold the Gram, and a cycle would keep both in memory.
     lost: WeakKeyDictionary[NBitsWeight, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
@@ -91,14 +108,24 @@ class Gram:
         default_factory=dict, init=False, repr=False
     )
 
-    @cached_property
+    @property
     def root(self) -> NDArray[np.float32]:
         """``L`` with ``H = L L^T``, ``float32 [K, K]``, which weighs errors by this Gram.
 
         Factored in float64. Against the root, products in float32 will do: unlike against the Gram
         itself, nothing cancels.
         """
-        return gram_root(self.matrix).astype(np.float32)
+        return self._root_and_rank[0]
+
+    @property
+    def rank(self) -> int | None:
+        """Of the matrix, up to rounding; None before anything has asked for :attr:`root`."""
+        return self._root_and_rank[1] if "_root_and_rank" in self.__dict__ else None
+
+    @cached_property
+    def _root_and_rank(self) -> tuple[NDArray[np.float32], int]:
+        root, rank = root_and_rank(self.matrix)
+        return root.astype(np.float32), rank
 
     def top(self, directions: int) -> Gram:
         """The part of this Gram on its top eigenspace (:func:`~.factors.top_of_gram`), made once.
@@ -138,6 +165,11 @@ class Gram:
         if key not in self._feedback:
             self._feedback[key] = feedback(self.matrix, damping=damping, act_order=act_order)
         return self._feedback[key]
+
+    @property
+    def factored(self) -> list[tuple[float, Feedback]]:
+        """What :meth:`feedback` has computed so far, each with the damping that was asked for."""
+        return [(damping, made) for (damping, _), made in self._feedback.items()]
 
 
 class GramSum:

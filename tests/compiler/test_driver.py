@@ -24,7 +24,9 @@ from tests.wrong_graph import load_wrong
 
 if TYPE_CHECKING:
     from eoracc.compiler.config.sections import BuildConfig
+    from eoracc.passes.compensate.base import Factors
     from eoracc.passes.graph.linears import LinearGroup
+    from eoracc.passes.solvers.lost_output import LostOutput
 
 QUICK: dict[str, Any] = {"windows": 1, "window_length": 16, "parity": False}
 """Gates that take no time, for builds that are about something else."""
@@ -118,7 +120,11 @@ def test_head_and_embedding_by_override(
     [
         (["pack_projections", *EORA], ["original", "quantized", "svd", "eora"], {4}),
         ([*EORA[:2], {"eora": {"rank": 0}}], ["original", "quantized", "svd", "eora"], {0}),
-        ([*EORA[:2], {"svd": {"rank": 3}}], ["original", "quantized", "svd"], {3}),
+        (
+            [*EORA[:2], {"svd": {"rank": 3, "factor_type": "float16"}}],
+            ["original", "quantized", "svd"],
+            {3},
+        ),
         (
             ["calibrate", {"quantize_gptq": {"bits": 4, "group_size": -1}}, {"eora": {"rank": 2}}],
             ["original", "quantized", "svd", "eora"],
@@ -191,7 +197,36 @@ def test_interrupted_build_goes_on_and_ends_the_same(
     assert resumed.manifest.digest == whole.manifest.digest
     assert resumed.report.linears == whole.report.linears
     assert resumed.report.fidelity == whole.report.fidelity
+    assert resumed.report.warnings == whole.report.warnings
+    assert whole.report.warnings
     assert left_over(workspace) == {"out"}
+
+
+def test_factors_that_do_harm_on_held_out_text_are_dropped(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [*EORA[:2], {"eora": {"rank": 4, "factor_type": "float16"}}]
+    solve = Eora.factors
+
+    def opposed(self: Eora, lost: LostOutput, rank: int) -> Factors:
+        b, a = solve(self, lost, rank)
+        return -b, a
+
+    monkeypatch.setattr(Eora, "factors", opposed)
+    report = build(workspace, tiny_config(passes, verify=QUICK)).report
+    blocks = [linear for linear in report.linears if linear.block is not None]
+    dropped = [entry.linear for entry in report.warnings if entry.code == "factors_dropped"]
+    assert dropped == [linear.name for linear in blocks]
+    assert all(linear.rank == 0 for linear in blocks)
+    assert not report.notes
+
+
+def test_factors_are_shipped_unchecked_where_the_text_ends(workspace: Path) -> None:
+    calibration = {"text": "text.txt", "samples": 6, "sequence_length": 32}
+    verify = {"windows": 238, "window_length": 16, "parity": False}
+    report = build(workspace, tiny_config(calibration=calibration, verify=verify)).report
+    assert any("not checked on held-out text" in note for note in report.notes)
+    assert all(linear.rank == 4 for linear in report.linears if linear.block is not None)
 
 
 def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from eoracc.compiler.report.content import (
     FidelityRow,
     LinearReport,
     Report,
+    WarningReport,
 )
 
 
@@ -61,6 +62,11 @@ def report() -> Report:
             linear("lm_head"),
         ],
         notes=["texts have up to 64 tokens"],
+        warnings=[
+            WarningReport(
+                code="few_tokens", linear="a.k_proj", message="has 9 tokens", figures={"tokens": 9}
+            )
+        ],
         chat={
             "templates": ["default"],
             "notes": ["chat template 'rag': is not a Jinja template (no name): replace it"],

@@ -68,6 +68,7 @@ def test_artifact(tiny_artifact: Path) -> None:
     content = json.loads(json.dumps(summary.as_dict()))
     compressed = [linear for linear in content["linears"] if linear["bits"] is not None]
     assert len(compressed) == len(content["linears"]) - 1
+    assert content["warnings"] == summary.report.as_dict()["warnings"]
     assert content["linear_bytes"] == sum(linear["bytes"] for linear in compressed)
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in compressed)
     assert content["bits_per_weight"] == pytest.approx(8 * content["linear_bytes"] / weights)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rich.console import Console
 
@@ -12,6 +12,7 @@ from eoracc.compiler.report.content import (
     AdaptersReport,
     CompensationReport,
     Report,
+    WarningReport,
 )
 from eoracc.compiler.report.lines import (
     adapter_lines,
@@ -33,6 +34,7 @@ def test_table_shows_every_figure(report: Report) -> None:
 
 def test_lines_under_the_table(report: Report) -> None:
     assert report_lines(report) == [
+        "warning: few_tokens: a.k_proj: has 9 tokens",
         (
             "parity: passed, largest deviation 50% of its tolerance per linear, 10% on logits "
             "(1 cases)"
@@ -49,6 +51,25 @@ def test_lines_under_the_table(report: Report) -> None:
         "processor time of the passes: calibrate 4 s, eora 1 s",
         "took 12 s, 20 s of processor time, 1.5 GB of memory at most",
     ]
+
+
+def test_one_line_for_each_kind_of_warning(report: Report) -> None:
+    def warning(code: str, linear: str | None, message: str) -> WarningReport:
+        return WarningReport(code=code, linear=linear, message=message, figures={})
+
+    warnings = [
+        warning("unlike_text", None, "it differs"),
+        warning("few_tokens", "a.q_proj", "10 tokens"),
+        warning("dead_channels", "a.q_proj", "3 are zero"),
+        warning("few_tokens", "a.k_proj", "9 tokens"),
+        warning("few_tokens", "b.k_proj", "8 tokens"),
+    ]
+    lines = [
+        "warning: unlike_text: it differs",
+        "warning: few_tokens: a.q_proj: 10 tokens (and 2 more linears)",
+        "warning: dead_channels: a.q_proj: 3 are zero",
+    ]
+    assert report_lines(replace(report, warnings=warnings))[:3] == lines
 
 
 def test_every_survey_says_what_it_found() -> None:

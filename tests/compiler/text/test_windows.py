@@ -9,7 +9,9 @@ import pytest
 from eoracc.compiler.config.sections import BuildConfig, CalibrationConfig
 from eoracc.compiler.sweep.batch import make_batches
 from eoracc.compiler.text.windows import (
+    Windows,
     calibration_windows,
+    checking_window,
     evaluation_windows,
 )
 from eoracc.errors import DataError
@@ -145,6 +147,26 @@ def test_held_out_windows_follow_the_documents_of_calibration(
     assert read(tokenizer, used) == ["p00", "p01", "p02"]
     held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
     assert "".join(read(tokenizer, held)) == "p03\n\np04\n\np05\n\np06\n\n"
+
+
+def test_the_checking_window_follows_those_of_fidelity(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def checking(built: BuildConfig) -> Windows | None:
+        return checking_window(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+
+    for verify in ({}, {"text": "text.txt"}, {"offset_tokens": 4}):
+        built = config(tmp_path, {}, verify)
+        held = evaluation_windows(built.calibration, built.verify, tokenizer, config_dir=tmp_path)
+        found = checking(built)
+        assert found is not None
+        text = (tmp_path / "text.txt").read_text()
+        place = text.index("".join(read(tokenizer, held))) + held.tokens
+        assert read(tokenizer, found) == [text[place : place + found.tokens]]
+        assert found.tokens == built.verify.window_length
+        # All of the text is for fidelity.
+        count = (len(text) - place + held.tokens) // built.verify.window_length
+        assert checking(config(tmp_path, {}, {**verify, "windows": count})) is None
 
 
 def test_random_windows_keep_out_of_the_held_out_part(
