@@ -229,10 +229,10 @@ def test_change_is_the_difference_of_the_errors(tokens: int, matched: bool, weig
         rng.standard_normal((rows, rank)), rng.standard_normal((rank, columns)), "float16"
     )
     wide = root.astype(np.float64) if weighed else np.eye(rows)
-    original = np.float64(inputs) + (differences.astype(np.float64) if matched else 0)
+    original = inputs.astype(np.float64) + (differences.astype(np.float64) if matched else 0)
 
     def error(product: np.ndarray) -> float:
-        left = weight @ original.T - (present + product) @ np.float64(inputs).T
+        left = weight @ original.T - (present + product) @ inputs.T.astype(np.float64)
         return float(np.linalg.norm(wide @ left) ** 2)
 
     before = error(np.zeros((rows, columns)))
