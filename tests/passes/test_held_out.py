@@ -221,22 +221,26 @@ def test_change_is_the_difference_of_the_errors(tokens: int, matched: bool, weig
     rng = np.random.default_rng(3)
     rows, columns, rank = 12, 20, 5
     inputs, differences, weight, present, root = (
-        rng.standard_normal(shape).astype(np.float32)
+        np.asarray(rng.standard_normal(shape), np.float32)
         for shape in ((tokens, columns),) * 2 + ((rows, columns),) * 2 + ((rows, rows),)
     )
     held_out = HeldOut(inputs, differences if matched else None)
     factors = store_factors(
         rng.standard_normal((rows, rank)), rng.standard_normal((rank, columns)), "float16"
     )
-    wide = root.astype(np.float64) if weighed else np.eye(rows)
-    original = inputs.astype(np.float64) + (differences.astype(np.float64) if matched else 0)
+    wide: NDArray[np.float64] = root.astype(np.float64) if weighed else np.eye(rows)
+    original: NDArray[np.float64] = inputs.astype(np.float64) + (
+        differences.astype(np.float64) if matched else 0
+    )
 
     def error(product: np.ndarray) -> float:
-        left = weight @ original.T - (present + product) @ inputs.T.astype(np.float64)
+        left: NDArray[np.float64] = weight @ original.T - (present + product) @ inputs.T.astype(
+            np.float64
+        )
         return float(np.linalg.norm(wide @ left) ** 2)
 
     before = error(np.zeros((rows, columns)))
-    after = error(np.float64(factors.up()) @ np.float64(factors.down()))
+    after = error(factors.up().astype(np.float64) @ factors.down())
     # Three products of float32 follow one another; the terms are of the size of either error.
     tolerance = 3 * (rows + columns + rank) * 2.0**-24 * (before + after)
     assert tolerance < 0.01 * abs(after - before)
