@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from eoracc.passes.progress import Phase
+from eoracc.printable import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,20 +160,20 @@ def _bar(console: Console, name: str, total: int) -> Iterator[Phase]:
     from rich.table import Column  # noqa: PLC0415
 
     columns = (
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description:<12}", markup=False),
         BarColumn(bar_width=30, table_column=Column()),  # may wrap: on a narrow terminal it yields
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with RichProgress(*columns, console=console) as bars:
-        task = bars.add_task(name, total=total, note="")
+        task = bars.add_task(escape_controls(name), total=total, note="")
 
         class _Bar:
             def advance(self, note: str = "") -> None:
-                bars.update(task, advance=1, note=note)
+                bars.update(task, advance=1, note=escape_controls(note))
 
         yield _Bar()
         bars.update(task, note="")
@@ -181,7 +182,7 @@ def _bar(console: Console, name: str, total: int) -> Iterator[Phase]:
 @contextmanager
 def _lines(console: Console, name: str, total: int) -> Iterator[Phase]:
     begun = time.monotonic()
-    console.print(f"{name}: {total} steps", highlight=False)
+    _say(console, f"{name}: {total} steps")
 
     class _Lines:
         done = 0
@@ -195,9 +196,12 @@ def _lines(console: Console, name: str, total: int) -> Iterator[Phase]:
             self.shown = now
             left = (now - begun) / self.done * (total - self.done)
             at = f" ({note})" if note else ""
-            console.print(
-                f"{name}: {self.done}/{total}{at}, about {left:.0f} s left", highlight=False
-            )
+            _say(console, f"{name}: {self.done}/{total}{at}, about {left:.0f} s left")
 
     yield _Lines()
-    console.print(f"{name}: done in {time.monotonic() - begun:.1f} s", highlight=False)
+    _say(console, f"{name}: done in {time.monotonic() - begun:.1f} s")
+
+
+def _say(console: Console, line: str) -> None:
+    """Print a line as it is: names in it are of any origin."""
+    console.print(escape_controls(line), highlight=False, markup=False)

@@ -14,6 +14,7 @@ from eoracc.compiler.commands.common import (
     make_console,
     make_table,
     print_json,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def list_adapters(artifact: Path, as_json: bool) -> None:
         print_json(described)
         return
     if not described:
-        click.echo(f"{artifact} has no adapters")
+        say(f"{artifact} has no adapters")
         return
     table = make_table(f"{artifact}: adapters")
     table.add_column("adapter", no_wrap=True)
@@ -96,7 +97,7 @@ def remove(artifact: Path, name: str, as_json: bool) -> None:
     if as_json:
         print_json({"removed": name, "adapters": left})
     else:
-        click.echo(f"removed {name}; {_listed(left)}")
+        say(f"removed {name}; {_listed(left)}")
 
 
 @adapter.command()
@@ -121,7 +122,7 @@ def export(artifact: Path, name: str, *, folder: Path, form: str, as_json: bool)
         print_json({"files": [str(path) for path in files]})
     else:
         for path in files:
-            click.echo(f"wrote {path}")
+            say(f"wrote {path}")
 
 
 @adapter.command("import")
@@ -153,12 +154,12 @@ def import_(
     if as_json:
         print_json(_describe(imported))
         return
-    click.echo(
+    say(
         f"imported {imported.name}: rank {imported.rank}, {len(imported.factors)} linears, "
         f"{', '.join(imported.factor_types)} factors"
     )
     if rounding := imported.details.get("rounding"):
-        click.echo(
+        say(
             f"rounding changed the product of a linear's factors by {rounding['mean']:.2%} on "
             f"average, at most {rounding['largest']:.2%} ({rounding['linear']})"
         )

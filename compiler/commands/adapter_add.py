@@ -13,6 +13,7 @@ from eoracc.compiler.commands.common import (
     json_option,
     make_console,
     print_json,
+    say,
     trust_remote_code_option,
 )
 
@@ -94,12 +95,10 @@ def add(
 
     check_adapter_name(name)
     config = _config(options, read_slots(artifact).type)
-    from rich.console import Console
-
     from eoracc.compiler.adapters.add import solve_for_artifact
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
 
-    progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
+    progress = SilentProgress() if as_json else ConsoleProgress(make_console(err=True))
     try:
         added = solve_for_artifact(
             artifact,
@@ -113,7 +112,7 @@ def add(
             parity=not no_parity,
         )
     except KeyboardInterrupt:
-        click.echo(
+        say(
             f"{artifact} is as it was: the same command goes on after the last finished block",
             err=True,
         )
@@ -172,10 +171,8 @@ def _show(artifact: Path, added: AddedAdapter) -> None:
     for table in adapter_tables(added.report):
         console.print(table)
     for line in adapter_lines(added.report):
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(
+        say(line)
+    say(
         f"added {added.adapter.name} to {artifact} in {added.wall_s:.0f} s, "
-        f"{added.cpu_s:.0f} s of processor time",
-        markup=False,
-        soft_wrap=True,
+        f"{added.cpu_s:.0f} s of processor time"
     )

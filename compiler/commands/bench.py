@@ -14,6 +14,7 @@ from eoracc.compiler.commands.common import (
     make_console,
     make_table,
     print_json,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -80,11 +81,9 @@ def _show(report: BenchReport) -> None:
     from eoracc.compiler.report.lines import format_bytes
 
     console = make_console()
-    console.print(
+    say(
         f"{report.artifact}, {report.backend} on {report.device}; "
-        f"median of {report.repeats} (quartiles)",
-        markup=False,
-        soft_wrap=True,
+        f"median of {report.repeats} (quartiles)"
     )
     alone = make_table("one request alone")
     alone.add_column("adapter", no_wrap=True)
@@ -123,7 +122,7 @@ def _show(report: BenchReport) -> None:
             f"{'differ by adapter' if switch.outputs_differ else 'DO NOT DIFFER BY ADAPTER'}"
         )
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _text(one: Measurement, form: str) -> str:

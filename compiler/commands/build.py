@@ -12,6 +12,7 @@ from eoracc.compiler.commands.common import (
     json_option,
     make_console,
     print_json,
+    say,
     trust_remote_code_option,
 )
 
@@ -60,8 +61,6 @@ def build(
     # Before the heavy imports: what cannot be written needs no waiting for.
     check_output(config.output_path(config_dir), force=force)
 
-    from rich.console import Console
-
     from eoracc.compiler.driver import build as run_build
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
     from eoracc.compiler.report.lines import (
@@ -71,7 +70,7 @@ def build(
         report_lines,
     )
 
-    progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
+    progress = SilentProgress() if as_json else ConsoleProgress(make_console(err=True))
     result = run_build(
         config, config_dir=config_dir, progress=progress, force=force, keep_graphs=keep_graphs
     )
@@ -90,6 +89,6 @@ def build(
     for table in adapter_tables(report.adapters):
         console.print(table)
     for line in report_lines(report):
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)
     size = sum(entry.size for entry in manifest.files.values())
-    console.print(f"wrote {result.output}, {format_bytes(size)}", markup=False, soft_wrap=True)
+    say(f"wrote {result.output}, {format_bytes(size)}")

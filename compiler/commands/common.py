@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from typing_extensions import override
 
+from eoracc.printable import escape_commands, escape_controls
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Iterator
+
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
     from rich.table import Table
+    from rich.text import Text
 
     from eoracc.runtime import Model
 
@@ -25,6 +32,8 @@ __all__ = [
     "make_table",
     "print_backend",
     "print_json",
+    "print_text",
+    "say",
     "trust_remote_code_option",
 ]
 
@@ -54,37 +63,84 @@ backend_option = click.option(
 )
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line; characters that could act on the terminal appear as escapes.
+
+    Args:
+      text: the line, with names and values of any origin.
+      err: print on standard error.
+    """
+    click.echo(escape_controls(text), err=err)
+
+
+def print_text(text: str) -> None:
+    """Print a piece of a model's text; on a terminal, what could act on it appears as escapes."""
+    # With colour, so that click does not take escape sequences out of what goes into a pipe.
+    click.echo(escape_commands(text) if sys.stdout.isatty() else text, nl=False, color=True)
+
+
 def print_backend(model: Model) -> None:
     """Print on standard error the backend of an artifact that has engines."""
     if model.backend == "onnxruntime" and model.fallback_reason is None:
         return
-    click.echo(f"running with {model.backend} on {model.device}", err=True)
+    say(f"running with {model.backend} on {model.device}", err=True)
     if model.fallback_reason is not None:
-        click.echo(f"not with its engines: {model.fallback_reason}", err=True)
+        say(f"not with its engines: {model.fallback_reason}", err=True)
 
 
 def print_json(content: object) -> None:
-    """Print the one JSON value of a command."""
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    """Print the one JSON value of a command, in characters that print on any terminal."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if not text.isascii():
+        text = "".join(map(_json_character, text))
+    click.echo(text.replace("\x7f", "\\u007f"))
 
 
-def make_console() -> Console:
-    """The console for tables on standard output."""
+def _json_character(character: str) -> str:
+    prints = character.isprintable() or character == "\n"
+    return character if prints else json.dumps(character)[1:-1]
+
+
+def make_console(*, err: bool = False) -> Console:
+    """The console for tables and progress.
+
+    Names and values of any origin go into both: markup in them is not followed, and characters that
+    could act on the terminal appear as escapes.
+
+    Args:
+      err: write to standard error.
+    """
     from rich.console import Console
+    from rich.segment import Segment
 
-    class _Piped(Console):
+    class _Console(Console):
+        @override
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                if segment.control is None:
+                    text = escape_controls(segment.text, keep="\n")
+                    yield Segment(text, segment.style)
+                else:
+                    yield segment
+
+        @override
+        def render_str(self, text: str, **options: Any) -> Text:
+            # Rich drops some controls here; widths are right only where the rest is escaped too.
+            return super().render_str(escape_controls(text, keep="\n"), **options)
+
         @override
         def on_broken_pipe(self) -> None:
             # rich would exit with 1, which says that a gate has failed.
             raise BrokenPipeError
 
-    return _Piped(highlight=False)
+    return _Console(stderr=err, highlight=False, markup=False, emoji=False)
 
 
 def make_table(title: str) -> Table:
     """An empty table in the style of all commands."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -14,6 +14,7 @@ from eoracc.compiler.commands.common import (
     PATH,
     make_console,
     make_table,
+    say,
     trust_remote_code_option,
 )
 
@@ -107,8 +108,6 @@ def compare(
         check_plot(plot_file)
         _check_apart(json_file, plot_file)
 
-    from rich.console import Console
-
     from eoracc.compiler.compare.run import compare as run_comparison
     from eoracc.compiler.progress import ConsoleProgress
 
@@ -117,7 +116,7 @@ def compare(
         names,
         spent,
         config_dir=model_yaml.parent,
-        progress=ConsoleProgress(Console(stderr=True)),
+        progress=ConsoleProgress(make_console(err=True)),
         fresh=fresh,
     )
     # Before the table: whoever reads that may close the pipe early.
@@ -132,7 +131,7 @@ def compare(
     console.print(_fitting(comparison, console))
     written = [f"wrote {file}" for file in (json_file, plot_file) if file is not None]
     for line in (*_lines(comparison), *written):
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _parts(text: str | None, default: tuple[str, ...]) -> list[str]:
@@ -206,7 +205,7 @@ def _width(table: Table, console: Console) -> int:
 
 def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
     """A table of all rows, without the columns named in ``without``."""
-    from rich.markup import escape
+    from rich.text import Text
 
     from eoracc.compiler.report.lines import format_bytes
 
@@ -221,8 +220,8 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
     for heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def add(name: str, cells: Mapping[str, str]) -> None:
-        table.add_row(escape(name), *(cells.get(heading, "") for heading in shown))
+    def add(name: str, cells: Mapping[str, str | Text]) -> None:
+        table.add_row(name, *(cells.get(heading, "") for heading in shown))
 
     def ood(value: float | None) -> str:
         return "" if value is None else _perplexity(value)
@@ -240,7 +239,7 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
     for row in comparison.rows:
         figures = row.figures
         if figures is None:
-            add(row.method, {"budget": row.budget or "", "bits": "[dim]skipped[/dim]"})
+            add(row.method, {"budget": row.budget or "", "bits": Text("skipped", style="dim")})
             continue
         spent = "" if row.rank is None else f"rank {row.rank}"
         spent = spent if row.ratio is None else f"ratio {row.ratio:.3g}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from eoracc.compiler.commands.common import PATH, json_option, print_json
+from eoracc.compiler.commands.common import PATH, json_option, make_console, print_json, say
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -39,12 +39,10 @@ def engine(
 
     BUNDLE is an artifact with the target tensorrt, or that target's folder.
     """
-    from rich.console import Console
-
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
     from eoracc.compiler.targets.tensorrt.engines.from_bundle import build_from_bundle
 
-    progress = SilentProgress() if as_json else ConsoleProgress(Console(stderr=True))
+    progress = SilentProgress() if as_json else ConsoleProgress(make_console(err=True))
     made = build_from_bundle(
         bundle,
         progress=progress,
@@ -63,4 +61,4 @@ def engine(
         )
         return
     size = made.path.stat().st_size
-    click.echo(f"wrote {made.path}, {size:,} bytes, for {made.device} ({made.compute_capability})")
+    say(f"wrote {made.path}, {size:,} bytes, for {made.device} ({made.compute_capability})")

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eoracc.compiler.commands.common import PATH, json_option, make_console, make_table, print_json
+from eoracc.compiler.commands.common import (
+    PATH,
+    json_option,
+    make_console,
+    make_table,
+    print_json,
+    say,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +69,7 @@ def _show_artifact(summary: ArtifactSummary) -> None:
         f"artifact: {format_bytes(summary.bytes)} in {len(summary.manifest.files)} files",
     ]
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _linears_table(summary: ArtifactSummary) -> Table:
@@ -119,8 +126,6 @@ def _errors(report: LinearReport | FactorizedReport, stages: Sequence[str]) -> l
 
 
 def _show_checkpoint(summary: CheckpointSummary) -> None:
-    from rich.text import Text
-
     from eoracc.compiler.report.lines import format_bytes
 
     table = make_table(f"{summary.path}: tensors")
@@ -129,10 +134,10 @@ def _show_checkpoint(summary: CheckpointSummary) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for tensor in summary.tensors:
         shape = "x".join(map(str, tensor.shape))
-        table.add_row(Text(tensor.name), shape, tensor.dtype, format_bytes(tensor.bytes))
+        table.add_row(tensor.name, shape, tensor.dtype, format_bytes(tensor.bytes))
     console = make_console()
     console.print(table)
-    console.print(
+    say(
         f"{len(summary.tensors)} tensors, {summary.parameters:,} parameters, "
         f"{format_bytes(summary.bytes)}"
     )

@@ -14,6 +14,7 @@ from eoracc.compiler.commands.common import (
     json_option,
     print_backend,
     print_json,
+    print_text,
 )
 from eoracc.documents import Reader
 from eoracc.errors import ConfigError
@@ -183,7 +184,7 @@ def run(
         print_json(content | _details(model, completion))
         return
     for piece in model.stream(request):
-        click.echo(piece.text, nl=False)
+        print_text(piece.text)
     click.echo()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eoracc.compiler.commands.common import PATH, json_option, print_json
+from eoracc.compiler.commands.common import PATH, json_option, print_json, say
 
 if TYPE_CHECKING:
     from eoracc.runtime import BackendChoice
@@ -63,11 +63,11 @@ def verify(ctx: click.Context, artifact: Path, backend: BackendChoice, as_json: 
             }
         )
     else:
-        click.echo(f"files: {len(manifest.files)} are what {artifact / 'manifest.json'} says")
-        click.echo(_tokens_line(len(cases), difference))
-        click.echo(parity_line(parity.as_dict()))
+        say(f"files: {len(manifest.files)} are what {artifact / 'manifest.json'} says")
+        say(_tokens_line(len(cases), difference))
+        say(parity_line(parity.as_dict()))
         for engine in engines:
-            click.echo(_engine_line(engine))
+            say(_engine_line(engine))
     if not passed:
         ctx.exit(1)
 

@@ -87,6 +87,8 @@ def adapter_tables(adapters: AdaptersReport) -> list[RenderableType]:
 
     Empty where there is nothing to show.
     """
+    from rich.text import Text  # noqa: PLC0415 - `--json` does without
+
     tables: list[RenderableType] = []
     texts = list(adapters.perplexity)
     if texts:
@@ -98,7 +100,7 @@ def adapter_tables(adapters: AdaptersReport) -> list[RenderableType]:
             table.add_row(
                 name,
                 *(
-                    f"[bold]{_figure(figures.get(name))}[/bold]"
+                    Text(_figure(figures.get(name)), style="bold")
                     if _is_best(figures, name)
                     else _figure(figures.get(name))
                     for figures in (adapters.perplexity[text] for text in texts)

@@ -6,7 +6,12 @@ the cursor, recolour the terminal, forge a line of output, or reverse the order 
 
 from __future__ import annotations
 
-__all__ = ["escape_controls", "printable"]
+import re
+
+__all__ = ["escape_commands", "escape_controls", "printable"]
+
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls except tab and line feed, bidirectional ones, and half surrogate pairs."""
 
 VALUE_CHARS = 200
 """Characters of a value or name in a sentence; longer ones are cut."""
@@ -42,3 +47,14 @@ def escape_controls(text: str, keep: str = "") -> str:
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def escape_commands(text: str) -> str:
+    r"""``text`` of several lines, with what could act on a terminal as escapes.
+
+    Unlike :func:`escape_controls` it keeps the joiners that emoji and many scripts need.
+
+    >>> escape_commands("a\x1b[2J\n\u200db")
+    'a\\x1b[2J\n\u200db'
+    """
+    return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

@@ -118,9 +118,9 @@ def test_variables_of_the_chat_template(artifact: Path) -> None:
         (("--chat-template-kwargs", "{}"), "--no-chat excludes options of the chat template"),
         (
             ("--chat", "--chat-template-kwargs", "[]"),
-            "--chat-template-kwargs []: is no JSON object",
+            "--chat-template-kwargs: is a list where a JSON object is expected",
         ),
-        (("--chat", "--chat-template-kwargs", "{"), "--chat-template-kwargs {: is no JSON object"),
+        (("--chat", "--chat-template-kwargs", "{"), "--chat-template-kwargs: is not valid JSON"),
         (
             ("--chat", "--chat-template-kwargs", '{"messages": []}'),
             "chat_template_kwargs: 'messages' has an option of its own",

@@ -76,7 +76,7 @@ def test_artifact(tiny_artifact: Path) -> None:
 
 def test_artifact_with_a_damaged_report(tiny_artifact: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    for text in ("{", "[]", "{}", '{"fidelity": {}}'):
+    for text in ("{}", '{"fidelity": {}}', '{"fidelity": []}'):
         (folder / "report.json").write_text(text)
         with pytest.raises(EoraccError, match=r"report\.json: .*build the artifact again$"):
             inspect_path(folder)
@@ -88,7 +88,7 @@ def test_artifact_with_a_damaged_report(tiny_artifact: Path, tmp_path: Path) -> 
 def test_things_that_are_neither(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()
-    (tmp_path / "m.gguf").write_bytes(b"GGUF but not really")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0 but not really")
     whole = (checkpoint / "model-00001.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
     (tmp_path / "short.safetensors").write_bytes(whole[:20])
@@ -97,10 +97,10 @@ def test_things_that_are_neither(tmp_path: Path, checkpoint: Path) -> None:
         ("nowhere", "there is no such file or folder"),
         ("empty", "holds neither manifest.json nor .safetensors files"),
         ("notes.txt", "is neither an artifact nor a checkpoint folder nor a .gguf file"),
-        ("m.gguf", "is not a GGUF file, or is cut short"),
-        ("cut.safetensors", "is not a safetensors file, or is cut short"),
-        ("short.safetensors", "is not a safetensors file, or is cut short"),
-        ("long.safetensors", "is not a safetensors file, or is cut short"),
+        ("m.gguf", "is not a complete GGUF file"),
+        ("cut.safetensors", "is truncated: its header announces"),
+        ("short.safetensors", "is truncated inside its header"),
+        ("long.safetensors", "is truncated inside its header"),
     ):
         with pytest.raises(EoraccError) as caught:
             inspect_path(tmp_path / name)
