@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
-from tokenizers.pre_tokenizers import ByteLevel
-
-__all__ = ["SHRINKS", "PromptBound", "prompt_bound"]
+__all__ = ["SHRINKS", "PromptBound", "byte_letters", "prompt_bound"]
 
 _DECOMPOSED = 3
 _COMPATIBLE = 4
@@ -36,6 +35,7 @@ _KEEPING_PRETOKENIZERS = frozenset(
     {"ByteLevel", "Digits", "FixedLength", "Metaspace", "UnicodeScripts"}
 )
 _BYTES_OF_CHARACTER = 4
+_NOT_IN_UTF8 = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class PromptBound:
 
     Attributes:
       bytes_per_token: of any token.
+      vanishing: bytes that have no token, and are left out of a text.
       greedy: added tokens that swallow the blanks around them; a text with one has no bound.
     """
 
     bytes_per_token: int
+    vanishing: bytes = b""
     greedy: tuple[str, ...] = ()
 
     def excludes(self, text: str, tokens: int) -> bool:
@@ -55,7 +57,7 @@ class PromptBound:
         most = tokens * self.bytes_per_token
         if len(text) * _BYTES_OF_CHARACTER <= most:
             return False
-        size = len(text.encode(errors="replace"))
+        size = len(text.encode(errors="replace").translate(None, self.vanishing))
         return size > most and not any(token in text for token in self.greedy)
 
 
@@ -72,15 +74,29 @@ def prompt_bound(tokenizer: Mapping[str, Any]) -> PromptBound | None:
     if len(known) < len(shrinks) or not all(map(_keeps, pretokenizers)):
         return None
     byte_level = any(part["type"] == "ByteLevel" for part in (*normalizers, *pretokenizers))
-    longest = _longest_token(tokenizer["model"], byte_level=byte_level)
-    if longest is None:
+    model = tokenizer["model"]
+    vanishing = b""
+    if not _is_plain(model):
         return None
+    tokens = _tokens(model)
+    if byte_level:
+        vanishing = bytes(
+            byte for letter, byte in byte_letters().items() if letter not in tokens
+        ).translate(None, _NOT_IN_UTF8)
+    elif not _knows_every_character(model, tokens):
+        return None
+    if normalizers and vanishing:
+        return None  # which bytes vanish is known of the normalized text alone
     added = tokenizer.get("added_tokens") or []
     greedy = [token for token in added if token["lstrip"] or token["rstrip"]]
     if normalizers and any(token["normalized"] for token in greedy):
         return None  # a text may have one that is not spelled out in it
-    longest = max(longest, *(len(token["content"].encode()) for token in added), 1)
-    return PromptBound(longest * prod(known), tuple(token["content"] for token in greedy))
+    lengths = [len(token) if byte_level else len(token.encode()) for token in tokens]
+    lengths += [len(token["content"].encode()) for token in added]
+    longest = max(*lengths, _BYTES_OF_CHARACTER)
+    return PromptBound(
+        longest * prod(known), vanishing, tuple(token["content"] for token in greedy)
+    )
 
 
 def _parts(part: Mapping[str, Any] | None, members: str) -> list[Mapping[str, Any]]:
@@ -107,25 +123,29 @@ def _keeps(pretokenizer: Mapping[str, Any]) -> bool:
     return kind in _KEEPING_PRETOKENIZERS
 
 
-def _longest_token(model: Mapping[str, Any], *, byte_level: bool) -> int | None:
-    """Bytes of the longest token; None if characters without a token vanish or become one token."""
-    if model.get("type") not in {"BPE", "Unigram"}:
-        return None
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        return None
-    vocabulary = model["vocab"]
-    tokens = (
-        set(vocabulary) if isinstance(vocabulary, Mapping) else {name for name, _ in vocabulary}
+def _is_plain(model: Mapping[str, Any]) -> bool:
+    """Whether tokens are parts of the text, and all of it."""
+    return model.get("type") in {"BPE", "Unigram"} and not (
+        model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     )
-    if byte_level:
-        complete = tokens.issuperset(ByteLevel.alphabet())
-    else:
-        complete = bool(model.get("byte_fallback")) and all(
-            f"<0x{byte:02X}>" in tokens for byte in range(256)
-        )
-    if not complete:
-        single = model["type"] == "BPE" and model.get("unk_token") and not model.get("fuse_unk")
-        if not single:
-            return None
-    length = max(len(token) if byte_level else len(token.encode()) for token in tokens)
-    return max(length, _BYTES_OF_CHARACTER)
+
+
+def _tokens(model: Mapping[str, Any]) -> frozenset[str]:
+    entries = model["vocab"]
+    return frozenset(entries if isinstance(entries, Mapping) else (token for token, _ in entries))
+
+
+def _knows_every_character(model: Mapping[str, Any], tokens: frozenset[str]) -> bool:
+    """Whether no character vanishes, and no run of them becomes one token for the unknown."""
+    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in tokens for byte in range(256)):
+        return True
+    return model["type"] == "BPE" and bool(model.get("unk_token")) and not model.get("fuse_unk")
+
+
+@lru_cache(maxsize=1)
+def byte_letters() -> Mapping[str, int]:
+    """Bytes by the letter that stands for each: itself if printable, otherwise one above 255."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ class Tokenizer(Codec):
         self.folder = folder
         self.begin, self.ends = read_special_tokens(folder)
         self._chat = _read_chat(folder)
+        # The answers to one request have the same words.
+        self._encode_words = lru_cache(maxsize=1)(self._encode_each_word)
 
     @property
     def beginning(self) -> int:
@@ -95,12 +98,15 @@ class Tokenizer(Codec):
         messages = [item for item in prompt if not isinstance(item, int)]
         return self.encode_chat(messages, options, limit=limit)
 
-    def encode_words(self, words: Iterable[str]) -> list[list[int]]:
+    def encode_words(self, words: Iterable[str]) -> Sequence[Sequence[int]]:
         """Tokens of words, each as it is and after a blank.
 
         Raises:
           RequestError: a word has no tokens.
         """
+        return self._encode_words(tuple(words))
+
+    def _encode_each_word(self, words: tuple[str, ...]) -> list[list[int]]:
         encoded = []
         for word in words:
             forms = [self.encode(word, special=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import Callable
@@ -92,6 +93,8 @@ def run(
             limits.max_connections,
             service.options.connections.max_connections,
         )
+    # What is loaded stays: looking through it would stop the streams for tens of milliseconds.
+    gc.freeze()
     server = _Server(config, service, app, listener, limits, on_ready)
     try:
         server.run([listener])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from typing_extensions import TypeIs
+
 from eoracc.errors import ApiError, ArtifactError, PromptTooLongError, RequestError
 from eoracc.runtime.request import AdapterChoice, ChatOptions, Prompt, Request
 from eoracc.runtime.server.admission import Admission
@@ -17,6 +19,7 @@ from eoracc.runtime.server.api.errors import bad_request, queue_timeout, shuttin
 from eoracc.runtime.server.api.responses import Answer, ChatForm, Choice, CompletionForm, Form
 from eoracc.runtime.server.api.schemas import (
     ChatCompletionRequest,
+    ChatMessage,
     CompletionRequest,
     GenerationFields,
 )
@@ -192,7 +195,7 @@ class Service:
         if body.top_logprobs and not body.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        messages = [message.as_dict() for message in body.messages]
+        messages = await self._texts.run(_as_dicts, body.messages)
         max_tokens = _one_of(body, "max_completion_tokens", "max_tokens")
         try:
             options = body.chat_options()
@@ -213,7 +216,6 @@ class Service:
         *,
         chat_options: ChatOptions | None = None,
     ) -> TextReply:
-        body.refuse_unread()
         name, adapter = self.catalog.resolve(body.model, body.adapters)
         self._check_tokens("stop_token_ids", body.stop_token_ids or ())
         self._check_tokens("logit_bias", body.token_biases)
@@ -224,11 +226,13 @@ class Service:
             raise bad_request(f"n: {count} answers exceed the limit of {most}: ask for fewer", "n")
         places = self.admission.enter(count)
         try:
+            cut = partial(self._truncated, kept=body.truncate_prompt_tokens, max_tokens=max_tokens)
+            truncates = body.truncate_prompt_tokens is not None
+            if truncates:
+                prompts = [cut(prompt) if _is_tokens(prompt) else prompt for prompt in prompts]
             encoded = [
-                self._truncated(tokens, body.truncate_prompt_tokens, max_tokens)
-                for tokens in await self._encode(
-                    prompts, chat_options, truncates=body.truncate_prompt_tokens is not None
-                )
+                cut(tokens)
+                for tokens in await self._encode(prompts, chat_options, truncates=truncates)
             ]
             echo = isinstance(body, CompletionRequest) and bool(body.echo)
             prefixes = await self._decode(encoded) if echo else []
@@ -411,7 +415,11 @@ class Service:
         return [await self._texts.run(self._served.codec.decode, tokens) for tokens in encoded]
 
 
-def _is_tokens(prompt: Prompt) -> bool:
+def _as_dicts(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [message.as_dict() for message in messages]
+
+
+def _is_tokens(prompt: Prompt) -> TypeIs[Sequence[int]]:
     return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], int)
 
 

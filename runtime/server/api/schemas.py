@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -48,6 +49,9 @@ _MAX_LOGPROBS = 20
 _MAX_BAD_WORDS = 1000
 """Most bad words of a request."""
 
+_MAX_CHARACTERS = 256
+"""Most characters of a stop string or a bad word, which are looked for in every answer."""
+
 _INT64 = 2**63 - 1
 
 _TOKEN_NAME = re.compile("0|[1-9][0-9]{0,17}")
@@ -61,6 +65,14 @@ def _unicode(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("is not valid Unicode") from None
     return text
+
+
+def _check_strings(strings: Sequence[str]) -> None:
+    """Refuse strings that are empty, or longer than anyone looks for."""
+    if "" in strings:
+        raise ValueError("holds an empty string")
+    if any(len(text) > _MAX_CHARACTERS for text in strings):
+        raise ValueError(f"holds a string of more than {_MAX_CHARACTERS} characters")
 
 
 _Text = Annotated[str, AfterValidator(_unicode)]
@@ -106,10 +118,9 @@ class Fields(BaseModel):
             value = getattr(self, name)
             if isinstance(value, Fields):
                 yield name, value
-            elif isinstance(value, list):
+            elif isinstance(value, list) and value and isinstance(value[0], Fields):
                 for index, item in enumerate(value):
-                    if isinstance(item, Fields):
-                        yield f"{name}.{index}", item
+                    yield f"{name}.{index}", item
 
 
 class StreamOptions(Fields):
@@ -160,7 +171,7 @@ class GenerationFields(Fields):
     top_k: Annotated[int, Field(ge=-1, le=_INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[_Token] | None = None
+    stop_token_ids: Annotated[list[_Token], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
     bad_words: Annotated[list[_Text], Field(max_length=_MAX_BAD_WORDS)] | None = None
@@ -180,15 +191,13 @@ class GenerationFields(Fields):
         strings = [stop] if isinstance(stop, str) else stop or []
         if len(strings) > _MAX_STOP:
             raise ValueError(f"holds more than {_MAX_STOP} strings")
-        if "" in strings:
-            raise ValueError("holds an empty string")
+        _check_strings(strings)
         return stop
 
     @field_validator("bad_words", mode="after")
     @classmethod
     def _check_bad_words(cls, words: list[str] | None) -> list[str] | None:
-        if words and "" in words:
-            raise ValueError("holds an empty string")
+        _check_strings(words or ())
         return words
 
     @field_validator("truncate_prompt_tokens", mode="after")
@@ -206,7 +215,7 @@ class GenerationFields(Fields):
                 raise ValueError(f"has {ascii(name)[:32]} where the id of a token belongs")
         return biases
 
-    @property
+    @cached_property
     def token_biases(self) -> dict[int, float]:
         """``logit_bias`` by ids."""
         return {int(name): bias for name, bias in (self.logit_bias or {}).items()}
@@ -293,7 +302,8 @@ class ChatMessage(Fields):
     role: Literal["system", "developer", "user", "assistant"]
     # A tag that is no identifier stays out of the path that an error names.
     content: Annotated[
-        Annotated[_Text, Tag("as text")] | Annotated[list[TextPart], Tag("in parts")],
+        Annotated[_Text, Tag("as text")]
+        | Annotated[list[TextPart], Field(fail_fast=True), Tag("in parts")],
         Discriminator(_form_of_content),
     ]
     name: _Text | None = None
@@ -326,14 +336,14 @@ class ChatCompletionRequest(GenerationFields):
 
     unread = CHAT_FIELDS
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[_Text, Any] | None = None
-    documents: list[dict[_Text, Any]] | None = None
+    documents: Annotated[list[dict[_Text, Any]], Field(fail_fast=True)] | None = None
 
     def chat_options(self) -> ChatOptions:
         """How the messages become text.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
+from eoracc.runtime.decode.prompt_bound import byte_letters
 
 __all__ = ["token_bytes"]
 
@@ -56,19 +56,10 @@ def _is_byte_level(content: Mapping[str, Any]) -> bool:
 
 
 def _byte_level(token: str) -> bytes:
-    letters = _letters()
+    letters = byte_letters()
     if all(letter in letters for letter in token):
         return bytes(letters[letter] for letter in token)
     return token.encode()
-
-
-@lru_cache(maxsize=1)
-def _letters() -> Mapping[str, int]:
-    """Bytes by their character: itself if printable, otherwise one above 255."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _sentencepiece(token: str) -> bytes:

@@ -22,6 +22,13 @@ __all__ = ["LEAST_BYTES_PER_S", "Connection", "Waiting"]
 LEAST_BYTES_PER_S = 1 << 15
 """Speed at which a client must take what the server holds for it, on top of ``send_timeout_s``."""
 
+_READ_BYTES = 1 << 13
+"""Bytes that are read before other connections have their turn. As chunks of one byte, they take
+tens of milliseconds."""
+
+_MOST_FRAMING = 1 << 16
+"""Bytes around the chunks of a body. Chunks of 16 bytes and more have less than that."""
+
 _BODY_MARGIN_S = 2.0
 """For the application to answer a slow body with 408 before its connection is cut."""
 
@@ -70,6 +77,7 @@ class Connection(H11Protocol):
         self._begun = False
         self._answered = 0
         self._unsent = 0
+        self._framing = 0
         self.waiting: Waiting | None = None
         self.since = self.loop.time()
 
@@ -79,6 +87,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)
         self._made = True
+        # asyncio's transports read 256 KiB at a time otherwise.
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined] # it is not documented
         self._note()
 
     @override
@@ -89,9 +99,18 @@ class Connection(H11Protocol):
 
     @override
     def data_received(self, data: bytes) -> None:
+        amid_body = self._busy and self.conn.their_state is h11.SEND_BODY
+        before = len(self.cycle.body) if amid_body else 0
         super().data_received(data)
         self._begun = self._begun or self.scope is not None
         self._note()
+        if not amid_body:
+            self._framing = 0
+        elif not self.cycle.response_complete:
+            self._framing += len(data) - (len(self.cycle.body) - before)
+            if self._framing > _MOST_FRAMING:
+                self.logger.warning("closed a connection: its body came in tiny chunks")
+                self.transport.abort()
 
     @override
     def on_response_complete(self) -> None:
@@ -141,6 +160,11 @@ class Connection(H11Protocol):
             self.transport.abort()
         return late
 
+    @property
+    def _busy(self) -> bool:
+        """Whether a request is served."""
+        return self._begun and not self.cycle.response_complete
+
     def _note(self) -> None:
         """Remember since when the client is waited for."""
         waiting, unsent = self._now_waiting(), self.transport.get_write_buffer_size()
@@ -150,7 +174,7 @@ class Connection(H11Protocol):
     def _now_waiting(self) -> Waiting | None:
         if self.transport.is_closing():
             return Waiting.CLOSE
-        busy = self._begun and not self.cycle.response_complete
+        busy = self._busy
         unread = self.flow.write_paused or (not busy and self.transport.get_write_buffer_size() > 0)
         if unread:
             return Waiting.READER

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from eoracc.errors import PromptTooLongError
 from eoracc.runtime.decode.codec import Codec
-from eoracc.runtime.decode.prompt_bound import SHRINKS, PromptBound, prompt_bound
+from eoracc.runtime.decode.prompt_bound import SHRINKS, PromptBound, byte_letters, prompt_bound
 from tests.tokenizer_zoo import STRINGS, ZOO
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def test_the_factors_of_normalizers_are_those_of_unicode() -> None:
 
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 MODEL = {"type": "BPE", "byte_fallback": True, "vocab": {**BYTES, "\u2581word": 256}}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+FILE = {"version": "1.0", "truncation": None, "padding": None}
 BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 
 
@@ -108,6 +111,25 @@ def test_a_token_holds_as_many_bytes_as_the_longest() -> None:
 )
 def test_what_deletes_text_has_no_bound(parts: dict[str, Any]) -> None:
     assert prompt_bound(tokenizer_of(**parts)) is None
+
+
+def test_bytes_without_a_token_count_for_nothing() -> None:
+    letters = [letter for letter, byte in byte_letters().items() if byte not in b"\x04\x05\xf5"]
+    model = {"type": "BPE", "vocab": {letter: index for index, letter in enumerate(letters)}}
+    parts = {
+        "model": model,
+        "pre_tokenizer": BYTE_LEVEL,
+        "added_tokens": [],
+    }
+    tokenizer = tokenizer_of(**parts, normalizer=None)
+    bound = prompt_bound(tokenizer)
+    assert bound == PromptBound(4, b"\x04\x05")
+    assert not bound.excludes("\x04\x05" * 1000 + "a" * 40, 10)
+    assert bound.excludes("\x04\x05" * 1000 + "a" * 41, 10)
+    library = Tokenizer.from_str(json.dumps(FILE | tokenizer | {"model": model | {"merges": []}}))
+    assert library.encode("a\x04\x04\x04b").ids == [model["vocab"]["a"], model["vocab"]["b"]]
+    assert prompt_bound(tokenizer_of(**parts, normalizer={"type": "NFC"})) is None
+    assert set(byte_letters()) == set(ByteLevel.alphabet())
 
 
 def test_a_token_that_swallows_blanks_lifts_the_bound(tmp_path: Path) -> None:

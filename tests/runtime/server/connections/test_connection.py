@@ -173,3 +173,37 @@ def test_a_large_answer_is_not_cut_from_a_client_that_reads_it() -> None:
         assert not server.closed
 
     run(test, large)
+
+
+def body_in_chunks(size: int, count: int) -> bytes:
+    chunk = f"{size:x}\r\n".encode() + b"a" * size + b"\r\n"
+    return POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * count + b"0\r\n\r\n"
+
+
+async def reads_all(scope: Scope, receive: Receive, send: Send) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await fine(scope, receive, send)
+
+
+def test_a_body_in_tiny_chunks_holds_nobody_up() -> None:
+    async def test(server: Net) -> None:
+        client = await server.connect(body_in_chunks(1, 60_000))
+        loop = asyncio.get_running_loop()
+        longest, last = 0.0, loop.time()
+        await asyncio.sleep(0.05)
+        while server.acceptor.count:
+            await asyncio.sleep(0)
+            longest, last = max(longest, loop.time() - last), loop.time()
+        assert longest < 1.0  # reading it all at once takes longer
+        assert await client.answer() == b""
+
+    run(test, reads_all)
+
+
+def test_a_body_in_small_chunks_is_read() -> None:
+    async def test(server: Net) -> None:
+        client = await server.connect(body_in_chunks(16, 8000))
+        assert await client.reader.readuntil(b"fine")
+
+    run(test, reads_all)
