@@ -115,7 +115,10 @@ def test_what_deletes_text_has_no_bound(parts: dict[str, Any]) -> None:
 
 def test_bytes_without_a_token_count_for_nothing() -> None:
     letters = [letter for letter, byte in byte_letters().items() if byte not in b"\x04\x05\xf5"]
-    model = {"type": "BPE", "vocab": {letter: index for index, letter in enumerate(letters)}}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": {letter: index for index, letter in enumerate(letters)},
+    }
     parts = {
         "model": model,
         "pre_tokenizer": BYTE_LEVEL,
