@@ -32,6 +32,7 @@ from eoracc.compiler.commands.passes import passes
 from eoracc.compiler.commands.run import run
 from eoracc.compiler.commands.schema import schema
 from eoracc.compiler.commands.serve import serve
+from eoracc.compiler.commands.sign import sign
 from eoracc.compiler.commands.verify import verify
 from eoracc.failure import (
     DEBUG_VARIABLE,
@@ -212,6 +213,7 @@ for _command in (
     serve,
     adapter,
     engine,
+    sign,
 ):
     main.add_command(_command)
 _add_debug_option(main)

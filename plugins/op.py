@@ -16,6 +16,7 @@ __all__ = [
     "ADAPTER_OPERANDS",
     "ATTRIBUTES",
     "DOMAIN",
+    "DOMAIN_VERSION",
     "FUSED_OP",
     "GATHER_OP",
     "INPUTS",
@@ -25,6 +26,10 @@ __all__ = [
 ]
 
 DOMAIN = "eoracc"
+
+DOMAIN_VERSION = 1
+"""Version of the ops, in a graph's imports. A library runs graphs of its version and older ones."""
+
 FUSED_OP = "MatMulNBitsLowRank"
 GATHER_OP = "GatherNBits"
 

@@ -23,6 +23,7 @@ from eoracc.runtime.decode.bank import AdapterBank, FactorsOf, Weights
 from eoracc.runtime.onnxruntime.decoder import GraphDecoder
 from eoracc.runtime.onnxruntime.graph import Graph
 from eoracc.runtime.onnxruntime.inference import open_inference, ort_values
+from eoracc.runtime.onnxruntime.native_library import choose_library
 from eoracc.runtime.onnxruntime.own_memory import own_mapped_files
 from eoracc.runtime.tensorrt.decoder import TensorRTDecoder
 from eoracc.runtime.tensorrt.engine_set import ENGINES_FILE
@@ -55,6 +56,7 @@ class Opened:
       decoder: the model.
       fallback_reason: why ONNX Runtime runs an artifact that has TensorRT engines, where
         :func:`open_backend` made that choice; else None.
+      library_note: why the native library is not the artifact's own; None if it is, or equal.
       device_bytes: measures the GPU memory in use; gives None without a GPU.
     """
 
@@ -62,6 +64,7 @@ class Opened:
     device: str
     decoder: Decoder
     fallback_reason: str | None = None
+    library_note: str | None = None
     device_bytes: Callable[[], int | None] = lambda: None
 
 
@@ -81,6 +84,7 @@ def open_backend(
     *,
     threads: int,
     adapters: Sequence[str] | None,
+    trust: bool = False,
 ) -> Opened:
     """Open a verified artifact.
 
@@ -91,10 +95,12 @@ def open_backend(
         run them, else ONNX Runtime.
       threads: that one operator uses on the CPU.
       adapters: names of the adapters to load; None for all.
+      trust: execute code that the artifact brings: its engines, and its native library where it
+        differs from the installed one.
 
     Raises:
-      ArtifactError: the artifact has not been built for the backend or for this GPU, is damaged, or
-        lacks an adapter.
+      ArtifactError: the artifact has not been built for the backend or for this GPU, is damaged,
+        lacks an adapter, or only code that it brings could run it and is not trusted.
       BackendError: this machine cannot run the backend.
     """
     if choice not in get_args(BackendChoice):
@@ -107,14 +113,14 @@ def open_backend(
     if choice != "auto":
         if choice not in built:
             raise ArtifactError(_not_built(folder, manifest, choice, built))
-        return _open(folder, manifest, choice, threads=threads, adapters=names)
+        return _open(folder, manifest, choice, threads=threads, adapters=names, trust=trust)
     refusal: EoraccError = ArtifactError(_not_built(folder, manifest, "tensorrt", built))
     for tried, backend in enumerate(built):
         if backend == "onnxruntime":
-            opened = _open(folder, manifest, backend, threads=threads, adapters=names)
+            opened = _open(folder, manifest, backend, threads=threads, adapters=names, trust=trust)
             return replace(opened, fallback_reason=str(refusal)) if tried else opened
         try:
-            return _open(folder, manifest, backend, threads=threads, adapters=names)
+            return _open(folder, manifest, backend, threads=threads, adapters=names, trust=trust)
         except EoraccError as error:
             refusal = refusal if tried else error
     raise refusal
@@ -133,18 +139,29 @@ def _not_built(folder: Path, manifest: Manifest, wanted: Backend, built: Sequenc
 
 
 def _open(
-    folder: Path, manifest: Manifest, backend: Backend, *, threads: int, adapters: Sequence[str]
+    folder: Path,
+    manifest: Manifest,
+    backend: Backend,
+    *,
+    threads: int,
+    adapters: Sequence[str],
+    trust: bool,
 ) -> Opened:
     load = _factors_in(folder, manifest)
     if backend != "onnxruntime":
-        decoder = TensorRTDecoder.open(folder / backend, adapters, load)
+        decoder = TensorRTDecoder.open(folder / backend, adapters, load, trust=trust)
         device_name = decoder.device_name
         return Opened(backend, device_name, decoder, device_bytes=decoder.device_bytes)
-    files = read_model_files(folder)
+    library = choose_library(folder, manifest, trust=trust)
+    files = read_model_files(folder, manifest)
     bank = AdapterBank(find_slots(folder, manifest), adapters, load)
     defaults = ort_values(bank.inputs[1])
     inference = open_inference(
-        str(files.model), files.library, threads, str(files.model), defaults=defaults
+        str(files.model),
+        None if library is None else library.path,
+        threads,
+        str(files.model),
+        defaults=defaults,
     )
     own_mapped_files(folder)
     graph = Graph(
@@ -153,7 +170,12 @@ def _open(
         in_place=files.shares_cache,
         defaults=defaults,
     )
-    return Opened(backend, f"CPU, {threads} threads", GraphDecoder(graph, bank))
+    return Opened(
+        backend,
+        f"CPU, {threads} threads",
+        GraphDecoder(graph, bank),
+        library_note=None if library is None else library.note,
+    )
 
 
 def _factors_in(folder: Path, manifest: Manifest) -> FactorsOf:

@@ -6,10 +6,11 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from eoracc.errors import PromptTooLongError, RequestError
-from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
+from eoracc.runtime.artifact.authenticity import Authenticity
+from eoracc.runtime.artifact.manifest import Manifest, opening
 from eoracc.runtime.backends import Backend, BackendChoice, open_backend
 from eoracc.runtime.decode.continuation import Continuation, Listener, complete
 from eoracc.runtime.decode.sampling import LogitsError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Model", "load"]
+__all__ = ["LoadOptions", "Model", "TrustOptions", "load"]
 
 _MAX_ROWS = 8
 
@@ -53,6 +54,7 @@ class Model:
       device: description of the CPU or GPU that it runs on.
       fallback_reason: why ONNX Runtime runs an artifact that has TensorRT engines, where
         :func:`load` made that choice; else None.
+      library_note: why the native library is not the artifact's own; None if it is, or equal.
       folder_watch: tells whether the folder still holds what was loaded.
     """
 
@@ -64,6 +66,7 @@ class Model:
         threads: int | None = None,
         adapters: Sequence[str] | None = None,
         backend: BackendChoice = "auto",
+        trust: bool = False,
     ) -> None:
         """Open a verified artifact; :func:`load` verifies it first.
 
@@ -73,6 +76,7 @@ class Model:
           threads: that one operator uses; None for one for each processor available to the process.
           adapters: names of the adapters to load; None for all.
           backend: see :func:`load`.
+          trust: see :func:`load`.
 
         Raises:
           BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
@@ -85,10 +89,13 @@ class Model:
         # By default, ONNX Runtime may take one of a virtual machine's two processors for the
         # hyperthread of the other and leave it idle.
         self.threads = threads or _processors()
-        opened = open_backend(folder, manifest, backend, threads=self.threads, adapters=adapters)
+        opened = open_backend(
+            folder, manifest, backend, threads=self.threads, adapters=adapters, trust=trust
+        )
         self.backend: Backend = opened.backend
         self.device = opened.device
         self.fallback_reason = opened.fallback_reason
+        self.library_note = opened.library_note
         self._decoder = opened.decoder
         self._device_bytes = opened.device_bytes
         self.bank = opened.decoder.bank
@@ -392,14 +399,35 @@ class Model:
                 )
 
 
+class TrustOptions(TypedDict, total=False):
+    """The options of :func:`load` that say which artifact is meant and what it may execute."""
+
+    trust: bool
+    digest: str | None
+    public_key: Path | str | None
+
+
+class LoadOptions(TrustOptions, total=False):
+    """The options of :func:`load`, which describes them."""
+
+    threads: int | None
+    adapters: Sequence[str] | None
+    backend: BackendChoice
+
+
 def load(
     path: Path | str,
     *,
     threads: int | None = None,
     adapters: Sequence[str] | None = None,
     backend: BackendChoice = "auto",
+    trust: bool = False,
+    digest: str | None = None,
+    public_key: Path | str | None = None,
 ) -> Model:
     """Verify every byte of the artifact in ``path``, then open it.
+
+    The folder is locked against changes until everything is open.
 
     Args:
       path: the artifact's folder.
@@ -408,15 +436,24 @@ def load(
       adapters: names of the adapters to load; None for all.
       backend: that runs the model. ``auto`` chooses the artifact's TensorRT engines where this
         machine can run them, else ONNX Runtime; :attr:`Model.backend` is the choice.
+      trust: execute code that the artifact brings: its engines, and its native library where it
+        differs from the installed one. Without it only installed code runs.
+      digest: sha256 that manifest.json must have; None for any.
+      public_key: PEM file of the ed25519 key that must have signed manifest.json; None for none.
 
     Raises:
-      ArtifactError: the folder is damaged or no artifact, an adapter is unknown, or the artifact
-        has not been built for the backend or for this GPU.
+      ArtifactError: the folder is damaged or no artifact, not the one asked for, an adapter is
+        unknown, the artifact has not been built for the backend or for this GPU, or only code that
+        it brings could run it and is not trusted.
+      ConfigError: ``digest`` is no sha256, or ``public_key`` no key.
       BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
     """
     folder = Path(path)
-    manifest = verify_manifest(folder)
-    return Model(folder, manifest, threads=threads, adapters=adapters, backend=backend)
+    authenticity = Authenticity(digest, None if public_key is None else Path(public_key))
+    with opening(folder, authenticity) as manifest:
+        return Model(
+            folder, manifest, threads=threads, adapters=adapters, backend=backend, trust=trust
+        )
 
 
 def _pieces(events: Sequence[Piece | Exception]) -> Iterator[Piece]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from eoracc.plugins.operands.low_rank import LowRank
 
 __all__ = [
+    "reseal",
     "tiny_factors",
     "tiny_linears",
     "tiny_slots",
@@ -191,3 +192,18 @@ def write_tiny_artifact(
             source={"model": "tiny", "digest": loaded.digest}, config={}, parity={}, packages={}
         )
     return work / "artifact"
+
+
+def reseal(folder: Path) -> None:
+    """Let the manifest be that of what the folder holds."""
+    from eoracc.runtime.artifact.manifest import (
+        MANIFEST_FILE,
+        Manifest,
+        describe_folder,
+        read_manifest,
+    )
+
+    manifest = read_manifest(folder)
+    sections = {name: getattr(manifest, name) for name in ("source", "config", "packages")}
+    written = Manifest.of(describe_folder(folder), **sections, parity=manifest.parity)
+    (folder / MANIFEST_FILE).write_text(written.to_json())

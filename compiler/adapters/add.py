@@ -42,8 +42,10 @@ from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import listed_adapters
 from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
-from eoracc.runtime.artifact.manifest import Manifest, verify_manifest
+from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
+from eoracc.runtime.artifact.manifest import Manifest, locked_artifact, opening
 from eoracc.runtime.memory import release_memory
+from eoracc.runtime.onnxruntime.native_library import NativeLibrary, choose_library
 
 if TYPE_CHECKING:
     from eoracc.plugins.adapters import AdapterSlots
@@ -86,15 +88,24 @@ class _Request:
       manifest: of the artifact, verified.
       config: of its build.
       slots: of its model for adapters.
+      library: that runs its model.
     """
 
     manifest: Manifest
     config: BuildConfig
     slots: AdapterSlots
+    library: NativeLibrary | None
 
 
 def _check_request(
-    folder: Path, name: str, config: AdapterConfig, *, force: bool, trust_remote_code: bool
+    folder: Path,
+    name: str,
+    config: AdapterConfig,
+    *,
+    force: bool,
+    trust_remote_code: bool,
+    trust: bool,
+    authenticity: Authenticity,
 ) -> _Request:
     """Check that an adapter can be added, before any work is done for it.
 
@@ -104,14 +115,17 @@ def _check_request(
       config: of the adapter.
       force: replace an adapter of that name.
       trust_remote_code: what the command line says; the artifact's manifest cannot allow it.
+      trust: let the artifact's own native library run.
+      authenticity: what the artifact has to be.
 
     Raises:
       ArtifactError: the artifact is damaged, takes no adapters or none of that type, has one of
-        that name, or needs Python code that the command line does not allow.
+        that name, or needs code that the command line does not allow.
     """
     check_adapter_name(name)
-    manifest = verify_manifest(folder)
-    slots = read_slots(folder, manifest)
+    with opening(folder, authenticity) as manifest:
+        slots = read_slots(folder, manifest)
+        library = choose_library(folder, manifest, trust=trust)
     if name in listed_adapters(manifest) and not force:
         raise ArtifactError(
             f"{folder}: has an adapter '{name}': choose another name, or replace it with --force"
@@ -133,7 +147,7 @@ def _check_request(
             f"{folder}: its model, {built.model!r}, needs Python code of its own repository, which "
             "an artifact cannot allow to run: add --trust-remote-code if you trust it"
         )
-    return _Request(manifest, built, slots)
+    return _Request(manifest, built, slots, library)
 
 
 def solve_for_artifact(
@@ -145,6 +159,8 @@ def solve_for_artifact(
     progress: SilentProgress,
     model: str | None = None,
     trust_remote_code: bool = False,
+    trust: bool = False,
+    authenticity: Authenticity = UNCHECKED,
     force: bool = False,
     parity: bool = True,
 ) -> AddedAdapter:
@@ -158,6 +174,8 @@ def solve_for_artifact(
       progress: shown the phases.
       model: source of the original weights; None for the one in the manifest.
       trust_remote_code: let transformers run code that this source brings.
+      trust: execute the artifact's own native library where it differs from the installed one.
+      authenticity: what the artifact has to be at the beginning.
       force: replace an adapter of that name.
       parity: whether to compare the artifact with the adapter to eager PyTorch.
 
@@ -166,7 +184,15 @@ def solve_for_artifact(
       GateError: the artifact computes the adapter wrongly; it is not stored.
     """
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
-    request = _check_request(folder, name, config, force=force, trust_remote_code=trust_remote_code)
+    request = _check_request(
+        folder,
+        name,
+        config,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        trust=trust,
+        authenticity=authenticity,
+    )
     # Of this adapter alone: others may be solved at the same time.
     work = folder.absolute().with_name(f".{folder.absolute().name}.{name}.work")
     with claimed(work, f"run that adds '{name}'", otherwise="give the adapter another name"):
@@ -234,7 +260,8 @@ def _solve(
         for item in request.config.passes:
             if isinstance(item, ModelPass):
                 item.call(loaded.model)
-        backbone = restore_backbone(folder, loaded.model)
+        with locked_artifact(folder, request.manifest.digest):
+            backbone = restore_backbone(folder, loaded.model)
         phase.advance()
     calibrate = request.config.recipe.last_calibrate or Calibrate()
     solved = solve_adapter(
@@ -292,7 +319,15 @@ def _check(
         progress=progress,
     )
     name = solved.task.name
-    parity = check_adapters(folder, request.slots, {name: solved.factors}, cases, progress=progress)
+    with locked_artifact(folder, request.manifest.digest):
+        parity = check_adapters(
+            folder,
+            request.slots,
+            {name: solved.factors},
+            cases,
+            library=True if request.library is None else request.library.path,
+            progress=progress,
+        )
     for problem in refuse_adapters(parity):
         raise GateError(f"{problem}: it was not stored")
     return replace(report, parity=parity)

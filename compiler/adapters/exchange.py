@@ -22,7 +22,8 @@ from eoracc.runtime.adapters.peft_modules import (
     read_layout,
 )
 from eoracc.runtime.adapters.slots import read_slots
-from eoracc.runtime.artifact.manifest import read_manifest
+from eoracc.runtime.artifact.genai_files import CONFIG_FILE
+from eoracc.runtime.artifact.manifest import read_listed, read_manifest
 from eoracc.runtime.artifact.staged_folder import staged_folder
 from eoracc.runtime.artifact.sync import sync_path
 
@@ -287,5 +288,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
 
 
 def _layout(artifact: Path) -> ModuleLayout:
-    model_type = read_manifest(artifact).source.get("model_type", "")
+    manifest = read_manifest(artifact)
+    read_listed(artifact, manifest, CONFIG_FILE)  # which it reads once more
+    model_type = manifest.source.get("model_type", "")
     return read_layout(artifact, model_type)

@@ -212,6 +212,7 @@ def check_adapters(
     factors: Mapping[str, Mapping[str, LowRank]],
     cases: Mapping[str, AdapterCases],
     *,
+    library: Path | bool = True,
     progress: Progress,
 ) -> dict[str, AdapterParity]:
     """Compare the artifact with each adapter to PyTorch.
@@ -225,15 +226,16 @@ def check_adapters(
       slots: where it takes adapters.
       factors: by adapter, then by linear.
       cases: by adapter.
+      library: the native library; True for the installed one.
       progress: shown one step per adapter and implementation.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     with progress.phase("parity of adapters", 2 * len(cases)) as phase:
-        for library in (True, False):
+        for native in (library, False):
             calls = [
                 (name, case)
                 for name, own in cases.items()
-                for case in (own.library if library else [own.function])
+                for case in (own.library if native else [own.function])
             ]
             packed: dict[str, Operands] = {
                 name: pack_adapter(slots, factors[name]) for name in cases
@@ -241,7 +243,7 @@ def check_adapters(
             outcomes = check_cases(
                 folder,
                 [case for _, case in calls],
-                library=library,
+                library=native,
                 operands=(packed[name] for name, _ in calls),
             )
             for (name, _), outcome in zip(calls, outcomes, strict=True):

@@ -10,9 +10,11 @@ import click
 from eoracc.compiler.commands.adapter_add import add
 from eoracc.compiler.commands.common import (
     PATH,
+    authenticity_options,
     json_option,
     make_console,
     make_table,
+    noting_lost_signature,
     print_json,
     say,
 )
@@ -33,13 +35,22 @@ def adapter() -> None:
 
 @adapter.command("list")
 @click.argument("artifact", type=PATH)
+@authenticity_options
 @json_option
-def list_adapters(artifact: Path, as_json: bool) -> None:
+def list_adapters(
+    artifact: Path, *, digest: str | None, public_key: Path | None, as_json: bool
+) -> None:
     """Show the adapters of ARTIFACT, each compared with the manifest."""
     from eoracc.compiler.report.lines import format_bytes
-    from eoracc.runtime.adapters.files import adapter_names, read_adapter
+    from eoracc.runtime.adapters.files import listed_adapters, read_adapter
+    from eoracc.runtime.artifact.authenticity import Authenticity
+    from eoracc.runtime.artifact.folder_change import reading
+    from eoracc.runtime.artifact.manifest import read_manifest
 
-    described = [_describe(read_adapter(artifact, name)) for name in adapter_names(artifact)]
+    with reading(artifact):
+        manifest = read_manifest(artifact, Authenticity(digest, public_key))
+        names = listed_adapters(manifest)
+        described = [_describe(read_adapter(artifact, name)) for name in names]
     if as_json:
         print_json(described)
         return
@@ -87,13 +98,19 @@ def _describe(one: Adapter) -> dict[str, Any]:
 @adapter.command()
 @click.argument("artifact", type=PATH)
 @click.argument("name")
+@authenticity_options
 @json_option
-def remove(artifact: Path, name: str, as_json: bool) -> None:
+def remove(
+    artifact: Path, name: str, *, digest: str | None, public_key: Path | None, as_json: bool
+) -> None:
     """Remove the adapter NAME from ARTIFACT."""
     from eoracc.runtime.adapters.files import listed_adapters
     from eoracc.runtime.adapters.store import remove_adapter
+    from eoracc.runtime.artifact.authenticity import Authenticity
 
-    left = listed_adapters(remove_adapter(artifact, name))
+    with noting_lost_signature(artifact):
+        manifest = remove_adapter(artifact, name, Authenticity(digest, public_key))
+    left = listed_adapters(manifest)
     if as_json:
         print_json({"removed": name, "adapters": left})
     else:
@@ -112,12 +129,27 @@ def remove(artifact: Path, name: str, as_json: bool) -> None:
     show_default=True,
     help="PEFT's folder, or ONNX Runtime's .onnx_adapter with its description.",
 )
+@authenticity_options
 @json_option
-def export(artifact: Path, name: str, *, folder: Path, form: str, as_json: bool) -> None:
+def export(
+    artifact: Path,
+    name: str,
+    *,
+    folder: Path,
+    form: str,
+    digest: str | None,
+    public_key: Path | None,
+    as_json: bool,
+) -> None:
     """Write the adapter NAME of ARTIFACT for use elsewhere."""
     from eoracc.compiler.adapters.exchange import export_onnx, export_peft
+    from eoracc.runtime.artifact.authenticity import Authenticity
+    from eoracc.runtime.artifact.folder_change import reading
+    from eoracc.runtime.artifact.manifest import read_manifest
 
-    files = (export_peft if form == "peft" else export_onnx)(artifact, name, folder)
+    with reading(artifact):
+        read_manifest(artifact, Authenticity(digest, public_key))
+        files = (export_peft if form == "peft" else export_onnx)(artifact, name, folder)
     if as_json:
         print_json({"files": [str(path) for path in files]})
     else:
@@ -135,6 +167,7 @@ def export(artifact: Path, name: str, *, folder: Path, form: str, as_json: bool)
     help="Type to round the factors of a PEFT adapter to; default: the type of the artifact.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing adapter of this name.")
+@authenticity_options
 @json_option
 def import_(
     artifact: Path,
@@ -143,14 +176,23 @@ def import_(
     name: str | None,
     factor_type: FactorType | None,
     force: bool,
+    digest: str | None,
+    public_key: Path | None,
     as_json: bool,
 ) -> None:
     """Add to ARTIFACT a LoRA that PEFT saved to DIR, or an .onnx_adapter FILE."""
     from eoracc.compiler.adapters.exchange import import_adapter
     from eoracc.runtime.adapters.store import add_adapter
+    from eoracc.runtime.artifact.authenticity import Authenticity
+    from eoracc.runtime.artifact.folder_change import reading
+    from eoracc.runtime.artifact.manifest import read_manifest
 
-    imported = import_adapter(artifact, source, name, factor_type)
-    add_adapter(artifact, imported, force=force)
+    authenticity = Authenticity(digest, public_key)
+    with reading(artifact):
+        read_manifest(artifact, authenticity)
+        imported = import_adapter(artifact, source, name, factor_type)
+    with noting_lost_signature(artifact):
+        add_adapter(artifact, imported, force=force, authenticity=authenticity)
     if as_json:
         print_json(_describe(imported))
         return

@@ -12,8 +12,10 @@ from eoracc.compiler.commands.common import (
     PATH,
     json_option,
     make_console,
+    noting_lost_signature,
     print_json,
     say,
+    trust_options,
     trust_remote_code_option,
 )
 
@@ -69,6 +71,7 @@ _LAYOUTS = click.Choice(["packing", "padding"])
     "was built from.",
 )
 @trust_remote_code_option
+@trust_options
 @click.option("--no-parity", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--force", is_flag=True, help="Replace an existing adapter of this name.")
 @json_option
@@ -78,6 +81,9 @@ def add(
     name: str,
     model: str | None,
     trust_remote_code: bool,
+    trust: bool,
+    digest: str | None,
+    public_key: Path | None,
     no_parity: bool,
     force: bool,
     as_json: bool,
@@ -92,25 +98,34 @@ def add(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from eoracc.runtime.adapters.adapter import check_adapter_name
     from eoracc.runtime.adapters.slots import read_slots
+    from eoracc.runtime.artifact.authenticity import Authenticity
+    from eoracc.runtime.artifact.folder_change import reading
+    from eoracc.runtime.artifact.manifest import read_manifest
 
     check_adapter_name(name)
-    config = _config(options, read_slots(artifact).type)
+    authenticity = Authenticity(digest, public_key)
+    with reading(artifact):
+        slots = read_slots(artifact, read_manifest(artifact, authenticity))
+    config = _config(options, slots.type)
     from eoracc.compiler.adapters.add import solve_for_artifact
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
 
     progress = SilentProgress() if as_json else ConsoleProgress(make_console(err=True))
     try:
-        added = solve_for_artifact(
-            artifact,
-            name,
-            config,
-            data_dir=Path(),
-            progress=progress,
-            model=model,
-            trust_remote_code=trust_remote_code,
-            force=force,
-            parity=not no_parity,
-        )
+        with noting_lost_signature(artifact):
+            added = solve_for_artifact(
+                artifact,
+                name,
+                config,
+                data_dir=Path(),
+                progress=progress,
+                model=model,
+                trust_remote_code=trust_remote_code,
+                trust=trust,
+                authenticity=authenticity,
+                force=force,
+                parity=not no_parity,
+            )
     except KeyboardInterrupt:
         say(
             f"{artifact} is as it was: the same command goes on after the last finished block",

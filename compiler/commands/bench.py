@@ -15,6 +15,7 @@ from eoracc.compiler.commands.common import (
     make_table,
     print_json,
     say,
+    trust_options,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = ["bench"]
 @click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @backend_option
+@trust_options
 @json_option
 def bench(
     artifact: Path,
@@ -55,6 +57,9 @@ def bench(
     new_tokens: int,
     repeats: int,
     backend: BackendChoice,
+    trust: bool,
+    digest: str | None,
+    public_key: Path | None,
     as_json: bool,
 ) -> None:
     """Measure the speed of ARTIFACT, its start-up time and the cost of its adapters."""
@@ -69,6 +74,9 @@ def bench(
             new_tokens=new_tokens,
             repeats=repeats,
             backend=backend,
+            trust=trust,
+            digest=digest,
+            public_key=public_key,
         ),
     )
     if as_json:

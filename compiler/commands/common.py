@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from typing_extensions import override
@@ -26,18 +28,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PATH",
+    "authenticity_options",
     "backend_option",
     "json_option",
     "make_console",
     "make_table",
+    "noting_lost_signature",
     "print_backend",
     "print_json",
     "print_text",
     "say",
+    "trust_options",
     "trust_remote_code_option",
 ]
 
 PATH = click.Path(path_type=Path)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 json_option = click.option(
     "--json",
@@ -79,8 +86,54 @@ def print_text(text: str) -> None:
     click.echo(escape_commands(text) if sys.stdout.isatty() else text, nl=False, color=True)
 
 
+def authenticity_options(command: Command) -> Command:
+    """Add the options that say which artifact is meant: ``digest`` and ``public_key``."""
+    digest = click.option(
+        "--digest",
+        metavar="SHA256",
+        help="Refuse ARTIFACT unless its manifest.json has this sha256, which 'eoracc inspect' "
+        "prints.",
+    )
+    public_key = click.option(
+        "--public-key",
+        type=PATH,
+        metavar="FILE",
+        help="Refuse ARTIFACT unless the owner of this ed25519 key (PEM) has signed it.",
+    )
+    return digest(public_key(command))
+
+
+def trust_options(command: Command) -> Command:
+    """Add ``trust`` and the options of :func:`authenticity_options`."""
+    trust = click.option(
+        "--trust",
+        is_flag=True,
+        help="Execute code that ARTIFACT brings: its engines, and its native library where that "
+        "is not the installed one.",
+    )
+    return trust(authenticity_options(command))
+
+
+@contextmanager
+def noting_lost_signature(artifact: Path) -> Iterator[None]:
+    """Say on standard error that a change inside removed the signature of ``artifact``."""
+    from eoracc.runtime.artifact.signature import SIGNATURE_FILE
+
+    path = artifact / SIGNATURE_FILE
+    was_signed = path.exists()
+    yield
+    if was_signed and not path.exists():
+        say(
+            f"{artifact}: has changed, so its signature was removed: sign it again with "
+            "'eoracc sign'",
+            err=True,
+        )
+
+
 def print_backend(model: Model) -> None:
-    """Print on standard error the backend of an artifact that has engines."""
+    """Print on standard error the backend of an artifact that has engines, and what runs it."""
+    if model.library_note is not None:
+        say(f"note: {model.library_note}", err=True)
     if model.backend == "onnxruntime" and model.fallback_reason is None:
         return
     say(f"running with {model.backend} on {model.device}", err=True)

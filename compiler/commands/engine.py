@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from eoracc.compiler.commands.common import PATH, json_option, make_console, print_json, say
+from eoracc.compiler.commands.common import (
+    PATH,
+    json_option,
+    make_console,
+    noting_lost_signature,
+    print_json,
+    say,
+    trust_options,
+)
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -26,6 +34,7 @@ __all__ = ["engine"]
     help="Folder for the engine and engines.json.  [default: the bundle]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing engine for this GPU.")
+@trust_options
 @json_option
 def engine(
     bundle: Path,
@@ -33,6 +42,9 @@ def engine(
     output: Path | None,
     *,
     force: bool,
+    trust: bool,
+    digest: str | None,
+    public_key: Path | None,
     as_json: bool,
 ) -> None:
     """Build the engine of BUNDLE for the GPU of this machine.
@@ -41,15 +53,19 @@ def engine(
     """
     from eoracc.compiler.progress import ConsoleProgress, SilentProgress
     from eoracc.compiler.targets.tensorrt.engines.from_bundle import build_from_bundle
+    from eoracc.runtime.artifact.authenticity import Authenticity
 
     progress = SilentProgress() if as_json else ConsoleProgress(make_console(err=True))
-    made = build_from_bundle(
-        bundle,
-        progress=progress,
-        compute_capability=compute_capability,
-        output=output,
-        force=force,
-    )
+    with noting_lost_signature(bundle):
+        made = build_from_bundle(
+            bundle,
+            progress=progress,
+            compute_capability=compute_capability,
+            output=output,
+            force=force,
+            trust=trust,
+            authenticity=Authenticity(digest, public_key),
+        )
     if as_json:
         print_json(
             {

@@ -9,6 +9,7 @@ import click
 
 from eoracc.compiler.commands.common import (
     PATH,
+    authenticity_options,
     json_option,
     make_console,
     make_table,
@@ -28,15 +29,23 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect"]
 
+_SIGNATURES = {
+    "none": "not signed",
+    "unchecked": "with a signature that --public-key checks",
+    "valid": "signed by the owner of the key",
+}
+
 
 @click.command()
 @click.argument("path", metavar="ARTIFACT|CHECKPOINT", type=PATH)
+@authenticity_options
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, *, digest: str | None, public_key: Path | None, as_json: bool) -> None:
     """Show the layers of an artifact, a checkpoint folder or a GGUF file."""
     from eoracc.compiler.report.inspection import ArtifactSummary, inspect_path
+    from eoracc.runtime.artifact.authenticity import Authenticity
 
-    summary = inspect_path(path)
+    summary = inspect_path(path, Authenticity(digest, public_key))
     if as_json:
         print_json(summary.as_dict())
     elif isinstance(summary, ArtifactSummary):
@@ -67,6 +76,7 @@ def _show_artifact(summary: ArtifactSummary) -> None:
             f"{summary.bits_per_weight:.2f} bits per weight"
         ),
         f"artifact: {format_bytes(summary.bytes)} in {len(summary.manifest.files)} files",
+        f"manifest.json: sha256 {summary.manifest_sha256}, {_SIGNATURES[summary.signature]}",
     ]
     for line in lines:
         say(line)

@@ -15,6 +15,7 @@ from eoracc.compiler.commands.common import (
     print_backend,
     print_json,
     print_text,
+    trust_options,
 )
 from eoracc.documents import Reader
 from eoracc.errors import ConfigError
@@ -120,6 +121,7 @@ __all__ = ["run"]
     help="With --json: add the log probability of each token and the N most likely tokens.",
 )
 @backend_option
+@trust_options
 @json_option
 def run(
     artifact: Path,
@@ -141,6 +143,9 @@ def run(
     repetition_penalty: float,
     logprobs: int | None,
     backend: BackendChoice,
+    trust: bool,
+    digest: str | None,
+    public_key: Path | None,
     as_json: bool,
 ) -> None:
     """Generate text with ARTIFACT from PROMPT, or from standard input if PROMPT is - or absent."""
@@ -157,7 +162,14 @@ def run(
     if prompt == "-":
         prompt = _read_prompt()
     # Others need not be read, let alone be held in memory.
-    model = load(artifact, adapters=list(weights), backend=backend)
+    model = load(
+        artifact,
+        adapters=list(weights),
+        backend=backend,
+        trust=trust,
+        digest=digest,
+        public_key=public_key,
+    )
     print_backend(model)
     in_chat = model.has_chat_template if chat is None else chat
     request = Request(

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from eoracc.compiler.commands.common import PATH, backend_option, print_backend
+from eoracc.compiler.commands.common import (
+    PATH,
+    backend_option,
+    print_backend,
+    trust_options,
+)
 from eoracc.errors import BackendError
 from eoracc.log_lines import LogFormat
 
@@ -150,6 +155,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--access-log/--no-access-log", default=True, show_default=True)
 @backend_option
+@trust_options
 def serve(
     artifact: Path,
     *,
@@ -178,6 +184,9 @@ def serve(
     log_format: LogFormat,
     access_log: bool,
     backend: BackendChoice,
+    trust: bool,
+    digest: str | None,
+    public_key: Path | None,
 ) -> None:
     """Serve ARTIFACT and its adapters through an OpenAI-compatible API."""
     try:
@@ -222,6 +231,9 @@ def serve(
             context_length=context_length,
             threads=threads,
             backend=backend,
+            trust=trust,
+            digest=digest,
+            public_key=public_key,
             on_load=print_backend,
         )
         service = Service(served, options, model_name=model_name or artifact.resolve().name)

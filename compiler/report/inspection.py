@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from eoracc.compiler.report.content import LinearReport, Report
 from eoracc.compiler.report.lines import report_lines
-from eoracc.documents import VOCABULARY_BYTES, Reader
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, ModelError
-from eoracc.runtime.artifact.manifest import MANIFEST_FILE, REPORT_FILE, Manifest, read_manifest
+from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
+from eoracc.runtime.artifact.folder_change import reading
+from eoracc.runtime.artifact.manifest import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    Manifest,
+    describe_file,
+    read_listed,
+    read_manifest,
+)
+from eoracc.runtime.artifact.signature import SIGNATURE_FILE
 from eoracc.tensor_files import read_tensor_header
 
 if TYPE_CHECKING:
@@ -83,11 +93,15 @@ class ArtifactSummary:
       path: its folder.
       manifest: files, source and configuration.
       report: linears, fidelity, parity.
+      manifest_sha256: of manifest.json, which stands for all files.
+      signature: ``none``, ``unchecked``, or ``valid`` for the key that was given.
     """
 
     path: Path
     manifest: Manifest
     report: Report
+    manifest_sha256: str
+    signature: Literal["none", "unchecked", "valid"]
 
     @property
     def bytes(self) -> int:
@@ -123,6 +137,8 @@ class ArtifactSummary:
             "kind": "artifact",
             "path": str(self.path),
             "digest": self.manifest.digest,
+            "manifest_sha256": self.manifest_sha256,
+            "signature": self.signature,
             "source": dict(self.manifest.source),
             "bytes": self.bytes,
             "linear_bytes": self.linear_bytes,
@@ -134,16 +150,22 @@ class ArtifactSummary:
         }
 
 
-def inspect_path(path: Path) -> ArtifactSummary | CheckpointSummary:
+def inspect_path(
+    path: Path, authenticity: Authenticity = UNCHECKED
+) -> ArtifactSummary | CheckpointSummary:
     """Look into an artifact, a checkpoint folder, or a GGUF file.
 
+    Args:
+      path: of one of these.
+      authenticity: what an artifact has to be; a checkpoint has no manifest to compare.
+
     Raises:
-      ArtifactError: an artifact is damaged.
+      ArtifactError: an artifact is damaged, or not the one asked for.
       ModelError: ``path`` is none of these, or its files are damaged.
     """
+    if authenticity != UNCHECKED or (path / MANIFEST_FILE).is_file():
+        return _artifact(path, authenticity)
     if path.is_dir():
-        if (path / MANIFEST_FILE).is_file():
-            return _artifact(path)
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise ModelError(
@@ -160,15 +182,24 @@ def inspect_path(path: Path) -> ArtifactSummary | CheckpointSummary:
     raise ModelError(f"{path}: is neither an artifact nor a checkpoint folder nor a .gguf file")
 
 
-def _artifact(folder: Path) -> ArtifactSummary:
-    manifest = read_manifest(folder)
+def _artifact(folder: Path, authenticity: Authenticity) -> ArtifactSummary:
+    with reading(folder):
+        manifest = read_manifest(folder, authenticity)
+        content = read_listed(folder, manifest, REPORT_FILE)
+        manifest_sha256 = describe_file(folder / MANIFEST_FILE).sha256
+        is_signed = (folder / SIGNATURE_FILE).is_file()
     path = folder / REPORT_FILE
-    content = _READER.read_object(path, limit=VOCABULARY_BYTES)
+    values = _READER.as_object(_READER.parse(content, path), path)
     with _READER.refusing_form(path, "is not the report of a build"):
-        report = Report.from_dict(content)
+        report = Report.from_dict(values)
         # Parts that other packages write are plain mappings: whether they can be read shows here.
         report_lines(report)
-    return ArtifactSummary(folder, manifest, report)
+    checked: Literal["unchecked", "valid"] = (
+        "unchecked" if authenticity.public_key is None else "valid"
+    )
+    return ArtifactSummary(
+        folder, manifest, report, manifest_sha256, checked if is_signed else "none"
+    )
 
 
 def _safetensors(path: Path) -> Iterator[TensorSummary]:

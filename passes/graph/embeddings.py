@@ -12,7 +12,7 @@ import onnx_ir as ir
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.op import DOMAIN, GATHER_OP
+from eoracc.plugins.op import DOMAIN, DOMAIN_VERSION, GATHER_OP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +98,7 @@ class Embedding:
         ir.convenience.replace_nodes_and_values(
             graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
         )
-        graph.opset_imports.setdefault(DOMAIN, 1)
+        graph.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
         if not table.uses():
             del graph.initializers[str(table.name)]
 

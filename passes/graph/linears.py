@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from eoracc.errors import ModelError, PassError
 from eoracc.passes.graph.record import LinearRecord
 from eoracc.passes.graph.stored import factor_arrays, stored_factors, stored_weight
-from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
+from eoracc.plugins.op import DOMAIN, DOMAIN_VERSION, FUSED_OP, Input
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
@@ -307,7 +307,7 @@ class Linear:
         ir.convenience.replace_nodes_and_values(
             graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
         )
-        graph.opset_imports.setdefault(DOMAIN, 1)
+        graph.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
         _drop_unused_initializers(graph, stale)
 
     @property

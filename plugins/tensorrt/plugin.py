@@ -116,8 +116,14 @@ class Kernels:
         return found
 
     def ptx(self, kernel: Kernel) -> bytes:
-        """The code of ``kernel``."""
+        """The code of ``kernel``.
+
+        Raises:
+          ValueError: its file is not beside kernels.json.
+        """
         path: Path = self._folder / kernel["file"]
+        if path.name != kernel["file"] or path.is_symlink():
+            raise ValueError(f"{self._folder / KERNELS_FILE}: names {kernel['file']!r}, elsewhere")
         return path.read_bytes()
 
 

@@ -37,9 +37,10 @@ def read_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots:
 
 def find_slots(folder: Path, manifest: Manifest | None = None) -> AdapterSlots | None:
     """Like :func:`read_slots`; None if the artifact has no slots."""
-    path = read_model_files(folder).model
+    manifest = read_manifest(folder) if manifest is None else manifest
+    path = read_model_files(folder, manifest).model
     name = path.relative_to(folder).as_posix()
-    return parse_slots(read_listed(folder, manifest or read_manifest(folder), name), path)
+    return parse_slots(read_listed(folder, manifest, name), path)
 
 
 def parse_slots(model: bytes, path: Path) -> AdapterSlots | None:

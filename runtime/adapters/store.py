@@ -19,17 +19,13 @@ from eoracc.runtime.adapters.files import (
     listed_adapters,
 )
 from eoracc.runtime.adapters.slots import read_slots
-from eoracc.runtime.artifact.folder_change import change_files, changing
-from eoracc.runtime.artifact.manifest import (
-    MANIFEST_FILE,
-    REPORT_FILE,
-    describe_bytes,
-    read_listed,
-    read_manifest,
-)
+from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
+from eoracc.runtime.artifact.folder_change import changing
+from eoracc.runtime.artifact.manifest import REPORT_FILE, read_listed, read_manifest
+from eoracc.runtime.artifact.update import change_artifact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from eoracc.runtime.adapters.adapter import Adapter
@@ -47,6 +43,7 @@ def add_adapter(
     *,
     force: bool = False,
     edit_report: Callable[[_Report], None] | None = None,
+    authenticity: Authenticity = UNCHECKED,
 ) -> Manifest:
     """Store ``adapter`` in an artifact.
 
@@ -56,6 +53,7 @@ def add_adapter(
       force: replace an adapter of the same name and drop its figures from the report.
       edit_report: edits the current content of report.json in place. It must not read adapters or
         verify the artifact, which is locked meanwhile.
+      authenticity: what the artifact has to be before the change.
 
     Returns:
       The artifact's new manifest.
@@ -67,7 +65,7 @@ def add_adapter(
     """
     check_adapter_name(adapter.name)
     with changing(folder):
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, authenticity)
         if adapter.backbone != manifest.digest:
             raise ArtifactError(
                 f"adapter '{adapter.name}': is for the backbone {adapter.backbone[:12]}, {folder} "
@@ -80,11 +78,16 @@ def add_adapter(
             )
         written = encode_adapter(adapter, read_slots(folder, manifest))
         written |= _edited_report(folder, manifest, adapter.name, edit_report)
-        return _change(folder, manifest, written)
+        return change_artifact(folder, manifest, written)
 
 
-def remove_adapter(folder: Path, name: str) -> Manifest:
+def remove_adapter(folder: Path, name: str, authenticity: Authenticity = UNCHECKED) -> Manifest:
     """Remove an adapter and its figures in the report from an artifact.
+
+    Args:
+      folder: the artifact.
+      name: of the adapter.
+      authenticity: what the artifact has to be before the change.
 
     Returns:
       The artifact's new manifest.
@@ -93,20 +96,10 @@ def remove_adapter(folder: Path, name: str) -> Manifest:
       ArtifactError: the adapter is unknown, or the artifact cannot be written to.
     """
     with changing(folder):
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, authenticity)
         check_adapter_exists(folder, manifest, name)
         written = _edited_report(folder, manifest, name, None)
-        return _change(folder, manifest, written, adapter_files(name))
-
-
-def _change(
-    folder: Path, manifest: Manifest, written: Mapping[str, bytes], removed: Collection[str] = ()
-) -> Manifest:
-    changed = manifest.with_files(
-        dict.fromkeys(removed) | {name: describe_bytes(data) for name, data in written.items()}
-    )
-    change_files(folder, {**written, MANIFEST_FILE: changed.to_json().encode()}, removed)
-    return changed
+        return change_artifact(folder, manifest, written, adapter_files(name))
 
 
 def _edited_report(

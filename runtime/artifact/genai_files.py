@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.printable import printable
+from eoracc.runtime.artifact.manifest import Manifest, read_listed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,14 +37,22 @@ class ModelFiles:
     shares_cache: bool
 
 
-def read_model_files(folder: Path) -> ModelFiles:
+def read_model_files(folder: Path, manifest: Manifest | None = None) -> ModelFiles:
     """Read the files that ONNX Runtime must load from genai_config.json.
+
+    Args:
+      folder: the artifact, or what a build has written of it.
+      manifest: of the artifact, which must list the files; None before there is one.
 
     Raises:
       ArtifactError: the file is missing or damaged.
     """
     path = folder / CONFIG_FILE
-    content = _READER.read_object(path)
+    if manifest is None:
+        content = _READER.read_object(path)
+    else:
+        listed = read_listed(folder, manifest, CONFIG_FILE)
+        content = _READER.as_object(_READER.parse(listed, path), path)
     with _READER.refusing_form(path, "does not describe a decoder"):
         section = content["model"]
         decoder = section["decoder"]
@@ -56,6 +65,11 @@ def read_model_files(folder: Path) -> ModelFiles:
             raise ArtifactError(
                 f"{path}: names '{printable(name)}', which is not in the folder: do not trust this "
                 "artifact"
+            )
+        if manifest is not None and str(name) not in manifest.files:
+            raise ArtifactError(
+                f"{path}: names '{printable(name)}', which manifest.json does not list: do not "
+                "trust this artifact"
             )
     return ModelFiles(
         model=folder / model,

@@ -1,29 +1,37 @@
 """manifest.json: the list of an artifact's files, and the check that none has changed.
 
 The manifest lists every file with its sha256 and size. Every byte is compared before anything is
-loaded, the native library above all. The same inputs give the same bytes in every file, except for
-the records of the build (report.json, builder.log), TensorRT engines, whose internal numbering
-varies, and manifest.json, which holds their hashes. :attr:`Manifest.digest` covers none of these,
-nor adapters, which may be added and removed: it identifies the backbone, which adapters are bound
-to.
+loaded, and the folder is locked until everything is open. What is not listed is not opened: a file
+beside the listed ones is refused, and so is a link, or a name that leads elsewhere.
+
+The same inputs give the same bytes in every file, except for the records of the build (report.json,
+builder.log), TensorRT engines, whose internal numbering varies, and manifest.json, which holds
+their hashes. :attr:`Manifest.digest` covers none of these, nor adapters, which may be added and
+removed: it identifies the backbone, which adapters are bound to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
 from eoracc.runtime.artifact.folder_change import STAGED, reading
 from eoracc.runtime.artifact.folder_exchange import finish_exchange
-from eoracc.runtime.artifact.versioned_json import read_versioned
+from eoracc.runtime.artifact.onnx_file import external_files, parse_onnx
+from eoracc.runtime.artifact.signature import SIGNATURE_FILE
+from eoracc.runtime.artifact.versioned_json import check_versioned
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = [
     "ADAPTERS_FOLDER",
@@ -33,9 +41,12 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "backbone_digest",
+    "check_files",
     "describe_bytes",
     "describe_file",
     "describe_folder",
+    "locked_artifact",
+    "opening",
     "read_listed",
     "read_manifest",
     "verify_manifest",
@@ -49,6 +60,10 @@ _SCHEMA = 1
 
 _FORMAT = "eoracc artifact"
 _BLOCK = 1 << 20
+_READER = Reader(ArtifactError, "build the artifact again")
+_UNLISTED = frozenset((MANIFEST_FILE, SIGNATURE_FILE))
+"""Files that a manifest cannot list."""
+
 _SECTIONS = ("source", "config", "packages", "parity")
 _ADAPTER_FILE = re.compile(rf"{ADAPTERS_FOLDER}/[^/]+\.(onnx_adapter|json)")
 _ENGINE_FILE = re.compile(r"tensorrt(_rtx)?/(engines\.json|[^/]+\.(engine|log))")
@@ -136,31 +151,40 @@ def backbone_digest(files: Mapping[str, FileEntry]) -> str:
 
 
 def describe_folder(folder: Path) -> dict[str, FileEntry]:
-    """Hash every file under ``folder`` except the manifest, sorted by path.
+    """Hash every file under ``folder`` except the manifest and its signature, sorted by path.
 
     Raises:
       ArtifactError: an entry is neither a plain file nor a folder.
     """
-    return {
-        name: describe_file(folder / name) for name in _listing(folder) if name != MANIFEST_FILE
-    }
+    return {name: describe_file(folder / name) for name in _listing(folder)}
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json, without looking at any other file.
+def read_manifest(folder: Path, authenticity: Authenticity = UNCHECKED) -> Manifest:
+    """Read and check manifest.json, without looking at any other file but its signature.
+
+    Args:
+      folder: the artifact.
+      authenticity: what the bytes of manifest.json have to match before they are read.
 
     Raises:
-      ArtifactError: ``folder`` is no artifact, or its manifest is damaged.
+      ArtifactError: ``folder`` is no artifact, not the one asked for, or its manifest is damaged.
+      ConfigError: the key of ``authenticity`` cannot be read.
     """
     path = folder / MANIFEST_FILE
     finish_exchange(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: there is no such folder: give an artifact's folder")
-    content = read_versioned(
+    if not path.exists():
+        raise ArtifactError(
+            f"{folder}: has no {MANIFEST_FILE}, so it is no eoracc artifact: build one"
+        )
+    raw = _READER.read_bytes(path, limit=VOCABULARY_BYTES)
+    authenticity.check(folder, raw)
+    content = check_versioned(
+        _READER.parse(raw, path),
         path,
         file_format=_FORMAT,
         schema=_SCHEMA,
-        missing=f"{folder}: has no {MANIFEST_FILE}, so it is no eoracc artifact: build one",
         foreign="is not the manifest of an eoracc artifact",
     )
     try:
@@ -182,36 +206,104 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(files=files, digest=digest, **sections)
 
 
-def verify_manifest(folder: Path) -> Manifest:
+def verify_manifest(folder: Path, authenticity: Authenticity = UNCHECKED) -> Manifest:
     """Compare every byte of the artifact in ``folder`` with its manifest.
 
     An interrupted change is finished first.
+
+    Args:
+      folder: the artifact.
+      authenticity: what manifest.json has to match.
 
     Returns:
       The manifest.
 
     Raises:
-      ArtifactError: a file is missing, changed, not listed, or not inside the folder.
+      ArtifactError: a file is missing, changed, not listed, or not inside the folder; or this is
+        not the artifact asked for.
     """
     with reading(folder):
-        manifest = read_manifest(folder)
-        present = set(_listing(folder)) - {MANIFEST_FILE}
-        for name in sorted(manifest.files.keys() - present):
-            raise ArtifactError(f"{folder / name}: is missing: copy or build the artifact again")
-        for name in sorted(present - manifest.files.keys()):
-            raise ArtifactError(
-                f"{folder / name}: is not listed in {MANIFEST_FILE}: remove it, it is no part of "
-                "the artifact"
-            )
-        for name, entry in manifest.files.items():
-            path = folder / name
-            if (size := path.stat().st_size) != entry.size:
-                raise ArtifactError(
-                    f"{path}: has {size} bytes where {MANIFEST_FILE} says {entry.size}: "
-                    "copy or build the artifact again"
-                )
-            _compare(path, describe_file(path), entry)
+        manifest = read_manifest(folder, authenticity)
+        check_files(folder, manifest)
     return manifest
+
+
+@contextmanager
+def opening(folder: Path, authenticity: Authenticity = UNCHECKED) -> Iterator[Manifest]:
+    """Verify an artifact and lock it against changes until all that is needed of it is open.
+
+    Yields:
+      The manifest. Every file that the ONNX files of the artifact name is listed in it.
+
+    Raises:
+      ArtifactError: see :func:`verify_manifest`; or an ONNX file keeps tensors in a file that is
+        not listed.
+    """
+    finish_exchange(folder)  # a missing folder could not be locked
+    with reading(folder):
+        manifest = read_manifest(folder, authenticity)
+        check_files(folder, manifest)
+        for name in sorted(manifest.files):
+            if name.endswith(".onnx"):
+                _check_external(folder, manifest, name)
+        yield manifest
+
+
+@contextmanager
+def locked_artifact(folder: Path, backbone: str) -> Iterator[None]:
+    """Lock an artifact that was verified before against changes.
+
+    Args:
+      folder: the artifact.
+      backbone: digest in the manifest that was verified.
+
+    Raises:
+      ArtifactError: the artifact was replaced by one with another backbone meanwhile.
+    """
+    with reading(folder):
+        if read_manifest(folder).digest != backbone:
+            raise ArtifactError(
+                f"{folder}: was replaced by another artifact meanwhile: run the command again"
+            )
+        yield
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every byte of the files in a locked ``folder`` with its manifest.
+
+    Raises:
+      ArtifactError: see :func:`verify_manifest`.
+    """
+    present = set(_listing(folder))
+    for name in sorted(manifest.files.keys() - present):
+        raise ArtifactError(f"{folder / name}: is missing: copy or build the artifact again")
+    for name in sorted(present - manifest.files.keys()):
+        raise ArtifactError(
+            f"{folder / name}: is not listed in {MANIFEST_FILE}: remove it, it is no part of "
+            "the artifact"
+        )
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if (size := path.stat().st_size) != entry.size:
+            raise ArtifactError(
+                f"{path}: has {size} bytes where {MANIFEST_FILE} says {entry.size}: "
+                "copy or build the artifact again"
+            )
+        _compare(path, describe_file(path), entry)
+
+
+def _check_external(folder: Path, manifest: Manifest, name: str) -> None:
+    """Check that an ONNX file keeps tensors only in files that the manifest lists."""
+    path = folder / name
+    model = parse_onnx(read_listed(folder, manifest, name), path)
+    start = name[: name.rfind("/") + 1]
+    for location in sorted(external_files(model)):
+        # Compared as text: another spelling of a listed path is refused, too.
+        if f"{start}{location}" not in manifest.files:
+            raise ArtifactError(
+                f"{path}: keeps tensors in {location[:200]!r}, which {MANIFEST_FILE} does not "
+                "list: do not trust this artifact"
+            )
 
 
 def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
@@ -255,25 +347,31 @@ def _is_inside(name: str) -> bool:
 
 
 def _listing(folder: Path) -> list[str]:
-    """Paths of all files, sorted; a symbolic link that leaves the folder is an error.
+    """Paths of all files that a manifest lists, sorted; a link is an error.
 
-    A half-written change is not part of the artifact.
+    A half-written change is not part of the artifact: no manifest lists it, so nothing opens it.
     """
-    root = folder.resolve()
-    names = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise ArtifactError(
-                f"{path}: is a link that leaves the folder: do not trust this artifact"
-            )
-        if path.is_dir():
-            continue
-        if not path.is_file():
-            raise ArtifactError(f"{path}: is neither a file nor a folder: remove it")
-        name = path.relative_to(folder)
-        if name.parts[0] != STAGED:
-            names.append(name.as_posix())
-    return names
+    names: list[str] = []
+    for parent, folders, files in os.walk(folder, onerror=_refuse_unreadable):
+        place = Path(parent)
+        if place == folder and STAGED in folders and not (folder / STAGED).is_symlink():
+            folders.remove(STAGED)
+        for entry in sorted((*folders, *files)):
+            path = place / entry
+            if path.is_symlink():
+                leaves = not path.resolve().is_relative_to(folder.resolve())
+                raise ArtifactError(
+                    f"{path}: is a link{' that leaves the folder' if leaves else ''}: "
+                    "do not trust this artifact"
+                )
+            if entry not in folders and not path.is_file():
+                raise ArtifactError(f"{path}: is neither a file nor a folder: remove it")
+        names += [(place / entry).relative_to(folder).as_posix() for entry in files]
+    return sorted(name for name in names if name not in _UNLISTED)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def describe_file(path: Path) -> FileEntry:

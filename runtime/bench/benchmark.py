@@ -18,7 +18,7 @@ from eoracc.runtime.model import load
 from eoracc.runtime.request import NO_ADAPTER
 
 if TYPE_CHECKING:
-    from eoracc.runtime.model import Model
+    from eoracc.runtime.model import Model, TrustOptions
 
 __all__ = ["BenchOptions", "run_benchmark"]
 
@@ -36,6 +36,9 @@ class BenchOptions:
       new_tokens: number of tokens to decode.
       repeats: of every measurement.
       backend: that runs the artifact, see :func:`eoracc.runtime.load`.
+      trust: likewise.
+      digest: likewise.
+      public_key: likewise.
     """
 
     adapters: Sequence[str] | None = None
@@ -44,6 +47,13 @@ class BenchOptions:
     new_tokens: int = 128
     repeats: int = 5
     backend: BackendChoice = "auto"
+    trust: bool = False
+    digest: str | None = None
+    public_key: Path | None = None
+
+    def trust_options(self) -> TrustOptions:
+        """Which artifact is meant, and whether its code may run."""
+        return {"trust": self.trust, "digest": self.digest, "public_key": self.public_key}
 
 
 def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
@@ -54,7 +64,9 @@ def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
       RequestError: an adapter is unknown, or the tokens exceed the context.
       BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
     """
-    model = load(folder, threads=options.threads, backend=options.backend)
+    model = load(
+        folder, threads=options.threads, backend=options.backend, **options.trust_options()
+    )
     adapters = _adapters(model, options.adapters)
     _check_room(model, options)
     start = measure_start(
@@ -63,6 +75,7 @@ def run_benchmark(folder: Path, options: BenchOptions) -> BenchReport:
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         backend=model.backend,
+        **options.trust_options(),
     )
     if (change := model.folder_watch.check()) is not None:
         raise ArtifactError(f"{folder}: {change.text} after it was loaded: measure it again")

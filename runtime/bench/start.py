@@ -6,14 +6,16 @@ what an artifact needs.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from eoracc.documents import Reader
 from eoracc.errors import BackendError
-from eoracc.runtime.backends import Backend
+from eoracc.runtime.model import LoadOptions
 
 __all__ = ["Start", "measure_start"]
 
@@ -40,16 +42,23 @@ class Start:
 
 
 def measure_start(
-    folder: Path, *, threads: int, prompt_tokens: int, new_tokens: int, backend: Backend
+    folder: Path, *, prompt_tokens: int, new_tokens: int, **options: Unpack[LoadOptions]
 ) -> Start:
     """Load the artifact in a new process, and run a prompt and some decoding there.
+
+    Args:
+      folder: the artifact.
+      prompt_tokens: length of the prompt.
+      new_tokens: to decode.
+      **options: of :func:`eoracc.runtime.load`.
 
     Raises:
       BackendError: the process failed; the text is its last line of error output.
     """
-    numbers = (threads, prompt_tokens, new_tokens)
+    numbers = (prompt_tokens, new_tokens)
+    given = json.dumps(options, default=str)  # a path as its text
     done = subprocess.run(  # noqa: S603 - a module of this package
-        [sys.executable, "-m", _PROCESS, str(folder), backend, *map(str, numbers)],
+        [sys.executable, "-m", _PROCESS, str(folder), *map(str, numbers), given],
         capture_output=True,
         text=True,
         check=False,

@@ -1,8 +1,9 @@
 """The new process of :mod:`eoracc.runtime.bench.start`.
 
-    python -m eoracc.runtime.bench.start_process ARTIFACT BACKEND THREADS PROMPT_TOKENS NEW_TOKENS
+    python -m eoracc.runtime.bench.start_process ARTIFACT PROMPT_TOKENS NEW_TOKENS LOAD_OPTIONS
 
-Prints one JSON object, or an error text on standard error.
+The options of :func:`eoracc.runtime.load` are a JSON object. Prints one, or an error text on
+standard error.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Unpack
 
+from eoracc.documents import Reader
+from eoracc.errors import BackendError
 from eoracc.failure import end_process
 from eoracc.runtime.bench import workloads
 from eoracc.runtime.bench.start import Start
@@ -21,13 +24,15 @@ from eoracc.runtime.memory import peak_bytes, resident_bytes
 from eoracc.runtime.model import load
 
 if TYPE_CHECKING:
-    from eoracc.runtime.backends import BackendChoice
+    from eoracc.runtime.model import LoadOptions
 
 __all__ = ["start"]
 
+_READER = Reader(BackendError, "run the benchmark again")
+
 
 def start(
-    folder: Path, backend: BackendChoice, threads: int, prompt_tokens: int, new_tokens: int
+    folder: Path, prompt_tokens: int, new_tokens: int, **options: Unpack[LoadOptions]
 ) -> Start:
     """Load the artifact, run a prompt and some decoding, and measure time and memory.
 
@@ -35,7 +40,7 @@ def start(
       EoraccError: the artifact cannot be loaded or run.
     """
     began = time.perf_counter()
-    model = load(folder, threads=threads, backend=backend)  # also imports the backend
+    model = load(folder, **options)  # also imports the backend
     load_s = time.perf_counter() - began
     held = resident_bytes()
     prompt = workloads.prompt_tokens(model, prompt_tokens)
@@ -45,8 +50,8 @@ def start(
 
 if __name__ == "__main__":
     try:
-        chosen = cast("BackendChoice", sys.argv[2])
-        measured = start(Path(sys.argv[1]), chosen, *map(int, sys.argv[3:]))
+        given = _READER.parse(sys.argv[4], "LOAD_OPTIONS")
+        measured = start(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), **given)
         sys.stdout.write(json.dumps(asdict(measured)))
     except BaseException as error:  # noqa: BLE001 - panics of Rust libraries are no Exception
         sys.exit(end_process(error, prefix=""))

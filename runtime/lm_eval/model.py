@@ -53,6 +53,9 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         max_length: int | None = None,
         max_gen_toks: int = 256,
         threads: int | None = None,
+        trust: bool = False,
+        digest: str | None = None,
+        public_key: str | None = None,
         device: str | None = None,  # noqa: ARG002 - lm-eval gives it to every model
         max_batch_size: int | None = None,
     ) -> None:
@@ -65,16 +68,22 @@ class EoraccLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
           max_length: most tokens of a text; None for the model's context.
           max_gen_toks: number of new tokens if a task does not give it.
           threads: that one operator uses; None for one for each processor available to the process.
+          trust: execute code that the artifact brings, see :func:`eoracc.runtime.load`.
+          digest: likewise.
+          public_key: likewise.
           device: ignored; lm-eval passes cuda:0 by default.
           max_batch_size: used if ``batch_size`` is ``auto``.
 
         Raises:
-          ArtifactError: ``pretrained`` is damaged or no artifact.
+          ArtifactError: ``pretrained`` is damaged, no artifact, not the one asked for, or not
+            trusted.
           RequestError: the adapter is unknown, or an argument is out of range.
           BackendError: ONNX Runtime is missing or rejects the model.
         """
         super().__init__()
-        self.model = load(Path(pretrained), threads=threads)
+        self.model = load(
+            Path(pretrained), threads=threads, trust=trust, digest=digest, public_key=public_key
+        )
         self.model.bank.check(adapter)
         self._adapter = adapter
         longest = self.model.context_length

@@ -17,6 +17,7 @@ from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.graph_names import LOGITS_TO_KEEP, PAST, PRESENT
 from eoracc.runtime.artifact.long_rope import LongRope
 from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
+from eoracc.runtime.onnxruntime.native_library import native_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,7 +182,7 @@ def token_positions(attention_mask: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def open_session(
-    folder: Path, *, library: bool = True, threads: int | None = None, lean: bool = False
+    folder: Path, *, library: Path | bool = True, threads: int | None = None, lean: bool = False
 ) -> Session:
     """Open the artifact in ``folder``.
 
@@ -191,8 +192,8 @@ def open_session(
 
     Args:
       folder: the artifact.
-      library: register the native library; without it the fused op runs through its model-local
-        function, in any ONNX Runtime.
+      library: the native library to register; True for that of the installed eoracc. Without one,
+        False, the fused op runs through its model-local function, in any ONNX Runtime.
       threads: that one operator uses; None for ONNX Runtime's default.
       lean: save memory. Without the library, ONNX Runtime would dequantize all weights at load,
         which takes several times their memory and makes calls fast; if lean, it dequantizes them
@@ -203,5 +204,5 @@ def open_session(
       ArtifactError: genai_config.json is missing or damaged.
     """
     files = read_model_files(folder)
-    native = files.library if library else None
+    native = native_path(library)
     return Session(open_inference(str(files.model), native, threads, str(files.model), lean=lean))

@@ -17,6 +17,7 @@ from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.graph_file import read_graph
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
+from eoracc.runtime.onnxruntime.native_library import native_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,7 @@ _FUSED_ATTRIBUTES = ("activation", "norm_epsilon")
 
 
 def open_linears(
-    folder: Path, names: Sequence[str], *, library: bool = True, threads: int | None = None
+    folder: Path, names: Sequence[str], *, library: Path | bool = True, threads: int | None = None
 ) -> Iterator[Callable[[Mapping[int, NDArray[np.float32]]], NDArray[np.float32]]]:
     """Open single linears of the artifact, with their stored operands.
 
@@ -53,7 +54,7 @@ def open_linears(
         if node.domain == DOMAIN
         for part, name in enumerate(_linear_names(node))
     }
-    native = files.library if library else None
+    native = native_path(library)
     opened: tuple[ir.Node, Any] | None = None
     for name in names:
         if name not in places:

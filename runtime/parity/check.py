@@ -34,12 +34,16 @@ _GRAPHS = ("tensorrt_rtx", "tensorrt")
 _GRAPH_FILE = "model.onnx"
 
 
-def check_parity(folder: Path) -> ParityReport:
+def check_parity(folder: Path, library: Path | bool = True) -> ParityReport:
     """Compare the artifact in ``folder`` with the record of each target.
 
     The model for ONNX Runtime is checked with and without the native library. The graph of a
     TensorRT target is checked as its float32 twin; no engine is run. The caller has verified the
     manifest.
+
+    Args:
+      folder: the artifact.
+      library: see :func:`eoracc.runtime.onnxruntime.session.open_session`.
 
     Raises:
       ArtifactError: the record is missing, or a record or a model cannot be read.
@@ -51,11 +55,10 @@ def check_parity(folder: Path) -> ParityReport:
     if (folder / PARITY_FILE).is_file() or not graphs:
         record = read_record(folder / PARITY_FILE)
         effects.append(record.compression_effect)
-        for through in ("library", "function"):
-            library = through == "library"
-            linears.append(_check_linears(folder, record, library=library))
+        for native in (library, False):
+            linears.append(_check_linears(folder, record, library=native))
             release_memory()
-            logits.extend(check_cases(folder, record.cases, library=library))
+            logits.extend(check_cases(folder, record.cases, library=native))
             release_memory()
     for name in graphs:
         record = read_record(folder / name / PARITY_FILE)
@@ -68,7 +71,7 @@ def check_parity(folder: Path) -> ParityReport:
     return ParityReport(passed, tuple(linears), tuple(logits), min(effects))
 
 
-def _check_linears(folder: Path, record: ParityRecord, *, library: bool) -> LinearParity:
+def _check_linears(folder: Path, record: ParityRecord, *, library: Path | bool) -> LinearParity:
     worst, share = "", 0.0
     names = [linear.name for linear in record.linears]
     computed = open_linears(folder, names, library=library)
@@ -93,7 +96,7 @@ def check_cases(
     folder: Path,
     cases: Iterable[ParityCase],
     *,
-    library: bool,
+    library: Path | bool,
     operands: Iterable[Mapping[str, NDArray[np.generic]]] = repeat({}),
 ) -> Iterator[CaseParity]:
     """Compare calls of the artifact in ``folder`` with reference logits.
@@ -101,7 +104,7 @@ def check_cases(
     Args:
       folder: the artifact, or at least its model.
       cases: calls and their logits.
-      library: use the native library, not the model-local functions.
+      library: the native library, True for the installed one; False for the model-local functions.
       operands: further inputs of each case, for example those of an adapter.
 
     Yields:

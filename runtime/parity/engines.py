@@ -56,7 +56,9 @@ class EngineParity:
         return {**asdict(self), "passed": self.passed}
 
 
-def check_engines(folder: Path, manifest: Manifest, choice: BackendChoice) -> list[EngineParity]:
+def check_engines(
+    folder: Path, manifest: Manifest, choice: BackendChoice, *, trust: bool = False
+) -> list[EngineParity]:
     """Run the engines of a verified artifact on this machine's GPU and compare with their record.
 
     Args:
@@ -64,6 +66,7 @@ def check_engines(folder: Path, manifest: Manifest, choice: BackendChoice) -> li
       manifest: of the artifact, verified.
       choice: the backend whose engines to run. ``auto`` tries all of them, and the result holds the
         reason for each one that does not run here.
+      trust: execute the engines.
 
     Raises:
       EoraccError: the engines of the chosen backend do not run on this machine.
@@ -76,7 +79,7 @@ def check_engines(folder: Path, manifest: Manifest, choice: BackendChoice) -> li
     results = []
     for backend in wanted:
         try:
-            opened = open_backend(folder, manifest, backend, threads=1, adapters=())
+            opened = open_backend(folder, manifest, backend, threads=1, adapters=(), trust=trust)
         except EoraccError as error:
             if choice != "auto":
                 raise

@@ -53,16 +53,19 @@ class TensorRTDecoder:
         self.device_name = f"{device.name}, compute capability {device.compute_capability}"
 
     @classmethod
-    def open(cls, folder: Path, adapters: Sequence[str], load: FactorsOf) -> TensorRTDecoder:
+    def open(
+        cls, folder: Path, adapters: Sequence[str], load: FactorsOf, *, trust: bool = False
+    ) -> TensorRTDecoder:
         """Load the engine for the GPU of this machine.
 
         Args:
           folder: of the target, verified.
           adapters: names of the adapters to load.
           load: reads the factors of a weighted sum of adapters.
+          trust: execute the engine, which is code for the GPU.
 
         Raises:
-          ArtifactError: there is no engine for this GPU, or a file is damaged.
+          ArtifactError: there is no engine for this GPU, it is not trusted, or a file is damaged.
           BackendError: the driver, the GPU or TensorRT is missing, TensorRT has another version, or
             memory is exhausted.
         """
@@ -73,7 +76,13 @@ class TensorRTDecoder:
         engine_file = find_engine(folder, engines, device)
         library = Library(engines.package)
         library.check_version(folder, engines)
-        engine = library.load_engine(folder / engine_file.file)
+        path = folder / engine_file.file
+        if not trust:
+            raise ArtifactError(
+                f"{path}: is code of the artifact's builder, which the GPU would execute: add "
+                "--trust (trust=True) if you trust the builder"
+            )
+        engine = library.load_engine(path)
         contexts = Contexts(library, engine, engines, device)
         if engines.adapter_type == "none":
             adapters = ()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Unpack
 
-from eoracc.runtime.backends import BackendChoice
 from eoracc.runtime.decode.codec import TOKENIZER_FILE
 from eoracc.runtime.engine import Engine
-from eoracc.runtime.model import Model, load
+from eoracc.runtime.model import LoadOptions, Model, load
 from eoracc.runtime.server.api.token_bytes import token_bytes
 from eoracc.runtime.server.service import ServedModel
 
@@ -22,9 +22,8 @@ def open_artifact(
     *,
     rows: int,
     context_length: int | None = None,
-    threads: int | None = None,
-    backend: BackendChoice = "auto",
     on_load: Callable[[Model], None] = lambda _: None,
+    **options: Unpack[LoadOptions],
 ) -> ServedModel:
     """Verify the artifact in ``folder``, load it and start its engine.
 
@@ -33,15 +32,14 @@ def open_artifact(
       rows: texts that are generated at a time.
       context_length: most tokens of a prompt and its answer; None for the model's context. Bounds
         the memory of the key/value cache.
-      threads: that one operator uses; None for one for each processor available to the process.
-      backend: that runs the model, see :func:`eoracc.runtime.load`.
       on_load: called with the model once it is loaded.
+      **options: of :func:`eoracc.runtime.load`.
 
     Raises:
-      ArtifactError: the folder is damaged or no artifact.
+      ArtifactError: the folder is damaged, no artifact, not the one asked for, or not trusted.
       BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
     """
-    model = load(folder, threads=threads, backend=backend)
+    model = load(folder, **options)
     on_load(model)
     engine = Engine(model, max_rows=rows, max_tokens=context_length)
     _ = model.tokenizer.bound  # found out now rather than during a request

@@ -4,21 +4,28 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
+import onnx
 import pytest
 
 from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.authenticity import Authenticity
 from eoracc.runtime.artifact.folder_change import PENDING, STAGED
 from eoracc.runtime.artifact.manifest import (
     MANIFEST_FILE,
     Manifest,
     describe_bytes,
     describe_folder,
+    locked_artifact,
+    opening,
     read_listed,
     read_manifest,
     verify_manifest,
 )
+from eoracc.runtime.artifact.signature import SIGNATURE_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,6 +103,132 @@ def test_link_out_of_the_folder_is_refused(artifact: Path, tmp_path: Path) -> No
     (artifact / "libops.so").symlink_to(outside)
     with pytest.raises(ArtifactError, match=r"libops\.so: is a link that leaves the folder"):
         verify_manifest(artifact)
+
+
+@pytest.mark.parametrize("target", ["model.onnx", "adapters", STAGED, "."])
+def test_link_inside_the_folder_is_refused(artifact: Path, target: str) -> None:
+    (artifact / STAGED).mkdir()
+    (artifact / "link").symlink_to(target)
+    with pytest.raises(ArtifactError, match="link: is a link: do not trust this artifact"):
+        describe_folder(artifact)
+    with pytest.raises(ArtifactError, match="link: is a link: do not trust this artifact"):
+        verify_manifest(artifact)
+
+
+def test_unlisted_files_are_refused_anywhere(artifact: Path) -> None:
+    for name in ("tokenizer.json", "adapters/b.json", ".hidden", "a/b/c", ".change.partial2/x"):
+        (artifact / name).parent.mkdir(parents=True, exist_ok=True)
+        (artifact / name).write_bytes(b"x")
+        with pytest.raises(ArtifactError, match=f"{name}: is not listed in manifest.json"):
+            verify_manifest(artifact)
+        (artifact / name).unlink()
+
+
+def test_folder_that_cannot_be_read_is_named(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ArtifactError, match="artifact: cannot be read: Permission denied"):
+        describe_folder(artifact)
+
+
+def write_model(folder: Path, location: str, name: str = "model.onnx") -> None:
+    """An artifact whose ``name`` keeps a tensor in ``location``."""
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    graph = onnx.helper.make_graph([], "g", [], [], initializer=[tensor])
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    write(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "location"), [("model.onnx", "w.data"), ("tensorrt/model.onnx", "w.data")]
+)
+def test_listed_weights_are_fine(artifact: Path, name: str, location: str) -> None:
+    (artifact / name).parent.mkdir(exist_ok=True)
+    (artifact / name).with_name(location).write_bytes(b"1234")
+    (artifact / "model.onnx").unlink()
+    write_model(artifact, location, name)
+    with opening(artifact) as manifest:
+        assert name in manifest.files
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tensorrt/model.onnx"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "nowhere",
+        f"{STAGED}/w.data",
+        f"../artifact/{STAGED}/w.data",
+        "../outside",
+        "/etc/hostname",
+        "./libops.so",
+        "adapters/../libops.so",
+        "*/_ORT_MEM_ADDR_/*",
+        "",
+    ],
+)
+def test_weights_elsewhere_are_refused(artifact: Path, name: str, location: str) -> None:
+    """Whatever the spelling: ONNX Runtime would open a listed file, or nothing is opened."""
+    (artifact / "model.onnx").unlink()
+    write_model(artifact, location, name)
+    (artifact / STAGED).mkdir()
+    (artifact / STAGED / "w.data").write_bytes(b"1234")
+    with (
+        pytest.raises(ArtifactError, match=r"keeps tensors in .* does not list"),
+        opening(artifact),
+    ):
+        pass
+
+
+def test_artifact_stays_locked_until_all_is_open(artifact: Path) -> None:
+    write_model(artifact, "libops.so")
+    change = (
+        "import fcntl, os, sys\n"
+        "descriptor = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "try:\n"
+        "    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError:\n"
+        "    print('locked')\n"
+    )
+
+    def outside() -> str:
+        command = [sys.executable, "-c", change, str(artifact)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    with opening(artifact) as manifest:
+        assert outside() == "locked\n"
+    assert outside() == ""
+    with locked_artifact(artifact, manifest.digest):
+        assert outside() == "locked\n"
+    with (
+        pytest.raises(ArtifactError, match="was replaced by another artifact meanwhile"),
+        locked_artifact(artifact, "0" * 64),
+    ):
+        pass
+
+
+def test_another_artifact_is_refused_before_anything_is_opened(artifact: Path) -> None:
+    (artifact / "libops.so").write_bytes(b"changed")
+    with (
+        pytest.raises(ArtifactError, match="not the digest asked for"),
+        opening(artifact, Authenticity("0" * 64)),
+    ):
+        pass
+    (artifact / MANIFEST_FILE).write_text("no JSON")
+    with pytest.raises(ArtifactError, match="not the digest asked for"):
+        read_manifest(artifact, Authenticity("0" * 64))
+
+
+def test_signature_is_no_listed_file(artifact: Path) -> None:
+    (artifact / SIGNATURE_FILE).write_bytes(b"64 bytes")
+    assert SIGNATURE_FILE not in verify_manifest(artifact).files
+    assert SIGNATURE_FILE not in describe_folder(artifact)
 
 
 def test_linked_artifact_folder_is_fine(artifact: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_library_that_is_no_library(tiny_artifact: Path, tmp_path: Path) -> None
     assert library is not None
     library.write_bytes(b"no library")
     with pytest.raises(BackendError, match="ONNX Runtime cannot load it"):
-        open_session(folder)
+        open_session(folder, library=library)
     open_session(folder, library=False)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from eoracc.runtime.adapters.adapter import Adapter
 from eoracc.runtime.adapters.store import add_adapter
-from eoracc.runtime.artifact.manifest import MANIFEST_FILE, Manifest, describe_folder, read_manifest
+from eoracc.runtime.artifact.manifest import read_manifest
 from tests.runtime.tensorrt.stand_in import open_graph, write_engines
-from tests.tiny_artifact import tiny_factors, tiny_slots, write_tiny_artifact
+from tests.tiny_artifact import reseal, tiny_factors, tiny_slots, write_tiny_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from eoracc.compiler.targets.tensorrt.explicit_attention import CacheLayout
     from eoracc.plugins.operands.low_rank import LowRank
 
-__all__ = ["CONTEXT", "RANKS", "Oracle", "reseal", "tiny_adapter", "write_engine_artifact"]
+__all__ = ["CONTEXT", "RANKS", "Oracle", "tiny_adapter", "write_engine_artifact"]
 
 CONTEXT = 128
 RANKS = {"math": 4, "prose": 9}
@@ -88,14 +88,6 @@ def tiny_adapter(folder: Path, name: str) -> dict[str, LowRank]:
     if name == "prose":
         factors = {linear: one for linear, one in factors.items() if "mlp" in linear}
     return factors
-
-
-def reseal(folder: Path) -> None:
-    """Let the manifest be that of what the folder holds."""
-    manifest = read_manifest(folder)
-    sections = {name: getattr(manifest, name) for name in ("source", "config", "packages")}
-    written = Manifest.of(describe_folder(folder), **sections, parity=manifest.parity)
-    (folder / MANIFEST_FILE).write_text(written.to_json())
 
 
 class Oracle:

@@ -14,7 +14,8 @@ from eoracc.compiler.cli import main
 from eoracc.runtime.bench import start
 from eoracc.runtime.bench.start import Start
 from eoracc.runtime.parity.record import PARITY_FILE, ParityCase, ParityRecord
-from tests.runtime.tensorrt.engine_artifact import Oracle, reseal, write_engine_artifact
+from tests.runtime.tensorrt.engine_artifact import Oracle, write_engine_artifact
+from tests.tiny_artifact import reseal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +60,7 @@ def artifact(libcuda: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [*map(str, arguments), "--trust"])
 
 
 def test_run_tells_what_runs_it(artifact: Path, machine: Machine) -> None:
@@ -70,6 +71,18 @@ def test_run_tells_what_runs_it(artifact: Path, machine: Machine) -> None:
     as_json = invoke("run", artifact, "a state", "--max-new-tokens", "4", "--no-chat", "--json")
     found = json.loads(as_json.stdout)
     assert (found["backend"], found["text"]) == ("tensorrt_rtx", result.stdout.rstrip("\n"))
+
+
+def test_engines_are_executed_only_where_trusted(artifact: Path, machine: Machine) -> None:
+    del machine
+    for command in (["run", str(artifact), "x"], ["bench", str(artifact)]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 2
+        assert "sm86.engine: is code of the artifact's builder" in result.stderr
+        assert "add --trust (trust=True) if you trust the builder" in result.stderr
+    verified = CliRunner().invoke(main, ["verify", str(artifact)])
+    assert "engines of tensorrt_rtx: not run: " in verified.stdout
+    assert "add --trust" in verified.stdout
 
 
 def test_verify_runs_the_engines(artifact: Path, machine: Machine) -> None:

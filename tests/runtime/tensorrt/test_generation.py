@@ -25,7 +25,7 @@ UNIT_ROUNDOFF = 2.0**-24
 @pytest.fixture
 def model(artifact: Path, machine: Machine) -> Model:
     del machine
-    model = load(artifact, threads=1)
+    model = load(artifact, threads=1, trust=True)
     assert model.backend == "tensorrt_rtx"
     return model
 
@@ -122,7 +122,7 @@ def test_cache_and_factors_of_narrow_types(
 ) -> None:
     del machine
     folder = write_engine_artifact(tmp_path, libcuda, dtype=dtype, adapter_type=dtype, narrow=True)
-    model, oracle = load(folder, threads=1), Oracle(folder)
+    model, oracle = load(folder, threads=1, trust=True), Oracle(folder)
     text = PROMPTS[2]
     for adapter in (None, "math"):
         logits = oracle.logits(text[:-1], factors_of(folder, adapter)).astype(np.float64)
@@ -140,13 +140,13 @@ def test_cache_and_factors_of_narrow_types(
 
 def test_auto_says_why_it_takes_no_engines(artifact: Path, machine: Machine) -> None:
     machine.set_up(capability=(9, 0))
-    model = load(artifact, threads=1)
+    model = load(artifact, threads=1, trust=True)
     assert model.backend == "onnxruntime"
     assert model.fallback_reason is not None
     assert "has no engine for the compute capability 9.0" in model.fallback_reason
     assert model.generate([5], 3, ignore_end=True).tokens
     with pytest.raises(ArtifactError, match=r"it has engines for 8\.0, 8\.6; build it for this"):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
 
 
 def test_machines_that_cannot_run_engines(
@@ -154,26 +154,26 @@ def test_machines_that_cannot_run_engines(
 ) -> None:
     machine.set_up(devices=0)
     with pytest.raises(BackendError, match=r"there is no GPU 0: .* shows 0 .*CUDA_VISIBLE_DEVICES"):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
     machine.set_up()
     machine.install_tensorrt(None)
     with pytest.raises(
         BackendError, match=r"^tensorrt-rtx is not installed: pip install 'eoracc\["
     ):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
     machine.install_tensorrt("9.9")
     with pytest.raises(BackendError, match=r"1\.7\.1\.116 and 9\.9 is installed: pip install"):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
     machine.install_tensorrt("1.7.1.116")
     monkeypatch.setattr("eoracc.runtime.tensorrt.cuda._LIBRARIES", ("libcuda-that-is-not.so",))
     with pytest.raises(BackendError, match=r"^no NVIDIA driver is found on this machine: "):
-        load(artifact, backend="tensorrt_rtx")
-    assert load(artifact, threads=1).backend == "onnxruntime"
+        load(artifact, backend="tensorrt_rtx", trust=True)
+    assert load(artifact, threads=1, trust=True).backend == "onnxruntime"
 
 
 def test_backends_that_an_artifact_has_not(artifact: Path, tiny_artifact: Path) -> None:
     with pytest.raises(ArtifactError, match=r"has not been built for the backend tensorrt: it has"):
-        load(artifact, backend="tensorrt")
+        load(artifact, backend="tensorrt", trust=True)
     with pytest.raises(ArtifactError, match=r"add 'tensorrt_rtx' to 'targets' and build it again"):
         load(tiny_artifact, backend="tensorrt_rtx")
     with pytest.raises(BackendError, match=r"backend 'cuda': is unknown: choose one of auto"):
@@ -189,7 +189,7 @@ def test_engines_without_places_for_adapters(
 ) -> None:
     del machine
     folder = write_engine_artifact(tmp_path, libcuda, adapter_type="none")
-    model = load(folder, threads=1)
+    model = load(folder, threads=1, trust=True)
     assert model.adapters == ()
     with pytest.raises(RequestError, match=r"build it with 'tensorrt_rtx\.adapter_type: float16'"):
         model.generate([5], 1, adapter="math")
@@ -202,14 +202,14 @@ def test_adapter_beyond_the_rank_that_engines_take(
     del machine
     folder = write_engine_artifact(tmp_path, libcuda, rank=(2, 4, 8))
     with pytest.raises(ArtifactError, match="adapter 'prose': has rank 9, and the engines take 8"):
-        load(folder, backend="tensorrt_rtx")
-    model, oracle = load(folder, adapters=["math"], threads=1), Oracle(folder)
+        load(folder, backend="tensorrt_rtx", trust=True)
+    model, oracle = load(folder, adapters=["math"], threads=1, trust=True), Oracle(folder)
     assert model.backend == "tensorrt_rtx"
     # The lowest rank is 2: no adapter is one of zeros.
     made = model.generate(PROMPTS[0], 6, ignore_end=True).tokens
     assert list(made) == oracle.greedy(PROMPTS[0], 6)
     with pytest.raises(ArtifactError, match="no adapter 'nobody'"):
-        load(folder, adapters=["nobody"])
+        load(folder, adapters=["nobody"], trust=True)
 
 
 def test_sums_of_adapters_come_and_go(model: Model, machine: Machine, artifact: Path) -> None:

@@ -14,7 +14,8 @@ from eoracc.runtime.model import load
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from eoracc.runtime.tensorrt.library import Library
 from tests.optional import require
-from tests.runtime.tensorrt.engine_artifact import reseal, write_engine_artifact
+from tests.runtime.tensorrt.engine_artifact import write_engine_artifact
+from tests.tiny_artifact import reseal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,29 +55,29 @@ def test_engine_that_tensorrt_refuses(artifact: Path) -> None:
     with pytest.raises(
         BackendError, match=r"sm86\.engine: tensorrt_rtx refuses it: Magic tag does"
     ):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
 
 
 def test_engine_that_is_not_what_was_built(artifact: Path) -> None:
     engine = artifact / "tensorrt_rtx" / "sm86.engine"
     engine.write_bytes(engine.read_bytes()[:-1] + b" ")
     with pytest.raises(ArtifactError, match=r"sm86\.engine: its content is not what"):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
 
 
 def test_description_of_another_engine(artifact: Path) -> None:
     bindings = json.loads((artifact / "tensorrt_rtx" / "engines.json").read_text())["bindings"]
     edit(artifact, bindings=[one for one in bindings if one["name"] != "position_ids"])
     with pytest.raises(ArtifactError, match=r"does not describe the engine .*\(position_ids\)"):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
     new = {"name": "image", "mode": "input", "dtype": "float16", "shape": ["batch"]}
     edit(artifact, bindings=[*bindings, new])
     with pytest.raises(ArtifactError, match="have an input 'image' that this eoracc does not know"):
-        load(artifact, backend="tensorrt_rtx")
+        load(artifact, backend="tensorrt_rtx", trust=True)
 
 
 def test_calls_beyond_what_an_engine_was_built_for(artifact: Path) -> None:
-    model = load(artifact, backend="tensorrt_rtx")
+    model = load(artifact, backend="tensorrt_rtx", trust=True)
     network: Any = model._decoder
     contexts = network._network.contexts
     usual = {"batch": 1, "sequence": 4, "past": 0, "total": 4, "rank": 0, "logits": 1}
@@ -97,7 +98,7 @@ def test_engine_without_calls_of_few_tokens(
     folder = write_engine_artifact(
         tmp_path, libcuda, adapter_type="none", sequence=(4, 8, 16), logits=(1, 1, 2)
     )
-    model = load(folder, backend="tensorrt_rtx", threads=1)
+    model = load(folder, backend="tensorrt_rtx", threads=1, trust=True)
     prompt = list(range(30, 30 + 22))  # 16, 4, and twice one
     assert list(model.generate(prompt, 4, ignore_end=True).tokens) == Oracle(folder).greedy(
         prompt, 4
@@ -123,5 +124,5 @@ def test_bundle_without_an_engine_says_how_to_build_one(artifact: Path) -> None:
     (artifact / "tensorrt" / "bundle.json").write_text("{}")
     reseal(artifact)
     with pytest.raises(ArtifactError, match="no engine yet: run 'eoracc engine "):
-        load(artifact, backend="tensorrt")
+        load(artifact, backend="tensorrt", trust=True)
     assert read_engine_set(artifact / "tensorrt_rtx").package == "tensorrt_rtx"

@@ -44,7 +44,7 @@ def assert_close(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> 
 @pytest.fixture
 def model(artifact: Path, machine: Machine) -> Model:
     assert not machine.used()
-    model = load(artifact, threads=1)
+    model = load(artifact, threads=1, trust=True)
     assert model.backend == "tensorrt_rtx"
     assert model.device == "Stand-in GPU, compute capability 8.6"
     assert model.adapters == ("math", "prose")
@@ -187,7 +187,7 @@ def test_failed_call_leaves_the_rows_as_they_were(
 
 
 def test_memory_is_given_back(artifact: Path, machine: Machine) -> None:
-    model = load(artifact, threads=1)
+    model = load(artifact, threads=1, trust=True)
     loaded = machine.used()
     rows = model._decoder.new_rows()
     begin(rows, PROMPTS)

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eoracc.errors import ArtifactError
-from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_file, verify_manifest
+from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
+from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_file, opening
 from eoracc.runtime.artifact.versioned_json import is_file_name, read_versioned
 from eoracc.runtime.tensorrt.engine_set import EngineSet, parse_engine_set
 
@@ -40,12 +41,14 @@ class Bundle:
     Attributes:
       folder: of the bundle.
       artifact: that it is part of; None for a folder on its own.
+      backbone: digest of the artifact's backbone; None likewise.
       compute_capabilities: that its kernels were compiled for.
       engines: of this graph, as described without an engine.
     """
 
     folder: Path
     artifact: Path | None
+    backbone: str | None
     compute_capabilities: tuple[str, ...]
     engines: EngineSet
 
@@ -71,15 +74,17 @@ def bundle_json(
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path, authenticity: Authenticity = UNCHECKED) -> Bundle:
     """Check a bundle against its manifest, and read the description of its engines.
 
     Args:
       path: an artifact with the target ``tensorrt``, or that target's folder, alone or in its
         artifact.
+      authenticity: what the artifact has to be.
 
     Raises:
-      ArtifactError: it is no bundle, or a file is not what was written.
+      ArtifactError: it is no bundle, not part of the artifact asked for, or a file is not what was
+        written.
     """
     path = path.absolute()
     if not path.is_dir():
@@ -87,8 +92,18 @@ def open_bundle(path: Path) -> Bundle:
     in_artifact = path.name == BUNDLE_FOLDER and (path.parent / MANIFEST_FILE).is_file()
     artifact = path.parent if in_artifact else path if (path / MANIFEST_FILE).is_file() else None
     folder = path if artifact is None else artifact / BUNDLE_FOLDER
-    if artifact is not None:
-        verify_manifest(artifact)
+    if artifact is None:
+        if authenticity != UNCHECKED:
+            raise ArtifactError(
+                f"{path}: is a bundle without its artifact, whose manifest has the digest and the "
+                "signature: give the artifact"
+            )
+        return _read_bundle(path, folder, None, None)
+    with opening(artifact, authenticity) as manifest:
+        return _read_bundle(path, folder, artifact, manifest.digest)
+
+
+def _read_bundle(path: Path, folder: Path, artifact: Path | None, backbone: str | None) -> Bundle:
     file = folder / BUNDLE_FILE
     content = read_versioned(
         file,
@@ -120,4 +135,4 @@ def open_bundle(path: Path) -> Bundle:
                 f"{folder / name}: its content is not what {BUNDLE_FILE} says: copy or build the "
                 "bundle again"
             )
-    return Bundle(folder, artifact, capabilities, engines)
+    return Bundle(folder, artifact, backbone, capabilities, engines)

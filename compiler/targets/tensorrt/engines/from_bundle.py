@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +16,11 @@ from eoracc.compiler.targets.tensorrt.engines.build import build_engine, require
 from eoracc.compiler.targets.tensorrt.engines.bundle import BUNDLE_FOLDER, Bundle, open_bundle
 from eoracc.compiler.targets.tensorrt.engines.task import EngineTask
 from eoracc.errors import ArtifactError, TargetError
+from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
 from eoracc.runtime.artifact.folder_change import change_files, changing
-from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_bytes, read_manifest
+from eoracc.runtime.artifact.manifest import describe_bytes, locked_artifact, read_manifest
 from eoracc.runtime.artifact.staged_folder import staged_folder
+from eoracc.runtime.artifact.update import change_artifact
 from eoracc.runtime.tensorrt.cuda import open_device
 from eoracc.runtime.tensorrt.engine_set import (
     ENGINES_FILE,
@@ -62,6 +65,8 @@ def build_from_bundle(
     compute_capability: str | None = None,
     output: Path | None = None,
     force: bool = False,
+    trust: bool = False,
+    authenticity: Authenticity = UNCHECKED,
 ) -> MadeEngine:
     """Build the engine for the GPU of this machine.
 
@@ -72,13 +77,16 @@ def build_from_bundle(
       output: a folder for the engine and engines.json, made where there is none; None puts them
         into the bundle, and into its artifact's manifest.
       force: replace an engine for this GPU that is there.
+      trust: let the GPU execute the kernels that the bundle brings, which TensorRT times.
+      authenticity: what the artifact has to be; a bundle alone has no manifest.
 
     Raises:
-      ArtifactError: the bundle is damaged, or has such an engine already.
+      ArtifactError: the bundle is damaged, not the one asked for, not trusted, or has such an
+        engine already.
       TargetError: TensorRT is missing or too old, the GPU is another one, or no engine comes of it.
       BackendError: there is no driver, or no GPU.
     """
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, authenticity)
     _require_tensorrt()
     device = open_device()
     capability = device.compute_capability
@@ -90,6 +98,11 @@ def build_from_bundle(
         )
     folder = bundle.folder if output is None else output.absolute()
     known = _known_engines(folder, bundle, force=force, capability=capability)
+    if not trust:
+        raise ArtifactError(
+            f"{bundle.folder}: brings kernels of the bundle's builder, which the GPU would execute "
+            "to time them: add --trust if you trust the builder"
+        )
     place = Path(tempfile.gettempdir()) / "eoracc-engine"
     # The text of a TargetError names the log, which stays until the next engine is built.
     with staged_folder(place, kept=TargetError) as work:
@@ -105,7 +118,8 @@ def build_from_bundle(
             ),
             plugin_capability=capability,
         )
-        built = build_engine(task, progress)
+        with _locked(bundle):
+            built = build_engine(task, progress)
         stored = store_engine(
             bundle,
             output,
@@ -116,6 +130,13 @@ def build_from_bundle(
             version=str(built.summary["version"]),
         )
     return MadeEngine(stored, capability, device.name, built.summary)
+
+
+def _locked(bundle: Bundle) -> AbstractContextManager[None]:
+    """Lock the artifact that the bundle is part of; it must still be the one that was checked."""
+    if bundle.artifact is None or bundle.backbone is None:
+        return nullcontext()
+    return locked_artifact(bundle.artifact, bundle.backbone)
 
 
 def _require_tensorrt() -> None:
@@ -201,10 +222,12 @@ def store_engine(
         stale = [f"{BUNDLE_FOLDER}/{key}" for key in stale]
     with changing(folder):
         if output is None and bundle.artifact is not None:
-            manifest = read_manifest(folder).with_files(
-                dict.fromkeys(stale)
-                | {key: describe_bytes(content) for key, content in written.items()}
-            )
-            written[MANIFEST_FILE] = manifest.to_json().encode()
-        change_files(folder, written, stale)
+            manifest = read_manifest(folder)
+            if manifest.digest != bundle.backbone:
+                raise ArtifactError(
+                    f"{folder}: was replaced by another artifact meanwhile: run the command again"
+                )
+            change_artifact(folder, manifest, written, stale)
+        else:
+            change_files(folder, written, stale)
     return (output or bundle.folder) / name
