@@ -239,7 +239,6 @@ def opening(folder: Path, authenticity: Authenticity = UNCHECKED) -> Iterator[Ma
       ArtifactError: see :func:`verify_manifest`; or an ONNX file keeps tensors in a file that is
         not listed.
     """
-    finish_exchange(folder)  # a missing folder could not be locked
     with reading(folder):
         manifest = read_manifest(folder, authenticity)
         check_files(folder, manifest)

@@ -265,7 +265,7 @@ def test_verify_repeats_parity(
 ) -> None:
     figures = {"passed": passed, "linears": [], "logits": []}
     parity = SimpleNamespace(passed=passed, as_dict=lambda: figures)
-    monkeypatch.setattr("eoracc.runtime.parity.check.check_parity", lambda _: parity)
+    monkeypatch.setattr("eoracc.runtime.parity.check.check_parity", lambda *_: parity)
     result = run("verify", tiny_artifact)
     assert result.exit_code == (0 if passed else 1)
     outcome = "passed" if passed else "FAILED"
