@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepState
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
-from eoracc.errors import PassError
+from eoracc.errors import ArtifactError, PassError
 from eoracc.passes import load_passes
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import Calibrate
@@ -30,12 +34,11 @@ from eoracc.passes.graph.linears import find_again
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.factor_types import FactorType
+from tests.damage import DAMAGES
 from tests.graph_session import padded_mask
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from eoracc.passes.graph.linears import LinearGroup
@@ -346,6 +349,85 @@ def test_resumed_sweep_ends_bit_for_bit_the_same(
     assert list(again["svd"]) == list(compared["svd"])
     for name, factors in compared["svd"].items():
         np.testing.assert_array_equal(again["svd"][name].product(), factors.product())
+
+
+@pytest.mark.parametrize("match", ["weights", "outputs"])
+def test_damaged_state_is_made_again_from_what_is_sound(
+    source: Path,
+    tmp_path: Path,
+    match: Literal["weights", "outputs"],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(SaveInterval, "is_due", True)
+    passes = (Calibrate(match=match), GPTQ)
+    whole, _ = sweep(source, tmp_path / "finished", *passes)
+    stop = Watch(seen=[], stop_at="layers.1.self_attn.o_proj")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(source, tmp_path / "interrupted", *passes, stop)
+    # The linears from which the passes go on, forward through all that is sound.
+    for state, file, first in (
+        ("interrupted", "activations-00004-0001.safetensors", "model.layers.1.self_attn.q_proj"),
+        ("interrupted", "operands-00004.safetensors", "model.layers.0.self_attn.q_proj"),
+        ("finished", "operands-00008.safetensors", "model.layers.1.self_attn.q_proj"),
+        ("finished", "operands-00009.safetensors", "lm_head"),
+        ("finished", "state.json", "model.layers.0.self_attn.q_proj"),
+    ):
+        work = Path(shutil.copytree(tmp_path / state, tmp_path / f"{state} {file}"))
+        DAMAGES["bit in the middle"](work / "sweep" / file)
+        caplog.clear()
+        watch = Watch(seen=[])
+        resumed, _ = sweep(source, work, *passes, watch)
+        assert watch.seen[0][0].startswith(first)
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert line == (
+            f"{work / 'sweep' / file} has another content than was kept: it is discarded, "
+            "and computed again"
+        )
+        for one, other in zip(whole.linears, resumed.linears, strict=True):
+            np.testing.assert_array_equal(one.effective_weight(), other.effective_weight())
+            assert one.record.errors == other.record.errors
+    # The last one is sound again.
+    caplog.clear()
+    watch = Watch(seen=[])
+    sweep(source, work, *passes, watch)
+    assert (watch.seen, caplog.records) == ([], [])
+
+
+class _Disk:
+    """Flushes files until it fails."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.fails_at: int | None = None
+        self._fsync = os.fsync
+
+    def fsync(self, descriptor: int) -> None:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._fsync(descriptor)
+
+
+def test_a_failing_disk_leaves_the_state_before(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SaveInterval, "is_due", True)
+    disk = _Disk()
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    passes = (Calibrate(), GPTQ)
+    whole, _ = sweep(source, tmp_path / "whole", *passes)
+    for call in range(7, disk.calls + 1, 3):
+        work = tmp_path / str(call)
+        disk.calls, disk.fails_at = 0, call
+        with pytest.raises(ArtifactError, match="cannot be kept there: Input/output error: free"):
+            sweep(source, work, *passes)
+        disk.fails_at = None
+        watch = Watch(seen=[])
+        resumed, _ = sweep(source, work, *passes, watch)
+        assert len(watch.seen) < 9, "the first block was kept"
+        for one, other in zip(whole.linears, resumed.linears, strict=True):
+            np.testing.assert_array_equal(one.effective_weight(), other.effective_weight())
 
 
 def test_checkpoint_of_other_inputs_is_not_resumed(
