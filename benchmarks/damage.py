@@ -1,11 +1,11 @@
 """Damages every file that an interrupted build keeps, and resumes.
 
-    python -m benchmarks.damage [CASE ...]
+    python -m benchmarks.damage [--damages N] [CASE ...]
 
 For each kind of kept work (`tests/kept_builds.py`) a tiny build is interrupted. For each kept file
 and each kind of damage (`tests/damage.py`) the interrupted build is copied, damaged and resumed.
-Its artifact must be that of an undisturbed build, byte for byte. All kinds of damage are tried on
-the first file of a kind, and one kind after the other on the rest.
+Its artifact must be that of an undisturbed build, byte for byte. All kinds of damage, or the next
+N of them, are tried on the first file of a kind, and one after the other on the rest.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
+import click
 from typing_extensions import override
 
 from eoracc.compiler.kept.interval import SaveInterval
@@ -44,44 +45,51 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def tries(files: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+def tries(files: Sequence[Path], damages: Iterator[str], count: int) -> Iterator[tuple[Path, str]]:
     """The files with the damages that are tried on them.
 
     Args:
       files: the kept files. Those whose names differ in numbers and linears only are of one kind.
+      damages: names, taken in turn.
+      count: damages for the first file of a kind.
     """
-    others = cycle(DAMAGES)
     seen: set[str] = set()
     for file in files:
         kind = re.sub(r"\d+|model\.[\w.]+(?=\.safetensors)|[0-9a-f]{32}", "N", file.as_posix())
-        for damage in DAMAGES if kind not in seen else (next(others),):
+        for damage in islice(damages, 1 if kind in seen else count):
             yield file, damage
         seen.add(kind)
 
 
-def main(names: Sequence[str]) -> int:
-    """Try every damage; returns how many failed."""
+@click.command()
+@click.option("--damages", "count", default=len(DAMAGES), help="Damages for each kind of file.")
+@click.argument("names", nargs=-1, type=click.Choice([*KEPT_BUILDS]))
+def main(names: Sequence[str], count: int) -> None:
+    """Damage kept files; exit code 1 if a resumed build fails or gives another artifact."""
     SaveInterval.is_due = True  # type: ignore[assignment, method-assign]
     handler = _Lines()
     log = logging.getLogger("eoracc.compiler.kept")
     log.addHandler(handler)
     log.propagate = False
     totals: Counter[str] = Counter()
+    damages = cycle(DAMAGES)
     for name in names or KEPT_BUILDS:
         with tempfile.TemporaryDirectory() as folder:
-            totals += _try_case(name, KEPT_BUILDS[name], Path(folder), handler)
+            totals += _try_case(KEPT_BUILDS[name], name, Path(folder), handler, damages, count)
     print("in all:", dict(totals))
-    return totals["failed"]
+    sys.exit(1 if totals["failed"] else 0)
 
 
-def _try_case(name: str, case: KeptBuild, folder: Path, handler: _Lines) -> Counter[str]:
+def _try_case(
+    case: KeptBuild, name: str, folder: Path, handler: _Lines, damages: Iterator[str], count: int
+) -> Counter[str]:
     begun_s = time.perf_counter()
     sound = case.prepare(folder / "sound")
     interrupted = Path(shutil.copytree(sound, folder / "interrupted"))
     expected = case.run(sound, SilentProgress())
     files = case.interrupt(interrupted)
     counts: Counter[str] = Counter()
-    for file, damage in tries(files):
+    for file, damage in tries(files, damages, count):
         shutil.rmtree(folder / "tried", ignore_errors=True)
         workspace = Path(shutil.copytree(interrupted, folder / "tried"))
         DAMAGES[damage](workspace / file)
@@ -110,4 +118,4 @@ def _try_case(name: str, case: KeptBuild, folder: Path, handler: _Lines) -> Coun
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(sys.argv[1:]) else 0)
+    main()
