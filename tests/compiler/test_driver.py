@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from eoracc.compiler import driver
 from eoracc.compiler.driver import BuildResult
+from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
@@ -238,6 +239,30 @@ def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ArtifactError, match=r"out: the disk is full: free some space or choose"):
         build(workspace, tiny_config())
     assert "out" not in left_over(workspace)
+
+
+def test_a_second_build_in_the_same_folder_is_refused(workspace: Path) -> None:
+    with (
+        claimed(workspace / ".out.work", "build"),
+        pytest.raises(ArtifactError, match=r"\.out\.work: another build is running there: wait"),
+    ):
+        build(workspace, tiny_config())
+    assert left_over(workspace) == set()
+
+
+def test_work_of_an_earlier_version_is_discarded_with_one_line(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = workspace / ".out.work" / "sweep" / "0"
+    sweep.mkdir(parents=True)
+    (sweep / "state.json").write_text('{"key": "k", "operands": [], "activations": []}')
+    (sweep / "operands-00004.safetensors").write_bytes(b"old")
+    build(workspace, tiny_config(verify=QUICK))
+    lines = [record.getMessage() for record in caplog.records if "discarded" in record.message]
+    assert lines == [
+        f"{sweep} was kept by another version of eoracc: it is discarded, and computed again"
+    ]
+    assert left_over(workspace) == {"out"}
 
 
 def test_exceeded_limit_writes_no_artifact(workspace: Path) -> None:

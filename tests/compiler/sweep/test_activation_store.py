@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from eoracc.compiler.sweep.activation_store import ActivationStore
+from eoracc.errors import ArtifactError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,3 +78,13 @@ def test_clears_what_a_run_that_was_killed_has_left(tmp_path: Path) -> None:
     (tmp_path / "kept" / "old.safetensors").write_bytes(b"")
     ActivationStore(tmp_path / "kept").clear()
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_cleared_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    store = ActivationStore(tmp_path / "kept", limit=0)
+    with pytest.raises(ArtifactError, match=r"kept: .* cannot be kept there: File exists: free"):
+        store.put("a", batches(1))
+    store.clear()
+    store.put("a", batches(1))
+    assert same(list(store.batches("a")), 1)

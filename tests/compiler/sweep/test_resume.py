@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 
 from eoracc.compiler.sweep.batch import Batch
-from eoracc.compiler.sweep.resume import SweepState
+from eoracc.compiler.sweep.resume import SweepState, saved_spent_s
+from eoracc.errors import ArtifactError
 from eoracc.passes import load_passes
 from eoracc.passes.compensate.base import compensation_solver
 from eoracc.passes.graph.linears import Linear
@@ -164,3 +166,32 @@ def test_what_an_earlier_sweep_has_put_on_record_is_not_there_twice(tmp_path: Pa
     again[0].record.errors["of another run"] = 1.0
     state.resume(again, batches({}), {"svd": {}})
     assert (again[0].record.errors, again[0].record.notes) == (first.record.errors, ["a note"])
+
+
+def test_seconds_that_a_shared_sweep_has_spent_are_kept_with_its_results(tmp_path: Path) -> None:
+    first, second, comparisons = compressed(symmetric=True)
+    assert saved_spent_s(tmp_path) == 0.0
+    state = SweepState(tmp_path, "key")
+    state.spent_s = 2.5
+    state.save(1, [first, second], batches({}), comparisons)
+    again = SweepState(tmp_path, "key")
+    again.resume(list(qkv().linears), batches({}), {"svd": {}})
+    assert again.spent_s == saved_spent_s(tmp_path) == 2.5
+
+
+def test_a_full_disk_leaves_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, comparisons = compressed(symmetric=True)
+    state = SweepState(tmp_path, "key")
+    values = np.ones((2, 2), np.float32)
+    state.save(1, [first], batches({"a": values}), comparisons)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("eoracc.compiler.sweep.resume.save_file", fail)
+    with pytest.raises(ArtifactError, match=r"kept there: No space left on device: free some"):
+        state.save(2, [first, second], batches({"a": 2 * values}), comparisons)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

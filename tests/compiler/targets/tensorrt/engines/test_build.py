@@ -19,6 +19,7 @@ from eoracc.compiler.targets.tensorrt.engines.build import (
 )
 from eoracc.compiler.targets.tensorrt.engines.task import EngineTask
 from eoracc.errors import TargetError
+from tests.damage import DAMAGES
 from tests.optional import require
 
 if TYPE_CHECKING:
@@ -121,14 +122,20 @@ def test_finished_engines_are_found_again(tmp_path: Path) -> None:
     assert build(graph, work)[0].path != first.path
 
 
-def test_an_engine_without_its_summary_is_built_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [(".json", "deleted"), (".json", "emptied"), (".engine", "bit in the middle")],
+)
+def test_a_damaged_engine_is_built_anew(
+    tmp_path: Path, suffix: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     graph, work = write_graph(tmp_path / "graph"), tmp_path / "work"
     (first,) = build(graph, work)
     content = first.path.read_bytes()
-    first.path.with_suffix(".json").unlink()
-    first.path.write_bytes(b"half of it")
+    DAMAGES[damage](first.path.with_suffix(suffix))
     (again,) = build(graph, work)
     assert again.path.read_bytes() == content
+    assert len(caplog.records) == (0 if damage == "deleted" else 1)
 
 
 def test_what_the_parser_refuses_is_said_with_the_node(tmp_path: Path) -> None:
