@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def _values(path: Path) -> None:
+    path.write_bytes(b"values")
+
+
 def started(folder: Path) -> RunFiles:
     """A run whose forward pass has written two files."""
     files = RunFiles(folder, "key")
     files.resume()
     assert files.left is None
     for name in ("hidden-0", "hidden-1"):
-        files.put(name, lambda path: path.write_bytes(b"values") and None)
+        files.put(name, _values)
     return files
 
 
@@ -33,7 +37,7 @@ def test_files_that_the_saved_state_names_stay_until_the_next_save(
     files.finish(2, ())
     monkeypatch.setattr(SaveInterval, "is_due", False)
     for name in ("gradient-1", "gradient-0"):
-        files.put(name, lambda path: path.write_bytes(b"others") and None)
+        files.put(name, _values)
     files.finish(1, {"hidden-1", "gradient-1"})
     assert names(tmp_path) == ["gradient-0", "hidden-0", "hidden-1", "state.json"]
     again = RunFiles(tmp_path, "key")
