@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from eoracc.errors import RequestError
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 
 __all__ = ["check_ranges", "check_weight"]
 
@@ -106,6 +106,6 @@ def _shown(value: object) -> str:
     if isinstance(value, Integral) and abs(int(value)) >= _LONGEST_INTEGER:
         return f"an integer of {int(value).bit_length()} bits"
     try:
-        return printable(repr(value), _SHOWN_CHARS)
+        return quoted(value, _SHOWN_CHARS)
     except ValueError:  # such an integer inside
         return f"a {type(value).__name__}"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from eoracc.printable import escape_controls, printable
+from eoracc.printable import escape_controls, printable, quoted
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,8 @@ def test_long_text_is_cut_before_it_is_escaped() -> None:
 
 def test_kept_characters_are_kept() -> None:
     assert escape_controls("a\tb\nc\x1b", keep="\t\n") == "a\tb\nc\\x1b"
+
+
+def test_quoted_values_are_cut() -> None:
+    assert quoted("a\n'") == repr("a\n'")
+    assert len(quoted(["x"] * 100_000)) < 250

@@ -38,6 +38,7 @@ from eoracc.compiler.text.windows import Settings
 from eoracc.errors import ArtifactError, GateError
 from eoracc.passes.base import ModelPass
 from eoracc.passes.calibrate import Calibrate
+from eoracc.printable import quoted
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import listed_adapters
 from eoracc.runtime.adapters.slots import read_slots
@@ -144,7 +145,8 @@ def _check_request(
         ) from None
     if built.trust_remote_code and not trust_remote_code:
         raise ArtifactError(
-            f"{folder}: its model, {built.model!r}, needs Python code of its own repository, which "
+            f"{folder}: its model, {quoted(built.model)}, needs Python code of its own "
+            "repository, which "
             "an artifact cannot allow to run: add --trust-remote-code if you trust it"
         )
     return _Request(manifest, built, slots, library)
@@ -287,8 +289,8 @@ def _original(
     is_hub_id = where.suffix != ".gguf" and named.partition("@")[0].count("/") == 1
     if model is None and not where.exists() and not is_hub_id:
         raise ArtifactError(
-            f"{folder}: was built from {named!r}, which is not to be found from here: say where "
-            "the original weights are with --model"
+            f"{folder}: was built from {quoted(named)}, which is not to be found from here: "
+            "say where the original weights are with --model"
         )
     loaded = load(source, work=work, trust_remote_code=trust_remote_code)
     digest = request.manifest.source.get("digest")

@@ -22,6 +22,7 @@ from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
+from eoracc.printable import quoted
 from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.graph_file import read_graph
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
@@ -83,10 +84,10 @@ def _unknown(name: str, linears: Collection[str]) -> str:
     whole, _, factor = name.rpartition(".")
     if factor in ("v", "u") and whole in linears:
         return (
-            f"has quantized factors of {whole!r}, and not what they were before: adapters of "
+            f"has quantized factors of {quoted(whole)}, and not what they were before: adapters of "
             "factorised models are solved with the build, under 'adapters' in model.yaml"
         )
-    return f"has a linear {name!r}, which the model has not"
+    return f"has a linear {quoted(name)}, which the model has not"
 
 
 def _linears_of(node: ir.Node) -> list[tuple[str, NBitsWeight, LowRank | None]]:

@@ -37,6 +37,7 @@ from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.progress import Progress
 from eoracc.passes.statistics import MIN_TOKENS, require_gram
 from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.printable import quoted
 from eoracc.runtime.memory import release_weights
 
 if TYPE_CHECKING:
@@ -292,7 +293,8 @@ def _check_overrides(task: Task, backbone: Backbone) -> None:
     for pattern in task.solver.unmatched_overrides(names):
         raise ConfigError(
             f"adapters.{task.name}.overrides: no linear that takes an adapter matches "
-            f"{pattern!r}: " + (f"names are like {names[0]!r}" if names else "there are none")
+            f"{quoted(pattern)}: "
+            + (f"names are like {quoted(names[0])}" if names else "there are none")
         )
 
 

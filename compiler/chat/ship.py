@@ -18,6 +18,7 @@ from eoracc.compiler.chat.genai import GenaiTemplates, Rendering
 from eoracc.compiler.chat.portable import portable_template
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, BackendError, ModelError, RequestError
+from eoracc.printable import quoted
 from eoracc.runtime.artifact.versioned_json import is_file_name
 from eoracc.runtime.decode.chat_files import ADDITIONAL_FOLDER, DEFAULT_NAME, TEMPLATE_FILE, Chat
 from eoracc.runtime.decode.chat_template import ChatTemplate
@@ -58,8 +59,8 @@ class ChatTemplates:
         for name in sources:
             if not is_file_name(f"{name}.jinja"):
                 raise ModelError(
-                    f"{tokenizer.name_or_path}: the name of chat template {name!r} cannot be that "
-                    "of a file: rename it"
+                    f"{tokenizer.name_or_path}: the name of chat template {quoted(name)} "
+                    "cannot be that of a file: rename it"
                 )
         return cls(sources, dict(tokenizer.special_tokens_map))
 

@@ -26,6 +26,7 @@ from eoracc.passes.factorize.base import Factorization, RatioOverride
 from eoracc.passes.plan.allocate import Allocate
 from eoracc.passes.plan.select_last_k import SelectLastK
 from eoracc.passes.recipe import Recipe
+from eoracc.printable import quoted
 
 __all__ = ["Family", "Method", "find_methods", "with_options"]
 
@@ -74,14 +75,14 @@ def find_methods(config: BuildConfig, names: Sequence[str]) -> list[Method]:
     methods = []
     for name in dict.fromkeys(names):
         if name not in known:
-            raise ConfigError(f"there is no method {name!r}: {suggest(name, known)}")
+            raise ConfigError(f"there is no method {quoted(name)}: {suggest(name, known)}")
         recipe = recipes.get(name)
         if recipe is None:
             method = _built_in(config.passes, name)
         else:
             method = Method(name, "recipe", tuple(recipe))
         for path, problem in pass_problems(config, method.passes):
-            raise ConfigError(f"method {name!r}: {dotted(path[1:])}: {problem}")
+            raise ConfigError(f"method {quoted(name)}: {dotted(path[1:])}: {problem}")
         methods.append(method)
     return methods
 
@@ -103,7 +104,8 @@ def _built_in(passes: Sequence[Pass], name: str) -> Method:
         return Method(name, "factorization", _factorizing(passes, kind))
     if Recipe(passes).compression is None:
         raise ConfigError(
-            f"method {name!r}: there is nothing to compensate: put a quantize pass into 'passes'"
+            f"method {quoted(name)}: there is nothing to compensate: put a quantize pass into "
+            "'passes'"
         )
     if kind is None:
         return Method(name, "quantization", _quantizing(passes))

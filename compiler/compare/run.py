@@ -50,6 +50,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear, block_of, find_linears
 from eoracc.passes.progress import Phase, Progress
+from eoracc.printable import quoted
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["compare", "work_folder"]
@@ -171,7 +172,7 @@ class _Comparing:
         if all(contender.fit is None for contender in contenders):
             first = contenders[0]
             raise ConfigError(
-                f"no budget can be kept: method {first.method.name!r} at {first.budget}: "
+                f"no budget can be kept: method {quoted(first.method.name)} at {first.budget}: "
                 f"{first.problem}"
             )
         fits = [contender.fit for contender in contenders if contender.fit is not None]
@@ -186,7 +187,9 @@ class _Comparing:
             failed = next(
                 row for row, contender in zip(rows, contenders, strict=True) if contender.fit
             )
-            raise ConfigError(f"no method can do it here: {failed.method!r}: {failed.skipped}")
+            raise ConfigError(
+                f"no method can do it here: {quoted(failed.method)}: {failed.skipped}"
+            )
         held_out = self._texts[_HELD_OUT]
         return Comparison(
             model=self._config.model,

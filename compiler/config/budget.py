@@ -9,6 +9,7 @@ from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from eoracc.errors import ConfigError
+from eoracc.printable import quoted
 
 __all__ = ["Budget", "budget_bits", "parse_budget"]
 
@@ -34,8 +35,8 @@ def parse_budget(value: object) -> str:
         number = math.nan
     if isinstance(value, bool) or not 0 < number < (100 if share else math.inf):
         raise ConfigError(
-            f"{value!r} is no budget: give bits per weight, 3.5, or the share of 16-bit bytes that "
-            "is removed, 30%"
+            f"{quoted(value)} is no budget: give bits per weight, 3.5, or the share of 16-bit "
+            "bytes that is removed, 30%"
         )
     text = repr(number).removesuffix(".0")
     return f"{text}%" if share else text

@@ -19,7 +19,7 @@ from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
 from eoracc.compiler.config.yaml_tree import KeyPath, dotted
 from eoracc.errors import ConfigError
 from eoracc.passes.base import pass_type
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 
 __all__ = ["adapter_config", "load_config"]
 
@@ -52,7 +52,7 @@ def load_config(
         raise ConfigError(
             f"{document.where(place)}: {dotted(place)}: the model needs Python code of its own "
             "repository, which a file cannot allow to run: add --trust-remote-code to the command "
-            f"if you trust {config.model!r}"
+            f"if you trust {quoted(config.model)}"
         )
     return config.model_copy(update={"trust_remote_code": trust_remote_code})
 
@@ -158,7 +158,7 @@ def _problem(detail: ErrorDetails) -> str:
 
 def _shown(value: object) -> str:
     """The value as Python spells it, cut short."""
-    return printable(repr(value), _VALUE_CHARS)
+    return quoted(value, _VALUE_CHARS)
 
 
 def _known_keys(kind: object, path: KeyPath) -> list[str]:

@@ -19,6 +19,7 @@ from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.errors import ModelError
 from eoracc.passes.graph.names import PARTS
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -152,7 +153,9 @@ def module_rows(
             place = roles.index(role)
             first = sum(sizes[:place])
             return [(module, slice(first, first + sizes[place]))]
-    raise ModelError(f"the eager model has no module {name!r}: the graph names it differently")
+    raise ModelError(
+        f"the eager model has no module {quoted(name)}: the graph names it differently"
+    )
 
 
 def _part_sizes(config: PretrainedConfig, whole: str, rows: int) -> list[int]:
@@ -234,7 +237,8 @@ def _factor_rows(
     halves = [module for module, _ in module_rows(modules, config, whole)]
     if not all(isinstance(module, torch.nn.Sequential) for module in halves):
         raise ModelError(
-            f"the eager model has {whole!r} as one module, without the factor {factor!r}"
+            f"the eager model has {quoted(whole)} as one module, without the factor "
+            f"{quoted(factor)}"
         )
     # The parts of a packed module share their input.
     parts = dict.fromkeys(module.get_submodule(factor) for module in halves)

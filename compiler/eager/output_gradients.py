@@ -39,6 +39,7 @@ from eoracc.compiler.eager.run_files import RunFiles
 from eoracc.errors import ModelError
 from eoracc.passes.graph.linears import block_of
 from eoracc.passes.solvers.gram import GramSum
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -385,7 +386,8 @@ def _layers(model: PreTrainedModel, names: Sequence[str]) -> list[torch.nn.Modul
     blocks = dict(model.named_modules()).get(path)
     if not isinstance(blocks, torch.nn.ModuleList):
         raise ModelError(
-            f"the eager model has no list of blocks {path!r}, where {names[0]!r} should be"
+            f"the eager model has no list of blocks {quoted(path)}, where {quoted(names[0])} "
+            "should be"
         )
     return list(blocks)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from eoracc.compiler.frontend.documents import CHECKPOINT
 from eoracc.documents import VOCABULARY_BYTES
 from eoracc.errors import ModelError
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,7 +101,7 @@ class TensorBounds:
         limit = self.largest + _SPARE_IDS
         if type(index) is not int or not 0 <= index < limit:
             raise ModelError(
-                f"{path}: token '{printable(token)}' has the id {printable(repr(index))}, where "
+                f"{path}: token '{printable(token)}' has the id {quoted(index)}, where "
                 f"the model's tensors allow 0 to {limit - 1:,}: fetch it again"
             )
 

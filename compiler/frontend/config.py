@@ -10,7 +10,7 @@ from eoracc.compiler.frontend.files import complaint
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.errors import ModelError
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,7 +107,7 @@ def check_token_field(path: Path, name: str, value: object) -> None:
         type(token) is int and -1 <= token < 1 << 31 for token in tokens
     ):
         raise ModelError(
-            f"{path}: field {name} is {printable(repr(value))}: it must be a token's number, or a "
+            f"{path}: field {name} is {quoted(value)}: it must be a token's number, or a "
             "list of them"
         )
 
@@ -122,7 +122,7 @@ def _refuse_quantized(path: Path, content: Mapping[str, Any]) -> None:
         method = fields.get("quant_method")
         if method is None and any(key.startswith("load_in_") for key in fields):
             method = "bitsandbytes"
-        said = f"quant_method {method!r}" if method is not None else "no quant_method"
+        said = f"quant_method {quoted(method)}" if method is not None else "no quant_method"
         raise ModelError(
             f"{path}: the checkpoint is quantized already ({name} with {said}): give the model in "
             "full precision that it was made from"
@@ -151,7 +151,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:
         raise ModelError(
             f"{path}: transformers cannot read a configuration of model_type "
-            f"{content['model_type']!r} ({complaint(error)})"
+            f"{quoted(content['model_type'])} ({complaint(error)})"
         ) from error
     _check_numbers(path, config)
     heads = getattr(config, "num_attention_heads", None)
@@ -170,19 +170,18 @@ def _check_numbers(path: Path, config: PretrainedConfig) -> None:
         is_epsilon = name.endswith(("norm_eps", "norm_epsilon"))
         if is_epsilon and value is not None and not (_is_number(value) and 0 <= value < math.inf):
             raise ModelError(
-                f"{path}: field {name} is {printable(repr(value))}: it must be a number, and not "
-                "negative"
+                f"{path}: field {name} is {quoted(value)}: it must be a number, and not negative"
             )
     for section in (fields.get("rope_parameters") or {}, *rope_sections(config)):
         if not isinstance(section, dict):
             raise ModelError(
-                f"{path}: field rope_parameters is {printable(repr(section))}: it must be an object"
+                f"{path}: field rope_parameters is {quoted(section)}: it must be an object"
             )
         for name in _ROPE_NUMBERS:
             value = section.get(name)
             if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ModelError(
-                    f"{path}: {name} of the rotary embedding is {printable(repr(value))}: it must "
+                    f"{path}: {name} of the rotary embedding is {quoted(value)}: it must "
                     "be a positive number"
                 )
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from eoracc.errors import ModelError
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,7 +143,8 @@ def check_family(folder: Path, content: Mapping[str, Any]) -> None:
     if kind not in SUPPORTED:
         why = _reason(content)
         raise ModelError(
-            f"{folder}: model_type {kind!r} is not supported{f': {why}' if why else ''}; supported "
+            f"{folder}: model_type {quoted(kind)} is not supported{f': {why}' if why else ''}; "
+            "supported "
             f"are {len(SUPPORTED)} families of dense decoders, such as Llama, Qwen3, Gemma 3 and "
             "Phi-3, which docs/families.md lists"
         )
@@ -151,14 +153,14 @@ def check_family(folder: Path, content: Mapping[str, Any]) -> None:
     # Heads of classifiers, and drafters of speculative decoding without embedding or head.
     if not name.endswith("ForCausalLM") or name.startswith("Eagle"):
         raise ModelError(
-            f"{folder}: architecture {name} of model_type {kind!r} is not supported: give a model "
-            "for text generation (…ForCausalLM)"
+            f"{folder}: architecture {name} of model_type {quoted(kind)} is not supported: "
+            "give a model for text generation (…ForCausalLM)"
         )
     for field in _VARIANTS.get(kind, ()):
         if content.get(field):
             raise ModelError(
                 f"{folder / 'config.json'}: {field} is true, and this variant of model_type "
-                f"{kind!r} is not supported: give a model without it"
+                f"{quoted(kind)} is not supported: give a model without it"
             )
 
 

@@ -19,7 +19,7 @@ from eoracc.compiler.frontend.gguf.convert import convert
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ModelError
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 
 __all__ = [
     "check_json_files",
@@ -83,7 +83,7 @@ def find_checkpoint(source: str, work: Path, *, trust_remote_code: bool = False)
             )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
-            f"{source!r} is no local folder and cannot be fetched from the hub "
+            f"{quoted(source)} is no local folder and cannot be fetched from the hub "
             f"({first_line(error)}): check the name, the network and access rights"
         ) from error
     return Path(folder)

@@ -9,7 +9,7 @@ from eoracc.compiler.frontend.documents import CHECKPOINT
 from eoracc.compiler.frontend.files import complaint
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import ModelError
-from eoracc.printable import printable
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,10 +60,8 @@ def _check_fields(path: Path, content: dict[str, Any]) -> None:
             # Compared as it is: whole numbers of JSON have no limit, and NaN is in no range.
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ModelError(
-                    f"{path}: field {name} is {printable(repr(value))}: it must be a number from "
+                    f"{path}: field {name} is {quoted(value)}: it must be a number from "
                     f"{low:g} to {high:g}"
                 )
         elif name == "do_sample" and type(value) is not bool:
-            raise ModelError(
-                f"{path}: field {name} is {printable(repr(value))}: it must be true or false"
-            )
+            raise ModelError(f"{path}: field {name} is {quoted(value)}: it must be true or false")

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from eoracc.compiler.frontend.files import first_line
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import ModelError
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +49,7 @@ def build_graph(
             package = _build(config, tensors)
     except Exception as error:
         raise ModelError(
-            f"{folder}: the graph of model_type {config.model_type!r} cannot be built "
+            f"{folder}: the graph of model_type {quoted(config.model_type)} cannot be built "
             f"({first_line(error)})"
         ) from error
     model: ir.Model | None = package.get("model") if len(package) == 1 else None
@@ -56,8 +57,8 @@ def build_graph(
         str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)
     }:
         raise ModelError(
-            f"{folder}: this variant of model_type {config.model_type!r} is not supported: its "
-            "graph is no decoder with a key/value cache"
+            f"{folder}: this variant of model_type {quoted(config.model_type)} is not "
+            "supported: its graph is no decoder with a key/value cache"
         )
     for name, value in model.graph.initializers.items():
         if value.const_value is None:

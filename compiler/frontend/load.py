@@ -23,7 +23,6 @@ from eoracc.compiler.frontend.files import (
     check_tokenizer_json,
     digest_files,
     find_checkpoint,
-    first_line,
 )
 from eoracc.compiler.frontend.generation import read_generation_config
 from eoracc.compiler.frontend.graph import build_graph
@@ -32,6 +31,7 @@ from eoracc.compiler.frontend.repairs.repair import repair
 from eoracc.compiler.frontend.tokenizer import tokenizer_advice, write_tokenizer
 from eoracc.compiler.frontend.weights import is_tied, read_tensors, weight_files
 from eoracc.compiler.text.limits import TokenLimits
+from eoracc.documents import Reader
 from eoracc.errors import ModelError
 
 if TYPE_CHECKING:
@@ -107,17 +107,12 @@ class LoadedModel:
         """
         from transformers import AutoTokenizer
 
-        try:
-            with quiet():
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    self.folder, trust_remote_code=self.trust_remote_code
-                )
-                tokenizer("a")  # some bad fields are noticed only here
-        except Exception as error:  # of many packages, some of which raise nothing more specific
-            raise ModelError(
-                f"{self.folder} has no tokenizer that can be read ({first_line(error)}): "
-                f"{tokenizer_advice(self.folder)}"
-            ) from error
+        reader = Reader(ModelError, tokenizer_advice(self.folder))
+        with reader.refusing(self.folder, "has no tokenizer that can be read"), quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+            tokenizer("a")  # some bad fields are noticed only here
         return tokenizer
 
 

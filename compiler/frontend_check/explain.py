@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from eoracc.compiler.frontend.rope_parameters import rope_sections
 from eoracc.compiler.frontend_check.calls import Call
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -114,7 +115,8 @@ def explain(difference: Difference, config: PretrainedConfig) -> str:
     fields = _fields(difference, config)
     cause = f", which config.json sets by {', '.join(fields)}" if fields else ""
     return (
-        f"the graph of model_type {config.model_type!r} does not compute what transformers does: "
+        f"the graph of model_type {quoted(config.model_type)} does not compute what "
+        "transformers does: "
         f"the first difference is in the {difference.part}{block}{cause} (node {name} is off by "
         f"{difference.error:.2g} of its size {calls}, rounding explains "
         f"{difference.tolerance:.0e}): this variant is not supported, see docs/families.md"
@@ -162,7 +164,7 @@ def _fields(difference: Difference, config: PretrainedConfig) -> list[str]:
     for name in names:
         value = getattr(config, name, None)
         if value not in _NEUTRAL:
-            shown = f" {value!r}" if isinstance(value, int | float | str) else ""
+            shown = f" {quoted(value)}" if isinstance(value, int | float | str) else ""
             found.append(f"{name}{shown}")
     return found[:_NAMED]
 

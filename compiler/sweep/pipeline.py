@@ -38,6 +38,7 @@ from eoracc.passes.progress import Progress
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.recipe import Recipe
 from eoracc.passes.survey import SurveyPass
+from eoracc.printable import quoted
 
 __all__ = ["Compressed", "compress", "stage_key"]
 
@@ -144,8 +145,8 @@ def _sweep(
     for item in passes:
         if isinstance(item, Overridable) and (unmatched := item.unmatched_overrides(names)):
             raise ConfigError(
-                f"passes.{item.name}.overrides: no linear's name matches {unmatched[0]!r}: "
-                f"names are like {compressed.linears[0].name!r}"
+                f"passes.{item.name}.overrides: no linear's name matches {quoted(unmatched[0])}: "
+                f"names are like {quoted(compressed.linears[0].name)}"
             )
     calibrate = Recipe(passes).calibrate
     batches = [] if calibration is None or calibrate is None else calibration_batches(calibration)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eoracc.errors import ConfigError, DataError
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,7 +52,8 @@ class TokenLimits:
         if highest >= self.rows:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise DataError(
-                f"{source}: holds {token!r}, token {highest} of the tokenizer, and the model's "
+                f"{source}: holds {quoted(token)}, token {highest} of the tokenizer, and the "
+                "model's "
                 f"embedding has {self.rows} rows: take it out of the text, or build from a model "
                 "whose embedding was resized to its tokenizer"
             )

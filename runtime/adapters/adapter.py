@@ -14,6 +14,7 @@ from typing import Any
 
 from eoracc.errors import ArtifactError, PluginError
 from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.printable import quoted
 from eoracc.runtime.adapters.weighted_sum import weighted_sum
 
 __all__ = ["Adapter", "check_adapter_name", "combine"]
@@ -62,8 +63,8 @@ def check_adapter_name(name: str) -> None:
     """
     if name == _RESERVED or not _NAME.fullmatch(name):
         raise ArtifactError(
-            f"adapter {name!r}: is no valid name: use up to 64 of a-z, 0-9, '.', '_' and '-', "
-            f"the first a letter or digit; '{_RESERVED}' is reserved"
+            f"adapter {quoted(name)}: is no valid name: use up to 64 of a-z, 0-9, '.', '_' and "
+            f"'-', the first a letter or digit; '{_RESERVED}' is reserved"
         )
 
 
@@ -82,14 +83,16 @@ def combine(terms: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
       ArtifactError: there are no terms, a weight is not finite, or they are of several backbones.
     """
     if not terms:
-        raise ArtifactError(f"adapter {name!r}: is a sum of no adapters: give at least one")
+        raise ArtifactError(f"adapter {quoted(name)}: is a sum of no adapters: give at least one")
     for adapter, weight in terms:
         if not math.isfinite(weight):
-            raise ArtifactError(f"adapter {name!r}: the weight of '{adapter.name}' is {weight}")
+            raise ArtifactError(
+                f"adapter {quoted(name)}: the weight of '{adapter.name}' is {weight}"
+            )
     backbones = {adapter.backbone for adapter, _ in terms}
     if len(backbones) > 1:
         raise ArtifactError(
-            f"adapter {name!r}: is a sum of adapters of several backbones: "
+            f"adapter {quoted(name)}: is a sum of adapters of several backbones: "
             f"{', '.join(sorted(digest[:12] for digest in backbones))}"
         )
     by_linear: dict[str, list[tuple[LowRank, float]]] = {}
@@ -99,6 +102,6 @@ def combine(terms: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
     try:
         factors = {linear: weighted_sum(parts) for linear, parts in by_linear.items()}
     except PluginError as error:
-        raise ArtifactError(f"adapter {name!r}: {error}") from error
+        raise ArtifactError(f"adapter {quoted(name)}: {error}") from error
     details = {"sum_of": [{"adapter": adapter.name, "weight": weight} for adapter, weight in terms]}
     return Adapter(name, factors, backbones.pop(), details)

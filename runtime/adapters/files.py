@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, PluginError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter, unpack_adapter
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from eoracc.runtime.adapters.slots import read_slots
@@ -79,7 +79,7 @@ def check_adapter_exists(folder: Path, manifest: Manifest, name: str) -> None:
     known = listed_adapters(manifest)
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ArtifactError(f"{folder}: has no adapter {name!r}: {has}")
+        raise ArtifactError(f"{folder}: has no adapter {quoted(name)}: {has}")
 
 
 def read_adapter(folder: Path, name: str) -> Adapter:
@@ -110,7 +110,9 @@ def read_listed_adapter(folder: Path, manifest: Manifest, name: str) -> Adapter:
         place=str(place),
     )
     if adapter.name != name:
-        raise ArtifactError(f"{place}: is adapter {adapter.name!r} under another name: remove it")
+        raise ArtifactError(
+            f"{place}: is adapter {quoted(adapter.name)} under another name: remove it"
+        )
     return adapter
 
 

@@ -16,7 +16,7 @@ import re2
 
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -155,7 +155,7 @@ def _refuse_other_kinds(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: is a PEFT adapter of type {printable(kind)}: only LORA is known"
         )
     if (bias := config.get("bias", "none")) != "none":
-        raise ArtifactError(f"{path}: 'bias' is {printable(repr(bias))}: it replaces biases")
+        raise ArtifactError(f"{path}: 'bias' is {quoted(bias)}: it replaces biases")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGES_WEIGHTS):
         raise ArtifactError(
@@ -171,7 +171,7 @@ def _refuse_other_kinds(path: Path, config: Mapping[str, Any]) -> None:
 def _rank(path: Path, field: str, value: object) -> int:
     if type(value) is not int or not 1 <= value <= _MOST_RANK:
         raise ArtifactError(
-            f"{path}: '{field}' is {printable(repr(value))} where a rank of 1 to {_MOST_RANK:,} "
+            f"{path}: '{field}' is {quoted(value)} where a rank of 1 to {_MOST_RANK:,} "
             "must be: save it with PEFT"
         )
     return value
@@ -181,8 +181,7 @@ def _alpha(path: Path, field: str, value: object) -> float:
     # Compared before it is converted: whole numbers of JSON have no limit.
     if type(value) not in (int, float) or not -1e30 < value < 1e30:  # type: ignore[operator]
         raise ArtifactError(
-            f"{path}: '{field}' is {printable(repr(value))} where a finite number must be: save "
-            "it with PEFT"
+            f"{path}: '{field}' is {quoted(value)} where a finite number must be: save it with PEFT"
         )
     return float(value)  # type: ignore[arg-type]
 

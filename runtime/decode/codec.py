@@ -42,7 +42,7 @@ class Codec:
         Raises:
           ArtifactError: a file is missing or damaged.
         """
-        path = folder / TOKENIZER_FILE
+        path = self._path = folder / TOKENIZER_FILE
         content = _READER.read_text(path, limit=VOCABULARY_BYTES)
         with _READER.refusing(path, "is no tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
@@ -73,15 +73,13 @@ class Codec:
 
         Raises:
           RequestError: half of a surrogate pair stands alone in ``text``.
+          ArtifactError: the tokenizer fails on it.
         """
         try:
-            if len(text) < _LONG_TEXT:
-                encoding = self._tokenizer.encode(text, add_special_tokens=special)
-            else:
-                # Other threads run meanwhile: unlike 'encode', it releases the interpreter's lock.
-                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-            ids: list[int] = encoding.ids
-        except (TypeError, UnicodeEncodeError):
+            # A tokenizer.json that could be opened may still fail, or even panic, on a text.
+            with _READER.refusing(self._path, "cannot encode this text"):
+                ids = self._encode(text, special=special)
+        except ArtifactError:
             place = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if place is None:
                 raise
@@ -91,8 +89,21 @@ class Codec:
             ) from None
         return ids
 
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        if len(text) < _LONG_TEXT:
+            encoding = self._tokenizer.encode(text, add_special_tokens=special)
+        else:
+            # Other threads run meanwhile: unlike 'encode', it releases the interpreter's lock.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        ids: list[int] = encoding.ids
+        return ids
+
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ``tokens``, special ones left out."""
+        """The text of ``tokens``, special ones left out.
+
+        Raises:
+          ArtifactError: the tokenizer fails on them.
+        """
         text = self._decode(tokens)
         return clean_up_spaces(text) if self._clean_up else text
 
@@ -118,7 +129,8 @@ class Codec:
         )
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        with _READER.refusing(self._path, "cannot decode these tokens"):
+            text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
 

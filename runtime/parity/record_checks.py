@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eoracc.errors import ArtifactError
-from eoracc.printable import printable
+from eoracc.printable import printable, quoted
 from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def check_record(record: ParityRecord, path: Path) -> None:
     """
     _require(
         _is_number(record.compression_effect, least=0),
-        f"{path}: its compression_effect is {printable(repr(record.compression_effect))}",
+        f"{path}: its compression_effect is {quoted(record.compression_effect)}",
     )
     # No case at all would pass.
     _require(bool(record.cases), f"{path}: it has no case")
@@ -121,7 +121,7 @@ def _check_logits(case: ParityCase, place: str) -> None:
             f"{place}: its {part} are {_form(array)}, not int64 [{kept}] in 0..{size - 1}",
         )
     for part, value in (("tolerance", case.tolerance), ("rounding", case.rounding)):
-        _require(_is_number(value, least=0), f"{place}: its {part} is {printable(repr(value))}")
+        _require(_is_number(value, least=0), f"{place}: its {part} is {quoted(value)}")
 
 
 def _require(holds: bool, otherwise: str) -> None:

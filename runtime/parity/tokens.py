@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from eoracc.errors import ArtifactError
+from eoracc.printable import quoted
 from eoracc.runtime.artifact.versioned_json import read_versioned
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ class TokenDifference:
         case, found = self.case, self.found
         text = repr(case.text if len(case.text) <= _LONG else f"{case.text[:_LONG]}...")
         if isinstance(found, str):
-            return f"the tokens of {text} are decoded as {found!r}, not as {case.decoded!r}"
+            return (
+                f"the tokens of {text} are decoded as {quoted(found)}, not as "
+                f"{quoted(case.decoded)}"
+            )
         start = next(
             (
                 index

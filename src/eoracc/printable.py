@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["escape_commands", "escape_controls", "printable"]
+__all__ = ["escape_commands", "escape_controls", "printable", "quoted"]
 
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls except tab and line feed, bidirectional ones, and half surrogate pairs."""
@@ -31,6 +31,15 @@ def printable(text: object, limit: int = VALUE_CHARS) -> str:
     whole = str(text)
     shown = escape_controls(whole[:limit])
     return shown if len(whole) <= limit else f"{shown}… ({len(whole):,} characters)"
+
+
+def quoted(value: object, limit: int = VALUE_CHARS) -> str:
+    """A value as Python spells it, a text in quotation marks, cut after ``limit`` characters.
+
+    >>> quoted("a b"), quoted(None), quoted("abcdef", limit=4)
+    ("'a b'", 'None', "'abc… (8 characters)")
+    """
+    return printable(repr(value), limit)
 
 
 def escape_controls(text: str, keep: str = "") -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gguf.constants import MODEL_ARCH_NAMES, Keys
 
+from eoracc.printable import quoted
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -98,7 +100,7 @@ def check_kind(file: GgufFile) -> None:
     """
     kind = file.text("general.type")
     if kind not in (None, "model"):
-        raise file.refusal(f"it holds no model but what GGUF calls {kind!r}")
+        raise file.refusal(f"it holds no model but what GGUF calls {quoted(kind)}")
     parts = file.integer("split.count") or 1
     if parts > 1:
         number = (file.integer("split.no") or 0) + 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from eoracc.compiler.frontend.gguf.rope import rope_scaling
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import reason
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,7 @@ def loading_config(file: GgufFile) -> PretrainedConfig:
     """
     if file.architecture not in EPSILONS:
         raise file.refusal(
-            f"its architecture {file.architecture!r} is not read from GGUF (read are "
+            f"its architecture {quoted(file.architecture)} is not read from GGUF (read are "
             f"{', '.join(EPSILONS)})"
         )
     sizes = {field: _size(file, key) for key, field in _COUNTS}

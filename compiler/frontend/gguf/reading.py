@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from eoracc.compiler.frontend.gguf.bounds import check_bounds
 from eoracc.documents import Reader
 from eoracc.errors import ModelError
-from eoracc.printable import printable
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -177,7 +177,7 @@ class GgufFile:
         return self._values.get(key)
 
     def _wrong_type(self, key: str, value: object, expected: str) -> ModelError:
-        given = f"a list of {len(value)}" if isinstance(value, list) else printable(repr(value), 40)
+        given = f"a list of {len(value)}" if isinstance(value, list) else quoted(value, 40)
         return self.refusal(f"key {key} is {given}, not {expected}")
 
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.frontend.gguf.llama3 import recover_llama3
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +67,7 @@ def rope_scaling(file: GgufFile, *, theta: float, dims: int, context: int) -> Ma
     if kind in (None, "linear"):  # a factor without a type is linear
         return {"rope_type": "linear", "factor": factor}
     raise file.refusal(
-        f"rope scaling of type {kind!r} is not known (known: linear, yarn, longrope)"
+        f"rope scaling of type {quoted(kind)} is not known (known: linear, yarn, longrope)"
     )
 
 

@@ -13,9 +13,11 @@ from tokenizers.normalizers import Replace as ReplaceNormalizer
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence, Split
 
 from eoracc.compiler.frontend.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenization
-from eoracc.compiler.frontend.gguf.reading import READER
+from eoracc.compiler.frontend.gguf.reading import READER, WAY_OUT
 from eoracc.compiler.frontend.quiet import quiet
-from eoracc.errors import reason
+from eoracc.documents import Reader
+from eoracc.errors import ModelError
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Items
@@ -48,7 +50,9 @@ class Vocabulary:
         if kind is None:
             raise file.refusal("it carries no tokenizer")
         if kind not in ("gpt2", "llama"):
-            raise file.refusal(f"its tokenizer is of kind {kind!r}, and gpt2 and llama are read")
+            raise file.refusal(
+                f"its tokenizer is of kind {quoted(kind)}, and gpt2 and llama are read"
+            )
         self.kind = kind
         self.pre = _pre_tokenization(file) if kind == "gpt2" else None
         self.tokens: Items[str] = file.items("tokenizer.ggml.tokens", str) or []
@@ -116,13 +120,11 @@ def read_tokenizer(file: GgufFile, vocabulary: Vocabulary) -> PreTrainedTokenize
     """
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                file.path.parent, gguf_file=file.path.name, trust_remote_code=False
-            )
-    except Exception as error:
-        raise file.refusal(f"transformers cannot read its tokenizer ({reason(error)})") from error
+    reader = Reader(ModelError, WAY_OUT)
+    with reader.refusing(file.path, "transformers cannot read its tokenizer"), quiet():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            file.path.parent, gguf_file=file.path.name, trust_remote_code=False
+        )
     if vocabulary.pre is not None:
         _respell_added_tokens(tokenizer, vocabulary)
         _set_pre_tokenization(tokenizer.backend_tokenizer, vocabulary.pre)
@@ -141,7 +143,7 @@ def _pre_tokenization(file: GgufFile) -> PreTokenization:
     name = file.text("tokenizer.ggml.pre") or "default"
     if name not in PRE_TOKENIZERS:
         raise file.refusal(
-            f"its pre-tokenizer {name!r} is not known (known: {', '.join(PRE_TOKENIZERS)})"
+            f"its pre-tokenizer {quoted(name)} is not known (known: {', '.join(PRE_TOKENIZERS)})"
         )
     return PRE_TOKENIZERS[name]
 
@@ -171,7 +173,7 @@ def _templates(file: GgufFile) -> dict[str, str]:
         template = file.text(prefix + name)
         if template is None:
             raise file.refusal(
-                f"the chat template {name!r} that tokenizer.chat_templates names is missing"
+                f"the chat template {quoted(name)} that tokenizer.chat_templates names is missing"
             )
         templates[name] = template
     return templates

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,6 +43,24 @@ def test_bos_only_where_it_is_asked_for(folder: Path) -> None:
 def test_half_a_surrogate_pair_is_named(folder: Path) -> None:
     with pytest.raises(RequestError, match=r"holds U\+D83D at character 2, half of a surrogate"):
         Codec(folder).encode("a \ud83d")
+
+
+class PanicException(BaseException):
+    """As the Rust libraries raise it: not an ``Exception``."""
+
+
+def test_a_tokenizer_that_fails_names_its_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PanicException("no entry")
+
+    codec = Codec(folder)
+    monkeypatch.setattr(codec, "_tokenizer", SimpleNamespace(encode=fail, decode=fail))
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: cannot encode this text \(no entry"):
+        codec.encode("a")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: cannot decode these tokens \(no en"):
+        codec.decode([1])
 
 
 def test_damaged_files(folder: Path) -> None:
