@@ -303,6 +303,32 @@ def test_existing_output_is_refused_before_any_work(workspace: Path) -> None:
     assert left_over(workspace) == {"out"}
 
 
+def test_output_in_the_folder_of_the_model(workspace: Path) -> None:
+    config = tiny_config(["quantize_rtn"], verify=QUICK, output="model/out")
+    first = build(workspace, config)
+    assert first.output == workspace / "model" / "out"
+    again = driver.build(config, config_dir=workspace, progress=SilentProgress(), force=True)
+    assert again.manifest.digest == first.manifest.digest
+    assert not [path for path in (workspace / "model").iterdir() if path.name.startswith(".")]
+
+
+def test_output_that_is_the_folder_of_the_model(workspace: Path) -> None:
+    config = tiny_config(["quantize_rtn"], verify=QUICK, output="model")
+    before = sorted(workspace.rglob("*"))
+    with pytest.raises(ArtifactError, match="model: exists and is no eoracc artifact"):
+        driver.build(config, config_dir=workspace, progress=SilentProgress(), force=True)
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_second_build_of_the_same_output_is_refused(workspace: Path) -> None:
+    with (
+        claimed(workspace / ".out.work", "build"),
+        pytest.raises(ArtifactError, match=r"\.out\.work: another build is running there"),
+    ):
+        build(workspace, tiny_config(["quantize_rtn"], verify=QUICK))
+    assert left_over(workspace) == set()
+
+
 def test_windows_beyond_the_positions_of_the_model(workspace: Path) -> None:
     long, held_out = {"window_length": 129}, {"windows": 1, "window_length": 32}
     text = {"text": "text.txt", "samples": 2, "sequence_length": 32}

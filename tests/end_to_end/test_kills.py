@@ -43,3 +43,11 @@ def test_killed_at_every_file_operation() -> None:
             assert each["new"] > 0
             assert each["old"] + each["new"] == each["kills"]
         assert (each["left_over"] > 0) == (name not in FILES)
+
+
+def test_killed_build_is_finished_by_the_next() -> None:
+    """At a few operations; ``python -m tests.kills build build-force adapter-solve`` is at all."""
+    (build,) = figures("build", "--every", "37", timeout_s=300).values()
+    assert build["failures"] == []
+    assert build["kills"] >= 3
+    assert build["left_over"] >= 2
