@@ -26,6 +26,34 @@ _SHOWN_CHARS = 64
 """Characters of a path that an error repeats."""
 
 
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {"application/json": {"schema": _ERROR}}}
+    for status, description in (("4XX", "The request is refused."), ("5XX", "The server failed."))
+}
+_UNHEALTHY: dict[int | str, dict[str, Any]] = {
+    "5XX": {"description": "The server takes no requests.", "content": {"application/json": {}}}
+}
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+
+
 def create_app(service: Service) -> Observe:
     """The ASGI application of ``service``, with all middleware."""
     # No documentation pages: FastAPI's load scripts from other servers.
@@ -39,12 +67,12 @@ def create_app(service: Service) -> Observe:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_class=JSONResponse, tags=["text"])
+    @app.post("/v1/completions", responses=_ANSWER | _ERRORS, tags=["text"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue text."""
         return await service.complete(body, RequestRecord.of(request.scope))
 
-    @app.post("/v1/chat/completions", response_class=JSONResponse, tags=["text"])
+    @app.post("/v1/chat/completions", responses=_ANSWER | _ERRORS, tags=["text"])
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer in a chat."""
         return await service.chat(body, RequestRecord.of(request.scope))
@@ -52,13 +80,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.head("/v1/models", include_in_schema=False)
-    @app.get("/v1/models", tags=["models"])
+    @app.get("/v1/models", responses=_ERRORS, tags=["models"])
     async def models() -> dict[str, Any]:
         """List the backbone and its adapters."""
         return service.catalog.as_dict()
 
     @app.head("/v1/models/{name:path}", include_in_schema=False)
-    @app.get("/v1/models/{name:path}", tags=["models"])
+    @app.get("/v1/models/{name:path}", responses=_ERRORS, tags=["models"])
     async def model(name: str) -> dict[str, Any]:
         """Describe one of the models."""
         return service.catalog.card(name)
@@ -66,7 +94,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 def _add_operations(app: FastAPI, service: Service) -> None:
     @app.head("/health/live", include_in_schema=False)
-    @app.get("/health/live", tags=["operation"])
+    @app.get("/health/live", responses=_UNHEALTHY, tags=["operation"])
     async def live() -> Response:
         """Whether the process works: 500 once the engine has failed."""
         if service.alive:
@@ -75,8 +103,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.head("/health", include_in_schema=False)
     @app.head("/health/ready", include_in_schema=False)
-    @app.get("/health", tags=["operation"])
-    @app.get("/health/ready", tags=["operation"])
+    @app.get("/health", responses=_UNHEALTHY, tags=["operation"])
+    @app.get("/health/ready", responses=_UNHEALTHY, tags=["operation"])
     async def ready() -> Response:
         """Whether requests are accepted: 503 while shutting down."""
         if service.draining:
@@ -89,7 +117,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return JSONResponse({"status": status, "artifact": artifact}, code)
 
     @app.head("/metrics", include_in_schema=False)
-    @app.get("/metrics", response_class=PlainTextResponse, tags=["operation"])
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_ERRORS, tags=["operation"])
     async def metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(service.metrics.render(), media_type=service.metrics.content_type)

@@ -17,6 +17,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     field_validator,
 )
 
@@ -231,6 +232,22 @@ class GenerationFields(Fields):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
+_TOKENS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": _INT64},
+    "minItems": 1,
+}
+_PROMPT_SCHEMA = {
+    "title": "Prompt",
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1},
+    ],
+}
+
+
 class CompletionRequest(GenerationFields):
     """``POST /v1/completions``.
 
@@ -242,7 +259,9 @@ class CompletionRequest(GenerationFields):
 
     unread = COMPLETION_FIELDS
 
-    prompt: _Text | list[_Text] | list[int] | list[list[int]]
+    prompt: Annotated[
+        _Text | list[_Text] | list[int] | list[list[int]], WithJsonSchema(_PROMPT_SCHEMA)
+    ]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
 
