@@ -55,6 +55,7 @@ from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
 from eoracc.compiler.targets.artifact import ArtifactWriter
+from eoracc.compiler.targets.machine import build_machine
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk
 from eoracc.compiler.targets.parity_record import AdapterCases
@@ -179,6 +180,7 @@ def _build(
             },
             config=config.resolved(),
             parity=report.parity,
+            machine=build_machine(),
         )
         shutil.rmtree(work, ignore_errors=True)
     return BuildResult(output, manifest, report)

@@ -140,6 +140,7 @@ class ArtifactSummary:
             "manifest_sha256": self.manifest_sha256,
             "signature": self.signature,
             "source": dict(self.manifest.source),
+            "machine": dict(self.manifest.machine),
             "bytes": self.bytes,
             "linear_bytes": self.linear_bytes,
             "bits_per_weight": self.bits_per_weight,

@@ -202,6 +202,7 @@ class ArtifactWriter:
         config: Mapping[str, Any],
         parity: Mapping[str, Any],
         packages: Mapping[str, str] | None = None,
+        machine: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """Write the manifest and move the finished folder to :attr:`output`.
 
@@ -211,6 +212,7 @@ class ArtifactWriter:
           config: the resolved model.yaml.
           parity: figures of the parity gate.
           packages: versions; None looks them up.
+          machine: that the build ran on.
 
         Raises:
           ArtifactError: the model does not take an adapter, or the output cannot be written.
@@ -223,6 +225,7 @@ class ArtifactWriter:
             config=config,
             packages=package_versions() if packages is None else packages,
             parity=parity,
+            machine=machine,
         )
         (self.folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         umask = os.umask(0)

@@ -1,6 +1,7 @@
 """manifest.json: the list of an artifact's files, and the check that none has changed.
 
 The manifest lists every file with its sha256 and size. Every byte is compared before anything is
+<<<<<<< HEAD
 loaded, and the folder is locked until everything is open. What is not listed is not opened: a file
 beside the listed ones is refused, and so is a link, or a name that leads elsewhere.
 
@@ -8,6 +9,14 @@ The same inputs give the same bytes in every file, except for the records of the
 builder.log), TensorRT engines, whose internal numbering varies, and manifest.json, which holds
 their hashes. :attr:`Manifest.digest` covers none of these, nor adapters, which may be added and
 removed: it identifies the backbone, which adapters are bound to.
+=======
+loaded, the native library above all. The same inputs give the same bytes in every file on machines
+that compute alike (:attr:`Manifest.machine`), except for
+the records of the build (report.json, builder.log), TensorRT engines, whose internal numbering
+varies, and manifest.json, which holds their hashes. :attr:`Manifest.digest` covers none of these,
+nor adapters, which may be added and removed: it identifies the backbone, which adapters are bound
+to.
+>>>>>>> b72f62f (artifact: record the machine of the build in the manifest)
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ import json
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +104,8 @@ class Manifest:
       packages: versions of the packages that the build used.
       parity: figures of the parity gate; empty if it was turned off.
       digest: of the backbone, see :func:`backbone_digest`.
+      machine: that the build ran on: instruction set, the libraries' kernels, threads; empty if the
+        build did not record it.
     """
 
     files: Mapping[str, FileEntry]
@@ -103,6 +114,7 @@ class Manifest:
     packages: Mapping[str, str]
     parity: Mapping[str, Any]
     digest: str
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -113,17 +125,18 @@ class Manifest:
         config: Mapping[str, Any],
         packages: Mapping[str, str],
         parity: Mapping[str, Any],
+        machine: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """The manifest of ``files``, with the digest computed from them."""
         files = dict(sorted(files.items()))
-        return cls(files, source, config, packages, parity, backbone_digest(files))
+        return cls(files, source, config, packages, parity, backbone_digest(files), machine or {})
 
     def with_files(self, files: Mapping[str, FileEntry | None]) -> Manifest:
         """The manifest with files added, replaced or (None) removed."""
         left = {name: entry for name, entry in self.files.items() if name not in files}
         left |= {name: entry for name, entry in files.items() if entry is not None}
         sections = {name: getattr(self, name) for name in _SECTIONS}
-        return Manifest.of(left, **sections)
+        return Manifest.of(left, machine=self.machine, **sections)
 
     def to_json(self) -> str:
         """The text of manifest.json: equal manifests give equal texts."""
@@ -193,6 +206,7 @@ def read_manifest(folder: Path, authenticity: Authenticity = UNCHECKED) -> Manif
             for name, entry in content["files"].items()
         }
         sections = {key: dict(content[key]) for key in _SECTIONS}
+        machine = dict(content.get("machine", {}))  # artifacts of older builds have none
         digest = str(content["digest"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
@@ -203,7 +217,7 @@ def read_manifest(folder: Path, authenticity: Authenticity = UNCHECKED) -> Manif
             )
     if digest != backbone_digest(files):
         raise ArtifactError(f"{path}: its digest does not fit its files: build the artifact again")
-    return Manifest(files=files, digest=digest, **sections)
+    return Manifest(files=files, digest=digest, machine=machine, **sections)
 
 
 def verify_manifest(folder: Path, authenticity: Authenticity = UNCHECKED) -> Manifest:

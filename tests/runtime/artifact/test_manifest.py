@@ -55,6 +55,21 @@ def write(folder: Path) -> Manifest:
     return manifest
 
 
+def test_the_machine_is_kept_and_may_be_missing(artifact: Path) -> None:
+    manifest = replace(read_manifest(artifact), machine={"extensions": ["avx2"]})
+    (artifact / MANIFEST_FILE).write_text(manifest.to_json())
+    read = read_manifest(artifact)
+    assert read.machine == {"extensions": ["avx2"]}
+    assert read.with_files({"libops.so": None}).machine == read.machine
+    content = json.loads(manifest.to_json())
+    del content["machine"]
+    (artifact / MANIFEST_FILE).write_text(json.dumps(content))
+    assert read_manifest(artifact).machine == {}
+    (artifact / MANIFEST_FILE).write_text(json.dumps({**content, "machine": [1]}))
+    with pytest.raises(ArtifactError, match="lacks a part"):
+        read_manifest(artifact)
+
+
 def test_lists_every_file_with_hash_and_size(artifact: Path) -> None:
     manifest = verify_manifest(artifact)
     assert sorted(manifest.files) == [
