@@ -39,7 +39,8 @@ from benchmarks.kept_rows import KeptRows
 from benchmarks.protocol import MODELS, load_protocol
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
-from eoracc.compiler.progress import ConsoleProgress, cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds
+from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report.fidelity import score_variants
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import compress

@@ -36,7 +36,8 @@ from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.kept.files import replace_file
-from eoracc.compiler.progress import PhaseTime, SilentProgress, cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds, warn
+from eoracc.compiler.progress import PhaseTime, SilentProgress
 from eoracc.compiler.report.content import (
     AdaptersReport,
     BuildReport,
@@ -55,8 +56,8 @@ from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
 from eoracc.compiler.targets.artifact import ArtifactWriter
-from eoracc.compiler.targets.machine import build_machine
 from eoracc.compiler.targets.job import Emitted, Job
+from eoracc.compiler.targets.machine import build_machine
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk
 from eoracc.compiler.targets.parity_record import AdapterCases
 from eoracc.compiler.targets.registry import TARGETS
@@ -286,10 +287,7 @@ def _make(
             *context_notes(inputs.loaded.config, inputs.loaded.model.metadata_props),
             *_unchecked(inputs, compressed),
         ],
-        warnings=[
-            *text_warnings(inputs.calibration, inputs.held_out),
-            *linear_warnings(compressed.linears),
-        ],
+        warnings=[*inputs.warnings, *linear_warnings(compressed.linears)],
     )
 
 
@@ -305,6 +303,7 @@ class _Inputs:
       calibration: text for statistics; None where no pass takes any.
       checking: held-out text that factors are checked on; None where there is none.
       tasks: the adapters of model.yaml with their texts.
+      warnings: on the texts.
     """
 
     loaded: LoadedModel
@@ -314,6 +313,7 @@ class _Inputs:
     calibration: Windows | None
     checking: Windows | None
     tasks: list[Task]
+    warnings: list[WarningReport]
 
 
 def _load(
@@ -351,6 +351,9 @@ def _load(
         if config.calibration is not None and config.recipe.reads_text
         else None
     )
+    warnings = text_warnings(calibration, held_out)
+    for warning in warnings:
+        warn(warning.code, warning.message, warning.linear, warning.figures)
     checking = (
         None
         if calibration is None
@@ -371,6 +374,7 @@ def _load(
         calibration=calibration,
         checking=checking,
         tasks=tasks,
+        warnings=warnings,
     )
 
 

@@ -10,7 +10,6 @@ A phase is a context; the work inside calls :meth:`Phase.advance` once a step::
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
+from eoracc.compiler.observe.spans import span, step
 from eoracc.passes.progress import Phase
 from eoracc.printable import escape_controls
 
@@ -34,7 +34,6 @@ __all__ = [
     "PassTimes",
     "PhaseTime",
     "SilentProgress",
-    "cpu_seconds",
 ]
 
 _SPARSE_SECONDS = 10.0
@@ -56,12 +55,6 @@ class PhaseTime:
     cpu_s: float
 
 
-def cpu_seconds() -> float:
-    """Processor time of this process, all threads, and of the children it has waited for."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
 class PassTimes:
     """Sums the time of every pass of a build, over all linear groups that it was called for."""
 
@@ -69,15 +62,18 @@ class PassTimes:
         self._times: dict[int, PhaseTime] = {}
 
     @contextmanager
-    def measure(self, layer_pass: Pass) -> Iterator[None]:
-        """Add the time that the context takes to that of ``layer_pass``, known by identity."""
+    def measure(self, layer_pass: Pass, on: str = "") -> Iterator[None]:
+        """Add the time that the context takes to that of ``layer_pass``, known by identity.
+
+        Args:
+          layer_pass: a pass of any kind.
+          on: the linears that it runs on.
+        """
         before = self._times.get(id(layer_pass), PhaseTime(layer_pass.name, 0.0, 0.0))
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        yield
+        with span(layer_pass.name, "pass", linears=on) as took:
+            yield
         self._times[id(layer_pass)] = PhaseTime(
-            layer_pass.name,
-            before.wall_s + time.perf_counter() - wall,
-            before.cpu_s + cpu_seconds() - cpu,
+            layer_pass.name, before.wall_s + took.wall_s, before.cpu_s + took.cpu_s
         )
 
     def times(self) -> list[PhaseTime]:
@@ -88,6 +84,26 @@ class PassTimes:
 class _SilentPhase:
     def advance(self, note: str = "") -> None:
         del note
+
+    def skip(self) -> None:
+        pass
+
+
+class _ToldPhase:
+    """A phase whose steps the listeners of its span are told of."""
+
+    def __init__(self, shown: Phase, name: str, total: int) -> None:
+        self._shown, self._name, self._total = shown, name, total
+        self._done = 0
+
+    def advance(self, note: str = "") -> None:
+        self._shown.advance(note)
+        self._done += 1
+        step(self._name, self._done, self._total, note)
+
+    def skip(self) -> None:
+        self._shown.skip()
+        self._done += 1
 
 
 class SilentProgress:
@@ -103,10 +119,9 @@ class SilentProgress:
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Phase]:
         """See :meth:`Progress.phase`."""
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        with self._show(name, total) as phase:
-            yield phase
-        self.times.append(PhaseTime(name, time.perf_counter() - wall, cpu_seconds() - cpu))
+        with span(name, "phase", steps=total) as took, self._show(name, total) as phase:
+            yield _ToldPhase(phase, name, total)
+        self.times.append(PhaseTime(name, took.wall_s, took.cpu_s))
 
     def _show(self, name: str, total: int) -> AbstractContextManager[Phase]:
         del name, total
@@ -172,8 +187,15 @@ def _bar(console: Console, name: str, total: int) -> Iterator[Phase]:
         task = bars.add_task(escape_controls(name), total=total, note="")
 
         class _Bar:
+            skipped = 0
+
             def advance(self, note: str = "") -> None:
                 bars.update(task, advance=1, note=escape_controls(note))
+
+            def skip(self) -> None:
+                # Without the samples that the time left is estimated from.
+                self.skipped += 1
+                bars.reset(task, completed=self.skipped)
 
         yield _Bar()
         bars.update(task, note="")
@@ -181,12 +203,12 @@ def _bar(console: Console, name: str, total: int) -> Iterator[Phase]:
 
 @contextmanager
 def _lines(console: Console, name: str, total: int) -> Iterator[Phase]:
-    begun = time.monotonic()
+    start = time.monotonic()
     _say(console, f"{name}: {total} steps")
 
     class _Lines:
-        done = 0
-        shown = begun
+        done = skipped = 0
+        shown = begun = start
 
         def advance(self, note: str = "") -> None:
             self.done += 1
@@ -194,12 +216,17 @@ def _lines(console: Console, name: str, total: int) -> Iterator[Phase]:
             if now - self.shown < _SPARSE_SECONDS or self.done >= total:
                 return
             self.shown = now
-            left = (now - begun) / self.done * (total - self.done)
+            left = (now - self.begun) / (self.done - self.skipped) * (total - self.done)
             at = f" ({note})" if note else ""
             _say(console, f"{name}: {self.done}/{total}{at}, about {left:.0f} s left")
 
+        def skip(self) -> None:
+            self.done += 1
+            self.skipped += 1
+            self.begun = time.monotonic()
+
     yield _Lines()
-    _say(console, f"{name}: done in {time.monotonic() - begun:.1f} s")
+    _say(console, f"{name}: done in {time.monotonic() - start:.1f} s")
 
 
 def _say(console: Console, line: str) -> None:

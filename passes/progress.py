@@ -14,6 +14,9 @@ class Phase(Protocol):
     def advance(self, note: str = "") -> None:
         """One step is done; ``note`` names it, ``block 3``."""
 
+    def skip(self) -> None:
+        """One step was done by an earlier run: it says nothing about the time that is left."""
+
 
 class Progress(Protocol):
     """Shows how far long work has come."""

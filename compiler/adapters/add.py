@@ -29,7 +29,8 @@ from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.kept.claim import claimed
-from eoracc.compiler.progress import SilentProgress, cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds
+from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import AdaptersReport
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from eoracc import __version__
 from eoracc.compiler.config.sections import AdapterConfig
-from eoracc.compiler.progress import cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds, span
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.batch import WeightOf, make_batches
 from eoracc.compiler.sweep.executor import Executor
@@ -201,13 +201,15 @@ def solve_adapter(
     with progress.phase(f"{label} {task.name}", executor.head_level) as phase:
         for level in range(executor.head_level):
             if level < begin:
-                phase.advance()
+                phase.skip()
                 continue
             if level == 0:
                 forward.start()
             for group in executor.levels[level]:
-                _solve_group(forward, group, task.solver, calibrate, solution)
-            forward.step(level)
+                with span("solve adapter", "pass", linears=group.name):
+                    _solve_group(forward, group, task.solver, calibrate, solution)
+            with span("forward", "forward", level=level):
+                forward.step(level)
             block = executor.levels[level][0].linears[0].block
             finished = level + 1
             ends = finished == executor.head_level

@@ -18,6 +18,8 @@ from eoracc.compiler.commands.common import (
     trust_options,
     trust_remote_code_option,
 )
+from eoracc.compiler.commands.observing import log_format_option, observing, trace_option
+from eoracc.log_lines import LogFormat
 
 if TYPE_CHECKING:
     from eoracc.compiler.adapters.add import AddedAdapter
@@ -74,6 +76,8 @@ _LAYOUTS = click.Choice(["packing", "padding"])
 @trust_options
 @click.option("--no-parity", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--force", is_flag=True, help="Replace an existing adapter of this name.")
+@trace_option
+@log_format_option
 @json_option
 def add(
     artifact: Path,
@@ -86,6 +90,8 @@ def add(
     public_key: Path | None,
     no_parity: bool,
     force: bool,
+    trace_file: Path | None,
+    log_format: LogFormat,
     as_json: bool,
     **options: Any,  # noqa: ANN401 - see _config
 ) -> None:
@@ -108,11 +114,12 @@ def add(
         slots = read_slots(artifact, read_manifest(artifact, authenticity))
     config = _config(options, slots.type)
     from eoracc.compiler.adapters.add import solve_for_artifact
-    from eoracc.compiler.progress import ConsoleProgress, SilentProgress
 
-    progress = SilentProgress() if as_json else ConsoleProgress(make_console(err=True))
     try:
-        with noting_lost_signature(artifact):
+        with (
+            noting_lost_signature(artifact),
+            observing(trace_file, log_format, quiet=as_json) as progress,
+        ):
             added = solve_for_artifact(
                 artifact,
                 name,

@@ -15,6 +15,8 @@ from eoracc.compiler.commands.common import (
     say,
     trust_remote_code_option,
 )
+from eoracc.compiler.commands.observing import log_format_option, observing, trace_option
+from eoracc.log_lines import LogFormat
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -38,6 +40,8 @@ __all__ = ["build"]
     help="Write the graph after each stage to DIR, as .onnx files with their weights.",
 )
 @trust_remote_code_option
+@trace_option
+@log_format_option
 @json_option
 def build(
     model_yaml: Path,
@@ -46,6 +50,8 @@ def build(
     force: bool,
     keep_graphs: Path | None,
     trust_remote_code: bool,
+    trace_file: Path | None,
+    log_format: LogFormat,
     as_json: bool,
 ) -> None:
     """Build the artifact that MODEL_YAML describes."""
@@ -62,7 +68,6 @@ def build(
     check_output(config.output_path(config_dir), force=force)
 
     from eoracc.compiler.driver import build as run_build
-    from eoracc.compiler.progress import ConsoleProgress, SilentProgress
     from eoracc.compiler.report.lines import (
         adapter_tables,
         fidelity_table,
@@ -70,10 +75,10 @@ def build(
         report_lines,
     )
 
-    progress = SilentProgress() if as_json else ConsoleProgress(make_console(err=True))
-    result = run_build(
-        config, config_dir=config_dir, progress=progress, force=force, keep_graphs=keep_graphs
-    )
+    with observing(trace_file, log_format, quiet=as_json) as progress:
+        result = run_build(
+            config, config_dir=config_dir, progress=progress, force=force, keep_graphs=keep_graphs
+        )
     manifest, report = result.manifest, result.report
     if as_json:
         print_json(

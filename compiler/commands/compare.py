@@ -17,6 +17,8 @@ from eoracc.compiler.commands.common import (
     say,
     trust_remote_code_option,
 )
+from eoracc.compiler.commands.observing import log_format_option, observing, trace_option
+from eoracc.log_lines import LogFormat
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -68,6 +70,8 @@ _SPARE = ("linears", "CPU s", "spent on", "budget")
     "--fresh", is_flag=True, help="Compute all rows again, also those that earlier runs finished."
 )
 @trust_remote_code_option
+@trace_option
+@log_format_option
 def compare(
     model_yaml: Path,
     methods: str | None,
@@ -78,6 +82,8 @@ def compare(
     *,
     fresh: bool,
     trust_remote_code: bool,
+    trace_file: Path | None,
+    log_format: LogFormat,
 ) -> None:
     """Compress the model of MODEL_YAML with several methods and compare the results.
 
@@ -109,16 +115,11 @@ def compare(
         _check_apart(json_file, plot_file)
 
     from eoracc.compiler.compare.run import compare as run_comparison
-    from eoracc.compiler.progress import ConsoleProgress
 
-    comparison = run_comparison(
-        config,
-        names,
-        spent,
-        config_dir=model_yaml.parent,
-        progress=ConsoleProgress(make_console(err=True)),
-        fresh=fresh,
-    )
+    with observing(trace_file, log_format) as progress:
+        comparison = run_comparison(
+            config, names, spent, config_dir=model_yaml.parent, progress=progress, fresh=fresh
+        )
     # Before the table: whoever reads that may close the pipe early.
     if json_file is not None:
         content = json.dumps(comparison.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)

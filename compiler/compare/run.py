@@ -33,7 +33,7 @@ from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_t
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
-from eoracc.compiler.progress import cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds
 from eoracc.compiler.report.fidelity import Scorer, Variant
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import compress

@@ -16,7 +16,7 @@ from pathlib import Path
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.kept.files import keeping
-from eoracc.compiler.progress import cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.pipeline import stage_key
@@ -169,7 +169,7 @@ def _sweep(
     with progress.phase("shared sweep", len(executor.levels)) as phase:
         for level, groups in enumerate(executor.levels):
             if level < begin:
-                phase.advance()
+                phase.skip()
                 continue
             if level == 0:
                 forward.start()

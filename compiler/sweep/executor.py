@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from eoracc.compiler.observe.spans import span
 from eoracc.compiler.sweep.batch import Array, Batch, FactorsOf, Float, WeightOf
 from eoracc.compiler.sweep.cut import (
     Segment,
@@ -247,7 +248,8 @@ class Executor:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.log_severity_level = 3
             try:
-                self._sessions[proto] = ort.InferenceSession(proto, options)
+                with span("open session", "session", nodes=len(glue.nodes)):
+                    self._sessions[proto] = ort.InferenceSession(proto, options)
             except Exception as error:
                 first, last = glue.nodes[0].name, glue.nodes[-1].name
                 raise ModelError(

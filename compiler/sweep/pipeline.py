@@ -17,6 +17,7 @@ from typing import Any
 from eoracc import __version__
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
+from eoracc.compiler.observe.spans import span
 from eoracc.compiler.progress import PassTimes, PhaseTime
 from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
@@ -91,33 +92,41 @@ def compress(
         key = stage_key(config, loaded, members, position, calibration, held_out)
         kept = folder / str(position)
         first = members[0]
-        if isinstance(first, SurveyPass):
-            context = Survey(
-                model=model,
-                linears=compressed.linears,
-                windows=calibration,
-                following=_next_sweep(all_stages[position + 1 :]),
-                checkpoint=loaded.folder,
-                trust_remote_code=loaded.trust_remote_code,
-                folder=kept,
-                key=key,
-                progress=progress,
-            )
-            with times.measure(first):
-                compressed.surveys.append({"pass": first.name, **first.survey(context)})
-        elif isinstance(first, ModelPass):
-            with times.measure(first):
-                first.call(model)
-            spec.check(model, spec.Stage.FRONTEND, after=first.name)
-            compressed.linears = find_linears(model)
-            graphs.keep(first.name, model)
-        else:
-            passes = [item for item in members if isinstance(item, LayerPass)]
-            state = SweepState(kept, key)
-            _sweep(
-                config, compressed, passes, calibration, state, progress, times, held_out=held_out
-            )
-            graphs.keep("+".join(item.name for item in passes), model)
+        with span("+".join(item.name for item in members), "stage", position=position):
+            if isinstance(first, SurveyPass):
+                context = Survey(
+                    model=model,
+                    linears=compressed.linears,
+                    windows=calibration,
+                    following=_next_sweep(all_stages[position + 1 :]),
+                    checkpoint=loaded.folder,
+                    trust_remote_code=loaded.trust_remote_code,
+                    folder=kept,
+                    key=key,
+                    progress=progress,
+                )
+                with times.measure(first):
+                    compressed.surveys.append({"pass": first.name, **first.survey(context)})
+            elif isinstance(first, ModelPass):
+                with times.measure(first):
+                    first.call(model)
+                spec.check(model, spec.Stage.FRONTEND, after=first.name)
+                compressed.linears = find_linears(model)
+                graphs.keep(first.name, model)
+            else:
+                passes = [item for item in members if isinstance(item, LayerPass)]
+                state = SweepState(kept, key)
+                _sweep(
+                    config,
+                    compressed,
+                    passes,
+                    calibration,
+                    state,
+                    progress,
+                    times,
+                    held_out=held_out,
+                )
+                graphs.keep("+".join(item.name for item in passes), model)
     compressed.times = times.times()
     return compressed
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+from eoracc.compiler.observe.spans import span, warn
 from eoracc.compiler.progress import PassTimes
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.compiler.sweep.executor import Executor
@@ -81,27 +82,21 @@ def run_sweep(
     with progress.phase("compress", len(executor.levels)) as phase:
         for level, groups in enumerate(executor.levels):
             if level < begin:
-                phase.advance()
+                phase.skip()
                 continue
             if level == 0 and forward is not None:
                 forward.start()
             for group in groups:
                 if forward is not None:
                     forward.show(group)
-                for linear in group.linears:
-                    linear.record.output_norm = None  # from the statistics of an earlier sweep
-                for layer_pass in passes:
-                    layer_pass.requires(group)
-                    with one_thread(layer_pass), times.measure(layer_pass):
-                        call_checked(layer_pass, group)
-                    spec.check_linears(group.linears, spec.Stage.COMPRESSED, after=layer_pass.name)
+                _run_passes(group, passes, times)
                 with one_thread():
                     _compare(group, comparators, comparisons)
-                warn_of_gram(group)
                 group.forget_inputs()
             if level < executor.head_level:
                 if forward is not None:
-                    forward.step(level)
+                    with span("forward", "forward", level=level):
+                        forward.step(level)
                 if _block(executor, level + 1) != _block(executor, level):
                     # Trimmed too: between activations that come and go, the heap fills with holes.
                     release_memory()
@@ -126,6 +121,21 @@ def _resume(
     if forward is not None and not resumed.has_activations:
         forward.run(resumed.position)
     return resumed.position
+
+
+def _run_passes(group: LinearGroup, passes: Sequence[LayerPass], times: PassTimes) -> None:
+    """Run all passes on one group, and tell of the warnings that come of it."""
+    for linear in group.linears:
+        linear.record.output_norm = None  # from the statistics of an earlier sweep
+    for layer_pass in passes:
+        layer_pass.requires(group)
+        with one_thread(layer_pass), times.measure(layer_pass, group.name):
+            call_checked(layer_pass, group)
+        spec.check_linears(group.linears, spec.Stage.COMPRESSED, after=layer_pass.name)
+    warn_of_gram(group)
+    for linear in group.linears:
+        for warning in linear.record.warnings:
+            warn(warning.code, warning.message, linear.name, warning.figures)
 
 
 def _save(

@@ -1,22 +1,14 @@
 """manifest.json: the list of an artifact's files, and the check that none has changed.
 
 The manifest lists every file with its sha256 and size. Every byte is compared before anything is
-<<<<<<< HEAD
 loaded, and the folder is locked until everything is open. What is not listed is not opened: a file
 beside the listed ones is refused, and so is a link, or a name that leads elsewhere.
 
-The same inputs give the same bytes in every file, except for the records of the build (report.json,
-builder.log), TensorRT engines, whose internal numbering varies, and manifest.json, which holds
-their hashes. :attr:`Manifest.digest` covers none of these, nor adapters, which may be added and
-removed: it identifies the backbone, which adapters are bound to.
-=======
-loaded, the native library above all. The same inputs give the same bytes in every file on machines
-that compute alike (:attr:`Manifest.machine`), except for
-the records of the build (report.json, builder.log), TensorRT engines, whose internal numbering
-varies, and manifest.json, which holds their hashes. :attr:`Manifest.digest` covers none of these,
-nor adapters, which may be added and removed: it identifies the backbone, which adapters are bound
-to.
->>>>>>> b72f62f (artifact: record the machine of the build in the manifest)
+On machines that compute alike (:attr:`Manifest.machine`) the same inputs give the same bytes in
+every file, except for the records of the build (report.json, builder.log), TensorRT engines, whose
+internal numbering varies, and manifest.json, which holds their hashes. :attr:`Manifest.digest`
+covers none of these, nor adapters, which may be added and removed: it identifies the backbone,
+which adapters are bound to.
 """
 
 from __future__ import annotations

@@ -45,6 +45,35 @@ def test_few_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -
     assert [time.name for time in shown.times] == ["compress"]
 
 
+def test_steps_of_an_earlier_run_say_nothing_about_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("eoracc.compiler.progress.time.monotonic", lambda: now[0])
+    file = io.StringIO()
+    with ConsoleProgress(Console(file=file, force_terminal=False)).phase("compress", 100) as phase:
+        for _ in range(80):
+            now[0] += 0.01
+            phase.skip()
+        for _ in range(4):
+            now[0] += 6
+            phase.advance()
+    assert file.getvalue().splitlines()[1:3] == [
+        "compress: 82/100, about 108 s left",
+        "compress: 84/100, about 96 s left",
+    ]
+
+
+def test_a_bar_counts_the_steps_of_an_earlier_run() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, color_system=None)
+    with ConsoleProgress(console).phase("compress", 3) as phase:
+        phase.skip()
+        phase.skip()
+        phase.advance("block 1")
+    assert "3/3" in file.getvalue()
+
+
 def test_bar_on_a_terminal_shows_steps_and_note() -> None:
     file = io.StringIO()
     shown = ConsoleProgress(Console(file=file, force_terminal=True, width=120, color_system=None))

@@ -220,6 +220,9 @@ class Interrupted(SilentProgress):
                 if progress.step < 0:
                     raise KeyboardInterrupt
 
+            def skip(self) -> None:
+                raise AssertionError("nothing was done before")
+
         return Stopping()
 
 

@@ -1,0 +1,1 @@
+"""Watching long work: spans of time, a trace of them, a log."""
