@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from eoracc.compiler.cli import main
-from eoracc.runtime import BackendError, load
+from eoracc.runtime import ArtifactError, BackendError, load
 from eoracc.runtime.bench import BenchOptions, run_benchmark, workloads
 from tests.tiny_artifact import write_tiny_artifact
 
@@ -38,6 +39,21 @@ def numbers(content: object) -> list[float]:
     if isinstance(content, list):
         return [number for value in content for number in numbers(value)]
     return [content] if isinstance(content, int | float) and not isinstance(content, bool) else []
+
+
+def test_a_folder_that_changes_amid_the_measurement(
+    with_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eoracc.runtime.adapters.store import remove_adapter
+
+    folder = shutil.copytree(with_adapters, tmp_path / "artifact")
+
+    def change(*_: object, **__: object) -> None:
+        remove_adapter(folder, "one")
+
+    monkeypatch.setattr("eoracc.runtime.bench.benchmark.measure_start", change)
+    with pytest.raises(ArtifactError, match=r"differs in adapters/one.* after it was loaded"):
+        run_benchmark(folder, BenchOptions(threads=1, prompt_tokens=20, new_tokens=3))
 
 
 def test_json_has_every_figure(with_adapters: Path) -> None:
