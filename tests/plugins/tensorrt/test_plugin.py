@@ -202,6 +202,20 @@ def test_a_table_of_another_format_is_refused(tmp_path: Path) -> None:
         Kernels(tmp_path, "8.0")
 
 
+@pytest.mark.parametrize("file", ["../k.ptx", "/k.ptx", "a/k.ptx", "link.ptx"])
+def test_kernel_elsewhere_is_refused(tmp_path: Path, file: str) -> None:
+    kernels = [{"compute_capability": "8.9", "forward_compatible": True, "file": file}]
+    table = {"format": "eoracc kernels", "schema": 1, "kernels": kernels}
+    folder = tmp_path / "bundle"
+    (folder / "a").mkdir(parents=True)
+    (folder / "kernels.json").write_text(json.dumps(table))
+    for path in (tmp_path / "k.ptx", folder / "a" / "k.ptx"):
+        path.write_text("elsewhere")
+    (folder / "link.ptx").symlink_to(tmp_path / "k.ptx")
+    with pytest.raises(ValueError, match=r"kernels\.json: names .*, elsewhere"):
+        Kernels(folder, "8.9").ptx(kernels[0])
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -15,13 +15,15 @@ copied the folder alone can still compare its files with what was written::
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eoracc.errors import ArtifactError
+from eoracc.printable import printable
 from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, describe_file, opening
+from eoracc.runtime.artifact.onnx_file import external_files, parse_onnx
 from eoracc.runtime.artifact.versioned_json import is_file_name, read_versioned
 from eoracc.runtime.tensorrt.engine_set import EngineSet, parse_engine_set
 
@@ -135,4 +137,18 @@ def _read_bundle(path: Path, folder: Path, artifact: Path | None, backbone: str 
                 f"{folder / name}: its content is not what {BUNDLE_FILE} says: copy or build the "
                 "bundle again"
             )
+    _check_listed(folder, engines.graph, files.keys())
     return Bundle(folder, artifact, backbone, capabilities, engines)
+
+
+def _check_listed(folder: Path, graph: str, listed: Collection[str]) -> None:
+    """Check that the graph and the files of its weights are among those that were compared."""
+    path = folder / graph
+    named = {graph}
+    if graph in listed:
+        named |= external_files(parse_onnx(path.read_bytes(), path))
+    for name in sorted(named.difference(listed)):
+        raise ArtifactError(
+            f"{path}: is made of '{printable(name)}', which {BUNDLE_FILE} does not list: do not "
+            "trust this bundle"
+        )

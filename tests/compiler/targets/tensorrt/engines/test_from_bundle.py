@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,9 @@ from eoracc.compiler.targets.tensorrt.engines import from_bundle
 from eoracc.compiler.targets.tensorrt.engines.bundle import Bundle, open_bundle
 from eoracc.compiler.targets.tensorrt.engines.from_bundle import build_from_bundle, store_engine
 from eoracc.errors import ArtifactError, BackendError, TargetError
+from eoracc.runtime.artifact.authenticity import Authenticity
+from eoracc.runtime.artifact.folder_change import changing
+from eoracc.runtime.artifact.folder_lock import waiting_at_most
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.tensorrt.engine_set import read_engine_set
 from tests.optional import require
@@ -104,6 +108,14 @@ def test_folder_of_the_target_is_a_bundle_in_its_artifact_and_alone(
             lambda content: content["files"].update({"x": {"sha256": "", "size": 0}}),
             "x: is missing",
         ),
+        (
+            lambda content: content["files"].pop("model.onnx"),
+            r"is made of 'model\.onnx', which bundle\.json does not list",
+        ),
+        (
+            lambda content: content["files"].pop("model.onnx.data"),
+            r"is made of 'model\.onnx\.data', which bundle\.json does not list",
+        ),
     ],
 )
 def test_a_damaged_description_is_refused(
@@ -171,6 +183,43 @@ def test_another_gpu_is_one_sentence(built: Path, monkeypatch: pytest.MonkeyPatc
     with_tensorrt(monkeypatch)
     with pytest.raises(TargetError, match=r"a GPU, has compute capability 8\.6, not 8\.9"):
         build_from_bundle(built, progress=SilentProgress(), compute_capability="8.9")
+
+
+def test_kernels_are_executed_only_where_trusted(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):  # noqa: N818 - no error
+        pass
+
+    def build_engine(*_: object) -> None:
+        # What is built from cannot be exchanged meanwhile.
+        with (
+            waiting_at_most(0),
+            pytest.raises(ArtifactError, match="is locked by"),
+            changing(artifact),
+        ):
+            pass
+        raise Reached
+
+    with_tensorrt(monkeypatch)
+    monkeypatch.setattr(from_bundle, "build_engine", build_engine)
+    with pytest.raises(ArtifactError, match="brings kernels of the bundle's builder"):
+        build_from_bundle(artifact, progress=SilentProgress())
+    with pytest.raises(Reached):
+        build_from_bundle(artifact, progress=SilentProgress(), trust=True)
+
+
+def test_engine_of_a_replaced_artifact_is_not_stored(artifact: Path) -> None:
+    bundle = replace(open_bundle(artifact), backbone="0" * 64)
+    with pytest.raises(ArtifactError, match="was replaced by another artifact meanwhile"):
+        stored(bundle, "8.6")
+    verify_manifest(artifact)
+
+
+def test_bundle_alone_has_neither_digest_nor_signature(artifact: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.move(artifact / "tensorrt", tmp_path / "alone"))
+    with pytest.raises(ArtifactError, match="is a bundle without its artifact"):
+        open_bundle(alone, Authenticity("0" * 64))
 
 
 def stored(bundle: Bundle, capability: str, *, output: Path | None = None, **known: Any) -> Path:  # noqa: ANN401
