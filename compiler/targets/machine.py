@@ -51,9 +51,10 @@ def build_machine() -> dict[str, Any]:
     equal. ONNX Runtime does not say which kernels it chose: it goes by ``extensions``.
 
     Returns:
-      ``architecture``; ``extensions`` of the instruction set; ``libraries``, each with ``name``,
-      ``version``, ``kernels`` and ``threads``; ``bfloat16``, whether ``precision: auto`` means
-      bfloat16; ``settings``, the variables of :data:`SETTINGS` that are set.
+      ``architecture``; ``extensions`` of the instruction set; ``cores`` that the process may use,
+      by which ONNX Runtime chooses its threads; ``libraries``, each with ``name``, ``version``,
+      ``kernels`` and ``threads``; ``bfloat16``, whether ``precision: auto`` means bfloat16;
+      ``settings``, the variables of :data:`SETTINGS` that are set.
     """
     import torch  # noqa: PLC0415 - writers of artifacts without a build do without it
     from threadpoolctl import threadpool_info  # noqa: PLC0415
@@ -82,10 +83,17 @@ def build_machine() -> dict[str, Any]:
     return {
         "architecture": platform.machine(),
         "extensions": _extensions(),
+        "cores": _cores(),
         "libraries": [dict(zip(keys, found, strict=True)) for found in sorted(libraries, key=str)],
         "bfloat16": bfloat16_is_fast(),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
+
+
+def _cores() -> int | None:
+    """Cores that this process may use; None where the system does not say."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return os.cpu_count() if affinity is None else len(affinity(0))
 
 
 def _extensions() -> list[str]:
