@@ -84,6 +84,7 @@ class Acceptor:
         self._per_address: Counter[str] = Counter()
         self._starting: set[asyncio.Task[None]] = set()
         self._refused: set[Refusal] = set()
+        self._overdue: list[Connection] | None = None
         self._resume: asyncio.TimerHandle | None = None
 
     @property
@@ -113,6 +114,10 @@ class Acceptor:
                 _log.warning("closed a connection: its client was too slow (%s)", late)
 
     def _accept(self) -> None:
+        self._accept_some()
+        self._overdue = None  # true for this moment alone
+
+    def _accept_some(self) -> None:
         for _ in range(_AT_ONCE):
             if not self._has_room():
                 self._pause(_RECHECK_S)
@@ -175,6 +180,8 @@ class Acceptor:
         if quietest is None:
             return False
         self._forget(quietest)
+        if self._overdue is not None:
+            self._overdue.remove(quietest)
         quietest.transport.abort()
         self._on_closed("evicted")
         _log.warning("closed a quiet connection to make room for a new one")
@@ -185,19 +192,18 @@ class Acceptor:
 
         A client that has just connected is not overdue: its request may be on its way.
         """
-        now = self._loop.time()
-        overdue = {
-            connection: now - connection.since - _QUIET_S[connection.waiting]
-            for connection, its_address in self._open.items()
-            if connection.waiting is not None and address in (None, its_address)
-        }
-        while overdue:
-            quietest = max(overdue, key=overdue.__getitem__)
-            if overdue[quietest] < 0:
-                break
-            if not quietest.has_unread_data:
-                return quietest
-            del overdue[quietest]
+        if self._overdue is None:
+            now = self._loop.time()
+            seconds = {
+                connection: now - connection.since - _QUIET_S[connection.waiting]
+                for connection in self._open
+                if connection.waiting is not None
+            }
+            overdue = [connection for connection, late_s in seconds.items() if late_s >= 0]
+            self._overdue = sorted(overdue, key=seconds.__getitem__, reverse=True)
+        for connection in self._overdue:
+            if address in (None, self._open.get(connection)) and not connection.has_unread_data:
+                return connection
         return None
 
     def _refuse(self, accepted: socket.socket, error: ApiError) -> None:
