@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -74,6 +76,22 @@ def _check_strings(strings: Sequence[str]) -> None:
         raise ValueError("holds an empty string")
     if any(len(text) > _MAX_CHARACTERS for text in strings):
         raise ValueError(f"holds a string of more than {_MAX_CHARACTERS} characters")
+
+
+def _first_wrong(limit: float) -> BeforeValidator:
+    """Leave only the first member whose value is no number within ``limit``, if there is one.
+
+    pydantic would list the mistakes of all members, a second for a large object.
+    """
+
+    def shorten(members: object) -> object:
+        if isinstance(members, dict):
+            for name, value in members.items():
+                if type(value) not in {int, float} or not -limit <= value <= limit:
+                    return {name: value}
+        return members
+
+    return BeforeValidator(shorten)
 
 
 _Text = Annotated[str, AfterValidator(_unicode)]
@@ -161,7 +179,10 @@ class GenerationFields(Fields):
     """
 
     model: _Text | None = None
-    adapters: dict[_Text, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    adapters: Annotated[
+        dict[_Text, Annotated[float, Field(allow_inf_nan=False)]] | None,
+        _first_wrong(sys.float_info.max),
+    ] = None
     n: Annotated[int, Field(ge=1, le=_INT64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -176,9 +197,10 @@ class GenerationFields(Fields):
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
     bad_words: Annotated[list[_Text], Field(max_length=_MAX_BAD_WORDS)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = (
-        None
-    )
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None,
+        _first_wrong(100),
+    ] = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     repetition_penalty: _Factor | None = None

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from eoracc.runtime.server.api.schemas import ChatCompletionRequest, CompletionRequest, Fields
 from tests.runtime.server.fake import CHAT, COMPLETIONS, HI, JSON, Server, run
 
 REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
@@ -266,3 +268,29 @@ def test_openapi_describes_the_requests() -> None:
                 assert validator.is_valid(base | extra) is (status == 200), extra
 
     run(test)
+
+
+@pytest.mark.parametrize(("name", "bad"), [("logit_bias", 101), ("adapters", "much")])
+def test_one_of_many_mistakes_is_told(name: str, bad: object) -> None:
+    """A list of all takes a second in which nothing else is served."""
+    members = {str(index): bad for index in range(1000)}
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest.model_validate({"prompt": "a", name: members})
+    assert refused.value.error_count() == 1
+    assert refused.value.errors()[0]["loc"] == (name, "0")
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": [-1] * 1000}),
+        (ChatCompletionRequest, {"messages": [{}] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+    ],
+)
+def test_a_list_is_read_up_to_its_first_mistake(
+    model: type[Fields], fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(fields)
+    assert refused.value.error_count() <= 2
