@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -127,6 +128,8 @@ def _run(change: Callable[[], None], *, step: int | None = None, seconds: float 
                 _kill_at(step)
             change()
             status = 0
+        except BaseException:  # noqa: BLE001 - the child must not go on as its parent
+            traceback.print_exc()
         finally:
             os._exit(status)
     if step is None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eoracc.errors import ArtifactError
+from eoracc.runtime.artifact.folder_lock import lock_holders
 
 __all__ = ["claimed"]
 
@@ -50,7 +51,8 @@ def _lock(path: Path, run: str, otherwise: str) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise ArtifactError(
-                f"{path}: another {run} is running there: wait for it to end, or {otherwise}"
+                f"{path}: another {run} is running there ({lock_holders(path)}): "
+                f"wait for it to end, or {otherwise}"
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -12,6 +12,7 @@ from eoracc.errors import ArtifactError
 from eoracc.runtime.artifact.folder_change import PENDING, STAGED, changing
 from eoracc.runtime.artifact.folder_exchange import finish_exchange
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, read_manifest
+from eoracc.runtime.artifact.signature import SIGNATURE_FILE
 from eoracc.runtime.artifact.staged_folder import (
     is_staging_name,
     remove_dead,
@@ -108,7 +109,7 @@ def refuse_strangers(output: Path, *, listing: bool = True) -> None:
       ArtifactError: it is no artifact, or holds a file that its manifest does not list.
     """
     try:
-        listed = {MANIFEST_FILE, *read_manifest(output).files}
+        listed = {MANIFEST_FILE, SIGNATURE_FILE, *read_manifest(output).files}
     except ArtifactError as error:
         raise ArtifactError(
             f"{output}: exists and is no eoracc artifact, so --force does not replace it: "

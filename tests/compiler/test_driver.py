@@ -244,7 +244,7 @@ def test_full_disk_in_the_sweep(workspace: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_second_build_in_the_same_folder_is_refused(workspace: Path) -> None:
     with (
         claimed(workspace / ".out.work", "build"),
-        pytest.raises(ArtifactError, match=r"\.out\.work: another build is running there: wait"),
+        pytest.raises(ArtifactError, match=r"\.out\.work: another build is running there \(this"),
     ):
         build(workspace, tiny_config())
     assert left_over(workspace) == set()
@@ -318,15 +318,6 @@ def test_output_that_is_the_folder_of_the_model(workspace: Path) -> None:
     with pytest.raises(ArtifactError, match="model: exists and is no eoracc artifact"):
         driver.build(config, config_dir=workspace, progress=SilentProgress(), force=True)
     assert sorted(workspace.rglob("*")) == before
-
-
-def test_second_build_of_the_same_output_is_refused(workspace: Path) -> None:
-    with (
-        claimed(workspace / ".out.work", "build"),
-        pytest.raises(ArtifactError, match=r"\.out\.work: another build is running there"),
-    ):
-        build(workspace, tiny_config(["quantize_rtn"], verify=QUICK))
-    assert left_over(workspace) == set()
 
 
 def test_windows_beyond_the_positions_of_the_model(workspace: Path) -> None:

@@ -54,7 +54,9 @@ def test_a_fresh_start_forgets_everything(work: WorkFolder) -> None:
 def test_one_comparison_at_a_time(work: WorkFolder) -> None:
     with (
         work.claimed(),
-        pytest.raises(ArtifactError, match=r"work: another comparison is running there"),
+        pytest.raises(
+            ArtifactError, match=r"work: another comparison is running there \(this process\)"
+        ),
         work.claimed(fresh=True),
     ):
         pass

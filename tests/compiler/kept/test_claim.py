@@ -46,7 +46,8 @@ def test_one_run_at_a_time(work: Path) -> None:
         with (
             pytest.raises(
                 ArtifactError,
-                match=rf"^{work}: another build is running there: wait for it to end, or go away$",
+                match=rf"^{work}: another build is running there \(process {other.pid}\): "
+                "wait for it to end, or go away$",
             ),
             claimed(work, "build", otherwise="go away"),
         ):

@@ -16,6 +16,7 @@ from eoracc.compiler.targets.output_place import check_output, refuse_full_disk
 from eoracc.errors import ArtifactError
 from eoracc.runtime.artifact.folder_change import PENDING, STAGED
 from eoracc.runtime.artifact.folder_exchange import upcoming_path
+from eoracc.runtime.artifact.signature import SIGNATURE_FILE
 
 ROOT_USER = os.geteuid() == 0
 
@@ -120,6 +121,15 @@ def test_force_keeps_what_somebody_else_put_there(tmp_path: Path, name: str) -> 
     with pytest.raises(ArtifactError, match="is no part"):
         ArtifactWriter(output, force=True)
     assert os.path.lexists(output / name)
+
+
+def test_signed_artifact_is_replaced(tmp_path: Path) -> None:
+    output = write(tmp_path / "out")
+    (output / SIGNATURE_FILE).write_bytes(b"signature")
+    check_output(output, force=True)
+    with ArtifactWriter(output, force=True) as writer:
+        writer.commit(source={"model": "m"}, config={}, parity={}, packages={})
+    assert [path.name for path in output.iterdir()] == ["manifest.json"]
 
 
 def test_stranger_that_comes_during_the_build_is_kept(tmp_path: Path) -> None:
