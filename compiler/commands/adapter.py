@@ -78,9 +78,12 @@ def list_adapters(
 
 def _perplexity(described: dict[str, Any]) -> str:
     """Perplexity on its held-out text without and with the adapter; empty if not measured."""
-    figures = described["details"].get("perplexity", {})
+    figures = described["details"].get("perplexity")
+    if not isinstance(figures, dict):  # details are free to hold anything
+        return ""
     pair = [figures.get(key) for key in ("none", described["name"])]
-    return "" if None in pair else " to ".join(f"{figure:.2f}" for figure in pair)
+    is_measured = all(isinstance(figure, int | float) for figure in pair)
+    return " to ".join(f"{figure:.2f}" for figure in pair) if is_measured else ""
 
 
 def _describe(one: Adapter) -> dict[str, Any]:

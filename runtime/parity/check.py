@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.failure import end_process
 from eoracc.printable import printable
@@ -30,6 +31,7 @@ from eoracc.runtime.parity.report import CaseParity, LinearParity, ParityReport,
 
 __all__ = ["check_cases", "check_parity"]
 
+_READER = Reader(ArtifactError, "build the artifact again")
 _GRAPHS = ("tensorrt_rtx", "tensorrt")
 _GRAPH_FILE = "model.onnx"
 
@@ -48,6 +50,12 @@ def check_parity(folder: Path, library: Path | bool = True) -> ParityReport:
     Raises:
       ArtifactError: the record is missing, or a record or a model cannot be read.
     """
+    # The model is as foreign as the record: what it lacks shows where it is run.
+    with _READER.refusing(folder, "cannot be run as its record asks"):
+        return _check(folder)
+
+
+def _check(folder: Path) -> ParityReport:
     graphs = [name for name in _GRAPHS if (folder / name / PARITY_FILE).is_file()]
     linears: list[LinearParity] = []
     logits: list[CaseParity] = []

@@ -45,6 +45,17 @@ def test_list(artifact: Path) -> None:
     assert described["details"] == DETAILS
 
 
+@pytest.mark.parametrize("perplexity", [None, 3, [9.5], {"none": "9.5", "math": 7.25}, {"none": 1}])
+def test_details_of_another_form_are_listed(tmp_path: Path, perplexity: object) -> None:
+    digest = write_slots_artifact(tmp_path / "artifact").digest
+    details = {"perplexity": perplexity}
+    factors = random_factors("int8", rank=5)
+    add_adapter(tmp_path / "artifact", Adapter("math", factors, digest, details))
+    done = eoracc("list", tmp_path / "artifact")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert " to " not in done.stdout
+
+
 def test_list_of_none(tmp_path: Path) -> None:
     write_slots_artifact(tmp_path / "bare")
     assert eoracc("list", tmp_path / "bare").stdout == f"{tmp_path / 'bare'} has no adapters\n"
