@@ -85,6 +85,14 @@ test-sanitizers: setup ## kernels and op on random and malformed operands
 	build/sanitizers/fuzz_operands
 	.ci/sanitized $(BIN)/python -m tests.native.fuzz_op build/sanitizers/libeoracc_ops.so
 
+# What tests/fuzz/test_mutations.py does with other seeds and for longer.
+COUNT ?= 10000
+SEED ?= 1
+
+.PHONY: fuzz
+fuzz: setup ## change files at random and read them: make fuzz COUNT=10000 SEED=1
+	$(BIN)/python -m tests.fuzz.mutate --count $(COUNT) --seed $(SEED) --workers $(WORKERS)
+
 .PHONY: lint
 lint: setup ## ruff and clang-format, nothing is changed
 	$(BIN)/ruff check
