@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.printable import printable
-from eoracc.runtime.artifact.manifest import Manifest, read_listed
+from eoracc.runtime.artifact.manifest import Manifest, leads_outside, read_listed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +61,7 @@ def read_model_files(folder: Path, manifest: Manifest | None = None) -> ModelFil
         library = decoder.get("session_options", {}).get("custom_ops_library")
         shares_cache = bool(content.get("search", {}).get("past_present_share_buffer"))
     for name in filter(None, (model, library)):
-        if not (folder / str(name)).resolve().is_relative_to(folder.resolve()):
+        if leads_outside(folder / str(name), folder):
             raise ArtifactError(
                 f"{path}: names '{printable(name)}', which is not in the folder: do not trust this "
                 "artifact"

@@ -46,6 +46,7 @@ __all__ = [
     "describe_bytes",
     "describe_file",
     "describe_folder",
+    "leads_outside",
     "locked_artifact",
     "opening",
     "read_listed",
@@ -62,6 +63,10 @@ _SCHEMA = 1
 _FORMAT = "eoracc artifact"
 _BLOCK = 1 << 20
 _READER = Reader(ArtifactError, "build the artifact again")
+_LISTED = Reader(ArtifactError, "copy or build the artifact again")
+_LARGEST = 1 << 40
+"""Bytes of a file, far above any: its size is compared with the manifest."""
+
 _UNLISTED = frozenset((MANIFEST_FILE, SIGNATURE_FILE))
 """Files that a manifest cannot list."""
 
@@ -320,16 +325,20 @@ def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
     path = folder / name
     if name not in manifest.files:
         raise ArtifactError(f"{path}: is not listed in {MANIFEST_FILE}: build the artifact again")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if leads_outside(path, folder):
         raise ArtifactError(f"{path}: is a link that leaves the folder: do not trust this artifact")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: is missing: copy or build the artifact again") from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    # A named pipe in the place of a file is refused, not waited for.
+    content = _LISTED.read_bytes(path, limit=_LARGEST)
     _compare(path, describe_bytes(content), manifest.files[name])
     return content
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether ``path`` leads out of ``folder``, or nowhere: a circle of links, or no name."""
+    try:
+        return not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return True
 
 
 def _compare(path: Path, actual: FileEntry, listed: FileEntry) -> None:
@@ -364,7 +373,7 @@ def _listing(folder: Path) -> list[str]:
         for entry in sorted((*folders, *files)):
             path = place / entry
             if path.is_symlink():
-                leaves = not path.resolve().is_relative_to(folder.resolve())
+                leaves = leads_outside(path, folder)
                 raise ArtifactError(
                     f"{path}: is a link{' that leaves the folder' if leaves else ''}: "
                     "do not trust this artifact"

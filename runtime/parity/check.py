@@ -52,10 +52,10 @@ def check_parity(folder: Path, library: Path | bool = True) -> ParityReport:
     """
     # The model is as foreign as the record: what it lacks shows where it is run.
     with _READER.refusing(folder, "cannot be run as its record asks"):
-        return _check(folder)
+        return _check(folder, library)
 
 
-def _check(folder: Path) -> ParityReport:
+def _check(folder: Path, library: Path | bool) -> ParityReport:
     graphs = [name for name in _GRAPHS if (folder / name / PARITY_FILE).is_file()]
     linears: list[LinearParity] = []
     logits: list[CaseParity] = []

@@ -26,6 +26,16 @@ def test_config_that_points_out_of_the_folder(
         read_model_files(folder)
 
 
+@pytest.mark.parametrize("name", ["\x00", "circle"])
+def test_config_that_names_no_file(tiny_artifact: Path, tmp_path: Path, name: str) -> None:
+    config = json.loads((tiny_artifact / "genai_config.json").read_text())
+    config["model"]["decoder"]["filename"] = name
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(ArtifactError, match="which is not in the folder"):
+        read_model_files(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{}", '{"model": {"decoder": {}}}', '{"model": []}'])
 def test_config_that_describes_nothing(tmp_path: Path, text: str) -> None:
     with pytest.raises(ArtifactError, match=r"genai_config\.json: is missing"):

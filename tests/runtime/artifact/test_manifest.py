@@ -333,6 +333,20 @@ def test_one_file_is_read_and_compared(artifact: Path, tmp_path: Path) -> None:
         read_listed(artifact, manifest, "libops.so")
 
 
+def test_a_pipe_or_a_circle_of_links_is_refused_at_once(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    path = artifact / "libops.so"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match=r"libops\.so: is no regular file"):
+        read_listed(artifact, manifest, path.name)
+    path.unlink()
+    path.symlink_to(path.name)
+    for read in (verify_manifest, lambda folder: read_listed(folder, manifest, path.name)):
+        with pytest.raises(ArtifactError, match=r"libops\.so: is a link that leaves the folder"):
+            read(artifact)
+
+
 def test_what_was_half_written_is_no_part_of_the_artifact(artifact: Path) -> None:
     (artifact / STAGED / "files").mkdir(parents=True)
     (artifact / STAGED / "files" / "model.onnx").write_bytes(b"half")
