@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from typing import TYPE_CHECKING
 
@@ -223,3 +224,19 @@ def test_sums_of_adapters_come_and_go(model: Model, machine: Machine, artifact: 
     assert machine.used() <= held, "the memory of sums that nobody uses is given back"
     completion = model.generate(PROMPTS[0], 5, adapter={"math": 1.0}, ignore_end=True)
     assert list(completion.tokens) == oracle.greedy(PROMPTS[0], 5, math)
+
+
+def test_sums_come_from_what_was_loaded(model: Model, artifact: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(artifact, tmp_path / "artifact")
+    other = load(folder, threads=1, trust=True)
+    assert other.backend == "tensorrt_rtx"
+    shutil.rmtree(folder)
+    for adapter in CHOICES:
+        found, wanted = (
+            one.generate(PROMPTS[0], 8, adapter=adapter, ignore_end=True).tokens
+            for one in (other, model)
+        )
+        assert found == wanted
+    change = other.folder_watch.check()
+    assert change is not None
+    assert change.text == "is gone"
