@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # A class, its parent's, and the exit code of a command that it ends.
 Entry = tuple[str, str, int]
 
-LINE = re.compile(r"^    (?P<branch>[│├└─ ]*)(?P<name>\w+Error)  +(?P<text>.+)$", re.MULTILINE)
+LINE = re.compile(r"^    (?P<branch>[│├└─ ]*)(?P<name>\w+Error) +(?P<text>.+)$", re.MULTILINE)
 
 
 def drawn() -> list[Entry]:
