@@ -28,15 +28,14 @@ from eoracc.compiler.adapters.gates import (
     refuse_adapters,
     score_adapters,
 )
-from eoracc.compiler.adapters.solve import SolvedAdapter, Task, load_task, solve_adapter
-from eoracc.compiler.chat.ship import ChatTemplates, ship_chat
+from eoracc.compiler.adapters.solve import SolvedAdapter, Task, solve_adapter
+from eoracc.compiler.chat.ship import ship_chat
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.context import context_notes
-from eoracc.compiler.frontend.load import LoadedModel, load
-from eoracc.compiler.frontend_check.check import check_frontend
+from eoracc.compiler.inputs import Inputs, read_inputs
 from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.kept.files import replace_file
-from eoracc.compiler.observe.spans import cpu_seconds, warn
+from eoracc.compiler.observe.spans import cpu_seconds
 from eoracc.compiler.progress import PhaseTime, SilentProgress
 from eoracc.compiler.report.content import (
     AdaptersReport,
@@ -50,7 +49,6 @@ from eoracc.compiler.report.content import (
 from eoracc.compiler.report.gates import fidelity_report
 from eoracc.compiler.report.linears import factorized_reports, linear_report, linear_warnings
 from eoracc.compiler.report.lines import parity_line
-from eoracc.compiler.report.texts import text_warnings
 from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
@@ -61,19 +59,13 @@ from eoracc.compiler.targets.machine import build_machine
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk
 from eoracc.compiler.targets.parity_record import AdapterCases
 from eoracc.compiler.targets.registry import TARGETS
-from eoracc.compiler.targets.tensorrt.check_model import check_model
-from eoracc.compiler.targets.tokens import ShippedTokenizer, ship_tokenizer, tokenizer_report
-from eoracc.compiler.text.sources import read_documents
+from eoracc.compiler.targets.tokens import tokenizer_report
 from eoracc.compiler.text.windows import (
     Windows,
-    calibration_windows,
-    checking_window,
-    evaluation_windows,
 )
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.graph import spec
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.progress import Progress
 from eoracc.plugins.adapters import AdapterSlots
@@ -239,7 +231,7 @@ def _make(
     """Load, compress, solve adapters and write; what parity will be checked against is recorded."""
     for name in config.targets:
         TARGETS[name].require()
-    inputs = _load(config, config_dir, work, writer.folder, progress)
+    inputs = read_inputs(config, config_dir, work, writer.folder, progress)
     graphs.keep("frontend", inputs.loaded.model)
     original = Executor(inputs.loaded.model.clone())
     compressed = compress(
@@ -291,94 +283,7 @@ def _make(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Inputs:
-    """Everything that a build reads.
-
-    Attributes:
-      loaded: the checkpoint.
-      chat: its chat templates.
-      tokenizer: as it is shipped.
-      held_out: text for fidelity and parity.
-      calibration: text for statistics; None where no pass takes any.
-      checking: held-out text that factors are checked on; None where there is none.
-      tasks: the adapters of model.yaml with their texts.
-      warnings: on the texts.
-    """
-
-    loaded: LoadedModel
-    chat: ChatTemplates
-    tokenizer: ShippedTokenizer
-    held_out: Windows
-    calibration: Windows | None
-    checking: Windows | None
-    tasks: list[Task]
-    warnings: list[WarningReport]
-
-
-def _load(
-    config: BuildConfig, config_dir: Path, work: Path, artifact: Path, progress: Progress
-) -> _Inputs:
-    """Read the checkpoint, check its graph, write its tokenizer, and read all texts."""
-    with progress.phase("load", 1) as phase:
-        loaded = load(
-            config.model_source(config_dir), work=work, trust_remote_code=config.trust_remote_code
-        )
-        phase.advance()
-    check_model(config, loaded)
-    spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
-    check_frontend(loaded, progress)
-    tokenizer, limits = loaded.tokenizer(), loaded.limits()
-    held_out = evaluation_windows(
-        config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
-    )
-    shipped = ship_tokenizer(
-        loaded,
-        tokenizer,
-        artifact,
-        held_out=read_documents(
-            config.verify.held_out_text(config.calibration),
-            tokenizer,
-            config_dir,
-            split_text=False,
-            separator="",
-        ),
-    )
-    calibration = (
-        calibration_windows(
-            config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
-        )
-        if config.calibration is not None and config.recipe.reads_text
-        else None
-    )
-    warnings = text_warnings(calibration, held_out)
-    for warning in warnings:
-        warn(warning.code, warning.message, warning.linear, warning.figures)
-    checking = (
-        None
-        if calibration is None
-        else checking_window(
-            config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
-        )
-    )
-    tasks = [
-        load_task(name, adapter, tokenizer, config_dir=config_dir, limits=limits)
-        for name, adapter in config.adapters.items()
-    ]
-    release_memory()
-    return _Inputs(
-        loaded=loaded,
-        chat=ChatTemplates.of(tokenizer),
-        tokenizer=shipped,
-        held_out=held_out,
-        calibration=calibration,
-        checking=checking,
-        tasks=tasks,
-        warnings=warnings,
-    )
-
-
-def _unchecked(inputs: _Inputs, compressed: Compressed) -> list[str]:
+def _unchecked(inputs: Inputs, compressed: Compressed) -> list[str]:
     """A note where held-out text was too short to check factors on."""
     compensated = any(linear.factors is not None for linear in compressed.linears)
     if inputs.calibration is None or inputs.checking is not None or not compensated:

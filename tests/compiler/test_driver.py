@@ -288,7 +288,7 @@ def test_failed_parity_writes_no_artifact(workspace: Path, monkeypatch: pytest.M
 def test_a_graph_that_differs_is_refused_before_any_work(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "load", load_wrong)
+    monkeypatch.setattr("eoracc.compiler.inputs.load", load_wrong)
     progress = SilentProgress()
     with pytest.raises(ModelError, match=r"does not compute what transformers does: .* attention"):
         driver.build(tiny_config(verify=QUICK), config_dir=workspace, progress=progress)
