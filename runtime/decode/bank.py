@@ -19,6 +19,7 @@ from typing_extensions import override
 from eoracc.errors import ArtifactError, PluginError, RequestError
 from eoracc.plugins.adapters import AdapterSlots, pack_adapter, stack_adapters
 from eoracc.plugins.operands.low_rank import LowRank
+from eoracc.printable import printable, quoted
 from eoracc.runtime.request import AdapterChoice, adapter_weights
 
 __all__ = ["NO_PLACE", "SUMS", "AdapterBank", "AdapterPlaces", "FactorsOf", "Weights"]
@@ -98,13 +99,13 @@ class AdapterPlaces(ABC, Generic[_PackedT]):
         for name, _ in weights:
             if not self.takes_adapters:
                 raise RequestError(
-                    f"adapter '{name}': the artifact takes no adapters: "
+                    f"adapter {quoted(name)}: the artifact takes no adapters: "
                     f"build it with '{self.option}'"
                 )
             if name not in self.names:
-                known = ", ".join(self.names) or "none"
+                known = printable(", ".join(self.names) or "none")
                 raise RequestError(
-                    f"adapter '{name}': the artifact has no such adapter: it has {known}"
+                    f"adapter {quoted(name)}: the artifact has no such adapter: it has {known}"
                 )
         return weights
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, RequestError
+from eoracc.printable import printable, quoted
 from eoracc.runtime.decode.chat_template import ChatTemplate
 from eoracc.runtime.decode.codec import CONFIG_FILE
 
@@ -92,7 +93,8 @@ class Chat:
             name = _TOOLS_NAME if tools else DEFAULT_NAME
         if name not in self.sources:
             raise RequestError(
-                f"chat template '{name}': is none of {', '.join(sorted(self.sources))}: choose one"
+                f"chat template {quoted(name)}: is none of "
+                f"{printable(', '.join(sorted(self.sources)))}: choose one"
             )
         return name
 

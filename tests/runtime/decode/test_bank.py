@@ -215,6 +215,10 @@ def test_unknown_adapters_are_one_sentence(files: Files) -> None:
         match="adapter 'poems': the artifact has no such adapter: it has math, prose, code",
     ):
         bank.acquire({"math": 1, "poems": 1})
+    with pytest.raises(RequestError, match="has no such adapter") as caught:
+        bank.acquire("x\x1b[2J" * 10_000)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
     with pytest.raises(RequestError, match="has no such adapter: it has none"):
         AdapterBank(SLOTS, [], files).acquire("math")
     with pytest.raises(
