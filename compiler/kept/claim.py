@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from eoracc.compiler.kept.files import make_folder
 from eoracc.errors import ArtifactError
 from eoracc.runtime.artifact.folder_lock import lock_holders
 
@@ -42,7 +43,7 @@ def claimed(path: Path, run: str, *, otherwise: str = "choose another 'output'")
 def _lock(path: Path, run: str, otherwise: str) -> int:
     while True:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise _unusable(path, error.strerror, otherwise) from error

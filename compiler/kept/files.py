@@ -22,6 +22,7 @@ __all__ = [
     "check_file",
     "describe_file",
     "keeping",
+    "make_folder",
     "read_file",
     "remove",
     "replace_file",
@@ -53,6 +54,18 @@ def keeping(path: Path) -> Iterator[None]:
             "space, or check that the folder is writable, and run the same command again, which "
             "resumes from what was kept before"
         ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, so that a power loss does not take them away again.
+
+    Raises:
+      OSError: the operating system refused.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_path(folder.parent)
 
 
 def replace_file(path: Path, content: bytes) -> None:

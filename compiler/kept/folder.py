@@ -17,6 +17,7 @@ from eoracc.compiler.kept.files import (
     check_file,
     describe_file,
     keeping,
+    make_folder,
     remove,
     write_with,
 )
@@ -50,12 +51,13 @@ class KeptFolder:
           ArtifactError: what cannot be used cannot be removed either.
         """
         path = self.path / name
-        if not self.path.is_dir():
-            if self.path.is_symlink() or self.path.exists():
-                self._discard(self.path, "is not a folder")
-            return None
-        if not path.is_symlink() and not path.exists():
-            return None
+        with keeping(self.path):
+            if not self.path.is_dir():
+                if self.path.is_symlink() or self.path.exists():
+                    self._discard(self.path, "is not a folder")
+                return None
+            if not path.is_symlink() and not path.exists():
+                return None
         try:
             record = read_record(path)
         except ForeignError:
@@ -152,7 +154,7 @@ class KeptFolder:
 
     def _create(self, folder: Path) -> None:
         with keeping(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
 
     def _discard(self, path: Path, problem: str) -> None:
         _log.warning("%s %s: it is discarded, and computed again", path, problem)

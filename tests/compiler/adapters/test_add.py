@@ -16,6 +16,7 @@ from eoracc.compiler.adapters.add import solve_for_artifact
 from eoracc.compiler.adapters.gates import check_adapters, refuse_adapters
 from eoracc.compiler.cli import main
 from eoracc.compiler.config.sections import AdapterConfig
+from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import AdapterParity, Report
 from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError
@@ -78,6 +79,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template, tmp_path / "workspace"))
+
+
+def test_a_second_run_for_the_same_adapter_is_refused(workspace: Path) -> None:
+    with (
+        claimed(workspace / ".out.math.work", "run"),
+        pytest.raises(
+            ArtifactError,
+            match=r"another run that adds 'math' is running there: wait .* another name$",
+        ),
+    ):
+        add(workspace)
 
 
 def state(workspace: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from eoracc.compiler.kept.files import (
     check_file,
     describe_file,
     keeping,
+    make_folder,
     read_file,
     remove,
     replace_file,
@@ -44,6 +45,17 @@ def test_damage_is_noticed(tmp_path: Path, damage: str) -> None:
         check_file(path, entry)
     remove(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_new_folders_are_flushed_into_their_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr("eoracc.compiler.kept.files.sync_path", flushed.append)
+    make_folder(tmp_path / "a" / "b")
+    assert flushed == [tmp_path / "a", tmp_path]
+    make_folder(tmp_path / "a" / "b")
+    assert len(flushed) == 2
 
 
 def test_what_is_below_a_file_is_missing(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,6 @@ from safetensors.numpy import save_file
 from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.errors import ArtifactError
 from tests.damage import DAMAGES
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -105,6 +104,17 @@ def test_a_parent_that_is_a_file_is_refused_in_one_sentence(tmp_path: Path) -> N
     assert kept.read("a.json") is None
     with pytest.raises(ArtifactError, match="cannot be kept there: Not a directory: free"):
         kept.write("a.json", 1)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_refused_in_one_sentence(
+    kept: KeptFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(ArtifactError, match=rf"^{kept.path}: .* Permission denied: free"):
+        kept.read("a.json")
 
 
 def test_files_that_no_record_names_are_removed(kept: KeptFolder) -> None:
