@@ -68,7 +68,7 @@ def main(names: Sequence[str], count: int) -> None:
     """Damage kept files; exit code 1 if a resumed build fails or gives another artifact."""
     SaveInterval.is_due = True  # type: ignore[assignment, method-assign]
     handler = _Lines()
-    log = logging.getLogger("eoracc.compiler.kept")
+    log = logging.getLogger("eoracc.build.kept")
     log.addHandler(handler)
     log.propagate = False
     totals: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,12 +62,28 @@ def observing(
     with ExitStack() as stack:
         if log_format == "json":
             stack.enter_context(listening(stack.enter_context(build_log(sys.stderr))))
+        else:
+            stack.enter_context(_text_log())
         if trace_file is not None:
             trace = Trace(trace_file)
             stack.callback(_say_incomplete, trace)  # called last, when all has been written
             stack.enter_context(listening(stack.enter_context(trace)))
         shown = log_format == "text" and not quiet
         yield ConsoleProgress(make_console(err=True)) if shown else SilentProgress()
+
+
+@contextmanager
+def _text_log() -> Iterator[None]:
+    """Print the build's warnings, which no phase shows, on standard error."""
+    handler = logging.lastResort
+    assert handler is not None  # noqa: S101 - nobody has removed it
+    logger = logging.getLogger("eoracc.build")
+    # It looks up standard error with every line, so a progress bar prints it above itself.
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _say_incomplete(trace: Trace) -> None:

@@ -22,11 +22,12 @@ from eoracc.compiler.kept.files import (
     write_with,
 )
 from eoracc.compiler.kept.record import ForeignError, Record, read_record, write_record
+from eoracc.printable import escape_controls
 from eoracc.runtime.artifact.sync import sync_path
 
 __all__ = ["Entry", "KeptFolder"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("eoracc.build.kept")
 
 Entry = Mapping[str, Any]
 """A file as a record names it: ``name``, ``size`` in bytes, ``sha256`` hexadecimal."""
@@ -157,5 +158,12 @@ class KeptFolder:
             make_folder(folder)
 
     def _discard(self, path: Path, problem: str) -> None:
-        _log.warning("%s %s: it is discarded, and computed again", path, problem)
+        message = f"{path} {problem}: it is discarded, and computed again"
+        fields = {
+            "event": "discarded",
+            "path": str(path),
+            "problem": problem,
+            "message": message,
+        }
+        _log.warning("%s", escape_controls(message), extra={"fields": fields})
         remove(path)

@@ -94,3 +94,4 @@ def build_log(stream: TextIO) -> Iterator[BuildLog]:
         end(logging.INFO, {})
     finally:
         logger.removeHandler(handler)
+        logger.propagate = True

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import errno
-import logging
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from eoracc.compiler.commands.observing import observing
 from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.errors import ArtifactError
 from tests.damage import DAMAGES
@@ -136,12 +137,18 @@ def test_files_are_on_disk_before_the_record_that_names_them(
     assert flushed == ["a.safetensors", "b.safetensors", "deep"]
 
 
-def test_one_line_is_printed_where_no_logging_is_set_up(
-    kept: KeptFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    (kept.path / "a.json").write_bytes(b"")
-    kept.read("a.json")
-    assert capsys.readouterr().err == (
-        f"{kept.path / 'a.json'} is empty: it is discarded, and computed again\n"
+def test_commands_print_the_line(kept: KeptFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    path = kept.path / "a.json"
+    for log_format in ("text", "json"):
+        path.write_bytes(b"")
+        with observing(None, log_format, quiet=True):  # type: ignore[arg-type]
+            kept.read("a.json")
+    text, discarded, _ = capsys.readouterr().err.splitlines()
+    assert text == f"{path} is empty: it is discarded, and computed again"
+    fields = json.loads(discarded)
+    assert fields["message"] == text
+    assert (fields["event"], fields["path"], fields["problem"]) == (
+        "discarded",
+        str(path),
+        "is empty",
     )
