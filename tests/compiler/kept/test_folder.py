@@ -141,7 +141,7 @@ def test_commands_print_the_line(kept: KeptFolder, capsys: pytest.CaptureFixture
     path = kept.path / "a.json"
     for log_format in ("text", "json"):
         path.write_bytes(b"")
-        with observing(None, log_format, quiet=True):  # type: ignore[arg-type]
+        with observing(None, log_format, quiet=True):
             kept.read("a.json")
     text, discarded, _ = capsys.readouterr().err.splitlines()
     assert text == f"{path} is empty: it is discarded, and computed again"
