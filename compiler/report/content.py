@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -296,7 +297,8 @@ class Report:
         Raises:
           KeyError, TypeError, ValueError: a part is missing, unknown, or of another type.
         """
-        _TYPES.validate_python(content)
+        # Strict, as the values are used as they are; as JSON, where an object may be a dataclass.
+        _TYPES.validate_json(json.dumps(content), strict=True)
         fidelity = content["fidelity"]
         return cls(
             fidelity=FidelityReport(

@@ -56,24 +56,27 @@ def read_model_files(folder: Path, manifest: Manifest | None = None) -> ModelFil
     with _READER.refusing_form(path, "does not describe a decoder"):
         section = content["model"]
         decoder = section["decoder"]
-        model = str(decoder["filename"])
+        model = decoder["filename"]
         context_length = int(section["context_length"])
         library = decoder.get("session_options", {}).get("custom_ops_library")
         shares_cache = bool(content.get("search", {}).get("past_present_share_buffer"))
-    for name in filter(None, (model, library)):
-        if leads_outside(folder / str(name), folder):
+        names = [model] if library is None else [model, library]
+        if not all(isinstance(name, str) and name for name in names):
+            raise TypeError(names)
+    for name in names:
+        if leads_outside(folder / name, folder):
             raise ArtifactError(
                 f"{path}: names '{printable(name)}', which is not in the folder: do not trust this "
                 "artifact"
             )
-        if manifest is not None and str(name) not in manifest.files:
+        if manifest is not None and name not in manifest.files:
             raise ArtifactError(
                 f"{path}: names '{printable(name)}', which manifest.json does not list: do not "
                 "trust this artifact"
             )
     return ModelFiles(
         model=folder / model,
-        library=None if library is None else folder / str(library),
+        library=None if library is None else folder / library,
         context_length=context_length,
         shares_cache=shares_cache,
     )

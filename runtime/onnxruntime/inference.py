@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eoracc.errors import BackendError
+from eoracc.errors import BackendError, reason
 from eoracc.runtime.onnxruntime.own_memory import library_in_memory
 from eoracc.runtime.packages import import_package
 
@@ -76,10 +76,11 @@ def open_inference(
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=["ConstantFolding"] if lean else None,
+            # There is no other provider to fall back to; it would print to standard output.
+            enable_fallback=0,
         )
     except Exception as error:
-        text = " ".join(str(error).split())
-        raise BackendError(f"{name}: ONNX Runtime cannot load it: {text}") from error
+        raise BackendError(f"{name}: ONNX Runtime cannot load it: {reason(error)}") from error
 
 
 def ort_values(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:

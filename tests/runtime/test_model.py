@@ -23,7 +23,7 @@ from eoracc.runtime import (
 from eoracc.runtime.artifact.manifest import read_manifest
 from eoracc.runtime.onnxruntime.session import open_session
 from eoracc.runtime.request import RequestOptions
-from tests.tiny_artifact import tiny_linears
+from tests.tiny_artifact import reseal, tiny_linears
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -177,6 +177,7 @@ def test_the_token_that_ends_the_text_is_left_out(tiny_artifact: Path, tmp_path:
     config = json.loads((folder / "genai_config.json").read_text())
     config["model"]["eos_token_id"] = [2, end]
     (folder / "genai_config.json").write_text(json.dumps(config))
+    reseal(folder)
     model = Model(folder, read_manifest(folder))
     ended = model.generate([5, 6, 7], 12)
     assert ended.tokens == free[: free.index(end)]

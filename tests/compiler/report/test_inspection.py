@@ -126,6 +126,7 @@ def test_things_that_are_neither(tmp_path: Path, checkpoint: Path) -> None:
         (("adapters", "original"), []),
         (("parity",), {"passed": True, "logits": [{"max_error": 1.0, "tolerance": 0.0}]}),
         (("parity",), [1]),
+        (("linears", 0, "shape"), ["96", "48"]),
         (("surveys",), [{"pass": "eora"}]),
         (("surveys",), [{"pass": "allocate", "alternatives": 1}]),
         (("targets",), {"tensorrt": {"engines": {"89": {"size": "big"}}}}),

@@ -36,7 +36,21 @@ def test_config_that_names_no_file(tiny_artifact: Path, tmp_path: Path, name: st
         read_model_files(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"model": {"decoder": {}}}', '{"model": []}'])
+_FILES = '{"model": {"context_length": 8, "decoder": {"filename": %s}}}'
+_LIBRARY = _FILES.replace("}}}", ', "session_options": {"custom_ops_library": {}}}}}')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"model": {"decoder": {}}}',
+        '{"model": []}',
+        _FILES % "3",
+        _FILES % '""',
+        _LIBRARY % '"model.onnx"',
+    ],
+)
 def test_config_that_describes_nothing(tmp_path: Path, text: str) -> None:
     with pytest.raises(ArtifactError, match=r"genai_config\.json: is missing"):
         read_model_files(tmp_path)

@@ -102,11 +102,15 @@ def test_greedy_follows_the_argmax_of_whole_calls(session: Session) -> None:
     assert session.generate([PROMPTS[0]], 8) == [tokens[len(PROMPTS[0]) :]]
 
 
-def test_model_that_is_no_model(tiny_artifact: Path, tmp_path: Path) -> None:
+def test_model_that_is_no_model(
+    tiny_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     (folder / "model.onnx").write_bytes(b"no model")
     with pytest.raises(BackendError, match=r"model\.onnx: ONNX Runtime cannot load it"):
         open_session(folder)
+    # The package would announce there that it tries again.
+    assert capsys.readouterr().out == ""
 
 
 def test_library_that_is_no_library(tiny_artifact: Path, tmp_path: Path) -> None:
