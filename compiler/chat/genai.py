@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from eoracc.compiler.chat.conversations import Conversation
 
-__all__ = ["GenaiTemplates", "Rendering"]
+__all__ = ["GenaiTemplates", "Rendering", "exceeds_genai"]
 
 _CONFIG = {
     "model": {
@@ -35,6 +36,24 @@ _TOKENIZER = {
 }
 
 _EXCERPT = 40
+
+_LONGEST_TEMPLATE = 1 << 15
+_LONGEST_PIECE = 1 << 13
+_TAGS = re.compile(r"\{\{|\}\}|\{%|%\}|\{#|#\}")
+
+
+def exceeds_genai(source: str) -> bool:
+    """Whether a template is too long to be given to onnxruntime-genai.
+
+    Its parser matches pieces by recursion and takes time quadratic in the whole: a template of a
+    stranger could end the process, or hold it. Templates of models have some thousand characters.
+
+    >>> exceeds_genai("{{ messages }}"), exceeds_genai("{# " + "long " * 2000 + "#}")
+    (False, True)
+    """
+    return len(source) > _LONGEST_TEMPLATE or any(
+        len(piece) > _LONGEST_PIECE for piece in _TAGS.split(source)
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,8 @@ class GenaiTemplates:
 
     def differences(self, source: str, renderings: Sequence[Rendering]) -> list[str]:
         """A sentence for each chat that ``source`` renders otherwise here."""
+        if exceeds_genai(source):
+            return [f"{each.conversation.name}: is too long to be tried" for each in renderings]
         sentences = []
         for rendering in renderings:
             try:

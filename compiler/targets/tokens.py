@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from eoracc.compiler.chat.genai import exceeds_genai
+from eoracc.compiler.frontend.documents import CHECKPOINT
 from eoracc.compiler.frontend.quiet import quiet
 from eoracc.errors import EoraccError, ModelError, reason
-from eoracc.runtime.decode.codec import TOKENIZER_FILE, Codec
+from eoracc.runtime.decode.chat_files import read_templates
+from eoracc.runtime.decode.codec import CONFIG_FILE, TOKENIZER_FILE, Codec
 from eoracc.runtime.packages import import_package
 from eoracc.runtime.parity.tokens import (
     TokenCase,
@@ -155,6 +158,8 @@ def compare_with_genai(folder: Path, cases: Sequence[TokenCase]) -> dict[str, An
         genai = import_package("onnxruntime_genai")
     except EoraccError:
         return {}
+    if any(map(exceeds_genai, _genai_sources(folder))):
+        return {"refused": "its chat template is too long"}
     try:
         tokenizer = genai.Tokenizer(str(folder))
     except Exception as error:  # noqa: BLE001 - genai raises nothing narrower
@@ -174,6 +179,14 @@ def compare_with_genai(folder: Path, cases: Sequence[TokenCase]) -> dict[str, An
         "other_tokens": len(differences),
         "first": None if shortest is None else str(shortest),
     }
+
+
+def _genai_sources(folder: Path) -> list[str]:
+    """Chat templates that onnxruntime-genai may parse when it opens a tokenizer."""
+    config = folder / CONFIG_FILE
+    content = CHECKPOINT.read_object(config) if config.is_file() else {}
+    template = content.get("chat_template")
+    return [*read_templates(folder).values(), *([template] if isinstance(template, str) else [])]
 
 
 def _case(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> TokenCase:

@@ -35,3 +35,11 @@ def test_tools_reach_the_template() -> None:
     )
     chats = [Rendering(CHAT, ""), Rendering(TOOLS, '"weather"')]
     assert engine.differences(source, chats) == []
+
+
+def test_what_is_too_long_is_not_given_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = GenaiTemplates({})
+    monkeypatch.delattr(GenaiTemplates, "_render")
+    for source in ("{{ " + "m" * 9000 + " }}", "{{ a }} " * 5000):
+        (sentence,) = engine.differences(source, [Rendering(CHAT, "")])
+        assert sentence == "a chat: is too long to be tried"

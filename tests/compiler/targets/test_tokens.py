@@ -10,6 +10,7 @@ import pytest
 
 from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.report.lines import tokenizer_lines
+from eoracc.compiler.targets import tokens
 from eoracc.compiler.targets.tokens import ShippedTokenizer, ship_tokenizer, tokenizer_report
 from eoracc.errors import ModelError
 from eoracc.runtime.parity.tokens import TOKENS_FILE, read_token_cases
@@ -149,3 +150,15 @@ def test_a_class_that_does_not_follow_the_file_is_noted(tmp_path: Path) -> None:
     (note,) = ship_tokenizer(model, model.tokenizer(), tmp_path / "out").notes
     assert "transformers' GPT2Tokenizer, whose tokens are used, does not follow this file" in note
     assert tokenizer_lines({"notes": [note]}) == [f"note: {note}"]
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_genai_does_not_open_a_template_that_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    template = "{# " + "long " * 2000 + "#}"
+    text = template if file.endswith(".jinja") else json.dumps({"chat_template": template})
+    (tmp_path / file).write_text(text)
+    # Without a tokenizer's class: opening one would be an AttributeError.
+    monkeypatch.setattr(tokens, "import_package", lambda _name: object())
+    assert tokens.compare_with_genai(tmp_path, []) == {"refused": "its chat template is too long"}
