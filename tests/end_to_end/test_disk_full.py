@@ -149,3 +149,17 @@ def test_adapter_on_a_small_disk(disk: Path) -> None:
     resize(disk, _ROOMY)
     scenario.change(disk)
     assert names(disk) == ["model", "out", "text.txt"]
+
+
+def test_artifact_on_a_read_only_disk(disk: Path) -> None:
+    """A reader needs no lock file; a writer says in one sentence why it cannot."""
+    SCENARIOS["replace"].prepare(disk)
+    before = SCENARIOS["replace"].content(disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert SCENARIOS["replace"].content(disk) == before
+    for name, problem in (
+        ("replace", "cannot be written to: choose another 'output'"),
+        ("adapter-add", "cannot be changed: Read-only file system"),
+        ("adapter-remove", "cannot be changed: Read-only file system"),
+    ):
+        assert fails(SCENARIOS[name], disk, re.compile(problem)), name
