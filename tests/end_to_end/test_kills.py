@@ -47,7 +47,7 @@ def test_killed_at_every_file_operation() -> None:
 
 def test_killed_build_is_finished_by_the_next() -> None:
     """At a few operations; ``python -m tests.kills build build-force adapter-solve`` is at all."""
-    (build,) = figures("build", "--every", "37", timeout_s=300).values()
+    (build,) = figures("build", "--every", "58", timeout_s=300).values()
     assert build["failures"] == []
-    assert build["kills"] >= 3
-    assert build["left_over"] >= 2
+    assert build["kills"] >= 2
+    assert build["left_over"] >= 1
