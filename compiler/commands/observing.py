@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eoracc.compiler.commands.common import PATH, make_console
+from eoracc.compiler.commands.common import PATH, make_console, say
 from eoracc.log_lines import LogFormat
 
 if TYPE_CHECKING:
@@ -89,4 +89,4 @@ def _text_log() -> Iterator[None]:
 def _say_incomplete(trace: Trace) -> None:
     """Say on standard error what a trace lacks."""
     if trace.problem is not None:
-        click.echo(f"warning: {trace.path}: is incomplete: {trace.problem}", err=True)
+        say(f"warning: {trace.path}: is incomplete: {trace.problem}", err=True)
