@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from eoracc.errors import ArtifactError, BackendError, EoraccError
@@ -85,6 +86,7 @@ def open_backend(
     threads: int,
     adapters: Sequence[str] | None,
     trust: bool = False,
+    own_memory: bool = False,
 ) -> Opened:
     """Open a verified artifact.
 
@@ -97,6 +99,7 @@ def open_backend(
       adapters: names of the adapters to load; None for all.
       trust: execute code that the artifact brings: its engines, and its native library where it
         differs from the installed one.
+      own_memory: copy weights that are mapped from files.
 
     Raises:
       ArtifactError: the artifact has not been built for the backend or for this GPU, is damaged,
@@ -107,20 +110,29 @@ def open_backend(
         known = ", ".join(get_args(BackendChoice))
         raise BackendError(f"backend '{choice}': is unknown: choose one of {known}")
     names = listed_adapters(manifest) if adapters is None else list(adapters)
+    open_as = partial(
+        _open,
+        folder,
+        manifest,
+        threads=threads,
+        adapters=names,
+        trust=trust,
+        own_memory=own_memory,
+    )
     for name in names:
         check_adapter_exists(folder, manifest, name)
     built = backends_of(manifest)
     if choice != "auto":
         if choice not in built:
             raise ArtifactError(_not_built(folder, manifest, choice, built))
-        return _open(folder, manifest, choice, threads=threads, adapters=names, trust=trust)
+        return open_as(choice)
     refusal: EoraccError = ArtifactError(_not_built(folder, manifest, "tensorrt", built))
     for tried, backend in enumerate(built):
         if backend == "onnxruntime":
-            opened = _open(folder, manifest, backend, threads=threads, adapters=names, trust=trust)
+            opened = open_as(backend)
             return replace(opened, fallback_reason=str(refusal)) if tried else opened
         try:
-            return _open(folder, manifest, backend, threads=threads, adapters=names, trust=trust)
+            return open_as(backend)
         except EoraccError as error:
             refusal = refusal if tried else error
     raise refusal
@@ -146,6 +158,7 @@ def _open(
     threads: int,
     adapters: Sequence[str],
     trust: bool,
+    own_memory: bool,
 ) -> Opened:
     load = _factors_in(folder, manifest)
     if backend != "onnxruntime":
@@ -163,7 +176,8 @@ def _open(
         str(files.model),
         defaults=defaults,
     )
-    own_mapped_files(folder)
+    if own_memory:
+        own_mapped_files(folder)
     graph = Graph(
         inference,
         context_length=files.context_length,

@@ -67,6 +67,7 @@ class Model:
         adapters: Sequence[str] | None = None,
         backend: BackendChoice = "auto",
         trust: bool = False,
+        own_memory: bool = False,
     ) -> None:
         """Open a verified artifact; :func:`load` verifies it first.
 
@@ -77,6 +78,7 @@ class Model:
           adapters: names of the adapters to load; None for all.
           backend: see :func:`load`.
           trust: see :func:`load`.
+          own_memory: see :func:`load`.
 
         Raises:
           BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
@@ -90,7 +92,13 @@ class Model:
         # hyperthread of the other and leave it idle.
         self.threads = threads or _processors()
         opened = open_backend(
-            folder, manifest, backend, threads=self.threads, adapters=adapters, trust=trust
+            folder,
+            manifest,
+            backend,
+            threads=self.threads,
+            adapters=adapters,
+            trust=trust,
+            own_memory=own_memory,
         )
         self.backend: Backend = opened.backend
         self.device = opened.device
@@ -413,6 +421,7 @@ class LoadOptions(TrustOptions, total=False):
     threads: int | None
     adapters: Sequence[str] | None
     backend: BackendChoice
+    own_memory: bool
 
 
 def load(
@@ -424,6 +433,7 @@ def load(
     trust: bool = False,
     digest: str | None = None,
     public_key: Path | str | None = None,
+    own_memory: bool = False,
 ) -> Model:
     """Verify every byte of the artifact in ``path``, then open it.
 
@@ -440,6 +450,9 @@ def load(
         differs from the installed one. Without it only installed code runs.
       digest: sha256 that manifest.json must have; None for any.
       public_key: PEM file of the ed25519 key that must have signed manifest.json; None for none.
+      own_memory: on Linux, copy the weights that ONNX Runtime maps, so that a tool that overwrites
+        the files in place cannot change or end the model. All weights are in memory then, also
+        those that are never read. What eoracc itself does to a folder never overwrites a file.
 
     Raises:
       ArtifactError: the folder is damaged or no artifact, not the one asked for, an adapter is
@@ -452,7 +465,13 @@ def load(
     authenticity = Authenticity(digest, None if public_key is None else Path(public_key))
     with opening(folder, authenticity) as manifest:
         return Model(
-            folder, manifest, threads=threads, adapters=adapters, backend=backend, trust=trust
+            folder,
+            manifest,
+            threads=threads,
+            adapters=adapters,
+            backend=backend,
+            trust=trust,
+            own_memory=own_memory,
         )
 
 

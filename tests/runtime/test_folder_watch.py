@@ -12,7 +12,13 @@ import pytest
 from eoracc.runtime import RequestError, load
 from eoracc.runtime.artifact.manifest import MANIFEST_FILE, read_manifest
 from eoracc.runtime.folder_watch import FolderWatch
-from tests.runtime.folder_changes import CHANGES, add, build_again, copy_over
+from tests.runtime.folder_changes import (
+    CHANGES,
+    add,
+    build_again,
+    build_again_and_remove,
+    copy_over,
+)
 
 ASKS: tuple[dict[str, Any], ...] = (
     {"adapter": {"math": 0.7}},
@@ -31,7 +37,7 @@ def folder(adapted_artifact: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def wanted(adapted_artifact: Path) -> list[tuple[int, ...]]:
     """Answers of a model whose folder does not change."""
-    model = load(adapted_artifact, threads=1)
+    model = load(adapted_artifact, threads=1, own_memory=True)
     answers = [model.generate("b c", 12, ignore_end=True, **ask).tokens for ask in ASKS]
     assert len(set(answers)) == len(ASKS)
     return answers
@@ -41,7 +47,7 @@ def wanted(adapted_artifact: Path) -> list[tuple[int, ...]]:
 def test_answers_after_a_change_are_those_of_what_was_loaded(
     folder: Path, wanted: list[tuple[int, ...]], change: Callable[[Path], None], text: str
 ) -> None:
-    model = load(folder, threads=1)
+    model = load(folder, threads=1, own_memory=True)
     assert model.folder_watch.check() is None
     change(folder)
     assert [model.generate("b c", 12, ignore_end=True, **ask).tokens for ask in ASKS] == wanted
@@ -50,11 +56,17 @@ def test_answers_after_a_change_are_those_of_what_was_loaded(
     assert found.text.startswith(text)
 
 
+def test_mapped_weights_outlive_another_build(folder: Path, wanted: list[tuple[int, ...]]) -> None:
+    model = load(folder, threads=1)
+    build_again_and_remove(folder)
+    assert [model.generate("b c", 12, ignore_end=True, **ask).tokens for ask in ASKS] == wanted
+
+
 @pytest.mark.parametrize("change", [build_again, copy_over, add])
 def test_an_adapter_that_only_the_changed_folder_has(
     folder: Path, change: Callable[[Path], None]
 ) -> None:
-    model = load(folder, threads=1)
+    model = load(folder, threads=1, own_memory=True)
     with pytest.raises(RequestError, match="the artifact has no such adapter"):
         model.generate("b", 1, adapter="poetry")
     change(folder)

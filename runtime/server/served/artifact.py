@@ -39,6 +39,7 @@ def open_artifact(
       ArtifactError: the folder is damaged, no artifact, not the one asked for, or not trusted.
       BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
     """
+    options.setdefault("own_memory", True)
     model = load(folder, **options)
     on_load(model)
     engine = Engine(model, max_rows=rows, max_tokens=context_length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from eoracc.runtime.server.app import create_app
 from eoracc.runtime.server.options import ServerOptions
 from eoracc.runtime.server.served.artifact import open_artifact
 from eoracc.runtime.server.service import Service
-from tests.runtime.folder_changes import build_again
+from tests.runtime.folder_changes import build_again, copy_over
 from tests.tiny_artifact import tiny_factors, tiny_slots
 
 COMPLETIONS = "/v1/completions"
@@ -109,8 +109,12 @@ def test_scores_are_never_nan(extreme: Path) -> None:
     assert np.isfinite(model.score("b c d", adapter="math").perplexity)
 
 
-def test_a_build_under_a_server(
-    adapted_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", [build_again, copy_over])
+def test_another_build_under_a_server(
+    adapted_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
 ) -> None:
     folder = shutil.copytree(adapted_artifact, tmp_path / "artifact")
     monkeypatch.setattr("eoracc.runtime.server.served.folder_monitor._INTERVAL_S", 0.02)
@@ -120,7 +124,7 @@ def test_a_build_under_a_server(
         async with serve(adapted_artifact) as client:
             wanted = [(await ask(client, adapters=weights)).json()["choices"] for weights in sums]
         async with serve(folder) as client:
-            build_again(folder)
+            change(folder)
             found = [(await ask(client, adapters=weights)).json()["choices"] for weights in sums]
             assert found == wanted
             refused = await ask(client, model="poetry")
