@@ -25,29 +25,32 @@ QUESTIONS = {
 OFFLINE = """
 import runpy, socket, sys
 
+attempts = sys.argv.pop(1)  # before lm-eval changes the arguments
+
 def refuse(*arguments, **options):
-    with open(sys.argv[1], "a") as file:
+    with open(attempts, "a") as file:
         file.write(f"{arguments}\\n")
     raise OSError("no network in this test")
 
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-del sys.argv[1]
-sys.argv.insert(0, "lm_eval")
-del sys.argv[1]
+sys.argv[0] = "lm_eval"
 runpy.run_module("eoracc.runtime.lm_eval", run_name="__main__", alter_sys=False)
 """
 """Runs the module; accesses to the network are recorded and refused."""
 
 
 def lm_eval(work: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, with caches of its own."""
+    """In a process of its own, with caches of its own.
+
+    Without the count of downloads that ``datasets`` sends, for files on this machine too.
+    """
     attempts = work / "attempts"
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, attempts, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HOME": str(work / "hf")},
+        env={**os.environ, "HF_HOME": str(work / "hf"), "HF_UPDATE_DOWNLOAD_COUNTS": "0"},
     )
     assert not attempts.exists(), attempts.read_text()
     return done
