@@ -45,14 +45,15 @@ def gram_warnings(gram: Gram) -> Iterator[LinearWarning]:
       gram: after the passes of its group have used it; nothing is factored here.
     """
     columns = len(gram.matrix)
+    tokens = round(gram.tokens)  # a sum of weights, which rounding moves off their number
     dead = int(np.sum(np.diagonal(gram.matrix) <= 0))
-    if gram.tokens < ENOUGH_TOKENS_PER_COLUMN * columns:
-        known = "singular" if gram.tokens < columns else "noisy"
+    if tokens < ENOUGH_TOKENS_PER_COLUMN * columns:
+        known = "singular" if tokens < columns else "noisy"
         yield LinearWarning(
             code="few_tokens",
-            message=f"{gram.tokens:.0f} calibration tokens for {columns} input columns make a "
+            message=f"{tokens} calibration tokens for {columns} input columns make a "
             f"{known} Gram: give {ENOUGH_TOKENS_PER_COLUMN * columns} or more",
-            figures={"tokens": gram.tokens, "columns": columns},
+            figures={"tokens": tokens, "columns": columns},
         )
     if dead:
         yield LinearWarning(
@@ -62,12 +63,12 @@ def gram_warnings(gram: Gram) -> Iterator[LinearWarning]:
             figures={"dead": dead, "columns": columns},
         )
     # A Gram of too few tokens is singular in any case: it needs no second warning.
-    if gram.rank is not None and columns <= gram.tokens and gram.rank < columns - dead:
+    if gram.rank is not None and columns <= tokens and gram.rank < columns - dead:
         yield LinearWarning(
             code="rank_deficient",
             message=f"the calibration tokens span {gram.rank} of {columns} input columns: "
             "give text that repeats itself less",
-            figures={"rank": gram.rank, "columns": columns, "tokens": gram.tokens},
+            figures={"rank": gram.rank, "columns": columns, "tokens": tokens},
         )
     yield from _conditioning(gram)
 

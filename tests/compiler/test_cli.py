@@ -337,7 +337,7 @@ def test_process_says_what_it_waits_for_and_repairs(tmp_path: Path) -> None:
     assert done.returncode == 2
     waits, error = done.stderr.splitlines()
     assert waits.startswith(f"{tmp_path / 'artifact'}: waiting for at most 2 s for process ")
-    assert error.startswith(f"error: {tmp_path / 'artifact'}: is locked by process {os.getpid()} ")
+    assert error.startswith(f"error: {tmp_path / 'artifact'}: is locked by process {os.getpid()}")
     done = process("--wait", "0", "verify", tmp_path / "artifact")
     assert "removed the beginnings of a change" in done.stderr.splitlines()[0]
 

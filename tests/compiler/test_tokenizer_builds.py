@@ -107,7 +107,7 @@ def test_verify_compares_tokens(
 ) -> None:
     figures = {"passed": True, "linears": [], "logits": []}
     parity = SimpleNamespace(passed=True, as_dict=lambda: figures)
-    monkeypatch.setattr("eoracc.runtime.parity.check.check_parity", lambda _: parity)
+    monkeypatch.setattr("eoracc.runtime.parity.check.check_parity", lambda *_: parity)
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     done = CliRunner().invoke(main, ["verify", str(folder)])
     assert done.exit_code == 0, done.output

@@ -46,6 +46,13 @@ def test_too_few_tokens(text: np.ndarray, tokens: int, word: str) -> None:
     assert warned(text[:tokens], damping=0.01) == ["few_tokens"]
 
 
+def test_a_sum_of_weights_may_miss_the_number_of_tokens(text: np.ndarray) -> None:
+    enough = ENOUGH_TOKENS_PER_COLUMN * WIDTH
+    gram = accumulate_gram([(text[:enough], ones(enough) * np.float32(1 - 2.0**-20))], WIDTH)
+    assert gram.tokens < enough
+    assert list(gram_warnings(gram)) == []
+
+
 def test_text_that_repeats_itself(text: np.ndarray) -> None:
     assert warned(np.tile(text[:8], (20, 1)), damping=0.01) == ["rank_deficient"]
     # Only where a root was taken: an eigendecomposition is not worth a warning.

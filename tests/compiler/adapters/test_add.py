@@ -86,7 +86,7 @@ def test_a_second_run_for_the_same_adapter_is_refused(workspace: Path) -> None:
         claimed(workspace / ".out.math.work", "run"),
         pytest.raises(
             ArtifactError,
-            match=r"another run that adds 'math' is running there: wait .* another name$",
+            match=r"another run that adds 'math' is running there .*: wait .* another name$",
         ),
     ):
         add(workspace)
