@@ -53,7 +53,7 @@ __all__ = ["main"]
 
 _JSON = "eoracc.json"
 _RESUMABLE = ("build", "compare")
-_RESUME = ": run the same command again to go on after the last finished block"
+_RESUME = ": run the same command again to go on from what has been kept"
 _JSON_TO_FILE = ("compare",)
 _BROKEN_PIPE = 141
 _USAGE_CHARS = 2_000

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
-from eoracc.errors import PromptTooLongError, RequestError
+from eoracc.errors import BackendError, PromptTooLongError, RequestError
 from eoracc.runtime.artifact.authenticity import Authenticity
 from eoracc.runtime.artifact.manifest import Manifest, opening
 from eoracc.runtime.backends import Backend, BackendChoice, open_backend
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["LoadOptions", "Model", "TrustOptions", "load"]
 
 _MAX_ROWS = 8
+_MOST_THREADS = 1024
 
 
 class Model:
@@ -81,13 +82,16 @@ class Model:
           own_memory: see :func:`load`.
 
         Raises:
-          BackendError: a package, a driver or a GPU is missing, or the backend rejects the model.
+          BackendError: a package, a driver or a GPU is missing, the backend rejects the model, or
+            ``threads`` is out of range.
           ArtifactError: an adapter is damaged or unknown, or the artifact has not been built for
             the backend.
         """
         self.folder = folder
         self.manifest = manifest
         self.folder_watch = FolderWatch(folder, manifest)
+        if threads is not None and not 1 <= threads <= _MOST_THREADS:
+            raise BackendError(f"threads {threads}: must be from 1 to {_MOST_THREADS:,}")
         # By default, ONNX Runtime may take one of a virtual machine's two processors for the
         # hyperthread of the other and leave it idle.
         self.threads = threads or _processors()

@@ -36,6 +36,7 @@ class Unreadable(Exception):  # noqa: N818 - as another package may name its own
         (OSError("of another package"), 3, "internal error: OSError: of another package; set "),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), 3, "internal error: UnicodeDecode"),
         (KeyError("x"), 3, "internal error: KeyError: 'x'; set EORACC_DEBUG=1"),
+        (ValueError("embedded null byte"), 2, "a path holds a null character"),
         (ValueError(), 3, "internal error: ValueError; set EORACC_DEBUG=1"),
         (Unreadable(), 3, f"internal error: {__name__}.Unreadable: its text cannot be read; set"),
     ],

@@ -68,7 +68,8 @@ def export_peft(artifact: Path, name: str, folder: Path) -> list[Path]:
       The files.
 
     Raises:
-      ArtifactError: there is no such adapter, it is damaged, or the folder cannot be made.
+      ArtifactError: there is no such adapter, it is damaged, or the folder cannot be made or is in
+        the artifact.
     """
     adapter = read_adapter(artifact, name)
     files = encode_peft(linears_to_modules(adapter.factors, _layout(artifact)))
@@ -79,7 +80,7 @@ def export_peft(artifact: Path, name: str, folder: Path) -> list[Path]:
         "details": dict(adapter.details),
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
-    return _write_folder(folder, {**files, ORIGIN_FILE: text.encode()})
+    return _write_folder(artifact, folder, {**files, ORIGIN_FILE: text.encode()})
 
 
 def export_onnx(artifact: Path, name: str, folder: Path) -> list[Path]:
@@ -94,10 +95,13 @@ def export_onnx(artifact: Path, name: str, folder: Path) -> list[Path]:
       The files.
 
     Raises:
-      ArtifactError: there is no such adapter, it is damaged, or the folder cannot be made.
+      ArtifactError: there is no such adapter, it is damaged, or the folder cannot be made or is in
+        the artifact.
     """
     content = encode_adapter(read_adapter(artifact, name), read_slots(artifact))
-    return _write_folder(folder, {Path(path).name: data for path, data in content.items()})
+    return _write_folder(
+        artifact, folder, {Path(path).name: data for path, data in content.items()}
+    )
 
 
 def import_adapter(
@@ -268,10 +272,14 @@ def _read_origin(path: Path) -> dict[str, Any]:
     return origin
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Create ``folder`` with ``files`` in it, atomically."""
+def _write_folder(artifact: Path, folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Create ``folder``, which is outside ``artifact``, with ``files`` in it, atomically."""
+    target = folder.absolute()
+    if target.resolve().is_relative_to(artifact.resolve()):
+        raise ArtifactError(
+            f"{folder}: lies in the artifact, which may hold nothing else: choose another --to"
+        )
     try:
-        target = folder.absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(target) as staged:
             for name, content in files.items():

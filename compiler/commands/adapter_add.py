@@ -135,7 +135,7 @@ def add(
             )
     except KeyboardInterrupt:
         say(
-            f"{artifact} is as it was: the same command goes on after the last finished block",
+            f"{artifact} is as it was: the same command goes on from what has been kept",
             err=True,
         )
         raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from typing_extensions import override
 
-from eoracc.printable import escape_commands, escape_controls
+from eoracc.printable import escape_commands, escape_controls, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PATH",
     "authenticity_options",
+    "backend_lines",
     "backend_option",
     "json_option",
     "make_console",
@@ -41,6 +42,8 @@ __all__ = [
     "trust_options",
     "trust_remote_code_option",
 ]
+
+_TITLE_CHARS = 4_000
 
 PATH = click.Path(path_type=Path)
 
@@ -131,14 +134,20 @@ def noting_lost_signature(artifact: Path) -> Iterator[None]:
 
 
 def print_backend(model: Model) -> None:
-    """Print on standard error the backend of an artifact that has engines, and what runs it."""
+    """Print :func:`backend_lines` on standard error."""
+    for line in backend_lines(model):
+        say(line, err=True)
+
+
+def backend_lines(model: Model) -> Iterator[str]:
+    """The backend of an artifact that has engines and what runs it, and another native library."""
     if model.library_note is not None:
-        say(f"note: {model.library_note}", err=True)
+        yield f"note: {model.library_note}"
     if model.backend == "onnxruntime" and model.fallback_reason is None:
         return
-    say(f"running with {model.backend} on {model.device}", err=True)
+    yield f"running with {model.backend} on {model.device}"
     if model.fallback_reason is not None:
-        say(f"not with its engines: {model.fallback_reason}", err=True)
+        yield f"not with its engines: {model.fallback_reason}"
 
 
 def print_json(content: object) -> None:
@@ -196,4 +205,5 @@ def make_table(title: str) -> Table:
     from rich import box
     from rich.table import Table
 
+    title = printable(title, _TITLE_CHARS)
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

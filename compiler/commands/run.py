@@ -244,6 +244,8 @@ def _details(model: Model, completion: Completion) -> dict[str, Any]:
 
 
 def _read_prompt() -> str:
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed: give the prompt as an argument")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError:

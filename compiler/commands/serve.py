@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from typing_extensions import override
 
 from eoracc.compiler.commands.common import (
     PATH,
+    backend_lines,
     backend_option,
-    print_backend,
     trust_options,
 )
 from eoracc.errors import BackendError
 from eoracc.log_lines import LogFormat
 
 if TYPE_CHECKING:
-    from eoracc.runtime import BackendChoice
+    from eoracc.runtime import BackendChoice, Model
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
 __all__ = ["serve"]
 
 _POSITIVE = click.IntRange(min=1)
-_SECONDS = click.FloatRange(min=0, min_open=True)
+
+
+class _Seconds(click.FloatRange):
+    """A time above zero; comparisons alone would let NaN pass."""
+
+    @override
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+_SECONDS = _Seconds(min=0, min_open=True)
 
 
 @click.command()
@@ -101,7 +118,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 )
 @click.option(
     "--grace",
-    type=click.FloatRange(min=0),
+    type=_Seconds(min=0),
     default=30.0,
     show_default=True,
     help="Seconds that running requests have to finish after SIGTERM.",
@@ -202,6 +219,11 @@ def serve(
 
     set_up_logging(log_format, access_log=access_log)
     log = logging.getLogger("eoracc.server")
+
+    def log_backend(model: Model) -> None:
+        for line in backend_lines(model):
+            log.info("%s", line)
+
     # Before the model is loaded: an address that cannot be had needs no waiting for.
     with listen(host, port) as listener:
         address, bound = listener.getsockname()[:2]
@@ -234,7 +256,7 @@ def serve(
             trust=trust,
             digest=digest,
             public_key=public_key,
-            on_load=print_backend,
+            on_load=log_backend,
         )
         service = Service(served, options, model_name=model_name or artifact.resolve().name)
         if api_key is None and not is_loopback(address):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from eoracc.compiler.commands.common import PATH, json_option, print_json, say
+from eoracc.errors import ConfigError
 
 # ruff: noqa: PLC0415 - imports are heavy and a command needs few of them
 
@@ -34,6 +35,10 @@ def sign(artifact: Path, *, key: Path, new_key: bool, as_json: bool) -> None:
     from eoracc.runtime.artifact.signature import SIGNATURE_FILE, make_key
     from eoracc.runtime.artifact.update import sign_artifact
 
+    if key.resolve().is_relative_to(artifact.resolve()):
+        raise ConfigError(
+            f"{key}: lies in the artifact, whose users would get the private key: keep it elsewhere"
+        )
     verify_manifest(artifact)  # a key is made for an artifact that can be signed only
     public_key = make_key(key) if new_key else None
     manifest_sha256 = sign_artifact(artifact, key)

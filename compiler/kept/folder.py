@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eoracc.compiler.kept.files import (
@@ -128,6 +128,9 @@ class KeptFolder:
         """
         for entry in entries:
             path = self.path / entry["name"]
+            if not _is_inside(entry["name"]):
+                _log.warning("%s", escape_controls(f"{path} is outside the folder: it is left out"))
+                return False
             try:
                 check_file(path, entry)
             except DamagedError as error:
@@ -167,3 +170,9 @@ class KeptFolder:
         }
         _log.warning("%s", escape_controls(message), extra={"fields": fields})
         remove(path)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether ``name`` stays in its folder, and is not the folder itself."""
+    path = PurePosixPath(name)
+    return path.name != "" and not path.is_absolute() and ".." not in path.parts

@@ -52,7 +52,7 @@ class Trace:
         interval_s: float = 0.5,
         most_samples: int = 2000,
     ) -> None:
-        """Open the file; one that is there is replaced.
+        """Open the file; the trace of an earlier build is replaced.
 
         Args:
           path: the file.
@@ -61,7 +61,7 @@ class Trace:
           most_samples: number of samples after which the interval doubles.
 
         Raises:
-          ConfigError: the file cannot be written.
+          ConfigError: the file cannot be written, or holds something else than a trace.
         """
         self.path = path
         self.problem: str | None = None
@@ -72,7 +72,13 @@ class Trace:
         self._shown: set[int] = set()
         self._end = len(_HEAD)
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+            if os.pread(self._file, len(_HEAD), 0) not in (b"", _HEAD):
+                os.close(self._file)
+                raise ConfigError(
+                    f"{path}: exists and is no trace: give --trace a new file, or remove this one"
+                )
+            os.ftruncate(self._file, 0)
             os.pwrite(self._file, _HEAD + _TAIL, 0)
         except OSError as error:
             raise ConfigError(

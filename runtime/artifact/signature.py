@@ -12,6 +12,7 @@ PEM files. OpenSSL makes and checks the same files::
 from __future__ import annotations
 
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from eoracc.errors import ConfigError
@@ -44,7 +45,8 @@ def make_key(path: Path) -> Path:
       The file of the public key: ``path`` with ``.pub`` appended.
 
     Raises:
-      ConfigError: one of the two exists or cannot be written; an existing key is never replaced.
+      ConfigError: ``path`` is a folder, or one of the two exists or cannot be written; an existing
+        key is never replaced.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import (
@@ -54,6 +56,8 @@ def make_key(path: Path) -> Path:
         PublicFormat,
     )
 
+    if not path.name:
+        raise ConfigError(f"{path}: is a folder: name a file for the key")
     key = Ed25519PrivateKey.generate()
     public_path = path.with_name(f"{path.name}.pub")
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -142,6 +146,9 @@ def _read_public_key(path: Path) -> Ed25519PublicKey:
 
 def _read(path: Path) -> bytes:
     try:
+        # Opening a pipe would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"{path}: is no file: give the file of a key")
         with path.open("rb") as file:
             content = file.read(_MAX_KEY_BYTES + 1)
     except OSError as error:

@@ -21,8 +21,9 @@ __all__ = ["DTYPES", "open_inference", "ort_values"]
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 """NumPy's types by ONNX Runtime's names, of every input and output that a model may have."""
 
-_ERRORS_ONLY = 3
-"""Severity of ONNX Runtime's log."""
+_FATAL_ONLY = 4
+"""Severity of ONNX Runtime's log. It prints the names of a graph as they are, control characters
+too, and what it logs as an error is raised as well."""
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -55,7 +56,7 @@ def open_inference(
     """
     onnxruntime = import_package("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

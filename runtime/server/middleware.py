@@ -127,8 +127,11 @@ class Gate:
         """
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            if self._service.options.hosts is not None:
-                self._service.options.hosts.check(headers.getlist("host"))
+            hosts = headers.getlist("host")
+            # Browsers, which a foreign page could send here, always speak HTTP/1.1 or later.
+            is_old = scope["http_version"] == "1.0" and not hosts
+            if self._service.options.hosts is not None and not is_old:
+                self._service.options.hosts.check(hosts)
             if scope["path"] not in _HEALTH_ROUTES:
                 self._check_key(headers)
             if scope["method"] == "POST" and scope["path"] in _ROUTES:

@@ -40,6 +40,9 @@ _SENTENCE_CHARS = 4_000
 _MESSAGE_CHARS = 400
 """Characters of the message of an error that is not ours."""
 
+_NULL_IN_PATH = "embedded null byte"
+"""What Python says of a path that no system call takes."""
+
 _HINT = f"set {DEBUG_VARIABLE}=1 to see the trace, and report it"
 
 
@@ -76,13 +79,8 @@ def explain(error: BaseException) -> Failure:
         return Failure(("terminated",), _TERMINATED)
     if isinstance(error, KeyboardInterrupt):
         return Failure(("interrupted",), _INTERRUPTED)
-    if isinstance(error, MemoryError):
-        said = f" ({printable(error, _MESSAGE_CHARS)})" if str(error) else ""
-        return _outside(f"this machine has not enough memory{said}: free some or use another one")
-    if isinstance(error, OSError) and error.strerror:
-        named = error.filename is not None
-        where = printable(_path(error.filename)) if named else "input or output fails"
-        return _outside(f"{where}: {printable(error.strerror, _MESSAGE_CHARS)}")
+    if (said := _of_the_machine(error)) is not None:
+        return Failure((said,), EoraccError.exit_code)
     return Failure((f"internal error: {_named(error)}; {_HINT}",), INTERNAL_ERROR)
 
 
@@ -121,8 +119,18 @@ def hide_thread_traces() -> None:
     threading.excepthook = say
 
 
-def _outside(sentence: str) -> Failure:
-    return Failure((sentence,), EoraccError.exit_code)
+def _of_the_machine(error: BaseException) -> str | None:
+    """The sentence for what the operating system refuses; None for any other error."""
+    if isinstance(error, MemoryError):
+        said = f" ({printable(error, _MESSAGE_CHARS)})" if str(error) else ""
+        return f"this machine has not enough memory{said}: free some or use another one"
+    if isinstance(error, OSError) and error.strerror:
+        named = error.filename is not None
+        where = printable(_path(error.filename)) if named else "input or output fails"
+        return f"{where}: {printable(error.strerror, _MESSAGE_CHARS)}"
+    if type(error) is ValueError and str(error) == _NULL_IN_PATH:
+        return "a path holds a null character: write it without"
+    return None
 
 
 def _path(filename: object) -> str:

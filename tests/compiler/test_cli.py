@@ -105,7 +105,7 @@ def test_build_hands_over_what_was_asked_for(
         (
             KeyboardInterrupt(),
             130,
-            "interrupted: run the same command again to go on after the last finished block",
+            "interrupted: run the same command again to go on from what has been kept",
         ),
     ],
     ids=["bad input", "gate", "interrupt"],
@@ -392,7 +392,7 @@ def test_signals_end_a_build_that_resumes(
         _, said = child.communicate(timeout=60)
     assert (child.returncode, said) == (
         code,
-        f"error: {word}: run the same command again to go on after the last finished block\n",
+        f"error: {word}: run the same command again to go on from what has been kept\n",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,33 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def artifact(signed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(signed, tmp_path / "artifact"))
+
+
+def test_keys_stay_outside_and_are_files(artifact: Path, tmp_path: Path) -> None:
+    listed = sorted(artifact.rglob("*"))
+    for key, problem in (
+        (artifact / "key.pem", "lies in the artifact"),
+        (".", "is a folder: name a file"),
+    ):
+        result = run("sign", artifact, "--key", key, "--new-key")
+        assert (result.exit_code, problem in result.stderr) == (2, True)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    result = run("run", artifact, "a", "--public-key", pipe)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {pipe}: is no file: give the file of a key\n",
+    )
+    result = run("adapter", "export", artifact, "math", "--to", artifact / "peft")
+    assert (result.exit_code, "lies in the artifact" in result.stderr) == (2, True)
+    assert sorted(artifact.rglob("*")) == listed
+
+
+def test_threads_and_times_have_bounds(artifact: Path) -> None:
+    result = run("bench", artifact, "--threads", "99999999999")
+    assert (result.exit_code, "must be from 1 to 1,024" in result.stderr) == (2, True)
+    result = run("serve", artifact, "--queue-timeout", "nan")
+    assert (result.exit_code, "not a number of seconds" in result.stderr) == (2, True)
 
 
 def commands(artifact: Path, *, to: Path) -> Sequence[Sequence[str | Path]]:

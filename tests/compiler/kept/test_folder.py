@@ -42,6 +42,15 @@ def test_sound_work_is_used_without_a_word(
     assert lines(caplog) == []
 
 
+def test_a_record_reaches_nothing_outside_its_folder(kept: KeptFolder) -> None:
+    outside = kept.path.parent / "text.txt"
+    outside.write_text("mine")
+    for name in ("../text.txt", str(outside), "deep/../../text.txt", ".", ""):
+        assert not kept.holds([{"name": name, "size": 0, "sha256": ""}])
+    assert outside.read_text() == "mine"
+    assert kept.holds(kept.read("a.json") or [])
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["a.json", "deep/a.safetensors"])
 def test_damaged_work_is_discarded_with_one_line(

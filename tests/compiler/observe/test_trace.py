@@ -116,6 +116,20 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         Trace(tmp_path / "missing" / "trace.json")
 
 
+def test_only_a_trace_is_replaced(tmp_path: Path) -> None:
+    config, trace = tmp_path / "config.json", tmp_path / "trace.json"
+    config.write_text("{}")
+    with pytest.raises(ConfigError, match=r"config\.json: exists and is no trace"):
+        Trace(config)
+    assert config.read_text() == "{}"
+    for left in ("", '{"displayTimeUnit": "ms", "traceEvents": [\n' + 5000 * " "):
+        trace.write_text(left)
+        with Trace(trace):
+            pass
+        assert isinstance(events(trace), list)
+        assert trace.stat().st_size < 5000
+
+
 def test_a_full_disk_ends_the_trace_and_not_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from starlette.types import Message
 
 from eoracc.errors import ApiError
 from eoracc.runtime.server.hosts import HostRule
@@ -71,3 +72,22 @@ def test_foreign_hosts_get_nothing(key: str | None) -> None:
         assert answer.status_code == 200
 
     run(test, hosts=HostRule("127.0.0.1"), api_key=key)
+
+
+def test_a_probe_in_http_1_0_needs_no_host() -> None:
+    async def test(server: Server) -> None:
+        for version, expected in (("1.0", 200), ("1.1", 403)):
+            statuses: list[int] = []
+
+            async def receive() -> Message:
+                return {"type": "http.request", "body": b""}
+
+            async def send(message: Message, statuses: list[int] = statuses) -> None:
+                if message["type"] == "http.response.start":
+                    statuses.append(message["status"])
+
+            request = {"type": "http", "method": "GET", "path": "/health", "query_string": b""}
+            await server.app({**request, "http_version": version, "headers": []}, receive, send)
+            assert statuses == [expected]
+
+    run(test, hosts=HostRule("127.0.0.1"))
