@@ -129,7 +129,7 @@ class Gate:
             headers = Headers(scope=scope)
             hosts = headers.getlist("host")
             # Browsers, which a foreign page could send here, always speak HTTP/1.1 or later.
-            is_old = scope["http_version"] == "1.0" and not hosts
+            is_old = scope.get("http_version") == "1.0" and not hosts
             if self._service.options.hosts is not None and not is_old:
                 self._service.options.hosts.check(hosts)
             if scope["path"] not in _HEALTH_ROUTES:

@@ -105,5 +105,5 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
         sign(CONTENT, written(tmp_path / "long", b"-" * 20_000))
     with pytest.raises(ConfigError, match="nowhere: the key cannot be read: No such file"):
         sign(CONTENT, tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="the key cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="is no file: give the file of a key"):
         is_signed_by(CONTENT, bytes(64), tmp_path)
