@@ -33,20 +33,7 @@ def local_function(node: ir.Node) -> ir.Function:
     Raises:
       PluginError: the node is of another op, or its inputs or attributes do not fit the op.
     """
-    variant, present = _checked(node)
-    body = Body(INPUTS[node.op_type], present)
-    output = BUILDERS[node.op_type](body, variant)
-    return ir.Function(
-        DOMAIN,
-        node.op_type,
-        variant.overload(present),
-        graph=ir.Graph(
-            body.inputs, [output], nodes=body.nodes, opset_imports={"": OPSET}, name=node.op_type
-        ),
-        attributes=[
-            ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[node.op_type]
-        ],
-    )
+    return _build(node.op_type, *_checked(node))
 
 
 def use_local_functions(
@@ -61,7 +48,23 @@ def use_local_functions(
         variant, present = _checked(node)
         node.overload = variant.overload(present)
         if node.op_identifier() not in functions:
-            functions[node.op_identifier()] = local_function(node)
+            functions[node.op_identifier()] = _build(node.op_type, variant, present)
+
+
+def _build(op_type: str, variant: Variant, present: set[str]) -> ir.Function:
+    body = Body(INPUTS[op_type], present)
+    output = BUILDERS[op_type](body, variant)
+    return ir.Function(
+        DOMAIN,
+        op_type,
+        variant.overload(present),
+        graph=ir.Graph(
+            body.inputs, [output], nodes=body.nodes, opset_imports={"": OPSET}, name=op_type
+        ),
+        attributes=[
+            ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[op_type]
+        ],
+    )
 
 
 def _checked(node: ir.Node) -> tuple[Variant, set[str]]:
