@@ -23,7 +23,7 @@ from eoracc.runtime.adapters.peft_modules import (
 )
 from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE
-from eoracc.runtime.artifact.manifest import read_listed, read_manifest
+from eoracc.runtime.artifact.manifest import leads_outside, read_listed, read_manifest
 from eoracc.runtime.artifact.staged_folder import staged_folder
 from eoracc.runtime.artifact.sync import sync_path
 
@@ -275,7 +275,7 @@ def _read_origin(path: Path) -> dict[str, Any]:
 def _write_folder(artifact: Path, folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     """Create ``folder``, which is outside ``artifact``, with ``files`` in it, atomically."""
     target = folder.absolute()
-    if target.resolve().is_relative_to(artifact.resolve()):
+    if not leads_outside(target, artifact):
         raise ArtifactError(
             f"{folder}: lies in the artifact, which may hold nothing else: choose another --to"
         )

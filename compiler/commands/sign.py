@@ -31,11 +31,11 @@ def sign(artifact: Path, *, key: Path, new_key: bool, as_json: bool) -> None:
     Writes manifest.json.sig. Users check it with --public-key. A change of the artifact, such as
     'eoracc adapter add', removes it.
     """
-    from eoracc.runtime.artifact.manifest import verify_manifest
+    from eoracc.runtime.artifact.manifest import leads_outside, verify_manifest
     from eoracc.runtime.artifact.signature import SIGNATURE_FILE, make_key
     from eoracc.runtime.artifact.update import sign_artifact
 
-    if key.resolve().is_relative_to(artifact.resolve()):
+    if not leads_outside(key, artifact):
         raise ConfigError(
             f"{key}: lies in the artifact, whose users would get the private key: keep it elsewhere"
         )

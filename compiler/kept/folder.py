@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from eoracc.compiler.kept.files import (
@@ -24,6 +24,7 @@ from eoracc.compiler.kept.files import (
 from eoracc.compiler.kept.record import ForeignError, Record, read_record, write_record
 from eoracc.printable import escape_controls
 from eoracc.runtime.artifact.sync import sync_path
+from eoracc.runtime.artifact.versioned_json import is_inside
 
 __all__ = ["Entry", "KeptFolder"]
 
@@ -128,8 +129,8 @@ class KeptFolder:
         """
         for entry in entries:
             path = self.path / entry["name"]
-            if not _is_inside(entry["name"]):
-                _log.warning("%s", escape_controls(f"{path} is outside the folder: it is left out"))
+            if not is_inside(entry["name"]):
+                _warn(path, "is outside the folder", "it is left alone, and computed again")
                 return False
             try:
                 check_file(path, entry)
@@ -161,18 +162,11 @@ class KeptFolder:
             make_folder(folder)
 
     def _discard(self, path: Path, problem: str) -> None:
-        message = f"{path} {problem}: it is discarded, and computed again"
-        fields = {
-            "event": "discarded",
-            "path": str(path),
-            "problem": problem,
-            "message": message,
-        }
-        _log.warning("%s", escape_controls(message), extra={"fields": fields})
+        _warn(path, problem, "it is discarded, and computed again")
         remove(path)
 
 
-def _is_inside(name: str) -> bool:
-    """Whether ``name`` stays in its folder, and is not the folder itself."""
-    path = PurePosixPath(name)
-    return path.name != "" and not path.is_absolute() and ".." not in path.parts
+def _warn(path: Path, problem: str, end: str) -> None:
+    message = f"{path} {problem}: {end}"
+    fields = {"event": "discarded", "path": str(path), "problem": problem, "message": message}
+    _log.warning("%s", escape_controls(message), extra={"fields": fields})

@@ -19,7 +19,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eoracc.documents import VOCABULARY_BYTES, Reader
@@ -29,7 +29,7 @@ from eoracc.runtime.artifact.folder_change import STAGED, reading
 from eoracc.runtime.artifact.folder_exchange import finish_exchange
 from eoracc.runtime.artifact.onnx_file import external_files, parse_onnx
 from eoracc.runtime.artifact.signature import SIGNATURE_FILE
-from eoracc.runtime.artifact.versioned_json import check_versioned
+from eoracc.runtime.artifact.versioned_json import check_versioned, is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -208,7 +208,7 @@ def read_manifest(folder: Path, authenticity: Authenticity = UNCHECKED) -> Manif
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ArtifactError(f"{path}: lacks a part: build the artifact again") from None
     for name in files:
-        if not _is_inside(name):
+        if not is_inside(name):
             raise ArtifactError(
                 f"{path}: lists '{name}', which leaves the folder: do not trust this artifact"
             )
@@ -347,17 +347,6 @@ def _compare(path: Path, actual: FileEntry, listed: FileEntry) -> None:
             f"{path}: its content is not what {MANIFEST_FILE} says: "
             "copy or build the artifact again"
         )
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts)
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and "\\" not in name
-        and str(path) == name
-    )
 
 
 def _listing(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from eoracc.documents import VOCABULARY_BYTES, Reader
 from eoracc.errors import ArtifactError
 from eoracc.printable import printable
 
-__all__ = ["check_versioned", "is_file_name", "read_versioned"]
+__all__ = ["check_versioned", "is_file_name", "is_inside", "read_versioned"]
 
 _READER = Reader(ArtifactError, "build the artifact again")
 
@@ -56,3 +56,15 @@ def check_versioned(
 def is_file_name(name: str) -> bool:
     """Whether ``name`` is a plain file name, without any folder."""
     return PurePosixPath(name).name == name and "\\" not in name and name not in ("", "..")
+
+
+def is_inside(name: str) -> bool:
+    """Whether ``name`` is a path below its folder, in the one form with forward slashes."""
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+        and str(path) == name
+    )

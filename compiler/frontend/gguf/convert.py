@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from eoracc.compiler.frontend.gguf.reading import GgufFile
 from eoracc.compiler.frontend.gguf.tensors import match_tensors
 from eoracc.compiler.frontend.gguf.tokenizer import read_tokenizer, read_vocabulary
 from eoracc.compiler.frontend.quiet import quiet
-from eoracc.compiler.kept.files import keeping, remove
+from eoracc.compiler.kept.files import describe_file, keeping, remove
 from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.errors import ModelError, reason
 from eoracc.runtime.artifact.sync import sync_path
@@ -51,7 +50,7 @@ def convert(path: Path, folder: Path) -> Path:
     """
     if not path.is_file():
         raise ModelError(f"GGUF file {path} does not exist")
-    key = f"{path.name} {_sha256(path)} {__version__} {_CONVERSION}"
+    key = f"{path.name} {describe_file(path)['sha256']} {__version__} {_CONVERSION}"
     files = KeptFolder(folder, key).read(_STAMP)
     if files is not None and KeptFolder(folder, key).holds(files):
         return folder
@@ -70,11 +69,6 @@ def convert(path: Path, folder: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write(path: Path, folder: Path) -> None:
