@@ -47,7 +47,12 @@ from eoracc.compiler.report.content import (
     WarningReport,
 )
 from eoracc.compiler.report.gates import fidelity_report
-from eoracc.compiler.report.linears import factorized_reports, linear_report, linear_warnings
+from eoracc.compiler.report.linears import (
+    factorized_reports,
+    linear_report,
+    linear_warnings,
+    padding_warnings,
+)
 from eoracc.compiler.report.lines import parity_line
 from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
@@ -279,7 +284,11 @@ def _make(
             *context_notes(inputs.loaded.config, inputs.loaded.model.metadata_props),
             *_unchecked(inputs, compressed),
         ],
-        warnings=[*inputs.warnings, *linear_warnings(compressed.linears)],
+        warnings=[
+            *inputs.warnings,
+            *linear_warnings(compressed.linears),
+            *padding_warnings(compressed.linears),
+        ],
     )
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from eoracc.passes.graph.linears import Linear
 
-__all__ = ["factorized_reports", "linear_report", "linear_warnings"]
+__all__ = ["factorized_reports", "linear_report", "linear_warnings", "padding_warnings"]
 
 
 def linear_report(linear: Linear, *, stored_bytes: int | None = None) -> LinearReport:
@@ -60,6 +60,40 @@ def linear_warnings(linears: Sequence[Linear]) -> list[WarningReport]:
         )
         for linear in (*wholes, *linears)
         for warning in linear.record.warnings
+    ]
+
+
+def padding_warnings(linears: Iterable[Linear]) -> list[WarningReport]:
+    """At most one warning: the bytes that pad rows of ``linears`` to whole groups.
+
+    They count in the bytes of a linear. Tiles hold whole scales and zero points, but no codes, of
+    the columns that pad a row.
+    """
+    padded: list[tuple[str, float, float]] = []
+    for linear in linears:
+        weight = linear.compressed
+        if weight is None:
+            continue
+        rows, groups = weight.scales.shape
+        missing = groups * weight.group_size - weight.in_features
+        # A whole row is rounded up to a multiple of 8.
+        if missing and groups > 1:
+            grid = weight.scales.itemsize + (weight.zero_points is not None)
+            scales = rows * grid * missing / weight.group_size
+            padded.append((linear.name, rows * missing * weight.bits / 8 + scales, scales))
+    if not padded:
+        return []
+    total, scales = sum(entry[1] for entry in padded), sum(entry[2] for entry in padded)
+    return [
+        WarningReport(
+            code="padded_groups",
+            linear=None,
+            message=f"group sizes do not divide the rows of {len(padded)} linears "
+            f"({padded[0][0]} first): padding counts {total:,.0f} bytes, of which an artifact for "
+            f"onnxruntime stores the {scales:,.0f} of scales and zero points; 'group_size: auto' "
+            "takes sizes that divide, where there are any",
+            figures={"linears": len(padded), "bytes": total, "stored_bytes": scales},
+        )
     ]
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator
+from pydantic import BeforeValidator
 from typing_extensions import override
 
 from eoracc.passes.compression import Compression
 from eoracc.passes.overrides import Override
 from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.grid import group_width, round_to_nearest
+from eoracc.printable import quoted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,16 +33,20 @@ Bits = Literal[2, 3, 4, 8]
 """Width of a code."""
 
 
-def _check_group_size(size: int) -> int:
-    if size != -1 and (size % 8 or not 16 <= size <= 256):
+def _check_group_size(size: object) -> object:
+    if size in ("auto", -1):
+        return size
+    if type(size) is not int or size % 8 or not 16 <= size <= 256:
         raise ValueError(
-            f"{size} is no group size: give a multiple of 8 in 16..256, or -1 for whole rows"
+            f"{quoted(size)} is no group size: give a multiple of 8 in 16..256, -1 for whole rows, "
+            "or 'auto'"
         )
     return size
 
 
-GroupSize = Annotated[int, AfterValidator(_check_group_size)]
-"""Columns that share a scale; -1 stands for the whole row."""
+# Checked before the union, which would report each of its members.
+GroupSize = Annotated[int | Literal["auto"], BeforeValidator(_check_group_size)]
+"""Columns that share a scale; -1 stands for the whole row, ``auto`` for a width that divides it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +65,15 @@ class Quantization(Compression):
 
     Options:
       bits: width of a code.
-      group_size: columns that share a scale, a multiple of 8 in 16..256, or -1 for whole rows.
+      group_size: columns that share a scale. ``auto`` takes the largest multiple of 32 up to 192
+        that divides the row, else of 16 or 8; a number is a multiple of 8 in 16..256, and the last
+        group of a row that it does not divide is shorter; -1 stands for whole rows.
       symmetric: store no zero points.
       clip_search: search for the range of each group with the least error, not just its extremes.
     """
 
     bits: Bits = 4
-    group_size: GroupSize = 64
+    group_size: GroupSize = "auto"
     symmetric: bool = False
     clip_search: bool = True
     overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
@@ -114,7 +121,7 @@ class Quantization(Compression):
         return round_to_nearest(
             weight,
             bits=self.bits,
-            group_size=self.group_size,
+            group_size=group_width(self.group_size, weight.shape[1]),
             symmetric=self.symmetric,
             importance=importance,
             clip_search=self.clip_search,

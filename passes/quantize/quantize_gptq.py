@@ -16,6 +16,7 @@ from eoracc.passes.quantize.quantization import Quantization
 from eoracc.passes.solvers.descent import descend
 from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.gptq import Feedback, gptq
+from eoracc.passes.solvers.grid import group_width
 from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class QuantizeGptq(Quantization):
             weight,
             feedback,
             bits=self.bits,
-            group_size=self.group_size,
+            group_size=group_width(self.group_size, weight.shape[1]),
             symmetric=self.symmetric,
             clip_search=self.clip_search,
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,11 @@ __all__ = [
     "round_to_nearest",
     "to_nbits",
 ]
+
+_LARGEST_AUTO = 192
+"""Largest width that ``auto`` takes. Against 64 it stores 0.25 bits less of every weight, for which
+the squared error grows by 1.2 in 3 bits: less than if the codes lost 0.25 bits, 1.4."""
+_LEAST_AUTO = 32
 
 _SHRINKS = (1.0, 0.85, 0.7)
 """Factors by which the clipping search narrows a group's range."""
@@ -58,13 +64,41 @@ class Grid:
     group_size: int
 
 
-def group_width(group_size: int, in_features: int) -> int:
-    """Columns per group: ``group_size``, or for -1 the whole row rounded up to a multiple of 8.
+def group_width(group_size: int | Literal["auto"], in_features: int) -> int:
+    """Columns per group of a row of ``in_features`` columns.
+
+    Args:
+      group_size: the width itself; -1 for the whole row rounded up to a multiple of 8; or ``auto``
+        for the largest width, at most 192, that divides the row: a multiple of 32 (a block of int8
+        activations), else of 16, else of 8. Widths below 32 count only where they are the whole
+        row. Where no width divides it, the row is cut into equal multiples of 8, the last one
+        shorter.
+      in_features: ``K``.
 
     >>> group_width(-1, 20), group_width(64, 20)
     (24, 64)
+    >>> [group_width("auto", columns) for columns in (576, 640, 1536, 4096, 48, 20, 634)]
+    [192, 160, 192, 128, 48, 24, 160]
     """
-    return -(-in_features // 8) * 8 if group_size == -1 else group_size
+    if group_size == "auto":
+        return _dividing_width(in_features)
+    return _rounded_up(in_features) if group_size == -1 else group_size
+
+
+def _dividing_width(in_features: int) -> int:
+    for unit in (32, 16, 8):
+        widths = [
+            width
+            for width in range(unit, _LARGEST_AUTO + 1, unit)
+            if in_features % width == 0 and (width >= _LEAST_AUTO or width == in_features)
+        ]
+        if widths:
+            return max(widths)
+    return _rounded_up(-(-in_features // -(-in_features // _LARGEST_AUTO)))
+
+
+def _rounded_up(columns: int) -> int:
+    return -(-columns // 8) * 8
 
 
 def groups(in_features: int, width: int) -> Iterator[slice]:

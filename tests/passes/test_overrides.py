@@ -74,9 +74,9 @@ def test_unknown_options_are_refused(kind: type) -> None:
         adapter.validate_python({"overrides": {"*.q_proj": {"bitz": 3}}})
 
 
-@pytest.mark.parametrize("size", [0, -2, 8, 20, 264])
-def test_group_sizes_that_cannot_be_are_refused(size: int) -> None:
-    with pytest.raises(ValidationError, match=f"{size} is no group size: give a multiple of 8"):
+@pytest.mark.parametrize("size", [0, -2, 8, 20, 264, True, 64.5, "64", "Auto"])
+def test_group_sizes_that_cannot_be_are_refused(size: object) -> None:
+    with pytest.raises(ValidationError, match=f"{size!r} is no group size: give a multiple of 8"):
         gptq(group_size=size)
     with pytest.raises(ValidationError, match="is no group size"):
         gptq(overrides={"*.q_proj": {"group_size": size}})

@@ -97,7 +97,7 @@ if TYPE_CHECKING:
             (
                 "model.yaml:8: passes.2.quantize_gptq.group_size: 20 is no group size: "
                 "give a multiple "
-                "of 8 in 16..256, or -1 for whole rows"
+                "of 8 in 16..256, -1 for whole rows, or 'auto'"
             ),
         ),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -96,10 +98,10 @@ def test_one_pass_compresses_the_weights(method: type[Compression]) -> None:
 
 
 @pytest.mark.parametrize("method", QUANTIZATIONS)
-@pytest.mark.parametrize("group_size", [16, 32, -1])
+@pytest.mark.parametrize("group_size", [16, 32, -1, "auto"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_bytes_follow_the_options(
-    method: type[Quantization], group_size: int, symmetric: bool
+    method: type[Quantization], group_size: int | Literal["auto"], symmetric: bool
 ) -> None:
     compress = method(bits=3, group_size=group_size, symmetric=symmetric)
     group = qkv()

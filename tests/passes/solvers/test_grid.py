@@ -165,3 +165,27 @@ def test_whole_rows_and_short_last_groups() -> None:
     assert [s.stop - s.start for s in groups(100, 64)] == [64, 36]
     assert find_grid(random_weight(), bits=4, group_size=-1).scales.shape == (33, 1)
     assert find_grid(random_weight(), bits=4, group_size=64).scales.shape == (33, 2)
+
+
+@pytest.mark.parametrize("columns", [576, 640, 896, 1536, 4096, 11008, 608, 160, 72, 40, 24])
+def test_auto_takes_the_widest_group_that_divides(columns: int) -> None:
+    width = group_width("auto", columns)
+    assert columns % width == 0
+    units = [unit for unit in (32, 16, 8) if width % unit == 0]
+    for unit in (32, 16, 8):
+        wider = [w for w in range(max(unit, 32), 193, unit) if columns % w == 0]
+        if wider:
+            assert (units[0], width) == (unit, max(wider))
+            break
+    else:
+        assert width == columns
+
+
+@pytest.mark.parametrize("columns", [1, 20, 100, 607, 634, 1000 + 2, 8 * 31])
+def test_auto_cuts_a_row_that_no_width_divides_almost_equally(columns: int) -> None:
+    width = group_width("auto", columns)
+    slabs = list(groups(columns, width))
+    assert width % 8 == 0
+    assert width <= 192
+    assert len(slabs) == -(-columns // 192)
+    assert len(slabs) * width - columns < 8 * len(slabs)
