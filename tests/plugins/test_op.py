@@ -41,6 +41,7 @@ def _only(pattern: str, source: str) -> str:
 def test_names_are_those_of_the_native_op(source: str) -> None:
     assert _only(r'kDomain = "(\w+)"', source) == DOMAIN
     assert _only(r'kOp = "(\w+)"', source) == FUSED_OP
+    assert _only(r'kGatherOp = "(\w+)"', source) == GATHER_OP
 
 
 def test_inputs_are_those_of_the_native_op(source: str) -> None:
@@ -50,11 +51,16 @@ def test_inputs_are_those_of_the_native_op(source: str) -> None:
     assert [name.lower() for name in positions] == [
         name.replace("_", "").lower() for name in INPUTS[FUSED_OP]
     ]
+    names = re.findall(r'"(\w+)"', _only(r"kGatherInputNames\[kGatherInputs\] = {(.*?)}", source))
+    assert names == list(INPUTS[GATHER_OP])
 
 
 def test_attributes_are_those_of_the_native_op(source: str) -> None:
     read = re.findall(r'_attribute\(info, "(\w+)"', source)
     assert set(read) == set(ATTRIBUTES[FUSED_OP])
+    weight = _only(r"Status\* read_weight_attributes\((.*?)\n}", source)
+    read = re.findall(r'_attribute\(info, "(\w+)"', weight)
+    assert set(read) == set(ATTRIBUTES[GATHER_OP])
     activations = re.findall(r'strcmp\(name, "(\w+)"\)', source)
     assert activations == list(ACTIVATIONS)
 

@@ -71,19 +71,16 @@ inline Status* read_parts(const Api& api, const KernelInfo* info, Attributes* a)
   return nullptr;
 }
 
-inline Status* read_attributes(const Api& api, const KernelInfo* info, Attributes* a) {
+constexpr int64_t kLimit = int64_t{1} << 31;
+
+// The attributes of GatherNBits, which describe a weight; the rows follow from its tensors.
+inline Status* read_weight_attributes(const Api& api, const KernelInfo* info, Attributes* a) {
   RETURN_IF_FAILED(api.int_attribute(info, "K", &a->k));
-  RETURN_IF_FAILED(api.int_attribute(info, "N", &a->n));
   RETURN_IF_FAILED(api.int_attribute(info, "bits", &a->bits));
   RETURN_IF_FAILED(api.int_attribute(info, "block_size", &a->block_size));
   int64_t layout = 0;
-  read_optional(api, api.int_attribute(info, "accuracy_level", &a->accuracy_level));
   read_optional(api, api.int_attribute(info, "layout", &layout));
-  read_optional(api, api.float_attribute(info, "norm_epsilon", &a->norm_epsilon));
-  constexpr int64_t kLimit = int64_t{1} << 31;
-  if (a->k <= 0 || a->n <= 0 || a->k >= kLimit || a->n >= kLimit) {
-    return error(api, "K and N must be positive and below 2^31");
-  }
+  if (a->k <= 0 || a->k >= kLimit) return error(api, "K must be positive and below 2^31");
   if (a->bits != 2 && a->bits != 3 && a->bits != 4 && a->bits != 8) {
     return error(api, "bits must be 2, 3, 4 or 8, not %lld", (long long)a->bits);
   }
@@ -91,13 +88,23 @@ inline Status* read_attributes(const Api& api, const KernelInfo* info, Attribute
     return error(api, "block_size must be a positive multiple of 8, not %lld",
                  (long long)a->block_size);
   }
-  if (a->accuracy_level != 0 && a->accuracy_level != 4) {
-    return error(api, "accuracy_level must be 0 or 4, not %lld", (long long)a->accuracy_level);
-  }
   if (layout != 0 && layout != 1) {
     return error(api, "layout must be 0 or 1, not %lld", (long long)layout);
   }
   a->tiled = layout == 1;
+  return nullptr;
+}
+
+// The attributes of MatMulNBitsLowRank.
+inline Status* read_attributes(const Api& api, const KernelInfo* info, Attributes* a) {
+  RETURN_IF_FAILED(read_weight_attributes(api, info, a));
+  RETURN_IF_FAILED(api.int_attribute(info, "N", &a->n));
+  read_optional(api, api.int_attribute(info, "accuracy_level", &a->accuracy_level));
+  read_optional(api, api.float_attribute(info, "norm_epsilon", &a->norm_epsilon));
+  if (a->n <= 0 || a->n >= kLimit) return error(api, "N must be positive and below 2^31");
+  if (a->accuracy_level != 0 && a->accuracy_level != 4) {
+    return error(api, "accuracy_level must be 0 or 4, not %lld", (long long)a->accuracy_level);
+  }
   RETURN_IF_FAILED(read_activation(api, info, &a->activation));
   RETURN_IF_FAILED(read_parts(api, info, a));
   if (!a->tiled && a->part_count > 1) return error(api, "parts need layout 1");

@@ -1,8 +1,8 @@
-// The slice of ONNX Runtime's C interface that the op uses.
+// The slice of ONNX Runtime's C interface that the ops use.
 //
 // ONNX Runtime promises that OrtApi only ever grows at its end, so a function is known by its
-// position in the table for good. The op asks for version 17 of the interface, the first with
-// KernelContext_ParallelFor; every later runtime hands it out. Of a newer one it uses a function
+// position in the table for good. The ops ask for version 17 of the interface, the first with
+// KernelContext_ParallelFor; every later runtime hands it out. Of a newer one they use a function
 // that spares an allocation for each tensor.
 // tests/plugins/test_onnxruntime_abi.py checks each slot against the runtime that is installed.
 
@@ -33,6 +33,7 @@ enum ElementType : int {
   kUint8 = 2,
   kInt8 = 3,
   kInt32 = 6,
+  kInt64 = 7,
   kFloat16 = 10,
   kBfloat16 = 16,
 };
@@ -79,10 +80,12 @@ inline ShapeReference shape_reference(const void* const* table) {
       const_cast<void*>(table[kGetTensorElementTypeAndShapeDataReference]));
 }
 
-// The functions of OrtApi under their own types.
+// The functions of OrtApi under their own types, for a kernel of `op`, which errors name.
 class Api {
  public:
-  explicit Api(const void* const* table) : table_(table) {}
+  explicit Api(const void* const* table, const char* op = "eoracc") : table_(table), op_(op) {}
+
+  const char* op() const { return op_; }
 
   Status* create_status(ErrorCode code, const char* message) const {
     return at<Status* (*)(ErrorCode, const char*)>(kCreateStatus)(code, message);
@@ -168,6 +171,7 @@ class Api {
   }
 
   const void* const* table_;
+  const char* op_;
 };
 
 // OrtCustomOp as of version 17: the runtime reads no further for an op that says so.

@@ -1,4 +1,4 @@
-// eoracc::MatMulNBitsLowRank as an ONNX Runtime custom op: reads a run, calls the kernel.
+// The ops of the domain as ONNX Runtime custom ops: reads a run, calls the kernel.
 
 #include <stdio.h>
 
@@ -10,29 +10,13 @@
 #include "onnxruntime/attributes.h"
 #include "onnxruntime/c_api.h"
 #include "onnxruntime/checks.h"
+#include "onnxruntime/gather.h"
 #include "onnxruntime/tensor.h"
+#include "onnxruntime/threads.h"
 
 namespace {
 
 using namespace eoracc::ort;
-
-// Lends the threads of the session to the kernel. The first failure is kept until it returns.
-struct Lender {
-  const Api* api;
-  const KernelContext* context;
-  Status* failure = nullptr;
-
-  static void run(void* pool, size_t count, void (*task)(void*, size_t), void* data) {
-    Lender& lender = *static_cast<Lender*>(pool);
-    Status* failure = lender.api->parallel_for(lender.context, task, count, 0, data);
-    if (failure == nullptr) return;
-    if (lender.failure == nullptr) {
-      lender.failure = failure;
-    } else {
-      lender.api->release_status(failure);
-    }
-  }
-};
 
 class Kernel {
  public:
@@ -50,7 +34,7 @@ class Kernel {
       }
       if (!is_constant) continue;
       Tensor& tensor = constants_[i];
-      RETURN_IF_FAILED(read_tensor(api_, value, i, &tensor));
+      RETURN_IF_FAILED(read_tensor(api_, value, kInputNames[i], &tensor));
       // A constant that does not fit is left to the checks of a run.
       if (a_.tiled || !is_plain(tensor, (Input)i)) continue;
       if (!tile(tensor, (Input)i, &tiled_[i])) return out_of_memory(api_);
@@ -104,7 +88,7 @@ class Kernel {
     }
     const Value* value = nullptr;
     RETURN_IF_FAILED(api_.input(context, index, &value));
-    return read_tensor(api_, value, index, &inputs[index]);
+    return read_tensor(api_, value, kInputNames[index], &inputs[index]);
   }
 
   // ---- adapters
@@ -254,7 +238,7 @@ class Kernel {
 
 Status* create_kernel(const CustomOp*, const void* const* table, const KernelInfo* info,
                       void** out) {
-  const Api api(table);
+  const Api api(table, kOp);
   Attributes attributes;
   RETURN_IF_FAILED(read_attributes(api, info, &attributes));
   Kernel* kernel = new (std::nothrow) Kernel(api, attributes);
@@ -265,6 +249,15 @@ Status* create_kernel(const CustomOp*, const void* const* table, const KernelInf
   }
   *out = kernel;
   return nullptr;
+}
+
+Status* create_gather_kernel(const CustomOp*, const void* const* table, const KernelInfo* info,
+                             void** out) {
+  const Api api(table, kGatherOp);
+  Attributes attributes;
+  RETURN_IF_FAILED(read_weight_attributes(api, info, &attributes));
+  *out = new (std::nothrow) GatherKernel(api, attributes);
+  return *out == nullptr ? out_of_memory(api) : nullptr;
 }
 
 // X, bias, residual and Y share the type of the op; other inputs have their own.
@@ -291,32 +284,55 @@ ElementType input_type(const CustomOp*, size_t index) {
   }
 }
 
-template <ElementType type>
-constexpr CustomOp make_op() {
+// What the ops have in common: the first three inputs are required, and there is one output.
+constexpr CustomOp make_base() {
   CustomOp op{};
   op.version = kApiVersion;
-  op.name = [](const CustomOp*) { return kOp; };
   op.execution_provider = [](const CustomOp*) -> const char* { return "CPUExecutionProvider"; };
-  op.input_type = input_type<type>;
-  op.input_count = [](const CustomOp*) -> size_t { return kInputs; };
-  op.output_type = [](const CustomOp*, size_t) { return type; };
   op.output_count = [](const CustomOp*) -> size_t { return 1; };
-  op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.input_presence = [](const CustomOp*, size_t index) {
     return index <= kScales ? kRequired : kOptional;
   };
   op.output_presence = [](const CustomOp*, size_t) { return kRequired; };
   op.input_memory = [](const CustomOp*, size_t) { return 0; };
-  op.create_kernel_v2 = create_kernel;
-  op.compute_v2 = [](void* kernel, KernelContext* context) {
-    return static_cast<const Kernel*>(kernel)->compute(context);
-  };
   op.start_version = [](const CustomOp*) { return 1; };
   op.end_version = [](const CustomOp*) { return INT32_MAX; };
   return op;
 }
 
-constexpr CustomOp kOps[] = {make_op<kFloat32>(), make_op<kFloat16>(), make_op<kBfloat16>()};
+template <ElementType type>
+constexpr CustomOp make_matmul() {
+  CustomOp op = make_base();
+  op.name = [](const CustomOp*) { return kOp; };
+  op.input_type = input_type<type>;
+  op.input_count = [](const CustomOp*) -> size_t { return kInputs; };
+  op.output_type = [](const CustomOp*, size_t) { return type; };
+  op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.create_kernel_v2 = create_kernel;
+  op.compute_v2 = [](void* kernel, KernelContext* context) {
+    return static_cast<const Kernel*>(kernel)->compute(context);
+  };
+  return op;
+}
+
+constexpr CustomOp make_gather() {
+  CustomOp op = make_base();
+  op.name = [](const CustomOp*) { return kGatherOp; };
+  op.input_type = [](const CustomOp*, size_t index) {
+    return index == kGatherIndices ? kInt64 : index == kGatherScales ? kUndefined : kUint8;
+  };
+  op.input_count = [](const CustomOp*) -> size_t { return kGatherInputs; };
+  op.output_type = [](const CustomOp*, size_t) { return kFloat32; };
+  op.destroy_kernel = [](void* kernel) { delete static_cast<GatherKernel*>(kernel); };
+  op.create_kernel_v2 = create_gather_kernel;
+  op.compute_v2 = [](void* kernel, KernelContext* context) {
+    return static_cast<const GatherKernel*>(kernel)->compute(context);
+  };
+  return op;
+}
+
+constexpr CustomOp kOps[] = {make_matmul<kFloat32>(), make_matmul<kFloat16>(),
+                             make_matmul<kBfloat16>(), make_gather()};
 
 }  // namespace
 

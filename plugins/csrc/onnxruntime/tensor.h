@@ -1,4 +1,4 @@
-// The inputs of eoracc::MatMulNBitsLowRank by name, and the tensors of a run as plain structures.
+// The inputs of the ops by name, and the tensors of a run as plain structures.
 
 #ifndef EORACC_ONNXRUNTIME_TENSOR_H_
 #define EORACC_ONNXRUNTIME_TENSOR_H_
@@ -16,7 +16,9 @@ namespace eoracc::ort {
 
 constexpr const char* kDomain = "eoracc";
 constexpr const char* kOp = "MatMulNBitsLowRank";
+constexpr const char* kGatherOp = "GatherNBits";
 
+// Of MatMulNBitsLowRank.
 enum Input : size_t {
   kX,
   kB,
@@ -53,7 +55,17 @@ constexpr const char* kInputNames[kInputs] = {"X",
                                               "adapter_b_scale",
                                               "adapter_index"};
 
-constexpr size_t kMaxRank = 8;          // dimensions of X
+// Of GatherNBits.
+enum GatherInput : size_t {
+  kGatherIndices,
+  kGatherB,
+  kGatherScales,
+  kGatherZeroPoints,
+  kGatherInputs
+};
+constexpr const char* kGatherInputNames[kGatherInputs] = {"indices", "B", "scales", "zero_points"};
+
+constexpr size_t kMaxRank = 8;          // dimensions of X and of indices
 constexpr int64_t kTile = EORACC_TILE;  // rows of W
 constexpr int64_t kVector = 64;         // bytes of a quad of an int8 factor
 
@@ -62,7 +74,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __attribute__((format(printf, 2, 3))) inline Status* error(const Api& api, const char* format,
                                                            ...) {
   char text[256];
-  const int prefix = snprintf(text, sizeof text, "%s: ", kOp);
+  const int prefix = snprintf(text, sizeof text, "%s: ", api.op());
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(text + prefix, sizeof text - (size_t)prefix, format, arguments);
@@ -71,7 +83,9 @@ __attribute__((format(printf, 2, 3))) inline Status* error(const Api& api, const
 }
 
 inline Status* out_of_memory(const Api& api) {
-  return api.create_status(kFail, "MatMulNBitsLowRank: out of memory");
+  char text[64];
+  snprintf(text, sizeof text, "%s: out of memory", api.op());
+  return api.create_status(kFail, text);
 }
 
 // Returns a failed status of the runtime to the caller.
@@ -91,32 +105,31 @@ struct Tensor {
   bool present = false;
 };
 
-inline Status* too_many_dimensions(const Api& api, size_t index, size_t rank) {
-  return error(api, "%s has %zu dimensions, at most %zu are supported", kInputNames[index], rank,
-               kMaxRank);
+inline Status* too_many_dimensions(const Api& api, const char* name, size_t rank) {
+  return error(api, "%s has %zu dimensions, at most %zu are supported", name, rank, kMaxRank);
 }
 
-inline Status* read_shape(const Api& api, const Value* value, size_t index, Tensor* tensor) {
+inline Status* read_shape(const Api& api, const Value* value, const char* name, Tensor* tensor) {
   TensorInfo* info = nullptr;
   RETURN_IF_FAILED(api.tensor_info(value, &info));
   Status* failure = api.element_type(info, &tensor->type);
   if (!failure) failure = api.dimension_count(info, &tensor->rank);
-  if (!failure && tensor->rank > kMaxRank) failure = too_many_dimensions(api, index, tensor->rank);
+  if (!failure && tensor->rank > kMaxRank) failure = too_many_dimensions(api, name, tensor->rank);
   if (!failure) failure = api.dimensions(info, tensor->shape, tensor->rank);
   api.release_tensor_info(info);
   return failure;
 }
 
-inline Status* read_tensor(const Api& api, const Value* value, size_t index, Tensor* tensor) {
+inline Status* read_tensor(const Api& api, const Value* value, const char* name, Tensor* tensor) {
   if (value == nullptr) return nullptr;
   const ShapeReference shape_reference = shape_reference_of_runtime.load(std::memory_order_relaxed);
   if (shape_reference != nullptr) {
     const int64_t* shape = nullptr;
     RETURN_IF_FAILED(shape_reference(value, &tensor->type, &shape, &tensor->rank));
-    if (tensor->rank > kMaxRank) return too_many_dimensions(api, index, tensor->rank);
+    if (tensor->rank > kMaxRank) return too_many_dimensions(api, name, tensor->rank);
     for (size_t i = 0; i < tensor->rank; ++i) tensor->shape[i] = shape[i];
   } else {
-    RETURN_IF_FAILED(read_shape(api, value, index, tensor));
+    RETURN_IF_FAILED(read_shape(api, value, name, tensor));
   }
   tensor->present = true;
   return api.tensor_data(const_cast<Value*>(value), const_cast<void**>(&tensor->data));
