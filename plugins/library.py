@@ -12,7 +12,7 @@ from eoracc.errors import PluginError
 
 __all__ = ["ABI_VERSION", "INSTRUCTION_SETS", "LibraryInfo", "library_info", "library_path"]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Version of the library's C interface that this package was written for."""
 
 INSTRUCTION_SETS: Mapping[str, int] = {

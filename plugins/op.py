@@ -79,6 +79,7 @@ ATTRIBUTES: Mapping[str, Sequence[str]] = {
         "accuracy_level",
         "layout",
         "parts",
+        "ranks",
         "activation",
         "norm_epsilon",
     ),

@@ -7,7 +7,7 @@ solved later equals one solved in the build.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 __all__ = ["restore_backbone"]
 
 Array = NDArray[Any]
+
+_FACTORS = (Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale)
 
 
 def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
@@ -133,32 +135,67 @@ def _weight(node: ir.Node, rows: slice, *, out_features: int) -> NBitsWeight:
 
 def _factors(node: ir.Node, part: int, parts: int, rows: slice) -> LowRank | None:
     """Factors of one linear, without the ranks that only fill up tiles."""
-    a, b = _array(node, Input.lora_a), _array(node, Input.lora_b)
-    if a is None or b is None:
+    stored = {name: array for name in _FACTORS if (array := _array(node, name)) is not None}
+    if not stored:
         return None
     columns, total = node.attributes["K"].as_int(), node.attributes["N"].as_int()
+    if "ranks" in node.attributes:
+        stored = _own_tiles(node, part, stored)
+        total = node.attributes["parts"].as_ints()[part]
+        part, parts, rows = 0, 1, slice(0, total)
+    a, b = stored[Input.lora_a], stored[Input.lora_b]
     tiles = len(a) // parts
+    if not tiles:
+        return None
     a = a[part * tiles : (part + 1) * tiles]
     if a.dtype != np.uint8:
         rank = b.shape[1]
         down, up = untile_rows(a, rank), untile_rows(b, total)[rows]
         own = _used(down)
         return LowRank(lora_a=down[:own], lora_b=up[:, :own])
-    bits = 8 if a.shape[1] == -(-columns // CHUNK[8]) else 4
+    bits = _code_bits(a, columns)
     rank = min(tiles * TILE, b.shape[1] * CHUNK[bits])
     down = untile_integers(a, bits=bits, rows=rank, columns=columns)
     up = untile_integers(b, bits=bits, rows=total, columns=rank)[rows]
-    a_scale, b_scale = _array(node, Input.lora_a_scale), _array(node, Input.lora_b_scale)
-    assert a_scale is not None and b_scale is not None  # noqa: PT018, S101 - of integer factors
-    own_scale = a_scale[part * tiles * TILE :][:rank]
+    own_scale = stored[Input.lora_a_scale][part * tiles * TILE :][:rank]
     own = _used(own_scale[:, None])
     return LowRank(
         lora_a=down[:own],
         lora_b=np.ascontiguousarray(up[:, :own]),
         lora_a_scale=own_scale[:own],
-        lora_b_scale=b_scale[rows],
+        lora_b_scale=stored[Input.lora_b_scale][rows],
         bits=bits,
     )
+
+
+def _own_tiles(node: ir.Node, part: int, stored: Mapping[Input, Array]) -> dict[Input, Array]:
+    """The tiles of a part with a rank of its own, as those of a linear alone."""
+    sizes, ranks = (node.attributes[name].as_ints() for name in ("parts", "ranks"))
+    a, b = stored[Input.lora_a], stored[Input.lora_b]
+    chunk = 1
+    if b.dtype == np.uint8:
+        chunk = CHUNK[_code_bits(a, node.attributes["K"].as_int())]
+    tiles = [-(-rank // TILE) for rank in ranks]
+    lengths = {
+        Input.lora_a: tiles,
+        Input.lora_b: [
+            size // TILE * -(-rank // chunk) for size, rank in zip(sizes, ranks, strict=True)
+        ],
+        Input.lora_a_scale: [TILE * count for count in tiles],
+        Input.lora_b_scale: [size if rank else 0 for size, rank in zip(sizes, ranks, strict=True)],
+    }
+    own = {
+        name: array[sum(lengths[name][:part]) :][: lengths[name][part]]
+        for name, array in stored.items()
+    }
+    columns = -(-ranks[part] // chunk)
+    own[Input.lora_b] = own[Input.lora_b].reshape(sizes[part] // TILE, columns, b.shape[-1])
+    return own
+
+
+def _code_bits(lora_a: Array, columns: int) -> int:
+    """Code width of integer factors."""
+    return 8 if lora_a.shape[1] == -(-columns // CHUNK[8]) else 4
 
 
 def _used(rows: Array) -> int:

@@ -331,11 +331,41 @@ def _check_factors(node: ir.Node, lora_a: ir.Value, lora_b: ir.Value, where: str
     width = TILE if a_chunk == 1 else VECTOR
     _expect(node, Input.lora_a, (lora_a.shape[0], -(-columns // a_chunk), width), a_dtypes, where)
     width = TILE if b_chunk == 1 else VECTOR
+    if "ranks" in node.attributes:
+        _check_ranks(node, lora_a, (b_chunk, width), b_dtypes, where)
+        return
     ranks = lora_b.shape[1]
     _expect(node, Input.lora_b, (-(-rows // TILE), ranks, width), b_dtypes, where)
     # A chunk may hold padding after the last rank; the tiles of lora_a have the same padding.
     if isinstance(ranks, int) and lora_a.shape[0] != parts * -(-ranks * b_chunk // TILE):
         raise PassError(where, f"{parts} parts of rank {ranks * b_chunk} do not fit {lora_a.shape}")
+
+
+def _check_ranks(
+    node: ir.Node,
+    lora_a: ir.Value,
+    b_form: tuple[int, int],
+    b_dtypes: tuple[ir.DataType, ...],
+    where: str,
+) -> None:
+    """Check factors of parts that each have a rank of their own.
+
+    Args:
+      node: the linear.
+      lora_a: its tiles, as many as the ranks of each part fill.
+      b_form: columns of a chunk of lora_b, and elements of one.
+      b_dtypes: types that lora_b may have.
+      where: the node's name.
+    """
+    parts, ranks = (node.attributes.get_ints(name, ()) for name in ("parts", "ranks"))
+    if len(parts) != len(ranks):
+        raise PassError(where, f"has {len(ranks)} ranks for {len(parts)} parts")
+    chunk, width = b_form
+    chunks = sum(size // TILE * -(-rank // chunk) for size, rank in zip(parts, ranks, strict=True))
+    _expect(node, Input.lora_b, (chunks, width), b_dtypes, where)
+    tiles = sum(-(-rank // TILE) for rank in ranks)
+    if lora_a.shape is not None and lora_a.shape[0] != tiles:
+        raise PassError(where, f"parts of ranks {tuple(ranks)} do not fit {lora_a.shape}")
 
 
 def _factor_chunk(node: ir.Node, position: int, columns: int) -> int:

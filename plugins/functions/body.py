@@ -78,8 +78,8 @@ class Body:
         return self.constant(np.array(values, np.int64))
 
     def attribute(self, name: str) -> ir.Value:
-        """An integer attribute of the calling node, ``int64 [1]``, or all integers of ``parts``."""
-        if name == "parts":
+        """An attribute of the calling node: an integer, ``int64 [1]``, or all of a list."""
+        if name in ("parts", "ranks"):
             return self.op("Constant", value_ints=ir.RefAttr("value_ints", name, _INTS))
         return self.op("Reshape", self.scalar(name), self.integers(1))
 

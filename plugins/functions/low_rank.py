@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from eoracc.plugins.functions.body import Body
 from eoracc.plugins.functions.weights import tile_columns
-from eoracc.plugins.operands.codes import QUAD, TILE
+from eoracc.plugins.operands.codes import QUAD, TILE, VECTOR
 
-__all__ = ["add_adapter", "plain_low_rank", "tiled_low_rank"]
+__all__ = ["add_adapter", "plain_low_rank", "ranked_low_rank", "tiled_low_rank"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class _Width:
             body.constant(np.array(128, np.float32)),
         )
 
+    def columns(self, body: Body) -> ir.Value:
+        """Columns in a vector of 64 bytes, ``int64 [1]``."""
+        return body.op("Mul", body.op("Shape", self.shifts, start=0, end=1), body.scalar(QUAD))
+
     def values(self, body: Body, tiled: ir.Value) -> ir.Value:
         """``uint8 [A, tiles, chunks, 64]`` to ``float32 [A, chunks, codes, 4, tiles, 16]``.
 
@@ -74,18 +78,22 @@ def _tiled_factor(body: Body, name: str) -> ir.Value:
     scale = body.get(f"{name}_scale")
     if scale is None:
         return tile_columns(body, body[name])
-    # Both factors have one width, and the columns of lora_a are known: K. Beside a float factor
-    # integers always have 8 bits.
-    is_integer = body.get("lora_a_scale") is not None
-    width = _Width.of(body, body["lora_a"]) if is_integer else _Width.int8(body)
-    values = width.values(body, body.op("Unsqueeze", body[name], body.integers(0)))
+    values = _width(body).values(body, body.op("Unsqueeze", body[name], body.integers(0)))
     return body.op("Mul", body.op("Flatten", values, axis=4), scale)
+
+
+def _width(body: Body) -> _Width:
+    """The width of integer factors: both have one, and the columns of lora_a are known, K.
+
+    Beside a float factor integers always have 8 bits.
+    """
+    is_integer = body.get("lora_a_scale") is not None
+    return _Width.of(body, body["lora_a"]) if is_integer else _Width.int8(body)
 
 
 def tiled_low_rank(body: Body, x: ir.Value, parts: int) -> ir.Value:
     """``(x lora_a^T) lora_b^T`` from tiles, each part with its own rows of ``lora_a``."""
-    a = _tiled_factor(body, "lora_a")
-    a = body.op("Slice", a, body.integers(0), body.attribute("K"), body.integers(0))
+    a = _down_factor(body)
     b = _tiled_factor(body, "lora_b")
     b = body.op("Slice", b, body.integers(0), body.attribute("N"), body.integers(1))
     down = body.op("MatMul", x, a)
@@ -95,6 +103,78 @@ def tiled_low_rank(body: Body, x: ir.Value, parts: int) -> ir.Value:
     rank = body.op("Shape", b, start=0, end=1)
     down = body.op("Slice", down, body.integers(0), rank, body.integers(-1))
     return body.op("MatMul", down, b)
+
+
+def _down_factor(body: Body) -> ir.Value:
+    """``lora_a`` as ``float32 [K, rows]``, rows that pad tiles included."""
+    a = _tiled_factor(body, "lora_a")
+    return body.op("Slice", a, body.integers(0), body.attribute("K"), body.integers(0))
+
+
+def ranked_low_rank(body: Body, x: ir.Value, parts: int) -> ir.Value:
+    """``(x lora_a^T) lora_b^T`` from tiles of parts that each have a rank of their own."""
+    rows, ranks = body.attribute("parts"), body.attribute("ranks")
+    tile = body.scalar(TILE)
+    down = body.op("MatMul", x, _down_factor(body))
+    padded = body.op("Mul", _ceil_div(body, ranks, tile), tile)
+    downs = body.ops("Split", parts, down, padded, axis=-1)
+    ups = _up_factors(body, parts, body.op("Div", rows, tile), rows, ranks)
+    products = []
+    for own, up in zip(downs, ups, strict=True):
+        # Ranks of A are padded to tiles, those of B to quads; the padding is zero.
+        rank = body.op("Shape", up, start=0, end=1)
+        used = body.op("Slice", own, body.integers(0), rank, body.integers(-1))
+        products.append(body.op("MatMul", used, up))
+    return body.op("Concat", *products, axis=-1)
+
+
+def _up_factors(
+    body: Body, parts: int, tiles: ir.Value, rows: ir.Value, ranks: ir.Value
+) -> list[ir.Value]:
+    """The rows of ``lora_b`` of each part, ``float32 [rank, rows]``, ranks padded to quads.
+
+    Args:
+      body: appended to.
+      parts: their number.
+      tiles: of each part, ``int64 [parts]``.
+      rows: likewise.
+      ranks: likewise.
+    """
+    scale = body.get("lora_b_scale")
+    if scale is None:
+        stored = body.ops("Split", parts, body["lora_b"], body.op("Mul", tiles, ranks), axis=0)
+        shapes = _shapes(body, parts, (tiles, ranks), TILE)
+        return [
+            tile_columns(body, body.op("Reshape", part, shape, allowzero=1))
+            for part, shape in zip(stored, shapes, strict=True)
+        ]
+    width = _width(body)
+    chunks = _ceil_div(body, ranks, width.columns(body))
+    stored = body.ops("Split", parts, body["lora_b"], body.op("Mul", tiles, chunks), axis=0)
+    has_scales = body.op("Min", ranks, body.scalar(1))  # a part of rank 0 has none
+    lengths = body.op("Mul", rows, has_scales)
+    scales = body.ops("Split", parts, scale, lengths, axis=0)
+    missing = body.ops("Split", parts, body.op("Sub", rows, lengths), axis=0, num_outputs=parts)
+    shapes = _shapes(body, parts, (tiles, chunks), VECTOR)
+    factors = []
+    for part, shape, own, absent in zip(stored, shapes, scales, missing, strict=True):
+        tiled = body.op("Reshape", part, shape, allowzero=1)
+        values = width.values(body, body.op("Unsqueeze", tiled, body.integers(0)))
+        filled = body.op("Pad", own, body.op("Concat", body.integers(0), absent, axis=0))
+        factors.append(body.op("Mul", body.op("Flatten", values, axis=4), filled))
+    return factors
+
+
+def _shapes(body: Body, parts: int, sizes: tuple[ir.Value, ir.Value], lanes: int) -> list[ir.Value]:
+    """``int64 [3]`` for each part: its two ``sizes``, each ``int64 [parts]``, and ``lanes``."""
+    first, second = (body.ops("Split", parts, size, axis=0, num_outputs=parts) for size in sizes)
+    last = body.integers(lanes)
+    return [body.op("Concat", *pair, last, axis=0) for pair in zip(first, second, strict=True)]
+
+
+def _ceil_div(body: Body, numbers: ir.Value, by: ir.Value) -> ir.Value:
+    below = body.op("Sub", by, body.scalar(1))
+    return body.op("Div", body.op("Add", numbers, below), by)
 
 
 def _up_by_part(

@@ -7,7 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from eoracc.plugins.functions.body import Body
-from eoracc.plugins.functions.low_rank import add_adapter, plain_low_rank, tiled_low_rank
+from eoracc.plugins.functions.low_rank import (
+    add_adapter,
+    plain_low_rank,
+    ranked_low_rank,
+    tiled_low_rank,
+)
 from eoracc.plugins.functions.variant import Variant
 from eoracc.plugins.functions.weights import dequantize, quads_of, scaled, tiled_weight
 from eoracc.plugins.op import FUSED_OP, GATHER_OP
@@ -30,10 +35,7 @@ def _matmul(body: Body, variant: Variant) -> ir.Value:
         weight = body.op("Transpose", plain, perm=[1, 0])
     y = body.op("MatMul", x, weight)
     if body.get("lora_a") is not None:
-        low_rank = (
-            tiled_low_rank(body, x, variant.parts) if variant.tiles else plain_low_rank(body, x)
-        )
-        y = body.op("Add", y, low_rank)
+        y = body.op("Add", y, _low_rank(body, variant, x))
     if body.get("adapter_a") is not None:
         y = add_adapter(body, x, y, variant.parts)
     if (bias := body.get("bias")) is not None:
@@ -43,6 +45,13 @@ def _matmul(body: Body, variant: Variant) -> ir.Value:
     if (residual := body.get("residual")) is not None:
         y = body.op("Add", y, body.as_float(residual))
     return body.op("CastLike", y, body["X"])
+
+
+def _low_rank(body: Body, variant: Variant, x: ir.Value) -> ir.Value:
+    """The low-rank term that all rows share."""
+    if not variant.tiles:
+        return plain_low_rank(body, x)
+    return (ranked_low_rank if variant.ranks else tiled_low_rank)(body, x, variant.parts)
 
 
 def _gated(body: Body, y: ir.Value, activation: str) -> ir.Value:

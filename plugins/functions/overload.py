@@ -62,7 +62,10 @@ def _build(op_type: str, variant: Variant, present: set[str]) -> ir.Function:
             body.inputs, [output], nodes=body.nodes, opset_imports={"": OPSET}, name=op_type
         ),
         attributes=[
-            ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in ATTRIBUTES[op_type]
+            ir.Attr(name, ir.AttributeType.UNDEFINED, None)
+            for name in ATTRIBUTES[op_type]
+            # Functions from before the attribute do not have it, and stay what they were.
+            if name != "ranks" or variant.ranks
         ],
     )
 

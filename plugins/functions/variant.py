@@ -34,12 +34,14 @@ class Variant:
       bits: code width.
       tiles: whether the operands are tiled (``layout`` 1).
       parts: number of merged linears, 0 for a single one.
+      ranks: whether each of them has a rank of its own.
       activation: one of :data:`~eoracc.plugins.op.ACTIVATIONS`, empty for none.
     """
 
     bits: int
     tiles: bool
     parts: int
+    ranks: bool
     activation: str
 
     @classmethod
@@ -57,11 +59,14 @@ class Variant:
         if layout not in (0, 1):
             raise PluginError(f"{where}: layout must be 0 or 1, not {layout}")
         parts = tuple(node.attributes.get_ints("parts", ()))
+        ranks = tuple(node.attributes.get_ints("ranks", ()))
         activation = node.attributes.get_string("activation", "")
         if any(size <= 0 or size % TILE for size in parts) or (
             parts and sum(parts) != node.attributes.get_int("N", 0)
         ):
             raise PluginError(f"{where}: parts {parts} are no multiples of {TILE} that add up to N")
+        if ranks and (len(ranks) != len(parts) or min(ranks) < 0):
+            raise PluginError(f"{where}: ranks {ranks} are not one for each of the parts {parts}")
         if activation and activation not in ACTIVATIONS:
             raise PluginError(f"{where}: activation must be one of {ACTIVATIONS}, not {activation}")
         if activation and (len(parts) != 2 or parts[0] != parts[1]):
@@ -73,7 +78,7 @@ class Variant:
         )
         if fused and not layout:
             raise PluginError(f"{where}: only layout 1 is fused with anything")
-        return cls(bits, bool(layout), len(parts), activation)
+        return cls(bits, bool(layout), len(parts), bool(ranks), activation)
 
     def overload(self, present: set[str]) -> str:
         """The name of the overload of a node with the inputs ``present``."""
@@ -83,6 +88,8 @@ class Variant:
         words += [part for name, part in _OVERLOAD_PARTS.items() if name in present]
         if self.parts > 1:
             words.append(f"parts{self.parts}")
+        if self.ranks:
+            words.append("ranks")
         if self.activation:
             words.append(self.activation)
         return "_".join(words)

@@ -18,6 +18,7 @@ __all__ = [
     "LowRank",
     "merge_factors",
     "merged_bits",
+    "ranked_tiles",
     "split_rows",
 ]
 
@@ -158,13 +159,8 @@ def merge_factors(
     Raises:
       PluginError: there are no factors at all, or float and integer ones are mixed.
     """
-    if any(own is not None and own.lora_a_scale is not None for own in factors):
-        factors = [None if own is None else _with_scale(own) for own in factors]
+    factors = _of_one_type(factors, in_features)
     present = [own for own in factors if own is not None]
-    kinds = {(own.lora_a.dtype, own.lora_b.dtype) for own in present}
-    if len(kinds) != 1:
-        names = " and ".join(sorted({own.factor_type for own in present})) or "none"
-        raise PluginError(f"merged linears have factors of one type, not {names}")
 
     def stacked(name: str, rows: Sequence[int], columns: int | None = None) -> NDArray[Any] | None:
         like = getattr(present[0], name)
@@ -186,8 +182,51 @@ def merge_factors(
         lora_b=lora_b,
         lora_a_scale=stacked("lora_a_scale", ranks),
         lora_b_scale=stacked("lora_b_scale", parts),
-        bits=merged_bits(factors, in_features),
+        bits=present[0].bits,
     )
+
+
+def ranked_tiles(
+    factors: Sequence[LowRank | None], *, in_features: int
+) -> dict[str, NDArray[np.generic]]:
+    """The factors of linears with one input in tiles, each with its own rank (``ranks``).
+
+    Args:
+      factors: one entry per linear, as for :func:`merge_factors`; None counts as rank 0.
+      in_features: ``K``.
+
+    Returns:
+      By the names of the op's inputs, the tiles of all linears in order: ``lora_a`` and the scales
+      as in :meth:`LowRank.tiles`, ``lora_b`` with the first two axes in one.
+
+    Raises:
+      PluginError: there are no factors at all, or float and integer ones are mixed.
+    """
+    alike = _of_one_type(factors, in_features)
+    tiled = [own.tiles() for own in alike if own is not None and own.rank]
+    if not tiled:
+        raise PluginError("merged linears of rank 0 have no factors")
+    for own in tiled:
+        own["lora_b"] = own["lora_b"].reshape(-1, own["lora_b"].shape[-1])
+    return {name: np.concatenate([own[name] for own in tiled]) for name in tiled[0]}
+
+
+def _of_one_type(factors: Sequence[LowRank | None], in_features: int) -> list[LowRank | None]:
+    """``factors`` with a scale of ``lora_a`` in all or none, and integers of one width.
+
+    Raises:
+      PluginError: there are no factors at all, or float and integer ones are mixed.
+    """
+    bits = merged_bits(factors, in_features)
+    alike = [None if own is None else replace(own, bits=bits) for own in factors]
+    present = [own for own in alike if own is not None]
+    kinds = {(own.lora_a.dtype, own.lora_b.dtype) for own in present}
+    if len(kinds) != 1:
+        names = " and ".join(sorted({own.factor_type for own in factors if own is not None}))
+        raise PluginError(f"merged linears have factors of one type, not {names or 'none'}")
+    if any(own.lora_a_scale is not None for own in present):
+        alike = [None if own is None else _with_scale(own) for own in alike]
+    return alike
 
 
 def merged_bits(factors: Sequence[LowRank | None], in_features: int) -> int:

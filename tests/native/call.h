@@ -44,7 +44,7 @@ inline eoracc_bank bank_of(const Shape& shape, const Operands& operands) {
   return bank;
 }
 
-// `bank` is a result of bank_of and must outlive the result.
+// `bank` is a result of bank_of. It and `shape` must outlive the result.
 inline eoracc_matmul matmul_of(const Shape& shape, const Operands& operands, const Operand& y,
                                const eoracc_bank& bank) {
   eoracc_matmul m{};
@@ -63,6 +63,7 @@ inline eoracc_matmul matmul_of(const Shape& shape, const Operands& operands, con
   m.lora_b_type = shape.rank > 0 ? type_of(shape.lora_b_type) : EORACC_NONE;
   m.norm_epsilon = kNormEpsilon;
   m.parts = shape.parts.empty() ? nullptr : shape.parts.data();
+  m.ranks = shape.ranks.empty() ? nullptr : shape.ranks.data();
   m.x = operands.x.data();
   m.y = y.data();
   m.codes = static_cast<const uint8_t*>(operands.codes.data());

@@ -22,6 +22,11 @@ constexpr int64_t kParts[][EORACC_MAX_PARTS] = {
     {INT64_MIN, INT64_MAX}  // overflows when added up
 };
 
+constexpr int64_t kHalves[] = {16, 16};
+
+// Ranks that the parts of a term of rank 16 cannot have.
+constexpr int64_t kRanks[][2] = {{8, 0}, {24, 0}, {16, -16}, {INT64_MAX, 0}};
+
 // Everything that makes the product of [2, 40] and [32, 40] with rank 16 one that cannot be.
 struct Defect {
   const char* name;
@@ -55,6 +60,11 @@ constexpr Defect kDefects[] = {
     {"group_size = -8", [](auto& m) { m.group_size = -8; }},
     {"accuracy_level = 1", [](auto& m) { m.accuracy_level = 1; }},
     {"accuracy_level = -4", [](auto& m) { m.accuracy_level = -4; }},
+    {"ranks below the rank", [](auto& m) { m.ranks = kRanks[0]; }},
+    {"ranks above the rank", [](auto& m) { m.ranks = kRanks[1]; }},
+    {"a negative rank",
+     [](auto& m) { m.part_count = 2, m.parts = kHalves, m.ranks = kRanks[2]; }},
+    {"a rank of max", [](auto& m) { m.rank = INT64_MAX, m.ranks = kRanks[3]; }},
     {"activation without parts", [](auto& m) { m.activation = EORACC_SILU; }},
     {"activation = 3", [](auto& m) { m.activation = 3; }},
     {"activation = -1", [](auto& m) { m.activation = -1; }},

@@ -61,6 +61,13 @@ struct Matrix {
   double padded(int64_t r, int64_t c) const { return r < rows && c < columns ? at(r, c) : 0; }
 };
 
+// Copies a matrix to the first columns of `whole`, from row `first` on.
+void place(const Matrix& matrix, int64_t first, Matrix* whole) {
+  for (int64_t r = 0; r < matrix.rows; ++r) {
+    for (int64_t c = 0; c < matrix.columns; ++c) whole->at(first + r, c) = matrix.at(r, c);
+  }
+}
+
 // ---- kernel order
 
 int64_t chunk_columns(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
@@ -258,6 +265,7 @@ std::string Shape::describe() const {
                      std::to_string(rank) + " (" + types[static_cast<int>(lora_a_type)] + ", " +
                      types[static_cast<int>(lora_b_type)] + "), " + std::to_string(part_count()) +
                      " parts";
+  for (const int64_t rank : ranks) text += " of rank " + std::to_string(rank);
   text += activations[static_cast<int>(activation)];
   if (zero_points) text += " zero_points";
   if (bias) text += " bias";
@@ -315,6 +323,12 @@ Shape draw_shape(std::mt19937_64& random) {
     shape.out_features = 0;
     for (const int64_t part : shape.parts) shape.out_features += part;
   }
+  if (chance(3)) {
+    for (int64_t part = shape.part_count(); part > 0; --part) {
+      shape.ranks.push_back(chance(4) ? 0 : integer(0, 40));
+    }
+    shape.rank = *std::max_element(shape.ranks.begin(), shape.ranks.end());
+  }
   if (chance(2)) {
     shape.adapters = integer(1, 5);
     shape.adapter_rank = 16 * integer(0, 3);
@@ -359,9 +373,26 @@ void draw_operands(const Shape& shape, std::mt19937_64& random, Operands* operan
   std::vector<Term> terms;
   if (R > 0) {
     Bytes a, b, a_scale, b_scale;
-    Matrix lora_a = draw_factor(draw, P * R, K, 0.25, shape.lora_a_type, &a, &a_scale);
-    Matrix lora_b = draw_factor(draw, N, R, 0.25, shape.lora_b_type, &b, &b_scale);
-    terms.push_back({R, std::move(lora_a), std::move(lora_b)});
+    if (shape.ranks.empty()) {
+      Matrix lora_a = draw_factor(draw, P * R, K, 0.25, shape.lora_a_type, &a, &a_scale);
+      Matrix lora_b = draw_factor(draw, N, R, 0.25, shape.lora_b_type, &b, &b_scale);
+      terms.push_back({R, std::move(lora_a), std::move(lora_b)});
+    } else {
+      // What the parts store one after the other is a term of the largest rank with zeros.
+      Matrix lora_a(P * R, K), lora_b(N, R);
+      int64_t first = 0;
+      for (int64_t part = 0; part < P; ++part) {
+        const int64_t rank = shape.ranks[static_cast<size_t>(part)], rows = shape.part_rows(part);
+        if (rank > 0) {
+          const Matrix down = draw_factor(draw, rank, K, 0.25, shape.lora_a_type, &a, &a_scale);
+          const Matrix up = draw_factor(draw, rows, rank, 0.25, shape.lora_b_type, &b, &b_scale);
+          place(down, part * R, &lora_a);
+          place(up, first, &lora_b);
+        }
+        first += rows;
+      }
+      terms.push_back({R, std::move(lora_a), std::move(lora_b)});
+    }
     operands->lora_a = Operand(a);
     operands->lora_b = Operand(b);
     operands->lora_a_scale = Operand(a_scale);

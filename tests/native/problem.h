@@ -16,13 +16,14 @@ namespace eoracc::testing {
 enum class Type { kFloat32, kFloat16, kBfloat16, kInt8, kInt4 };
 enum class Activation { kNone, kSilu, kGeluTanh };
 
-// Sizes and options of a product. The rank is that of each part.
+// Sizes and options of a product. The rank is that of each part, or the largest of `ranks`.
 struct Shape {
   int64_t rows = 1;
   int64_t in_features = 1;
   int64_t out_features = 1;
   int64_t rank = 0;
   std::vector<int64_t> parts;  // rows of W of each merged linear; empty for one
+  std::vector<int64_t> ranks;  // of the parts, or of the one linear; empty where all have `rank`
   int bits = 4;
   int64_t group_size = 32;
   int level = 0;
@@ -42,6 +43,9 @@ struct Shape {
   int64_t index_rows = 0;  // rows of x for each entry of the index; divides them
 
   int64_t part_count() const { return parts.empty() ? 1 : static_cast<int64_t>(parts.size()); }
+  int64_t part_rows(int64_t part) const {
+    return parts.empty() ? out_features : parts[static_cast<size_t>(part)];
+  }
   int64_t groups() const { return (in_features + group_size - 1) / group_size; }
   // Columns of Y.
   int64_t outputs() const {

@@ -36,6 +36,8 @@ class Case:
       norm_weight: ``float32 [K]``.
       residual: ``[M, width of y]``.
       parts: out features of each merged linear, none for one.
+      ranks: of each part, stored without the zeros that ``factors`` have beyond it; none where all
+        parts are stored with the rank of ``factors``.
       activation: key of ``ACTIVATIONS``.
       accuracy_level: 0 or 4.
       adapters: a bank of factors of one type, shaped as ``factors``; of any rank each.
@@ -51,6 +53,7 @@ class Case:
     norm_epsilon: float = 1e-5
     residual: Array | None = None
     parts: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
     activation: str = ""
     accuracy_level: int = 0
     adapters: tuple[LowRank, ...] = ()
@@ -210,6 +213,20 @@ def random_case(
     if rank is None:
         return case
     return replace(case, factors=_random_low_rank(rng, shape, rank, len(parts), factor_types))
+
+
+def with_ranks(case: Case, ranks: Sequence[int]) -> Case:
+    """``case`` with a rank of its own for each part, the largest being that of the factors."""
+    assert case.factors is not None
+    assert case.rank == max(ranks)
+    lora_a, lora_b = case.factors.lora_a.copy(), case.factors.lora_b.copy()
+    first = 0
+    for part, (features, rank) in enumerate(zip(case.parts, ranks, strict=True)):
+        lora_a[part * case.rank + rank : (part + 1) * case.rank] = 0
+        lora_b[first : first + features, rank:] = 0
+        first += features
+    factors = replace(case.factors, lora_a=lora_a, lora_b=lora_b)
+    return replace(case, factors=factors, ranks=tuple(ranks))
 
 
 def with_adapters(

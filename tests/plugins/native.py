@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.library import INSTRUCTION_SETS, library_path
 from eoracc.plugins.operands.codes import TILE
+from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.cases import Array, Case, random_case
 
@@ -43,6 +44,7 @@ _INTS = (
 )
 _POINTERS = (
     "parts",
+    "ranks",
     "x",
     "y",
     "codes",
@@ -164,13 +166,11 @@ def prepare(case: Case, place: Callable[[Array], Array] = lambda array: array) -
         "residual": case.residual,
     }
     if factors is not None:
-        operands["lora_a"] = _tile_factor(factors.lora_a, factors.bits)
-        operands["lora_b"] = _tile_factor(factors.lora_b, factors.bits)
-        operands["lora_a_scale"] = _tile_scale(factors.lora_a_scale)
-        operands["lora_b_scale"] = _tile_scale(factors.lora_b_scale)
+        operands |= _ranked(case, factors) if case.ranks else _tile_factors(factors)
     bank, bank_arrays = _bank_of(case, place)
     arrays = {name: None if a is None else place(a) for name, a in operands.items()}
     arrays["parts"] = np.array(case.parts, np.int64) if case.parts else None
+    arrays["ranks"] = np.array(case.ranks, np.int64) if case.ranks else None
     arrays["y"] = y
     matmul = Matmul(
         rows=len(case.x),
@@ -191,6 +191,39 @@ def prepare(case: Case, place: Callable[[Array], Array] = lambda array: array) -
         **{name: None if a is None else a.ctypes.data for name, a in arrays.items()},
     )
     return Call(matmul, y, arrays | bank_arrays, bank)
+
+
+def _tile_factors(factors: LowRank) -> dict[str, Array | None]:
+    return {
+        "lora_a": _tile_factor(factors.lora_a, factors.bits),
+        "lora_b": _tile_factor(factors.lora_b, factors.bits),
+        "lora_a_scale": _tile_scale(factors.lora_a_scale),
+        "lora_b_scale": _tile_scale(factors.lora_b_scale),
+    }
+
+
+def _ranked(case: Case, factors: LowRank) -> dict[str, Array | None]:
+    """What the parts have alone, one after the other; nothing for a part of rank 0."""
+    stacks: dict[str, list[Array]] = {}
+    first = 0
+    for part, (features, rank) in enumerate(zip(case.parts, case.ranks, strict=True)):
+        down = slice(part * case.rank, part * case.rank + rank)
+        up = slice(first, first + features)
+        first += features
+        a_scale, b_scale = factors.lora_a_scale, factors.lora_b_scale
+        own = LowRank(
+            lora_a=factors.lora_a[down],
+            lora_b=factors.lora_b[up, :rank],
+            lora_a_scale=None if a_scale is None else a_scale[down],
+            lora_b_scale=None if b_scale is None else b_scale[up],
+            bits=factors.bits,
+        )
+        for name, array in _tile_factors(own).items():
+            if rank and array is not None:
+                lanes = array.shape[-1]
+                flat = array.reshape(-1, lanes) if name == "lora_b" else array
+                stacks.setdefault(name, []).append(flat)
+    return {name: np.concatenate(stack) for name, stack in stacks.items()}
 
 
 def _bank_of(

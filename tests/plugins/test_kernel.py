@@ -13,7 +13,7 @@ from eoracc.plugins.operands.codes import BITS
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins import native
-from tests.plugins.cases import FEW_ROWS, Array, Case, assert_case, random_case
+from tests.plugins.cases import FEW_ROWS, Array, Case, assert_case, random_case, with_ranks
 
 LEVELS = (0, 4)
 FACTOR_TYPES = [
@@ -151,6 +151,40 @@ def test_a_decoder_layers_fusions(
         )
         for rows in (1, 4, 40):
             check(replace(case, x=case.x[:rows], residual=_rows(case.residual, 0, rows)), isa)
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "factor_types",
+    [("float16", "float32"), ("int8", "int8"), ("int4", "int4"), ("float32", "int8")],
+)
+def test_parts_with_ranks_of_their_own(isa: str, level: int, factor_types: tuple[str, str]) -> None:
+    """Nothing of what another rank would take is stored, so none may be read."""
+    rng = np.random.default_rng(19)
+    for parts, ranks, activation in (
+        ((64, 16, 16), (8, 24, 0), ""),
+        ((64, 16, 16), (0, 5, 33), ""),
+        ((96, 96), (40, 8), "silu"),
+        ((96, 96), (0, 16), "gelu_tanh"),
+    ):
+        case = random_case(
+            rng,
+            max(ROWS),
+            (sum(parts), 200),
+            bits=3,
+            rank=max(ranks),
+            factor_types=factor_types,
+            parts=parts,
+            activation=activation,
+            norm=True,
+            accuracy_level=level,
+        )
+        case = with_ranks(case, ranks)
+        for rows in (1, 4, 40):
+            part = replace(case, x=case.x[:rows])
+            actual = native.multiply(part, instruction_set=isa, place=native.before_a_guard_page)
+            assert_case(actual, part)
 
 
 def _rows(array: Array | None, start: int, stop: int) -> Array | None:
@@ -436,6 +470,17 @@ def test_bad_parts_are_refused(parts: tuple[int, ...], activation: str, rank: in
     array = np.array(parts, np.int64)
     call.matmul.parts, call.matmul.part_count = array.ctypes.data, len(parts)
     call.matmul.activation, call.matmul.rank = native.ACTIVATIONS[activation], rank
+    assert native.call(call.matmul, isa=1) == native.BAD_OPERAND
+
+
+@pytest.mark.parametrize("ranks", [(16, -1), (16, 17), (8, 8), (16, 2**31)])
+def test_bad_ranks_are_refused(ranks: tuple[int, ...]) -> None:
+    case = random_case(np.random.default_rng(13), 1, (32, 16), rank=16, parts=(16, 16))
+    call = native.prepare(case)
+    fits, array = np.array((8, 16), np.int64), np.array(ranks, np.int64)
+    call.matmul.ranks = fits.ctypes.data
+    assert native.call(call.matmul, isa=1) == native.OK
+    call.matmul.ranks = array.ctypes.data
     assert native.call(call.matmul, isa=1) == native.BAD_OPERAND
 
 

@@ -19,7 +19,14 @@ import pytest
 from eoracc.plugins.library import library_path
 from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
-from tests.plugins.cases import Array, Case, assert_case, random_case, with_adapters
+from tests.plugins.cases import (
+    Array,
+    Case,
+    assert_case,
+    random_case,
+    with_adapters,
+    with_ranks,
+)
 from tests.plugins.fused_op import (
     attributes_of,
     fused_model,
@@ -126,6 +133,8 @@ def tiled_model(
     fusions: dict[str, Any] = {"layout": 1, "accuracy_level": case.accuracy_level}
     if case.parts:
         fusions["parts"] = list(case.parts)
+    if case.ranks:
+        fusions["ranks"] = list(case.ranks)
     if case.activation:
         fusions["activation"] = case.activation
     if case.norm_weight is not None:
@@ -541,6 +550,49 @@ def test_tiles_that_do_not_fit_are_an_error(changes: dict[str, Array | None], me
             session.run(None, x)
 
 
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize(
+    "factor_types", [("float16", "float32"), ("int8", "int8"), ("int4", "int4")]
+)
+def test_parts_with_ranks_of_their_own(level: int, factor_types: tuple[str, str]) -> None:
+    rng = np.random.default_rng(9)
+    case = random_case(
+        rng,
+        3,
+        (96, 90),
+        rank=24,
+        factor_types=factor_types,
+        parts=(64, 16, 16),
+        accuracy_level=level,
+    )
+    case = with_ranks(case, (8, 0, 24))
+    (actual,) = open_session(tiled_model(case), library_path()).run(None, {"X": case.x})
+    assert_case(actual, case)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "message"),
+    [
+        ([16, 8], {}, r"lora_a_scale must have the shape \[32\]"),
+        ([20, 0], {"lora_a_scale": 32}, r"lora_b must have the shape \[5, 64\]"),
+        ([8, 0], {}, r"lora_a must have the shape \[1, 8, 64\]"),
+        ([16, 8], {"lora_a_scale": 32}, r"lora_b must have the shape \[6, 64\]"),
+        ([16, 8], {"lora_a_scale": 32, "lora_b": 6, "lora_b_scale": 16}, "lora_b_scale must have"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_an_error(
+    ranks: list[int], changes: dict[str, int], message: str
+) -> None:
+    operands = _tiled_operands(lora_a=np.zeros((2, 8, 64), np.uint8))
+    for name, length in changes.items():
+        shape = (length, 64) if name == "lora_b" else (length,)
+        operands[name] = np.zeros(shape, np.uint8 if name == "lora_b" else np.float32)
+    attributes = TILED | {"parts": [16, 16], "ranks": ranks}
+    model = one_node_model("MatMulNBitsLowRank", operands, attributes, with_function=False)
+    with pytest.raises(Exception, match=message):
+        open_session(model, library_path()).run(None, {"X": np.zeros((2, 32), np.float32)})
+
+
 def test_merged_ranks_are_whole_tiles() -> None:
     attributes = TILED | {"parts": [16, 16]}
     changed = _tiled_operands(lora_b=np.zeros((2, 2, 64), np.uint8))
@@ -561,6 +613,9 @@ def test_merged_ranks_are_whole_tiles() -> None:
         ({"parts": [48, -16]}, "a positive multiple of 16"),
         ({"parts": [16] * 9}, "at most 8 parts, not 9"),
         ({"parts": [16, 16], "layout": 0}, "parts need layout 1"),
+        ({"parts": [16, 16], "ranks": [16]}, "a rank for each of 2 parts, not 1 ranks"),
+        ({"parts": [16, 16], "ranks": [16, -1]}, "ranks must not be negative"),
+        ({"ranks": [16], "layout": 0}, "ranks need layout 1"),
     ],
 )
 def test_fusions_that_make_no_sense_are_an_error(changes: dict[str, Any], message: str) -> None:

@@ -19,21 +19,21 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from eoracc.compiler.targets.onnxruntime.factor_tiles import (
+    FACTORS,
+    INTEGERS,
+    factor_operands,
+    own_ranks,
+)
 from eoracc.passes.graph.names import PARTS
-from eoracc.passes.graph.stored import stored_factors
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
-from eoracc.plugins.operands.codes import CHUNK, TILE, VECTOR, tile_codes, tile_rows, unpack_codes
-from eoracc.plugins.operands.low_rank import LowRank, merge_factors, merged_bits, split_rows
+from eoracc.plugins.operands.codes import CHUNK, TILE, tile_codes, tile_rows, unpack_codes
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 __all__ = ["tile_operands"]
 
 _Convert = Callable[[NDArray[Any]], NDArray[Any]]
-
-
-_INTEGERS = (ir.DataType.INT8, ir.DataType.INT4)
-"""Types of integer factors in the plain layout."""
 
 
 def tile_operands(graph: ir.Graph, *, accuracy_level: int) -> None:
@@ -120,7 +120,7 @@ def _factor_form(node: ir.Node) -> tuple[Any, ...]:
     """Types of the factors; 8-bit and 4-bit integers can share an operand."""
     factors = (_array(node, Input.lora_a), _array(node, Input.lora_b))
     return tuple(
-        None if factor is None else "integer" if factor.dtype in _INTEGERS else factor.dtype
+        None if factor is None else "integer" if factor.dtype in INTEGERS else factor.dtype
         for factor in factors
     )
 
@@ -147,6 +147,8 @@ def _replace(graph: ir.Graph, store: _Store, nodes: Sequence[ir.Node], accuracy_
     }
     if len(nodes) > 1:
         attributes["parts"] = sizes
+        if ranks := own_ranks(nodes):
+            attributes["ranks"] = ranks
     elif "activation" in first.attributes:  # packed before compression and gated
         attributes |= {name: first.attributes[name].value for name in ("parts", "activation")}
     operands = [first.inputs[Input.X], *store.weight(nodes, name), store.bias(nodes, name)]
@@ -234,77 +236,16 @@ class _Store:
         return register_tensor(self.graph, ir.tensor(joined, name=f"{name}.bias"))
 
     def factors(self, nodes: Sequence[ir.Node], name: str) -> list[ir.Value | None]:
-        """The factors of ``nodes``, padded to the largest rank; empty if that is 0."""
-        for position in (Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale):
-            self._retire(nodes, position)
-        rank = max(_rank(node) for node in nodes)
-        if rank == 0:
-            return []
-        # Each part has its own down-projection; parts packed before compression share one.
-        parts = [node.attributes["N"].as_int() for node in nodes]
-        if len(nodes) == 1:
-            parts = list(nodes[0].attributes.get_ints("parts", parts))
-        if len(parts) > 1:
-            rank = -(-rank // TILE) * TILE  # so that no tile of A serves two parts
-        columns = nodes[0].attributes["K"].as_int()
-
-        # Read now: the node no longer has its operands when they are written.
-        factors = [stored_factors(node) for node in nodes]
-        if len(nodes) == 1 and factors[0] is not None:
-            factors = [*split_rows(factors[0], parts)]
-
-        def merged() -> LowRank:
-            return merge_factors(factors, parts, in_features=columns, rank=rank)
-
-        rows = (len(parts) * rank, sum(parts))
-        bits = merged_bits(factors, columns)
+        """The factors of ``nodes``, in the op's order; empty if no rank is above 0."""
+        for place in FACTORS:
+            self._retire(nodes, place)
+        tiled = factor_operands(nodes)
         return [
-            self._factor(nodes, Input.lora_a, name, merged, (rows[0], columns), bits),
-            self._factor(nodes, Input.lora_b, name, merged, (rows[1], rank), bits),
-            self._factor_scale(nodes, Input.lora_a_scale, name, merged, rows[0]),
-            self._factor_scale(nodes, Input.lora_b_scale, name, merged, rows[1]),
+            self._register(place, name, operand.make, operand.shape, operand.dtype)
+            if (operand := tiled.get(place)) is not None
+            else None
+            for place in FACTORS
         ]
-
-    def _factor(
-        self,
-        nodes: Sequence[ir.Node],
-        position: Input,
-        name: str,
-        merged: Callable[[], LowRank],
-        shape: tuple[int, int],
-        bits: int,
-    ) -> ir.Value:
-        rows, columns = shape
-        arrays = (_array(node, position) for node in nodes)
-        dtype = next(tensor.dtype for tensor in arrays if tensor is not None)
-        inner = (columns, TILE)
-        if dtype in _INTEGERS:
-            dtype, inner = ir.DataType.UINT8, (-(-columns // CHUNK[bits]), VECTOR)
-        return self._register(
-            position,
-            name,
-            lambda: merged().tiles()[position.name],
-            (-(-rows // TILE), *inner),
-            dtype,
-        )
-
-    def _factor_scale(
-        self,
-        nodes: Sequence[ir.Node],
-        position: Input,
-        name: str,
-        merged: Callable[[], LowRank],
-        rows: int,
-    ) -> ir.Value | None:
-        if all(_array(node, position) is None for node in nodes):
-            return None
-        return self._register(
-            position,
-            name,
-            lambda: merged().tiles()[position.name],
-            (-(-rows // TILE) * TILE,),
-            ir.DataType.FLOAT,
-        )
 
     def _rows(self, nodes: Sequence[ir.Node], position: Input, name: str) -> ir.Value | None:
         tensor = _array(nodes[0], position)
@@ -353,8 +294,3 @@ class _Store:
             lambda: ir.tensor(make(), name=full), dtype=dtype, shape=ir.Shape(shape), name=full
         )
         return register_tensor(self.graph, lazy)
-
-
-def _rank(node: ir.Node) -> int:
-    lora_a = _array(node, Input.lora_a)
-    return 0 if lora_a is None else lora_a.shape.numpy()[0]

@@ -68,12 +68,26 @@ bool is_factor(int32_t type, const void* data, const float* scale) {
   return is_float(type) || ((type == EORACC_INT8 || type == EORACC_INT4) && scale != nullptr);
 }
 
-// Several parts are whole tiles, also in their rows of lora_a, and make up the weight.
+constexpr int64_t kLimit = int64_t{1} << 31;
+
+// The largest of the parts' ranks is that of the term.
+bool are_ranks(const eoracc_matmul& m) {
+  int64_t largest = 0;
+  for (int32_t part = 0; part < (m.part_count > 1 ? m.part_count : 1); ++part) {
+    if (m.ranks[part] < 0 || m.ranks[part] >= kLimit) return false;
+    if (m.ranks[part] > largest) largest = m.ranks[part];
+  }
+  return largest == m.rank;
+}
+
+// Several parts are whole tiles, in their rows of lora_a as well unless each has its own rank, and
+// make up the weight.
 bool are_parts(const eoracc_matmul& m) {
   if (m.part_count < 0 || m.part_count > EORACC_MAX_PARTS) return false;
   const bool gated = m.activation != EORACC_IDENTITY;
+  if (m.ranks != nullptr && !are_ranks(m)) return false;
   if (m.part_count < 2) return !gated;
-  if (m.parts == nullptr || m.rank % kTile != 0) return false;
+  if (m.parts == nullptr || (m.ranks == nullptr && m.rank % kTile != 0)) return false;
   int64_t features = 0;
   for (int32_t part = 0; part < m.part_count; ++part) {
     if (m.parts[part] <= 0 || m.parts[part] % kTile != 0) return false;
@@ -83,8 +97,6 @@ bool are_parts(const eoracc_matmul& m) {
   if (features != m.out_features) return false;
   return !gated || (m.part_count == 2 && m.parts[0] == m.parts[1]);
 }
-
-constexpr int64_t kLimit = int64_t{1} << 31;
 
 // Every row uses an adapter that there is, or none.
 bool is_bank(const eoracc_bank& bank, int64_t rows) {

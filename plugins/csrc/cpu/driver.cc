@@ -231,13 +231,15 @@ void project_rows(const Product& p, const Term& term, int64_t adapter, const Til
 // Keeps the sums [rows, 16] of a tile of lora_a for the rows that use the adapter.
 void keep_down(const Term& term, int64_t adapter, int64_t tile, const float* scales,
                const float* sums) {
-  const int64_t rank = tile * kTile % term.factors.rank, part = tile * kTile / term.factors.rank;
-  const int64_t ranks = smaller(kTile, term.factors.rank - rank);
+  const LowRankPart& part = part_of_down(term.factors, tile);
+  const int64_t rank = (tile - part.first_down) * kTile;
+  const int64_t ranks = smaller(kTile, part.rank - rank);
+  const int64_t column = (&part - term.factors.parts) * term.part_stride + rank;
   for (int64_t i = 0; i < term.run_count; ++i) {
     const Run& run = term.runs[i];
     if (run.adapter != adapter) continue;
     for (int64_t row = run.first; row < run.first + run.rows; ++row) {
-      float* down = term.down.values + row * term.down.stride + part * term.part_stride + rank;
+      float* down = term.down.values + row * term.down.stride + column;
       memcpy(down, sums + row * kTile, (size_t)ranks * sizeof(float));
       for (int64_t r = 0; r < ranks && scales != nullptr; ++r) down[r] *= scales[r];
     }
@@ -285,23 +287,26 @@ void project_down(Product& p, int64_t item) {
 
 // Adds the term of one adapter for some tiles to sums [count, rows, 16].
 void add_up(const Product& p, const Term& term, int64_t user, const Streams& tiles, float* sums) {
-  const int64_t adapter = term.used[user];
-  Weight factor = up_factor(term.factors, adapter);
-  const int64_t first_part = part_of(p, tiles.first);
-  if (tiles.count == kTilesAtOnce && !factor.is_dense() &&
-      first_part == part_of(p, tiles.tile(kTilesAtOnce - 1))) {
+  const int64_t adapter = term.used[user], first_part = part_of(p, tiles.first);
+  if (tiles.count == kTilesAtOnce && first_part == part_of(p, tiles.tile(kTilesAtOnce - 1))) {
+    const LowRankPart& part = term.factors.parts[first_part];
     const int64_t ranks = term.ranks[user][first_part];
     if (ranks == 0) return;
-    p.kernels->int8_tiles(term.down.view(0, 1, first_part * term.part_stride, ranks), factor.tiles,
-                          tiles.first, tiles.stride, sums);
-    return;
+    const Weight factor = up_factor(term.factors, adapter, part);
+    if (!factor.is_dense()) {
+      p.kernels->int8_tiles(term.down.view(0, 1, first_part * term.part_stride, ranks),
+                            factor.tiles, tiles.first - part.first_tile, tiles.stride, sums);
+      return;
+    }
   }
   for (int64_t t = 0; t < tiles.count; ++t) {
-    const int64_t tile = tiles.tile(t), part = part_of(p, tile), ranks = term.ranks[user][part];
+    const int64_t at = part_of(p, tiles.tile(t)), ranks = term.ranks[user][at];
     if (ranks == 0) continue;
+    const LowRankPart& part = term.factors.parts[at];
+    Weight factor = up_factor(term.factors, adapter, part);
     if (!factor.is_dense()) factor.tiles.columns = ranks;
-    multiply_users(p, term, adapter, factor, term.down, part * term.part_stride, ranks, tile,
-                   sums + t * p.rows * kTile);
+    multiply_users(p, term, adapter, factor, term.down, at * term.part_stride, ranks,
+                   tiles.tile(t) - part.first_tile, sums + t * p.rows * kTile);
   }
 }
 
@@ -377,7 +382,7 @@ void lay_out(Product& p, Scratch& scratch, int64_t rows) {
   p.x.take(scratch, rows, p.int8);
   for (int64_t i = 0; i < p.term_count; ++i) {
     Term& term = p.terms[i];
-    term.down.take(scratch, rows, p.int8 && !term.factors.b.is_dense());
+    term.down.take(scratch, rows, p.int8 && !term.factors.is_b_dense);
   }
 }
 

@@ -15,10 +15,21 @@ struct Weight {
   bool is_dense() const { return tiles.codes == nullptr; }
 };
 
+// What a part has of the factors.
+struct LowRankPart {
+  int64_t rank;
+  int64_t first_down;  // tile of lora_a
+  int64_t first_tile;  // of the weight
+  Weight b;            // its tiles of lora_b, of adapter 0
+};
+
 struct LowRank {
-  int64_t rank;   // of each part, 0 where there is no such term
+  int64_t rank;   // the largest of a part, 0 where there is no such term
   int64_t tiles;  // of lora_a: those of each part one after the other
-  Weight a, b;    // of adapter 0
+  Weight a;       // of adapter 0
+  bool is_b_dense;
+  int64_t part_count;
+  LowRankPart parts[EORACC_MAX_PARTS];
   int64_t adapters;
   int64_t a_bytes, b_bytes;    // from one adapter to the next
   int64_t a_scales, b_scales;  // likewise
@@ -28,6 +39,10 @@ struct LowRank {
 inline int64_t element_bytes(int32_t type) { return type == EORACC_FLOAT32 ? 4 : 2; }
 
 inline int64_t part_count(const eoracc_matmul& m) { return m.part_count > 1 ? m.part_count : 1; }
+
+inline int64_t part_tiles(const eoracc_matmul& m, int64_t part) {
+  return ceil_div(m.part_count > 1 ? m.parts[part] : m.out_features, kTile);
+}
 
 inline Weight factor_of(int32_t type, const void* values, const float* scales, int64_t columns) {
   Weight factor{};
@@ -53,36 +68,6 @@ inline int64_t tile_bytes_of(const Weight& factor) {
                            : factor.tiles.tile_bytes;
 }
 
-// The factors that all rows share.
-inline LowRank shared_factors(const eoracc_matmul& m) {
-  LowRank term{};
-  if (m.rank == 0) return term;
-  term.rank = m.rank;
-  term.tiles = ceil_div(part_count(m) * m.rank, kTile);
-  term.adapters = 1;
-  term.a = factor_of(m.lora_a_type, m.lora_a, m.lora_a_scale, m.in_features);
-  term.b = factor_of(m.lora_b_type, m.lora_b, m.lora_b_scale, m.rank);
-  return term;
-}
-
-inline LowRank bank_factors(const eoracc_matmul& m) {
-  LowRank term{};
-  if (m.bank == nullptr || m.bank->rank == 0) return term;
-  const eoracc_bank& bank = *m.bank;
-  const int64_t out_tiles = ceil_div(m.out_features, kTile);
-  term.rank = bank.rank;
-  term.tiles = part_count(m) * bank.rank / kTile;
-  term.adapters = bank.count;
-  term.a = factor_of(bank.type, bank.a, bank.a_scale, m.in_features);
-  term.b = factor_of(bank.type, bank.b, bank.b_scale, bank.rank);
-  term.a_bytes = term.tiles * tile_bytes_of(term.a);
-  term.b_bytes = out_tiles * tile_bytes_of(term.b);
-  term.a_scales = term.tiles * kTile;
-  term.b_scales = out_tiles * kTile;
-  term.bank = m.bank;
-  return term;
-}
-
 inline Weight moved(Weight factor, int64_t bytes, int64_t scales) {
   if (factor.is_dense()) {
     factor.dense.values = (const char*)factor.dense.values + bytes;
@@ -93,12 +78,67 @@ inline Weight moved(Weight factor, int64_t bytes, int64_t scales) {
   return factor;
 }
 
+// Finds what each part has of factors whose lora_b begins at `values`. `ranks` is null where all
+// have the rank of the term.
+inline void add_parts(LowRank* term, const eoracc_matmul& m, const int64_t* ranks, int32_t type,
+                      const void* values, const float* scales) {
+  term->is_b_dense = type != EORACC_INT8 && type != EORACC_INT4;
+  term->part_count = part_count(m);
+  int64_t first_tile = 0;
+  for (int64_t i = 0; i < term->part_count; ++i) {
+    LowRankPart& part = term->parts[i];
+    const int64_t tiles = part_tiles(m, i);
+    part.rank = ranks == nullptr ? term->rank : ranks[i];
+    part.first_down = term->tiles;
+    part.first_tile = first_tile;
+    first_tile += tiles;
+    term->tiles += ceil_div(part.rank, kTile);
+    if (part.rank == 0) continue;  // and so nothing of it is stored
+    part.b = moved(factor_of(type, values, scales, part.rank), term->b_bytes, term->b_scales);
+    term->b_bytes += tiles * tile_bytes_of(part.b);
+    term->b_scales += tiles * kTile;
+  }
+}
+
+// The factors that all rows share.
+inline LowRank shared_factors(const eoracc_matmul& m) {
+  LowRank term{};
+  if (m.rank == 0) return term;
+  term.rank = m.rank;
+  term.adapters = 1;
+  term.a = factor_of(m.lora_a_type, m.lora_a, m.lora_a_scale, m.in_features);
+  add_parts(&term, m, m.ranks, m.lora_b_type, m.lora_b, m.lora_b_scale);
+  return term;
+}
+
+inline LowRank bank_factors(const eoracc_matmul& m) {
+  LowRank term{};
+  if (m.bank == nullptr || m.bank->rank == 0) return term;
+  const eoracc_bank& bank = *m.bank;
+  term.rank = bank.rank;
+  term.adapters = bank.count;
+  term.a = factor_of(bank.type, bank.a, bank.a_scale, m.in_features);
+  add_parts(&term, m, nullptr, bank.type, bank.b, bank.b_scale);
+  term.a_bytes = term.tiles * tile_bytes_of(term.a);
+  term.a_scales = term.tiles * kTile;
+  term.bank = m.bank;
+  return term;
+}
+
 inline Weight down_factor(const LowRank& term, int64_t adapter) {
   return moved(term.a, adapter * term.a_bytes, adapter * term.a_scales);
 }
 
-inline Weight up_factor(const LowRank& term, int64_t adapter) {
-  return moved(term.b, adapter * term.b_bytes, adapter * term.b_scales);
+// The tiles of lora_b of a part, whose rank is not 0.
+inline Weight up_factor(const LowRank& term, int64_t adapter, const LowRankPart& part) {
+  return moved(part.b, adapter * term.b_bytes, adapter * term.b_scales);
+}
+
+// The part that a tile of lora_a belongs to.
+inline const LowRankPart& part_of_down(const LowRank& term, int64_t tile) {
+  const LowRankPart* part = term.parts;
+  while (part + 1 < term.parts + term.part_count && tile >= part[1].first_down) ++part;
+  return *part;
 }
 
 // The adapter that row `row` of x uses, negative for none.
@@ -119,9 +159,9 @@ inline bool read_down_scales(const LowRank& term, int64_t adapter, int64_t tile,
   return any;
 }
 
-// Ranks of a part of an adapter, without its trailing tiles of padding.
+// Ranks of a part, without the trailing tiles of padding of an adapter.
 inline int64_t ranks_of(const LowRank& term, int64_t adapter, int64_t part) {
-  if (term.bank == nullptr) return term.rank;
+  if (term.bank == nullptr) return term.parts[part].rank;
   const int64_t tiles = term.rank / kTile;
   float scales[kTile];
   for (int64_t tile = tiles; tile > 0; --tile) {

@@ -278,18 +278,21 @@ inline void down_item(Product& p, int64_t item, uint8_t* scratch) {
 inline void repack_item(Product& p, int64_t block, uint8_t* scratch) {
   const Term* term = p.terms;
   for (; block >= p.row_blocks; ++term) block -= p.row_blocks;
-  const int64_t rank = term->factors.rank, unit = term->down.unit;
+  const int64_t unit = term->down.unit;
   float* values = row_scratch(scratch);
   uint8_t* out = term->down.data + block * term->down.block_bytes;
   const int64_t part_bytes = term->part_units * p.shape.x_bytes(unit);
   const int64_t rows = smaller(kRowBlock, p.m.rows - block * kRowBlock);
   if (rows < kRowBlock) memset(out, 0, (size_t)term->down.block_bytes);
-  for (int64_t i = rank; i < term->part_units * unit; ++i) values[i] = 0;
-  for (int64_t part = 0; part < p.part_count; ++part) {
+  for (int64_t i = 0; i < p.part_count; ++i) {
+    const LowRankPart& part = term->factors.parts[i];
+    if (part.rank == 0) continue;  // and so nothing reads them
+    const float* down = term->down_sums + block * kRowBlock * term->down_width;
+    down += part.first_down * kTile;
+    for (int64_t r = part.rank; r < term->part_units * unit; ++r) values[r] = 0;
     for (int64_t row = 0; row < rows; ++row) {
-      memcpy(values, term->down_sums + (block * kRowBlock + row) * term->down_width + part * rank,
-             sizeof(float) * (size_t)rank);
-      pack_row(values, unit, term->part_units, row, out + part * part_bytes);
+      memcpy(values, down + row * term->down_width, sizeof(float) * (size_t)part.rank);
+      pack_row(values, unit, term->part_units, row, out + i * part_bytes);
     }
   }
 }
@@ -420,12 +423,18 @@ inline void finish_item(Product& p, int64_t item, uint8_t* scratch) {
     for (int64_t user = 0; user < term.used_count; ++user) {
       Rows down{&term.down, 0, 0, first_block, rows, users_of(term), term.used[user]};
       if (!down.any()) continue;
-      const Weight factor = up_factor(term.factors, down.adapter);
       for (int64_t i = 0; i < range_count; ++i) {
-        const int64_t part = ranges[i].part;
-        down.unit_offset = part * term.part_units;
-        down.units = ceil_div(ranks_of(term.factors, down.adapter, part), term.down.unit);
-        accumulate(p, down, factor, tiles + i * slots, slots, scratch,
+        const int64_t at = ranges[i].part;
+        const LowRankPart& part = term.factors.parts[at];
+        down.unit_offset = at * term.part_units;
+        down.units = ceil_div(ranks_of(term.factors, down.adapter, at), term.down.unit);
+        if (down.units == 0) continue;
+        int64_t of_part[kMaxTiles];
+        for (int64_t s = 0; s < slots; ++s) {
+          const int64_t tile = tiles[i * slots + s];
+          of_part[s] = tile < 0 ? -1 : tile - part.first_tile;
+        }
+        accumulate(p, down, up_factor(term.factors, down.adapter, part), of_part, slots, scratch,
                    sums + i * slots * stride * kTile, stride);
       }
     }

@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 // Grows whenever a declaration below changes.
-#define EORACC_ABI_VERSION 3
+#define EORACC_ABI_VERSION 4
 
 // Rows of a weight in a tile.
 #define EORACC_TILE 16
@@ -127,6 +127,14 @@ typedef struct eoracc_bank {
 // rows of lora_a, a multiple of 16, and its rows of lora_b multiply only those. An activation needs
 // exactly two equal parts: y = act(part 0) * part 1.
 //
+// With `ranks`, part p has a rank R of its own, any up to `rank`. Each operand of the term holds
+// what the parts would have alone, one part after the other, and nothing for a part of rank 0:
+//
+//   lora_a        for each part tiles(R) tiles as above
+//   lora_a_scale  for each part tiles(R) * 16 floats
+//   lora_b        for each part its tiles as above, with R for `rank`
+//   lora_b_scale  for each part of rank above 0 a float for each of its rows
+//
 // accuracy_level 0: sums and operands in float32. accuracy_level 4: activations may be rounded to
 // int8 with a scale for each block of gcd(group_size, 32) columns, or to bfloat16. NaN and infinity
 // in x propagate: as in the formula at level 0, to the whole row of y at level 4.
@@ -146,6 +154,7 @@ typedef struct eoracc_matmul {
   int32_t lora_b_type;
   float norm_epsilon;
   const int64_t* parts;  // [part_count] out features of each, multiples of 16; may be null for one
+  const int64_t* ranks;  // [part_count] the largest of which is `rank`; null for `rank` in all parts
   const void* x;
   void* y;
   const uint8_t* codes;

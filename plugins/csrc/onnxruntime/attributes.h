@@ -19,6 +19,8 @@ struct Attributes {
   float norm_epsilon = 0;
   size_t part_count = 1;
   int64_t parts[EORACC_MAX_PARTS] = {};
+  bool has_ranks = false;
+  int64_t ranks[EORACC_MAX_PARTS] = {};  // of the parts, where each has its own
 
   int64_t groups() const { return ceil_div(k, block_size); }
   int64_t tiles() const { return ceil_div(n, kTile); }
@@ -73,6 +75,26 @@ inline Status* read_parts(const Api& api, const KernelInfo* info, Attributes* a)
 
 constexpr int64_t kLimit = int64_t{1} << 31;
 
+inline Status* read_ranks(const Api& api, const KernelInfo* info, Attributes* a) {
+  size_t count = 0;
+  if (Status* absent = api.ints_attribute(info, "ranks", nullptr, &count); absent) {
+    return read_optional(api, absent);
+  }
+  if (count == 0) return nullptr;
+  if (count != a->part_count) {
+    return error(api, "there must be a rank for each of %zu parts, not %zu ranks", a->part_count,
+                 count);
+  }
+  RETURN_IF_FAILED(api.ints_attribute(info, "ranks", a->ranks, &count));
+  for (size_t i = 0; i < count; ++i) {
+    if (a->ranks[i] < 0 || a->ranks[i] >= kLimit) {
+      return error(api, "ranks must not be negative, and below 2^31");
+    }
+  }
+  a->has_ranks = true;
+  return nullptr;
+}
+
 // The attributes of GatherNBits, which describe a weight; the rows follow from its tensors.
 inline Status* read_weight_attributes(const Api& api, const KernelInfo* info, Attributes* a) {
   RETURN_IF_FAILED(api.int_attribute(info, "K", &a->k));
@@ -107,7 +129,9 @@ inline Status* read_attributes(const Api& api, const KernelInfo* info, Attribute
   }
   RETURN_IF_FAILED(read_activation(api, info, &a->activation));
   RETURN_IF_FAILED(read_parts(api, info, a));
+  RETURN_IF_FAILED(read_ranks(api, info, a));
   if (!a->tiled && a->part_count > 1) return error(api, "parts need layout 1");
+  if (!a->tiled && a->has_ranks) return error(api, "ranks need layout 1");
   if (a->activation != EORACC_IDENTITY && (a->part_count != 2 || a->parts[0] != a->parts[1])) {
     return error(api, "an activation needs two equal parts");
   }

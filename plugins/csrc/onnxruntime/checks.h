@@ -164,12 +164,13 @@ class Checks {
       RETURN_IF_FAILED(check_plain_factor(inputs, kLoraA, kLoraAScale, rank, a_.k));
       return check_plain_factor(inputs, kLoraB, kLoraBScale, a_.n, rank);
     }
-    // Rows of lora_a are padded to tiles, so the rank follows from lora_b. Integer factors share a
-    // code width, which follows from the columns of lora_a.
+    // Integer factors share a code width, which follows from the columns of lora_a.
     if (lora_a.rank != 3) return error(api_, "lora_a must have three dimensions");
-    if (lora_b.rank != 3) return error(api_, "lora_b must have three dimensions");
     if (lora_a.type == kUint8) factors->a_type = tiled_type(lora_a.shape[1]);
     if (lora_a.type == kUint8 && lora_b.type == kUint8) factors->b_type = factors->a_type;
+    if (a_.has_ranks) return check_parts(inputs, factors);
+    // Rows of lora_a are padded to tiles, so the rank follows from lora_b.
+    if (lora_b.rank != 3) return error(api_, "lora_b must have three dimensions");
     const int64_t rank = factors->rank = lora_b.shape[1] * chunk_of(factors->b_type);
     const int64_t parts = (int64_t)a_.part_count;
     if (parts > 1 && rank % kTile != 0) {
@@ -179,6 +180,24 @@ class Checks {
     RETURN_IF_FAILED(check_tiled_factor(inputs, kLoraA, kLoraAScale, factors->a_type,
                                         ceil_div(parts * rank, kTile), a_.k));
     return check_tiled_factor(inputs, kLoraB, kLoraBScale, factors->b_type, a_.tiles(), rank);
+  }
+
+  // Tiled factors of parts that each have their own rank.
+  Status* check_parts(const Tensor* inputs, Factors* factors) const {
+    int64_t down_tiles = 0, up_vectors = 0, up_tiles = 0;
+    for (size_t i = 0; i < a_.part_count; ++i) {
+      const int64_t rank = a_.ranks[i], tiles = ceil_div(a_.parts[i], kTile);
+      if (rank == 0) continue;
+      if (rank > factors->rank) factors->rank = rank;
+      down_tiles += ceil_div(rank, kTile);
+      up_vectors += tiles * columns_of(factors->b_type, rank);
+      up_tiles += tiles;
+    }
+    RETURN_IF_FAILED(
+        check_tiled_factor(inputs, kLoraA, kLoraAScale, factors->a_type, down_tiles, a_.k));
+    RETURN_IF_FAILED(check_factor_type(inputs, kLoraB));
+    RETURN_IF_FAILED(require(inputs, kLoraB, {up_vectors, lanes_of(factors->b_type)}, 2));
+    return check_tiled_scale(inputs, kLoraB, kLoraBScale, up_tiles);
   }
 
   Status* check_plain_factor(const Tensor* inputs, Input factor, Input scale, int64_t rows,
@@ -194,12 +213,20 @@ class Checks {
 
   Status* check_tiled_factor(const Tensor* inputs, Input factor, Input scale, int32_t type,
                              int64_t tiles, int64_t columns) const {
-    if (!is_float(inputs[factor].type) && inputs[factor].type != kUint8) {
-      return error(api_, "%s must be float, float16 or, for int8 and int4, uint8",
-                   kInputNames[factor]);
-    }
+    RETURN_IF_FAILED(check_factor_type(inputs, factor));
     RETURN_IF_FAILED(
         require(inputs, factor, {tiles, columns_of(type, columns), lanes_of(type)}, 3));
+    return check_tiled_scale(inputs, factor, scale, tiles);
+  }
+
+  Status* check_factor_type(const Tensor* inputs, Input factor) const {
+    if (is_float(inputs[factor].type) || inputs[factor].type == kUint8) return nullptr;
+    return error(api_, "%s must be float, float16 or, for int8 and int4, uint8",
+                 kInputNames[factor]);
+  }
+
+  // Integer factors have a scale for each row of their tiles.
+  Status* check_tiled_scale(const Tensor* inputs, Input factor, Input scale, int64_t tiles) const {
     if (is_float(inputs[factor].type)) return nullptr;
     RETURN_IF_FAILED(require(inputs, scale, {tiles * kTile}, 1));
     return require_type(inputs, scale, kFloat32);

@@ -139,6 +139,7 @@ class Kernel {
     matmul.lora_b_type = factors.b_type;
     matmul.norm_epsilon = a_.norm_epsilon;
     matmul.parts = a_.parts;
+    matmul.ranks = a_.has_ranks && factors.rank > 0 ? a_.ranks : nullptr;
     matmul.x = data[kX];
     matmul.codes = static_cast<const uint8_t*>(data[kB]);
     matmul.scales = data[kScales];

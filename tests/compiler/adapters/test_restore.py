@@ -49,6 +49,22 @@ def restored(workspace: Path, config: BuildConfig, work: Path) -> Backbone:
         ("smollm", factored("int8", rank=0)),
         ("smollm", ["pack_projections", *factored("int8")]),
         ("phi3", factored("float16", rank=17)),
+        *(
+            (
+                "smollm",
+                [
+                    *factored(factor_type)[:-1],
+                    {
+                        "eora": {
+                            "rank": 5,
+                            "factor_type": factor_type,
+                            "overrides": {"*.k_proj": {"rank": 0}, "*.up_proj": {"rank": 17}},
+                        }
+                    },
+                ],
+            )
+            for factor_type in ("float16", "int4")
+        ),
         (
             "llama",
             [
@@ -73,7 +89,17 @@ def restored(workspace: Path, config: BuildConfig, work: Path) -> Backbone:
             ],
         ),
     ],
-    ids=["float16", "int8", "int4", "rank 0", "packed", "phi3", "mixed"],
+    ids=[
+        "float16",
+        "int8",
+        "int4",
+        "rank 0",
+        "packed",
+        "phi3",
+        "float16 ranks",
+        "int4 ranks",
+        "mixed",
+    ],
 )
 def test_an_artifact_gives_back_every_operand_of_its_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, passes: list[Any]

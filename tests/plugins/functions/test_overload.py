@@ -97,6 +97,9 @@ _FUSED = partial(_node, "MatMulNBitsLowRank", 3, bits=3, layout=1)
         (_FUSED(parts=(16, 16), N=48), "add up to N"),
         (_FUSED(parts=(16, 32), N=48, activation="silu"), "silu takes two equal parts"),
         (_FUSED(activation="silu"), "silu takes two equal parts"),
+        (_FUSED(parts=(16, 16), N=32, ranks=(8,)), r"ranks \(8,\) are not one for each of the"),
+        (_FUSED(parts=(16, 16), N=32, ranks=(8, -1)), r"ranks \(8, -1\) are not one for each"),
+        (_FUSED(ranks=(8,)), r"not one for each of the parts \(\)"),
         (_FUSED(activation="relu"), "activation must be one of"),
     ],
 )

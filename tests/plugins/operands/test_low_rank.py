@@ -12,7 +12,7 @@ from eoracc.plugins.operands.codes import (
     untile_integers,
     untile_rows,
 )
-from eoracc.plugins.operands.low_rank import LowRank, merge_factors, split_rows
+from eoracc.plugins.operands.low_rank import LowRank, merge_factors, ranked_tiles, split_rows
 from tests.plugins.banks import random_typed_factors
 from tests.plugins.fused_op import random_factors
 
@@ -112,6 +112,25 @@ def test_merged_factors_are_those_of_the_stacked_rows(factor_type: str) -> None:
         np.testing.assert_allclose(product, one.product(), rtol=0, atol=1e-5)
     assert not down[16:32].any()
     assert not up[32:80].any()
+
+
+def test_tiles_of_own_ranks_are_those_of_the_linears_alone() -> None:
+    rng = np.random.default_rng(12)
+    own = [
+        random_typed_factors(rng, (rows, 24), rank=rank, factor_type="int4")
+        for rows, rank in ((32, 3), (48, 0), (16, 33))
+    ]
+    merged = ranked_tiles([*own, None], in_features=24)
+    assert {name: tiles.shape for name, tiles in merged.items()} == {
+        "lora_a": (1 + 3, 3, 64),
+        "lora_b": (2 * 1 + 1 * 5, 64),
+        "lora_a_scale": (16 * 4,),
+        "lora_b_scale": (32 + 16,),
+    }
+    for name, tiles in own[2].tiles().items():
+        np.testing.assert_array_equal(merged[name].ravel()[-tiles.size :], tiles.ravel())
+    with pytest.raises(PluginError, match="of rank 0 have no factors"):
+        ranked_tiles([own[1], None], in_features=24)
 
 
 def test_factors_of_different_kinds_are_not_merged() -> None:

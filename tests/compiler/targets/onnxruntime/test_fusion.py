@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 from tests.graph_session import GraphSession, assert_close, padded_mask
+from tests.plugins.banks import random_typed_factors
 from tests.plugins.fused_op import random_int8_factors
 from tests.tiny_models import tiny_model
 
@@ -131,8 +133,9 @@ def test_parts_are_named_in_the_order_of_their_rows(tmp_path: Path) -> None:
     assert listed == [linear.name for linear in linears]
     qkv = lowered["model.layers.0.self_attn.qkv_proj"]
     assert tuple(qkv.attributes["parts"].as_ints()) == (96, 32, 32)
-    # Rank 5 is brought to 16, so that no tile of A serves two parts.
-    assert [tuple(qkv.inputs[i].shape.numpy()) for i in (5, 6)] == [(3, 48, 16), (10, 16, 16)]  # type: ignore[union-attr]
+    # Each part has a tile of A and 5 columns of B, and no tile of A serves two parts.
+    assert tuple(qkv.attributes["ranks"].as_ints()) == (5, 5, 5)
+    assert [tuple(qkv.inputs[i].shape.numpy()) for i in (5, 6)] == [(3, 48, 16), (50, 16)]  # type: ignore[union-attr]
 
 
 def test_post_norms_keep_the_residual_out(tmp_path: Path) -> None:
@@ -191,11 +194,45 @@ def test_int8_factors(tmp_path: Path) -> None:
     node = nodes(lowered)["model.layers.0.self_attn.qkv_proj"]
     assert [tuple(v.shape.numpy()) for v in node.inputs[5:9] if v is not None and v.shape] == [
         (3, 12, 64),
-        (10, 4, 64),
+        (20, 64),
         (48,),
         (160,),
     ]
     check_parity(source, linears, lowered, tmp_path)
+
+
+@pytest.mark.parametrize("factor_type", ["float16", "int8", "int4"])
+def test_ranks_of_a_nodes_parts_are_not_padded(tmp_path: Path, factor_type: str) -> None:
+    """What a part stores is what a linear of its shape stores alone; rank 0 stores nothing."""
+    source, linears = compressed("smollm", tmp_path)
+    rng = np.random.default_rng(2)
+    scattered = (8, 0, 21, 16, 5, 24, 32)
+    for linear, rank in zip(linears[:-1], itertools.cycle(scattered), strict=False):
+        shape = (linear.out_features, linear.in_features)
+        linear.compensate(random_typed_factors(rng, shape, rank=rank, factor_type=factor_type))
+    lowered = lower(source.model)
+    qkv = nodes(lowered)["model.layers.0.self_attn.qkv_proj"]
+    assert tuple(qkv.attributes["ranks"].as_ints()) == (8, 0, 21)
+    own = [
+        linear.factors.tiles() for linear in linears[:3] if linear.factors and linear.factors.rank
+    ]
+    for position, name in enumerate(("lora_a", "lora_b", "lora_a_scale", "lora_b_scale"), start=5):
+        value = qkv.inputs[position] if position < len(qkv.inputs) else None
+        assert (value is None) == (name not in own[0])
+        if value is not None and value.const_value is not None:
+            alone = np.concatenate([tiles[name].ravel() for tiles in own])
+            np.testing.assert_array_equal(value.const_value.numpy().ravel(), alone)
+    check_parity(source, linears, lowered, tmp_path)
+
+
+def test_one_rank_of_whole_tiles_is_no_rank_of_a_part(tmp_path: Path) -> None:
+    source, linears = compressed("smollm", tmp_path)
+    rng = np.random.default_rng(2)
+    for linear in linears[:-1]:
+        linear.compensate(factors(rng, linear, 16))
+    qkv = nodes(lower(source.model))["model.layers.0.self_attn.qkv_proj"]
+    assert "ranks" not in qkv.attributes
+    assert [tuple(qkv.inputs[i].shape.numpy()) for i in (5, 6)] == [(3, 48, 16), (10, 16, 16)]  # type: ignore[union-attr]
 
 
 def test_tied_head_and_table_are_stored_once(tmp_path: Path) -> None:
