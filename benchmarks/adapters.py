@@ -27,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine_line
 from eoracc.errors import EoraccError
 from eoracc.passes.solvers.factor_types import FactorType, store_factors
 from eoracc.plugins.adapters import AdapterSlots
@@ -144,6 +145,7 @@ def _kind(text: str) -> tuple[FactorType, int]:
 
 def _print(reports: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    console.print(f"{machine_line()}\n", soft_wrap=True)
     table = Table(box=box.MARKDOWN)
     table.add_column("artifact", no_wrap=True)
     table.add_column("factors", no_wrap=True)

@@ -25,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine_line
 from benchmarks.protocol import (
     MODELS,
     OFFSET_TOKENS,
@@ -169,8 +170,10 @@ def _print(bits: int, comparison: Comparison) -> None:
     original = comparison.original
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(
-        f"{bits} bits, group {GROUP_SIZE}; {comparison.windows} windows a text; original "
-        f"{original.perplexity:.2f} and {original.perplexity_ood:.2f}\n"
+        f"{machine_line()}; {bits} bits, group {GROUP_SIZE}; "
+        f"{comparison.windows} windows a text; original "
+        f"{original.perplexity:.2f} and {original.perplexity_ood:.2f}\n",
+        soft_wrap=True,
     )
     table = Table(box=box.MARKDOWN)
     table.add_column("variant", no_wrap=True)

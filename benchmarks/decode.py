@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ import onnx_ir as ir
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bandwidth import Reader
+from benchmarks.machine import machine_line
 from benchmarks.rows import Row, compare, show, write_json
 from eoracc.compiler.frontend.load import load
 from examples.gemma3 import fetch as gemma3
@@ -321,7 +321,7 @@ def main() -> None:
             bandwidth = series.bandwidth
         missing |= {f"{MODELS[name][0]} {label}": reason for label, reason in absent.items()}
     setting = {
-        "processor": platform.processor() or platform.machine(),
+        "machine": machine_line(),
         "threads": arguments.threads,
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "engines": ", ".join(sorted(set(versions.values()))),

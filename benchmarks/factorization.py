@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kept_rows import KeptRows
+from benchmarks.machine import machine_line
 from benchmarks.protocol import MODELS, load_protocol
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
@@ -270,7 +271,9 @@ def _print(rows: Sequence[Row]) -> None:
             row = found.get((variant, 0.0 if variant == "original" else ratio))
             cells += ["", ""] if row is None else [f"{row.wiki:.2f}", f"{row.c4:.2f}"]
         table.add_row(variant, *cells)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(f"{machine_line()}\n", soft_wrap=True)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Score GGUF files that llama.cpp has quantized, with the protocol of benchmarks.quality.
+"""Make GGUF files with llama.cpp and score them with the protocol of benchmarks.quality.
 
-    python -m benchmarks.gguf_peers --model gemma3 importance --samples 16 MATRIX.safetensors
-    python benchmarks/peer_models.py gguf SOURCE.gguf TARGET.gguf Q3_K_M [MATRIX.safetensors]
-    python -m benchmarks.gguf_peers --model gemma3 score --windows 4 TARGET.gguf ...
+    python -m benchmarks.gguf_peers --model smollm2 make VENV FOLDER [--only Q3_K_M ...]
+    python -m benchmarks.gguf_peers --model smollm2 score FOLDER/*.gguf [--checkpoint-embedding]
+    python -m benchmarks.gguf_peers --model smollm2 importance MATRIX.safetensors
 
-The first command computes the importance matrix of llama.cpp, the mean square of every input of a
-linear, over the calibration windows of our own builds. The last command puts a file's dequantized
-linears into the same float32 graph, with the embedding of the checkpoint, and scores them as
-``benchmarks.quality`` scores ours: only these weights differ. llama.cpp itself also rounds
-activations to eight bits. Bits are per weight of the decoder blocks' linears.
+``make`` lets the llama-cpp-python of the virtual environment VENV quantize the checkpoint's GGUF
+file into the types of :data:`FILES`. Those with an importance matrix get the mean square of every
+input of a linear over the calibration windows of our own builds; ``importance`` writes it alone.
+``score`` puts the dequantized weights of a file into the same float32 graph: its linears, its
+embedding and its head, so that the row is the file. ``--checkpoint-embedding`` leaves the embedding
+and the head as the checkpoint has them. llama.cpp itself also rounds activations to eight bits.
+Bits are per weight of the decoder blocks' linears, MB are those of the whole file.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader
+import onnx_ir as ir
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from rich import box
@@ -29,56 +32,60 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from benchmarks.gguf_files import FILES, importance, make_files, tensor_name
+from benchmarks.machine import machine_line
 from benchmarks.protocol import MODELS, SAMPLES, WINDOWS, load_protocol
-from eoracc.compiler.frontend.load import LoadedModel
 from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report.fidelity import Scorer, Scores, Variant
 from eoracc.compiler.sweep.executor import Executor
-from eoracc.compiler.sweep.survey import Survey
-from eoracc.compiler.text.windows import Windows
-from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.graph.linears import Linear, find_linears
-from eoracc.passes.progress import Progress
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import Linear
 
-__all__ = ["GgufLinears", "importance", "read_linears", "tensor_name"]
+__all__ = ["GgufModel", "PeerRow", "read_model", "score_file"]
 
-_ROLES = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
 _ROTATED = ("q_proj", "k_proj")
 """Linears whose rows have another order in files of Llama's architecture."""
 
 
 @dataclass(frozen=True, eq=False)
-class GgufLinears:
-    """The linears of a GGUF file.
+class GgufModel:
+    """The weights of a GGUF file.
 
     Attributes:
-      weights: dequantized, ``float32 [N, K]``, by their name in the graph.
-      bits: per weight, all of them together.
+      weights: of the linears, the head included, dequantized, ``float32 [N, K]``, by their name in
+        the graph.
+      embedding: dequantized, ``float32 [vocabulary, width]``.
+      bits_per_weight: of the linears of decoder blocks, all of them together.
+      file_bytes: of the whole file.
     """
 
     weights: Mapping[str, NDArray[np.float32]]
-    bits: float
+    embedding: NDArray[np.float32]
+    bits_per_weight: float
+    file_bytes: int
 
 
-def tensor_name(linear: Linear) -> str:
-    """The name of the weight of a decoder block's linear in llama.cpp.
+@dataclass(frozen=True, kw_only=True)
+class PeerRow:
+    """What one file scores.
 
-    Raises:
-      KeyError: llama.cpp has no name for it.
+    Attributes:
+      bits_per_weight: of the linears of decoder blocks.
+      file_bytes: of the whole file.
+      wiki: on Wikipedia.
+      c4: on C4.
     """
-    return f"blk.{linear.block}.{_ROLES[linear.name.rpartition('.')[2]]}.weight"
+
+    bits_per_weight: float
+    file_bytes: int
+    wiki: Scores
+    c4: Scores
 
 
-def read_linears(path: Path, linears: list[Linear]) -> GgufLinears:
-    """Dequantize the linears of decoder blocks.
+def read_model(path: Path, linears: Iterable[Linear]) -> GgufModel:
+    """Dequantize the linears, the embedding and the head.
+
+    A file without a tensor for the head multiplies with its embedding there.
 
     Args:
       path: a GGUF file of the model.
@@ -90,12 +97,15 @@ def read_linears(path: Path, linears: list[Linear]) -> GgufLinears:
     reader = GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     architecture = reader.fields["general.architecture"].contents()
+    embedding = _dequantized(tensors["token_embd.weight"])
     weights, stored, count = {}, 0, 0
     for linear in linears:
         if linear.block is None:
+            head = tensors.get("output.weight")
+            weights[linear.name] = embedding if head is None else _dequantized(head)
             continue
         tensor = tensors[tensor_name(linear)]
-        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        weight = _dequantized(tensor)
         role = linear.name.rpartition(".")[2]
         if architecture == "llama" and role in _ROTATED:
             field = "head_count" if role == "q_proj" else "head_count_kv"
@@ -103,7 +113,11 @@ def read_linears(path: Path, linears: list[Linear]) -> GgufLinears:
         weights[linear.name] = weight
         stored += int(tensor.n_bytes)
         count += weight.size
-    return GgufLinears(weights, 8 * stored / count)
+    return GgufModel(weights, embedding, 8 * stored / count, path.stat().st_size)
+
+
+def _dequantized(tensor: ReaderTensor) -> NDArray[np.float32]:
+    return dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
 
 
 def _halves_apart(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -118,43 +132,51 @@ def _halves_apart(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32
     )
 
 
-def importance(
-    loaded: LoadedModel, windows: Windows, folder: Path, progress: Progress
-) -> dict[str, NDArray[np.float32]]:
-    """Mean square of every input of every linear in a decoder block.
+def score_file(
+    path: Path,
+    original: Executor,
+    model: ir.Model,
+    scorers: tuple[Scorer, Scorer],
+    *,
+    checkpoint_embedding: bool = False,
+) -> PeerRow:
+    """Score the weights of a GGUF file.
 
     Args:
-      loaded: the original model.
-      windows: text.
-      folder: for temporary activations.
-      progress: shown one phase.
-
-    Returns:
-      ``float32 [K]`` by llama.cpp's name of the weight.
+      path: the file.
+      original: the uncompressed graph.
+      model: its model; it is not changed.
+      scorers: of Wikipedia and of C4.
+      checkpoint_embedding: keep the embedding and the head of the checkpoint.
     """
-    context = Survey(
-        model=loaded.model,
-        linears=find_linears(loaded.model),
-        windows=windows,
-        following=(),
-        checkpoint=loaded.folder,
-        trust_remote_code=False,
-        folder=folder,
-        key="",
-        progress=progress,
+    read = read_model(path, original.linears)
+    executor = original if checkpoint_embedding else Executor(_with_embedding(model, read))
+
+    def weight_of(linear: Linear) -> NDArray[np.float32]:
+        if checkpoint_embedding and linear.block is None:
+            return linear.weight()
+        return read.weights[linear.name]
+
+    wiki, c4 = (scorer.score(Variant(executor, weight_of)) for scorer in scorers)
+    return PeerRow(
+        bits_per_weight=read.bits_per_weight, file_bytes=read.file_bytes, wiki=wiki, c4=c4
     )
-    found = {}
-    for group in context.walk("importance", Calibrate(tokens="equal")):
-        assert group.gram is not None
-        squares = np.diag(group.gram.matrix) / group.gram.tokens
-        for linear in group.linears:
-            if linear.block is not None:
-                found[tensor_name(linear)] = squares.astype(np.float32)
-    return found
+
+
+def _with_embedding(model: ir.Model, read: GgufModel) -> ir.Model:
+    """A copy of ``model`` with the embedding of the file."""
+    copy = model.clone()
+    (table,) = find_embeddings(copy)
+    name = f"{table.name}.weight"
+    value = copy.graph.initializers[name]
+    if tuple(table.source.shape.numpy()) != read.embedding.shape:
+        raise SystemExit(f"error: {name}: the file has another shape, {read.embedding.shape}")
+    value.const_value = ir.tensor(read.embedding, name=name)
+    return copy
 
 
 def main() -> None:
-    """Compute the importance matrix, or score files."""
+    """Make files, compute the importance matrix, or score files."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="gemma3")
     parser.add_argument("--checkpoint", type=Path, help="local checkpoint, to skip the download")
@@ -165,37 +187,65 @@ def main() -> None:
     score = steps.add_parser("score")
     score.add_argument("files", type=Path, nargs="+")
     score.add_argument("--windows", type=int, default=WINDOWS, help="evaluation windows per text")
+    score.add_argument(
+        "--checkpoint-embedding",
+        action="store_true",
+        help="keep the embedding and the head of the checkpoint",
+    )
+    make = steps.add_parser("make")
+    make.add_argument("venv", type=Path, help="a virtual environment with llama-cpp-python")
+    make.add_argument("folder", type=Path)
+    make.add_argument("--only", nargs="+", metavar="TYPE", help="default: those of FILES")
+    make.add_argument("--samples", type=int, default=SAMPLES, help="calibration windows")
     options = parser.parse_args()
+    if options.step == "score":
+        _score(options)
+        return
     progress = ConsoleProgress(Console(stderr=True))
-    if options.step == "importance":
-        protocol = load_protocol(
-            options.model, checkpoint=options.checkpoint, samples=options.samples, windows=1
-        )
+    protocol = load_protocol(
+        options.model, checkpoint=options.checkpoint, samples=options.samples, windows=1
+    )
+    if options.step == "make":
+        files = [f for f in FILES[options.model] if options.only is None or f.kind in options.only]
+        python = options.venv / "bin" / "python"
+        made = make_files(options.model, protocol, python, options.folder, progress, files)
+        for file, path in made:
+            print(f"{path}: {file.label}, {path.stat().st_size:,} bytes", flush=True)
+    else:
         with tempfile.TemporaryDirectory() as work:
             found = importance(protocol.loaded, protocol.calibration, Path(work), progress)
         save_file(found, options.matrix)
-    else:
-        _score(options.model, options.checkpoint, options.files, options.windows)
 
 
-def _score(model: str, checkpoint: Path | None, files: list[Path], windows: int) -> None:
-    protocol = load_protocol(model, checkpoint=checkpoint, samples=1, windows=windows)
-    executor = Executor(protocol.loaded.model)
-    scorers = [Scorer(executor, text) for text in (protocol.wiki, protocol.c4)]
+def _score(options: argparse.Namespace) -> None:
+    protocol = load_protocol(
+        options.model, checkpoint=options.checkpoint, samples=1, windows=options.windows
+    )
+    executor = Executor(protocol.loaded.model.clone())
+    scorers = Scorer(executor, protocol.wiki), Scorer(executor, protocol.c4)
     table = Table(box=box.MARKDOWN)
     table.add_column("file", no_wrap=True)
-    for heading in ("bits", "wiki", "c4", "KL", "top-1"):
+    for heading in ("MB", "bits", "wiki", "c4", "KL", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for path in files:
+    for path in options.files:
         sys.stderr.write(f"{path.name}\n")
-        read = read_linears(path, list(executor.linears))
-
-        def weight_of(linear: Linear, read: GgufLinears = read) -> NDArray[np.float32]:
-            return read.weights[linear.name] if linear.block is not None else linear.weight()
-
-        wiki, c4 = (scorer.score(Variant(executor, weight_of)) for scorer in scorers)
-        table.add_row(path.name, f"{read.bits:.2f}", *_cells(wiki, c4))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+        row = score_file(
+            path,
+            executor,
+            protocol.loaded.model,
+            scorers,
+            checkpoint_embedding=options.checkpoint_embedding,
+        )
+        sizes = f"{row.file_bytes / 1e6:.1f}", f"{row.bits_per_weight:.2f}"
+        table.add_row(path.name, *sizes, *_cells(row.wiki, row.c4))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    scored = "linears" if options.checkpoint_embedding else "linears, embedding and head"
+    console.print(
+        f"{options.model}, {options.windows} windows a text, the {scored} of each file, "
+        f"{machine_line()}\n",
+        soft_wrap=True,
+    )
+    console.print(table)
 
 
 def _cells(wiki: Scores, c4: Scores) -> tuple[str, str, str, str]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from numpy.typing import NDArray
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bandwidth import Reader
+from benchmarks.machine import machine_line
 from benchmarks.rows import Row, compare, show, write_json
 from eoracc.plugins.library import library_info, library_path
 from eoracc.plugins.operands.codes import LARGEST
@@ -597,7 +597,7 @@ def main() -> None:
     ]
     rows = [row for suite in suites for row in measure(suite, reader, library, arguments.seconds)]
     setting = {
-        "processor": _processor(),
+        "machine": machine_line(),
         "instruction_set": library_info(library).instruction_set,
         "onnxruntime": ort.__version__,
         "threads": arguments.threads,
@@ -606,10 +606,6 @@ def main() -> None:
     show(rows, setting, {})
     if arguments.json is not None:
         write_json(arguments.json, rows, setting, {})
-
-
-def _processor() -> str:
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

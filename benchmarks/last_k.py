@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.machine import machine_line
 from benchmarks.protocol import load_protocol
 from eoracc import __version__
 from eoracc.compiler.frontend.load import LoadedModel
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows per text")
     parser.add_argument("--work", type=Path, help="folder that keeps finished trials")
     options = parser.parse_args()
+    sys.stderr.write(f"{machine_line()}\n")
     bench = _bench(options)
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))

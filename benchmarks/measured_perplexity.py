@@ -24,15 +24,18 @@ class MeasuredRow:
     Attributes:
       source: the page, relative to the repository's root.
       row: the label of the row in the page's table.
-      bits: per weight of the compressed linears, with scales, zero points and factors.
-      perplexity: on Wikipedia.
+      bits_per_weight: of the compressed linears, with scales, zero points and factors.
+      wiki: perplexity on Wikipedia.
+      folder_bytes: of the folder, of a peer the bytes of its file; None where the folder was not
+        kept and its bytes were not written down.
       label: short name next to the point in the plot; None for none.
     """
 
     source: str
     row: str
-    bits: float
-    perplexity: float
+    bits_per_weight: float
+    wiki: float
+    folder_bytes: int | None = None
     label: str | None = None
 
 

@@ -32,6 +32,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import describe_machine, machine_line
 from benchmarks.proportions import Interval, PairedDifference, compare_paired, wilson_interval
 from benchmarks.question_sets import Question, load_questions, write_tasks
 
@@ -226,7 +227,12 @@ def main() -> None:
     lines = rows(questions, score_all(systems, questions, CACHE))
     _print(lines)
     if options.json is not None:
-        content = {"limit": options.limit, "seed": options.seed, "rows": [*map(asdict, lines)]}
+        content = {
+            "machine": describe_machine(),
+            "limit": options.limit,
+            "seed": options.seed,
+            "rows": [*map(asdict, lines)],
+        }
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -256,6 +262,7 @@ def _artifact(text: str) -> tuple[str, Path, str | None]:
 
 def _print(lines: Sequence[Row]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(f"{machine_line()}\n", soft_wrap=True)
     table = Table(box=box.MARKDOWN)
     table.add_column("set", no_wrap=True)
     table.add_column("rule", no_wrap=True)

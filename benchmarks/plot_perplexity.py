@@ -78,10 +78,10 @@ def _plot_rows(axes: Axes, measured: MeasuredModel) -> None:
     count = len(measured.series)
     for index, (series, style) in enumerate(zip(measured.series, _STYLES, strict=False)):
         options = {"linestyle": "none", "markersize": 6, **style}
-        rows = sorted(series.rows, key=lambda row: row.bits)
+        rows = sorted(series.rows, key=lambda row: row.bits_per_weight)
         axes.plot(
-            [row.bits for row in rows],
-            [row.perplexity for row in rows],
+            [row.bits_per_weight for row in rows],
+            [row.wiki for row in rows],
             label=series.name,
             zorder=2 + count - index,  # the first series on top
             **options,
@@ -90,16 +90,16 @@ def _plot_rows(axes: Axes, measured: MeasuredModel) -> None:
             if row.label is not None:
                 axes.annotate(
                     row.label,
-                    (row.bits, row.perplexity),
+                    (row.bits_per_weight, row.wiki),
                     textcoords="offset points",
                     xytext=(6, 4),
                     fontsize=7.5,
                     color=options["color"],
                 )
-    axes.axhline(measured.original.perplexity, color="0.4", linewidth=0.8, zorder=1)
+    axes.axhline(measured.original.wiki, color="0.4", linewidth=0.8, zorder=1)
     axes.annotate(
-        f"original, float32: {measured.original.perplexity:.2f}",
-        (1, measured.original.perplexity),
+        f"original, float32: {measured.original.wiki:.2f}",
+        (1, measured.original.wiki),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         xytext=(0, -3),
@@ -125,7 +125,7 @@ def _set_scales(axes: Axes, measured: MeasuredModel) -> None:
 
     megabytes_per_bit = measured.linear_weights / 8e6
     axes.set(xscale="log", yscale="log")
-    axes.set_ylim(bottom=measured.original.perplexity * 0.945)
+    axes.set_ylim(bottom=measured.original.wiki * 0.945)
     above = axes.secondary_xaxis("top", functions=(to_megabytes, to_bits))
     for axis, ticks in (
         (axes.xaxis, _BITS_TICKS),

@@ -1,6 +1,6 @@
 """Time ``eoracc serve`` from its clients' side: throughput, and percentiles of waiting times.
 
-    python benchmarks/serving.py ARTIFACT [--clients 1 4 8 16] [--requests N] [--prompt-tokens N]
+    python -m benchmarks.serving ARTIFACT [--clients 1 4 8 16] [--requests N] [--prompt-tokens N]
                                  [--new-tokens N] [--rows N] [--threads N] [--json FILE]
                                  [--llama-python PYTHON --gguf FILE]
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import socket
 import subprocess
 import sys
@@ -32,6 +31,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+
+from benchmarks.machine import describe_machine, machine_line
 
 QUANTILES = (50, 90, 99)
 WARM_UP = 2
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the GGUF file that it serves")
     options = parser.parse_args()
 
+    print(f"{machine_line()}\n")
     print(HEADING)
     port = free_port()
     command = [sys.executable, "-m", "eoracc.compiler.cli", "serve", str(options.artifact)]
@@ -251,7 +253,7 @@ def main() -> None:
         figures += run_server("llama-cpp-python", command, port, options)
     if options.json:
         content = {
-            "machine": platform.processor() or platform.machine(),
+            "machine": describe_machine(),
             "options": {key: str(value) for key, value in vars(options).items()},
             "figures": [asdict(line) for line in figures],
         }

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import shutil
 import signal
 import subprocess
@@ -36,6 +35,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from benchmarks.machine import describe_machine, machine_line
 from benchmarks.serving import free_port
 from benchmarks.soak_clients import KINDS, Clients, Outcome
 from eoracc.runtime.adapters.files import adapter_names
@@ -332,10 +332,11 @@ def main() -> None:
     options = parser.parse_args()
 
     soak = run(options)
+    print(f"{machine_line()}\n")
     print(table_of(soak))
     if options.json:
         content = {
-            "machine": platform.processor() or platform.machine(),
+            "machine": describe_machine(),
             "options": {key: str(value) for key, value in vars(options).items()},
             "figures": asdict(soak),
         }

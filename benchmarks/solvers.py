@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from benchmarks.machine import machine_line
 from eoracc.passes.solvers.singular import top_left_vectors
 
 Float = NDArray[np.float32]
@@ -113,6 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes.split(",")]
     table = []
+    print(f"{machine_line()}\n")
     print("| shape | rank | spectrum | ours ms | torch.linalg.svd ms | speedup | error above |")
     print("|---|---:|---|---:|---:|---:|---:|")
     for rows, columns in shapes:

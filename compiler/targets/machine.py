@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SETTINGS", "build_machine"]
+__all__ = ["SETTINGS", "build_machine", "processor_extensions"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -82,7 +82,7 @@ def build_machine() -> dict[str, Any]:
     keys = ("name", "version", "kernels", "threads")
     return {
         "architecture": platform.machine(),
-        "extensions": _extensions(),
+        "extensions": processor_extensions(),
         "cores": _cores(),
         "libraries": [dict(zip(keys, found, strict=True)) for found in sorted(libraries, key=str)],
         "bfloat16": bfloat16_is_fast(),
@@ -96,8 +96,8 @@ def _cores() -> int | None:
     return os.cpu_count() if affinity is None else len(affinity(0))
 
 
-def _extensions() -> list[str]:
-    """Those of :data:`_EXTENSIONS` that the processor has; empty where Linux does not say."""
+def processor_extensions() -> list[str]:
+    """Extensions of the instruction set that matter here; empty where Linux does not say."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,40 +1,49 @@
+"""Rows of the benchmark: bytes of the folder, and what a recipe allows."""
+
 from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import Setting
+from benchmarks.quality import Row, folder_bytes, over_limit
+
+
+def test_rows_have_the_fields_that_readers_of_the_json_use() -> None:
+    assert [field.name for field in fields(Row)][:6] == [
+        "recipe",
+        "system",
+        "bits_per_weight",
+        "folder_bytes",
+        "wiki",
+        "c4",
+    ]
+
+
+def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "model.onnx.data").write_bytes(b"12345")
+    (tmp_path / "adapters" / "one.json").write_bytes(b"{}")
+    assert folder_bytes(tmp_path) == 7
 
 
 @pytest.mark.parametrize(
-    ("text", "label"),
+    ("recipe", "taken", "sentence"),
     [
-        ("3g64", "eoracc 3-bit group 64, GPTQ"),
-        ("4row-eora32", "eoracc 4-bit whole row, GPTQ + EoRA rank 32"),
-        ("3g64-outputs", "eoracc 3-bit group 64, GPTQ, outputs matched"),
+        ("folder-93", 93_500_000, ""),
         (
-            "4g128-eora16-int4-outputs",
-            "eoracc 4-bit group 128, GPTQ + EoRA rank 16 int4, outputs matched",
+            "folder-93",
+            93_500_001,
+            "folder-93: the folder takes 93,500,001 bytes, more than 93,500,000",
         ),
-        ("3g64-equal", "eoracc 3-bit group 64, GPTQ, tokens as they are"),
+        ("mixed-3.6", 10**9, ""),
+        ("3g64", 10**9, ""),
+        (None, None, ""),
     ],
 )
-def test_settings_are_labelled_by_what_they_do(text: str, label: str) -> None:
-    assert Setting.parse(text).label == label
-
-
-def test_settings_become_passes() -> None:
-    assert Setting.parse("3g64-svd8-int8-outputs-equal").passes() == [
-        {"calibrate": {"match": "outputs", "tokens": "equal"}},
-        {"quantize_gptq": {"bits": 3, "group_size": 64}},
-        {"svd": {"rank": 8, "factor_type": "int8"}},
-    ]
-    assert Setting.parse("4row").passes() == [
-        {"calibrate": {"match": "weights", "tokens": "unit"}},
-        {"quantize_gptq": {"bits": 4, "group_size": -1}},
-    ]
-
-
-@pytest.mark.parametrize("text", ["5g64", "3g64-int4", "3g64-eora", "3g64-outputs-eora4", "x"])
-def test_other_texts_are_no_settings(text: str) -> None:
-    with pytest.raises(ValueError, match="is no setting: give one like 3g64"):
-        Setting.parse(text)
+def test_a_folder_above_the_limit_of_its_recipe_is_named(
+    recipe: str | None, taken: int | None, sentence: str
+) -> None:
+    row = Row(recipe=recipe, system="", bits_per_weight=4.0, folder_bytes=taken, wiki=25.0)
+    assert over_limit(row) == sentence
