@@ -47,7 +47,7 @@ def add_slots(model: ir.Model, adapter_type: str) -> AdapterSlots:
         node.resize_inputs(len(Input))
         for operand in slots.operands:
             name = slot.input(operand)
-            array = defaults[name]
+            array = _unread(operand, defaults[name])
             node.replace_input_with(
                 Input[operand], _input(graph, name, array, _shape(operand, array))
             )
@@ -75,6 +75,14 @@ def _slot(node: ir.Node) -> AdapterSlot:
     )
 
 
+def _unread(operand: str, default: NDArray[np.generic]) -> NDArray[np.generic]:
+    """``default`` without the scales of ``adapter_b``, which nobody reads at rank 0.
+
+    All other defaults of rank 0 are empty; these would take 64 bytes for each tile of the model.
+    """
+    return default[:, :0] if operand == "adapter_b_scale" else default
+
+
 def _shape(operand: str, array: NDArray[np.generic]) -> tuple[int | str | None, ...]:
     """The shape of ``array``, symbolic where the bank's size, rank or code width decides."""
     is_integer = array.dtype == np.uint8
@@ -82,7 +90,7 @@ def _shape(operand: str, array: NDArray[np.generic]) -> tuple[int | str | None, 
         "adapter_a": {1, 2} if is_integer else {1},
         "adapter_b": {2},
         "adapter_a_scale": {1},
-        "adapter_b_scale": set(),
+        "adapter_b_scale": {1},
     }[operand]
     sizes = (None if place in open_places else size for place, size in enumerate(array.shape))
     return ("adapters", *list(sizes)[1:])

@@ -58,6 +58,7 @@ def test_every_compressed_linear_of_a_block_has_a_slot(tmp_path: Path, adapter_t
         for operand in slots.operands:
             value = inputs.pop(slot.input(operand))
             assert value.const_value is not None
+            assert value.const_value.nbytes == 0
             assert value.shape is not None
             assert value.shape[0] == ir.SymbolicDim("adapters")
     index = inputs["adapter_index"]
