@@ -80,9 +80,11 @@ OPS: Mapping[Stage, frozenset[Op]] = {
     Stage.ONNXRUNTIME: _STANDARD
     | _FUSED
     | {
+        ("", "Cos"),
         ("", "GatherND"),
         ("", "Max"),
         ("", "Pad"),
+        ("", "Sin"),
         ("com.microsoft", "GroupQueryAttention"),
         ("com.microsoft", "SkipSimplifiedLayerNormalization"),
     },

@@ -28,6 +28,7 @@ from eoracc.compiler.targets.onnxruntime.fuse_linears import (
 )
 from eoracc.compiler.targets.onnxruntime.last_logits import keep_last_logits
 from eoracc.compiler.targets.onnxruntime.pad_heads import pad_heads
+from eoracc.compiler.targets.onnxruntime.rotary_tables import compute_rotary_tables
 from eoracc.compiler.targets.onnxruntime.slots import add_slots
 from eoracc.compiler.targets.onnxruntime.tiles import tile_operands
 from eoracc.passes.graph.names import ROPE_LENGTHS, WINDOW_KEY
@@ -80,6 +81,7 @@ def lower(model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none
     fuse_residual(graph)
     _fuse_skip_norm(graph)
     common.RemoveUnusedNodesPass()(lowered)
+    compute_rotary_tables(graph)
     graph.sort()
     _drop_unused_inputs(graph)
     if adapter_type != "none":
