@@ -169,7 +169,6 @@ def _build(
             warnings=made.warnings,
         )
         _check_gates(report, work)
-        writer.write_report(report)
         manifest = writer.commit(
             source={
                 "model": config.model,
@@ -179,9 +178,11 @@ def _build(
             config=config.resolved(),
             parity=report.parity,
             machine=build_machine(),
+            report=report,
         )
         shutil.rmtree(work, ignore_errors=True)
-    return BuildResult(output, manifest, report)
+    assert writer.report is not None  # noqa: S101 - it was given
+    return BuildResult(output, manifest, writer.report)
 
 
 @dataclass(frozen=True)

@@ -180,16 +180,17 @@ def write_tiny_artifact(
         ship_tokenizer(loaded, loaded.tokenizer(), writer.folder)
         library = writer.write_library(library_path())
         writer.write_genai_config(genai_config(loaded.config, lowered, custom_ops_library=library))
-        writer.write_report(
-            Report(
+        writer.commit(
+            source={"model": "tiny", "digest": loaded.digest},
+            config={},
+            parity={},
+            packages={},
+            report=Report(
                 fidelity=FidelityReport(rows=[row], windows=1, window_length=2),
                 parity={},
                 linears=[linear_report(linear) for linear in linears],
                 build=BuildReport(wall_s=1.0, cpu_s=2.0, peak_memory_bytes=3, phases=[]),
-            )
-        )
-        writer.commit(
-            source={"model": "tiny", "digest": loaded.digest}, config={}, parity={}, packages={}
+            ),
         )
     return work / "artifact"
 

@@ -71,6 +71,7 @@ def build(
     from eoracc.compiler.report.lines import (
         adapter_tables,
         fidelity_table,
+        folder_parts,
         format_bytes,
         report_lines,
     )
@@ -95,5 +96,5 @@ def build(
         console.print(table)
     for line in report_lines(report):
         say(line)
-    size = sum(entry.size for entry in manifest.files.values())
-    say(f"wrote {result.output}, {format_bytes(size)}")
+    size = sum(report.folder_kinds.values())
+    say(f"wrote {result.output}, {format_bytes(size)}: {folder_parts(report.folder_kinds)}")

@@ -66,6 +66,7 @@ def _show_artifact(summary: ArtifactSummary) -> None:
     if summary.report.factorized:
         console.print(_factorized_table(summary.report.factorized))
     console.print(_linears_table(summary))
+    console.print(_folder_table(summary))
     console.print(fidelity_table(summary.report.fidelity.rows))
     for adapters in adapter_tables(summary.report.adapters):
         console.print(adapters)
@@ -75,7 +76,7 @@ def _show_artifact(summary: ArtifactSummary) -> None:
             f"compressed linears: {format_bytes(summary.linear_bytes)}, "
             f"{summary.bits_per_weight:.2f} bits per weight"
         ),
-        f"artifact: {format_bytes(summary.bytes)} in {len(summary.manifest.files)} files",
+        f"artifact: {format_bytes(summary.folder_bytes)} in {len(summary.manifest.files)} files",
         f"manifest.json: sha256 {summary.manifest_sha256}, {_SIGNATURES[summary.signature]}",
     ]
     for line in lines:
@@ -105,6 +106,21 @@ def _linears_table(summary: ArtifactSummary) -> Table:
             format_bytes(linear.bytes),
             *_errors(linear, stages),
         )
+    return table
+
+
+def _folder_table(summary: ArtifactSummary) -> Table:
+    from eoracc.compiler.report.folder import KINDS
+    from eoracc.compiler.report.lines import format_bytes
+
+    total = summary.folder_bytes
+    table = make_table("what the bytes of the folder are spent on")
+    table.add_column("kind", no_wrap=True)
+    for heading in ("bytes", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind, size in summary.folder_kinds.items():
+        table.add_row(KINDS[kind], format_bytes(size), f"{size / total:.1%}")
+    table.add_row("folder", format_bytes(total), "100.0%")
     return table
 
 

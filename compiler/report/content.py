@@ -38,6 +38,8 @@ class FidelityRow:
       bytes: of all parameters as they are stored, embeddings and head included.
       bits_per_weight: per weight that the original has in the linears that the build compresses;
         their codes, scales, zero points and factors all count.
+      folder_bytes: of what is shipped, all files of the artifact; of another variant, those of the
+        same folder with its parameters instead. None in reports of older builds.
     """
 
     name: str
@@ -47,6 +49,7 @@ class FidelityRow:
     last_layer_error: float
     bytes: int
     bits_per_weight: float
+    folder_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +274,9 @@ class Report:
       tokenizer: notes on the tokenizer, and what unmodified onnxruntime-genai does with it.
       notes: what else there is to say about the model.
       warnings: of the build as a whole, then of linears in execution order.
+      folder_bytes: of all files when the build ended, this report included; None in reports of
+        older builds.
+      folder_kinds: the same by :data:`~eoracc.compiler.report.folder.KINDS`.
     """
 
     fidelity: FidelityReport
@@ -285,6 +291,8 @@ class Report:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     warnings: Sequence[WarningReport] = ()
+    folder_bytes: int | None = None
+    folder_kinds: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -324,6 +332,8 @@ class Report:
             tokenizer=content.get("tokenizer", {}),
             notes=content.get("notes", ()),
             warnings=[WarningReport(**entry) for entry in content.get("warnings", ())],
+            folder_bytes=content.get("folder_bytes"),
+            folder_kinds=content.get("folder_kinds", {}),
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from eoracc.compiler.report.content import LinearReport, Report
+from eoracc.compiler.report.folder import folder_kinds
 from eoracc.compiler.report.lines import report_lines
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, ModelError
@@ -20,11 +21,12 @@ from eoracc.runtime.artifact.manifest import (
     read_listed,
     read_manifest,
 )
+from eoracc.runtime.artifact.onnx_file import MODEL_FILE, parse_onnx
 from eoracc.runtime.artifact.signature import SIGNATURE_FILE
 from eoracc.tensor_files import read_tensor_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["ArtifactSummary", "CheckpointSummary", "TensorSummary", "inspect_path"]
@@ -95,6 +97,7 @@ class ArtifactSummary:
       report: linears, fidelity, parity.
       manifest_sha256: of manifest.json, which stands for all files.
       signature: ``none``, ``unchecked``, or ``valid`` for the key that was given.
+      folder_kinds: bytes of all files by :data:`~eoracc.compiler.report.folder.KINDS`.
     """
 
     path: Path
@@ -102,11 +105,12 @@ class ArtifactSummary:
     report: Report
     manifest_sha256: str
     signature: Literal["none", "unchecked", "valid"]
+    folder_kinds: Mapping[str, int]
 
     @property
-    def bytes(self) -> int:
+    def folder_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(entry.size for entry in self.manifest.files.values())
+        return sum(self.folder_kinds.values())
 
     @property
     def linear_bytes(self) -> int:
@@ -141,7 +145,8 @@ class ArtifactSummary:
             "signature": self.signature,
             "source": dict(self.manifest.source),
             "machine": dict(self.manifest.machine),
-            "bytes": self.bytes,
+            "folder_bytes": self.folder_bytes,
+            "folder_kinds": dict(self.folder_kinds),
             "linear_bytes": self.linear_bytes,
             "bits_per_weight": self.bits_per_weight,
             "files": {name: entry.size for name, entry in self.manifest.files.items()},
@@ -189,6 +194,7 @@ def _artifact(folder: Path, authenticity: Authenticity) -> ArtifactSummary:
         content = read_listed(folder, manifest, REPORT_FILE)
         manifest_sha256 = describe_file(folder / MANIFEST_FILE).sha256
         is_signed = (folder / SIGNATURE_FILE).is_file()
+        kinds = _folder_kinds(folder, manifest)
     path = folder / REPORT_FILE
     values = _READER.as_object(_READER.parse(content, path), path)
     with _READER.refusing_form(path, "is not the report of a build"):
@@ -199,8 +205,20 @@ def _artifact(folder: Path, authenticity: Authenticity) -> ArtifactSummary:
         "unchecked" if authenticity.public_key is None else "valid"
     )
     return ArtifactSummary(
-        folder, manifest, report, manifest_sha256, checked if is_signed else "none"
+        folder, manifest, report, manifest_sha256, checked if is_signed else "none", kinds
     )
+
+
+def _folder_kinds(folder: Path, manifest: Manifest) -> dict[str, int]:
+    """Bytes of the files that the manifest lists, and of those that it cannot list."""
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+    for name in (MANIFEST_FILE, SIGNATURE_FILE):
+        if (folder / name).is_file():
+            sizes[name] = (folder / name).stat().st_size
+    model = None
+    if MODEL_FILE in sizes:
+        model = parse_onnx(read_listed(folder, manifest, MODEL_FILE), folder / MODEL_FILE)
+    return folder_kinds(sizes, model)
 
 
 def _safetensors(path: Path) -> Iterator[TensorSummary]:

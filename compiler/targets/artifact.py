@@ -28,11 +28,12 @@ from eoracc.runtime.artifact.manifest import (
     describe_bytes,
     describe_folder,
 )
+from eoracc.runtime.artifact.onnx_file import MODEL_FILE, parse_onnx
 from eoracc.runtime.artifact.staged_folder import staged_folder
 from eoracc.runtime.artifact.sync import sync_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     import onnx_ir as ir
@@ -48,7 +49,6 @@ __all__ = [
     "package_versions",
 ]
 
-MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 _ALIGNMENT = 1 << 12
@@ -79,6 +79,7 @@ class ArtifactWriter:
     Attributes:
       output: where the artifact will be.
       folder: where its files are collected; valid inside the context.
+      report: as :meth:`commit` has written it; None before, or if it was given none.
     """
 
     folder: Path
@@ -88,6 +89,7 @@ class ArtifactWriter:
         check_output(output, force=force)
         self.output = output
         self._force = force
+        self.report: Report | None = None
         self._adapters: list[Adapter] = []
         self._stack = ExitStack()
 
@@ -168,10 +170,6 @@ class ArtifactWriter:
         """Write genai_config.json."""
         self.write_json(CONFIG_FILE, config)
 
-    def write_report(self, report: Report) -> None:
-        """Write report.json."""
-        self.write_json(REPORT_FILE, report.as_dict())
-
     def write_adapter(
         self, name: str, factors: Mapping[str, LowRank], details: Mapping[str, Any]
     ) -> None:
@@ -192,8 +190,7 @@ class ArtifactWriter:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write ``content``; equal content gives equal bytes, and NaN is an error."""
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (self.folder / name).write_text(text, encoding="utf-8")
+        (self.folder / name).write_bytes(_encoded(content))
 
     def commit(
         self,
@@ -203,8 +200,9 @@ class ArtifactWriter:
         parity: Mapping[str, Any],
         packages: Mapping[str, str] | None = None,
         machine: Mapping[str, Any] | None = None,
+        report: Report | None = None,
     ) -> Manifest:
-        """Write the manifest and move the finished folder to :attr:`output`.
+        """Write the report and the manifest, and move the finished folder to :attr:`output`.
 
         Args:
           source: the checkpoint: ``model`` as configured, its ``model_type``, and ``digest`` over
@@ -213,20 +211,27 @@ class ArtifactWriter:
           parity: figures of the parity gate.
           packages: versions; None looks them up.
           machine: that the build ran on.
+          report: gets the bytes of the folder; None writes none.
 
         Raises:
           ArtifactError: the model does not take an adapter, or the output cannot be written.
         """
         files = describe_folder(self.folder)
         files |= self._write_adapters(backbone_digest(files))
-        manifest = Manifest.of(
-            files,
-            source=source,
-            config=config,
-            packages=package_versions() if packages is None else packages,
-            parity=parity,
-            machine=machine,
-        )
+
+        def manifest_of(listed: Mapping[str, FileEntry]) -> Manifest:
+            return Manifest.of(
+                listed,
+                source=source,
+                config=config,
+                packages=package_versions() if packages is None else packages,
+                parity=parity,
+                machine=machine,
+            )
+
+        if report is not None:
+            files |= self._write_report(report, files, manifest_of)
+        manifest = manifest_of(files)
         (self.folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         umask = os.umask(0)
         os.umask(umask)
@@ -236,6 +241,34 @@ class ArtifactWriter:
         sync_path(self.folder)
         self._move()
         return manifest
+
+    def _write_report(
+        self,
+        report: Report,
+        files: Mapping[str, FileEntry],
+        manifest_of: Callable[[Mapping[str, FileEntry]], Manifest],
+    ) -> dict[str, FileEntry]:
+        """Write report.json, which counts the bytes of all files, itself and the manifest included.
+
+        Its length depends on the numbers in it. It is encoded again until the length that it counts
+        is its own; a number never gets shorter on the way, so that ends.
+        """
+        from eoracc.compiler.report.folder import with_folder  # noqa: PLC0415 - loads the graph
+
+        path = self.folder / MODEL_FILE
+        model = parse_onnx(path.read_bytes(), path) if path.exists() else None
+        content = b""
+        while True:
+            entry = describe_bytes(content)
+            listed = {**files, REPORT_FILE: entry}
+            sizes = {name: one.size for name, one in listed.items()}
+            sizes[MANIFEST_FILE] = len(manifest_of(listed).to_json().encode())
+            self.report = with_folder(report, sizes, model)
+            content = _encoded(self.report.as_dict())
+            if len(content) == entry.size:
+                break
+        (self.folder / REPORT_FILE).write_bytes(content)
+        return {REPORT_FILE: describe_bytes(content)}
 
     def _write_adapters(self, digest: str) -> dict[str, FileEntry]:
         """Write the files of all adapters, for the backbone of that digest."""
@@ -269,6 +302,10 @@ class ArtifactWriter:
                 f"{self.output}: cannot be put in its place: {error.strerror}: choose another "
                 "'output'"
             ) from error
+
+
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _remove_empty(folder: Path) -> None:

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     import onnx
 
-__all__ = ["all_nodes", "external_files", "parse_onnx"]
+__all__ = ["MODEL_FILE", "all_nodes", "external_files", "parse_onnx"]
+
+MODEL_FILE = "model.onnx"
+"""A graph in an artifact: at its root, or in the folder of a target."""
 
 _GRAPHS = ("g", "graphs")
 _TENSORS = ("t", "tensors")

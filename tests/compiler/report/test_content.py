@@ -18,5 +18,6 @@ def test_json_and_back(report: Report) -> None:
         "last_layer_error",
         "bytes",
         "bits_per_weight",
+        "folder_bytes",
     }
     assert json.loads(json.dumps(Report.from_dict(content).as_dict())) == content

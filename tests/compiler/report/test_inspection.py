@@ -63,9 +63,10 @@ def test_artifact(tiny_artifact: Path) -> None:
     assert [one.name for one in summary.report.linears][-1] == "lm_head"
     one = summary.report.linears[0]
     assert (one.bits, one.group_size, one.rank) == (3, 16, 2)
-    files = [path for path in tiny_artifact.iterdir() if path.name != "manifest.json"]
-    assert summary.bytes == sum(path.stat().st_size for path in files)
+    total = sum(path.stat().st_size for path in tiny_artifact.iterdir())
+    assert summary.folder_bytes == summary.report.folder_bytes == total
     content = json.loads(json.dumps(summary.as_dict()))
+    assert content["folder_bytes"] == sum(content["folder_kinds"].values()) == total
     compressed = [linear for linear in content["linears"] if linear["bits"] is not None]
     assert len(compressed) == len(content["linears"]) - 1
     assert content["warnings"] == summary.report.as_dict()["warnings"]

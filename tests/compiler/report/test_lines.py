@@ -14,10 +14,12 @@ from eoracc.compiler.report.content import (
     Report,
     WarningReport,
 )
+from eoracc.compiler.report.folder import with_folder
 from eoracc.compiler.report.lines import (
     adapter_lines,
     adapter_tables,
     fidelity_table,
+    folder_parts,
     parity_line,
     report_lines,
     survey_lines,
@@ -26,10 +28,23 @@ from eoracc.compiler.report.lines import (
 
 def test_table_shows_every_figure(report: Report) -> None:
     file = io.StringIO()
-    Console(file=file, width=120).print(fidelity_table(report.fidelity.rows))
+    rows = with_folder(report, {"model.onnx": 12_345_678}, None).fidelity.rows
+    Console(file=file, width=120).print(fidelity_table(rows))
     line = next(line for line in file.getvalue().splitlines() if "eora" in line)
     for figure in ("22.50", "0.2500", "50.0%", "0.1250", "12.3 MB", "3.25"):
         assert figure in line
+
+
+def test_older_reports_leave_the_bytes_of_the_folder_empty(report: Report) -> None:
+    file = io.StringIO()
+    Console(file=file, width=120).print(fidelity_table(report.fidelity.rows))
+    assert "folder" in file.getvalue()
+    assert "MB" not in file.getvalue()
+
+
+def test_parts_of_a_folder_have_their_names_in_tables() -> None:
+    kinds = {"embedding_and_head": 12_345_678, "linears": 999}
+    assert folder_parts(kinds) == "embedding and head 12.3 MB, linears 999 B"
 
 
 def test_lines_under_the_table(report: Report) -> None:
