@@ -105,6 +105,7 @@ def build(
     progress: SilentProgress,
     force: bool = False,
     keep_graphs: Path | None = None,
+    lean: bool = False,
 ) -> BuildResult:
     """Build the artifact that ``config`` describes.
 
@@ -114,6 +115,7 @@ def build(
       progress: shown the phases, and asked for their times.
       force: replace an artifact that is there.
       keep_graphs: an empty or new folder for the graph of each stage; None keeps none.
+      lean: leave out the records that only ``eoracc verify`` reads; the build still checks parity.
 
     Raises:
       EoraccError: bad input, in one sentence; nothing is left half-written.
@@ -123,7 +125,7 @@ def build(
     check_output(output, force=force)
     graphs = StageGraphs(keep_graphs)
     try:
-        return _build(config, config_dir, output, progress, graphs, force=force)
+        return _build(config, config_dir, output, progress, graphs, force=force, lean=lean)
     except Exception as error:
         refuse_full_disk(output, error)
         raise
@@ -137,6 +139,7 @@ def _build(
     graphs: StageGraphs,
     *,
     force: bool,
+    lean: bool,
 ) -> BuildResult:
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
     work = output.with_name(f".{output.name}.work")
@@ -169,6 +172,8 @@ def _build(
             warnings=made.warnings,
         )
         _check_gates(report, work)
+        if lean:
+            writer.leave_out_records()
         manifest = writer.commit(
             source={
                 "model": config.model,

@@ -39,6 +39,11 @@ __all__ = ["build"]
     metavar="DIR",
     help="Write the graph after each stage to DIR, as .onnx files with their weights.",
 )
+@click.option(
+    "--lean",
+    is_flag=True,
+    help="Leave out the records that only 'eoracc verify' reads; the build still checks parity.",
+)
 @trust_remote_code_option
 @trace_option
 @log_format_option
@@ -49,6 +54,7 @@ def build(
     *,
     force: bool,
     keep_graphs: Path | None,
+    lean: bool,
     trust_remote_code: bool,
     trace_file: Path | None,
     log_format: LogFormat,
@@ -78,7 +84,12 @@ def build(
 
     with observing(trace_file, log_format, quiet=as_json) as progress:
         result = run_build(
-            config, config_dir=config_dir, progress=progress, force=force, keep_graphs=keep_graphs
+            config,
+            config_dir=config_dir,
+            progress=progress,
+            force=force,
+            keep_graphs=keep_graphs,
+            lean=lean,
         )
     manifest, report = result.manifest, result.report
     if as_json:

@@ -79,6 +79,11 @@ def _show_artifact(summary: ArtifactSummary) -> None:
         f"artifact: {format_bytes(summary.folder_bytes)} in {len(summary.manifest.files)} files",
         f"manifest.json: sha256 {summary.manifest_sha256}, {_SIGNATURES[summary.signature]}",
     ]
+    if not summary.has_parity_record:
+        lines.append(
+            "parity record: none, so 'eoracc verify' cannot repeat the check: build with "
+            "'verify.parity: true' and without --lean to have one"
+        )
     for line in lines:
         say(line)
 

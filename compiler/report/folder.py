@@ -12,6 +12,7 @@ from eoracc.runtime.artifact.genai_files import CONFIG_FILE
 from eoracc.runtime.artifact.manifest import ADAPTERS_FOLDER, MANIFEST_FILE, REPORT_FILE
 from eoracc.runtime.artifact.signature import SIGNATURE_FILE
 from eoracc.runtime.parity.record import PARITY_FILE
+from eoracc.runtime.parity.tokens import TOKENS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,10 +40,10 @@ KINDS: Mapping[str, str] = {
 ``linears``, those of the decoder blocks: codes, scales, zero points and biases, or plain weights.
 ``other_tensors``: norms, position tables, and what aligns tensors. ``graph``: nodes, small tensors
 and the configuration. ``tokenizer``: chat templates included. ``checking``: the manifest, its
-signature, the report and the parity record, which no token needs.
+signature, the report and the records of parity and tokens, which no token needs.
 """
 
-_CHECKING = frozenset((MANIFEST_FILE, SIGNATURE_FILE, REPORT_FILE, PARITY_FILE))
+_CHECKING = frozenset((MANIFEST_FILE, SIGNATURE_FILE, REPORT_FILE, PARITY_FILE, TOKENS_FILE))
 _TENSORRT = ("tensorrt/", "tensorrt_rtx/")
 
 _WEIGHT = frozenset((Input.B, Input.scales, Input.zero_points, Input.bias))

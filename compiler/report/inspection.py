@@ -23,6 +23,7 @@ from eoracc.runtime.artifact.manifest import (
 )
 from eoracc.runtime.artifact.onnx_file import MODEL_FILE, parse_onnx
 from eoracc.runtime.artifact.signature import SIGNATURE_FILE
+from eoracc.runtime.parity.record_checks import has_record
 from eoracc.tensor_files import read_tensor_header
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ class ArtifactSummary:
         return sum(self.folder_kinds.values())
 
     @property
+    def has_parity_record(self) -> bool:
+        """Whether ``eoracc verify`` has something to compare the outputs with."""
+        return has_record(self.manifest)
+
+    @property
     def linear_bytes(self) -> int:
         """Bytes of all compressed linears."""
         return sum(linear.bytes for linear in self._compressed)
@@ -147,6 +153,7 @@ class ArtifactSummary:
             "machine": dict(self.manifest.machine),
             "folder_bytes": self.folder_bytes,
             "folder_kinds": dict(self.folder_kinds),
+            "has_parity_record": self.has_parity_record,
             "linear_bytes": self.linear_bytes,
             "bits_per_weight": self.bits_per_weight,
             "files": {name: entry.size for name, entry in self.manifest.files.items()},

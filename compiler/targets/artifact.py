@@ -31,6 +31,8 @@ from eoracc.runtime.artifact.manifest import (
 from eoracc.runtime.artifact.onnx_file import MODEL_FILE, parse_onnx
 from eoracc.runtime.artifact.staged_folder import staged_folder
 from eoracc.runtime.artifact.sync import sync_path
+from eoracc.runtime.parity.record import PARITY_FILE
+from eoracc.runtime.parity.tokens import TOKENS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -191,6 +193,12 @@ class ArtifactWriter:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write ``content``; equal content gives equal bytes, and NaN is an error."""
         (self.folder / name).write_bytes(_encoded(content))
+
+    def leave_out_records(self) -> None:
+        """Remove the records of parity, of every target, and of tokens."""
+        for name in (PARITY_FILE, TOKENS_FILE):
+            for path in self.folder.rglob(name):
+                path.unlink()
 
     def commit(
         self,

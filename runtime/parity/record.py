@@ -122,7 +122,10 @@ class ParityRecord:
           ArtifactError: the file is missing or damaged.
         """
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing: build the artifact with 'verify.parity: true'")
+            raise ArtifactError(
+                f"{path} is missing: build the artifact with 'verify.parity: true' and without "
+                "--lean"
+            )
         with open_arrays(path, _READER) as file:
             index = _READER.parse((file.metadata() or {}).get("parity", ""), f"{path}: metadata")
             widths = [k.partition("/")[2] for k in file.keys() if k.startswith("inputs/")]  # noqa: SIM118 - no mapping

@@ -6,13 +6,14 @@ a chunk beyond the text would end deep in ONNX Runtime.
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eoracc.errors import ArtifactError
 from eoracc.printable import printable, quoted
-from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord
+from eoracc.runtime.parity.record import PARITY_FILE, ParityCase, ParityLinear, ParityRecord
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["check_record", "read_record"]
+    from eoracc.runtime.artifact.manifest import Manifest
+
+__all__ = ["check_record", "has_record", "read_record"]
+
+
+def has_record(manifest: Manifest) -> bool:
+    """Whether an artifact has a record of parity, of whichever target."""
+    return any(PurePosixPath(name).name == PARITY_FILE for name in manifest.files)
 
 
 def read_record(path: Path) -> ParityRecord:

@@ -87,9 +87,10 @@ def test_build_hands_over_what_was_asked_for(
     assert Report.from_dict(content["report"]).fidelity.rows[0].perplexity == 12.5
     assert asked["config"].passes[0].bits == 2
     assert asked["config_dir"] == model_yaml.parent
-    assert asked["force"] is False
+    assert (asked["force"], asked["lean"]) == (False, False)
 
-    result = run("build", model_yaml)
+    result = run("build", model_yaml, "--lean")
+    assert asked["lean"] is True
     assert result.exit_code == 0
     assert "12.50" in result.stdout
     assert "parity: not checked" in result.stdout
@@ -273,6 +274,17 @@ def test_verify_repeats_parity(
     result = run("verify", tiny_artifact, "--json")
     assert result.exit_code == (0 if passed else 1)
     assert json.loads(result.stdout)["parity"] == figures
+
+
+def test_artifact_without_a_record(tiny_artifact: Path) -> None:
+    result = run("verify", tiny_artifact)
+    assert (result.exit_code, result.stdout) == (2, "")
+    way_out = "build the artifact with 'verify.parity: true' and without --lean"
+    assert result.stderr == f"error: {tiny_artifact}/parity.safetensors is missing: {way_out}\n"
+    lines = run("inspect", tiny_artifact).stdout.splitlines()
+    (line,) = (line for line in lines if line.startswith("parity record: "))
+    assert line.endswith("build with 'verify.parity: true' and without --lean to have one")
+    assert not json.loads(run("inspect", tiny_artifact, "--json").stdout)["has_parity_record"]
 
 
 def test_inspect_shows_every_linear(tiny_artifact: Path) -> None:

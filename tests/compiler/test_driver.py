@@ -20,6 +20,7 @@ from eoracc.errors import ArtifactError, ConfigError, DataError, GateError, Mode
 from eoracc.passes.compensate.eora import Eora
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.parity.record import PARITY_FILE
+from eoracc.runtime.parity.tokens import TOKENS_FILE
 from tests.tiny_build import EORA, tiny_config, tiny_workspace
 from tests.wrong_graph import load_wrong
 
@@ -90,6 +91,32 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
     assert stored.build.peak_memory_bytes > 0
     phases = [phase["name"] for phase in stored.build.phases]
     assert phases == ["load", "check", "compress", "score", "record", "parity"]
+
+
+def test_lean_differs_by_its_records_alone(workspace: Path) -> None:
+    verify = {"windows": 1, "window_length": 16}
+    config = tiny_config([{"quantize_rtn": {"bits": 4}}], verify=verify)
+    whole = build(workspace, config)
+    lean = driver.build(
+        config.model_copy(update={"output": "lean"}),
+        config_dir=workspace,
+        progress=SilentProgress(),
+        lean=True,
+    )
+    manifest = verify_manifest(lean.output)
+    records = {PARITY_FILE, TOKENS_FILE}
+    assert whole.manifest.files.keys() - manifest.files.keys() == records
+    assert manifest.files.keys() < whole.manifest.files.keys()
+    for name in manifest.files.keys() - {"report.json"}:
+        assert manifest.files[name] == whole.manifest.files[name]
+    assert manifest.parity == verify_manifest(whole.output).parity
+    assert manifest.parity["passed"], "it is checked all the same"
+    left_out = sum(whole.manifest.files[name].size for name in records)
+    difference = sum(whole.report.folder_kinds.values()) - sum(lean.report.folder_kinds.values())
+    assert abs(difference - left_out) < 1000, "entries of the manifest"
+    assert lean.report.folder_bytes == sum(
+        path.stat().st_size for path in lean.output.rglob("*") if path.is_file()
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])

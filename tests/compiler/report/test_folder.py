@@ -101,6 +101,7 @@ def test_every_file_has_a_kind() -> None:
         "libeoracc_ops.so": "library",
         "report.json": "checking",
         "parity.safetensors": "checking",
+        "tokens.json": "checking",
         "manifest.json": "checking",
         "adapters/math.onnx_adapter": "adapters",
         "tensorrt_rtx/model.onnx.data": "tensorrt",

@@ -297,3 +297,15 @@ def test_replacing_waits_for_a_change_of_the_old_artifact(tmp_path: Path) -> Non
     rebuild.join(30)
     assert adapter_names(output) == ["new"]
     verify_manifest(output)
+
+
+def test_records_of_every_target_are_left_out(tmp_path: Path) -> None:
+    records = ("parity.safetensors", "tokens.json", "tensorrt/parity.safetensors")
+    with ArtifactWriter(tmp_path / "out") as writer:
+        writer.write_model(tiny_graph(), "tensorrt")
+        for name in (*records, "tokenizer.json"):
+            (writer.folder / name).write_bytes(b"{}")
+        writer.leave_out_records()
+        writer.commit(source={"model": "m"}, config={}, parity={}, packages={})
+    files = verify_manifest(tmp_path / "out").files.keys()
+    assert files == {"tokenizer.json", "tensorrt/model.onnx", "tensorrt/model.onnx.data"}
