@@ -97,7 +97,7 @@ class SolvedAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors."""
+        """Bytes of all factors in the tiles of their linears."""
         return sum(factors.nbytes for factors in self.factors.values())
 
     def mean_error(self, which: str) -> float:

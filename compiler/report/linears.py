@@ -66,10 +66,9 @@ def linear_warnings(linears: Sequence[Linear]) -> list[WarningReport]:
 def padding_warnings(linears: Iterable[Linear]) -> list[WarningReport]:
     """At most one warning: the bytes that pad rows of ``linears`` to whole groups.
 
-    They count in the bytes of a linear. Tiles hold whole scales and zero points, but no codes, of
-    the columns that pad a row.
+    Tiles hold whole scales and zero points, but no codes, of the columns that pad a row.
     """
-    padded: list[tuple[str, float, float]] = []
+    padded: list[tuple[str, float]] = []
     for linear in linears:
         weight = linear.compressed
         if weight is None:
@@ -79,20 +78,18 @@ def padding_warnings(linears: Iterable[Linear]) -> list[WarningReport]:
         # A whole row is rounded up to a multiple of 8.
         if missing and groups > 1:
             grid = weight.scales.itemsize + (weight.zero_points is not None)
-            scales = rows * grid * missing / weight.group_size
-            padded.append((linear.name, rows * missing * weight.bits / 8 + scales, scales))
+            padded.append((linear.name, rows * grid * missing / weight.group_size))
     if not padded:
         return []
-    total, scales = sum(entry[1] for entry in padded), sum(entry[2] for entry in padded)
+    total = sum(nbytes for _, nbytes in padded)
     return [
         WarningReport(
             code="padded_groups",
             linear=None,
             message=f"group sizes do not divide the rows of {len(padded)} linears "
-            f"({padded[0][0]} first): padding counts {total:,.0f} bytes, of which an artifact for "
-            f"onnxruntime stores the {scales:,.0f} of scales and zero points; 'group_size: auto' "
-            "takes sizes that divide, where there are any",
-            figures={"linears": len(padded), "bytes": total, "stored_bytes": scales},
+            f"({padded[0][0]} first): {total:,.0f} bytes of scales and zero points pad them; "
+            "'group_size: auto' takes sizes that divide, where there are any",
+            figures={"linears": len(padded), "bytes": total},
         )
     ]
 

@@ -30,6 +30,7 @@ from eoracc.compiler.sweep.products import attention, linear_products
 from eoracc.errors import ModelError
 from eoracc.passes.calibrate import Precision
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
+from eoracc.plugins.op import Input
 
 __all__ = ["Executor"]
 
@@ -86,12 +87,16 @@ class Executor:
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of all parameters as the graph stores them; constants and tables do not count."""
-        return sum(
+        """Bytes of all parameters, those of compressed linears in tiles.
+
+        Constants and tables do not count.
+        """
+        stored = sum(
             value.const_value.nbytes
             for name, value in self._model.graph.initializers.items()
             if value.const_value is not None and _PARAMETER.search(name)
         )
+        return stored + sum(map(_padding_bytes, self.linears))
 
     def start(self, batches: Iterable[Batch]) -> None:
         """Compute everything before the first linears."""
@@ -270,3 +275,16 @@ def _empty_past(value: ir.Value) -> Callable[[int], Array]:
         return np.zeros((batch, *dims[1:]), dtype)
 
     return empty
+
+
+def _padding_bytes(linear: Linear) -> int:
+    """What the operands of a compressed linear take in tiles beyond their bytes in the graph."""
+    if linear.compressed is None:
+        return 0
+    factors = 0 if linear.factors is None else linear.factors.nbytes
+    plain = sum(
+        value.const_value.nbytes
+        for place, value in enumerate(linear.node.inputs)
+        if place != Input.bias and value is not None and value.const_value is not None
+    )
+    return linear.compressed.nbytes + factors - plain

@@ -15,6 +15,7 @@ from eoracc.passes.compression import Compression
 from eoracc.passes.overrides import Override
 from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.grid import group_width, round_to_nearest
+from eoracc.plugins.operands.weight import weight_bytes
 from eoracc.printable import quoted
 
 if TYPE_CHECKING:
@@ -105,9 +106,14 @@ class Quantization(Compression):
     @override
     def code_bytes(self, out_features: int, in_features: int) -> int:
         width = group_width(self.group_size, in_features)
-        groups = -(-in_features // width)
-        zero_point = 0 if self.symmetric else 1
-        return out_features * groups * (width * self.bits // 8 + _SCALE_BYTES + zero_point)
+        return weight_bytes(
+            out_features,
+            in_features,
+            bits=self.bits,
+            groups=-(-in_features // width),
+            scale_bytes=_SCALE_BYTES,
+            zero_points=not self.symmetric,
+        )
 
     def round_to_nearest(
         self, weight: NDArray[np.float32], *, importance: NDArray[np.floating] | None = None

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from eoracc.passes.solvers.factors import to_float16
 from eoracc.passes.solvers.gptq import round_rows
-from eoracc.plugins.operands.codes import LARGEST
+from eoracc.plugins.operands.codes import LARGEST, tile_bytes
 from eoracc.plugins.operands.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -76,16 +76,18 @@ def store_factors(
 
 
 def factor_bytes(out_features: int, in_features: int, rank: int, factor_type: FactorType) -> int:
-    """Bytes that factors will take, :attr:`.LowRank.nbytes`; none of rank 0, which are not stored.
+    """Bytes that factors will take in tiles, :attr:`.LowRank.nbytes`; none of rank 0.
 
-    >>> factor_bytes(10, 20, 4, "int4"), factor_bytes(10, 20, 0, "int4")
-    (116, 0)
+    >>> factor_bytes(48, 64, 16, "int4"), factor_bytes(48, 64, 4, "int4")
+    (1152, 960)
     """
     if not rank:
         return 0
     bits = {"float16": 16, "int8": 8, "int4": 4}[factor_type]
-    values = sum(-(-side * rank * bits // 8) for side in (out_features, in_features))
-    return values if factor_type == "float16" else values + 4 * (out_features + rank)
+    stored = tile_bytes(rank, in_features, bits=bits) + tile_bytes(out_features, rank, bits=bits)
+    if factor_type != "float16":
+        stored += tile_bytes(rank, 1, bits=32) + tile_bytes(out_features, 1, bits=32)
+    return stored
 
 
 def fit_scales(

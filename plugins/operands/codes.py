@@ -42,6 +42,7 @@ __all__ = [
     "TILE",
     "VECTOR",
     "pack_codes",
+    "tile_bytes",
     "tile_codes",
     "tile_integers",
     "tile_rows",
@@ -202,6 +203,21 @@ def tile_rows(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     padded = np.zeros((tiles * TILE, columns), array.dtype)
     padded[:rows] = array
     return np.ascontiguousarray(padded.reshape(tiles, TILE, columns).transpose(0, 2, 1))
+
+
+def tile_bytes(rows: int, columns: int, *, bits: int) -> int:
+    """Bytes of an array of rows of W in the tiled layout, padding included.
+
+    Args:
+      rows: stored in whole tiles.
+      columns: of codes, stored in whole chunks.
+      bits: of an element: a code, or 16 or 32 of a float.
+
+    >>> tile_bytes(576, 100, bits=3), tile_bytes(8, 100, bits=4), tile_bytes(8, 100, bits=16)
+    (27648, 832, 3200)
+    """
+    chunk = CHUNK.get(bits, 1)
+    return -(-rows // TILE) * -(-columns // chunk) * chunk * bits * TILE // 8
 
 
 def tile_integers(values: NDArray[np.int8], *, bits: int) -> NDArray[np.uint8]:

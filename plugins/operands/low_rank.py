@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eoracc.errors import PluginError
-from eoracc.plugins.operands.codes import CHUNK, FACTOR_BITS, LARGEST, tile_integers, tile_rows
+from eoracc.plugins.operands.codes import (
+    CHUNK,
+    FACTOR_BITS,
+    LARGEST,
+    tile_bytes,
+    tile_integers,
+    tile_rows,
+)
 
 __all__ = [
     "Factor",
@@ -78,13 +85,18 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of both factors, scales included."""
-        factors = (self.lora_a, self.lora_b)
-        stored = sum(factor.nbytes for factor in factors)
-        if self.bits < 8:
-            stored = sum(-(-factor.size * self.bits // 8) for factor in factors)
-        scales = (self.lora_a_scale, self.lora_b_scale)
-        return stored + sum(scale.nbytes for scale in scales if scale is not None)
+        """Stored bytes of both factors in tiles, scales included; none of rank 0."""
+        if not self.rank:
+            return 0
+        stored = 0
+        for factor, scale in (
+            (self.lora_a, self.lora_a_scale),
+            (self.lora_b, self.lora_b_scale),
+        ):
+            bits = self.bits if factor.dtype == np.int8 else 8 * factor.itemsize
+            stored += tile_bytes(*factor.shape, bits=bits)
+            stored += 0 if scale is None else tile_bytes(len(factor), 1, bits=32)
+        return stored
 
     def down(self) -> NDArray[np.float32]:
         """The values of ``lora_a``, ``float32 [R, K]``."""

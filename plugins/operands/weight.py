@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.operands.codes import (
     pack_codes,
+    tile_bytes,
     tile_codes,
     tile_rows,
     unpack_codes,
@@ -18,7 +19,35 @@ from eoracc.plugins.operands.codes import (
 
 __all__ = [
     "NBitsWeight",
+    "weight_bytes",
 ]
+
+
+def weight_bytes(
+    out_features: int,
+    in_features: int,
+    *,
+    bits: int,
+    groups: int,
+    scale_bytes: int,
+    zero_points: bool,
+) -> int:
+    """Bytes of a weight in tiles, :attr:`NBitsWeight.nbytes`.
+
+    Args:
+      out_features: ``N``.
+      in_features: ``K``.
+      bits: of a code.
+      groups: of a row, ``G``.
+      scale_bytes: of one scale.
+      zero_points: whether there are any, of a byte each.
+
+    >>> weight_bytes(576, 100, bits=3, groups=2, scale_bytes=2, zero_points=True)
+    31104
+    """
+    per_group = 8 * (scale_bytes + zero_points)
+    codes = tile_bytes(out_features, in_features, bits=bits)
+    return codes + tile_bytes(out_features, groups, bits=per_group)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,9 +101,16 @@ class NBitsWeight:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes: codes, scales and zero points."""
-        zero_points = 0 if self.zero_points is None else self.zero_points.nbytes
-        return self.packed.nbytes + self.scales.nbytes + zero_points
+        """Stored bytes in tiles: codes, scales and zero points."""
+        rows, groups = self.scales.shape
+        return weight_bytes(
+            rows,
+            self.in_features,
+            bits=self.bits,
+            groups=groups,
+            scale_bytes=self.scales.itemsize,
+            zero_points=self.zero_points is not None,
+        )
 
     def tiles(self) -> dict[str, NDArray[np.generic]]:
         """The weight in the tiled layout, by the names of the op's inputs.

@@ -51,7 +51,7 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors, without the padding of tiles."""
+        """Bytes of all factors in the tiles of their linears."""
         return sum(factors.nbytes for factors in self.factors.values())
 
 

@@ -149,7 +149,7 @@ def test_shared_statistics_change_nothing(workspace: Path, monkeypatch: pytest.M
         call(self, group)
 
     monkeypatch.setattr(QuantizeGptq, "call", counted)
-    methods, budgets = ["none", "lqer", "eora"], ["5.5", "6"]
+    methods, budgets = ["none", "lqer", "eora"], ["9", "12"]
     together = run(workspace, config("original"), methods, budgets)
     groups = 2 * 4 + 1  # the head's, which is left out, too
     assert len(solved) == groups
@@ -160,14 +160,14 @@ def test_shared_statistics_change_nothing(workspace: Path, monkeypatch: pytest.M
 
 
 def test_budgets_that_cannot_be_kept_are_told(workspace: Path) -> None:
-    rows = run(workspace, config(), ["none", "eora"], ["2", "6"]).rows
+    rows = run(workspace, config(), ["none", "eora"], ["2", "9"]).rows
     assert [(row.budget, row.skipped is None) for row in rows] == [
         (None, True),
         ("2", False),
-        ("6", True),
+        ("9", True),
     ]
     skipped = rows[1].as_dict()
-    assert skipped["skipped"].startswith("the quantized weights alone take 4.5")
+    assert skipped["skipped"].startswith("the quantized weights alone take 5.38 bits")
     assert skipped["perplexity"] is None
     assert skipped["rank"] is None
     assert set(skipped) == set(rows[2].as_dict())

@@ -86,18 +86,23 @@ def test_rows_weigh_what_each_variant_would(
     assert list(rows) == ["original", "quantized", "svd", "eora"]
     shapes = [(one.out_features, one.in_features) for one in pair[0].linears[:-1]]
     weights = sum(n * k for n, k in shapes)
-    # 3 bits a code, groups of 16 filled up; a float16 scale and a byte of zero point each.
-    stored = sum(n * -(-k // 16) * (16 * 3 // 8 + 2 + 1) for n, k in shapes)
-    factors = sum(2 * (n + k) for n, k in shapes)
+    # In tiles of 16 rows: 3 bits a code, chunks of 32 filled up; a float16 scale and a byte of zero
+    # point for each group of 16. A factor's ranks are rows of the one and columns of the other.
+    tiles = [(-(-n // 16) * 16, k) for n, k in shapes]
+    stored = sum(n * (-(-k // 32) * 12 + -(-k // 16) * (2 + 1)) for n, k in tiles)
+
+    def factors(rank: int) -> int:
+        return sum(2 * (-(-rank // 16) * 16 * k + n * rank) for n, k in tiles)
+
     others = 4 * (131 * 48 + 5 * 48)  # the tied table and the norms
     assert rows["original"].bytes == 4 * weights + others
     assert rows["quantized"].bytes == stored + others
-    assert rows["svd"].bytes == stored + COMPARED * factors + others
-    assert rows["eora"].bytes == stored + RANK * factors + others
+    assert rows["svd"].bytes == stored + factors(COMPARED) + others
+    assert rows["eora"].bytes == stored + factors(RANK) + others
     assert rows["original"].bits_per_weight == 32
     assert rows["quantized"].bits_per_weight == pytest.approx(8 * stored / weights)
-    assert rows["svd"].bits_per_weight == pytest.approx(8 * (stored + COMPARED * factors) / weights)
-    assert rows["eora"].bits_per_weight == pytest.approx(8 * (stored + RANK * factors) / weights)
+    assert rows["svd"].bits_per_weight == pytest.approx(8 * (stored + factors(COMPARED)) / weights)
+    assert rows["eora"].bits_per_weight == pytest.approx(8 * (stored + factors(RANK)) / weights)
 
 
 def test_what_is_shipped_comes_last(

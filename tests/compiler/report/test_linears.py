@@ -17,28 +17,29 @@ def test_linear_is_described_with_all_that_is_stored() -> None:
         name="model.layers.3.mlp.up_proj",
         node=node,
         in_features=32,
-        out_features=8,
+        out_features=16,
         source=None,
         transposed=False,
     )
     plain = linear_report(one)
-    assert (plain.bytes, plain.bits, plain.rank, plain.block) == (4 * 32 * 8, None, 0, 3)
+    assert (plain.bytes, plain.bits, plain.rank, plain.block) == (4 * 32 * 16, None, 0, 3)
     assert linear_report(one, stored_bytes=512).bytes == 512
     one.compressed = NBitsWeight.from_codes(
-        rng.integers(0, 8, (8, 32)).astype(np.uint8),
-        np.ones((8, 2), np.float16),
-        np.zeros((8, 2), np.uint8),
+        rng.integers(0, 8, (16, 32)).astype(np.uint8),
+        np.ones((16, 2), np.float16),
+        np.zeros((16, 2), np.uint8),
         bits=3,
         group_size=16,
     )
-    one.factors = LowRank(lora_a=np.ones((4, 32), np.float16), lora_b=np.ones((8, 4), np.float16))
+    one.factors = LowRank(lora_a=np.ones((4, 32), np.float16), lora_b=np.ones((16, 4), np.float16))
     one.record.errors["eora"] = 0.5
     one.record.notes.append("note")
     described = linear_report(one)
-    codes, scales, zero_points, factors = 8 * 32 * 3 // 8, 8 * 2 * 2, 8 * 2, (4 * 32 + 8 * 4) * 2
+    codes, scales, zero_points = 16 * 32 * 3 // 8, 16 * 2 * 2, 16 * 2
+    factors = 2 * (16 * 32 + 16 * 4)  # the four rows of lora_a take a tile
     assert described.bytes == codes + scales + zero_points + factors
     assert (described.bits, described.group_size, described.rank) == (3, 16, 4)
-    assert (described.role, described.shape) == ("up_proj", (8, 32))
+    assert (described.role, described.shape) == ("up_proj", (16, 32))
     assert (described.errors, described.notes) == ({"eora": 0.5}, ["note"])
 
 
@@ -48,11 +49,11 @@ def _compressed(columns: int, group_size: int, *, zero_points: bool) -> Linear:
         name=f"model.layers.0.in_{columns}",
         node=node,
         in_features=columns,
-        out_features=8,
+        out_features=16,
         source=None,
         transposed=False,
     )
-    weight = np.random.default_rng(0).standard_normal((8, columns)).astype(np.float32)
+    weight = np.random.default_rng(0).standard_normal((16, columns)).astype(np.float32)
     one.compressed = round_to_nearest(
         weight, bits=3, group_size=group_size, symmetric=not zero_points
     )
@@ -66,10 +67,7 @@ def test_one_warning_says_what_padding_costs() -> None:
     (warning,) = padding_warnings([divided, *padded])
     stored = sum(linear_report(one).bytes for one in padded)
     # In groups of 64 columns, 96 columns of 3 bits, a scale and a zero point need 1.5 groups.
-    meant = 8 * 1.5 * (24 + 2 + 1) + 8 * 1.5 * (24 + 2)
-    assert warning.figures == {
-        "linears": 2,
-        "bytes": stored - meant,
-        "stored_bytes": 8 * 0.5 * 3 + 8 * 0.5 * 2,
-    }
+    meant = 16 * 1.5 * (24 + 2 + 1) + 16 * 1.5 * (24 + 2)
+    assert warning.figures == {"linears": 2, "bytes": stored - meant}
+    assert stored - meant == 16 * 0.5 * 3 + 16 * 0.5 * 2
     assert "the rows of 2 linears (model.layers.0.in_96 first)" in warning.message

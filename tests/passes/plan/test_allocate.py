@@ -67,7 +67,7 @@ def quantized(linears: Sequence[Linear]) -> list[Linear]:
 def test_what_is_stored_takes_the_bytes_that_were_planned(
     scope: str, symmetric: bool, loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
-    allocate = {"bits_per_weight": 6.4, "ranks": RANKS, "scope": scope} | RELATIVE
+    allocate = {"bits_per_weight": 8.8, "ranks": RANKS, "scope": scope} | RELATIVE
     gptq = {"quantize_gptq": {"group_size": 16, "symmetric": symmetric}}
     compressed, found = run(
         loaded, windows, tmp_path, [{"allocate": allocate}, CALIBRATE, gptq, EORA]
@@ -76,7 +76,7 @@ def test_what_is_stored_takes_the_bytes_that_were_planned(
     stored = {linear.name: linear_report(linear).bytes for linear in linears}
     assert stored == {name: choice["bytes"] for name, choice in found["linears"].items()}
     weights = sum(linear.in_features * linear.out_features for linear in linears)
-    assert found["budget_bytes"] == int(weights * 6.4 / 8)
+    assert found["budget_bytes"] == int(weights * 8.8 / 8)
     assert found["bytes"] == sum(stored.values()) <= found["budget_bytes"]
     assert found["bits_per_weight"] == 8 * found["bytes"] / weights
     for linear in linears:
@@ -93,7 +93,7 @@ def test_what_is_stored_takes_the_bytes_that_were_planned(
 def test_predicts_the_errors_that_an_ordinary_sweep_puts_on_record(
     loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
-    allocate = {"bits_per_weight": 9.0, "ranks": RANKS, "widths": [2, 3]} | RELATIVE
+    allocate = {"bits_per_weight": 16.0, "ranks": RANKS, "widths": [2, 3]} | RELATIVE
     eora = {"eora": {"factor_type": "float16"}}
     compressed, found = run(
         loaded, windows, tmp_path, [{"allocate": allocate}, CALIBRATE, GPTQ, eora]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eoracc.errors import PluginError
+from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
 from eoracc.plugins.operands.codes import (
     untile_codes,
     untile_integers,
@@ -21,8 +22,9 @@ def test_low_rank_product() -> None:
     factors = random_factors(np.random.default_rng(2), (4, 6), rank=3)
     expected = factors.lora_b.astype(np.float64) @ factors.lora_a.astype(np.float64)
     np.testing.assert_allclose(factors.product(), expected, rtol=1e-5, atol=1e-6)
-    assert (factors.rank, factors.nbytes) == (3, 2 * (3 * 6 + 4 * 3))
+    assert (factors.rank, factors.nbytes) == (3, 2 * (16 * 6 + 16 * 3))
     empty = LowRank(lora_a=np.zeros((0, 6), np.float16), lora_b=np.zeros((4, 0), np.float16))
+    assert empty.nbytes == 0
     np.testing.assert_array_equal(empty.product(), np.zeros((4, 6)))
 
 
@@ -35,7 +37,7 @@ def test_int8_factors() -> None:
         lora_b_scale=rng.uniform(1, 2, 37).astype(np.float32),
     )
     assert factors.lora_a_scale is not None
-    assert factors.nbytes == 5 * 90 + 37 * 5 + 4 * (5 + 37)
+    assert factors.nbytes == 16 * 92 + 48 * 8 + 4 * (16 + 48)
     np.testing.assert_array_equal(
         factors.down(), factors.lora_a.astype(np.float32) * factors.lora_a_scale[:, None]
     )
@@ -59,7 +61,7 @@ def test_int4_factors() -> None:
     rng = np.random.default_rng(8)
     factors = random_typed_factors(rng, (37, 90), rank=5, factor_type="int4")
     assert factors.factor_type == "int4"
-    assert factors.nbytes == (5 * 90) // 2 + -(-37 * 5 // 2) + 4 * (5 + 37)
+    assert factors.nbytes == (16 * 96 + 48 * 8) // 2 + 4 * (16 + 48)
     tiles = factors.tiles()
     assert {name: tile.shape for name, tile in tiles.items()} == {
         "lora_a": (1, 12, 64),
@@ -131,6 +133,17 @@ def test_tiles_of_own_ranks_are_those_of_the_linears_alone() -> None:
         np.testing.assert_array_equal(merged[name].ravel()[-tiles.size :], tiles.ravel())
     with pytest.raises(PluginError, match="of rank 0 have no factors"):
         ranked_tiles([own[1], None], in_features=24)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 21])
+@pytest.mark.parametrize("factor_type", ["float16", "int8", "int4"])
+def test_bytes_are_those_of_the_tiles(factor_type: FactorType, rank: int) -> None:
+    shape = (37, 90)
+    factors = random_typed_factors(
+        np.random.default_rng(9), shape, rank=rank, factor_type=factor_type
+    )
+    stored = sum(array.nbytes for array in factors.tiles().values())
+    assert factors.nbytes == stored == factor_bytes(*shape, rank, factor_type)
 
 
 def test_factors_of_different_kinds_are_not_merged() -> None:
