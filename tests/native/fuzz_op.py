@@ -257,6 +257,7 @@ def wrong_attribute(rng: np.random.Generator, node: Node) -> Node:
         *(("accuracy_level", value) for value in (1, 5, -4)),
         *(("layout", value) for value in (2, -1, 1 - node.attributes["layout"])),
         *(("parts", value) for value in ([0], [-16, 16], [16] * 9, [huge, huge], [1, 2])),
+        *(("ranks", value) for value in ([-1], [huge], [1] * 9, [16, -16])),
         *(("activation", value) for value in ("relu", "gelu_tanh_of_a_long_name")),
     ]
     name, value = choices[rng.integers(len(choices))]

@@ -473,8 +473,8 @@ def test_activations_that_do_not_fit_are_an_error(shape: tuple[int, ...]) -> Non
         ({"bits": 5}, "bits must be 2, 3, 4 or 8, not 5"),
         ({"block_size": 12}, "block_size must be a positive multiple of 8, not 12"),
         ({"block_size": 0}, "block_size must be a positive multiple of 8, not 0"),
-        ({"K": 0}, "K and N must be positive"),
-        ({"N": -1}, "K and N must be positive"),
+        ({"K": 0}, "K must be positive"),
+        ({"N": -1}, "N must be positive"),
         ({"accuracy_level": 2}, "accuracy_level must be 0 or 4, not 2"),
     ],
 )
