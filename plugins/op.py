@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
+from eoracc.plugins.operands.codes import BITS
+
 __all__ = [
     "ACTIVATIONS",
     "ADAPTER_INDEX",
     "ADAPTER_OPERANDS",
     "ATTRIBUTES",
+    "CHOICES",
     "DOMAIN",
     "DOMAIN_VERSION",
     "FUSED_OP",
@@ -89,6 +92,14 @@ ATTRIBUTES: Mapping[str, Sequence[str]] = {
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 """Values of the attribute ``activation``, aside from none."""
+
+CHOICES: Mapping[str, Sequence[int | str]] = {
+    "bits": BITS,
+    "accuracy_level": (0, 4),
+    "layout": (0, 1),
+    "activation": ("", *ACTIVATIONS),
+}
+"""Values of the attributes that have a few each. Others may be those of a later library."""
 
 ADAPTER_OPERANDS = (
     Input.adapter_a.name,

@@ -43,7 +43,7 @@ def matmul_nbits_low_rank(
       bias: as x, ``[N]``, or None.
       lora_a: float ``[R, K]``, R a multiple of 16 up to 256, or None.
       lora_b: float ``[N, R]``, None with ``lora_a``.
-      bits: 2, 3, 4 or 8.
+      bits: 2, 3, 4, 6 or 8.
       block_size: columns of a scale, a multiple of 16.
 
     Returns:

@@ -30,7 +30,7 @@ __all__ = ["Bits", "GroupSize", "Quantization", "QuantizeOverride"]
 _SCALE_BYTES = 2
 """Of a group of codes: float16, but for weights beyond its range, where it is float32."""
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 6, 8]
 """Width of a code."""
 
 

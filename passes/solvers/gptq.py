@@ -111,7 +111,7 @@ def gptq(
       weight: ``float32 [N, K]``; linears that share the input may be stacked along ``N``.
       gram: ``float64 [K, K]``, or what :func:`feedback` made of it (``act_order`` and ``damping``
         are then those it was made with).
-      bits: 2, 3, 4 or 8.
+      bits: 2, 3, 4, 6 or 8.
       group_size: a multiple of 8, or -1 for whole rows.
       symmetric: fix zero points at ``2**(bits - 1)``.
       act_order: round the columns with the largest activations first. Groups keep the columns of

@@ -124,7 +124,7 @@ def find_grid(
 
     Args:
       weight: ``float32 [N, K]``.
-      bits: 2, 3, 4 or 8.
+      bits: 2, 3, 4, 6 or 8.
       group_size: a multiple of 8, or -1 for whole rows.
       symmetric: fix the zero point at ``2**(bits - 1)``.
       importance: weight of each column's squared error, ``[K]``, nonnegative, for example the

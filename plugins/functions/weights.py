@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.plugins.functions.body import Body
-from eoracc.plugins.operands.codes import CHUNK, QUAD, TILE, VECTOR
+from eoracc.plugins.operands.codes import CHUNK, LOW_BITS, QUAD, TILE, VECTOR
 
 __all__ = ["dequantize", "quads_of", "scaled", "tile_columns", "tiled_weight"]
 
@@ -16,8 +16,8 @@ def _codes(body: Body, packed: ir.Value, bits: int) -> ir.Value:
     if bits == 8:
         return packed
     mask = body.constant(np.array(2**bits - 1, np.uint8))
-    if bits == 3:
-        spread = _spread_three_bits(body, packed)
+    if bits in LOW_BITS:
+        spread = _spread_runs(body, packed, bits)
     else:
         shifts = body.constant(np.arange(0, 8, bits, dtype=np.uint8))
         spread = body.op("Unsqueeze", packed, body.integers(3))
@@ -25,14 +25,14 @@ def _codes(body: Body, packed: ir.Value, bits: int) -> ir.Value:
     return body.op("Reshape", body.op("BitwiseAnd", spread, mask), body.integers(0, 0, -1))
 
 
-def _spread_three_bits(body: Body, packed: ir.Value) -> ir.Value:
-    """``uint8 [rows, G, 3 * runs]`` to ``uint8 [rows, G, runs, 8]``, each code in its low bits.
+def _spread_runs(body: Body, packed: ir.Value, bits: int) -> ir.Value:
+    """``uint8 [rows, G, bits * runs]`` to ``uint8 [rows, G, runs, 8]``, each code in its low bits.
 
-    Code i of a run begins at bit 3i of three bytes; codes 2 and 5 continue in the next byte.
+    Code i of a run begins at bit ``bits * i`` of ``bits`` bytes; some continue in the next byte.
     """
-    byte, shift = np.divmod(3 * np.arange(8), 8)
-    straddles = shift > 5
-    runs = body.op("Reshape", packed, body.integers(0, 0, -1, 3))
+    byte, shift = np.divmod(bits * np.arange(8), 8)
+    straddles = shift > 8 - bits
+    runs = body.op("Reshape", packed, body.integers(0, 0, -1, bits))
     low = body.op("Gather", runs, body.integers(*byte.tolist()), axis=3)
     low = body.op("BitShift", low, body.constant(shift.astype(np.uint8)), direction="RIGHT")
     high = body.op("Gather", runs, body.integers(*(byte + straddles).tolist()), axis=3)
@@ -64,13 +64,14 @@ def quads_of(body: Body, tiled: ir.Value, bits: int, width: int) -> ir.Value:
     """
     if bits == 8:
         return tiled
-    if bits != 3:
+    if bits not in LOW_BITS:
         return _spread(body, tiled, bits)
+    low_bits = LOW_BITS[bits]
     low, high = body.ops("Split", 2, tiled, body.integers(2, 1), axis=2)
-    low = _spread(body, body.op("Unsqueeze", low, body.integers(3)), 2)
-    low = body.op("Reshape", low, body.integers(0, 0, 8, width))
-    two = body.constant(np.array(2, np.uint8))
-    high = body.op("BitShift", _spread(body, high, 1), two, direction="LEFT")
+    low = _spread(body, body.op("Unsqueeze", low, body.integers(3)), low_bits)
+    low = body.op("Reshape", low, body.integers(0, 0, CHUNK[bits] // QUAD, width))
+    shift = body.constant(np.array(low_bits, np.uint8))
+    high = body.op("BitShift", _spread(body, high, bits - low_bits), shift, direction="LEFT")
     return body.op("BitwiseOr", low, high)
 
 

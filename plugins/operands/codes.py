@@ -2,8 +2,8 @@
 
 The **plain** layout (``layout`` 0) is the one that the compiler works on: rows of W one after
 another, the codes of a group one little-endian bit stream, code ``i`` in the bits
-``[i*bits, (i+1)*bits)``. For 2, 4 and 8 bits this is ONNX Runtime's MatMulNBits layout; at 3 bits
-eight codes take three bytes.
+``[i*bits, (i+1)*bits)``. For 2, 4 and 8 bits this is ONNX Runtime's MatMulNBits layout; at 3 and 6
+bits eight codes take three and six bytes.
 
 The **tiled** layout (``layout`` 1) is the order in which the kernels read. 16 rows of W form a
 tile, and a *quad* is 4 consecutive columns of it: 64 codes, one in each byte of a vector of 64
@@ -18,6 +18,9 @@ bits  quads   vectors                  position of a code in its bytes
 3     8       3                        the low two bits of quads 0..3 in vector 0 and of quads
                                        4..7 in vector 1, both as at 2 bits; the high bit of
                                        quad ``q`` is bit ``q`` of vector 2
+6     4       3                        the low four bits of quads 0..1 in vector 0 and of quads
+                                       2..3 in vector 1, both as at 4 bits; the high two bits of
+                                       all four in vector 2, as at 2 bits
 ====  ======  =======================  ====================================================
 
 Other arrays of rows of W (scales, zero points, float factors) are tiled the same way, without
@@ -28,7 +31,7 @@ quads: ``[rows, columns]`` becomes ``[ceil(rows / 16), columns, 16]``. :func:`ti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +41,7 @@ __all__ = [
     "CHUNK",
     "FACTOR_BITS",
     "LARGEST",
+    "LOW_BITS",
     "QUAD",
     "TILE",
     "VECTOR",
@@ -52,14 +56,18 @@ __all__ = [
     "untile_rows",
 ]
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 """Code widths that the op supports."""
 
 TILE = 16
 """Rows of W in a tile."""
 
-CHUNK: Mapping[int, int] = {2: 16, 3: 32, 4: 8, 8: 4}
+CHUNK: Mapping[int, int] = {2: 16, 3: 32, 4: 8, 6: 16, 8: 4}
 """Columns of a chunk by code width."""
+
+LOW_BITS: Mapping[int, int] = {3: 2, 6: 4}
+"""Low bits of a code that are stored as codes of this width, by code widths that fill no byte. The
+vectors behind them hold the other bits, as codes of *that* width."""
 
 FACTOR_BITS = (8, 4)
 """Code widths of integer factors."""
@@ -97,9 +105,10 @@ def pack_codes(codes: NDArray[np.uint8], *, bits: int, group_size: int) -> NDArr
     padded[:, :columns] = codes
     if bits == 8:
         return padded.reshape(rows, groups, group_size)
-    # Eight codes always fill `bits` whole bytes, so a uint32 holds a run of eight at 2 to 4 bits.
-    runs = padded.reshape(rows, groups * group_size // 8, 8).astype(np.uint32)
-    words = (runs << np.arange(0, 8 * bits, bits, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    # Eight codes always fill `bits` whole bytes, and a word holds a run of eight.
+    word = _word(bits)
+    runs = padded.reshape(rows, groups * group_size // 8, 8).astype(word)
+    words = (runs << np.arange(0, 8 * bits, bits, dtype=word)).sum(axis=-1, dtype=word)
     stream = words[..., None].view(np.uint8)[..., :bits]
     return np.ascontiguousarray(stream).reshape(rows, groups, group_size * bits // 8)
 
@@ -117,12 +126,18 @@ def unpack_codes(packed: NDArray[np.uint8], *, bits: int, in_features: int) -> N
     if bits == 8:
         return np.ascontiguousarray(packed.reshape(rows, groups * group_bytes)[:, :in_features])
     runs = packed.reshape(rows, groups * group_bytes // bits, bits)
-    words = np.zeros((*runs.shape[:2], 4), np.uint8)
+    word = _word(bits)
+    words = np.zeros((*runs.shape[:2], word.itemsize), np.uint8)
     words[..., :bits] = runs
-    shifts = np.arange(0, 8 * bits, bits, dtype=np.uint32)
-    codes = (words.view(np.uint32) >> shifts) & np.uint32(2**bits - 1)
+    shifts = np.arange(0, 8 * bits, bits, dtype=word)
+    codes = (words.view(word) >> shifts) & word.type(2**bits - 1)
     flat = codes.astype(np.uint8).reshape(rows, 8 * runs.shape[1])
     return np.ascontiguousarray(flat[:, :in_features])
+
+
+def _word(bits: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """The smallest word that holds eight codes."""
+    return np.dtype("<u4" if bits <= 4 else "<u8")
 
 
 def tile_codes(codes: NDArray[np.uint8], *, bits: int, padding: int = 0) -> NDArray[np.uint8]:
@@ -134,7 +149,8 @@ def tile_codes(codes: NDArray[np.uint8], *, bits: int, padding: int = 0) -> NDAr
       padding: code of the rows and columns that pad tiles and chunks.
 
     Returns:
-      ``uint8 [ceil(N / 16), ceil(K / CHUNK[bits]), 64]``, at 3 bits ``192`` in the last place.
+      ``uint8 [ceil(N / 16), ceil(K / CHUNK[bits]), 64]``, at 3 and 6 bits ``192`` in the
+      last place.
 
     >>> tile_codes(np.arange(16, dtype=np.uint8).reshape(2, 8), bits=4)[0, 0, :9].tolist()
     [64, 81, 98, 115, 200, 217, 234, 251, 0]
@@ -147,11 +163,13 @@ def tile_codes(codes: NDArray[np.uint8], *, bits: int, padding: int = 0) -> NDAr
     per_chunk = CHUNK[bits] // QUAD
     quads = padded.reshape(tiles, TILE, chunks, per_chunk, QUAD).transpose(0, 2, 3, 1, 4)
     quads = quads.reshape(tiles, chunks, per_chunk, VECTOR)
-    if bits == 3:
-        low = _stack_bits((quads & np.uint8(3)).reshape(tiles, chunks, 2, 4, VECTOR), 2)
-        high = _stack_bits(quads >> np.uint8(2), 1)
-        return np.concatenate([low.reshape(tiles, chunks, 2 * VECTOR), high], axis=-1)
-    return _stack_bits(quads, bits)
+    if bits not in LOW_BITS:
+        return _stack_bits(quads, bits)
+    width = LOW_BITS[bits]
+    low = quads & np.uint8(2**width - 1)
+    low = _stack_bits(low.reshape(tiles, chunks, 2, per_chunk // 2, VECTOR), width)
+    high = _stack_bits(quads >> np.uint8(width), bits - width)
+    return np.concatenate([low.reshape(tiles, chunks, 2 * VECTOR), high], axis=-1)
 
 
 def untile_codes(
@@ -163,10 +181,11 @@ def untile_codes(
       ``uint8 [out_features, in_features]``.
     """
     tiles, chunks = tiled.shape[:2]
-    if bits == 3:
-        low = _split_bits(tiled[..., : 2 * VECTOR].reshape(tiles, chunks, 2, VECTOR), 2)
-        high = _split_bits(tiled[..., 2 * VECTOR :], 1)
-        quads = low.reshape(high.shape) | high << np.uint8(2)
+    if bits in LOW_BITS:
+        width = LOW_BITS[bits]
+        low = _split_bits(tiled[..., : 2 * VECTOR].reshape(tiles, chunks, 2, VECTOR), width)
+        high = _split_bits(tiled[..., 2 * VECTOR :], bits - width)
+        quads = low.reshape(high.shape) | high << np.uint8(width)
     else:
         quads = _split_bits(tiled, bits)
     per_chunk = CHUNK[bits] // QUAD

@@ -36,7 +36,7 @@ __all__ = ["low_rank_down", "matmul_nbits_low_rank"]
 @triton.jit
 def matmul_nbits_low_rank(
     x_ptr,  # [M, K]
-    codes_ptr,  # uint8 [N, G, GROUP * BITS / 8]; at 3 bits read as words of 32 or 8 bits
+    codes_ptr,  # uint8 [N, G, GROUP * BITS / 8]; at 3 and 6 bits read as words of 32 or 8 bits
     scales_ptr,  # [N, G]
     zero_points_ptr,  # uint8 [N, G], codes; None for 2^(BITS - 1)
     bias_ptr,  # [N] or None
@@ -188,10 +188,10 @@ def _load_codes(
 
     A row is one stream of bits, and it ends with its last group.
     """
-    # What is read at a time: UNITS units of a stream, which hold CODES codes. At 3 bits three
-    # units hold as many codes as one has bits; units of 32 bits are what asynchronous copies take.
+    # What is read at a time: UNITS units of a stream, which hold CODES codes. At 3 and 6 bits they
+    # take three units; units of 32 bits are what asynchronous copies take.
     UNIT: tl.constexpr = codes_ptr.dtype.element_ty.primitive_bitwidth
-    UNITS: tl.constexpr = 3 if BITS == 3 else 1
+    UNITS: tl.constexpr = 3 if BITS % 3 == 0 else 1
     CODES: tl.constexpr = UNITS * UNIT // BITS
     RUNS: tl.constexpr = BLOCK_K // CODES
     runs = groups * (GROUP // CODES) if GROUP % CODES == 0 else groups * GROUP // CODES
@@ -201,18 +201,18 @@ def _load_codes(
     # Within a group no step goes past the end of the row.
     inside = run < runs if BLOCK_K > GROUP else None
     unit = tl.load(ptrs, mask=inside)
-    if BITS == 3:
+    if UNITS == 3:
         second = tl.load(ptrs + 1, mask=inside)
         third = tl.load(ptrs + 2, mask=inside)
         if UNIT == 8:
             unit = unit.to(tl.uint32) | second.to(tl.uint32) << 8 | third.to(tl.uint32) << 16
         else:
-            # Three words of 32 bits are four of 24, of eight codes each.
+            # Three words of 32 bits are four of 24, each of whole codes.
             even = tl.join(unit, second >> 16 | third << 16)
             odd = tl.join(unit >> 24 | second << 8, third >> 8)
             unit = tl.join(even, odd).reshape(BLOCK_N, 4 * RUNS) & 0xFFFFFF
     # A word of n codes is two of n / 2, the low one first.
-    HALVINGS: tl.constexpr = 3 if BITS == 3 else (8 // BITS).bit_length() - 1
+    HALVINGS: tl.constexpr = (UNITS * 8 // BITS).bit_length() - 1
     WORDS: tl.constexpr = BLOCK_K >> HALVINGS
     for level in tl.static_range(HALVINGS):
         half = BITS << (HALVINGS - 1 - level)

@@ -57,7 +57,7 @@ class Variant:
     stored alike.
 
     Attributes:
-      bits: 2, 3, 4 or 8.
+      bits: 2, 3, 4, 6 or 8.
       group_size: columns per scale, a multiple of 16.
       dtype: type of X and Y, ``float16`` or ``bfloat16``.
       scale_dtype: type of the scales.
@@ -87,7 +87,7 @@ class Variant:
           PluginError: the kernel does not support them.
         """
         if self.bits not in BITS:
-            raise PluginError(f"bits is {self.bits}: the Triton kernel knows 2, 3, 4 and 8")
+            raise PluginError(f"bits is {self.bits}: the Triton kernel knows 2, 3, 4, 6 and 8")
         if self.group_size < 16 or self.group_size % 16:
             raise PluginError(
                 f"block_size is {self.group_size}: the Triton kernel takes multiples of 16"
@@ -99,8 +99,12 @@ class Variant:
 
     @property
     def code_dtype(self) -> Literal["uint8", "uint32"]:
-        """Element type of the pointer to ``codes``: 3-bit rows of whole words are read in words."""
-        return "uint32" if self.bits == 3 and self.group_size % 32 == 0 else "uint8"
+        """Element type of the pointer to ``codes``.
+
+        Runs of three words hold 32 codes of 3 bits or 16 of 6; groups of whole runs are read so.
+        """
+        run = {3: 32, 6: 16}.get(self.bits)
+        return "uint32" if run is not None and self.group_size % run == 0 else "uint8"
 
     @property
     def arguments(self) -> tuple[tuple[str, str], ...]:

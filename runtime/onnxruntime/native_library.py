@@ -4,9 +4,10 @@ An artifact brings a library, so that runtimes without eoracc can use its kernel
 code of whoever built the artifact. eoracc therefore loads the library that is installed with it:
 
 - if it equals the artifact's byte for byte, or
-- if it knows everything that the graph asks of it. The meaning of an op's attribute or input never
-  changes under its name (docs/op.md), so a library that knows all of them computes what the graph
-  says. ``eoracc verify`` compares the results with PyTorch's, with the library that is chosen here.
+- if it knows everything that the graph asks of it. The meaning of an op's attribute, value or input
+  never changes under its name (docs/op.md), so a library that knows all of them computes what the
+  graph says. ``eoracc verify`` compares the results with PyTorch's, with the library that is
+  chosen here.
 
 Otherwise the caller has to trust the artifact.
 """
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from eoracc.errors import ArtifactError, PluginError
 from eoracc.plugins.library import library_path
-from eoracc.plugins.op import ATTRIBUTES, DOMAIN, DOMAIN_VERSION, INPUTS
+from eoracc.plugins.op import ATTRIBUTES, CHOICES, DOMAIN, DOMAIN_VERSION, INPUTS
+from eoracc.printable import quoted
 from eoracc.runtime.artifact.genai_files import read_model_files
 from eoracc.runtime.artifact.manifest import describe_file, read_listed
 from eoracc.runtime.artifact.onnx_file import all_nodes, parse_onnx
@@ -114,8 +116,19 @@ def _beyond_installed(model: onnx.ModelProto) -> str | None:
             unknown = {item.name for item in node.attribute}.difference(ATTRIBUTES[node.op_type])
             if unknown:
                 return f"the installed library does not know '{min(unknown)}' of {op}"
+            for item in node.attribute:
+                if item.name in CHOICES and _value(item) not in CHOICES[item.name]:
+                    value = quoted(_value(item))
+                    return f"the installed library does not know {item.name} = {value} of {op}"
             if len(node.input) > len(INPUTS[node.op_type]):
                 return f"the installed library does not know all inputs of {op}"
         elif node.domain not in _OWN_DOMAINS and (node.domain, node.op_type) not in functions:
             return f"the installed library does not have the op {op}"
     return None
+
+
+def _value(attribute: onnx.AttributeProto) -> int | str:
+    """The value of an attribute of :data:`CHOICES`; of another type it is none of the choices."""
+    if attribute.type == attribute.INT:
+        return int(attribute.i)
+    return attribute.s.decode(errors="replace")

@@ -71,7 +71,7 @@ def draw_node(rng: np.random.Generator) -> Node:
     weight = random_weight(
         rng,
         shape,
-        bits=int(rng.choice([2, 3, 4, 8])),
+        bits=int(rng.choice([2, 3, 4, 6, 8])),
         group_size=8 * int(rng.integers(1, 12)),
         zero_points=bool(rng.integers(2)),
         scales=np.float16 if rng.random() < 0.5 else np.float32,

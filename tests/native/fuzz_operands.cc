@@ -62,8 +62,7 @@ constexpr Defect kDefects[] = {
     {"accuracy_level = -4", [](auto& m) { m.accuracy_level = -4; }},
     {"ranks below the rank", [](auto& m) { m.ranks = kRanks[0]; }},
     {"ranks above the rank", [](auto& m) { m.ranks = kRanks[1]; }},
-    {"a negative rank",
-     [](auto& m) { m.part_count = 2, m.parts = kHalves, m.ranks = kRanks[2]; }},
+    {"a negative rank", [](auto& m) { m.part_count = 2, m.parts = kHalves, m.ranks = kRanks[2]; }},
     {"a rank of max", [](auto& m) { m.rank = INT64_MAX, m.ranks = kRanks[3]; }},
     {"activation without parts", [](auto& m) { m.activation = EORACC_SILU; }},
     {"activation = 3", [](auto& m) { m.activation = 3; }},
@@ -129,8 +128,8 @@ Shape fitting(std::mt19937_64& random) {
   shape.in_features = 40;
   shape.out_features = 32;
   shape.rank = 16;
-  constexpr int kBits[] = {2, 3, 4, 8};
-  shape.bits = kBits[random() % 4];
+  constexpr int kBits[] = {2, 3, 4, 6, 8};
+  shape.bits = kBits[random() % 5];
   shape.level = random() % 2 == 0 ? 0 : 4;
   shape.lora_a_type = shape.lora_b_type = random() % 2 == 0 ? Type::kInt8 : Type::kInt4;
   shape.adapters = 2;

@@ -70,7 +70,7 @@ void place(const Matrix& matrix, int64_t first, Matrix* whole) {
 
 // ---- kernel order
 
-int64_t chunk_columns(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
+int64_t chunk_columns(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 3 ? 32 : 16; }
 
 // One bit of `value` at a time, by the definition of the layout.
 Bytes pack_codes(const Matrix& codes, int bits) {
@@ -95,6 +95,10 @@ Bytes pack_codes(const Matrix& codes, int bits) {
           break;
         case 4:
           put(0, 4 * quad, code);
+          break;
+        case 6:
+          put(quad / 2, 4 * (quad % 2), code & 15);
+          put(2, 2 * quad, code >> 4);
           break;
         default:
           put(0, 0, code);
@@ -289,7 +293,7 @@ Shape draw_shape(std::mt19937_64& random) {
     return values.begin()[integer(0, static_cast<int64_t>(values.size()) - 1)];
   };
   Shape shape;
-  shape.bits = static_cast<int>(any_of({2, 3, 4, 8}));
+  shape.bits = static_cast<int>(any_of({2, 3, 4, 6, 8}));
   shape.level = static_cast<int>(any_of({0, 4}));
   shape.rows = chance(3) ? 1 : chance(8) ? integer(30, 80) : integer(0, 20);
   shape.in_features = chance(2) ? 32 * integer(1, 10) : integer(1, 300);

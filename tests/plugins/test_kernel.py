@@ -72,6 +72,26 @@ def test_level_4_is_exact_where_int8_is(isa: str, bits: int, group_size: int) ->
 
 
 @pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [8, 32, 304])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_sums_of_the_largest_products_fit(isa: str, bits: int, group_size: int, sign: int) -> None:
+    """Level 4 adds up products in 16 bits on some processors; the largest ones are all alike."""
+    rng = np.random.default_rng(19)
+    case = random_case(rng, 8, (37, 299), bits=bits, group_size=group_size, accuracy_level=4)
+    weight = NBitsWeight.from_codes(
+        np.full((37, 299), 2**bits - 1, np.uint8),
+        case.weight.scales,
+        np.zeros_like(case.weight.zero_points),
+        bits=bits,
+        group_size=group_size,
+    )
+    x = np.full(case.x.shape, sign, np.float32)  # which is 127 steps of each block
+    for rows in (1, 5, 8):
+        check(replace(case, weight=weight, x=x[:rows]), isa)
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (1, 8), (3, 7), (33, 9)])
 def test_tiny_and_odd_sizes(isa: str, level: int, out_features: int, in_features: int) -> None:

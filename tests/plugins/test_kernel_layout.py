@@ -12,17 +12,20 @@ from eoracc.plugins.operands.codes import BITS
 from tests.plugins import native
 from tests.plugins.fused_op import random_weight
 
-CHUNK_COLUMNS = {8: 4, 4: 8, 2: 16, 3: 32}
+CHUNK_COLUMNS = {8: 4, 6: 16, 4: 8, 2: 16, 3: 32}
 
 
 def _code(tile: np.ndarray, bits: int, row: int, column: int) -> int:
     """A code of a tile, by the words of the header."""
     chunk, within = divmod(column, CHUNK_COLUMNS[bits])
     quad, i = divmod(within, 4)
-    vectors = tile.reshape(-1, 3 if bits == 3 else 1, 64)[chunk].astype(int)[:, 4 * row + i]
+    vectors = tile.reshape(-1, 3 if bits in (3, 6) else 1, 64)[chunk].astype(int)[:, 4 * row + i]
     if bits == 3:
         low = vectors[quad // 4] >> 2 * (quad % 4) & 3
         return int(low | (vectors[2] >> quad & 1) << 2)
+    if bits == 6:
+        low = vectors[quad // 2] >> 4 * (quad % 2) & 15
+        return int(low | (vectors[2] >> 2 * quad & 3) << 4)
     return int(vectors[0] >> bits * quad & (2**bits - 1))
 
 
@@ -34,7 +37,7 @@ def test_codes_lie_where_the_header_says(bits: int, shape: tuple[int, int]) -> N
     )
     tiles = native.tile_codes(weight)
     chunks = -(-shape[1] // CHUNK_COLUMNS[bits])
-    assert tiles.shape == (-(-shape[0] // 16), chunks * (192 if bits == 3 else 64))
+    assert tiles.shape == (-(-shape[0] // 16), chunks * (192 if bits in (3, 6) else 64))
     codes = weight.codes()
     for row in range(16 * len(tiles)):
         for column in range(chunks * CHUNK_COLUMNS[bits]):

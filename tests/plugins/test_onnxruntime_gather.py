@@ -153,7 +153,7 @@ def test_operands_that_do_not_fit_are_an_error(
     ("attributes", "message"),
     [
         ({"K": 0}, "K must be positive"),
-        ({"bits": 5}, "bits must be 2, 3, 4"),
+        ({"bits": 5}, "bits must be 2, 3, 4, 6 or 8, not 5"),
         ({"block_size": 12}, "block_size must be a positive multiple of 8, not 12"),
         ({"layout": 2}, "layout must be 0 or 1, not 2"),
     ],

@@ -113,7 +113,7 @@ def tiled_model(
     """A model of ``case``, whose operands are what the C interface takes, but for ``changes``."""
     arrays = native.prepare(case).arrays
     weight = case.weight
-    chunk = 192 if weight.bits == 3 else 64
+    chunk = 192 if weight.bits in (3, 6) else 64
     codes, factors = arrays["codes"], {name: arrays.get(name) for name in FACTOR_NAMES}
     assert codes is not None
     operands: dict[str, Array | None] = {
@@ -470,7 +470,7 @@ def test_activations_that_do_not_fit_are_an_error(shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 5}, "bits must be 2, 3, 4 or 8, not 5"),
+        ({"bits": 5}, "bits must be 2, 3, 4, 6 or 8, not 5"),
         ({"block_size": 12}, "block_size must be a positive multiple of 8, not 12"),
         ({"block_size": 0}, "block_size must be a positive multiple of 8, not 0"),
         ({"K": 0}, "K must be positive"),

@@ -7,6 +7,7 @@ TensorRT's ``DequantizeLinear`` is symmetric: a value is ``code * scale``, the c
 ==============================  =================================================================
 2 and 3 bits                    ``code - zero_point``, widened to 4 bits
 4 and 8 bits, symmetric         ``code - zero_point``
+6 bits                          ``code - zero_point``, widened to 8 bits
 4 and 8 bits, with zero points  ``code - half``; for each half of a block ``zero_point - half``
                                 times the scale multiplies the sum of its inputs and is subtracted
 groups that do not divide K     blocks of the greatest common divisor, the scale repeated

@@ -2,7 +2,7 @@
 
 The graph is that of :mod:`eoracc.compiler.targets.tensorrt.lower_graph`. Where TensorRT for RTX has
 DequantizeLinear and products, there is ``eoracc::MatMulNBitsLowRank`` as
-:mod:`eoracc.plugins.tensorrt.plugin` takes it: codes of 2, 3, 4 or 8 bits and zero points as they
+:mod:`eoracc.plugins.tensorrt.plugin` takes it: codes of any width and zero points as they
 are stored, scales and low-rank factors in the type of the graph, and the linear's bias. What that
 rounds (nothing of float16 scales and factors in a float16 graph; of integer factors the product
 with their scale) :func:`half_product` rounds in the model that the graph is compared with. Ranks

@@ -119,7 +119,7 @@ bool is_bank(const eoracc_bank& bank, int64_t rows) {
 bool is_valid(const eoracc_matmul& m) {
   if (m.rows < 0 || m.in_features <= 0 || m.out_features <= 0 || m.rank < 0) return false;
   if (m.in_features >= kLimit || m.out_features >= kLimit || m.rank >= kLimit) return false;
-  if (m.bits != 2 && m.bits != 3 && m.bits != 4 && m.bits != 8) return false;
+  if (!is_code_width(m.bits)) return false;
   if (m.group_size <= 0 || m.group_size % 8 != 0) return false;
   if (m.accuracy_level != 0 && m.accuracy_level != 4) return false;
   if (m.activation < EORACC_IDENTITY || m.activation > EORACC_GELU_TANH) return false;

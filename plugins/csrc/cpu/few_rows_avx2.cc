@@ -57,6 +57,19 @@ template <int first>
   codes[3] = bits_of<4, 4>(odd);
 }
 
+// Four quads of six bits: two vectors of four bits each, and `high` with the other two of all four.
+[[gnu::always_inline]] inline void unpack_six(__m256i first, __m256i second, __m256i high,
+                                              __m256i* codes) {
+  const __m256i top = _mm256_set1_epi8(0x30);
+  const auto join = [&](__m256i low, __m256i shifted) {
+    return _mm256_or_si256(low, _mm256_and_si256(shifted, top));
+  };
+  codes[0] = join(bits_of<0, 4>(first), _mm256_slli_epi16(high, 4));
+  codes[1] = join(bits_of<4, 4>(first), _mm256_slli_epi16(high, 2));
+  codes[2] = join(bits_of<0, 4>(second), high);
+  codes[3] = join(bits_of<4, 4>(second), _mm256_srli_epi16(high, 2));
+}
+
 // Half a unit; `packed` points at that half of its first vector.
 template <int bits>
 [[gnu::always_inline]] inline Quads unpack(const uint8_t* packed) {
@@ -76,6 +89,12 @@ template <int bits>
       quads.codes[4 * v + 1] = bits_of<2, 2>(bytes);
       quads.codes[4 * v + 2] = bits_of<4, 2>(bytes);
       quads.codes[4 * v + 3] = bits_of<6, 2>(bytes);
+    }
+  } else if constexpr (bits == 6) {
+    for (int64_t c = 0; c < 2; ++c) {
+      const uint8_t* chunk = packed + c * 3 * kVector;
+      unpack_six(load(chunk), load(chunk + kVector), load(chunk + 2 * kVector),
+                 quads.codes + 4 * c);
     }
   } else {
     const __m256i high = load(packed + 2 * kVector);
@@ -171,13 +190,14 @@ inline __m256i broadcast_quad(const int8_t* codes) {
 }
 
 // The products of `count` quads, summed in each lane. Two products of up to 4 bits by 7 are below
-// 2^12, so that eight quads fit 16 bits. Codes of 8 bits have been made signed: their magnitudes
-// multiply with activations that take their signs, and two such products just fit.
+// 2^12, so that eight quads fit 16 bits. Two of 6 bits by 7 are at most 2 * 63 * 127, so that two
+// quads fit. Codes of 8 bits have been made signed: their magnitudes multiply with activations that
+// take their signs, and two such products just fit.
 template <int bits, int64_t count>
 inline __m256i dot(const __m256i* codes, const int8_t* activations) {
-  static_assert(count <= 8, "16 bits hold eight quads");
+  static_assert(count <= 8 && count % 2 == 0, "16 bits hold eight quads, and those of 6 bits pair");
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i sum = _mm256_setzero_si256();
+  __m256i sum = _mm256_setzero_si256(), pair = sum;
   for (int64_t q = 0; q < count; ++q) {
     const __m256i quad = broadcast_quad(activations + 4 * q);
     if constexpr (bits == 8) {
@@ -185,11 +205,15 @@ inline __m256i dot(const __m256i* codes, const int8_t* activations) {
       const __m256i products =
           _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(quad, value));
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, ones));
+    } else if constexpr (bits == 6) {
+      const __m256i products = _mm256_maddubs_epi16(codes[q], quad);
+      pair = q % 2 ? _mm256_add_epi16(pair, products) : products;
+      if (q % 2) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, ones));
     } else {
       sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes[q], quad));
     }
   }
-  return bits == 8 ? sum : _mm256_madd_epi16(sum, ones);
+  return bits > 4 ? sum : _mm256_madd_epi16(sum, ones);
 }
 
 template <int bits, int64_t block, int64_t rows>
@@ -351,6 +375,7 @@ void int8_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) 
   const TileRows* by_rows = w.bits == 2   ? int8_rows_of<2>(x.block)
                             : w.bits == 3 ? int8_rows_of<3>(x.block)
                             : w.bits == 4 ? int8_rows_of<4>(x.block)
+                            : w.bits == 6 ? int8_rows_of<6>(x.block)
                                           : int8_rows_of<8>(x.block);
   for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
     by_rows[smaller(kRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);
@@ -361,6 +386,7 @@ void float_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums)
   const TileRows* by_rows = w.bits == 2   ? kFloatRows<2>
                             : w.bits == 3 ? kFloatRows<3>
                             : w.bits == 4 ? kFloatRows<4>
+                            : w.bits == 6 ? kFloatRows<6>
                                           : kFloatRows<8>;
   for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
     by_rows[smaller(kRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);

@@ -76,6 +76,20 @@ template <int first>
   codes[3] = bits_of<4, 4>(odd);
 }
 
+// Four quads of six bits: two vectors of four bits each, and `high` with the other two of all four.
+[[gnu::always_inline]] inline void unpack_six(__m512i first, __m512i second, __m512i high,
+                                              __m512i* codes) {
+  const __m512i top = _mm512_set1_epi8(0x30);
+  constexpr int kJoin = 0xea;  // (first & second) | third
+  const auto join = [&](__m512i low, __m512i shifted) __attribute__((always_inline)) {
+    return _mm512_ternarylogic_epi32(shifted, top, low, kJoin);
+  };
+  codes[0] = join(bits_of<0, 4>(first), _mm512_slli_epi16(high, 4));
+  codes[1] = join(bits_of<4, 4>(first), _mm512_slli_epi16(high, 2));
+  codes[2] = join(bits_of<0, 4>(second), high);
+  codes[3] = join(bits_of<4, 4>(second), _mm512_srli_epi16(high, 2));
+}
+
 template <int bits>
 [[gnu::always_inline]] inline Quads unpack(const uint8_t* packed) {
   Quads quads;
@@ -94,6 +108,12 @@ template <int bits>
       quads.codes[4 * v + 1] = bits_of<2, 2>(bytes);
       quads.codes[4 * v + 2] = bits_of<4, 2>(bytes);
       quads.codes[4 * v + 3] = bits_of<6, 2>(bytes);
+    }
+  } else if constexpr (bits == 6) {
+    for (int64_t c = 0; c < 2; ++c) {
+      const uint8_t* chunk = packed + c * 3 * kVector;
+      unpack_six(load(chunk), load(chunk + kVector), load(chunk + 2 * kVector),
+                 quads.codes + 4 * c);
     }
   } else {
     const __m512i high = load(packed + 2 * kVector);
@@ -317,7 +337,7 @@ void int8_factor_rows(const Activations& x, const Tiles& w, int64_t tile, float*
 template <int bits>
 inline __m512 column(__m512i codes, int i, __m512 zero_points) {
   const __m512i shifted = _mm512_srli_epi32(codes, (unsigned)(8 * i));
-  if constexpr (bits == 8) {
+  if constexpr (bits > 4) {
     const __m512i code = _mm512_and_si512(shifted, _mm512_set1_epi32(255));
     return _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero_points);
   }
@@ -442,6 +462,7 @@ void int8_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) 
   const TileRows* by_rows = w.bits == 2   ? int8_rows_of<2>(x.block)
                             : w.bits == 3 ? int8_rows_of<3>(x.block)
                             : w.bits == 4 ? int8_rows_of<4>(x.block)
+                            : w.bits == 6 ? int8_rows_of<6>(x.block)
                                           : int8_rows_of<8>(x.block);
   for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
     by_rows[smaller(kRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);
@@ -461,6 +482,7 @@ void int8_tiles(const Activations& x, const Tiles& w, int64_t tile, int64_t stri
   const TilesOfRow multiply = w.bits == 2   ? int8_side_by_side_of<2>(x.block)
                               : w.bits == 3 ? int8_side_by_side_of<3>(x.block)
                               : w.bits == 4 ? int8_side_by_side_of<4>(x.block)
+                              : w.bits == 6 ? int8_side_by_side_of<6>(x.block)
                                             : int8_side_by_side_of<8>(x.block);
   multiply(x, w, tile, stride, sums);
 }
@@ -483,6 +505,7 @@ void float_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums)
   const TileRows* by_rows = w.bits == 2   ? kFloatRows<2>
                             : w.bits == 3 ? kFloatRows<3>
                             : w.bits == 4 ? kFloatRows<4>
+                            : w.bits == 6 ? kFloatRows<6>
                                           : kFloatRows<8>;
   for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
     by_rows[smaller(kRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);

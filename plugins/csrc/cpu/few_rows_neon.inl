@@ -78,6 +78,8 @@ void int8_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) 
       return int8_tile<3>(x, w, tile, sums);
     case 4:
       return int8_tile<4>(x, w, tile, sums);
+    case 6:
+      return int8_tile<6>(x, w, tile, sums);
     default:
       return int8_tile<8>(x, w, tile, sums);
   }
@@ -224,6 +226,8 @@ void float_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums)
       return float_tile<3>(x, w, tile, sums);
     case 4:
       return float_tile<4>(x, w, tile, sums);
+    case 6:
+      return float_tile<6>(x, w, tile, sums);
     default:
       return float_tile<8>(x, w, tile, sums);
   }

@@ -23,6 +23,12 @@ void unpack(const uint8_t* packed, int32_t bits, uint8_t codes[kQuads][kVector])
         case 2:
           codes[q][i] = packed[q / 4 * kVector + i] >> 2 * (q % 4) & 3;
           break;
+        case 6: {
+          const uint8_t* chunk = packed + q / 4 * 3 * kVector;
+          codes[q][i] = (uint8_t)((chunk[q % 4 / 2 * kVector + i] >> 4 * (q % 2) & 15) |
+                                  (chunk[2 * kVector + i] >> 2 * (q % 4) & 3) << 4);
+          break;
+        }
         default:
           codes[q][i] = (uint8_t)((packed[q / 4 * kVector + i] >> 2 * (q % 4) & 3) |
                                   (packed[2 * kVector + i] >> q & 1) << 2);

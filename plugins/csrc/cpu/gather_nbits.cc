@@ -2,6 +2,7 @@
 
 #include "cpu/gather_nbits.h"
 
+#include "cpu/chunk.h"
 #include "cpu/layout.h"
 #include "cpu/numbers.inl"
 
@@ -29,15 +30,17 @@ uint32_t fields_of(const uint8_t* bytes, int shift, int count) {
 // Four codes of a row of a tile: `row` points at the row's bytes of the tile's first vector.
 void read_quad(const uint8_t* row, int64_t quad, int32_t bits, uint8_t* codes) {
   constexpr int64_t kVector = 64;
+  const uint8_t* chunk = row + quad / chunk_quads(bits) * chunk_bytes(bits);
+  const int q = (int)(quad % chunk_quads(bits));
   uint32_t word;
   if (bits == 3) {
-    const uint8_t* chunk = row + quad / 8 * 3 * kVector;
-    const int q = (int)(quad % 8);
     word = fields_of(chunk + q / 4 * kVector, 2 * (q % 4), 2);
     word |= fields_of(chunk + 2 * kVector, q, 1) << 2;
+  } else if (bits == 6) {
+    word = fields_of(chunk + q / 2 * kVector, 4 * (q % 2), 4);
+    word |= fields_of(chunk + 2 * kVector, 2 * q, 2) << 4;
   } else {
-    const int64_t in_vector = 8 / bits;
-    word = fields_of(row + quad / in_vector * kVector, bits * (int)(quad % in_vector), bits);
+    word = fields_of(chunk, bits * q, bits);
   }
   memcpy(codes, &word, sizeof word);
 }

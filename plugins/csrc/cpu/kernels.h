@@ -14,6 +14,7 @@
 #ifndef EORACC_CPU_KERNELS_H_
 #define EORACC_CPU_KERNELS_H_
 
+#include "cpu/chunk.h"
 #include "cpu/matmul_nbits_lowrank.h"
 
 namespace eoracc {
@@ -42,7 +43,7 @@ struct Tiles {
   int64_t groups;      // G
   int64_t group_size;  // a multiple of Activations::block; at least K for a factor
   int64_t tile_bytes;  // codes of a tile
-  int32_t bits;        // 2, 3, 4 or 8
+  int32_t bits;        // 2, 3, 4, 6 or 8
   int32_t scales_type;
   const uint8_t* codes;        // [tiles, tile_bytes]
   const void* scales;          // [tiles, G, 16] float32 or float16

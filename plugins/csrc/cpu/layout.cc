@@ -4,11 +4,13 @@
 
 #include <string.h>
 
+#include "cpu/chunk.h"
+
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The place of a code: `low` has its low bits, and at 3 bits `high` the third one.
+// The place of a code: `low` has its low bits, and at 3 and 6 bits `high` the others.
 struct Place {
   int64_t low;  // byte within the tile
   int low_shift;
@@ -25,12 +27,19 @@ Place place_of(int64_t row, int64_t column, int32_t bits) {
       return {64 * (quad / 2) + byte, 4 * (int)(quad % 2), 0, 0};
     case 2:
       return {64 * (quad / 4) + byte, 2 * (int)(quad % 4), 0, 0};
+    case 6: {
+      const int64_t chunk = 192 * (quad / 4), q = quad % 4;
+      return {chunk + 64 * (q / 2) + byte, 4 * (int)(q % 2), chunk + 128 + byte, 2 * (int)q};
+    }
     default: {
       const int64_t chunk = 192 * (quad / 8), q = quad % 8;
       return {chunk + 64 * (q / 4) + byte, 2 * (int)(q % 4), chunk + 128 + byte, (int)q};
     }
   }
 }
+
+// Bits of a code at the place `low`.
+int32_t low_bits(int32_t bits) { return bits == 3 ? 2 : bits == 6 ? 4 : bits; }
 
 // Code i of a group's bit stream.
 struct Stream {
@@ -43,18 +52,8 @@ Stream stream_of(int64_t i, int32_t bits) { return {i * bits / 8, (int)(i * bits
 }  // namespace
 
 size_t eoracc_tile_bytes(int64_t columns, int32_t bits) {
-  switch (bits) {
-    case 8:
-      return (size_t)(64 * ceil_div(columns, 4));
-    case 4:
-      return (size_t)(64 * ceil_div(columns, 8));
-    case 2:
-      return (size_t)(64 * ceil_div(columns, 16));
-    case 3:
-      return (size_t)(192 * ceil_div(columns, 32));
-    default:
-      return 0;
-  }
+  if (!eoracc::is_code_width(bits)) return 0;
+  return (size_t)(ceil_div(columns, 4 * eoracc::chunk_quads(bits)) * eoracc::chunk_bytes(bits));
 }
 
 void eoracc_tile_codes(const uint8_t* plain, int64_t rows, int64_t columns, int32_t bits,
@@ -62,7 +61,7 @@ void eoracc_tile_codes(const uint8_t* plain, int64_t rows, int64_t columns, int3
   const int64_t tile_bytes = (int64_t)eoracc_tile_bytes(columns, bits);
   const int64_t group_bytes = group_size * bits / 8;
   const int64_t groups = ceil_div(columns, group_size);
-  const unsigned mask = (1u << bits) - 1;
+  const unsigned mask = (1u << bits) - 1, low_mask = (1u << low_bits(bits)) - 1;
   memset(tiled, 0, (size_t)(ceil_div(rows, EORACC_TILE) * tile_bytes));
   for (int64_t row = 0; row < rows; ++row) {
     uint8_t* tile = tiled + row / EORACC_TILE * tile_bytes;
@@ -73,12 +72,8 @@ void eoracc_tile_codes(const uint8_t* plain, int64_t rows, int64_t columns, int3
       if (from.shift + bits > 8) word |= (unsigned)group[from.byte + 1] << 8;
       const unsigned code = (word >> from.shift) & mask;
       const Place to = place_of(row % EORACC_TILE, column, bits);
-      if (bits == 3) {
-        tile[to.low] |= (uint8_t)((code & 3) << to.low_shift);
-        tile[to.high] |= (uint8_t)((code >> 2) << to.high_shift);
-      } else {
-        tile[to.low] |= (uint8_t)(code << to.low_shift);
-      }
+      tile[to.low] |= (uint8_t)((code & low_mask) << to.low_shift);
+      if (code > low_mask) tile[to.high] |= (uint8_t)((code >> low_bits(bits)) << to.high_shift);
     }
   }
 }
@@ -88,14 +83,15 @@ void eoracc_untile_codes(const uint8_t* tiled, int64_t rows, int64_t columns, in
   const int64_t tile_bytes = (int64_t)eoracc_tile_bytes(columns, bits);
   const int64_t group_bytes = group_size * bits / 8;
   const int64_t groups = ceil_div(columns, group_size);
-  const unsigned low_mask = bits == 3 ? 3 : (1u << bits) - 1;
+  const int32_t low = low_bits(bits);
+  const unsigned low_mask = (1u << low) - 1, high_mask = (1u << (bits - low)) - 1;
   memset(plain, 0, (size_t)(rows * groups * group_bytes));
   for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* tile = tiled + row / EORACC_TILE * tile_bytes;
     for (int64_t column = 0; column < columns; ++column) {
       const Place from = place_of(row % EORACC_TILE, column, bits);
       unsigned code = (tile[from.low] >> from.low_shift) & low_mask;
-      if (bits == 3) code |= ((unsigned)(tile[from.high] >> from.high_shift) & 1) << 2;
+      code |= ((unsigned)(tile[from.high] >> from.high_shift) & high_mask) << low;
       uint8_t* group = plain + (row * groups + column / group_size) * group_bytes;
       const Stream to = stream_of(column % group_size, bits);
       group[to.byte] |= (uint8_t)(code << to.shift);

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-// Bytes of the codes of one tile; 0 for bits other than 2, 3, 4 and 8.
+// Bytes of the codes of one tile; 0 for bits other than 2, 3, 4, 6 and 8.
 EORACC_API size_t eoracc_tile_bytes(int64_t columns, int32_t bits);
 
 // Plain codes to tiled ones, ceil(rows / 16) * eoracc_tile_bytes() bytes, padded with code 0.

@@ -481,11 +481,11 @@ inline void describe(const eoracc_matmul& m, Product* p) {
   p->output.y = m.y;
 
   Tiles& w = p->backbone.tiles;
-  const int64_t chunk = m.bits == 8 ? 4 : m.bits == 4 ? 8 : m.bits == 2 ? 16 : 32;
+  const int64_t chunk = 4 * chunk_quads(m.bits);
   w.columns = m.in_features;
   w.group_size = m.group_size;
   w.groups = ceil_div(m.in_features, m.group_size);
-  w.tile_bytes = ceil_div(m.in_features, chunk) * (m.bits == 3 ? 192 : 64);
+  w.tile_bytes = ceil_div(m.in_features, chunk) * chunk_bytes(m.bits);
   w.bits = m.bits;
   w.scales_type = m.scales_type;
   w.codes = m.codes;

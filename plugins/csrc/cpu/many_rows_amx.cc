@@ -121,11 +121,11 @@ inline Group load_group(const Tiles& w, int64_t index) {
 template <int bits>
 inline void store_quad(__m512i words, const Group& group, __m512i* out) {
   __m512 w[4];
-  if constexpr (bits == 8) {
-    w[0] = code_at<8, 11>(_mm512_slli_epi32(words, 11));
-    w[1] = code_at<8, 11>(_mm512_slli_epi32(words, 3));
-    w[2] = code_at<8, 11>(_mm512_srli_epi32(words, 5));
-    w[3] = code_at<8, 11>(_mm512_srli_epi32(words, 13));
+  if constexpr (bits > 4) {
+    w[0] = code_at<bits, 11>(_mm512_slli_epi32(words, 11));
+    w[1] = code_at<bits, 11>(_mm512_slli_epi32(words, 3));
+    w[2] = code_at<bits, 11>(_mm512_srli_epi32(words, 5));
+    w[3] = code_at<bits, 11>(_mm512_srli_epi32(words, 13));
     for (int i = 0; i < 4; ++i) w[i] = _mm512_fmadd_ps(w[i], group.scale, group.zero11);
   } else {
     const __m512i up = _mm512_slli_epi32(words, 11);
@@ -143,8 +143,8 @@ inline void store_quad(__m512i words, const Group& group, __m512i* out) {
 // prefetched, which the next panel of this tile is made of.
 template <int bits>
 void fill_quads(const Tiles& w, int64_t tile, int64_t begin, int64_t end, uint8_t* panel) {
-  constexpr int kQuads = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8;
-  constexpr int64_t kChunkBytes = bits == 3 ? 192 : 64;
+  constexpr int kQuads = chunk_quads(bits);
+  constexpr int64_t kChunkBytes = chunk_bytes(bits);
   const int64_t ahead = (end - begin + kQuads - 1) / kQuads * kChunkBytes;
   __m512i* out = (__m512i*)panel;
   const uint8_t* codes = w.codes + tile * w.tile_bytes + begin / kQuads * kChunkBytes;
@@ -152,8 +152,9 @@ void fill_quads(const Tiles& w, int64_t tile, int64_t begin, int64_t end, uint8_
   int64_t group = begin / group_quads, group_end = (group + 1) * group_quads;
   Group values = load_group<bits>(w, (tile * w.groups + group) * kTile);
   for (int64_t quad = begin; quad < end; quad += kQuads, codes += kChunkBytes) {
-    __m512i vectors[bits == 3 ? 3 : 1];
-    for (int i = 0; i < (bits == 3 ? 3 : 1); ++i) {
+    constexpr int kVectors = (int)(kChunkBytes / 64);
+    __m512i vectors[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
       vectors[i] = _mm512_loadu_si512(codes + 64 * i);
       _mm_prefetch((const char*)codes + ahead + 64 * i, _MM_HINT_T1);
     }
@@ -172,6 +173,11 @@ void fill_quads(const Tiles& w, int64_t tile, int64_t begin, int64_t end, uint8_
             i < 2 ? _mm512_slli_epi32(vectors[2], 2 - i) : _mm512_srli_epi32(vectors[2], i - 2);
         // low where the mask is set, high elsewhere
         words = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), low, high, 0xca);
+      } else if constexpr (bits == 6) {
+        const __m512i low = _mm512_srli_epi32(vectors[i / 2], 4 * (i % 2));
+        const __m512i high = i < 2 ? _mm512_slli_epi32(vectors[2], 4 - 2 * i)
+                                   : _mm512_srli_epi32(vectors[2], 2 * i - 4);
+        words = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), low, high, 0xca);
       } else {
         words = _mm512_srli_epi32(vectors[0], bits * i);
       }
@@ -276,6 +282,8 @@ inline void fill(const Weight& w, int64_t, int64_t tile, int64_t, int64_t start,
     fill_quads<3>(w.tiles, tile, first_quad, end_quad, panel);
   } else if (w.tiles.bits == 4) {
     fill_quads<4>(w.tiles, tile, first_quad, end_quad, panel);
+  } else if (w.tiles.bits == 6) {
+    fill_quads<6>(w.tiles, tile, first_quad, end_quad, panel);
   } else {
     fill_quads<8>(w.tiles, tile, first_quad, end_quad, panel);
   }

@@ -64,8 +64,8 @@ inline __m512 load_lanes(int32_t type, const void* data, int64_t index) {
 template <int bits>
 void fill_quads(const Tiles& w, int64_t tile, int64_t unit, int64_t begin, int64_t end,
                 uint8_t* panel) {
-  constexpr int kQuads = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8;
-  constexpr int64_t kChunkBytes = bits == 3 ? 192 : 64;
+  constexpr int kQuads = chunk_quads(bits);
+  constexpr int64_t kChunkBytes = chunk_bytes(bits);
   const uint8_t* tile_codes = w.codes + tile * w.tile_bytes;
   const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
   const int64_t unit_quads = unit / 4;
@@ -87,6 +87,15 @@ void fill_quads(const Tiles& w, int64_t tile, int64_t unit, int64_t begin, int64
                 _mm512_set1_epi8(1)),
             2);
         words = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi8(3)), high);
+      } else if constexpr (bits == 6) {
+        const __m512i low = _mm512_srl_epi32(_mm512_loadu_si512(codes + i / 2 * 64),
+                                             _mm_cvtsi32_si128(4 * (i % 2)));
+        const __m512i high = _mm512_slli_epi32(
+            _mm512_and_si512(
+                _mm512_srl_epi32(_mm512_loadu_si512(codes + 128), _mm_cvtsi32_si128(2 * i)),
+                _mm512_set1_epi8(3)),
+            4);
+        words = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi8(15)), high);
       } else {
         words = _mm512_and_si512(
             _mm512_srl_epi32(_mm512_loadu_si512(codes), _mm_cvtsi32_si128(bits * i)), mask);
@@ -246,6 +255,8 @@ inline void fill(const Weight& w, int64_t pass, int64_t tile, int64_t unit, int6
     fill_quads<3>(w.tiles, tile, unit, first_quad, end_quad, panel);
   } else if (w.tiles.bits == 4) {
     fill_quads<4>(w.tiles, tile, unit, first_quad, end_quad, panel);
+  } else if (w.tiles.bits == 6) {
+    fill_quads<6>(w.tiles, tile, unit, first_quad, end_quad, panel);
   } else {
     fill_quads<8>(w.tiles, tile, unit, first_quad, end_quad, panel);
   }

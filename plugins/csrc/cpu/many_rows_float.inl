@@ -80,8 +80,8 @@ inline TileFloats zeros_of(const Tiles& w, int64_t index) {
 // Quads [begin, end) of a tile; `begin` is the first of a chunk.
 template <int bits>
 void fill_quads(const Tiles& w, int64_t tile, int64_t begin, int64_t end, uint8_t* panel) {
-  constexpr int kQuads = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8;
-  constexpr int64_t kChunkBytes = bits == 3 ? 192 : 64;
+  constexpr int kQuads = chunk_quads(bits);
+  constexpr int64_t kChunkBytes = chunk_bytes(bits);
   const uint8_t* codes = w.codes + tile * w.tile_bytes + begin / kQuads * kChunkBytes;
   const int64_t group_quads = w.group_size / 4;
   TileFloats scale = {}, zero = {};
@@ -89,7 +89,7 @@ void fill_quads(const Tiles& w, int64_t tile, int64_t begin, int64_t end, uint8_
   for (int64_t quad = begin; quad < end; quad += kQuads, codes += kChunkBytes) {
     const TileWords first = load<TileWords>(codes);
     TileWords second = first, high = first;
-    if constexpr (bits == 3) {
+    if constexpr (kChunkBytes == 192) {
       second = load<TileWords>(codes + 64);
       high = load<TileWords>(codes + 128);
     }
@@ -105,6 +105,9 @@ void fill_quads(const Tiles& w, int64_t tile, int64_t begin, int64_t end, uint8_
       if constexpr (bits == 3) {
         const TileWords low = (i < 4 ? first : second) >> (uint32_t)(2 * (i % 4));
         words = (low & 0x03030303) | ((high >> (uint32_t)i & 0x01010101) << 2);
+      } else if constexpr (bits == 6) {
+        const TileWords low = (i < 2 ? first : second) >> (uint32_t)(4 * (i % 2));
+        words = (low & 0x0f0f0f0f) | ((high >> (uint32_t)(2 * i) & 0x03030303) << 4);
       } else {
         words = first >> (uint32_t)(bits * i);
       }
@@ -185,6 +188,8 @@ inline void fill(const Weight& w, int64_t, int64_t tile, int64_t, int64_t start,
     fill_quads<3>(w.tiles, tile, first_quad, end_quad, panel);
   } else if (w.tiles.bits == 4) {
     fill_quads<4>(w.tiles, tile, first_quad, end_quad, panel);
+  } else if (w.tiles.bits == 6) {
+    fill_quads<6>(w.tiles, tile, first_quad, end_quad, panel);
   } else {
     fill_quads<8>(w.tiles, tile, first_quad, end_quad, panel);
   }

@@ -165,6 +165,8 @@ inline void fill(const Weight& w, int64_t pass, int64_t tile, int64_t unit, int6
     fill_quads<3>(w.tiles, tile, unit, first_quad, end_quad, panel);
   } else if (w.tiles.bits == 4) {
     fill_quads<4>(w.tiles, tile, unit, first_quad, end_quad, panel);
+  } else if (w.tiles.bits == 6) {
+    fill_quads<6>(w.tiles, tile, unit, first_quad, end_quad, panel);
   } else {
     fill_quads<8>(w.tiles, tile, unit, first_quad, end_quad, panel);
   }

@@ -1,7 +1,7 @@
 // Y = act(norm(X) * dequant(W)^T + (norm(X) * A^T) * B^T + (norm(X) * Ai^T) * Bi^T + bias)
 //     + residual, behind a C ABI.
 //
-// W has 2, 3, 4 or 8 bits per weight. A (lora_a) and B (lora_b) are low-rank factors that
+// W has 2, 3, 4, 6 or 8 bits per weight. A (lora_a) and B (lora_b) are low-rank factors that
 // compensate for quantization, Ai and Bi those of the adapter that a row uses. The interface does
 // not depend on ONNX Runtime: the caller lends operands and threads. Operands are read in place,
 // need no alignment and are not kept after a call.
@@ -17,6 +17,8 @@
 //      2        16      64   bits [2m, 2m + 2) of each byte are quad m
 //      3        32     192   vectors 0 and 1 hold the low two bits of quads 0..3 and 4..7 as at two
 //                            bits; bit q of each byte of vector 2 is the high bit of quad q
+//      6        16     192   vectors 0 and 1 hold the low four bits of quads 0..1 and 2..3 as at
+//                            four bits; vector 2 holds the high two bits of all four as at two bits
 
 #ifndef EORACC_CPU_MATMUL_NBITS_LOWRANK_H_
 #define EORACC_CPU_MATMUL_NBITS_LOWRANK_H_
@@ -143,7 +145,7 @@ typedef struct eoracc_matmul {
   int64_t in_features;     // positive, below 2^31
   int64_t out_features;    // positive, below 2^31
   int64_t rank;            // 0 turns the low-rank term off
-  int32_t bits;            // 2, 3, 4 or 8
+  int32_t bits;            // 2, 3, 4, 6 or 8
   int32_t group_size;      // a positive multiple of 8
   int32_t accuracy_level;  // 0 or 4
   int32_t activation;      // eoracc_activation
@@ -154,7 +156,7 @@ typedef struct eoracc_matmul {
   int32_t lora_b_type;
   float norm_epsilon;
   const int64_t* parts;  // [part_count] out features of each, multiples of 16; may be null for one
-  const int64_t* ranks;  // [part_count] the largest of which is `rank`; null for `rank` in all parts
+  const int64_t* ranks;  // [part_count] of each, at most `rank`; null for `rank` in all parts
   const void* x;
   void* y;
   const uint8_t* codes;

@@ -28,6 +28,14 @@ inline uint8x16_t read_quad(const uint8_t* codes, int64_t q, int part) {
     const uint8x16_t two = vld1q_u8(at + q / 2 * 64);
     return q % 2 ? vshrq_n_u8(two, 4) : vandq_u8(two, vdupq_n_u8(15));
   }
+  if constexpr (bits == 6) {
+    const uint8_t* chunk = at + q / 4 * 192;
+    const uint8x16_t two = vld1q_u8(chunk + q % 4 / 2 * 64);
+    const uint8x16_t low = q % 2 ? vshrq_n_u8(two, 4) : two;
+    const uint8x16_t high = vshlq_u8(vld1q_u8(chunk + 128), vdupq_n_s8((int8_t)(4 - 2 * (q % 4))));
+    // The low bits of `low`, and the two bits of `high` above them.
+    return vandq_u8(vbslq_u8(vdupq_n_u8(15), low, high), vdupq_n_u8(63));
+  }
   const int64_t vector = bits == 2 ? q / 4 : q / 8 * 3 + q % 8 / 4;
   const int8x16_t down = vdupq_n_s8((int8_t)(-2 * (q % 4)));
   const uint8x16_t low = vandq_u8(vshlq_u8(vld1q_u8(at + vector * 64), down), vdupq_n_u8(3));

@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "cpu/chunk.h"
 #include "cpu/matmul_nbits_lowrank.h"
 #include "onnxruntime/c_api.h"
 #include "onnxruntime/tensor.h"
@@ -103,8 +104,8 @@ inline Status* read_weight_attributes(const Api& api, const KernelInfo* info, At
   int64_t layout = 0;
   read_optional(api, api.int_attribute(info, "layout", &layout));
   if (a->k <= 0 || a->k >= kLimit) return error(api, "K must be positive and below 2^31");
-  if (a->bits != 2 && a->bits != 3 && a->bits != 4 && a->bits != 8) {
-    return error(api, "bits must be 2, 3, 4 or 8, not %lld", (long long)a->bits);
+  if (!is_code_width(a->bits)) {
+    return error(api, "bits must be 2, 3, 4, 6 or 8, not %lld", (long long)a->bits);
   }
   if (a->block_size <= 0 || a->block_size % 8 != 0 || a->block_size >= kLimit) {
     return error(api, "block_size must be a positive multiple of 8, not %lld",

@@ -34,7 +34,7 @@ class Checks {
     }
     const int64_t groups = a_.groups();
     if (a_.tiled) {
-      const int64_t chunk = a_.bits == 3 ? 192 : 64;
+      const int64_t chunk = chunk_bytes(a_.bits);
       const int64_t bytes = (int64_t)eoracc_tile_bytes(a_.k, (int32_t)a_.bits);
       RETURN_IF_FAILED(require(inputs, kB, {a_.tiles(), bytes / chunk, chunk}, 3));
     } else {

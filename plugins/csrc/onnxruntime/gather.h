@@ -57,7 +57,7 @@ class GatherKernel {
     const int64_t first = codes.rank > 0 ? codes.shape[0] : 0;
     *rows = a_.tiled ? first * kTile : first;
     if (a_.tiled) {
-      const int64_t chunk = a_.bits == 3 ? 192 : 64;
+      const int64_t chunk = chunk_bytes(a_.bits);
       const int64_t bytes = (int64_t)eoracc_tile_bytes(a_.k, (int32_t)a_.bits);
       RETURN_IF_FAILED(require(inputs, kGatherB, {first, bytes / chunk, chunk}, 3));
     } else {

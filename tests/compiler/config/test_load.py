@@ -89,7 +89,7 @@ if TYPE_CHECKING:
         (
             "  - quantize_gptq: {bits: 3, group_size: 64}",
             "  - quantize_gptq: {bits: 5}",
-            "model.yaml:8: passes.2.quantize_gptq.bits: must be 2, 3, 4 or 8, not 5",
+            "model.yaml:8: passes.2.quantize_gptq.bits: must be 2, 3, 4, 6 or 8, not 5",
         ),
         (
             "  - quantize_gptq: {bits: 3, group_size: 64}",

@@ -70,7 +70,7 @@ def test_export_keeps_the_operator_for_any_number_of_rows() -> None:
     ("changes", "message"),
     [
         ({"x": torch.zeros(2, 72)}, "x is float32 [2, 72] where float16 or bfloat16 [..., K] fits"),
-        ({"bits": 5}, "bits is 5: the Triton kernel knows 2, 3, 4 and 8"),
+        ({"bits": 5}, "bits is 5: the Triton kernel knows 2, 3, 4, 6 and 8"),
         ({"block_size": 24}, "block_size is 24: the Triton kernel takes multiples of 16"),
         (
             {"codes": torch.zeros(24, 2, 16, dtype=torch.uint8)},

@@ -37,6 +37,8 @@ def test_overloads_share_one_kernel() -> None:
         "bits3_zeros_lora",
         "bits4",
         "bits4_lora",
+        "bits6",
+        "bits6_lora",
         "bits8",
         "bits8_lora",
     }
@@ -86,7 +88,7 @@ _FUSED = partial(_node, "MatMulNBitsLowRank", 3, bits=3, layout=1)
     ("node", "message"),
     [
         (_node("Other", 3, bits=3), "Other is no op of the eoracc domain"),
-        (_node("MatMulNBitsLowRank", 3, bits=5), r"bits must be one of \(2, 3, 4, 8\), not 5"),
+        (_node("MatMulNBitsLowRank", 3, bits=5), r"bits must be one of \(2, 3, 4, 6, 8\), not 5"),
         (_node("MatMulNBitsLowRank", 3), "not None"),
         (_node("MatMulNBitsLowRank", 2, bits=3), "its input scales is missing"),
         (_node("MatMulNBitsLowRank", 6, bits=3), "lora_a and lora_b come together"),

@@ -66,11 +66,14 @@ def code_in_tiles(tiled: NDArray[np.uint8], row: int, column: int, bits: int) ->
     if bits == 3:
         low = int(vectors[quad // 4, byte]) >> 2 * (quad % 4) & 3
         return low | (int(vectors[2, byte]) >> quad & 1) << 2
+    if bits == 6:
+        low = int(vectors[quad // 2, byte]) >> 4 * (quad % 2) & 15
+        return low | (int(vectors[2, byte]) >> 2 * quad & 3) << 4
     mask: int = 2**bits - 1
     return int(vectors[0, byte]) >> bits * quad & mask
 
 
-@pytest.mark.parametrize(("bits", "chunk_bytes"), [(2, 64), (3, 192), (4, 64), (8, 64)])
+@pytest.mark.parametrize(("bits", "chunk_bytes"), [(2, 64), (3, 192), (4, 64), (6, 192), (8, 64)])
 def test_tiles_element_by_element(bits: int, chunk_bytes: int) -> None:
     rng = np.random.default_rng(3)
     for rows, columns in ((1, 1), (16, 32), (17, 33), (35, 70)):

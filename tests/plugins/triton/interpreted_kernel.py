@@ -107,7 +107,7 @@ def check(given: Problem, tiles: Tactic) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("launches", [1, 2])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_every_width_in_both_forms_is_what_the_oracle_says(
     bits: int, launches: int, dtype: torch.dtype
 ) -> None:
@@ -129,7 +129,7 @@ def test_every_width_in_both_forms_is_what_the_oracle_says(
 
 @pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_weights_enter_the_product_exactly(
     bits: int, dtype: torch.dtype, *, zero_points: bool
 ) -> None:
@@ -152,7 +152,7 @@ def test_weights_enter_the_product_exactly(
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 128, 256])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_every_group_size(bits: int, group_size: int) -> None:
     (tiles, *_) = tactics(bits, group_size, 1, 80)
     shape = (3, 40, 304)
@@ -162,7 +162,7 @@ def test_every_group_size(bits: int, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_steps_of_several_groups_with_zero_points(bits: int, dtype: torch.dtype) -> None:
     given = problem(
         bits=bits, group_size=16, shape=(2, 17, 120), dtype=dtype, zero_points=True, seed=1

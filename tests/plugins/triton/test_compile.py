@@ -37,7 +37,7 @@ def check(compiled: Compiled) -> None:
     assert "/" not in re.sub(r"//[^\n]*", "", compiled.ptx)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_decoding_kernel_uses_tensor_cores_and_spills_nothing(capability: int, bits: int) -> None:
     variant = Variant(bits=bits, group_size=128, zero_points=True, bias=True, low_rank="one_launch")

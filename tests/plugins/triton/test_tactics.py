@@ -18,7 +18,7 @@ from eoracc.plugins.triton.tactics import (
 )
 
 CASES = list(
-    product((2, 3, 4, 8), (16, 32, 48, 64, 96, 128, 256, 576), (1, 9, 32, 33, 512), (80, 90))
+    product((2, 3, 4, 6, 8), (16, 32, 48, 64, 96, 128, 256, 576), (1, 9, 32, 33, 512), (80, 90))
 )
 
 
@@ -87,7 +87,7 @@ def test_arguments_are_the_operands_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((5, 64, 1, 80, 0), "bits is 5: the Triton kernel knows 2, 3, 4 and 8"),
+        ((5, 64, 1, 80, 0), "bits is 5: the Triton kernel knows 2, 3, 4, 6 and 8"),
         ((4, 24, 1, 80, 0), "block_size is 24: the Triton kernel takes multiples of 16"),
         ((4, 0, 1, 80, 0), "block_size is 0"),
         ((4, 64, 1, 80, 8), "rank is 8: the Triton kernel takes multiples of 16 up to 256"),

@@ -74,6 +74,16 @@ def add_attribute(model: onnx.ModelProto) -> None:
     fused(model).attribute.append(onnx.helper.make_attribute("rounding", 1))
 
 
+def change_value(name: str, value: int | str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        node = fused(model)
+        kept = [item for item in node.attribute if item.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+    return change
+
+
 def add_input(model: onnx.ModelProto) -> None:
     node = fused(model)
     node.input.extend([""] * (16 - len(node.input)) + ["input_ids"])
@@ -104,6 +114,10 @@ def rename_op(model: onnx.ModelProto) -> None:
     ("change", "reason"),
     [
         (add_attribute, f"does not know 'rounding' of eoracc::{FUSED_OP}"),
+        (change_value("bits", 5), f"does not know bits = 5 of eoracc::{FUSED_OP}"),
+        (change_value("bits", "3"), f"does not know bits = '3' of eoracc::{FUSED_OP}"),
+        (change_value("layout", 2), f"does not know layout = 2 of eoracc::{FUSED_OP}"),
+        (change_value("activation", "relu"), "does not know activation = 'relu' of eoracc::"),
         (add_input, f"does not know all inputs of eoracc::{FUSED_OP}"),
         (raise_version, "its ops are of version 2, and the installed library has 1"),
         (add_op, "does not have the op own::Own"),

@@ -239,7 +239,7 @@ def test_compressed_graph_without_any_library(family: str, tmp_path: Path, *, pa
     rng = np.random.default_rng(23)
     weights = {}
     for index, linear in enumerate(find_linears(source.model)):
-        _compress(linear, rng, bits=(2, 3, 4, 8)[index % 4], rank=(0, None, 3)[index % 3])
+        _compress(linear, rng, bits=(2, 3, 4, 6, 8)[index % 5], rank=(0, None, 3)[index % 3])
         weights[linear.name] = linear.effective_weight()
     check(source.model, Stage.COMPRESSED, after="compress")
     check_parity(source, lower(source.model), tmp_path, load_eager(source.folder, weights))

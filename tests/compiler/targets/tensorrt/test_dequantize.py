@@ -49,7 +49,7 @@ def values(signed: SignedWeight) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("columns", [48, 40, 24])
-@pytest.mark.parametrize(("bits", "zeros"), list(product((2, 3, 4, 8), (False, True))))
+@pytest.mark.parametrize(("bits", "zeros"), list(product((2, 3, 4, 6, 8), (False, True))))
 def test_every_value_is_the_stored_one(bits: int, columns: int, *, zeros: bool) -> None:
     weight = stored(bits, zeros=zeros, columns=columns)
     signed = SignedWeight("w", weight, FLOAT16)
@@ -67,6 +67,8 @@ def test_every_value_is_the_stored_one(bits: int, columns: int, *, zeros: bool) 
         (3, True, (4, 0)),
         (4, False, (4, 0)),
         (4, True, (4, 4)),
+        (6, False, (8, 0)),
+        (6, True, (8, 0)),
         (8, False, (8, 0)),
         (8, True, (8, 8)),
     ],
