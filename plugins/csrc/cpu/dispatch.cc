@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "cpu/found_once.h"
 #include "cpu/kernels.h"
 #include "cpu/many_rows.h"
 #if defined(__aarch64__) && defined(__linux__)
@@ -141,8 +142,8 @@ void run_here(void*, size_t count, void (*task)(void*, size_t), void* data) {
 }  // namespace eoracc
 
 eoracc_isa eoracc_best_isa(void) {
-  static const eoracc_isa best = eoracc::find(EORACC_ISA_BEST)->isa;
-  return best;
+  static eoracc::FoundOnce best;
+  return (eoracc_isa)best.get([] { return eoracc::find(EORACC_ISA_BEST)->isa; });
 }
 
 eoracc_result eoracc_matmul_nbits_lowrank(const eoracc_matmul* matmul,

@@ -16,6 +16,7 @@
 
 #include <atomic>
 
+#include "cpu/found_once.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
 #include "cpu/low_rank.inl"
@@ -36,8 +37,8 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t processors() {
-  static const int64_t count = larger(1, smaller(kMaxThreads, sysconf(_SC_NPROCESSORS_ONLN)));
-  return count;
+  static FoundOnce count;
+  return count.get([] { return larger(1, smaller(kMaxThreads, sysconf(_SC_NPROCESSORS_ONLN))); });
 }
 
 // The largest power of two up to 32 that divides the group size, a multiple of 8.

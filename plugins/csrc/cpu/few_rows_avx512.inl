@@ -14,6 +14,9 @@ namespace eoracc {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 8;
+// Where a block of int8 activations is shorter than a unit, which only groups that are no multiple
+// of 32 make: functions of more rows would be a quarter of the library's code.
+constexpr int64_t kShortBlockRowsAtOnce = 4;
 constexpr int64_t kDenseRowsAtOnce = 4;
 constexpr int64_t kQuads = kUnit / 4;  // of a unit
 constexpr int64_t kVector = 64;        // bytes
@@ -439,11 +442,16 @@ typedef void (*TileRows)(const Activations&, int64_t first, const Tiles&, int64_
 typedef void (*DenseRows)(const Activations&, int64_t first, const DenseTiles&, int64_t tile,
                           float*);
 
+template <int bits>
+constexpr TileRows kInt8Rows[kRowsAtOnce] = {int8_rows<bits, kUnit, 1>, int8_rows<bits, kUnit, 2>,
+                                             int8_rows<bits, kUnit, 3>, int8_rows<bits, kUnit, 4>,
+                                             int8_rows<bits, kUnit, 5>, int8_rows<bits, kUnit, 6>,
+                                             int8_rows<bits, kUnit, 7>, int8_rows<bits, kUnit, 8>};
+
 template <int bits, int64_t block>
-constexpr TileRows kInt8Rows[kRowsAtOnce] = {int8_rows<bits, block, 1>, int8_rows<bits, block, 2>,
-                                             int8_rows<bits, block, 3>, int8_rows<bits, block, 4>,
-                                             int8_rows<bits, block, 5>, int8_rows<bits, block, 6>,
-                                             int8_rows<bits, block, 7>, int8_rows<bits, block, 8>};
+constexpr TileRows kShortBlockRows[kShortBlockRowsAtOnce] = {
+    int8_rows<bits, block, 1>, int8_rows<bits, block, 2>, int8_rows<bits, block, 3>,
+    int8_rows<bits, block, 4>};
 
 template <int bits>
 constexpr TileRows kFloatRows[kRowsAtOnce] = {
@@ -455,7 +463,9 @@ constexpr DenseRows kDenseRows[kDenseRowsAtOnce] = {dense_rows<1>, dense_rows<2>
 
 template <int bits>
 const TileRows* int8_rows_of(int64_t block) {
-  return block == 32 ? kInt8Rows<bits, 32> : block == 16 ? kInt8Rows<bits, 16> : kInt8Rows<bits, 8>;
+  return block == kUnit ? kInt8Rows<bits>
+         : block == 16  ? kShortBlockRows<bits, 16>
+                        : kShortBlockRows<bits, 8>;
 }
 
 void int8_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) {
@@ -464,8 +474,9 @@ void int8_tile(const Activations& x, const Tiles& w, int64_t tile, float* sums) 
                             : w.bits == 4 ? int8_rows_of<4>(x.block)
                             : w.bits == 6 ? int8_rows_of<6>(x.block)
                                           : int8_rows_of<8>(x.block);
-  for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
-    by_rows[smaller(kRowsAtOnce, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);
+  const int64_t at_once = x.block == kUnit ? kRowsAtOnce : kShortBlockRowsAtOnce;
+  for (int64_t row = 0; row < x.rows; row += at_once) {
+    by_rows[smaller(at_once, x.rows - row) - 1](x, row, w, tile, sums + row * kTile);
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include "cpu/many_rows.h"
 
+#include "cpu/found_once.h"
+
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,11 +18,14 @@ bool has_amx() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;
-  static const bool granted = __builtin_cpu_supports("amx-tile") &&
-                              __builtin_cpu_supports("amx-bf16") &&
-                              __builtin_cpu_supports("avx512bf16") &&
-                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
+  constexpr int64_t kRefused = 1, kGranted = 2;
+  static FoundOnce answer;
+  return answer.get([] {
+    const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                         __builtin_cpu_supports("avx512bf16") &&
+                         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted ? kGranted : kRefused;
+  }) == kGranted;
 #else
   return false;
 #endif

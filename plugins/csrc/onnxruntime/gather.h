@@ -14,7 +14,7 @@
 
 namespace eoracc::ort {
 
-class GatherKernel {
+class GatherKernel : public FromMalloc {
  public:
   GatherKernel(const Api& api, const Attributes& attributes) : api_(api), a_(attributes) {}
 

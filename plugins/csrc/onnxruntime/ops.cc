@@ -18,7 +18,7 @@ namespace {
 
 using namespace eoracc::ort;
 
-class Kernel {
+class Kernel : public FromMalloc {
  public:
   Kernel(const Api& api, const Attributes& attributes) : api_(api), a_(attributes) {}
 

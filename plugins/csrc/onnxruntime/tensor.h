@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #include <atomic>
+#include <new>
 
 #include "cpu/matmul_nbits_lowrank.h"
 #include "onnxruntime/c_api.h"
@@ -173,6 +174,13 @@ inline size_t element_bytes(ElementType type) {
 }
 
 inline bool is_float(ElementType type) { return type == kFloat32 || type == kFloat16; }
+
+// Memory of one object from malloc, not from the C++ library's operator new, whose handler of
+// exceptions would add 70 kB to a library that throws none.
+struct FromMalloc {
+  static void* operator new(size_t size, const std::nothrow_t&) noexcept { return malloc(size); }
+  static void operator delete(void* object) noexcept { free(object); }
+};
 
 // Memory that is freed with its owner.
 class Memory {
