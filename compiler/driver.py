@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eoracc.compiler.adapters.gates import (
     adapter_details,
@@ -180,7 +180,7 @@ def _build(
                 "model_type": made.model_type,
                 "digest": made.digest,
             },
-            config=config.resolved(),
+            config=_as_built(config, made).resolved(),
             parity=report.parity,
             machine=build_machine(),
             report=report,
@@ -188,6 +188,14 @@ def _build(
         shutil.rmtree(work, ignore_errors=True)
     assert writer.report is not None  # noqa: S101 - it was given
     return BuildResult(output, manifest, writer.report)
+
+
+def _as_built(config: BuildConfig, made: _Made) -> BuildConfig:
+    """``config`` with the accuracy level that the artifact has."""
+    if made.accuracy_level is None:
+        return config
+    options = config.onnxruntime.model_copy(update={"accuracy_level": made.accuracy_level})
+    return config.model_copy(update={"onnxruntime": options})
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,7 @@ class _Made:
       adapters: the solved ones.
       scores: of the adapters.
       slots: where the model takes adapters; None where it takes none.
+      accuracy_level: of the linears for ONNX Runtime; None without that target.
       cases: the outputs that parity expects by adapter; empty where parity is turned off.
       targets: the part of the report of each.
       chat: the part of the report on chat templates.
@@ -223,6 +232,7 @@ class _Made:
     adapters: list[SolvedAdapter]
     scores: AdaptersReport
     slots: AdapterSlots | None
+    accuracy_level: Literal[0, 4] | None
     cases: Mapping[str, AdapterCases]
     targets: Mapping[str, Mapping[str, Any]]
     chat: Mapping[str, Any]
@@ -282,6 +292,9 @@ def _make(
         adapters=solved,
         scores=scores,
         slots=next((target.slots for target in emitted.values()), None),
+        accuracy_level=next(
+            (one.accuracy_level for one in emitted.values() if one.accuracy_level is not None), None
+        ),
         cases=cases,
         targets={name: target.report for name, target in emitted.items() if target.report},
         chat=chat,
@@ -294,6 +307,7 @@ def _make(
             *inputs.warnings,
             *linear_warnings(compressed.linears),
             *padding_warnings(compressed.linears),
+            *(warning for target in emitted.values() for warning in target.warnings),
         ],
     )
 
@@ -340,7 +354,7 @@ def _emit(
         job.compressed,
         solved,
         folder=job.loaded.folder,
-        accuracy_level=config.onnxruntime.accuracy_level,
+        accuracy_level=emitted["onnxruntime"].accuracy_level or 0,
         trust_remote_code=job.loaded.trust_remote_code,
         progress=job.progress,
     )

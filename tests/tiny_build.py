@@ -39,7 +39,10 @@ def tiny_workspace(folder: Path, family: str = "smollm", **fields: Any) -> Path:
 
 
 def tiny_config(passes: Sequence[Any] = EORA, **fields: Any) -> BuildConfig:  # noqa: ANN401
-    """A configuration for :func:`tiny_workspace`; ``fields`` replace whole sections."""
+    """A configuration for :func:`tiny_workspace`; ``fields`` replace whole sections.
+
+    Activations are floats unless ``onnxruntime`` says otherwise: most tests compare closely.
+    """
     from eoracc.compiler.config.sections import BuildConfig
 
     return BuildConfig.model_validate(
@@ -51,4 +54,5 @@ def tiny_config(passes: Sequence[Any] = EORA, **fields: Any) -> BuildConfig:  # 
             "output": "out",
         }
         | fields
+        | {"onnxruntime": {"accuracy_level": 0} | fields.get("onnxruntime", {})}
     )

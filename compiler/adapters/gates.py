@@ -235,7 +235,7 @@ def check_adapters(
             calls = [
                 (name, case)
                 for name, own in cases.items()
-                for case in (own.library if native else [own.function])
+                for case in (own.calls if native else own.calls[:1])
             ]
             packed: dict[str, Operands] = {
                 name: pack_adapter(slots, factors[name]) for name in cases

@@ -192,9 +192,11 @@ TargetName = Literal["onnxruntime", "tensorrt_rtx", "tensorrt"]
 class OnnxRuntimeConfig(Section):
     """Options of the target ``onnxruntime``."""
 
-    accuracy_level: Annotated[Literal[0, 4], BeforeValidator(no_bool)] = 0
-    """0: float32 sums of float activations, parity to float32 rounding. 4: activations may be
-    rounded to int8, in blocks of 32 columns, which is faster; parity to that rounding."""
+    accuracy_level: Annotated[Literal[0, 4], BeforeValidator(no_bool)] = 4
+    """4: activations may be rounded to int8, in blocks of 32 columns, which is faster; parity to
+    that rounding. Where its tolerance is not below the effect of compression, the artifact has
+    level 0, and a warning says so. 0: float32 sums of float activations, parity to float32
+    rounding."""
     adapter_type: Literal["int8", "float16", "none"] = "int8"
     """Types of adapters: int8 takes factors of 8 and of 4 bits; none builds a model without slots
     for adapters."""

@@ -16,9 +16,10 @@ from eoracc.compiler.text.windows import Windows
 from eoracc.passes.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Literal
 
+    from eoracc.compiler.report.content import WarningReport
     from eoracc.plugins.adapters import AdapterSlots
 
 __all__ = ["Emitted", "Job"]
@@ -60,7 +61,11 @@ class Emitted:
       slots: where its graph takes adapters; None where it takes none.
       report: of what was built, for report.json, in JSON's terms; empty where there is nothing to
         say beyond the files.
+      warnings: where it is not what model.yaml asks for.
+      accuracy_level: of its linears, where it has one.
     """
 
     slots: AdapterSlots | None
     report: Mapping[str, Any]
+    warnings: Sequence[WarningReport] = ()
+    accuracy_level: Literal[0, 4] | None = None

@@ -9,8 +9,9 @@ at most ``n u sum |x_i w_i|`` (Higham, *Accuracy and Stability*, section 3.1), `
 bounds each element of a linear's output. Through the network, errors add up along the residual
 stream with random signs: a linear of depth K adds ``sqrt(K) u`` relative to its output, and the
 error of the logits may be the sum of those times their largest magnitude. The two factors of a
-weight are two linears, of depths K and r. Where activations are rounded to int8, the effect of the
-rounding is added (:mod:`eoracc.compiler.eager.int8_activations`).
+weight are two linears, of depths K and r. Where activations are rounded to int8, what the native
+library may differ by in addition is recorded beside it
+(:mod:`eoracc.compiler.eager.int8_activations`); model-local functions never round.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from eoracc.compiler.eager.int8_activations import (
-    linear_tolerance,
-    rounded_activations,
-    rounding_tolerance,
+    ROUNDING_DRAWS,
+    factor_tolerance,
+    random_rounding,
+    representable_inputs,
+    rounding_bound,
 )
 from eoracc.compiler.eager.model import load_eager, reference_logits, replace_weights
 from eoracc.compiler.sweep.batch import make_batches
@@ -57,6 +60,8 @@ __all__ = [
     "logits_tolerance",
     "parity_case",
     "record_parity",
+    "rounding_excess",
+    "without_rounding",
 ]
 
 _UNIT_ROUNDOFF = 2.0**-24
@@ -123,7 +128,7 @@ def record_parity(
     compressed = [linear for linear in linears if linear.compressed is not None]
     rng = np.random.default_rng(_SEED)
     inputs = {
-        width: rng.standard_normal((_LINEAR_ROWS, width), np.float32)
+        width: representable_inputs(rng, _LINEAR_ROWS, width)
         for width in sorted({linear.in_features for linear in compressed})
     }
     records = [_linear(linear, inputs[linear.in_features], accuracy_level) for linear in compressed]
@@ -144,19 +149,36 @@ def record_parity(
     )
 
 
+def rounding_excess(record: ParityRecord) -> ParityCase | None:
+    """The case whose tolerance for rounded activations hides compression; None if there is none.
+
+    A tolerance that is not below the effect of compression would let a model pass that computes
+    with other weights.
+    """
+    worst = max(record.cases, key=lambda case: case.rounding)
+    hides = worst.rounding and worst.tolerance + worst.rounding >= record.compression_effect
+    return worst if hides else None
+
+
+def without_rounding(record: ParityRecord) -> ParityRecord:
+    """``record`` for the same model with float activations (``accuracy_level`` 0)."""
+    return replace(
+        record,
+        linears=[replace(linear, rounding=None) for linear in record.linears],
+        cases=[replace(case, rounding=0.0) for case in record.cases],
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterCases:
     """What the artifact with one adapter must reproduce.
 
     Attributes:
-      library: whole calls, for the native library.
-      function: the first of them for the model-local functions, which never round activations: its
-        tolerance is that of float32 at every accuracy level.
+      calls: for the native library; the first of them also for the model-local functions.
       effect: largest change that the adapter makes to a logit of the first call.
     """
 
-    library: Sequence[ParityCase]
-    function: ParityCase
+    calls: Sequence[ParityCase]
     effect: float
 
 
@@ -191,17 +213,14 @@ def adapter_cases(
     for name, (factors, windows) in adapters.items():
         adapted = [linear for linear in linears if linear.name in factors]
         replace_weights(model, _compressed_weights(adapted, (), factors))
-        library = [
+        calls = [
             parity_case(model, call, linears, windows, accuracy_level, factors)
             for call in CALLS[:_ADAPTER_CALLS]
         ]
-        function = replace(
-            library[0], tolerance=logits_tolerance(linears, library[0].logits, factors)
-        )
         replace_weights(model, _compressed_weights(adapted, ()))
         without = parity_case(model, CALLS[0], linears, windows, 0)
-        effect = float(np.abs(function.logits - without.logits).max())
-        found[name] = AdapterCases(library, function, effect)
+        effect = float(np.abs(calls[0].logits - without.logits).max())
+        found[name] = AdapterCases(calls, effect)
         phase.advance(name)
     return found
 
@@ -245,10 +264,12 @@ def _linear(linear: Linear, inputs: NDArray[np.float32], accuracy_level: int) ->
     # scales of int8 factors.
     is_int8 = linear.factors is not None and linear.factors.lora_a.dtype == np.int8
     length = linear.in_features + _rank(linear) + 3 + 2 * is_int8
-    tolerance = (length * _UNIT_ROUNDOFF * magnitude).float().numpy()
-    if accuracy_level:
-        tolerance = tolerance + linear_tolerance(linear, inputs)
-    return ParityLinear(name=linear.name, outputs=outputs.float().numpy(), tolerance=tolerance)
+    return ParityLinear(
+        name=linear.name,
+        outputs=outputs.float().numpy(),
+        tolerance=(length * _UNIT_ROUNDOFF * magnitude).float().numpy(),
+        rounding=factor_tolerance(linear, inputs) if accuracy_level else None,
+    )
 
 
 def _weight_with(linear: Linear, adapter: LowRank | None) -> NDArray[np.float32]:
@@ -318,10 +339,15 @@ def parity_case(
     rows, columns = _kept(call)
     kept = logits[rows, columns]
     tolerance = logits_tolerance(linears, kept, adapter)
+    rounding = 0.0
     if accuracy_level:
-        with rounded_activations(model, linears):
-            rounded = reference_logits(model, ids, mask, chunks=call.chunks)
-        tolerance += rounding_tolerance(kept, rounded[rows, columns])
+        generator = torch.Generator().manual_seed(_SEED)
+        with random_rounding(model, linears, generator, adapter):
+            draws = [
+                reference_logits(model, ids, mask, chunks=call.chunks)[rows, columns]
+                for _ in range(ROUNDING_DRAWS)
+            ]
+        rounding = rounding_bound(np.stack(draws) - kept)
     return ParityCase(
         name=call.name,
         input_ids=ids,
@@ -331,6 +357,7 @@ def parity_case(
         columns=columns,
         logits=kept,
         tolerance=tolerance,
+        rounding=rounding,
     )
 
 

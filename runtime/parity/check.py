@@ -72,7 +72,7 @@ def _check(folder: Path, library: Path | bool) -> ParityReport:
         record = read_record(folder / name / PARITY_FILE)
         effects.append(record.compression_effect)
         session = GraphSession.open(folder / name / _GRAPH_FILE)
-        logits.extend(_compare(session, case, through=name) for case in record.cases)
+        logits.extend(_compare(session, case, name, case.tolerance) for case in record.cases)
         del session
         release_memory()
     passed = all(f.passed for f in linears) and all(f.passed for f in logits)
@@ -91,8 +91,11 @@ def _check_linears(folder: Path, record: ParityRecord, *, library: Path | bool) 
                 f"its record has {list(linear.outputs.shape)}: build the artifact again"
             )
         error = np.abs(outputs.astype(np.float64) - linear.outputs)
+        tolerance = linear.tolerance
+        if library and linear.rounding is not None:
+            tolerance = tolerance + linear.rounding
         # Written so that NaN fails: only a value within tolerance passes.
-        ratio = np.where(error <= linear.tolerance, error / (linear.tolerance + 1e-45), np.inf)
+        ratio = np.where(error <= tolerance, error / (tolerance + 1e-45), np.inf)
         if ratio.max() >= share:
             worst, share = linear.name, float(ratio.max())
     return LinearParity(
@@ -121,12 +124,16 @@ def check_cases(
     # Lean: the check must not need the memory of the uncompressed model.
     session = open_session(folder, library=library, lean=True)
     for case, session.operands in zip(cases, operands, strict=False):
-        yield _compare(session, case, through="library" if library else "function")
+        # Only the library rounds activations.
+        tolerance = case.tolerance + (case.rounding if library else 0)
+        yield _compare(session, case, "library" if library else "function", tolerance)
 
 
-def _compare(session: Session | GraphSession, case: ParityCase, *, through: str) -> CaseParity:
+def _compare(
+    session: Session | GraphSession, case: ParityCase, through: str, tolerance: float
+) -> CaseParity:
     logits = session.run_chunks(case.input_ids, case.attention_mask, case.chunks)
-    return compare_logits(case, logits, through=through, tolerance=case.tolerance)
+    return compare_logits(case, logits, through=through, tolerance=tolerance)
 
 
 if __name__ == "__main__":

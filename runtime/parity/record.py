@@ -34,11 +34,14 @@ class ParityLinear:
       name: of the linear and of its node.
       outputs: ``float32 [rows, N]`` for the record's inputs of width K.
       tolerance: largest allowed deviation per output, ``float32 [rows, N]``.
+      rounding: further deviation allowed to the native library, which may round between integer
+        factors, ``float32 [rows, N]``; None where it does not.
     """
 
     name: str
     outputs: NDArray[np.float32]
     tolerance: NDArray[np.float32]
+    rounding: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +57,8 @@ class ParityCase:
       columns: position of each kept token, ``int64 [P]``.
       logits: ``float32 [P, V]``.
       tolerance: largest allowed deviation of a logit.
-      rounding: further deviation allowed where every value is rounded to the graph's narrow type,
-        as on a GPU; 0 for a graph that computes in float32.
+      rounding: further deviation allowed where values are rounded: activations to int8 by the
+        native library, or every value to the graph's narrow type on a GPU. 0 where all is float32.
     """
 
     name: str
@@ -92,6 +95,8 @@ class ParityRecord:
         for linear in self.linears:
             arrays[f"linear/{linear.name}/outputs"] = linear.outputs
             arrays[f"linear/{linear.name}/tolerance"] = linear.tolerance
+            if linear.rounding is not None:
+                arrays[f"linear/{linear.name}/rounding"] = linear.rounding
         for position, case in enumerate(self.cases):
             for part in ("input_ids", "attention_mask", "rows", "columns", "logits"):
                 arrays[f"case/{position}/{part}"] = getattr(case, part)
@@ -128,14 +133,21 @@ class ParityRecord:
             )
         with open_arrays(path, _READER) as file:
             index = _READER.parse((file.metadata() or {}).get("parity", ""), f"{path}: metadata")
-            widths = [k.partition("/")[2] for k in file.keys() if k.startswith("inputs/")]  # noqa: SIM118 - no mapping
+            names = set(file.keys())
+            widths = [name.partition("/")[2] for name in names if name.startswith("inputs/")]
+
+            def rounding(linear: str) -> NDArray[np.float32] | None:
+                stored = f"linear/{linear}/rounding"
+                return file.get_tensor(stored) if stored in names else None
+
             return cls(
-                inputs={int(width): file.get_tensor(f"inputs/{width}") for width in widths},
+                inputs={int(width): file.get_tensor(f"inputs/{width}") for width in sorted(widths)},
                 linears=[
                     ParityLinear(
                         name,
                         file.get_tensor(f"linear/{name}/outputs"),
                         file.get_tensor(f"linear/{name}/tolerance"),
+                        rounding(name),
                     )
                     for name in index["linears"]
                 ],

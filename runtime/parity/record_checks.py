@@ -73,19 +73,22 @@ def check_record(record: ParityRecord, path: Path) -> None:
 
 
 def _check_linear(linear: ParityLinear, place: str, rows: Collection[int]) -> None:
-    outputs, tolerance = linear.outputs, linear.tolerance
+    outputs = linear.outputs
     _require(
         _is_array(outputs, np.float32, 2) and outputs.size > 0 and len(outputs) in rows,
         f"{place}: its outputs are {_form(outputs)}, not float32 [rows, N] of the inputs' rows",
     )
-    _require(
-        _is_array(tolerance, np.float32, 2) and tolerance.shape == outputs.shape,
-        f"{place}: its tolerance is {_form(tolerance)}, not float32 {list(outputs.shape)}",
-    )
-    _require(
-        bool(np.isfinite(tolerance).all() and (tolerance >= 0).all()),
-        f"{place}: its tolerance holds a number below 0, NaN or Inf",
-    )
+    for part, array in (("tolerance", linear.tolerance), ("rounding", linear.rounding)):
+        if array is None:
+            continue
+        _require(
+            _is_array(array, np.float32, 2) and array.shape == outputs.shape,
+            f"{place}: its {part} is {_form(array)}, not float32 {list(outputs.shape)}",
+        )
+        _require(
+            bool(np.isfinite(array).all() and (array >= 0).all()),
+            f"{place}: its {part} holds a number below 0, NaN or Inf",
+        )
 
 
 def _check_tokens(case: ParityCase, place: str) -> None:

@@ -49,6 +49,7 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "model": str(smollm2_folder),
         "passes": [{"quantize_rtn": {"bits": 3, "group_size": 64}}],
         "targets": ["onnxruntime"],
+        "onnxruntime": {"accuracy_level": 0},
         "verify": {
             "text": str(ROOT / "examples/smollm2/data/speeches-2000-2024.txt"),
             "windows": 1,

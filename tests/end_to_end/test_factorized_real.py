@@ -38,6 +38,7 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             {"quantize_rtn": {"bits": 4, "group_size": 64}},
             {"eora": {"rank": 8, "factor_type": "int8", "overrides": compensated}},
         ],
+        "onnxruntime": {"accuracy_level": 0},
         "verify": {"windows": 1, "window_length": 128},
     }
     return build_in(work, settings)

@@ -40,7 +40,7 @@ def artifact(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             "model": str(smollm2_gguf),
             "calibration": {"text": str(text), "samples": 1},
             "passes": [{"quantize_rtn": {"bits": 3, "group_size": 64}}],
-            "onnxruntime": {"adapter_type": "int8"},
+            "onnxruntime": {"accuracy_level": 0, "adapter_type": "int8"},
             "verify": {"text": str(text), "windows": 1, "compare": [], "parity": False},
             "output": "artifact",
         }

@@ -14,12 +14,12 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["build_in", "eoracc", "genai_tokens", "python", "stock_tokens", "until"]
+__all__ = ["build_in", "eoracc", "genai_tokens", "python", "stock_gaps", "stock_tokens", "until"]
 
-_STOCK = """
+_OPEN = """
 import json, sys
 import numpy, onnxruntime
-folder, tokens, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+folder, tokens = sys.argv[1], json.loads(sys.argv[2])
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3
 session = onnxruntime.InferenceSession(
@@ -29,8 +29,15 @@ cache = {
     value.name: numpy.zeros((1, value.shape[1], 0, value.shape[3]), numpy.float32)
     for value in session.get_inputs() if value.name.startswith("past_key_values.")
 }
-names = [value.name for value in session.get_outputs()]
 takes = {value.name for value in session.get_inputs()}
+"""
+"""Unmodified ONNX Runtime: no library is registered, nothing of ours imported."""
+
+_STOCK = (
+    _OPEN
+    + """
+count = int(sys.argv[3])
+names = [value.name for value in session.get_outputs()]
 made, step, seen = [], tokens, 0
 for _ in range(count):
     seen += len(step)
@@ -46,7 +53,26 @@ for _ in range(count):
     made += step
 print(json.dumps(made))
 """
-"""Greedy tokens in unmodified ONNX Runtime: no library is registered, nothing of ours imported."""
+)
+"""Greedy tokens."""
+
+_GAPS = (
+    _OPEN
+    + """
+made = json.loads(sys.argv[3])
+text = tokens + made[:-1]
+feeds = {
+    "input_ids": numpy.array([text]),
+    "attention_mask": numpy.ones((1, len(text)), numpy.int64),
+    "position_ids": numpy.arange(len(text))[None],
+}
+feeds = {name: array for name, array in feeds.items() if name in takes} | cache
+feeds["logits_to_keep"] = numpy.array(len(made))
+(logits,) = session.run(["logits"], feeds)[0]
+print(json.dumps((logits.max(1) - logits[range(len(made)), made]).tolist()))
+"""
+)
+"""By how much each made token is below the most likely one."""
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -79,6 +105,14 @@ def stock_tokens(artifact: Path, prompt: Sequence[int], count: int) -> list[int]
     assert done.returncode == 0, done.stderr
     made: list[int] = json.loads(done.stdout)
     return made
+
+
+def stock_gaps(artifact: Path, prompt: Sequence[int], made: Sequence[int]) -> list[float]:
+    """By how many logits each of ``made`` is below the best token, without the library."""
+    done = python("-c", _GAPS, artifact, json.dumps(list(prompt)), json.dumps(list(made)))
+    assert done.returncode == 0, done.stderr
+    gaps: list[float] = json.loads(done.stdout)
+    return gaps
 
 
 def genai_tokens(

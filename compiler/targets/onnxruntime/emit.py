@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from eoracc.compiler.report.content import WarningReport
 from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.onnxruntime.lower import lower
-from eoracc.compiler.targets.parity_record import PARITY_STEPS, record_parity
+from eoracc.compiler.targets.parity_record import (
+    PARITY_STEPS,
+    record_parity,
+    rounding_excess,
+    without_rounding,
+)
 from eoracc.passes.graph import spec
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.library import library_path
-from eoracc.runtime.parity.record import PARITY_FILE
+from eoracc.runtime.parity.record import PARITY_FILE, ParityCase, ParityRecord
 
 __all__ = ["emit", "require"]
 
@@ -30,11 +36,14 @@ def emit(job: Job) -> Emitted:
       PassError: the lowering left an operator that may not stand there.
     """
     options, writer = job.config.onnxruntime, job.writer
-    lowered = lower(
-        job.compressed.model,
-        accuracy_level=options.accuracy_level,
-        adapter_type=options.adapter_type,
-    )
+    level, warnings = options.accuracy_level, list[WarningReport]()
+    if job.config.verify.parity:
+        record = _parity(job)
+        if case := rounding_excess(record):
+            level, warnings = 0, [_float_activations(case, record.compression_effect)]
+            record = without_rounding(record)
+        record.save(writer.folder / PARITY_FILE)
+    lowered = lower(job.compressed.model, accuracy_level=level, adapter_type=options.adapter_type)
     spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
     job.graphs.keep("onnxruntime", lowered)
     writer.write_model(lowered)
@@ -46,15 +55,18 @@ def emit(job: Job) -> Emitted:
             custom_ops_library=writer.write_library(library_path()),
         )
     )
-    if job.config.verify.parity:
-        _record_parity(job)
     slots = lowered.metadata_props.get(SLOTS_KEY)
-    return Emitted(None if slots is None else AdapterSlots.from_json(slots), report={})
+    return Emitted(
+        None if slots is None else AdapterSlots.from_json(slots),
+        report={},
+        warnings=warnings,
+        accuracy_level=level,
+    )
 
 
-def _record_parity(job: Job) -> None:
+def _parity(job: Job) -> ParityRecord:
     with job.progress.phase("record", PARITY_STEPS) as phase:
-        record = record_parity(
+        return record_parity(
             job.compressed.linears,
             job.compressed.embeddings,
             job.original,
@@ -64,4 +76,15 @@ def _record_parity(job: Job) -> None:
             accuracy_level=job.config.onnxruntime.accuracy_level,
             trust_remote_code=job.loaded.trust_remote_code,
         )
-    record.save(job.writer.folder / PARITY_FILE)
+
+
+def _float_activations(case: ParityCase, effect: float) -> WarningReport:
+    bound = case.tolerance + case.rounding
+    return WarningReport(
+        code="float_activations",
+        linear=None,
+        message=f"int8 activations may move a logit by {bound:.3g} ({case.name}), and compression "
+        f"moves one by {effect:.3g}, so that parity would prove nothing: the artifact has "
+        "'accuracy_level: 0'",
+        figures={"bound": bound, "compression_effect": effect},
+    )

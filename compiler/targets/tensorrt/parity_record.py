@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,6 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from eoracc.compiler.eager.int8_activations import rounding_tolerance
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.parity_record import (
@@ -37,7 +37,9 @@ from eoracc.runtime.parity.record import ParityRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["GraphWeight", "record_graph_parity"]
+__all__ = ["GraphWeight", "record_graph_parity", "rounding_tolerance"]
+
+_CASE_CHANCE = 1e-9
 
 GraphWeight = Callable[[str, NBitsWeight, LowRank | None, ir.DataType], NDArray[np.float32]]
 """Computes the weight that a graph multiplies with, ``float32 [N, K]``, from the name of a linear,
@@ -62,8 +64,7 @@ def record_graph_parity(
     The eager model has the weights, tables and biases of the graph, rounded to its type, and
     computes in float32. So does the graph's twin (:mod:`eoracc.runtime.onnxruntime.float32_twin`)
     that it is compared with. A GPU rounds activations too: the further tolerance that it needs is
-    measured on the twin with rounded activations, as
-    :mod:`eoracc.compiler.eager.int8_activations` does for integers.
+    measured on the twin with rounded activations (:func:`rounding_tolerance`).
 
     Args:
       linears: of the compressed graph.
@@ -98,6 +99,22 @@ def record_graph_parity(
         cases=cases,
         compression_effect=compression_effect(original, cases[0]),
     )
+
+
+def rounding_tolerance(exact: NDArray[np.float32], rounded: NDArray[np.float32]) -> float:
+    """Tolerance of the logits of one case to rounding as a GPU does it.
+
+    A GPU rounds the same values to the same grid, though not bit for bit, so its error is another
+    draw from the same distribution, and stays below ``sqrt(2 ln(2 n / p))`` standard deviations for
+    all ``n`` logits of a case, ``p = 1e-9``. The standard deviation is that of the token whose
+    logits moved most, twice, since the two draws need not be of one size.
+
+    Args:
+      exact: ``[tokens, V]``.
+      rounded: of the twin with rounded activations.
+    """
+    moved = np.sqrt(np.mean((rounded.astype(np.float64) - exact) ** 2, axis=-1))
+    return float(2 * math.sqrt(2 * math.log(2 * exact.size / _CASE_CHANCE)) * moved.max())
 
 
 def _rounded_weights(

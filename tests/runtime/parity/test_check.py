@@ -23,14 +23,16 @@ NODE, TILE, FACTOR_TILE = "model.layers.1.self_attn.qkv_proj", 6, 1
 """Its node and tiles, after the 96 rows of q_proj, whose rank takes one tile."""
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Quantized and compensated, with its record; no test may change it."""
+@pytest.fixture(scope="module", params=[0, 4])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantized and compensated, at each accuracy level, with its record; no test may change it."""
     from eoracc.compiler import driver
     from eoracc.compiler.progress import SilentProgress
 
     folder = tiny_workspace(tmp_path_factory.mktemp("parity"))
-    config = tiny_config(verify={"windows": 1, "window_length": 32})
+    config = tiny_config(
+        verify={"windows": 1, "window_length": 32}, onnxruntime={"accuracy_level": request.param}
+    )
     return driver.build(config, config_dir=folder, progress=SilentProgress()).output
 
 
@@ -56,10 +58,20 @@ def test_correct_artifact_passes_with_room_to_spare(artifact: Path) -> None:
     assert [one.linears for one in report.linears] == [14, 14]
     assert all(0 < one.tolerance_share < 0.5 for one in report.linears)
     assert len(report.logits) == 6
+    rounds = any(case.rounding for case in ParityRecord.load(artifact / PARITY_FILE).cases)
     for case in report.logits:
         assert case.passed
         assert case.max_error <= case.tolerance
-        assert case.tolerance < 1e-3 * report.compression_effect, "far below the signal"
+        if rounds and case.through == "library":
+            assert case.tolerance / 20 < case.max_error
+            assert case.tolerance < report.compression_effect
+        else:
+            assert case.tolerance < 1e-3 * report.compression_effect, "far below the signal"
+
+
+def rounds_between_factors(artifact: Path) -> bool:
+    record = ParityRecord.load(artifact / PARITY_FILE)
+    return any(one.rounding is not None for one in record.linears)
 
 
 def one_code(array: NDArray[np.generic]) -> None:
@@ -98,6 +110,8 @@ def test_smallest_change_of_an_operand_fails(
     report = check_parity(tmp_path / "changed")
     assert not report.passed
     for one in report.linears:
+        if one.through == "library" and rounds_between_factors(artifact):
+            continue  # the change may be less than the rounding, which functions do not do
         assert not one.passed
         assert one.worst == LINEAR
 
@@ -118,8 +132,12 @@ def test_record_and_back(artifact: Path, tmp_path: Path) -> None:
         assert one.name == other.name
         np.testing.assert_array_equal(one.outputs, other.outputs)
         np.testing.assert_array_equal(one.tolerance, other.tolerance)
+        assert (one.rounding is None) == (other.rounding is None)
+        if one.rounding is not None:
+            np.testing.assert_array_equal(one.rounding, other.rounding)
     for case, same in zip(record.cases, again.cases, strict=True):
-        assert (case.name, case.chunks, case.tolerance) == (same.name, same.chunks, same.tolerance)
+        assert (case.name, case.chunks) == (same.name, same.chunks)
+        assert (case.tolerance, case.rounding) == (same.tolerance, same.rounding)
         np.testing.assert_array_equal(case.logits, same.logits)
         np.testing.assert_array_equal(case.input_ids, same.input_ids)
 

@@ -15,7 +15,10 @@ from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.parity_record import PARITY_STEPS
 from eoracc.compiler.targets.tensorrt.half_precision import HALF
 from eoracc.compiler.targets.tensorrt.lower_rtx import lower
-from eoracc.compiler.targets.tensorrt.parity_record import record_graph_parity
+from eoracc.compiler.targets.tensorrt.parity_record import (
+    record_graph_parity,
+    rounding_tolerance,
+)
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ArtifactError
 from eoracc.passes.compensate.svd import Svd
@@ -173,3 +176,11 @@ def test_a_record_of_old_knows_of_no_rounding(artifact: Path, tmp_path: Path) ->
     plain.save(tmp_path / PARITY_FILE)
     loaded = ParityRecord.load(tmp_path / PARITY_FILE)
     assert [case.rounding for case in loaded.cases] == [0.0] * PARITY_STEPS
+
+
+def test_tolerance_of_rounded_logits_by_hand() -> None:
+    exact = np.zeros((2, 50), np.float32)
+    moved = exact.copy()
+    moved[0], moved[1] = 1e-3, 3e-3
+    deviations = np.sqrt(2 * np.log(2 * 100 / 1e-9))
+    assert rounding_tolerance(exact, moved) == pytest.approx(2 * deviations * 3e-3, rel=1e-6)
