@@ -72,7 +72,9 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Pa
     content["pre_tokenizer"] = _portable(content["pre_tokenizer"])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENIZER_FILE
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    content["model"] = _compact(content["model"])
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    path.write_text(text, encoding="utf-8")
     if (source / CONFIG_FILE).is_file():
         shutil.copyfile(source / CONFIG_FILE, folder / CONFIG_FILE)
     else:
@@ -80,6 +82,17 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Pa
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     return [path, folder / CONFIG_FILE]
+
+
+def _compact(model: dict[str, Any]) -> dict[str, Any]:
+    """The same model with merges in the shorter of their two forms, ``"a b"`` for ``["a", "b"]``.
+
+    A token with a space in it has only the longer one.
+    """
+    merges = model.get("merges", [])
+    if any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
+        return model
+    return {**model, "merges": [" ".join(merge) for merge in merges]}
 
 
 def _portable(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from eoracc import __version__
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk, refuse_strangers
+from eoracc.compiler.targets.weights_file import write_graph
 from eoracc.errors import ArtifactError
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import encode_adapter
@@ -45,22 +46,10 @@ if TYPE_CHECKING:
     from eoracc.runtime.artifact.manifest import FileEntry
 
 __all__ = [
-    "DATA_FILE",
     "MODEL_FILE",
     "ArtifactWriter",
     "package_versions",
 ]
-
-DATA_FILE = "model.onnx.data"
-
-_ALIGNMENT = 1 << 12
-"""Offsets in the data file: a page. Coarser ones would pad the many small factors for nothing."""
-
-_ALIGN_ABOVE = 1 << 12
-"""Smaller tensors are read, not mapped, so they are packed."""
-
-_INLINE_BELOW = 1 << 8
-"""Smaller tensors stay in model.onnx, where shape inference can see them."""
 
 _PACKAGES = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 
@@ -132,8 +121,6 @@ class ArtifactWriter:
         Raises:
           ArtifactError: the disk has less room than the weights need.
         """
-        import onnx_ir  # noqa: PLC0415 - `eoracc schema` and the like do without
-
         needed = sum(
             value.const_value.nbytes
             for graph in model.graphs()
@@ -146,17 +133,9 @@ class ArtifactWriter:
                 f"{self.output}: {needed:,} bytes are needed and {free:,} are left on the disk: "
                 "free some space or choose another 'output'"
             )
-        path = self.folder / place / MODEL_FILE
-        path.parent.mkdir(exist_ok=True)
-        onnx_ir.save(
-            model,
-            path,
-            external_data=DATA_FILE,
-            size_threshold_bytes=_INLINE_BELOW,
-            alignment=_ALIGNMENT,
-            align_threshold=_ALIGN_ABOVE,
-        )
-        return path
+        folder = self.folder / place
+        folder.mkdir(exist_ok=True)
+        return write_graph(model, folder)
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copy files into the artifact under their own names, times and owners left out."""

@@ -7,11 +7,12 @@ from importlib import util
 from pathlib import Path
 from typing import Final
 
-from eoracc.compiler.targets.artifact import DATA_FILE, MODEL_FILE
+from eoracc.compiler.targets.artifact import MODEL_FILE
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.tensorrt.engine_graph import record_engine_graph, write_engine_graph
 from eoracc.compiler.targets.tensorrt.engines.bundle import BUNDLE_FILE, bundle_json
 from eoracc.compiler.targets.tensorrt.lower_bundle import half_product, kernel_cases, lower
+from eoracc.compiler.targets.weights_file import DATA_FILE
 from eoracc.errors import TargetError
 from eoracc.passes.graph import spec
 from eoracc.plugins.tensorrt import plugin

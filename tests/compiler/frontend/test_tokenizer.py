@@ -84,6 +84,25 @@ def test_others_are_written_as_they_are(tmp_path: Path, pre_tokenizer: PreTokeni
     assert str(changed(tmp_path, pre_tokenizer)) == str(pre_tokenizer)
 
 
+@pytest.mark.parametrize("space", [False, True])
+def test_file_is_as_short_as_the_format_allows(tmp_path: Path, *, space: bool) -> None:
+    """Merges of tokens with a space have only the longer of two forms."""
+    pairs = [("a", "b"), ("ab", "ü")] + ([("a", " ")] if space else [])
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ü", " ", *("".join(pair) for pair in pairs)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    source = write_files(
+        tmp_path / "model", Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>"))
+    )
+    (path, _) = write_tokenizer(opened(source), source, tmp_path / "out")
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    expected = [list(pair) if space else " ".join(pair) for pair in pairs]
+    assert content["model"]["merges"] == expected
+    assert text == json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    written = Tokenizer.from_file(str(path))
+    assert written.encode("aba abü").ids == opened(source)("aba abü")["input_ids"]
+
+
 def test_limits_of_training_are_left_out(tmp_path: Path) -> None:
     source = ZOO["llama3"](tmp_path / "model")
     content = json.loads((source / "tokenizer.json").read_text())
