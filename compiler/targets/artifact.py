@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 from eoracc import __version__
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk, refuse_strangers
 from eoracc.compiler.targets.weights_file import write_graph
+from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
+from eoracc.report_file import encode_report
 from eoracc.runtime.adapters.adapter import Adapter, check_adapter_name
 from eoracc.runtime.adapters.files import encode_adapter
 from eoracc.runtime.adapters.slots import parse_slots
@@ -50,6 +52,8 @@ __all__ = [
     "ArtifactWriter",
     "package_versions",
 ]
+
+_READER = Reader(ArtifactError, "build the artifact again")
 
 _PACKAGES = ("mobius-onnx", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 
@@ -250,10 +254,10 @@ class ArtifactWriter:
             listed = {**files, REPORT_FILE: entry}
             sizes = {name: one.size for name, one in listed.items()}
             sizes[MANIFEST_FILE] = len(manifest_of(listed).to_json().encode())
-            self.report = with_folder(report, sizes, model)
-            content = _encoded(self.report.as_dict())
+            content = encode_report(with_folder(report, sizes, model).as_dict())
             if len(content) == entry.size:
                 break
+        self.report = type(report).from_dict(_READER.parse(content, REPORT_FILE))
         (self.folder / REPORT_FILE).write_bytes(content)
         return {REPORT_FILE: describe_bytes(content)}
 

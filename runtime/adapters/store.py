@@ -6,11 +6,11 @@ an artifact one after the other.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
+from eoracc.report_file import encode_report
 from eoracc.runtime.adapters.adapter import check_adapter_name
 from eoracc.runtime.adapters.files import (
     adapter_files,
@@ -114,11 +114,12 @@ def _edited_report(
     _forget(report, name)
     if edit is not None:
         edit(report)
+    if report == _READER.parse(before, path):
+        return {}
     try:
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return {REPORT_FILE: encode_report(report)}
     except ValueError as error:
         raise ArtifactError(f"{path}: cannot be written as JSON: {error}") from None
-    return {} if text.encode() == before else {REPORT_FILE: text.encode()}
 
 
 def _forget(report: _Report, name: str) -> None:
