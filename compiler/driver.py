@@ -58,6 +58,7 @@ from eoracc.compiler.stage_graphs import StageGraphs
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
+from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.targets.artifact import ArtifactWriter
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.machine import build_machine
@@ -72,6 +73,7 @@ from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, EoraccError, GateError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.progress import Progress
 from eoracc.plugins.adapters import AdapterSlots
 from eoracc.runtime.artifact.manifest import Manifest
@@ -151,6 +153,7 @@ def _build(
             _check_parity(writer.folder, progress) if config.verify.parity else (None, 0)
         )
         adapters = _write_adapters(writer, made, progress)
+        as_built = _as_built(config, made)
         report = Report(
             fidelity=made.fidelity,
             parity={} if parity is None else parity.as_dict(),
@@ -163,6 +166,7 @@ def _build(
                 peak_memory_bytes=max(peak_bytes(), beside_bytes),
                 phases=[asdict(phase_time) for phase_time in progress.times],
                 passes=[asdict(pass_time) for pass_time in made.times],
+                precisions=_precisions(as_built),
             ),
             adapters=adapters,
             targets=made.targets,
@@ -180,7 +184,7 @@ def _build(
                 "model_type": made.model_type,
                 "digest": made.digest,
             },
-            config=_as_built(config, made).resolved(),
+            config=as_built.resolved(),
             parity=report.parity,
             machine=build_machine(),
             report=report,
@@ -191,11 +195,23 @@ def _build(
 
 
 def _as_built(config: BuildConfig, made: _Made) -> BuildConfig:
-    """``config`` with the accuracy level that the artifact has."""
-    if made.accuracy_level is None:
-        return config
-    options = config.onnxruntime.model_copy(update={"accuracy_level": made.accuracy_level})
-    return config.model_copy(update={"onnxruntime": options})
+    """``config`` with what the build chose: precisions for ``auto``, the accuracy level."""
+    passes = tuple(
+        replace(item, precision=resolve_precision(item.precision))
+        if isinstance(item, Calibrate | CalibrateOutputs)
+        else item
+        for item in config.passes
+    )
+    options = config.onnxruntime
+    if made.accuracy_level is not None:
+        options = options.model_copy(update={"accuracy_level": made.accuracy_level})
+    return config.model_copy(update={"passes": passes, "onnxruntime": options})
+
+
+def _precisions(config: BuildConfig) -> list[str]:
+    """Those of all passes over the calibration text, each once."""
+    kinds = (Calibrate, CalibrateOutputs)
+    return list(dict.fromkeys(item.precision for item in config.passes if isinstance(item, kinds)))
 
 
 @dataclass(frozen=True)

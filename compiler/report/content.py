@@ -231,6 +231,8 @@ class BuildReport:
       peak_memory_bytes: largest resident set, that of the process that checks parity included.
       phases: ``{name, wall_s, cpu_s}`` of each phase, in order.
       passes: the same of each pass, in order; an interrupted build counts from where it resumed.
+      precisions: of the passes over the calibration text, ``float32`` or ``bfloat16``, each once;
+        empty where no pass reads text, and in older reports.
     """
 
     wall_s: float
@@ -238,6 +240,7 @@ class BuildReport:
     peak_memory_bytes: int
     phases: Sequence[Mapping[str, str | float]]
     passes: Sequence[Mapping[str, str | float]] = ()
+    precisions: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,8 @@ def report_lines(report: Report) -> list[str]:
             lines.append(f"{target}: engines by compute capability: {sizes}")
     lines += [f"limit: {sentence}" for sentence in report.fidelity.exceeded]
     build = report.build
+    if build.precisions:
+        lines.append(f"calibration: products in {' and '.join(build.precisions)}")
     if build.passes:
         shares = ", ".join(f"{entry['name']} {entry['cpu_s']:.0f} s" for entry in build.passes)
         lines.append(f"processor time of the passes: {shares}")

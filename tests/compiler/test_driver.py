@@ -15,6 +15,7 @@ from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.content import Report
+from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepState
 from eoracc.errors import ArtifactError, ConfigError, DataError, GateError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
@@ -65,7 +66,9 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
     assert result.output == workspace / "out"
     manifest = verify_manifest(result.output)
     assert manifest.digest == result.manifest.digest
-    assert manifest.config == config.resolved()
+    as_built = config.resolved()
+    as_built["passes"][0]["calibrate"]["precision"] = resolve_precision("auto")
+    assert manifest.config == as_built
     assert PARITY_FILE in manifest.files
     assert {"chat_template.jinja", "additional_chat_templates/rag.jinja"} <= manifest.files.keys()
 

@@ -85,5 +85,6 @@ def report() -> Report:
                 {"name": "calibrate", "wall_s": 2.0, "cpu_s": 3.6},
                 {"name": "eora", "wall_s": 1.0, "cpu_s": 1.2},
             ],
+            precisions=["bfloat16", "float32"],
         ),
     )

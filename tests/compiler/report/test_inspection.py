@@ -122,6 +122,7 @@ def test_things_that_are_neither(tmp_path: Path, checkpoint: Path) -> None:
         (("linears", 0, "shape"), [1, None]),
         (("linears", 0, "errors"), {"eora": "small"}),
         (("build", "passes"), [{"name": "eora"}]),
+        (("build", "precisions"), [1]),
         (("build", "wall_s"), None),
         (("adapters", "perplexity"), {"math": [1.0]}),
         (("adapters", "original"), []),

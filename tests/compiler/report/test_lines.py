@@ -63,6 +63,7 @@ def test_lines_under_the_table(report: Report) -> None:
             "eoracc and transformers (one turn: 'a' instead of 'b')"
         ),
         "limit: kl is 0.25, more than 0.1",
+        "calibration: products in bfloat16 and float32",
         "processor time of the passes: calibrate 4 s, eora 1 s",
         "took 12 s, 20 s of processor time, 1.5 GB of memory at most",
     ]
