@@ -24,7 +24,7 @@ from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.printable import quoted
 from eoracc.runtime.artifact.genai_files import read_model_files
-from eoracc.runtime.artifact.graph_file import read_graph
+from eoracc.runtime.artifact.graph_file import read_graph, stored_array
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
 __all__ = ["restore_backbone"]
@@ -204,5 +204,4 @@ def _used(rows: Array) -> int:
 
 
 def _array(node: ir.Node, position: int) -> Array | None:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    return None if value is None or value.const_value is None else value.const_value.numpy()
+    return stored_array(node.inputs[position]) if position < len(node.inputs) else None

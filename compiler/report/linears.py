@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eoracc.compiler.report.content import FactorizedReport, LinearReport, WarningReport
+from eoracc.plugins.operands.weight import zero_point_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -77,7 +78,9 @@ def padding_warnings(linears: Iterable[Linear]) -> list[WarningReport]:
         missing = groups * weight.group_size - weight.in_features
         # A whole row is rounded up to a multiple of 8.
         if missing and groups > 1:
-            grid = weight.scales.itemsize + (weight.zero_points is not None)
+            grid: float = weight.scales.itemsize
+            if weight.zero_points is not None:
+                grid += zero_point_bits(weight.bits) / 8
             padded.append((linear.name, rows * grid * missing / weight.group_size))
     if not padded:
         return []

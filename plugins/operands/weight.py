@@ -20,7 +20,13 @@ from eoracc.plugins.operands.codes import (
 __all__ = [
     "NBitsWeight",
     "weight_bytes",
+    "zero_point_bits",
 ]
+
+
+def zero_point_bits(bits: int) -> int:
+    """Bits of a stored zero point of codes of ``bits``; the op reads bytes (docs/op.md)."""
+    return 4 if bits <= 4 else 8
 
 
 def weight_bytes(
@@ -40,12 +46,12 @@ def weight_bytes(
       bits: of a code.
       groups: of a row, ``G``.
       scale_bytes: of one scale.
-      zero_points: whether there are any, of a byte each.
+      zero_points: whether there are any, of half a byte each, or a byte for codes above four bits.
 
     >>> weight_bytes(576, 100, bits=3, groups=2, scale_bytes=2, zero_points=True)
-    31104
+    30528
     """
-    per_group = 8 * (scale_bytes + zero_points)
+    per_group = 8 * scale_bytes + (zero_point_bits(bits) if zero_points else 0)
     codes = tile_bytes(out_features, in_features, bits=bits)
     return codes + tile_bytes(out_features, groups, bits=per_group)
 

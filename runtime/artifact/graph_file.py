@@ -11,8 +11,11 @@ from eoracc.errors import ArtifactError
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
-__all__ = ["read_graph"]
+    from numpy.typing import NDArray
+
+__all__ = ["read_graph", "stored_array"]
 
 _READER = Reader(ArtifactError, "build the artifact again")
 _MAX_BYTES = (1 << 31) - 1
@@ -30,3 +33,22 @@ def read_graph(path: Path) -> ir.Model:
             _READER.refuse(path, f"has more than {_MAX_BYTES:,} bytes, the limit for a graph")
     with _READER.refusing(path, "is no ONNX graph"):
         return ir.load(path)
+
+
+def stored_array(value: ir.Value | None) -> NDArray[Any] | None:
+    """The constant that a node reads, in the type that it reads; None where it reads no constant.
+
+    Constants may be stored in a narrower type, from which a ``Cast`` gives what the node reads.
+
+    Raises:
+      OSError: the file with the weights is missing or cannot be read.
+      ValueError: its path leads out of the artifact.
+    """
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None and (node.domain, node.op_type) == ("", "Cast"):
+        narrow = stored_array(node.inputs[0])
+        wide = ir.DataType(node.attributes["to"].as_int()).numpy()
+        return None if narrow is None else narrow.astype(wide)
+    return None if value.const_value is None else value.const_value.numpy()

@@ -14,7 +14,7 @@ from eoracc.errors import ArtifactError
 from eoracc.plugins.functions.overload import local_function
 from eoracc.plugins.op import DOMAIN, Input
 from eoracc.runtime.artifact.genai_files import read_model_files
-from eoracc.runtime.artifact.graph_file import read_graph
+from eoracc.runtime.artifact.graph_file import read_graph, stored_array
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 from eoracc.runtime.onnxruntime.inference import DTYPES, open_inference
 from eoracc.runtime.onnxruntime.native_library import native_path
@@ -85,15 +85,14 @@ def _single(model: ir.Model, node: ir.Node) -> ir.Model:
         if value is None or position == Input.bias:
             operands.append(None)
             continue
-        constant = value.const_value
-        if constant is None:
-            raise ArtifactError(f"node {node.name}: its operand {value.name} is no initializer")
         try:
-            array = constant.numpy()
+            array = stored_array(value)
         except (OSError, ValueError) as error:  # the file is missing, or a link to elsewhere
             raise ArtifactError(
                 f"{value.name}: cannot be read: {error}: copy or build the artifact again"
             ) from error
+        if array is None:
+            raise ArtifactError(f"node {node.name}: its operand {value.name} is no initializer")
         operands.append(ir.Value(name=value.name, const_value=ir.tensor(array, name=value.name)))
     while operands[-1] is None:
         operands.pop()

@@ -6,6 +6,7 @@ from eoracc.compiler.report.content import WarningReport
 from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.onnxruntime.lower import lower
+from eoracc.compiler.targets.onnxruntime.narrow_constants import narrow_constants
 from eoracc.compiler.targets.parity_record import (
     PARITY_STEPS,
     record_parity,
@@ -44,6 +45,7 @@ def emit(job: Job) -> Emitted:
             record = without_rounding(record)
         record.save(writer.folder / PARITY_FILE)
     lowered = lower(job.compressed.model, accuracy_level=level, adapter_type=options.adapter_type)
+    narrow_constants(lowered.graph)
     spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
     job.graphs.keep("onnxruntime", lowered)
     writer.write_model(lowered)

@@ -86,10 +86,11 @@ def test_rows_weigh_what_each_variant_would(
     assert list(rows) == ["original", "quantized", "svd", "eora"]
     shapes = [(one.out_features, one.in_features) for one in pair[0].linears[:-1]]
     weights = sum(n * k for n, k in shapes)
-    # In tiles of 16 rows: 3 bits a code, chunks of 32 filled up; a float16 scale and a byte of zero
-    # point for each group of 16. A factor's ranks are rows of the one and columns of the other.
+    # In tiles of 16 rows: 3 bits a code, chunks of 32 filled up; a float16 scale and half a byte
+    # of zero point for each group of 16. A factor's ranks are rows of the one and columns of the
+    # other.
     tiles = [(-(-n // 16) * 16, k) for n, k in shapes]
-    stored = sum(n * (-(-k // 32) * 12 + -(-k // 16) * (2 + 1)) for n, k in tiles)
+    stored = sum(n * (-(-k // 32) * 12 + -(-k // 16) * 2.5) for n, k in tiles)
 
     def factors(rank: int) -> int:
         return sum(2 * (-(-rank // 16) * 16 * k + n * rank) for n, k in tiles)

@@ -35,7 +35,7 @@ def test_linear_is_described_with_all_that_is_stored() -> None:
     one.record.errors["eora"] = 0.5
     one.record.notes.append("note")
     described = linear_report(one)
-    codes, scales, zero_points = 16 * 32 * 3 // 8, 16 * 2 * 2, 16 * 2
+    codes, scales, zero_points = 16 * 32 * 3 // 8, 16 * 2 * 2, 16 * 2 // 2
     factors = 2 * (16 * 32 + 16 * 4)  # the four rows of lora_a take a tile
     assert described.bytes == codes + scales + zero_points + factors
     assert (described.bits, described.group_size, described.rank) == (3, 16, 4)
@@ -67,7 +67,7 @@ def test_one_warning_says_what_padding_costs() -> None:
     (warning,) = padding_warnings([divided, *padded])
     stored = sum(linear_report(one).bytes for one in padded)
     # In groups of 64 columns, 96 columns of 3 bits, a scale and a zero point need 1.5 groups.
-    meant = 16 * 1.5 * (24 + 2 + 1) + 16 * 1.5 * (24 + 2)
+    meant = 16 * 1.5 * (24 + 2 + 0.5) + 16 * 1.5 * (24 + 2)
     assert warning.figures == {"linears": 2, "bytes": stored - meant}
-    assert stored - meant == 16 * 0.5 * 3 + 16 * 0.5 * 2
+    assert stored - meant == 16 * 0.5 * 2.5 + 16 * 0.5 * 2
     assert "the rows of 2 linears (model.layers.0.in_96 first)" in warning.message

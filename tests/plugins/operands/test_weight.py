@@ -64,8 +64,8 @@ def test_dequantize_by_hand() -> None:
     )
     expected = [[-1.5, 2.0, 0.0, 0.5, 1.0, 1.5, -1.0, -0.5, 12.0]]
     np.testing.assert_array_equal(weight.dequantize(), expected)
-    # A tile of 16 rows: a chunk of 32 columns, and two groups.
-    assert weight.nbytes == 16 * (32 * 3 // 8 + 2 * (2 + 1))
+    # A tile of 16 rows: a chunk of 32 columns, two scales, and two zero points of half a byte.
+    assert weight.nbytes == 16 * (32 * 3 // 8 + 2 * 2 + 1)
     assert (weight.out_features, weight.in_features) == (1, 9)
 
 
@@ -79,7 +79,9 @@ def test_weight_survives_tiling(bits: int, zero_points: bool) -> None:
     assert tiles["scales"].shape == (2, 4, 16)
     assert tiles["scales"].dtype == np.float16
     assert ("zero_points" in tiles) == zero_points
-    assert weight.nbytes == sum(array.nbytes for array in tiles.values())
+    zeros = tiles["zero_points"].size if zero_points else 0
+    stored = tiles["B"].nbytes + tiles["scales"].nbytes + (zeros // 2 if bits <= 4 else zeros)
+    assert weight.nbytes == stored
     back = NBitsWeight.from_tiles(
         tiles["B"],  # type: ignore[arg-type]
         tiles["scales"],  # type: ignore[arg-type]

@@ -29,8 +29,13 @@ _OPERANDS = (
 
 
 def operand_bytes(node: ir.Node) -> int:
+    """What the file holds of the operands, some of which are cast when they are read."""
     values = [node.inputs[place] for place in _OPERANDS if place < len(node.inputs)]
-    arrays = [value.const_value for value in values if value is not None]
+    casts = [None if value is None else value.producer() for value in values]
+    stored = [
+        value if cast is None else cast.inputs[0] for value, cast in zip(values, casts, strict=True)
+    ]
+    arrays = [value.const_value for value in stored if value is not None]
     return sum(array.nbytes for array in arrays if array is not None)
 
 
