@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eoracc.runtime.artifact.manifest import Manifest
+    from eoracc.runtime.parity.sample import Sample
 
 __all__ = ["check_record", "has_record", "read_record"]
 
@@ -78,6 +79,7 @@ def _check_linear(linear: ParityLinear, place: str, rows: Collection[int]) -> No
         _is_array(outputs, np.float32, 2) and outputs.size > 0 and len(outputs) in rows,
         f"{place}: its outputs are {_form(outputs)}, not float32 [rows, N] of the inputs' rows",
     )
+    _check_sample(linear.kept, outputs.shape[1], place)
     for part, array in (("tolerance", linear.tolerance), ("rounding", linear.rounding)):
         if array is None:
             continue
@@ -89,6 +91,17 @@ def _check_linear(linear: ParityLinear, place: str, rows: Collection[int]) -> No
             bool(np.isfinite(array).all() and (array >= 0).all()),
             f"{place}: its {part} holds a number below 0, NaN or Inf",
         )
+
+
+def _check_sample(sample: Sample, count: int, place: str) -> None:
+    """Check a sample of which a file has ``count`` values, before its places are listed."""
+    numbers = (sample.size, sample.first, sample.step)
+    _require(
+        all(type(number) is int for number in numbers)
+        and 0 <= sample.first < sample.step <= sample.size
+        and sample.count == count,
+        f"{place}: its sample {printable(list(numbers))} is not of {count} values",
+    )
 
 
 def _check_tokens(case: ParityCase, place: str) -> None:
@@ -121,7 +134,8 @@ def _check_logits(case: ParityCase, place: str) -> None:
         _is_array(logits, np.float32, 2) and logits.size > 0,
         f"{place}: its logits are {_form(logits)}, not float32 [P, V]",
     )
-    kept, vocabulary = logits.shape
+    _check_sample(case.kept, logits.shape[1], place)
+    kept, vocabulary = len(logits), case.kept.size
     _require(_is_within(ids, vocabulary), f"{place}: its input_ids are not in 0..{vocabulary - 1}")
     for part, array, size in (
         ("rows", case.rows, ids.shape[0]),

@@ -102,13 +102,13 @@ def compare_logits(
     Raises:
       ArtifactError: the model has another vocabulary than the record.
     """
-    kept = logits[case.rows, case.columns]
-    if kept.shape != case.logits.shape:
+    of_tokens = logits[case.rows, case.columns]
+    if of_tokens.shape[-1] != case.kept.size:
         raise ArtifactError(
-            f"case {printable(case.name)}: the model gives {kept.shape[-1]} logits for a token, "
-            f"its record has {case.logits.shape[-1]}: build the artifact again"
+            f"case {printable(case.name)}: the model gives {of_tokens.shape[-1]} logits for a "
+            f"token, its record has {case.kept.size}: build the artifact again"
         )
-    error = np.abs(kept - case.logits).max()
+    error = np.abs(case.kept_logits(of_tokens) - case.logits).max()
     return CaseParity(
         through=through,
         name=case.name,

@@ -13,6 +13,7 @@ from eoracc.compiler.targets.parity_record import (
     rounding_excess,
     without_rounding,
 )
+from eoracc.compiler.targets.record_size import save_record
 from eoracc.passes.graph import spec
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.plugins.library import library_path
@@ -38,12 +39,10 @@ def emit(job: Job) -> Emitted:
     """
     options, writer = job.config.onnxruntime, job.writer
     level, warnings = options.accuracy_level, list[WarningReport]()
-    if job.config.verify.parity:
-        record = _parity(job)
-        if case := rounding_excess(record):
-            level, warnings = 0, [_float_activations(case, record.compression_effect)]
-            record = without_rounding(record)
-        record.save(writer.folder / PARITY_FILE)
+    record = _parity(job) if job.config.verify.parity else None
+    if record is not None and (case := rounding_excess(record)):
+        level, warnings = 0, [_float_activations(case, record.compression_effect)]
+        record = without_rounding(record)
     lowered = lower(job.compressed.model, accuracy_level=level, adapter_type=options.adapter_type)
     narrow_constants(lowered.graph)
     spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
@@ -57,6 +56,8 @@ def emit(job: Job) -> Emitted:
             custom_ops_library=writer.write_library(library_path()),
         )
     )
+    if record is not None:
+        save_record(record, writer.folder / PARITY_FILE)
     slots = lowered.metadata_props.get(SLOTS_KEY)
     return Emitted(
         None if slots is None else AdapterSlots.from_json(slots),

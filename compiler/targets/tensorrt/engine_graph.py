@@ -12,6 +12,7 @@ from eoracc.compiler.config.sections import engine_sections
 from eoracc.compiler.targets.artifact import MODEL_FILE
 from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.parity_record import PARITY_STEPS
+from eoracc.compiler.targets.record_size import save_record
 from eoracc.compiler.targets.tensorrt.dequantize import rounded_product
 from eoracc.compiler.targets.tensorrt.engines.bindings import bindings_of, profiles_for
 from eoracc.compiler.targets.tensorrt.half_precision import HALF
@@ -171,7 +172,7 @@ def record_engine_graph(
             weight_of=weight_of,
             trust_remote_code=job.loaded.trust_remote_code,
         )
-    record.save(graph.path.with_name(PARITY_FILE))
+    save_record(record, graph.path.with_name(PARITY_FILE))
 
 
 def _slots(bindings: Sequence[Binding]) -> AdapterSlots | None:

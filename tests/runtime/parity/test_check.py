@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -7,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import save_file
 
 from eoracc.errors import ArtifactError
+from eoracc.runtime.onnxruntime.single_linears import open_linears
 from eoracc.runtime.parity.check import check_parity
 from eoracc.runtime.parity.record import PARITY_FILE, ParityRecord
 from tests.tiny_build import tiny_config, tiny_workspace
@@ -140,6 +143,48 @@ def test_record_and_back(artifact: Path, tmp_path: Path) -> None:
         assert (case.tolerance, case.rounding) == (same.tolerance, same.rounding)
         np.testing.assert_array_equal(case.logits, same.logits)
         np.testing.assert_array_equal(case.input_ids, same.input_ids)
+
+
+def test_record_of_an_older_build_is_read(artifact: Path, tmp_path: Path) -> None:
+    """Without a version, and with all values in float32."""
+    folder = shutil.copytree(artifact, tmp_path / "old")
+    record = ParityRecord.load(artifact / PARITY_FILE)
+    arrays: dict[str, NDArray[np.generic]] = {f"inputs/{k}": v for k, v in record.inputs.items()}
+    names = [linear.name for linear in record.linears]
+    for name, run in zip(names, open_linears(artifact, names, library=False), strict=True):
+        outputs = arrays[f"linear/{name}/outputs"] = np.ascontiguousarray(run(record.inputs))
+        arrays[f"linear/{name}/tolerance"] = np.full_like(outputs, 1e-4)
+        if name == LINEAR:
+            arrays[f"linear/{name}/rounding"] = np.full_like(outputs, 0.25)
+    for position, case in enumerate(record.cases):
+        for part in ("input_ids", "attention_mask", "rows", "columns", "logits"):
+            arrays[f"case/{position}/{part}"] = getattr(case, part)
+    fields = ("name", "chunks", "tolerance", "rounding")
+    cases = [{field: getattr(case, field) for field in fields} for case in record.cases]
+    index = {"linears": names, "cases": cases, "compression_effect": record.compression_effect}
+    save_file(arrays, folder / PARITY_FILE, {"parity": json.dumps(index)})
+
+    old = ParityRecord.load(folder / PARITY_FILE)
+    for linear in old.linears:
+        np.testing.assert_array_equal(linear.outputs, arrays[f"linear/{linear.name}/outputs"])
+        assert (linear.kept.step, linear.codes) == (1, None)
+        assert (linear.rounding is None) == (linear.name != LINEAR)
+        shifted = linear.outputs + np.float32(2e-4)
+        assert np.isinf(linear.shares(shifted, rounded=False)).all()
+        assert np.isinf(linear.shares(shifted, rounded=True)).all() == (linear.name != LINEAR)
+    report = check_parity(folder)
+    (function,) = (one for one in report.linears if one.through == "function")
+    assert function.tolerance_share == 0
+    assert report.logits == check_parity(artifact).logits
+
+
+def test_record_of_a_newer_version_is_refused(artifact: Path, tmp_path: Path) -> None:
+    record = ParityRecord.load(artifact / PARITY_FILE)
+    content = record.encode()
+    assert content.count(b'\\"version\\":2') == 1
+    (tmp_path / PARITY_FILE).write_bytes(content.replace(b'\\"version\\":2', b'\\"version\\":3'))
+    with pytest.raises(ArtifactError, match=r"has version 3, this eoracc reads 1 and 2: use the"):
+        check_parity(tmp_path)
 
 
 def test_missing_record(tmp_path: Path) -> None:

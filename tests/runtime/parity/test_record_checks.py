@@ -13,6 +13,7 @@ import pytest
 from eoracc.errors import ArtifactError
 from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord
 from eoracc.runtime.parity.record_checks import check_record
+from eoracc.runtime.parity.sample import Sample
 
 PATH = Path("parity.safetensors")
 VOCABULARY = 9
@@ -70,6 +71,11 @@ def test_sound_record() -> None:
         ("columns", np.array([0, -1, 2]), "its columns are int64 [3], not int64 [3] in 0..4"),
         ("columns", np.array([0.0, 1, 2]), "its columns are float64 [3]"),
         ("logits", np.zeros((3, 9)), "its logits are float64 [3, 9], not float32 [P, V]"),
+        ("sample", Sample(9, 0, 2), "its sample [9, 0, 2] is not of 9 values"),
+        ("sample", Sample(9, 1, 1), "its sample [9, 1, 1] is not of 9 values"),
+        ("sample", Sample(9, -1, 1), "its sample [9, -1, 1] is not of 9 values"),
+        ("sample", Sample(1 << 60, 0, 1), "is not of 9 values"),
+        ("sample", Sample(9.0, 0, 1), "its sample [9.0, 0, 1] is not of 9 values"),  # type: ignore[arg-type]
         ("logits", np.zeros((0, 9), np.float32), "its logits are float32 [0, 9]"),
         ("tolerance", math.nan, "its tolerance is nan"),
         ("tolerance", "1", "its tolerance is '1'"),
@@ -92,6 +98,8 @@ def test_case_that_does_not_fit(part: str, value: Any, problem: str) -> None:  #
         ("outputs", np.zeros((3, 6), np.float32), "its outputs are float32 [3, 6], not float32 ["),
         ("outputs", np.zeros((4, 6), np.float16), "its outputs are float16 [4, 6]"),
         ("tolerance", np.zeros((4, 5), np.float32), "its tolerance is float32 [4, 5], not float32"),
+        ("sample", Sample(6, 0, 2), "its sample [6, 0, 2] is not of 6 values"),
+        ("sample", Sample(6, True, 2), "its sample [6, True, 2] is not of 6 values"),
         ("tolerance", np.full((4, 6), np.nan, np.float32), "holds a number below 0, NaN or Inf"),
         ("tolerance", np.full((4, 6), -1, np.float32), "holds a number below 0, NaN or Inf"),
     ],
