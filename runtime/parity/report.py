@@ -27,7 +27,8 @@ class LinearParity:
       through: ``library`` or ``function``.
       linears: number of linears checked.
       worst: name of the linear with the largest share.
-      tolerance_share: its largest deviation as a share of the tolerance; at most 1 passes.
+      tolerance_share: its largest deviation as a share of the tolerance; at most 1 passes. Up to
+        0.11 of it is the coding of outputs (:mod:`eoracc.runtime.parity.linear_codes`).
       passed: whether all linears are within their tolerances.
     """
 
