@@ -98,7 +98,7 @@ class SolvedAdapter:
     @property
     def nbytes(self) -> int:
         """Bytes of all factors in the tiles of their linears."""
-        return sum(factors.nbytes for factors in self.factors.values())
+        return sum(factors.input_bytes for factors in self.factors.values())
 
     def mean_error(self, which: str) -> float:
         """Mean error of the linears ``without`` or ``with`` the adapter; 0 if there are none."""

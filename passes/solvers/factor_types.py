@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["FactorType", "factor_bytes", "fit_scales", "round_to_nearest", "store_factors"]
 
 FactorType = Literal["float16", "int8", "int4"]
-"""Of both factors; integer ones have a float32 scale a row."""
+"""Of both factors; integer ones have a scale a row, see :func:`fit_scales`."""
 
 _SHRINKS = np.linspace(1.0, 0.4, 13)
 """Factors by which the search for a scale narrows a row's range."""
+
+_HALF_TOLERANCE = 2.0**-8
+"""By how much, relative to it, a scale may be rounded to float16. Codes are rounded afterwards, and
+the largest of 127 steps still moves by less than half a step."""
 
 Float = NDArray[np.float64]
 
@@ -59,7 +63,10 @@ def store_factors(
         lora_a, a_scale = _round_a(a, gram)
         b = _solve_b(b, a, lora_a * a_scale[:, None], gram, weighted)
         b, stretch = _unit_columns(b)
-        a_scale = a_scale * stretch
+        exact = a_scale * stretch
+        a_scale = _storable(exact)
+        # What rounding changes of a row of A, its column of B takes back.
+        b = b * np.divide(exact, a_scale, out=np.ones_like(exact), where=a_scale > 0)
     else:
         b, stretch = _unit_columns(b)
         a = a * stretch[:, None]
@@ -79,14 +86,14 @@ def factor_bytes(out_features: int, in_features: int, rank: int, factor_type: Fa
     """Bytes that factors will take in tiles, :attr:`.LowRank.nbytes`; none of rank 0.
 
     >>> factor_bytes(48, 64, 16, "int4"), factor_bytes(48, 64, 4, "int4")
-    (1152, 960)
+    (1024, 832)
     """
     if not rank:
         return 0
     bits = {"float16": 16, "int8": 8, "int4": 4}[factor_type]
     stored = tile_bytes(rank, in_features, bits=bits) + tile_bytes(out_features, rank, bits=bits)
     if factor_type != "float16":
-        stored += tile_bytes(rank, 1, bits=32) + tile_bytes(out_features, 1, bits=32)
+        stored += tile_bytes(rank, 1, bits=16) + tile_bytes(out_features, 1, bits=16)
     return stored
 
 
@@ -107,10 +114,10 @@ def fit_scales(
       importance: of each column's squared error, ``[columns]``; None weighs all alike.
 
     Returns:
-      ``[rows]``, values that float32 holds.
+      ``[rows]``, values that float16 holds; those too small or large for it are float32's.
 
     >>> fit_scales(np.array([[2.0, -4.0, 0.1], [0.0, 0.0, 0.0]]), bits=4).round(4).tolist()
-    [0.5714, 0.0]
+    [0.5713, 0.0]
     """
     weights = np.ones(factor.shape[1]) if importance is None else np.asarray(importance)
     widest = np.abs(factor).max(axis=1, initial=0.0) / LARGEST[bits]
@@ -139,8 +146,14 @@ def round_to_nearest(factor: Float, scale: Float, *, bits: int) -> NDArray[np.in
 
 
 def _storable(scale: Float) -> Float:
-    """As float32 holds it; one that it rounds to 0 or to a denormal leaves nothing of its row."""
-    stored = scale.astype(np.float32).astype(np.float64)
+    """As float16 holds it, which an artifact then stores, or as float32 does where that is too far.
+
+    One that float32 rounds to 0 or to a denormal leaves nothing of its row.
+    """
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16).astype(np.float64)
+    is_near = np.abs(half - scale) <= _HALF_TOLERANCE * scale
+    stored = np.where(is_near, half, scale.astype(np.float32).astype(np.float64))
     return np.where(stored >= np.finfo(np.float32).tiny, stored, 0.0)
 
 

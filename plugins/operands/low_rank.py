@@ -85,7 +85,18 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of both factors in tiles, scales included; none of rank 0."""
+        """Bytes of both factors in an artifact, in tiles, scales included; none of rank 0.
+
+        Scales take two bytes where float16 holds them all.
+        """
+        return self._bytes(half_scales=True)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of :meth:`tiles`, which an adapter stores; none of rank 0."""
+        return self._bytes(half_scales=False)
+
+    def _bytes(self, *, half_scales: bool) -> int:
         if not self.rank:
             return 0
         stored = 0
@@ -95,7 +106,9 @@ class LowRank:
         ):
             bits = self.bits if factor.dtype == np.int8 else 8 * factor.itemsize
             stored += tile_bytes(*factor.shape, bits=bits)
-            stored += 0 if scale is None else tile_bytes(len(factor), 1, bits=32)
+            if scale is not None:
+                is_half = half_scales and np.array_equal(scale, scale.astype(np.float16))
+                stored += tile_bytes(len(factor), 1, bits=16 if is_half else 32)
         return stored
 
     def down(self) -> NDArray[np.float32]:

@@ -52,7 +52,7 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Bytes of all factors in the tiles of their linears."""
-        return sum(factors.nbytes for factors in self.factors.values())
+        return sum(factors.input_bytes for factors in self.factors.values())
 
 
 def check_adapter_name(name: str) -> None:

@@ -1,7 +1,8 @@
 """Store constants in the narrowest type that holds each of their values.
 
-Zero points of codes of up to four bits take half a byte, not one, and the weights of norms, which
-checkpoints store in 16 bits, two bytes, not four. A ``Cast`` gives the nodes what they read. A
+Zero points of codes of up to four bits take half a byte, not one. Scales of integer factors, which
+solvers round to float16, and weights of norms, which checkpoints store in 16 bits, take two bytes,
+not four. A ``Cast`` gives the nodes what they read. A
 runtime folds it when it loads the model, so a call reads the same constants as before.
 """
 
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from eoracc.plugins.op import DOMAIN, Input
+from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 __all__ = ["narrow_constants"]
@@ -26,11 +29,13 @@ _NIBBLE = 4
 _LARGEST = 2**_NIBBLE - 1
 """Bits of the narrow zero points, and the largest that they hold."""
 
+_FACTOR_SCALES = (Input.lora_a_scale, Input.lora_b_scale)
+
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def narrow_constants(graph: ir.Graph) -> None:
-    """Narrow zero points and vectors of ``graph`` that lose nothing by it.
+    """Narrow zero points, scales of factors and vectors of ``graph`` that lose nothing by it.
 
     Matrices stay as they are: a runtime maps them, and a cast would be a copy in its memory.
 
@@ -53,17 +58,20 @@ def _narrowest(value: ir.Value) -> ir.DataType | None:
     tensor = value.const_value
     if tensor is None:
         return None
-    if tensor.dtype == ir.DataType.UINT8 and all(
-        _is_zero_points(use.node, use.idx) for use in value.uses()
-    ):
+    if tensor.dtype == ir.DataType.UINT8 and _is_everywhere(_is_zero_points, value):
         return ir.DataType.UINT4 if tensor.numpy().max(initial=0) <= _LARGEST else None
-    if (
-        tensor.dtype == ir.DataType.FLOAT
-        and len(tensor.shape) == 1
-        and tensor.nbytes >= _SMALLEST_VECTOR
-    ):
+    if tensor.dtype != ir.DataType.FLOAT:
+        return None
+    if _is_everywhere(_is_factor_scale, value):
+        return ir.DataType.FLOAT16 if _holds(ir.DataType.FLOAT16, tensor.numpy()) else None
+    if len(tensor.shape) == 1 and tensor.nbytes >= _SMALLEST_VECTOR:
         return next((dtype for dtype in _HALVES if _holds(dtype, tensor.numpy())), None)
     return None
+
+
+def _is_everywhere(is_operand: Callable[[ir.Node, int], bool], value: ir.Value) -> bool:
+    """Whether all readers of ``value``, and the places where they read it, are of one kind."""
+    return all(is_operand(use.node, use.idx) for use in value.uses())
 
 
 def _is_zero_points(node: ir.Node, position: int) -> bool:
@@ -73,6 +81,14 @@ def _is_zero_points(node: ir.Node, position: int) -> bool:
         and position == Input.zero_points
         and node.attributes["bits"].as_int() <= _NIBBLE
     )
+
+
+def _is_factor_scale(node: ir.Node, position: int) -> bool:
+    """Whether the input at ``position`` holds scales of an integer factor, at any size.
+
+    The plan of a build's bytes counts two bytes for each (:attr:`.LowRank.nbytes`).
+    """
+    return (node.domain, node.op_type) == (DOMAIN, FUSED_OP) and position in _FACTOR_SCALES
 
 
 def _holds(dtype: ir.DataType, array: NDArray[Any]) -> bool:

@@ -57,7 +57,7 @@ def by_hand(rank: int, shape: tuple[int, int], kind: str) -> int:
         return weight + 2 * (down * columns + rows * rank)
     bits, chunk = (8, 4) if kind == "int8" else (4, 8)
     values = down * up(columns, chunk) + rows * up(rank, chunk)
-    return weight + values * bits // 8 + 4 * (down + rows)
+    return weight + values * bits // 8 + 2 * (down + rows)
 
 
 def up(number: int, multiple: int) -> int:

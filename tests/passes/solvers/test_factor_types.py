@@ -28,12 +28,24 @@ def test_rounds_to_half_a_step_of_each_row(bits: int, largest: int) -> None:
     assert codes.dtype == np.int8
     assert np.abs(codes).max() == largest
     error = np.abs(codes * scale[:, None] - factor)
-    # The scale itself is rounded to float32: as many roundings of a step as the largest code.
-    assert (error <= (0.5 + largest * 2.0**-24) * scale[:, None]).all()
+    # Codes are rounded after the scale, which float16 moves by too little to cut half a step off.
+    assert (error <= (0.5 + largest * 2.0**-52) * scale[:, None]).all()
     assert (scale[2], codes[2].any()) == (0, False)
-    assert (scale == scale.astype(np.float32)).all(), "float32 holds it"
+    assert (scale == scale.astype(np.float16)).all(), "float16 holds it"
     used = np.abs(codes).max(axis=1)
     assert (used[[0, 1, 3, 4, 5]] == largest).all(), "the whole range is used"
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(8, 127), (4, 7)])
+def test_scales_that_float16_would_move_too_far_are_those_of_float32(
+    bits: int, largest: int
+) -> None:
+    """Steps of float16 are 2^-24 below 2^-14; above 65504 it ends."""
+    steps = np.array([1e5, 65500, 2.0**-14, 300.3 * 2.0**-24, 100.5 * 2.0**-24, 1e-9, 1e-30])
+    scale = fit_scales(steps[:, None] * np.array([largest, 0.3]), bits=bits)
+    expected = steps.astype(np.float32)
+    expected[1:4] = steps[1:4].astype(np.float16)
+    np.testing.assert_array_equal(scale, expected)
 
 
 def test_search_narrows_the_range_of_a_row_with_an_outlier() -> None:
@@ -71,7 +83,8 @@ def test_int8_product_is_close_although_singular_values_fall() -> None:
     u, v = (np.linalg.qr(rng.standard_normal((n, 16)))[0] for n in (80, 120))
     b, a = u * np.sqrt(sigma), (v * np.sqrt(sigma)).T
     stored = store_factors(b, a, "int8")
-    assert stored.nbytes == 16 * (80 + 120) + 4 * (16 + 80)
+    # The steps of A's last rows, 1e-4 / 127 of the first, are below those of float16.
+    assert stored.nbytes == 16 * (80 + 120) + 4 * 16 + 2 * 80
     for rank in (0, 15):  # each rank on its own is off by a few steps of its own size
         alone = np.outer(stored.up()[:, rank], stored.down()[rank])
         expected = np.outer(b[:, rank], a[rank])
@@ -112,19 +125,25 @@ def test_int4_keeps_most_of_what_the_factors_give_back(seed: int) -> None:
     )
     stored = store_factors(b, a, "int4", gram=gram, weighted=target)
     assert stored.factor_type == "int4"
-    assert stored.nbytes == 16 * (64 + 96) // 2 + 4 * (16 + 64)
+    assert stored.nbytes == 16 * (64 + 96) // 2 + 2 * (16 + 64)
     assert 1 - kept(stored) < 0.5 * (1 - kept(plain))
     assert kept(store_factors(b, a, "int8", gram=gram, weighted=target)) > kept(stored)
 
 
-def test_int4_solves_b_again_in_the_metric_of_the_gram() -> None:
-    """What is stored differs from the least-squares B for its own A by the rounding of B alone."""
+@pytest.mark.parametrize("size", [1, 3e-5])
+def test_int4_solves_b_again_in_the_metric_of_the_gram(size: float) -> None:
+    """What is stored differs from the least-squares B for its own A by the rounding of B alone.
+
+    Scales of the smaller A are moved by up to 2^-8 by float16; B makes up for that.
+    """
     rng = np.random.default_rng(4)
     gram = accumulate_gram([(correlated(rng, 600, 96), ones(600))], 96)
     root = gram.root.astype(np.float64)
-    delta = rng.standard_normal((64, 96))
+    delta = rng.standard_normal((64, 96)) * size
     b, a = eora_factors(delta, gram.matrix, 8)
     stored = store_factors(b, a, "int4", gram=gram, weighted=delta @ root)
+    assert stored.lora_a_scale is not None
+    np.testing.assert_array_equal(stored.lora_a_scale, stored.lora_a_scale.astype(np.float16))
     projected = stored.down().astype(np.float64) @ root
     best = delta @ root @ projected.T @ np.linalg.inv(projected @ projected.T)
     assert stored.lora_b_scale is not None

@@ -142,8 +142,19 @@ def test_bytes_are_those_of_the_tiles(factor_type: FactorType, rank: int) -> Non
     factors = random_typed_factors(
         np.random.default_rng(9), shape, rank=rank, factor_type=factor_type
     )
-    stored = sum(array.nbytes for array in factors.tiles().values())
-    assert factors.nbytes == stored == factor_bytes(*shape, rank, factor_type)
+    tiles = factors.tiles()
+    stored = sum(array.nbytes for array in tiles.values())
+    assert factors.nbytes == factors.input_bytes == stored
+    scales = {name: tile for name, tile in tiles.items() if name.endswith("_scale")}
+    halves = {
+        name: scale.astype(np.float16).astype(np.float32)
+        for name in scales
+        if (scale := getattr(factors, name)) is not None
+    }
+    rounded = replace(factors, **halves)
+    assert rounded.nbytes == factor_bytes(*shape, rank, factor_type)
+    assert rounded.input_bytes == stored
+    assert rounded.nbytes == stored - sum(tile.nbytes // 2 for tile in scales.values())
 
 
 def test_factors_of_different_kinds_are_not_merged() -> None:

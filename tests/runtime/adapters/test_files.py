@@ -57,7 +57,7 @@ def test_what_is_stored_is_read(tmp_path: Path, slots: str, factor_type: str, ra
     assert_same_factors(found.factors, factors)
     assert (found.name, found.backbone, found.details) == ("math", digest, stored.details)
     assert (found.rank, found.factor_types) == (rank, (factor_type,))
-    assert found.nbytes == sum(one.nbytes for one in factors.values())
+    assert found.nbytes == sum(one.input_bytes for one in factors.values())
 
 
 def test_linears_without_factors_get_none(tmp_path: Path) -> None:

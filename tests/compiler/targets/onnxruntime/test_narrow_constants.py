@@ -14,8 +14,9 @@ import pytest
 from eoracc.compiler.targets.onnxruntime.narrow_constants import narrow_constants
 from eoracc.compiler.targets.weights_file import DATA_FILE, write_graph
 from eoracc.plugins.functions.overload import use_local_functions
-from eoracc.plugins.op import DOMAIN
+from eoracc.plugins.op import DOMAIN, Input
 from eoracc.runtime.artifact.graph_file import read_graph, stored_array
+from tests.plugins.banks import random_typed_factors
 from tests.plugins.fused_op import random_weight
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ROWS, COLUMNS = 64, 512
+
+
+SCALES = ("lora_a_scale", "lora_b_scale")
 
 
 def vector(seed: int) -> NDArray[np.float32]:
@@ -157,6 +161,44 @@ def test_zero_points_take_half_a_byte_where_codes_do(
     assert zero_points.dtype == stored
     saved = ROWS * COLUMNS // 32 // 2 if stored == ir.DataType.UINT4 else 0
     assert sizes[0] - sizes[1] == saved
+
+
+@pytest.mark.parametrize("is_half", [True, False])
+def test_scales_of_factors_are_stored_in_float16_at_any_size(*, is_half: bool) -> None:
+    factors = random_typed_factors(
+        np.random.default_rng(5), (ROWS, COLUMNS), rank=3, factor_type="int4"
+    )
+    weight = random_weight(
+        np.random.default_rng(6), (ROWS, COLUMNS), bits=4, group_size=32, zero_points=True
+    )
+    tiles = weight.tiles() | {"bias": None} | factors.tiles()
+    values: list[ir.Value | None] = []
+    for operand in tuple(Input)[1 : Input.lora_b_scale + 1]:
+        array = tiles[operand.name]
+        if array is not None and operand.name.endswith("a_scale"):
+            array = array.astype(np.float16).astype(np.float32)
+            array[1] = 0.75 if is_half else np.pi
+        if array is not None and operand.name.endswith("b_scale"):
+            array = array.astype(np.float16).astype(np.float32)
+        tensor = None if array is None else ir.tensor(array, name=operand.name)
+        values.append(None if tensor is None else ir.Value(name=operand.name, const_value=tensor))
+    node = ir.node("MatMulNBitsLowRank", [ir.Value(name="x"), *values], {"bits": 4}, domain=DOMAIN)
+    graph = ir.Graph(
+        [],
+        node.outputs,
+        nodes=[node],
+        initializers=[value for value in values if value is not None],
+    )
+    before = {name: stored_array(node.inputs[Input[name]]) for name in SCALES}
+    narrow_constants(graph)
+    types = [
+        None if (tensor := graph.initializers[name].const_value) is None else tensor.dtype
+        for name in SCALES
+    ]
+    first = ir.DataType.FLOAT16 if is_half else ir.DataType.FLOAT
+    assert types == [first, ir.DataType.FLOAT16]
+    for name in SCALES:
+        np.testing.assert_array_equal(stored_array(node.inputs[Input[name]]), before[name])
 
 
 def test_what_a_caller_can_set_keeps_its_type() -> None:
