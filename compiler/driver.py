@@ -35,7 +35,7 @@ from eoracc.compiler.frontend.context import context_notes
 from eoracc.compiler.inputs import Inputs, read_inputs
 from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.kept.files import replace_file
-from eoracc.compiler.observe.spans import cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds, warn
 from eoracc.compiler.progress import PhaseTime, SilentProgress
 from eoracc.compiler.report.content import (
     AdaptersReport,
@@ -297,6 +297,12 @@ def _make(
     )
     emitted, cases = _emit(job, solved)
     chat = ship_chat(inputs.chat, writer.folder, genai="onnxruntime" in config.targets)
+    late = [
+        *padding_warnings(compressed.linears),
+        *(warning for target in emitted.values() for warning in target.warnings),
+    ]
+    for warning in late:
+        warn(warning.code, warning.message, warning.linear, warning.figures)
     return _Made(
         model_type=inputs.loaded.config.model_type,
         digest=inputs.loaded.digest,
@@ -322,8 +328,7 @@ def _make(
         warnings=[
             *inputs.warnings,
             *linear_warnings(compressed.linears),
-            *padding_warnings(compressed.linears),
-            *(warning for target in emitted.values() for warning in target.warnings),
+            *late,
         ],
     )
 

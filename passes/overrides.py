@@ -10,9 +10,10 @@
           lm_head: {bits: 8, group_size: 32}
 
 The last pattern that matches a linear wins. A pattern that matches a factorised weight matches its
-two factors as well, ``<name>.v`` and ``<name>.u``. Linears outside the decoder blocks (``lm_head``)
-are left alone unless a pattern names them, which a bare ``*`` does not. Options that no pattern
-sets may come from a survey (:attr:`eoracc.passes.graph.linears.Linear.plan`).
+two factors as well, ``<name>.v`` and ``<name>.u``. Embedding tables and linears outside the decoder
+blocks (``lm_head``) are left alone unless a pattern names them, which a bare ``*`` does not, or the
+pass has options of their own for them (:meth:`Overridable.outside`). Options that no pattern sets
+may come from a survey (:attr:`eoracc.passes.graph.linears.Linear.plan`).
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ class Overridable:
 
     def options_for(self, linear: Linear | Embedding) -> Self | None:
         """The pass with the options that hold for ``linear``, or None where it is left out."""
-        matching = [
-            pattern
-            for pattern in self.overrides
-            if any(fnmatchcase(name, pattern) for name in linear.known_as)
-        ]
-        if linear.block is None and not any(pattern.strip("*") for pattern in matching):
+        matching = self._matching(linear)
+        options: Self | None = self
+        if linear.block is None:
+            options = self.outside(linear)
+            if not self.names(linear):
+                matching = []
+            elif options is None:
+                options = self
+        if options is None:
             return None
         known = {option.name for option in fields(self)} - self.not_planned
         changes = {name: value for name, value in linear.plan.items() if name in known}
@@ -80,7 +84,26 @@ class Overridable:
                 for option in fields(chosen)
                 if option.name != "skip" and (value := getattr(chosen, option.name)) is not None
             }
-        return replace(self, overrides={}, **changes)
+        return replace(options, overrides={}, **changes)
+
+    def outside(self, linear: Linear | Embedding) -> Self | None:
+        """The pass with its options for what lies outside the decoder blocks.
+
+        None, which is the default, leaves ``linear`` alone unless a pattern names it.
+        """
+        del linear
+        return None
+
+    def names(self, linear: Linear | Embedding) -> bool:
+        """Whether a pattern names ``linear``, which a bare ``*`` does not."""
+        return any(pattern.strip("*") for pattern in self._matching(linear))
+
+    def _matching(self, linear: Linear | Embedding) -> list[str]:
+        return [
+            pattern
+            for pattern in self.overrides
+            if any(fnmatchcase(name, pattern) for name in linear.known_as)
+        ]
 
     def partition(self, group: LinearGroup) -> list[tuple[Self, list[Linear]]]:
         """The members of ``group`` that are not left out, gathered by the options they share."""

@@ -89,7 +89,9 @@ def tiny_linears(work: Path) -> list[Linear]:
 
 def _compress(model: ir.Model) -> list[Linear]:
     from eoracc.passes.compensate.svd import Svd
+    from eoracc.passes.graph.embeddings import find_embeddings
     from eoracc.passes.graph.linears import LinearGroup, find_linears
+    from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
     from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 
     linears = find_linears(model)
@@ -98,6 +100,7 @@ def _compress(model: ir.Model) -> list[Linear]:
         group = LinearGroup((linear,))
         quantize.call(group)
         compensate.call(group)
+    quantize_embedding_tables(quantize, find_embeddings(model), linears)
     return linears
 
 

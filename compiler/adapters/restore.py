@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.errors import ArtifactError
-from eoracc.passes.graph.linears import find_again
+from eoracc.passes.graph.linears import Linear, find_again
 from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank
@@ -51,6 +51,7 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
     backbone = Backbone.of(model)
     _restore_products(stored, backbone)
     linears = {linear.name: linear for linear in backbone.linears}
+    by_codes: dict[str, Linear] = {}
     tables = {table.name: table for table in backbone.embeddings}
     for node in stored.graph:
         if node.domain != DOMAIN:
@@ -63,10 +64,16 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
                     raise ArtifactError(f"{path}: {_unknown(name, linears)}")
                 linears[name].quantize(weight)
                 linears[name].compensate(factors)
-        elif node.op_type == GATHER_OP and str(node.name) in tables:
+                by_codes[_codes(node)] = linears[name]
+    for node in stored.graph:
+        if node.op_type == GATHER_OP and str(node.name) in tables:
             table = tables[str(node.name)]
             rows = int(table.source.shape.numpy()[0])
-            table.quantize(_weight(node, slice(0, rows), out_features=rows))
+            head = by_codes.get(_codes(node))
+            if head is not None and head.compressed is not None:
+                table.quantize(head.compressed, tied=head)
+            else:
+                table.quantize(_weight(node, slice(0, rows), out_features=rows))
     return backbone
 
 
@@ -131,6 +138,13 @@ def _weight(node: ir.Node, rows: slice, *, out_features: int) -> NBitsWeight:
         group_size=whole.group_size,
         in_features=whole.in_features,
     )
+
+
+def _codes(node: ir.Node) -> str:
+    """Name of the codes, which a table shares with a tied head."""
+    value = node.inputs[Input.B]
+    assert value is not None  # noqa: S101 - the op has it
+    return str(value.name)
 
 
 def _factors(node: ir.Node, part: int, parts: int, rows: slice) -> LowRank | None:

@@ -14,7 +14,7 @@ from eoracc.passes.graph.linears import Linear
 from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
 from eoracc.passes.solvers.factorization import factorized_rank
 
-__all__ = ["PLAIN_BYTES", "compressed_names", "planned_bytes", "rank_limit", "stored_bytes"]
+__all__ = ["PLAIN_BYTES", "planned_bytes", "rank_limit", "stored_bytes"]
 
 PLAIN_BYTES = 2
 """Bytes of a value that is not quantized: 16 bits, as in published tables. The graph itself holds
@@ -74,16 +74,6 @@ def rank_limit(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
         ),
         default=0,
     )
-
-
-def compressed_names(passes: Sequence[Pass], linears: Iterable[Linear]) -> set[str]:
-    """Names of those ``linears`` that a quantizing or factorising pass will change."""
-    changing = [item for item in passes if isinstance(item, Compression | Factorization)]
-    return {
-        linear.name
-        for linear in linears
-        if any(item.options_for(linear) is not None for item in changing)
-    }
 
 
 def stored_bytes(linears: Iterable[Linear]) -> int:

@@ -27,7 +27,7 @@ from eoracc import __version__
 from eoracc.compiler.compare.folder import WorkFolder
 from eoracc.compiler.compare.methods import Method, find_methods
 from eoracc.compiler.compare.plan import BudgetProblem, Contender, Fit, fit
-from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, compressed_names, stored_bytes
+from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, stored_bytes
 from eoracc.compiler.compare.result import Comparison, Figures, Original, Row, Through
 from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_together
 from eoracc.compiler.config.sections import BuildConfig
@@ -48,7 +48,8 @@ from eoracc.errors import ConfigError, ModelError, PassError
 from eoracc.passes.base import ModelPass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
-from eoracc.passes.graph.linears import Linear, block_of, find_linears
+from eoracc.passes.graph.counted import counted
+from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.progress import Phase, Progress
 from eoracc.printable import quoted
 from eoracc.runtime.memory import release_memory
@@ -291,7 +292,7 @@ class _Comparing:
                 if not math.isfinite(scores[name].perplexity + scores[name].kl):
                     raise PassError("the compressed model", "predicts values that are not finite")
                 phase.advance()
-        nbytes = stored_bytes(linears.counted(compressed.linears))
+        nbytes = stored_bytes(counted(compressed.linears))
         release_memory()
         ood = scores.get(_OOD)
         return Figures(
@@ -355,7 +356,7 @@ class _Comparing:
 
 
 class _Linears:
-    """The linears that budgets and bytes count: those that any of the methods compresses.
+    """The linears that budgets and bytes count: those of decoder blocks.
 
     A linear that some of the methods skip counts with its plain size there, so that all methods are
     comparable.
@@ -364,25 +365,13 @@ class _Linears:
     def __init__(self, loaded: LoadedModel, methods: Sequence[Method]) -> None:
         self._views: dict[str, list[Linear]] = {}
         self._loaded = loaded
-        self._names: set[str] = set()
-        for method in methods:
-            view = self._view(method)
-            self._names |= {
-                name for name in compressed_names(method.passes, view) if block_of(name) is None
-            }
         first = self.of(methods[0])
         self.weights = sum(linear.out_features * linear.in_features for linear in first)
         self.plain_bytes = PLAIN_BYTES * self.weights
 
     def of(self, method: Method) -> list[Linear]:
         """The counted linears before the method's first sweep."""
-        return self.counted(self._view(method))
-
-    def counted(self, linears: Sequence[Linear]) -> list[Linear]:
-        """The ``linears`` that count: of decoder blocks, and others that a method compresses."""
-        return [
-            linear for linear in linears if linear.block is not None or linear.name in self._names
-        ]
+        return counted(self._view(method))
 
     def _view(self, method: Method) -> list[Linear]:
         changes = [item for item in method.passes if isinstance(item, ModelPass)]

@@ -36,8 +36,8 @@ class FidelityRow:
       top1_agreement: share of tokens with the original's most likely next token.
       last_layer_error: relative error of what enters the head.
       bytes: of all parameters as they are stored, embeddings and head included.
-      bits_per_weight: per weight that the original has in the linears that the build compresses;
-        their codes, scales, zero points and factors all count.
+      bits_per_weight: per weight that the original has in the linears of decoder blocks that the
+        build compresses; their codes, scales, zero points and factors all count.
       folder_bytes: of what is shipped, all files of the artifact; of another variant, those of the
         same folder with its parameters instead. None in reports of older builds.
     """

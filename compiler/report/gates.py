@@ -15,6 +15,7 @@ from eoracc.compiler.sweep.batch import WeightOf
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.run import Comparisons
 from eoracc.compiler.text.windows import Windows
+from eoracc.passes.graph.counted import counted
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.progress import Progress
 from eoracc.plugins.operands.low_rank import LowRank
@@ -131,13 +132,14 @@ def _original_row(scores: Scores, original: Executor) -> FidelityRow:
 def _row(name: str, scores: Scores, executor: Executor, made: _Made) -> FidelityRow:
     """The row of the variant ``made``, run by ``executor``.
 
-    Bits are counted over the linears that the build compresses, per weight that the original has
-    there: the two factors of one count against its weights.
+    Bits are counted over the linears of decoder blocks that the build compresses, per weight that
+    the original has there: the two factors of one count against its weights.
     """
     touched = [
         linear for linear in executor.linears if linear.compressed is not None or linear.whole
     ]
-    wholes = {linear.whole or linear for linear in touched}
+    in_blocks = counted(touched)
+    wholes = {linear.whole or linear for linear in in_blocks}
     weights = sum(linear.in_features * linear.out_features for linear in wholes)
     stored = sum(map(made.bytes_of, touched))
     return FidelityRow(
@@ -145,7 +147,9 @@ def _row(name: str, scores: Scores, executor: Executor, made: _Made) -> Fidelity
         **asdict(scores),
         # The graph carries what is shipped: this variant's is counted instead.
         bytes=executor.parameter_bytes - sum(map(_shipped_bytes, touched)) + stored,
-        bits_per_weight=8 * stored / weights if weights else 8.0 * _BYTES_PLAIN,
+        bits_per_weight=8 * sum(map(made.bytes_of, in_blocks)) / weights
+        if weights
+        else 8.0 * _BYTES_PLAIN,
     )
 
 

@@ -11,6 +11,7 @@ from eoracc.compiler.report.folder import folder_kinds
 from eoracc.compiler.report.lines import report_lines
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError, ModelError
+from eoracc.passes.graph.counted import counted
 from eoracc.runtime.artifact.authenticity import UNCHECKED, Authenticity
 from eoracc.runtime.artifact.folder_change import reading
 from eoracc.runtime.artifact.manifest import (
@@ -120,7 +121,7 @@ class ArtifactSummary:
 
     @property
     def linear_bytes(self) -> int:
-        """Bytes of all compressed linears."""
+        """Bytes of all compressed linears of decoder blocks."""
         return sum(linear.bytes for linear in self._compressed)
 
     @property
@@ -135,10 +136,10 @@ class ArtifactSummary:
 
     @property
     def _compressed(self) -> list[LinearReport]:
-        """Linears that are quantized, or a factor of a weight, or both."""
-        return [
+        """Linears of decoder blocks that are quantized, or a factor of a weight, or both."""
+        return counted(
             linear for linear in self.report.linears if linear.bits is not None or linear.factor_of
-        ]
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.graph.names import TOKENS
 from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.op import DOMAIN, DOMAIN_VERSION, GATHER_OP
 
@@ -32,6 +33,7 @@ class Embedding:
       name: module name as in the checkpoint, ``model.embed_tokens``.
       node: the ``Gather`` that computes it now.
       source: the original table, ``[rows, width]``; read lazily.
+      of_tokens: whether tokens look it up, and not positions or token types.
       compressed: the table after quantization.
       plan: always empty: surveys decide for linears only.
     """
@@ -41,6 +43,7 @@ class Embedding:
     name: str
     node: ir.Node
     source: ir.TensorProtocol
+    of_tokens: bool = True
     compressed: NBitsWeight | None = None
 
     @property
@@ -129,8 +132,15 @@ def find_embeddings(model: ir.Model) -> list[Embedding]:
             continue
         if node.attributes.get_int("axis", 0) != 0 or len(table.const_value.shape) != 2:
             continue
-        name = str(table.name).removesuffix(".weight")
-        embeddings.append(Embedding(name=name, node=node, source=table.const_value))
+        indices = node.inputs[1]
+        embeddings.append(
+            Embedding(
+                name=str(table.name).removesuffix(".weight"),
+                node=node,
+                source=table.const_value,
+                of_tokens=indices is not None and indices.name == TOKENS,
+            )
+        )
     return embeddings
 
 

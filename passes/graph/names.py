@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-__all__ = ["LOGITS_TO_KEEP", "PARTS", "ROPE_LENGTHS", "ROPE_ROWS", "WINDOW_KEY"]
+__all__ = ["LOGITS_TO_KEEP", "PARTS", "ROPE_LENGTHS", "ROPE_ROWS", "TOKENS", "WINDOW_KEY"]
 
 PARTS = MappingProxyType(
     {
@@ -14,6 +14,9 @@ PARTS = MappingProxyType(
 )
 """Role of a packed weight (of some families and of ``pack_projections``) to the roles of its parts,
 in the order of their rows."""
+
+TOKENS = "input_ids"
+"""Input of a model with its tokens, ``int64 [B, S]``."""
 
 WINDOW_KEY = "eoracc.local_window_size"
 """Node metadata of an ``Attention``: the number of keys that a query attends to, its own included;

@@ -192,6 +192,8 @@ class Allocate(SurveyPass):
         if len(compensations) > 1:
             names = " and ".join(repr(item.name) for item in compensations)
             raise PassError(self.name, f"chooses ranks for one compensating pass, not {names}")
+        # A head is allocated where an override names it.
+        quantizer = replace(quantizer, embedding_bits=None)
         return quantizer, compensations[0] if compensations else None
 
     def _chosen(self, items: Sequence[_Item]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Quantize the embedding tables that the overrides of a compressing pass name."""
+"""Quantize the embedding tables for which a compressing pass has options."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ __all__ = ["quantize_embedding_tables"]
 def quantize_embedding_tables(
     compression: Compression, embeddings: Iterable[Embedding], linears: Sequence[Linear]
 ) -> None:
-    """Compress the tables that overrides of ``compression`` name.
+    """Compress the tables for which ``compression`` has options.
 
     Rows are looked up, not multiplied, so there is no Gram, and a quantizing pass rounds to
     nearest. A table that a tied head multiplies with is stored once where the same options hold for
     both: the codes of the head then serve both.
+
+    The head is the last linear of a sweep, so the sweep itself runs on the original table.
     """
     for embedding in embeddings:
         options = compression.options_for(embedding)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 from pydantic import BeforeValidator
 from typing_extensions import override
 
 from eoracc.passes.compression import Compression
+from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.overrides import Override
+from eoracc.passes.quantize.row_blocks import by_row_blocks
 from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.grid import group_width, round_to_nearest
 from eoracc.plugins.operands.weight import weight_bytes
@@ -21,17 +24,31 @@ from eoracc.printable import quoted
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.passes.graph.linears import LinearGroup
+    from eoracc.passes.graph.linears import Linear, LinearGroup
     from eoracc.passes.solvers.gram import Gram
     from eoracc.plugins.operands.weight import NBitsWeight
 
-__all__ = ["Bits", "GroupSize", "Quantization", "QuantizeOverride"]
+__all__ = [
+    "EMBEDDING_BITS",
+    "Bits",
+    "EmbeddingBits",
+    "GroupSize",
+    "Quantization",
+    "QuantizeOverride",
+]
 
 _SCALE_BYTES = 2
 """Of a group of codes: float16, but for weights beyond its range, where it is float32."""
 
 Bits = Literal[2, 3, 4, 6, 8]
 """Width of a code."""
+
+EmbeddingBits = Literal[3, 4, 8]
+"""Width of a code of an embedding table or of the head."""
+
+EMBEDDING_BITS: EmbeddingBits = 8
+"""The default of them. Every token passes through table and head, so that their errors cost more
+than those of a linear of a block (docs/results/embeddings.md)."""
 
 
 def _check_group_size(size: object) -> object:
@@ -71,12 +88,18 @@ class Quantization(Compression):
         group of a row that it does not divide is shorter; -1 stands for whole rows.
       symmetric: store no zero points.
       clip_search: search for the range of each group with the least error, not just its extremes.
+      embedding_bits: width of the token embeddings and of linears outside the decoder blocks, such
+        as the head; null leaves both as they are. A head that is tied to the embeddings shares
+        their codes.
+      embedding_group_size: columns of them that share a scale, as ``group_size``.
     """
 
     bits: Bits = 4
     group_size: GroupSize = "auto"
     symmetric: bool = False
     clip_search: bool = True
+    embedding_bits: EmbeddingBits | None = EMBEDDING_BITS
+    embedding_group_size: GroupSize = "auto"
     overrides: Mapping[str, QuantizeOverride] = field(default_factory=dict)
 
     @abstractmethod
@@ -87,6 +110,14 @@ class Quantization(Compression):
           weight: to be approximated.
           gram: of the input, where statistics were taken.
         """
+
+    @override
+    def outside(self, linear: Linear | Embedding) -> Self | None:
+        if self.embedding_bits is None:
+            return None
+        if isinstance(linear, Embedding) and not linear.of_tokens:
+            return None
+        return replace(self, bits=self.embedding_bits, group_size=self.embedding_group_size)
 
     @override
     def requantize(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
@@ -124,11 +155,14 @@ class Quantization(Compression):
           weight: to be rounded.
           importance: of each column to the search for a range, ``[K]``; None weighs all alike.
         """
-        return round_to_nearest(
+        return by_row_blocks(
             weight,
-            bits=self.bits,
-            group_size=group_width(self.group_size, weight.shape[1]),
-            symmetric=self.symmetric,
-            importance=importance,
-            clip_search=self.clip_search,
+            partial(
+                round_to_nearest,
+                bits=self.bits,
+                group_size=group_width(self.group_size, weight.shape[1]),
+                symmetric=self.symmetric,
+                importance=importance,
+                clip_search=self.clip_search,
+            ),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from typing_extensions import override
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.quantize.quantization import Quantization
+from eoracc.passes.quantize.row_blocks import by_row_blocks, rows_of
 from eoracc.passes.solvers.descent import descend
 from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.gptq import Feedback, gptq
@@ -75,7 +76,7 @@ class QuantizeGptq(Quantization):
         )
         start = 0
         for weight, shift in zip(weights, shifts, strict=True):
-            yield shift_scales(_rows(stack, start, start + len(weight)), -shift)
+            yield shift_scales(rows_of(stack, start, start + len(weight)), -shift)
             start += len(weight)
 
     @override
@@ -83,15 +84,20 @@ class QuantizeGptq(Quantization):
         feedback = None if gram is None else self.feedback(gram)
         if gram is None or feedback is None:
             return self.round_to_nearest(weight)
-        solved = gptq(
-            weight,
-            feedback,
-            bits=self.bits,
-            group_size=group_width(self.group_size, weight.shape[1]),
-            symmetric=self.symmetric,
-            clip_search=self.clip_search,
-        )
-        return descend(weight, solved, gram.matrix, sweeps=self.descent, damping=feedback.damping)
+        matrix = gram.matrix
+
+        def solve(rows: NDArray[np.float32]) -> NBitsWeight:
+            solved = gptq(
+                rows,
+                feedback,
+                bits=self.bits,
+                group_size=group_width(self.group_size, rows.shape[1]),
+                symmetric=self.symmetric,
+                clip_search=self.clip_search,
+            )
+            return descend(rows, solved, matrix, sweeps=self.descent, damping=feedback.damping)
+
+        return by_row_blocks(weight, solve)
 
     def feedback(self, gram: Gram) -> Feedback | None:
         """Factor ``gram`` for GPTQ; None where it saw too few tokens."""
@@ -108,13 +114,3 @@ class QuantizeGptq(Quantization):
                 f"{self.name}: damping raised from {self.damping:g} to {feedback.damping:g}, "
                 "for its gram is singular."
             )
-
-
-def _rows(weight: NBitsWeight, start: int, stop: int) -> NBitsWeight:
-    zero_points = weight.zero_points
-    return replace(
-        weight,
-        packed=weight.packed[start:stop],
-        scales=weight.scales[start:stop],
-        zero_points=None if zero_points is None else zero_points[start:stop],
-    )

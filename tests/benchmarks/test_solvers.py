@@ -46,4 +46,4 @@ def test_tabulates_every_shape_and_spectrum(
         assert row["speedup"] == row["svd_seconds"] / row["ours_seconds"]
         # Both are optimal up to float32 rounding of a norm.
         assert abs(row["relative_excess"]) < 64 * float(np.finfo(np.float32).eps)
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 4 + len(rows)

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.graph.linears import LinearGroup
+from eoracc.passes.quantize.quantization import EMBEDDING_BITS
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from tests.passes.groups import make_group
@@ -17,7 +18,8 @@ Q, K, DOWN = (f"model.layers.{n}" for n in ("0.self_attn.q_proj", "0.self_attn.k
 
 
 def gptq(**options: object) -> QuantizeGptq:
-    return TypeAdapter(QuantizeGptq).validate_python(options)
+    """A pass that leaves the head alone, unless ``options`` say otherwise."""
+    return TypeAdapter(QuantizeGptq).validate_python({"embedding_bits": None} | options)
 
 
 @pytest.fixture
@@ -38,6 +40,23 @@ def test_the_head_is_left_alone_unless_a_pattern_names_it(group: LinearGroup) ->
     assert chosen(gptq(bits=3, overrides={"*": {"bits": 4}}), group) == {Q: 4, K: 4, DOWN: 4}
     for pattern in ("lm_head", "lm_*", "*head"):
         assert chosen(gptq(bits=3, overrides={pattern: {"bits": 8}}), group)["lm_head"] == 8
+
+
+def test_the_head_has_a_width_of_its_own(group: LinearGroup) -> None:
+    default = chosen(QuantizeGptq(bits=3), group)
+    assert default == {Q: 3, K: 3, DOWN: 3, "lm_head": EMBEDDING_BITS}
+    bare = gptq(bits=3, embedding_bits=4, overrides={"*": {"bits": 2}})
+    assert chosen(bare, group) == {Q: 2, K: 2, DOWN: 2, "lm_head": 4}
+    named = gptq(bits=3, embedding_bits=4, overrides={"lm_head": {"bits": 8}})
+    assert chosen(named, group) == {Q: 3, K: 3, DOWN: 3, "lm_head": 8}
+    skipped = gptq(bits=3, embedding_bits=4, overrides={"lm_head": {"skip": True}})
+    assert chosen(skipped, group) == {Q: 3, K: 3, DOWN: 3}
+    for overrides, size in (({}, 64), ({"lm_head": {"bits": 8}}, 64)):
+        options = gptq(
+            group_size=32, embedding_bits=4, embedding_group_size=64, overrides=overrides
+        ).options_for(group.linears[-1])
+        assert options is not None
+        assert options.group_size == size
 
 
 def test_the_last_match_wins_whole(group: LinearGroup) -> None:

@@ -66,7 +66,8 @@ def artifact(work: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone_weights(work: Path) -> dict[str, NDArray[np.float32]]:
-    return {linear.name: linear.effective_weight() for linear in tiny_linears(work)}
+    weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}
+    return {**weights, "model.embed_tokens": weights["lm_head"]}  # they are tied
 
 
 def dequantized(work: Path, weights: Mapping[str, NDArray[np.float32]]) -> Any:  # noqa: ANN401 - PEFT takes any module

@@ -15,7 +15,7 @@ from eoracc.compiler.report.gates import fidelity_report
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.errors import ArtifactError
 from eoracc.passes.base import ModelPass
-from eoracc.plugins.op import DOMAIN
+from eoracc.plugins.op import FUSED_OP
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def test_an_artifact_of_another_model_is_refused(tmp_path: Path) -> None:
     driver.build(config, config_dir=workspace, progress=SilentProgress())
     path = workspace / "out" / "model.onnx"
     other = ir.load(path)
-    node = next(one for one in other.graph if one.domain == DOMAIN)
+    node = next(one for one in other.graph if one.op_type == FUSED_OP)
     node.metadata_props["eoracc.linears"] = "model.layers.7.q,model.k,model.v"
     ir.save(other, path)
     with pytest.raises(ArtifactError, match=r"has a linear 'model.layers.7.q', which the model"):

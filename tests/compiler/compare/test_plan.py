@@ -171,9 +171,10 @@ def test_budgets_that_cannot_be_kept(name: str, budget: str, problem: str) -> No
 
 
 def test_a_head_that_is_quantized_counts() -> None:
-    overrides = {"lm_head": {"bits": 8}}
-    passes = ("calibrate", {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": overrides}})
+    quantize = {"bits": 3, "embedding_bits": 8, "embedding_group_size": 16}
+    passes = ("calibrate", {"quantize_gptq": quantize})
     head = linears()[-1:]
     found = method("none", *passes)
     assert planned_bytes(found.passes, head) == 112 * (40 + 3 * (2 + 1))
-    assert planned_bytes(method("none").passes, head) == 2 * 100 * 40
+    plain = method("none", "calibrate", {"quantize_gptq": {"embedding_bits": None}})
+    assert planned_bytes(plain.passes, head) == 2 * 100 * 40

@@ -67,8 +67,9 @@ def test_artifact(tiny_artifact: Path) -> None:
     assert summary.folder_bytes == summary.report.folder_bytes == total
     content = json.loads(json.dumps(summary.as_dict()))
     assert content["folder_bytes"] == sum(content["folder_kinds"].values()) == total
-    compressed = [linear for linear in content["linears"] if linear["bits"] is not None]
+    compressed = [linear for linear in content["linears"] if linear["block"] is not None]
     assert len(compressed) == len(content["linears"]) - 1
+    assert all(linear["bits"] is not None for linear in content["linears"])
     assert content["warnings"] == summary.report.as_dict()["warnings"]
     assert content["linear_bytes"] == sum(linear["bytes"] for linear in compressed)
     weights = sum(linear["shape"][0] * linear["shape"][1] for linear in compressed)

@@ -22,7 +22,7 @@ from eoracc.passes.compensate.eora import Eora
 from eoracc.passes.factorize.factorize_svd import FactorizeSvd
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.survey import SurveyContext, SurveyPass
-from tests.tiny_build import tiny_config, tiny_workspace
+from tests.tiny_build import tiny_config, tiny_workspace, without_folder
 
 if TYPE_CHECKING:
     from eoracc.passes.graph.linears import LinearGroup
@@ -185,7 +185,7 @@ def test_an_interrupted_build_goes_on_in_the_sweep_that_it_was_in(
     assert resumed.manifest.digest == whole.manifest.digest
     assert resumed.report.linears == whole.report.linears
     assert resumed.report.factorized == whole.report.factorized
-    assert resumed.report.fidelity == whole.report.fidelity
+    assert without_folder(resumed.report.fidelity) == without_folder(whole.report.fidelity)
 
 
 def test_a_second_sweep_compensates_what_the_first_has_quantized(workspace: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CALIBRATE = {"calibrate": {"through": "original", "tokens": "equal", "precision": "float32"}}
-GPTQ = {"quantize_gptq": {"group_size": 16}}
+GPTQ = {"quantize_gptq": {"group_size": 16, "embedding_bits": None}}
 EORA = {"eora": {"rank": 4, "factor_type": "int8"}}
 SWEEP: Sequence[Any] = (CALIBRATE, GPTQ, EORA)
 RANKS = [0, 2, 4, 8]
@@ -68,7 +68,7 @@ def test_what_is_stored_takes_the_bytes_that_were_planned(
     scope: str, symmetric: bool, loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
     allocate = {"bits_per_weight": 8.8, "ranks": RANKS, "scope": scope} | RELATIVE
-    gptq = {"quantize_gptq": {"group_size": 16, "symmetric": symmetric}}
+    gptq = {"quantize_gptq": {**GPTQ["quantize_gptq"], "symmetric": symmetric}}
     compressed, found = run(
         loaded, windows, tmp_path, [{"allocate": allocate}, CALIBRATE, gptq, EORA]
     )
@@ -145,6 +145,7 @@ def test_overrides_constrain_the_plan(
     gptq = {
         "quantize_gptq": {
             "group_size": 16,
+            "embedding_bits": None,
             "overrides": {"*.down_proj": {"bits": 8}, "*.o_proj": {"skip": True}},
         }
     }

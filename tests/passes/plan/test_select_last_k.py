@@ -178,7 +178,7 @@ def test_blocks_of_lower_bits_are_those_of_models_built_one_by_one(
     """Several widths, each with the ``k`` it needs, and compensation after quantization."""
     passes = [
         {"calibrate": {"precision": "float32", **calibrate}},
-        {"quantize_gptq": {"bits": 4, "group_size": 16}},
+        {"quantize_gptq": {"bits": 4, "group_size": 16, "embedding_bits": None}},
         {"eora": {"rank": 2}},
     ]
     survey = {"select_last_k": {"average_bits": 3.6, "low_bits": [2, 3]}}
@@ -221,7 +221,7 @@ def test_factors_take_lower_bits_too(
     survey = {"select_last_k": {"average_bits": 3.5, "blocks": "free", "probes": {0: 1, 4: 1}}}
     quantize: list[Any] = [
         {"calibrate": {"precision": "float32", **calibrate}},
-        {"quantize_gptq": {"bits": 4, "group_size": 16}},
+        {"quantize_gptq": {"bits": 4, "group_size": 16, "embedding_bits": None}},
     ]
     compressed = built(source, windows, tmp_path, [*factorize, survey, *quantize])
     found = compressed.surveys[1]
@@ -245,12 +245,17 @@ def test_a_free_set_is_grown_by_what_each_block_costs(
 ) -> None:
     """A block's cost is the error with it at fewer bits and all after it as they were."""
     first_pass = [{"calibrate": {"precision": "float32"}}]
-    plain = built(source, windows, tmp_path, [*first_pass, {"quantize_gptq": {"group_size": 16}}])
+    plain = built(
+        source,
+        windows,
+        tmp_path,
+        [*first_pass, {"quantize_gptq": {"group_size": 16, "embedding_bits": None}}],
+    )
     base = {linear.name: linear.effective_weight() for linear in plain.linears}
     costs = {}
     for block in range(BLOCKS):
         overrides = {f"model.layers.{block}.*": {"bits": 2}}
-        gptq = {"quantize_gptq": {"group_size": 16, "overrides": overrides}}
+        gptq = {"quantize_gptq": {"group_size": 16, "embedding_bits": None, "overrides": overrides}}
         lower = built(source, windows, tmp_path, [*first_pass, gptq])
         mixed = base | {
             linear.name: linear.effective_weight()
@@ -275,7 +280,7 @@ def test_a_free_set_is_grown_by_what_each_block_costs(
     # Sets are measured as they will be built, every block after them solved anew.
     for one in found["free"]:
         overrides = {f"model.layers.{block}.*": {"bits": 2} for block in one["blocks"]}
-        gptq = {"quantize_gptq": {"group_size": 16, "overrides": overrides}}
+        gptq = {"quantize_gptq": {"group_size": 16, "embedding_bits": None, "overrides": overrides}}
         scratch = built(source, windows, tmp_path, [*first_pass, gptq])
         expected = error_of(scratch, source, windows)[BLOCKS - 1]
         assert one["error"] == pytest.approx(expected, rel=ROUNDING)

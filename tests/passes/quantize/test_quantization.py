@@ -13,10 +13,13 @@ from eoracc.passes.base import passes_of
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.compression import Compression
 from eoracc.passes.overrides import Override
-from eoracc.passes.quantize.quantization import Quantization, QuantizeOverride
+from eoracc.passes.quantize.quantization import (
+    EMBEDDING_BITS,
+    Quantization,
+    QuantizeOverride,
+)
 from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.factors import weighted_norm
-from eoracc.plugins.operands.weight import NBitsWeight
 from tests.passes.groups import make_group, qkv
 
 load_passes()
@@ -115,18 +118,21 @@ def test_bytes_follow_the_options(
 
 
 @pytest.mark.parametrize("method", QUANTIZATIONS)
-def test_the_head_is_quantized_where_a_pattern_names_it(method: type[Quantization]) -> None:
+def test_the_head_takes_a_width_of_its_own(method: type[Quantization]) -> None:
     inputs = np.random.default_rng(4).standard_normal((64, 16)).astype(np.float32)
 
-    def compressed(quantize: Quantization) -> NBitsWeight | None:
+    def width(quantize: Quantization) -> int | None:
         group = make_group({"lm_head": np.eye(16, dtype=np.float32)}, inputs)
         quantize.call(group)
-        return group.linears[0].compressed
+        weight = group.linears[0].compressed
+        return None if weight is None else weight.bits
 
-    assert compressed(method()) is None
-    weight = compressed(method(overrides={"lm_head": QuantizeOverride(bits=8)}))
-    assert weight is not None
-    assert weight.bits == 8
+    named = {"lm_head": QuantizeOverride(bits=2)}
+    assert width(method()) == EMBEDDING_BITS
+    assert width(method(embedding_bits=3)) == 3
+    assert width(method(overrides=named)) == 2
+    assert width(method(embedding_bits=None)) is None
+    assert width(method(embedding_bits=None, overrides=named)) == 2
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -58,6 +58,7 @@ def oracle(tiny_artifact: Path) -> Iterator[TemplateLM]:
     weights = {
         linear.name: linear.effective_weight() for linear in tiny_linears(tiny_artifact.parent)
     }
+    weights["model.embed_tokens"] = weights["lm_head"]
     eager = load_eager(tiny_artifact.parent / "checkpoint", weights)
     tokenizer = AutoTokenizer.from_pretrained(tiny_artifact.parent / "checkpoint")
     with warnings.catch_warnings():

@@ -19,7 +19,7 @@ UNIT_ROUNDOFF = 2.0**-24
 @pytest.mark.parametrize("library", [True, False])
 def test_single_linears_compute_what_their_weights_say(tiny_artifact: Path, library: bool) -> None:
     linears = tiny_linears(tiny_artifact.parent)
-    assert len(linears) == 14
+    assert len(linears) == 15
     rng = np.random.default_rng(0)
     inputs = {width: rng.standard_normal((3, width), np.float32) for width in (48, 96, 88)}
     names = [linear.name for linear in linears]

@@ -11,6 +11,7 @@ import pytest
 from eoracc.compiler import driver
 from eoracc.compiler.config.sections import OnnxRuntimeConfig
 from eoracc.compiler.progress import SilentProgress
+from eoracc.plugins.op import FUSED_OP
 from eoracc.runtime.parity.record import PARITY_FILE, ParityRecord
 from tests.tiny_build import tiny_config, tiny_workspace
 
@@ -43,7 +44,7 @@ def test_parity_holds_at_every_level(tmp_path: Path, level: int, factor_type: st
         assert native["tolerance"] < parity["compression_effect"]
         assert function["tolerance"] < 0.01 * parity["compression_effect"]
     assert all(0 < one["tolerance_share"] < 0.5 for one in parity["linears"])
-    nodes = [n for n in ir.load(built.output / "model.onnx").graph if n.domain == "eoracc"]
+    nodes = [n for n in ir.load(built.output / "model.onnx").graph if n.op_type == FUSED_OP]
     assert {node.attributes["accuracy_level"].as_int() for node in nodes} == {level}
     factors = {str(node.inputs[5].dtype) for node in nodes if len(node.inputs) > 7}  # type: ignore[union-attr]
     assert factors == {"FLOAT16" if factor_type == "float16" else "UINT8"}
