@@ -86,7 +86,7 @@ ATTRIBUTES: Mapping[str, Sequence[str]] = {
         "activation",
         "norm_epsilon",
     ),
-    GATHER_OP: ("K", "bits", "block_size", "layout"),
+    GATHER_OP: ("K", "N", "bits", "block_size", "layout"),
 }
 """Names of each op's attributes."""
 

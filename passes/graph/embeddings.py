@@ -92,6 +92,7 @@ class Embedding:
             [indices, *operands],
             {
                 "K": weight.in_features,
+                "N": rows,
                 "bits": weight.bits,
                 "block_size": weight.group_size,
             },

@@ -43,10 +43,10 @@ _SCALE_BYTES = 2
 Bits = Literal[2, 3, 4, 6, 8]
 """Width of a code."""
 
-EmbeddingBits = Literal[3, 4, 8]
+EmbeddingBits = Literal[3, 4, 6, 8]
 """Width of a code of an embedding table or of the head."""
 
-EMBEDDING_BITS: EmbeddingBits = 8
+EMBEDDING_BITS: EmbeddingBits = 6
 """The default of them. Every token passes through table and head, so that their errors cost more
 than those of a linear of a block (docs/results/embeddings.md)."""
 

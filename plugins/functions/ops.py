@@ -68,6 +68,10 @@ def _gather(body: Body, variant: Variant) -> ir.Value:
     """``GatherNBits``: rows of a table."""
     indices = body["indices"]
     flat = body.op("Reshape", indices, body.integers(-1))
+    if variant.rows:
+        # An index that is no row is an error, not a row that pads a tile; a negative one wraps.
+        ends = body.scalar(0), body.scalar("N"), body.scalar(1)
+        flat = body.op("Gather", body.op("Range", *ends), flat, axis=0)
     values = (_gather_tiled if variant.tiles else _gather_plain)(body, flat, variant.bits)
     shape = body.op("Concat", body.op("Shape", indices), body.attribute("K"), axis=0)
     return body.op("Reshape", values, shape, allowzero=1)

@@ -64,8 +64,7 @@ def _build(op_type: str, variant: Variant, present: set[str]) -> ir.Function:
         attributes=[
             ir.Attr(name, ir.AttributeType.UNDEFINED, None)
             for name in ATTRIBUTES[op_type]
-            # Functions from before the attribute do not have it, and stay what they were.
-            if name != "ranks" or variant.ranks
+            if name not in variant.absent(op_type)
         ],
     )
 

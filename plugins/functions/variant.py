@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from eoracc.errors import PluginError
-from eoracc.plugins.op import ACTIVATIONS, Input
+from eoracc.plugins.op import ACTIVATIONS, GATHER_OP, Input
 from eoracc.plugins.operands.codes import BITS, TILE
 
 __all__ = ["Variant"]
@@ -36,6 +36,7 @@ class Variant:
       parts: number of merged linears, 0 for a single one.
       ranks: whether each of them has a rank of its own.
       activation: one of :data:`~eoracc.plugins.op.ACTIVATIONS`, empty for none.
+      rows: whether a table names its number of rows (``N``).
     """
 
     bits: int
@@ -43,6 +44,7 @@ class Variant:
     parts: int
     ranks: bool
     activation: str
+    rows: bool
 
     @classmethod
     def of(cls, node: ir.Node) -> Variant:
@@ -78,7 +80,16 @@ class Variant:
         )
         if fused and not layout:
             raise PluginError(f"{where}: only layout 1 is fused with anything")
-        return cls(bits, bool(layout), len(parts), bool(ranks), activation)
+        rows = node.op_type == GATHER_OP and "N" in node.attributes
+        return cls(bits, bool(layout), len(parts), bool(ranks), activation, rows)
+
+    def absent(self, op_type: str) -> set[str]:
+        """Attributes of ``op_type`` that nodes of the variant do not have.
+
+        A function does not declare them: those from before an attribute stay what they were.
+        """
+        optional = {"ranks": self.ranks, "N": self.rows or op_type != GATHER_OP}
+        return {name for name, given in optional.items() if not given}
 
     def overload(self, present: set[str]) -> str:
         """The name of the overload of a node with the inputs ``present``."""
@@ -90,6 +101,8 @@ class Variant:
             words.append(f"parts{self.parts}")
         if self.ranks:
             words.append("ranks")
+        if self.rows:
+            words.append("rows")
         if self.activation:
             words.append(self.activation)
         return "_".join(words)

@@ -30,8 +30,9 @@ def model_of(
     graph_inputs: tuple[str, ...] = (),
     changes: Mapping[str, NDArray[Any] | None] = MappingProxyType({}),
     attributes: Mapping[str, int] = MappingProxyType({}),
+    with_function: bool = False,
 ) -> bytes:
-    """A model without a function, so that only the kernel can run it."""
+    """A model without a function, so that only the kernel can run it, unless it is to have one."""
     operands = fused_operands(table, layout=layout)
     own = {"K": table.in_features, "bits": table.bits, "block_size": table.group_size}
     return one_node_model(
@@ -41,7 +42,7 @@ def model_of(
         dtype=np.int64,
         output_dtype=np.float32,
         graph_inputs=graph_inputs,
-        with_function=False,
+        with_function=with_function,
     )
 
 
@@ -122,6 +123,28 @@ def test_indices_beyond_the_table_are_an_error(layout: int, index: int, message:
     model = model_of(table_of(), layout)
     with pytest.raises(Exception, match=f"GatherNBits: {message}"):
         gather(model, np.array([1, index, 2], np.int64))
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("layout", [0, 1])
+def test_a_table_that_names_its_rows_takes_no_others(layout: int, library: bool) -> None:
+    table = table_of()
+    model = model_of(table, layout, attributes={"N": 50}, with_function=True)
+    session = open_session(model, library_path() if library else None)
+    indices = np.array([[-1, -50], [49, 3]])
+    rows = session.run(None, {"X": indices})[0]
+    np.testing.assert_array_equal(rows, table.dequantize()[indices])
+    # The tiles have 64 rows.
+    for index in (50, 63, 64, -51):
+        with pytest.raises(Exception, match=r"indices must be at least -50|out of"):
+            session.run(None, {"X": np.array([1, index])})
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_tables_with_fewer_rows_than_they_name_are_an_error(layout: int) -> None:
+    model = model_of(table_of(), layout, attributes={"N": 65})
+    with pytest.raises(Exception, match=r"GatherNBits: B must have N = 65 rows, not (50|64)"):
+        gather(model, np.array([0]))
 
 
 def test_padding_rows_of_tiles_are_zero() -> None:

@@ -96,7 +96,7 @@ inline Status* read_ranks(const Api& api, const KernelInfo* info, Attributes* a)
   return nullptr;
 }
 
-// The attributes of GatherNBits, which describe a weight; the rows follow from its tensors.
+// The attributes that describe a weight.
 inline Status* read_weight_attributes(const Api& api, const KernelInfo* info, Attributes* a) {
   RETURN_IF_FAILED(api.int_attribute(info, "K", &a->k));
   RETURN_IF_FAILED(api.int_attribute(info, "bits", &a->bits));
@@ -115,6 +115,14 @@ inline Status* read_weight_attributes(const Api& api, const KernelInfo* info, At
     return error(api, "layout must be 0 or 1, not %lld", (long long)layout);
   }
   a->tiled = layout == 1;
+  return nullptr;
+}
+
+// The attributes of GatherNBits; without N, which older graphs lack, all rows of its tiles count.
+inline Status* read_table_attributes(const Api& api, const KernelInfo* info, Attributes* a) {
+  RETURN_IF_FAILED(read_weight_attributes(api, info, a));
+  read_optional(api, api.int_attribute(info, "N", &a->n));
+  if (a->n < 0 || a->n >= kLimit) return error(api, "N must not be negative, and below 2^31");
   return nullptr;
 }
 

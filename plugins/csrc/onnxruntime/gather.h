@@ -50,12 +50,16 @@ class GatherKernel : public FromMalloc {
  private:
   // ---- checks
 
-  // B, scales and zero points fit one another; `rows` becomes the rows that they have, in tiles
-  // those that pad the last one included.
+  // B, scales and zero points fit one another; `rows` becomes the rows that they have, without N
+  // those that pad the last tile included.
   Status* check_table(const Tensor* inputs, int64_t* rows) const {
     const Tensor &codes = inputs[kGatherB], &scales = inputs[kGatherScales];
     const int64_t first = codes.rank > 0 ? codes.shape[0] : 0;
     *rows = a_.tiled ? first * kTile : first;
+    if (a_.n > *rows) {
+      return error(api_, "B must have N = %lld rows, not %lld", (long long)a_.n, (long long)*rows);
+    }
+    if (a_.n > 0) *rows = a_.n;
     if (a_.tiled) {
       const int64_t chunk = chunk_bytes(a_.bits);
       const int64_t bytes = (int64_t)eoracc_tile_bytes(a_.k, (int32_t)a_.bits);
@@ -89,11 +93,11 @@ class GatherKernel : public FromMalloc {
                  (long long)expected.sizes[0], (long long)expected.sizes[1], last);
   }
 
-  // The row of each index. As in ONNX, a negative one counts from the end; tiles do not tell where
-  // a table ends, since their last rows may be padding.
+  // The row of each index. As in ONNX, a negative one counts from the end; tiles without N do not
+  // tell where a table ends, since their last rows may be padding.
   Status* read_rows(const Tensor& indices, int64_t count, int64_t table_rows, int64_t* rows) const {
     memcpy(rows, indices.data, (size_t)count * sizeof(int64_t));
-    const int64_t least = a_.tiled ? 0 : -table_rows;
+    const int64_t least = a_.tiled && a_.n == 0 ? 0 : -table_rows;
     for (int64_t i = 0; i < count; ++i) {
       if (rows[i] < least || rows[i] >= table_rows) {
         return error(api_, "indices must be at least %lld and below the %lld rows of B, not %lld",

@@ -256,7 +256,7 @@ Status* create_gather_kernel(const CustomOp*, const void* const* table, const Ke
                              void** out) {
   const Api api(table, kGatherOp);
   Attributes attributes;
-  RETURN_IF_FAILED(read_weight_attributes(api, info, &attributes));
+  RETURN_IF_FAILED(read_table_attributes(api, info, &attributes));
   *out = new (std::nothrow) GatherKernel(api, attributes);
   return *out == nullptr ? out_of_memory(api) : nullptr;
 }
