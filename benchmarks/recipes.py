@@ -16,6 +16,10 @@ COMPENSATIONS = {
 }
 
 
+_PLAIN_TABLES = {"embedding_bits": None}
+"""Embedding and head as they are: published tables count the linears of decoder blocks only."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """A compression: ``<bits>g<group>|row[-<compensation><rank>[-<type>]][-outputs][-equal]``."""
@@ -71,7 +75,13 @@ class Setting:
         """The list of passes for model.yaml."""
         found: list[Any] = [
             {"calibrate": {"match": self.match, "tokens": self.tokens}},
-            {"quantize_gptq": {"bits": self.bits, "group_size": self.group_size}},
+            {
+                "quantize_gptq": {
+                    "bits": self.bits,
+                    "group_size": self.group_size,
+                    **_PLAIN_TABLES,
+                }
+            },
         ]
         if self.compensation is not None:
             options = {"rank": self.rank, "factor_type": self.factor_type}
@@ -93,7 +103,7 @@ class Recipe:
     """
 
     label: str
-    passes_: tuple[dict[str, Any], ...]
+    passes_: tuple[Any, ...]
     compensation: str | None = None
     rank: int = 0
     folder_limit_bytes: int | None = None
@@ -129,16 +139,14 @@ def _allocated(bits: float, group_size: int) -> Recipe:
             {"calibrate_outputs": {}},
             {"allocate": allocate},
             _CALIBRATE,
-            {"quantize_gptq": {"group_size": group_size}},
+            {"quantize_gptq": {"group_size": group_size, **_PLAIN_TABLES}},
             {"eora": {}},
         ),
         "eora",
     )
 
 
-def _folder(
-    megabytes: float, bits: float, head_bits: int, *, group_size: int, head: str = "lm_head"
-) -> Recipe:
+def _folder(megabytes: float, bits: float, head_bits: int, *, group_size: int) -> Recipe:
     """The best model whose folder takes at most ``megabytes``.
 
     Args:
@@ -146,31 +154,41 @@ def _folder(
       bits: per weight of the linears of decoder blocks, factors included.
       head_bits: of the codes of the embedding and of the head that is tied to it.
       group_size: divides the rows of the linears, and those of the embedding.
-      head: name of the head.
     """
-    both = {"bits": head_bits, "group_size": group_size}
+    allocate = {
+        "bits_per_weight": bits,
+        "widths": [2, 3, 4, 8],
+        "ranks": [0, 8, 16, 32, 64, 96],
+    }
+    quantize = {
+        "group_size": group_size,
+        "embedding_bits": head_bits,
+        "embedding_group_size": group_size,
+    }
     return Recipe(
         f"eoracc folder of at most {megabytes:g} MB",
         (
             {"calibrate_outputs": {}},
-            {
-                "allocate": {
-                    "bits_per_weight": bits,
-                    "widths": [2, 3, 4, 8],
-                    "ranks": [0, 8, 16, 32, 64, 96],
-                }
-            },
+            {"allocate": allocate},
             _CALIBRATE,
-            {
-                "quantize_gptq": {
-                    "group_size": group_size,
-                    "overrides": {head: both, "model.embed_tokens": both},
-                }
-            },
-            {"eora": {"overrides": {head: {"skip": True}}}},
+            {"quantize_gptq": quantize},
+            {"eora": {}},
         ),
         "eora",
         folder_limit_bytes=round(megabytes * 1e6),
+    )
+
+
+def _tables(bits: int, group_size: int | str = "auto") -> Recipe:
+    """Embedding and head compressed, and nothing else."""
+    quantize = {
+        "embedding_bits": bits,
+        "embedding_group_size": group_size,
+        "overrides": {"*.layers.*": {"skip": True}},
+    }
+    return Recipe(
+        f"eoracc embedding and head in {bits} bits, group {group_size}",
+        ("calibrate", {"quantize_gptq": quantize}),
     )
 
 
@@ -181,6 +199,7 @@ RECIPES: dict[str, Recipe] = {
             _CALIBRATE,
             {
                 "quantize_gptq": {
+                    **_PLAIN_TABLES,
                     "bits": 3,
                     "group_size": 64,
                     "overrides": {"*.v_proj": {"bits": 8}, "*.k_proj": {"bits": 4}},
@@ -194,6 +213,7 @@ RECIPES: dict[str, Recipe] = {
             _CALIBRATE,
             {
                 "quantize_gptq": {
+                    **_PLAIN_TABLES,
                     "bits": 4,
                     "group_size": 192,
                     "overrides": {"*.v_proj": {"bits": 8}},
@@ -208,6 +228,7 @@ RECIPES: dict[str, Recipe] = {
             _CALIBRATE,
             {
                 "quantize_gptq": {
+                    **_PLAIN_TABLES,
                     "bits": 4,
                     "group_size": 192,
                     "overrides": {
@@ -236,6 +257,7 @@ RECIPES: dict[str, Recipe] = {
             _CALIBRATE,
             {
                 "quantize_gptq": {
+                    **_PLAIN_TABLES,
                     "bits": 4,
                     "group_size": 128,
                     "overrides": {"*.v_proj": {"bits": 8}},
@@ -249,6 +271,7 @@ RECIPES: dict[str, Recipe] = {
             _CALIBRATE,
             {
                 "quantize_gptq": {
+                    **_PLAIN_TABLES,
                     "bits": 4,
                     "group_size": 128,
                     "overrides": {
@@ -279,12 +302,18 @@ RECIPES: dict[str, Recipe] = {
     "gemma3-allocated-3.55": _allocated(3.55, 128),
     "gemma3-allocated-4.3": _allocated(4.3, 128),
     "gemma3-allocated-5.5": _allocated(5.5, 128),
+    "tables-3": _tables(3, 64),
+    "tables-4": _tables(4, 64),
+    "tables-4-wide": _tables(4),
+    "tables-6": _tables(6),
+    "tables-6-narrow": _tables(6, 64),
+    "tables-8": _tables(8),
     "folder-105": _folder(105.5, 5.0, 8, group_size=192),
     "folder-93": _folder(93.5, 4.1, 8, group_size=192),
     "folder-88": _folder(88.2, 4.7, 4, group_size=192),
     "folder-80": _folder(80.0, 4.1, 4, group_size=192),
 }
-"""Mixtures of widths for a size in bits per weight of the linears, and models for a size of the
-folder in MB. The sizes of folders are those of files of llama.cpp: Q4_K_M, Q3_K_M and Q3_K_S of
-SmolLM2-135M, and for Gemma-3-270M those of :data:`benchmarks.gguf_files.FILES`; llama.cpp has no
-type that takes 80 MB of SmolLM2-135M."""
+"""Mixtures of widths for a size in bits per weight of the linears, embedding and head alone, and
+models for a size of the folder in MB. The sizes of folders are those of files of llama.cpp: Q4_K_M,
+Q3_K_M and Q3_K_S of SmolLM2-135M, and for Gemma-3-270M those of
+:data:`benchmarks.gguf_files.FILES`; llama.cpp has no type that takes 80 MB of SmolLM2-135M."""

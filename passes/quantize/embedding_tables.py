@@ -20,16 +20,18 @@ def quantize_embedding_tables(
     """Compress the tables for which ``compression`` has options.
 
     Rows are looked up, not multiplied, so there is no Gram, and a quantizing pass rounds to
-    nearest. A table that a tied head multiplies with is stored once where the same options hold for
-    both: the codes of the head then serve both.
+    nearest. A table that a tied head multiplies with has the options of the head, unless a pattern
+    names it; where the same options hold for both, it is stored once: the codes of the head then
+    serve both.
 
     The head is the last linear of a sweep, so the sweep itself runs on the original table.
     """
     for embedding in embeddings:
-        options = compression.options_for(embedding)
+        head = next((linear for linear in linears if linear.source is embedding.source), None)
+        named = head is None or compression.names(embedding)
+        options = compression.options_for(embedding if named or head is None else head)
         if options is None:
             continue
-        head = next((linear for linear in linears if linear.source is embedding.source), None)
         if head is not None and compression.options_for(head) == options:
             weight: NBitsWeight | None = head.compressed
         else:

@@ -29,12 +29,12 @@ def test_settings_are_labelled_by_what_they_do(text: str, label: str) -> None:
 def test_settings_become_passes() -> None:
     assert Setting.parse("3g64-svd8-int8-outputs-equal").passes() == [
         {"calibrate": {"match": "outputs", "tokens": "equal"}},
-        {"quantize_gptq": {"bits": 3, "group_size": 64}},
+        {"quantize_gptq": {"bits": 3, "group_size": 64, "embedding_bits": None}},
         {"svd": {"rank": 8, "factor_type": "int8"}},
     ]
     assert Setting.parse("4row").passes() == [
         {"calibrate": {"match": "weights", "tokens": "unit"}},
-        {"quantize_gptq": {"bits": 4, "group_size": -1}},
+        {"quantize_gptq": {"bits": 4, "group_size": -1, "embedding_bits": None}},
     ]
 
 

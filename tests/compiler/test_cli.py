@@ -313,7 +313,7 @@ def test_passes_and_schema() -> None:
     result = run("passes")
     assert result.exit_code == 0
     assert "quantize_gptq\n  Quantize with GPTQ" in result.stdout
-    assert "  group_size = auto\n      columns that share a scale" in result.stdout
+    assert '  group_size = "auto"\n      columns that share a scale' in result.stdout
     listed = json.loads(run("passes", "--json").stdout)
     assert "eora" in [one["name"] for one in listed]
     schema = json.loads(run("schema").stdout)

@@ -140,8 +140,8 @@ def test_head_and_embedding_by_override(
     assert (head.bits, head.rank) == ((8, 0) if "lm_head" in patterns else (None, 0))
     original, *_, shipped = result.report.fidelity.rows
     table = 260 * 48 * 4
-    # One of the two is enough to keep a tied table: it stays while anything multiplies with it.
-    kept = 2 - len(patterns) if not tied else int(len(patterns) < 2)
+    # A tied table follows its head. It stays while the head multiplies with it.
+    kept = 2 - len(patterns) if not tied else int("lm_head" not in patterns)
     blocks = sum(linear.bytes for linear in result.report.linears[:-1])
     assert shipped.bytes > kept * table + blocks
     assert shipped.bytes < (kept + 0.75) * table + blocks

@@ -37,7 +37,7 @@ def test_every_pass_and_option_is_described() -> None:
         for option in one["options"]:
             assert option["doc"], f"{one['name']}.{option['name']}"
     bits = next(o for o in described["quantize_rtn"]["options"] if o["name"] == "bits")
-    assert bits["type"] == "2 | 3 | 4 | 8"
+    assert bits["type"] == "2 | 3 | 4 | 6 | 8"
 
 
 def test_descriptions_are_whole_lines_in_markdown() -> None:
