@@ -1,7 +1,7 @@
 """The form of report.json: short, and still a line for each linear.
 
 A report has a dozen figures for each of some hundred linears, in a folder that is shipped. Its
-numbers are measurements that nothing computes with, so six digits say what there is to say.
+numbers are measurements, and seven digits say more than any of them is good for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["encode_report"]
 
-_DIGITS = 6
+_DIGITS = 7
 
 
 def encode_report(content: Mapping[str, Any]) -> bytes:
@@ -25,7 +25,7 @@ def encode_report(content: Mapping[str, Any]) -> bytes:
 
     >>> print(encode_report({"linears": [{"error": 0.12345678}, {"error": 1e-9}]}).decode(), end="")
     {"linears":[
-    {"error":0.123457},
+    {"error":0.1234568},
     {"error":1e-09}]}
     """
     parts = (f"{_text(name)}:{_part(value)}" for name, value in content.items())
