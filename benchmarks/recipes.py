@@ -306,7 +306,6 @@ RECIPES: dict[str, Recipe] = {
     "tables-4": _tables(4, 64),
     "tables-4-wide": _tables(4),
     "tables-6": _tables(6),
-    "tables-6-narrow": _tables(6, 64),
     "tables-8": _tables(8),
     "folder-105": _folder(105.5, 5.0, 8, group_size=192),
     "folder-93": _folder(93.5, 4.1, 8, group_size=192),
