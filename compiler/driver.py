@@ -64,6 +64,7 @@ from eoracc.compiler.targets.job import Emitted, Job
 from eoracc.compiler.targets.machine import build_machine
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk
 from eoracc.compiler.targets.parity_record import AdapterCases
+from eoracc.compiler.targets.planned_folder import PlannedFolder
 from eoracc.compiler.targets.registry import TARGETS
 from eoracc.compiler.targets.tokens import tokenizer_report
 from eoracc.compiler.text.windows import (
@@ -146,7 +147,7 @@ def _build(
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
     work = output.with_name(f".{output.name}.work")
     with ArtifactWriter(output, force=force) as writer, claimed(work, "build"):
-        made = _make(config, config_dir, work, writer, progress, graphs)
+        made = _make(config, config_dir, work, writer, progress, graphs, lean=lean)
         # The model and its weights are gone by now: checking needs the artifact alone.
         release_memory()
         parity, beside_bytes = (
@@ -188,6 +189,7 @@ def _build(
             parity=report.parity,
             machine=build_machine(),
             report=report,
+            limit_bytes=config.recipe.folder_limit,
         )
         shutil.rmtree(work, ignore_errors=True)
     assert writer.report is not None  # noqa: S101 - it was given
@@ -264,11 +266,14 @@ def _make(
     writer: ArtifactWriter,
     progress: Progress,
     graphs: StageGraphs,
+    *,
+    lean: bool,
 ) -> _Made:
     """Load, compress, solve adapters and write; what parity will be checked against is recorded."""
     for name in config.targets:
         TARGETS[name].require()
     inputs = read_inputs(config, config_dir, work, writer.folder, progress)
+    chat = ship_chat(inputs.chat, writer.folder, genai="onnxruntime" in config.targets)
     graphs.keep("frontend", inputs.loaded.model)
     original = Executor(inputs.loaded.model.clone())
     compressed = compress(
@@ -279,6 +284,7 @@ def _make(
         progress,
         held_out=inputs.checking,
         graphs=graphs,
+        folder_bytes=PlannedFolder(config, inputs.loaded, writer.folder, lean=lean).nbytes,
     )
     release_memory()
     solved = _solve(config, compressed, inputs.tasks, work / "adapters", progress)
@@ -296,7 +302,6 @@ def _make(
         graphs=graphs,
     )
     emitted, cases = _emit(job, solved)
-    chat = ship_chat(inputs.chat, writer.folder, genai="onnxruntime" in config.targets)
     late = [
         *padding_warnings(compressed.linears),
         *(warning for target in emitted.values() for warning in target.warnings),

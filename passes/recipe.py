@@ -60,6 +60,13 @@ class Recipe:
         return self._first(Factorization)
 
     @property
+    def folder_limit(self) -> int | None:
+        """The most bytes that the files of the artifact may take; None for any."""
+        surveys = [item for item in self.passes if isinstance(item, SurveyPass)]
+        limits = [survey.folder_limit for survey in surveys]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
     def reads_text(self) -> bool:
         """Whether a pass looks at the calibration text."""
         return any(isinstance(item, Calibrate | SurveyPass) for item in self.passes)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from eoracc.passes.base import LayerPass, Pass
 from eoracc.passes.calibrate import AskedPrecision, Calibrate
+from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.progress import Progress
 
@@ -43,6 +44,9 @@ class CalibrationWindows(Protocol):
     def tokens(self) -> int:
         """Tokens, padding left out."""
 
+    def counts(self, vocabulary: int) -> NDArray[np.float64]:
+        """How often each token occurs, by weight, padding left out: ``[vocabulary]``."""
+
 
 class Trials(Protocol):
     """Runs the passes of the next sweep on copies, with one option varying by decoder block."""
@@ -64,6 +68,7 @@ class SurveyContext(Protocol):
 
     Attributes:
       linears: of the graph, in execution order.
+      embeddings: of the graph, likewise.
       windows: the calibration text; None where model.yaml gives none.
       following: the layer passes of the next sweep, in order.
       folder: where the survey may keep results that took long; it lasts until the build succeeds.
@@ -72,6 +77,9 @@ class SurveyContext(Protocol):
 
     @property
     def linears(self) -> Sequence[Linear]: ...  # noqa: D102 - see above
+
+    @property
+    def embeddings(self) -> Sequence[Embedding]: ...  # noqa: D102
 
     @property
     def windows(self) -> CalibrationWindows | None: ...  # noqa: D102
@@ -84,6 +92,20 @@ class SurveyContext(Protocol):
 
     @property
     def progress(self) -> Progress: ...  # noqa: D102
+
+    def other_bytes(self, plans: Mapping[str, Mapping[str, Any]]) -> int:
+        """Bytes of the folder that the build will write, beside what ``plans`` decide.
+
+        Graph, tokenizer, library, records, padding, and linears and tables without a plan. The
+        records, which depend on the results, count with a bound.
+
+        Args:
+          plans: options by the names of linears and embeddings. Their weights and factors, as they
+            are stored in tiles, do not count.
+
+        Raises:
+          ConfigError: no folder is written.
+        """
 
     def walk(self, name: str, calibrate: Calibrate) -> Iterator[LinearGroup]:
         """Every group of linears of a copy of the graph, in execution order, with its Gram.
@@ -145,6 +167,7 @@ class SurveyContext(Protocol):
         draws: int,
         seed: int,
         precision: AskedPrecision,
+        embedding: str | None = None,
     ) -> None:
         """Write ``folder/NAME.safetensors`` for each linear of the original model in ``names``.
 
@@ -159,6 +182,7 @@ class SurveyContext(Protocol):
           draws: labels drawn for each token.
           seed: of the draws.
           precision: of the forward and backward passes.
+          embedding: a name for the same of what enters the first decoder block; None for none.
         """
 
 
@@ -168,6 +192,11 @@ class SurveyPass(Pass):
     Its results steer later passes: options of single linears through
     :attr:`~eoracc.passes.graph.linears.Linear.plan`, or weights of output errors.
     """
+
+    @property
+    def folder_limit(self) -> int | None:
+        """The most bytes that the files of the artifact may take; None for any."""
+        return None
 
     @abstractmethod
     def survey(self, context: SurveyContext) -> dict[str, Any]:

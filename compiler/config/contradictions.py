@@ -32,6 +32,7 @@ def contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     """
     for where, problem in pass_problems(config, config.passes):
         yield ("passes", *where), problem
+    yield from _size_problems(config)
     if config.calibration is not None:
         yield from _text_problems(("calibration",), config.calibration)
     yield from _held_out_problems(("calibration",), config.calibration, ("verify",), config.verify)
@@ -51,6 +52,24 @@ def contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
             yield ("targets", index), f"'{target}' occurs twice: keep one"
     for section, options in engine_sections(config).items():
         yield from _engine_problems((section,), options)
+
+
+def _size_problems(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
+    """Find files of the artifact that a budget of its folder cannot foresee."""
+    if config.recipe.folder_limit is None:
+        return
+    if any(target != "onnxruntime" for target in config.targets):
+        yield (
+            ("targets",),
+            "hold what 'size' cannot foresee: build for onnxruntime alone, or give "
+            "'bits_per_weight' in its place",
+        )
+    if config.adapters:
+        yield (
+            ("adapters",),
+            "are not counted by 'size': add them later with 'eoracc adapter add', or give "
+            "'bits_per_weight' in its place",
+        )
 
 
 def _engine_problems(where: KeyPath, options: EngineConfig) -> Iterator[tuple[KeyPath, str]]:

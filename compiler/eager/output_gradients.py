@@ -73,6 +73,7 @@ def output_gradient_grams(
     precision: Precision,
     add: AddOuterProducts | None = None,
     progress: Progress,
+    embedding: str | None = None,
 ) -> None:
     """Write ``G = mean_t g_t g_t^T`` of every linear to a file of its own.
 
@@ -94,12 +95,13 @@ def output_gradient_grams(
       precision: of the passes.
       add: how products of gradients are made; None makes them in float32.
       progress: shown a step a block.
+      embedding: names the file with the same of what enters the first block; None for none.
 
     Raises:
       ModelError: the model's blocks cannot be run one by one, or a gradient is NaN or Inf.
     """
     files = RunFiles(folder, key)
-    run = _Run(model, names, windows, files, labels, draws, seed)
+    run = _Run(model, names, windows, files, labels, draws, seed, embedding)
     with progress.phase("gradients", len(run.layers) + 2) as phase:
         files.resume()
         model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)  # type: ignore[arg-type]
@@ -145,6 +147,7 @@ class _Run:
     labels: Labels
     draws: int
     seed: int
+    embedding: str | None = None
 
     def __post_init__(self) -> None:
         self.layers = _layers(self.model, self.names)
@@ -311,6 +314,12 @@ class _Run:
                 for draw, gradient in enumerate(self._kept("gradient", block + 1, start)):
                     (before,) = torch.autograd.grad(output, hidden, gradient, retain_graph=True)
                     arriving.append(before)
+                    if block == 0 and self.embedding is not None:
+                        entering = before.reshape(-1, before.shape[-1]).float().numpy()
+                        total = sums.setdefault(
+                            self.embedding, _Statistics(entering.shape[1], self.draws, add)
+                        )
+                        total.add(entering, weights.reshape(-1), first=draw == 0)
                     for name, place in places.items():
                         gradients = torch.cat(
                             [seen[module][..., part] for module, part in place], -1

@@ -25,7 +25,7 @@ from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.products import resolve_precision
 from eoracc.compiler.sweep.resume import SweepState
 from eoracc.compiler.sweep.run import Comparisons, run_sweep
-from eoracc.compiler.sweep.survey import Survey, calibration_batches
+from eoracc.compiler.sweep.survey import FolderBytes, Survey, calibration_batches
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError
 from eoracc.passes.base import LayerPass, ModelPass, Pass
@@ -68,6 +68,7 @@ def compress(
     *,
     held_out: Windows | None = None,
     graphs: StageGraphs | None = None,
+    folder_bytes: FolderBytes | None = None,
 ) -> Compressed:
     """Run the passes of ``config`` on ``loaded.model``, which they change in place.
 
@@ -79,6 +80,8 @@ def compress(
       progress: shown the phases of each stage.
       held_out: text on which factors must not do harm; None ships all factors.
       graphs: given the graph after each stage.
+      folder_bytes: the bytes of the folder that a compressed graph will be written to; None where
+        none is written.
 
     Raises:
       PassError: a pass cannot do what is asked of it.
@@ -97,6 +100,7 @@ def compress(
                 context = Survey(
                     model=model,
                     linears=compressed.linears,
+                    embeddings=compressed.embeddings,
                     windows=calibration,
                     following=_next_sweep(all_stages[position + 1 :]),
                     checkpoint=loaded.folder,
@@ -104,6 +108,7 @@ def compress(
                     folder=kept,
                     key=key,
                     progress=progress,
+                    folder_bytes=folder_bytes,
                 )
                 with times.measure(first):
                     compressed.surveys.append({"pass": first.name, **first.survey(context)})

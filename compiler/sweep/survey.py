@@ -18,18 +18,24 @@ from eoracc.compiler.eager.output_gradients import Labels, output_gradient_grams
 from eoracc.compiler.kept.files import remove
 from eoracc.compiler.kept.folder import KeptFolder
 from eoracc.compiler.sweep.batch import Batch, make_batches
+from eoracc.compiler.sweep.blank import compress_blank
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.forward import ForwardPass, one_thread
 from eoracc.compiler.sweep.products import gram_products, resolve_precision
 from eoracc.compiler.sweep.trials import SweepTrials
 from eoracc.compiler.text.windows import Windows
+from eoracc.errors import ConfigError
 from eoracc.passes.base import LayerPass
 from eoracc.passes.calibrate import AskedPrecision, Calibrate, Precision
+from eoracc.passes.graph.embeddings import Embedding, find_embeddings
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.progress import Progress
 from eoracc.passes.recipe import Recipe
 
-__all__ = ["Survey", "calibration_batches"]
+__all__ = ["FolderBytes", "Survey", "calibration_batches"]
+
+FolderBytes = Callable[[ir.Model], int]
+"""The bytes of the folder that a compressed graph will be written to."""
 
 _BATCH = 4
 """Calibration windows per batch: enough to fill the cores, few enough to stay in cache."""
@@ -56,6 +62,9 @@ class Survey:
       folder: for results that took long; it lasts until the build succeeds.
       key: digest of everything that the results depend on.
       progress: shown a phase of the survey's own.
+      embeddings: of the graph, in execution order.
+      folder_bytes: the bytes of the folder that a compressed graph will be written to; None where
+        none is written.
     """
 
     model: ir.Model
@@ -67,6 +76,8 @@ class Survey:
     folder: Path
     key: str
     progress: Progress
+    embeddings: Sequence[Embedding] = ()
+    folder_bytes: FolderBytes | None = None
 
     def batches(self) -> list[Batch]:
         """The calibration windows with graph inputs set, fresh on every call; empty for no text."""
@@ -82,13 +93,35 @@ class Survey:
           precision: of the forward pass.
         """
         copy = self.model.clone()
+        return Executor(copy, self._linears_of(copy), precision=precision)
+
+    def _linears_of(self, copy: ir.Model) -> list[Linear]:
         known = {linear.name: linear for linear in self.linears}
         linears = find_linears(copy)
         for linear in linears:
             own = known[linear.name]
             linear.whole, linear.plan = own.whole, dict(own.plan)
             linear.output_gram, linear.token_weights = own.output_gram, own.token_weights
-        return Executor(copy, linears, precision=precision)
+        return linears
+
+    def other_bytes(self, plans: Mapping[str, Mapping[str, Any]]) -> int:
+        """See :meth:`.SurveyContext.other_bytes`."""
+        if self.folder_bytes is None:
+            raise ConfigError("'size' is a budget of the folder that 'eoracc build' writes")
+        copy = self.model.clone()
+        linears, embeddings = self._linears_of(copy), find_embeddings(copy)
+        for linear in linears:
+            linear.plan |= plans.get(linear.name, {})
+        for table in embeddings:
+            table.plan |= plans.get(table.name, {})
+        compress_blank(self.following, linears, embeddings)
+        planned = [linear for linear in linears if linear.name in plans]
+        weights = [linear.compressed for linear in planned]
+        weights += [table.compressed for table in embeddings if table.name in plans]
+        factors = [linear.factors for linear in planned]
+        # A set of objects: a head may share the weight of its embedding.
+        stored = {part for part in (*weights, *factors) if part is not None}
+        return self.folder_bytes(copy) - sum(part.nbytes for part in stored)
 
     def walk(self, name: str, calibrate: Calibrate) -> Iterator[LinearGroup]:
         """See :meth:`.SurveyContext.walk`."""
@@ -165,6 +198,7 @@ class Survey:
         draws: int,
         seed: int,
         precision: AskedPrecision,
+        embedding: str | None = None,
     ) -> None:
         """See :meth:`.SurveyContext.output_gradients`."""
         assert self.windows is not None  # noqa: S101 - the survey has checked
@@ -182,6 +216,7 @@ class Survey:
             precision=resolved,
             add=None if products is None else products.outer,
             progress=self.progress,
+            embedding=embedding,
         )
 
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODEL_FILE",
     "ArtifactWriter",
+    "encoded_json",
     "package_versions",
 ]
 
@@ -175,7 +176,7 @@ class ArtifactWriter:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write ``content``; equal content gives equal bytes, and NaN is an error."""
-        (self.folder / name).write_bytes(_encoded(content))
+        (self.folder / name).write_bytes(encoded_json(content))
 
     def leave_out_records(self) -> None:
         """Remove the records of parity, of every target, and of tokens."""
@@ -192,6 +193,7 @@ class ArtifactWriter:
         packages: Mapping[str, str] | None = None,
         machine: Mapping[str, Any] | None = None,
         report: Report | None = None,
+        limit_bytes: int | None = None,
     ) -> Manifest:
         """Write the report and the manifest, and move the finished folder to :attr:`output`.
 
@@ -203,9 +205,11 @@ class ArtifactWriter:
           packages: versions; None looks them up.
           machine: that the build ran on.
           report: gets the bytes of the folder; None writes none.
+          limit_bytes: of all files together; None for no limit.
 
         Raises:
-          ArtifactError: the model does not take an adapter, or the output cannot be written.
+          ArtifactError: the model does not take an adapter, the folder is beyond its limit, or the
+            output cannot be written.
         """
         files = describe_folder(self.folder)
         files |= self._write_adapters(backbone_digest(files))
@@ -224,6 +228,7 @@ class ArtifactWriter:
             files |= self._write_report(report, files, manifest_of)
         manifest = manifest_of(files)
         (self.folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        self._check_size(limit_bytes)
         umask = os.umask(0)
         os.umask(umask)
         for path in sorted(self.folder.rglob("*")):
@@ -232,6 +237,15 @@ class ArtifactWriter:
         sync_path(self.folder)
         self._move()
         return manifest
+
+    def _check_size(self, limit_bytes: int | None) -> None:
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        total = sum(path.stat().st_size for path in files)
+        if limit_bytes is not None and total > limit_bytes:
+            raise ArtifactError(
+                f"{self.output}: its files take {total:,} bytes, more than the 'size' of "
+                f"{limit_bytes:,} that was asked for: ask for more, or build with --lean"
+            )
 
     def _write_report(
         self,
@@ -295,7 +309,8 @@ class ArtifactWriter:
             ) from error
 
 
-def _encoded(content: Mapping[str, Any]) -> bytes:
+def encoded_json(content: Mapping[str, Any]) -> bytes:
+    """``content`` as the text of a JSON file; equal content gives equal bytes, NaN is an error."""
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

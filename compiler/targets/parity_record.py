@@ -59,6 +59,7 @@ __all__ = [
     "compression_effect",
     "logits_tolerance",
     "parity_case",
+    "record_bytes",
     "record_parity",
     "rounding_excess",
     "without_rounding",
@@ -66,6 +67,8 @@ __all__ = [
 
 _UNIT_ROUNDOFF = 2.0**-24
 _LINEAR_ROWS = 2
+_ENTRY_BYTES = 192
+"""Of an array's name, place and type in the file, and of the name of its linear."""
 _NO_ADAPTER: Mapping[str, LowRank] = MappingProxyType({})
 _SEED = 0
 
@@ -248,6 +251,24 @@ def logits_tolerance(
 
 def _rank(linear: Linear) -> int:
     return 0 if linear.factors is None else linear.factors.rank
+
+
+def record_bytes(linears: Sequence[Linear], vocabulary: int) -> int:
+    """A bound of the file of :func:`record_parity`.
+
+    Args:
+      linears: of the compressed graph.
+      vocabulary: logits of a token.
+    """
+    compressed = [linear for linear in linears if linear.compressed is not None]
+    widths = {linear.in_features for linear in compressed}
+    rows = sum(widths) + 2 * sum(linear.out_features for linear in compressed)
+    tokens = sum(len(call.lengths) * max(call.lengths) for call in CALLS)
+    logits = sum(len(call.lengths) * len(call.positions) for call in CALLS)
+    entries = len(widths) + 2 * len(compressed) + 5 * len(CALLS)
+    # Ids and mask are int64; 16 bytes say where a kept logit is.
+    arrays = 4 * _LINEAR_ROWS * rows + 16 * tokens + (16 + 4 * vocabulary) * logits
+    return arrays + _ENTRY_BYTES * entries
 
 
 def _linear(linear: Linear, inputs: NDArray[np.float32], accuracy_level: int) -> ParityLinear:

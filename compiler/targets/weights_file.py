@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-__all__ = ["DATA_FILE", "write_graph"]
+__all__ = ["DATA_FILE", "graph_bytes", "write_graph"]
 
 DATA_FILE = "model.onnx.data"
 
@@ -52,6 +52,27 @@ def write_graph(model: ir.Model, folder: Path) -> Path:
     return path
 
 
+def graph_bytes(model: ir.Model) -> int:
+    """The bytes of both files that :func:`write_graph` writes. No tensor outside is computed.
+
+    Args:
+      model: what would be written; unchanged afterwards.
+    """
+    import onnx_ir  # noqa: PLC0415 - as above
+
+    outside = dict(_stored_outside(model))
+    end = 0
+    try:
+        for value, tensor in outside.items():
+            end += -end % _ALIGNMENT
+            value.const_value = _reference(value, tensor, end)
+            end += tensor.nbytes
+        return end + int(onnx_ir.serde.serialize_model(model).ByteSize())
+    finally:
+        for value, tensor in outside.items():
+            value.const_value = tensor
+
+
 def _stored_outside(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """The initializers that are too large for model.onnx, and their tensors."""
     for graph in model.graphs():
@@ -62,19 +83,26 @@ def _stored_outside(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtoc
 
 def _write_tensors(outside: Mapping[ir.Value, ir.TensorProtocol], folder: Path) -> None:
     """Write the data file, and let each value refer to its place there."""
-    import onnx_ir  # noqa: PLC0415 - as above
-
     with (folder / DATA_FILE).open("wb") as file:
         for value, tensor in outside.items():
             file.write(bytes(-file.tell() % _ALIGNMENT))
             offset = file.tell()
             file.write(tensor.tobytes())
-            value.const_value = onnx_ir.ExternalTensor(
-                DATA_FILE,
-                offset,
-                tensor.nbytes,
-                tensor.dtype,
-                shape=onnx_ir.Shape(tensor.shape.numpy()),
-                name=str(value.name),
-                base_dir=folder,
-            )
+            value.const_value = _reference(value, tensor, offset, folder)
+
+
+def _reference(
+    value: ir.Value, tensor: ir.TensorProtocol, offset: int, folder: Path | str = ""
+) -> ir.ExternalTensor:
+    """``tensor`` as it is stored at ``offset`` of the data file in ``folder``."""
+    import onnx_ir  # noqa: PLC0415 - as above
+
+    return onnx_ir.ExternalTensor(
+        DATA_FILE,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=onnx_ir.Shape(tensor.shape.numpy()),
+        name=str(value.name),
+        base_dir=folder,
+    )

@@ -60,6 +60,14 @@ class Windows:
         """Number of tokens without padding."""
         return int(self.attention_mask.sum())
 
+    def counts(self, vocabulary: int) -> NDArray[np.float64]:
+        """How often each token occurs, by weight, without padding: ``[vocabulary]``."""
+        weights = self.attention_mask.astype(np.float64)
+        if self.weights is not None:
+            weights *= self.weights[:, None]
+        counts = np.bincount(self.input_ids.ravel(), weights.ravel(), minlength=vocabulary)
+        return counts.astype(np.float64)
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +15,7 @@ from eoracc.passes.graph.tensors import register_tensor
 from eoracc.plugins.op import DOMAIN, DOMAIN_VERSION, GATHER_OP
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
@@ -35,16 +34,18 @@ class Embedding:
       source: the original table, ``[rows, width]``; read lazily.
       of_tokens: whether tokens look it up, and not positions or token types.
       compressed: the table after quantization.
-      plan: always empty: surveys decide for linears only.
+      plan: options that a survey decided for this table, by the option's name.
+      output_gram: loads ``G``, ``float32 [width, width]``, a survey's weights of errors of what
+        enters the first decoder block: of a row times :attr:`scale`.
     """
-
-    plan: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     name: str
     node: ir.Node
     source: ir.TensorProtocol
     of_tokens: bool = True
     compressed: NBitsWeight | None = None
+    plan: dict[str, Any] = field(default_factory=dict)
+    output_gram: Callable[[], NDArray[np.float32]] | None = None
 
     @property
     def block(self) -> None:
@@ -55,6 +56,16 @@ class Embedding:
     def known_as(self) -> tuple[str, ...]:
         """Names that a pattern may match; see :attr:`Linear.known_as`."""
         return (self.name,)
+
+    @property
+    def scale(self) -> float:
+        """The constant that rows are multiplied with after they are looked up (Gemma's); else 1."""
+        uses = [use.node for value in self.node.outputs for use in value.uses()]
+        if len(uses) != 1 or uses[0].op_type != "Mul":
+            return 1.0
+        constants = [value.const_value for value in uses[0].inputs if value is not None]
+        scales = [tensor for tensor in constants if tensor is not None and tensor.size == 1]
+        return float(scales[0].numpy().reshape(())) if scales else 1.0
 
     def weight(self) -> NDArray[np.float32]:
         """The original table, ``float32 [rows, width]``."""

@@ -1,11 +1,11 @@
-"""Decide bits and rank of every linear together, under one budget of bytes."""
+"""Decide bits and rank of every linear, and bits of tables, together under one budget of bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import count, product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +16,10 @@ from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation, Rank
-from eoracc.passes.quantize.quantization import Bits, GroupSize, Quantization
+from eoracc.passes.plan.items import Item, Option, weights_of
+from eoracc.passes.plan.sizes import Size
+from eoracc.passes.plan.tables import Tables
+from eoracc.passes.quantize.quantization import Bits, EmbeddingBits, GroupSize, Quantization
 from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.allocation import (
     BudgetError,
@@ -37,47 +40,14 @@ if TYPE_CHECKING:
 __all__ = ["Allocate"]
 
 
-@dataclass(frozen=True)
-class _Option:
-    """One way to compress a linear.
-
-    Attributes:
-      plan: options of later passes that compress it this way.
-      candidate: bytes and distortion.
-    """
-
-    plan: Mapping[str, Any]
-    candidate: Candidate
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One linear and the ways to compress it.
-
-    Attributes:
-      name: of the linear.
-      weights: how many it has, ``N K``.
-      options: at least one.
-    """
-
-    name: str
-    weights: int
-    options: Sequence[_Option]
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> _Item:
-        """The item that ``asdict`` turned into ``content``, which may have been through JSON."""
-        options = [
-            _Option(option["plan"], Candidate(*option["candidate"]))
-            for option in content["options"]
-        ]
-        return cls(content["name"], content["weights"], options)
+_MARGIN_BYTES = 4096
+"""A page, to which offsets of tensors are aligned."""
 
 
 class _OverspentError(Exception):
     """A budget is not enough for the items that share it."""
 
-    def __init__(self, items: Sequence[_Item], budget: int, least: int) -> None:
+    def __init__(self, items: Sequence[Item], budget: int, least: int) -> None:
         super().__init__(items, budget, least)
         self.items, self.budget, self.least = items, budget, least
 
@@ -87,6 +57,9 @@ class _OverspentError(Exception):
 class Allocate(SurveyPass):
     """Choose bits and rank of every linear so that a budget of bytes leaves least distortion.
 
+    With ``size``, the budget is that of the whole folder, and the bits of embedding and head are
+    chosen with the rest.
+
     Comes before the sweep that it plans. One pass through the original model quantizes every linear
     at each width, by the quantizing pass of that sweep and its options. One decomposition of each
     error then gives the error that every rank would leave. Overrides of those passes hold here too:
@@ -95,7 +68,11 @@ class Allocate(SurveyPass):
     Options:
       bits_per_weight: the budget of all linears that are quantized; codes, scales, zero points and
         factors count.
-      bytes: the same budget in bytes; give one of the two.
+      bytes: the same budget in bytes.
+      size: a budget of all files of the artifact, ``90MB``; give one of the three.
+      embedding_widths: bits of embedding and head to choose from under ``size``. Without gradients
+        to weigh their errors by, those of ``calibrate_outputs: {by: logits}``, they keep the
+        ``embedding_bits`` of the quantizing pass.
       widths: bits of codes to choose from; a single width allocates rank alone.
       group_sizes: columns that share a scale, to choose from; empty keeps the group size of the
         quantizing pass.
@@ -114,6 +91,8 @@ class Allocate(SurveyPass):
 
     bits_per_weight: Annotated[float, Field(gt=0)] | None = None
     bytes: Annotated[int, Field(ge=1)] | None = None
+    size: Size | None = None
+    embedding_widths: Annotated[tuple[EmbeddingBits, ...], Field(min_length=1)] = (3, 4, 8)
     widths: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4)
     group_sizes: tuple[GroupSize, ...] = ()
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (0, 8, 16, 32, 64)
@@ -125,18 +104,35 @@ class Allocate(SurveyPass):
         """Check that there is one budget.
 
         Raises:
-          ConfigError: there is none, or there are two.
+          ConfigError: there is none, or there are several.
         """
-        if (self.bits_per_weight is None) == (self.bytes is None):
-            raise ConfigError("needs one budget: give either 'bits_per_weight' or 'bytes'")
+        if sum(given is not None for given in (self.bits_per_weight, self.bytes, self.size)) != 1:
+            raise ConfigError(
+                "needs one budget: give either 'size' or 'bits_per_weight' or 'bytes'"
+            )
+
+    @property
+    @override
+    def folder_limit(self) -> int | None:
+        return self.size
 
     @override
     def survey(self, context: SurveyContext) -> dict[str, Any]:
-        found = context.remember(self.name, lambda: self._plan(context))
-        linears = {linear.name: linear for linear in context.linears}
-        for name, choice in found["linears"].items():
-            linears[name].plan.update(choice["plan"])
-        return found
+        quantizer, compensation = self._steered(context)
+        found = context.remember(self.name, lambda: self._tried(context, quantizer, compensation))
+        items = [Item.from_dict(item) for item in found["items"]]
+        if not items:
+            raise PassError(
+                self.name, f"has nothing to choose: {quantizer.name!r} leaves all linears out"
+            )
+        # Chosen anew in a resumed build: other files of the folder may have changed.
+        plan = self._chosen(items, context)
+        plans = _plans(items, plan.chosen)
+        for linear in context.linears:
+            linear.plan.update(plans.get(linear.name, {}))
+        for table in context.embeddings:
+            table.plan.update(plans.get(table.name, {}))
+        return {"weighed_by": self.distortion, **plan.found}
 
     @classmethod
     @override
@@ -151,8 +147,10 @@ class Allocate(SurveyPass):
         )
         return f"{text}; {others}" if others else text
 
-    def _plan(self, context: SurveyContext) -> dict[str, Any]:
-        quantizer, compensation = self._steered(context)
+    def _tried(
+        self, context: SurveyContext, quantizer: Quantization, compensation: Compensation | None
+    ) -> dict[str, Any]:
+        """All items with their options."""
         outputs = {linear.name for linear in context.linears if linear.output_gram is not None}
         if self.distortion == "outputs" and not outputs:
             raise PassError(
@@ -161,21 +159,34 @@ class Allocate(SurveyPass):
                 "or take another 'distortion'",
             )
         weighed = outputs if self.distortion == "outputs" else set()
-        trial = _Trial(self, quantizer, compensation, weighed)
+        # A budget of linears includes a head only where an override names it.
+        of_linears = replace(quantizer, embedding_bits=None)
+        trial = _Trial(self, of_linears, compensation, weighed)
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         calibrate = Recipe(context.following).calibrate or Calibrate()
         # Errors of different linears compare where every token counts by its own size alone.
         plain = replace(calibrate, tokens="equal")
-        entries = context.each_group(
-            self.name, plain, lambda group: [*map(asdict, trial.items(group))]
-        )
-        items = [_Item.from_dict(item) for item in entries]
-        if not items:
-            raise PassError(
-                self.name, f"has nothing to choose: {quantizer.name!r} leaves all linears out"
+        tables = (
+            None
+            if self.size is None
+            else Tables.of(
+                self.name,
+                self.embedding_widths if self.distortion == "outputs" else (),
+                quantizer,
+                context,
             )
-        return {"weighed_by": self.distortion, **self._chosen(items)}
+        )
+
+        def make(group: LinearGroup) -> list[Any]:
+            if tables is not None and group.linears[0].block is None:
+                return [asdict(item) for item in tables.of_heads(group)]
+            return [asdict(item) for item in trial.items(group)]
+
+        entries = context.each_group(self.name, plain, make)
+        if tables is not None:
+            entries += [asdict(item) for item in tables.of_embeddings()]
+        return {"items": entries}
 
     def _steered(self, context: SurveyContext) -> tuple[Quantization, Compensation | None]:
         """The passes of the next sweep that follow the plan."""
@@ -192,26 +203,23 @@ class Allocate(SurveyPass):
         if len(compensations) > 1:
             names = " and ".join(repr(item.name) for item in compensations)
             raise PassError(self.name, f"chooses ranks for one compensating pass, not {names}")
-        # A head is allocated where an override names it.
-        quantizer = replace(quantizer, embedding_bits=None)
         return quantizer, compensations[0] if compensations else None
 
-    def _chosen(self, items: Sequence[_Item]) -> dict[str, Any]:
+    def _chosen(self, items: Sequence[Item], context: SurveyContext) -> _Choice:
         """The choice for ``items`` and its alternatives, with bytes and distortion of each."""
-        budget = self.bytes
-        if budget is None:
-            assert self.bits_per_weight is not None  # noqa: S101 - __post_init__ has checked
-            budget = int(_weights(items) * self.bits_per_weight / 8)
+        budget, other = self._budget(items), 0
         try:
-            chosen, bound = self._allocate(items, budget)
+            if self.size is None:
+                chosen, bound = self._allocate(items, budget)
+            else:
+                chosen, bound, other = self._fitted(items, context)
+                budget -= other
         except _OverspentError as error:
             raise PassError(
                 self.name if self.scope == "global" else error.items[0].name,
-                f"{error.budget} bytes are not enough for what takes least, {error.least}, or "
-                f"{8 * error.least / _weights(error.items):.3f} bits per weight: raise the budget, "
-                "or allow smaller widths, larger groups or rank 0",
+                self._overspent(error),
             ) from None
-        return {
+        found = {
             "scope": self.scope,
             "budget_bytes": budget,
             **_summary(items, chosen),
@@ -226,18 +234,66 @@ class Allocate(SurveyPass):
                 for item, option in zip(items, chosen, strict=True)
             },
         }
+        if self.size is not None:
+            found["size"] = {"budget_bytes": self.size, "other_bytes": other}
+        return _Choice(chosen, found)
 
-    def _allocate(self, items: Sequence[_Item], budget: int) -> tuple[list[_Option], float]:
+    def _budget(self, items: Sequence[Item]) -> int:
+        if self.size is not None:
+            return self.size
+        if self.bytes is not None:
+            return self.bytes
+        assert self.bits_per_weight is not None  # noqa: S101 - __post_init__ has checked
+        return int(weights_of(items) * self.bits_per_weight / 8)
+
+    def _overspent(self, error: _OverspentError) -> str:
+        """Why ``error`` came, and the way out."""
+        if self.size is None:
+            bits = 8 * error.least / weights_of(error.items)
+            takes = f"{error.budget} bytes are not enough for what takes least, {error.least}, or "
+            takes += f"{bits:.3f} bits per weight"
+        else:
+            takes = (
+                f"a folder of {self.size:,} bytes leaves {max(error.budget, 0):,} of them for what "
+                f"takes {error.least:,} at least"
+            )
+        return f"{takes}: raise the budget, or allow smaller widths, larger groups or rank 0"
+
+    def _fitted(
+        self, items: Sequence[Item], context: SurveyContext
+    ) -> tuple[list[Option], float, int]:
+        """The options chosen such that the folder fits, their bound, and bytes of all else.
+
+        What the rest of the folder takes depends a little on the choice: nodes with factors have
+        more inputs than others. So the choice is made with what the choice before it leaves.
+
+        Raises:
+          _OverspentError: the budget is too small.
+        """
+        assert self.size is not None  # noqa: S101 - the caller has checked
+        smallest = [min(item.options, key=lambda option: option.candidate) for item in items]
+        other = context.other_bytes(_plans(items, smallest))
+        for margin in count():
+            chosen, bound = self._allocate(items, self.size - other)
+            needed = context.other_bytes(_plans(items, chosen))
+            if needed <= other:
+                break
+            # A margin that grows: the choice cannot go to and fro for ever.
+            other = needed + margin * _MARGIN_BYTES
+        return chosen, bound, needed
+
+    def _allocate(self, items: Sequence[Item], budget: int) -> tuple[list[Option], float]:
         """The options chosen, and a bound below which no choice of this scope gets.
 
         Raises:
           _OverspentError: the budget is too small.
         """
         parts = [items] if self.scope == "global" else [[item] for item in items]
-        chosen: list[_Option] = []
+        total = weights_of(items)
+        chosen: list[Option] = []
         bound = 0.0
         for part in parts:
-            share = budget * _weights(part) // _weights(items)
+            share = budget * weights_of(part) // total
             candidates = [[option.candidate for option in item.options] for item in part]
             try:
                 allocation = allocate(candidates, share)
@@ -247,7 +303,7 @@ class Allocate(SurveyPass):
             bound += allocation.bound
         return chosen, bound
 
-    def _alternatives(self, items: Sequence[_Item], budget: int) -> dict[str, dict[str, Any]]:
+    def _alternatives(self, items: Sequence[Item], budget: int) -> dict[str, dict[str, Any]]:
         """The distortion of the same bytes spent on bits alone, and on rank at one width alone."""
         if not any(self.ranks):
             return {}
@@ -258,7 +314,9 @@ class Allocate(SurveyPass):
         for name, (key, value) in ways.items():
             narrowed = [
                 # A linear whose option an override sets has no other.
-                replace(
+                item
+                if item.table
+                else replace(
                     item, options=[o for o in item.options if o.plan[key] == value] or item.options
                 )
                 for item in items
@@ -279,13 +337,13 @@ class _Trial:
     compensation: Compensation | None
     outputs: AbstractSet[str]
 
-    def items(self, group: LinearGroup) -> list[_Item]:
+    def items(self, group: LinearGroup) -> list[Item]:
         """The ways to compress the linears of ``group`` that the quantizing pass does not skip.
 
         Args:
           group: of the original model, with its Gram.
         """
-        found: dict[str, dict[tuple[int, int], list[_Option]]] = {}
+        found: dict[str, dict[tuple[int, int], list[Option]]] = {}
         for bits, group_size in product(self.settings.widths, self.settings.group_sizes or (None,)):
             for linear in group.linears:
                 linear.plan["bits"] = bits
@@ -311,11 +369,11 @@ class _Trial:
                     )
         shapes = {linear.name: linear.in_features * linear.out_features for linear in group.linears}
         return [
-            _Item(name, shapes[name], [option for options in known.values() for option in options])
+            Item(name, shapes[name], [option for options in known.values() for option in options])
             for name, known in found.items()
         ]
 
-    def _options(self, linear: Linear, group: LinearGroup) -> list[_Option]:
+    def _options(self, linear: Linear, group: LinearGroup) -> list[Option]:
         """The ways to compensate the linear, as it is quantized now, by rank."""
         weight = linear.compressed
         assert weight is not None  # noqa: S101 - the caller has checked
@@ -335,7 +393,7 @@ class _Trial:
         shape = linear.out_features, linear.in_features
         plan = {key: linear.plan[key] for key in ("bits", "group_size") if key in linear.plan}
         return [
-            _Option(
+            Option(
                 plan | {"bits": weight.bits, "rank": rank} | more,
                 Candidate(weight.nbytes + factor_bytes(*shape, rank, kind), float(tail)),
             )
@@ -360,14 +418,31 @@ class _Trial:
         return found or {0: ("float16", {})}
 
 
-def _weights(items: Sequence[_Item]) -> int:
-    return sum(item.weights for item in items)
+@dataclass(frozen=True)
+class _Choice:
+    """The options chosen, and what the report says of them."""
+
+    chosen: Sequence[Option]
+    found: dict[str, Any]
 
 
-def _summary(items: Sequence[_Item], chosen: Sequence[_Option]) -> dict[str, Any]:
-    nbytes = sum(option.candidate.nbytes for option in chosen)
+def _plans(items: Sequence[Item], chosen: Sequence[Option]) -> dict[str, Mapping[str, Any]]:
+    """The plan of each option by all names that it is for."""
     return {
-        "bytes": nbytes,
-        "bits_per_weight": 8 * nbytes / _weights(items),
-        "distortion": float(sum(option.candidate.distortion for option in chosen)),
+        name: option.plan for item, option in zip(items, chosen, strict=True) for name in item.names
+    }
+
+
+def _summary(items: Sequence[Item], chosen: Sequence[Option]) -> dict[str, Any]:
+    candidates = [option.candidate for option in chosen]
+    linear_bytes = sum(
+        option.candidate.nbytes
+        for item, option in zip(items, chosen, strict=True)
+        if not item.table
+    )
+    weights = weights_of(item for item in items if not item.table)
+    return {
+        "bytes": sum(candidate.nbytes for candidate in candidates),
+        "bits_per_weight": 8 * linear_bytes / max(weights, 1),
+        "distortion": float(sum(candidate.distortion for candidate in candidates)),
     }

@@ -20,6 +20,7 @@ from eoracc.passes.survey import SurveyPass
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from eoracc.passes.graph.embeddings import Embedding
     from eoracc.passes.graph.linears import Linear
     from eoracc.passes.survey import SurveyContext
 
@@ -75,6 +76,8 @@ class CalibrateOutputs(SurveyPass):
             raise PassError(self.name, "the model has no linear in a decoder block")
         take = self._of_gradients if self.by == "logits" else self._of_outputs
         found = context.remember("output_grams", lambda: take(context, linears), files=_FOLDER)
+        if self.by == "logits" and (table := _token_embedding(context)) is not None:
+            table.output_gram = self._embedding_gram_of(table, context.folder)
         for linear in linears.values():
             linear.output_gram = self._gram_of(linear, linears, context.folder)
             if self.by == "logits":
@@ -89,6 +92,7 @@ class CalibrateOutputs(SurveyPass):
     def _of_gradients(
         self, context: SurveyContext, linears: Mapping[str, Linear]
     ) -> dict[str, Any]:
+        table = _token_embedding(context)
         context.output_gradients(
             list(dict.fromkeys(_whole(linear) for linear in linears.values())),
             folder=context.folder / _FOLDER,
@@ -96,6 +100,7 @@ class CalibrateOutputs(SurveyPass):
             draws=self.samples,
             seed=self.seed,
             precision=self.precision,
+            embedding=None if table is None else table.name,
         )
         return {"labels": self.labels, "samples": self.samples, "seed": self.seed}
 
@@ -127,6 +132,15 @@ class CalibrateOutputs(SurveyPass):
 
         return load
 
+    def _embedding_gram_of(self, table: Embedding, folder: Path) -> OutputGram:
+        """A function that loads the Gram of the gradients at what enters the first block."""
+
+        def load() -> NDArray[np.float32]:
+            gram = _read(folder, table.name, _GRAM).astype(np.float64)
+            return self._damped(gram).astype(np.float32)
+
+        return load
+
     def _damped(self, gram: NDArray[np.float64]) -> NDArray[np.float64]:
         level = float(np.trace(gram)) / len(gram)
         if level == 0:  # nothing depends on the output, or it is always zero
@@ -139,6 +153,12 @@ class CalibrateOutputs(SurveyPass):
 
 def _token_weights_of(linear: Linear, folder: Path) -> Callable[[], NDArray[np.float32]]:
     return lambda: _read(folder, _whole(linear), "token_weights")
+
+
+def _token_embedding(context: SurveyContext) -> Embedding | None:
+    """The one table that tokens look up; None where there are several or none."""
+    tables = [table for table in context.embeddings if table.of_tokens]
+    return tables[0] if len(tables) == 1 else None
 
 
 def _whole(linear: Linear) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,8 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["quantize_embedding_tables"]
 
 
+def _rounded(options: Compression, embedding: Embedding) -> NBitsWeight:
+    return options.requantize(embedding.weight(), None)
+
+
 def quantize_embedding_tables(
-    compression: Compression, embeddings: Iterable[Embedding], linears: Sequence[Linear]
+    compression: Compression,
+    embeddings: Iterable[Embedding],
+    linears: Sequence[Linear],
+    solve: Callable[[Compression, Embedding], NBitsWeight] = _rounded,
 ) -> None:
     """Compress the tables for which ``compression`` has options.
 
@@ -25,6 +32,12 @@ def quantize_embedding_tables(
     serve both.
 
     The head is the last linear of a sweep, so the sweep itself runs on the original table.
+
+    Args:
+      compression: the pass.
+      embeddings: the tables of a graph.
+      linears: of the same graph, compressed.
+      solve: compresses a table, with the options that hold for it.
     """
     for embedding in embeddings:
         head = next((linear for linear in linears if linear.source is embedding.source), None)
@@ -37,5 +50,5 @@ def quantize_embedding_tables(
         else:
             head = weight = None
         if weight is None:
-            weight = options.requantize(embedding.weight(), None)
+            weight = solve(options, embedding)
         embedding.quantize(weight, tied=head)

@@ -18,6 +18,7 @@ from eoracc.passes.overrides import Override
 from eoracc.passes.quantize.row_blocks import by_row_blocks
 from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.grid import group_width, round_to_nearest
+from eoracc.plugins.operands.blank import blank_weight
 from eoracc.plugins.operands.weight import weight_bytes
 from eoracc.printable import quoted
 
@@ -143,6 +144,21 @@ class Quantization(Compression):
             bits=self.bits,
             groups=-(-in_features // width),
             scale_bytes=_SCALE_BYTES,
+            zero_points=not self.symmetric,
+        )
+
+    def blank(self, out_features: int, in_features: int) -> NBitsWeight:
+        """A weight ``[N, K]`` of zeros, stored as these options store weights in float16's range.
+
+        Args:
+          out_features: ``N``.
+          in_features: ``K``.
+        """
+        return blank_weight(
+            out_features,
+            in_features,
+            bits=self.bits,
+            group_size=group_width(self.group_size, in_features),
             zero_points=not self.symmetric,
         )
 

@@ -40,6 +40,7 @@ ROLES = (
     "mlp.gate_up_proj",
     "mlp.down_proj",
 )
+EMBEDDING = "model.embed_tokens"
 NAMES = [f"model.layers.{block}.{role}" for block in range(2) for role in ROLES]
 
 
@@ -100,6 +101,7 @@ def all_at_once(folder: Path, text: Windows, labels: NDArray[np.int64]) -> dict[
         logits.flatten(0, 1), torch.from_numpy(labels).flatten(), ignore_index=-1, reduction="sum"
     )
     loss.backward()  # type: ignore[no-untyped-call]
+    assert embedded.grad is not None
     weights = mask.astype(np.float64)
     if text.weights is not None:
         weights *= text.weights[:, None]
@@ -109,7 +111,8 @@ def all_at_once(folder: Path, text: Windows, labels: NDArray[np.int64]) -> dict[
         parts = [outputs[module].grad[..., rows] for module, rows in place]  # type: ignore[index]
         rows = torch.cat(parts, -1).flatten(0, 1).double().numpy()
         found[name] = (rows * flat[:, None]).T @ rows / flat.sum()
-    return found
+    entering = embedded.grad.flatten(0, 1).double().numpy()
+    return found | {EMBEDDING: (entering * flat[:, None]).T @ entering / flat.sum()}
 
 
 def squares(folder: Path, name: str) -> NDArray[np.float32]:
@@ -133,9 +136,10 @@ def assert_equal(actual: NDArray[np.float32], expected: Float, *, sums: int) -> 
 def test_equals_one_backward_pass_through_the_whole_model(family: str, tmp_path: Path) -> None:
     folder = tiny_model(family, tmp_path / "model")
     text = windows()
-    found = measure(load_eager(folder, {}), text, tmp_path / "grams")
+    found = measure(load_eager(folder, {}), text, tmp_path / "grams", embedding=EMBEDDING)
+    found[EMBEDDING] = load_file(tmp_path / "grams" / f"{EMBEDDING}.safetensors")["output_gram"]
     expected = all_at_once(folder, text, labels_of_text(text))
-    for name in NAMES:
+    for name in (*NAMES, EMBEDDING):
         # Two blocks of products 88 wide at most, and the head's.
         assert_equal(found[name], expected[name], sums=3 * VOCABULARY)
         # The squares of the same gradients: their mean is the trace.

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from eoracc.compiler.targets import artifact, weights_file
 from eoracc.compiler.targets.artifact import ArtifactWriter, package_versions
+from eoracc.compiler.targets.weights_file import graph_bytes
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
 from eoracc.runtime.adapters.files import adapter_names, read_adapter
@@ -51,6 +52,45 @@ def tiny_graph(size: int = 3000) -> ir.Model:
         opset_imports={"": 20},
     )
     return ir.Model(graph, ir_version=10)
+
+
+def test_the_size_of_a_model_is_known_before_it_is_written(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "out") as writer:
+        path = writer.write_model(tiny_graph())
+        written = path.stat().st_size + path.with_name("model.onnx.data").stat().st_size
+    graph = tiny_graph()
+    for value in graph.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        # What no one reads is not computed.
+        value.const_value = (
+            ir.LazyTensor(pytest.fail, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+            if tensor.nbytes > 256
+            else tensor
+        )
+    assert graph_bytes(graph) == written
+
+
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_folder_beyond_its_limit_is_not_written(spare: int, tmp_path: Path) -> None:
+    write(tmp_path / "first")
+    total = sum(path.stat().st_size for path in (tmp_path / "first").iterdir())
+    limit = total + spare
+
+    def commit() -> None:
+        with ArtifactWriter(tmp_path / "out") as writer:
+            writer.write_model(tiny_graph())
+            writer.write_json("genai_config.json", {"extra": "same"})
+            writer.commit(
+                source={"model": "m"}, config={}, parity={}, packages={}, limit_bytes=limit
+            )
+
+    if spare < 0:
+        with pytest.raises(ArtifactError, match=rf"take {total:,} bytes, more than.*{limit:,}"):
+            commit()
+    else:
+        commit()
+    assert (tmp_path / "out").exists() == (spare == 0)
 
 
 def write(output: Path, *, force: bool = False, extra: str = "same") -> None:

@@ -1,0 +1,85 @@
+"""The bytes of an artifact's folder before its weights are solved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eoracc.compiler.targets.artifact import encoded_json
+from eoracc.compiler.targets.genai_config import genai_config
+from eoracc.compiler.targets.onnxruntime.lower import lower
+from eoracc.compiler.targets.parity_record import record_bytes
+from eoracc.compiler.targets.weights_file import graph_bytes
+from eoracc.passes.graph.linears import find_linears
+from eoracc.plugins.library import library_path
+from eoracc.runtime.parity.tokens import TOKENS_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+    from eoracc.compiler.config.sections import BuildConfig
+    from eoracc.compiler.frontend.load import LoadedModel
+
+__all__ = ["PlannedFolder"]
+
+_MANIFEST_BYTES = 8_192
+"""Of manifest.json beside the configuration: hashes, versions, the machine, figures of parity."""
+
+_REPORT_BYTES = 8_192
+"""Of report.json beside its linears: fidelity, surveys, times, notes, warnings."""
+
+_LINEAR_BYTES = 1_024
+"""Of report.json for each linear: its entry, and those of surveys."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedFolder:
+    """What a build will write for the target ``onnxruntime``.
+
+    Attributes:
+      config: of the build.
+      loaded: the checkpoint.
+      folder: has the files of the tokenizer and the chat templates already, and nothing else.
+      lean: whether the records that only ``eoracc verify`` reads are left out.
+    """
+
+    config: BuildConfig
+    loaded: LoadedModel
+    folder: Path
+    lean: bool = False
+
+    def nbytes(self, model: ir.Model) -> int:
+        """Bytes of the folder with ``model``, never fewer than it will have.
+
+        All files are counted as they will be but the records of the build, which are bounded.
+
+        Args:
+          model: after all passes; its weights may be any of their size. It is left as it is.
+        """
+        lowered = lower(model, adapter_type=self.config.onnxruntime.adapter_type)
+        search = genai_config(
+            self.loaded.config,
+            lowered,
+            generation=self.loaded.generation,
+            custom_ops_library=library_path().name,
+        )
+        left_out = (TOKENS_FILE,) if self.lean else ()
+        there = sum(
+            path.stat().st_size
+            for path in self.folder.rglob("*")
+            if path.is_file() and path.name not in left_out
+        )
+        files = library_path().stat().st_size + len(encoded_json(search))
+        return there + files + graph_bytes(lowered) + self._record_bytes(model)
+
+    def _record_bytes(self, model: ir.Model) -> int:
+        """A bound of the manifest, the report, and the record of parity."""
+        linears = find_linears(model)
+        found = _MANIFEST_BYTES + 2 * len(json.dumps(self.config.resolved(), indent=2))
+        found += _REPORT_BYTES + _LINEAR_BYTES * len(linears)
+        if self.config.verify.parity and not self.lean:
+            found += record_bytes(linears, int(self.loaded.config.vocab_size))
+        return found

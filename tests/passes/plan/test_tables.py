@@ -1,0 +1,182 @@
+"""What errors of embeddings and heads cost, against the divergence of a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from eoracc.compiler.eager.model import load_eager
+from eoracc.compiler.frontend.load import LoadedModel, load
+from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.sweep.survey import Survey
+from eoracc.compiler.text.windows import Windows
+from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.graph.embeddings import find_embeddings
+from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
+from eoracc.passes.plan.tables import Tables
+from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from tests.tiny_build import tiny_config
+from tests.tiny_models import VOCABULARY, tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from eoracc.passes.plan.items import Item
+
+WIDTHS = (3, 4, 8)
+GPTQ: dict[str, Any] = {"quantize_gptq": {"embedding_group_size": 16}}
+
+
+def windows() -> Windows:
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (16, 32))
+    mask = np.ones_like(ids)
+    mask[0, 20:] = 0
+    return Windows(ids, mask)
+
+
+def context_of(loaded: LoadedModel, folder: Path, passes: Any = ("calibrate", GPTQ)) -> Survey:  # noqa: ANN401
+    return Survey(
+        model=loaded.model,
+        linears=find_linears(loaded.model),
+        embeddings=find_embeddings(loaded.model),
+        windows=windows(),
+        following=tiny_config(passes).passes,
+        checkpoint=loaded.folder,
+        trust_remote_code=False,
+        folder=folder,
+        key="key",
+        progress=SilentProgress(),
+    )
+
+
+def load_tiny(family: str, folder: Path, **fields: Any) -> LoadedModel:  # noqa: ANN401
+    return load(str(tiny_model(family, folder / "model", **fields)), work=folder / "work")
+
+
+def items_of(context: Survey, *, weighed: bool = True) -> dict[str, Item]:
+    if weighed:
+        CalibrateOutputs(damping=0.0, samples=8, precision="float32").survey(context)
+    quantizer = next(item for item in context.following if isinstance(item, QuantizeGptq))
+    tables = Tables.of("allocate", WIDTHS, quantizer, context)
+    plain = Calibrate(tokens="equal", precision="float32")
+    groups = context.walk("heads", plain)
+    heads = [
+        item
+        for group in groups
+        if group.linears[0].block is None
+        for item in tables.of_heads(group)
+    ]
+    return {item.name: item for item in [*heads, *tables.of_embeddings()]}
+
+
+def divergence(loaded: LoadedModel, changes: dict[str, np.ndarray]) -> float:
+    """Sum over all tokens of KL(original || model with the weights ``changes``), in nats."""
+    text = windows()
+    inputs = {
+        "input_ids": torch.from_numpy(text.input_ids),
+        "attention_mask": torch.from_numpy(text.attention_mask),
+    }
+    model: Any = load_eager(loaded.folder, {}).double()
+    with torch.inference_mode():
+        before = torch.log_softmax(model(**inputs).logits, -1)
+        for name, weight in changes.items():
+            module = model.get_submodule(name)
+            module.weight = torch.nn.Parameter(torch.from_numpy(weight).double())
+        after = torch.log_softmax(model(**inputs).logits, -1)
+        each = (before.exp() * (before - after)).sum(-1)
+    return float(each[inputs["attention_mask"].bool()].sum())
+
+
+def stored_values(context: Survey, name: str, bits: int) -> np.ndarray:
+    """The values of a head or table as the pass would store it."""
+    quantizer = QuantizeGptq(embedding_bits=bits, embedding_group_size=16)  # type: ignore[arg-type]
+    table = next(t for t in (*context.embeddings, *context.linears) if t.name == name)
+    options = quantizer.options_for(table)
+    assert options is not None
+    if name != "lm_head":
+        return options.requantize(table.weight(), None).dequantize()
+    for group in context.walk("again", Calibrate(tokens="equal", precision="float32")):
+        if group.linears[0].name == name:
+            (stored,) = options.compress([table.weight()], group.gram)
+            return stored.dequantize()
+    raise AssertionError
+
+
+def test_a_heads_distortion_is_twice_the_divergence_that_it_causes(tmp_path: Path) -> None:
+    loaded = load_tiny("llama", tmp_path)
+    context = context_of(loaded, tmp_path / "survey")
+    item = items_of(context)["lm_head"]
+    assert item.table
+    assert item.shared_by == ()
+    assert [option.plan["bits"] for option in item.options] == list(WIDTHS)
+    for option in item.options:
+        if option.plan["bits"] < 8:
+            continue  # no longer small
+        weight = stored_values(context, "lm_head", option.plan["bits"])
+        exact = 2 * divergence(loaded, {"lm_head": weight})
+        # All tokens are in the sample; what is left is the third order.
+        assert option.candidate.distortion == pytest.approx(exact, rel=0.05)
+    losses = [option.candidate.distortion for option in item.options]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 4 * losses[1] > 64 * losses[2]
+
+
+def test_an_embeddings_distortion_is_about_twice_the_divergence_that_it_causes(
+    tmp_path: Path,
+) -> None:
+    loaded = load_tiny("llama", tmp_path)
+    context = context_of(loaded, tmp_path / "survey")
+    item = items_of(context)["model.embed_tokens"]
+    name = "model.embed_tokens"
+    for option in item.options:
+        if option.plan["bits"] == 8:
+            exact = 2 * divergence(loaded, {name: stored_values(context, name, 8)})
+            # Gradients of drawn labels, taken as independent of the token: no identity.
+            assert 0.5 < option.candidate.distortion / exact < 2
+
+
+def test_a_scale_after_the_look_up_counts(tmp_path: Path) -> None:
+    loaded = load_tiny("gemma3", tmp_path)
+    (table,) = [one for one in find_embeddings(loaded.model) if one.of_tokens]
+    assert table.scale == pytest.approx(48**0.5, rel=2.0**-8)  # rounded to bfloat16
+
+
+def test_a_tied_table_is_one_item_and_pays_for_both_uses(tmp_path: Path) -> None:
+    loaded = load_tiny("smollm", tmp_path)
+    context = context_of(loaded, tmp_path / "survey")
+    items = items_of(context)
+    assert list(items) == ["lm_head"]
+    assert items["lm_head"].names == ("lm_head", "model.embed_tokens")
+    alone = replace(context, embeddings=[], folder=tmp_path / "again")
+    tables = Tables(
+        "allocate",
+        QuantizeGptq(embedding_group_size=16),
+        WIDTHS,
+        windows(),
+        [linear for linear in context.linears if linear.block is None],
+        context.embeddings,
+    )
+    del alone, tables
+
+
+def test_an_override_settles_the_bits_of_a_table(tmp_path: Path) -> None:
+    loaded = load_tiny("llama", tmp_path)
+    options = {"embedding_group_size": 16, "overrides": {"lm_head": {"bits": 8}}}
+    context = context_of(loaded, tmp_path, ("calibrate", {"quantize_gptq": options}))
+    items = items_of(context)
+    assert [option.plan["bits"] for option in items["lm_head"].options] == [8]
+    assert [option.plan["bits"] for option in items["model.embed_tokens"].options] == [3, 4, 8]
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_without_gradients_tables_keep_their_bits(bits: int | None, tmp_path: Path) -> None:
+    loaded = load_tiny("llama", tmp_path)
+    gptq = {"quantize_gptq": {"embedding_bits": bits}}
+    items = items_of(context_of(loaded, tmp_path, ("calibrate", gptq)), weighed=False)
+    found = {name: [option.plan["bits"] for option in item.options] for name, item in items.items()}
+    assert found == ({} if bits is None else {"lm_head": [4], "model.embed_tokens": [4]})
