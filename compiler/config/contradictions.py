@@ -61,14 +61,18 @@ def _size_problems(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     if any(target != "onnxruntime" for target in config.targets):
         yield (
             ("targets",),
-            "hold what 'size' cannot foresee: build for onnxruntime alone, or give "
-            "'bits_per_weight' in its place",
+            (
+                "hold what 'size' cannot foresee: build for onnxruntime alone, or give "
+                "'bits_per_weight' in its place"
+            ),
         )
     if config.adapters:
         yield (
             ("adapters",),
-            "are not counted by 'size': add them later with 'eoracc adapter add', or give "
-            "'bits_per_weight' in its place",
+            (
+                "are not counted by 'size': add them later with 'eoracc adapter add', or give "
+                "'bits_per_weight' in its place"
+            ),
         )
 
 

@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ["PlannedFolder"]
 
-_MANIFEST_BYTES = 8_192
+_MANIFEST_BYTES = 6_144
 """Of manifest.json beside the configuration: hashes, versions, the machine, figures of parity."""
 
-_REPORT_BYTES = 8_192
+_REPORT_BYTES = 6_144
 """Of report.json beside its linears: fidelity, surveys, times, notes, warnings."""
 
-_LINEAR_BYTES = 1_024
-"""Of report.json for each linear: its entry, and those of surveys."""
+_LINEAR_BYTES = 768
+"""Of report.json for each linear: its entry, those of surveys, a note and a warning. A linear
+without note and warning takes half of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +79,13 @@ class PlannedFolder:
     def _record_bytes(self, model: ir.Model) -> int:
         """A bound of the manifest, the report, and the record of parity."""
         linears = find_linears(model)
-        found = _MANIFEST_BYTES + 2 * len(json.dumps(self.config.resolved(), indent=2))
+        found = _MANIFEST_BYTES + _indented_bytes(self.config)
         found += _REPORT_BYTES + _LINEAR_BYTES * len(linears)
         if self.config.verify.parity and not self.lean:
             found += record_bytes(linears, int(self.loaded.config.vocab_size))
         return found
+
+
+def _indented_bytes(config: BuildConfig) -> int:
+    """Of ``config`` in manifest.json, where it is indented by one more step."""
+    return len(json.dumps({"config": config.resolved()}, indent=2, ensure_ascii=False).encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from itertools import count, product
@@ -17,10 +17,10 @@ from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation, Rank
 from eoracc.passes.plan.items import Item, Option, weights_of
-from eoracc.passes.plan.sizes import Size
 from eoracc.passes.plan.tables import Tables
 from eoracc.passes.quantize.quantization import Bits, EmbeddingBits, GroupSize, Quantization
 from eoracc.passes.recipe import Recipe
+from eoracc.passes.sizes import Size
 from eoracc.passes.solvers.allocation import (
     BudgetError,
     Candidate,
@@ -41,7 +41,13 @@ __all__ = ["Allocate"]
 
 
 _MARGIN_BYTES = 4096
-"""A page, to which offsets of tensors are aligned."""
+"""To which the bytes of a graph are settled."""
+
+_SPARE = 1 / 2000
+"""Share of a folder's budget that may be left over."""
+
+_STEPS = 8
+"""Choices at most that are measured for a smaller share than that."""
 
 
 class _OverspentError(Exception):
@@ -265,22 +271,35 @@ class Allocate(SurveyPass):
         """The options chosen such that the folder fits, their bound, and bytes of all else.
 
         What the rest of the folder takes depends a little on the choice: nodes with factors have
-        more inputs than others. So the choice is made with what the choice before it leaves.
+        more inputs than others. So a share is set aside for it, and the choice made with it is
+        measured; the share is raised until the folder fits, then halved towards the last that did
+        not.
 
         Raises:
           _OverspentError: the budget is too small.
         """
         assert self.size is not None  # noqa: S101 - the caller has checked
         smallest = [min(item.options, key=lambda option: option.candidate) for item in items]
-        other = context.other_bytes(_plans(items, smallest))
-        for margin in count():
-            chosen, bound = self._allocate(items, self.size - other)
-            needed = context.other_bytes(_plans(items, chosen))
-            if needed <= other:
-                break
-            # A margin that grows: the choice cannot go to and fro for ever.
-            other = needed + margin * _MARGIN_BYTES
-        return chosen, bound, needed
+        low = aside = context.other_bytes(_plans(items, smallest))
+        high, best = 0, None
+        for step in count():
+            chosen, bound = self._allocate(items, self.size - aside)
+            other = context.other_bytes(_plans(items, chosen))
+            spare = self.size - other - _bytes(chosen)
+            if spare >= 0:
+                high = aside
+                if best is None or spare < best[0]:
+                    best = spare, (chosen, bound, other)
+            else:
+                low = aside
+            if best is None:
+                # A margin that grows: the search ends.
+                aside = max(aside, other) + step * _MARGIN_BYTES
+                continue
+            if best[0] <= self.size * _SPARE or high - low <= _MARGIN_BYTES or step >= _STEPS:
+                return best[1]
+            aside = (low + high) // 2
+        raise AssertionError
 
     def _allocate(self, items: Sequence[Item], budget: int) -> tuple[list[Option], float]:
         """The options chosen, and a bound below which no choice of this scope gets.
@@ -433,16 +452,17 @@ def _plans(items: Sequence[Item], chosen: Sequence[Option]) -> dict[str, Mapping
     }
 
 
+def _bytes(chosen: Iterable[Option]) -> int:
+    return sum(option.candidate.nbytes for option in chosen)
+
+
 def _summary(items: Sequence[Item], chosen: Sequence[Option]) -> dict[str, Any]:
-    candidates = [option.candidate for option in chosen]
-    linear_bytes = sum(
-        option.candidate.nbytes
-        for item, option in zip(items, chosen, strict=True)
-        if not item.table
+    linear_bytes = _bytes(
+        option for item, option in zip(items, chosen, strict=True) if not item.table
     )
     weights = weights_of(item for item in items if not item.table)
     return {
-        "bytes": sum(candidate.nbytes for candidate in candidates),
+        "bytes": _bytes(chosen),
         "bits_per_weight": 8 * linear_bytes / max(weights, 1),
-        "distortion": float(sum(candidate.distortion for candidate in candidates)),
+        "distortion": float(sum(option.candidate.distortion for option in chosen)),
     }

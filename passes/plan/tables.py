@@ -11,10 +11,10 @@ import numpy as np
 from eoracc.errors import PassError
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.plan.items import Item, Option
+from eoracc.passes.plan.predictions import prediction_losses, softmax
 from eoracc.passes.quantize.row_blocks import rows_of
 from eoracc.passes.solvers.allocation import Candidate
 from eoracc.passes.solvers.factors import gram_root
-from eoracc.passes.solvers.predictions import prediction_losses, softmax
 from eoracc.passes.statistics import require_gram
 
 if TYPE_CHECKING:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from eoracc.compiler import driver
+from eoracc.compiler.config.contradictions import contradictions
 from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.targets import planned_folder
 from eoracc.compiler.targets.planned_folder import PlannedFolder
-from eoracc.errors import ArtifactError, ConfigError, PassError
+from eoracc.compiler.targets.weights_file import DATA_FILE, graph_bytes
+from eoracc.errors import PassError
 from eoracc.runtime.artifact.manifest import verify_manifest
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir as ir
 
     from eoracc.compiler.driver import BuildResult
 
-OUTPUTS: dict[str, Any] = {"calibrate_outputs": {}}
 SWEEP: tuple[Any, ...] = (
     "calibrate",
     {"quantize_gptq": {"group_size": 16}},
@@ -47,28 +49,99 @@ def build(workspace: Path, passes: tuple[Any, ...], *, lean: bool = False) -> Bu
     return driver.build(config, config_dir=workspace, progress=progress, force=True, lean=lean)
 
 
-@pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("tied", [True, False])
+class Recorded:
+    """What was planned of the files, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folders: list[int] = []
+        self.graphs: list[int] = []
+        nbytes, graph = PlannedFolder.nbytes, graph_bytes
+
+        def record(folder: PlannedFolder, model: ir.Model) -> int:
+            self.folders.append(nbytes(folder, model))
+            return self.folders[-1]
+
+        def record_graph(model: ir.Model) -> int:
+            self.graphs.append(graph(model))
+            return self.graphs[-1]
+
+        monkeypatch.setattr(PlannedFolder, "nbytes", record)
+        monkeypatch.setattr(planned_folder, "graph_bytes", record_graph)
+
+
+def check(built: BuildResult, planned: Recorded, size: int) -> int:
+    """The folder is within ``size``, and just below what was planned, which is returned."""
+    survey = built.report.surveys[1]
+    assert survey["size"]["budget_bytes"] == size
+    chosen = survey["bytes"] + survey["size"]["other_bytes"]
+    total = files_bytes(built.output)
+    graph = sum((built.output / name).stat().st_size for name in ("model.onnx", DATA_FILE))
+    assert planned.graphs[planned.folders.index(chosen)] == graph
+    assert total <= chosen <= size
+    # The difference is that of the records, which are small in any other folder.
+    assert chosen - total < 0.01 * total
+    assert built.report.folder_bytes == total
+    verify_manifest(built.output)
+    return chosen
+
+
+def bits_of(built: BuildResult) -> dict[str, int]:
+    linears = built.report.surveys[1]["linears"]
+    return {name: choice["plan"]["bits"] for name, choice in linears.items()}
+
+
 def test_the_folder_takes_what_was_planned_and_no_more_than_its_budget(
-    tied: bool, lean: bool, workspaces: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+    workspaces: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned: list[int] = []
-    nbytes = PlannedFolder.nbytes
+    planned = Recorded(monkeypatch)
+    allocate = {"ranks": [0, 4, 8], "widths": [2, 3, 4]}
+    passes = ({"calibrate_outputs": {}}, {"allocate": {"size": "1GB"} | allocate}, *SWEEP)
+    large = build(workspaces[True], passes)
+    most = check(large, planned, 10**9)
+    # The table is one of the items, and the codes that head and embedding share are those planned.
+    assert bits_of(large)["lm_head"] == 8
+    head = next(linear for linear in large.report.linears if linear.name == "lm_head")
+    assert (head.bits, head.rank) == (8, 0)
+    size = most - 20_000
+    passes = ({"calibrate_outputs": {}}, {"allocate": {"size": size} | allocate}, *SWEEP)
+    small = build(workspaces[True], passes)
+    chosen = check(small, planned, size)
+    # Nearly all of the budget is spent: a step of most items takes a few kilobytes.
+    assert size - chosen < 4_000
+    assert sum(bits_of(small).values()) < sum(bits_of(large).values())
+    assert small.report.surveys[1]["distortion"] > large.report.surveys[1]["distortion"]
 
-    def record(self: PlannedFolder, model: ir.Model) -> int:
-        planned.append(nbytes(self, model))
-        return planned[-1]
 
-    monkeypatch.setattr(PlannedFolder, "nbytes", record)
-    allocate = {"size": 10**9, "ranks": [0, 4, 8], "widths": [2, 3, 4]}
-    large = build(workspaces[tied], (OUTPUTS, {"allocate": allocate}, *SWEEP), lean=lean)
-    most = planned[-1]
-    actual = files_bytes(large.output)
-    print(
-        "PLANNED",
-        most,
-        "ACTUAL",
-        actual,
-        large.report.folder_kinds,
-        [(p.name, p.stat().st_size) for p in large.output.iterdir()],
+def test_a_lean_folder_of_untied_tables(
+    workspaces: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = Recorded(monkeypatch)
+    allocate = {"size": "1GB", "ranks": [0, 4], "widths": [3]}
+    built = build(
+        workspaces[False], ({"calibrate_outputs": {}}, {"allocate": allocate}, *SWEEP), lean=True
     )
+    check(built, planned, 10**9)
+    assert {"lm_head", "model.embed_tokens"} < set(bits_of(built))
+
+
+def test_a_budget_below_all_choices_ends_before_the_sweep(workspaces: dict[bool, Path]) -> None:
+    allocate = {"size": "1MB", "distortion": "relative"}
+    with pytest.raises(PassError, match=r"a folder of 1,000,000 bytes leaves 0 of them for what"):
+        build(workspaces[True], ({"allocate": allocate}, *SWEEP))
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"targets": ["onnxruntime", "tensorrt_rtx"]}, "hold what 'size' cannot foresee"),
+        (
+            {"adapters": {"one": {"text": "text.txt"}}, "onnxruntime": {"adapter_type": "int8"}},
+            "are not counted by 'size'",
+        ),
+    ],
+)
+def test_what_a_budget_cannot_foresee_is_refused(fields: dict[str, Any], problem: str) -> None:
+    config = tiny_config(
+        ({"calibrate_outputs": {}}, {"allocate": {"size": "1GB"}}, *SWEEP), **fields
+    )
+    assert any(problem in text for _, text in contradictions(config))

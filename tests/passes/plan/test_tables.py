@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +14,11 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.graph.embeddings import find_embeddings
-from eoracc.passes.graph.linears import find_linears
+from eoracc.passes.graph.embeddings import Embedding, find_embeddings
+from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.plan.tables import Tables
+from eoracc.passes.quantize.quantization import EmbeddingBits
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from eoracc.passes.plan.items import Item
 
-WIDTHS = (3, 4, 8)
+WIDTHS: tuple[EmbeddingBits, ...] = (3, 4, 8)
 GPTQ: dict[str, Any] = {"quantize_gptq": {"embedding_group_size": 16}}
 
 
@@ -95,7 +95,8 @@ def divergence(loaded: LoadedModel, changes: dict[str, np.ndarray]) -> float:
 def stored_values(context: Survey, name: str, bits: int) -> np.ndarray:
     """The values of a head or table as the pass would store it."""
     quantizer = QuantizeGptq(embedding_bits=bits, embedding_group_size=16)  # type: ignore[arg-type]
-    table = next(t for t in (*context.embeddings, *context.linears) if t.name == name)
+    tables: list[Linear | Embedding] = [*context.embeddings, *context.linears]
+    table = next(table for table in tables if table.name == name)
     options = quantizer.options_for(table)
     assert options is not None
     if name != "lm_head":
@@ -152,16 +153,14 @@ def test_a_tied_table_is_one_item_and_pays_for_both_uses(tmp_path: Path) -> None
     items = items_of(context)
     assert list(items) == ["lm_head"]
     assert items["lm_head"].names == ("lm_head", "model.embed_tokens")
-    alone = replace(context, embeddings=[], folder=tmp_path / "again")
-    tables = Tables(
-        "allocate",
-        QuantizeGptq(embedding_group_size=16),
-        WIDTHS,
-        windows(),
-        [linear for linear in context.linears if linear.block is None],
-        context.embeddings,
-    )
-    del alone, tables
+    # A head and an embedding whose options differ cannot share their codes.
+    apart = {"embedding_group_size": 16, "overrides": {"lm_head": {"symmetric": True}}}
+    context = context_of(loaded, tmp_path / "apart", ("calibrate", {"quantize_gptq": apart}))
+    items = items_of(context)
+    assert {name: item.shared_by for name, item in items.items()} == {
+        "lm_head": (),
+        "model.embed_tokens": (),
+    }
 
 
 def test_an_override_settles_the_bits_of_a_table(tmp_path: Path) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from eoracc.passes.solvers.predictions import prediction_losses, softmax
+from eoracc.passes.plan.predictions import prediction_losses, softmax
+
+Float = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def divergence(logits: np.ndarray, errors: np.ndarray) -> np.ndarray:
+def divergence(logits: Float, errors: Float) -> Float:
     """KL(p || q) of each token, in float64."""
 
-    def log_softmax(z: np.ndarray) -> np.ndarray:
-        return (
-            z
-            - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True))
-            - z.max(1, keepdims=True)
-        )
+    def log_softmax(z: Float) -> Float:
+        top = z.max(1, keepdims=True)
+        found: Float = z - top - np.log(np.exp(z - top).sum(1, keepdims=True))
+        return found
 
     before, after = log_softmax(logits), log_softmax(logits + errors)
-    return (np.exp(before) * (before - after)).sum(1)
+    return np.asarray((np.exp(before) * (before - after)).sum(1), np.float64)
 
 
 def test_half_of_it_is_the_divergence_of_small_errors() -> None:

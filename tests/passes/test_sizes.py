@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from eoracc.passes.plan.sizes import parse_size
+from eoracc.passes.sizes import parse_size
 
 
 @pytest.mark.parametrize(
