@@ -38,7 +38,7 @@ _NAME = 20
 _ENDLESS = 100_000
 """Characters; no line is longer."""
 
-_SPARE = ("linears", "CPU s", "spent on", "budget")
+_SPARE = ("linears", "folder", "CPU s", "spent on", "budget")
 """Columns that a narrow terminal omits, in this order; ``--json`` has all of them."""
 
 
@@ -52,7 +52,8 @@ _SPARE = ("linears", "CPU s", "spent on", "budget")
 @click.option(
     "--budgets",
     metavar="BUDGETS",
-    help="Bits per weight, or the share of the 16-bit bytes to remove: 3.5,4,30%. "
+    help="Bits per weight, the share of the 16-bit bytes to remove, or the size of the folder: "
+    "3.5,30%,90MB. "
     "Default: compare.budgets.",
 )
 @click.option(
@@ -212,7 +213,8 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
 
     original = comparison.original
     has_ood = original.perplexity_ood is not None
-    headings = ["budget", "spent on", "bits", "linears", "perplexity", "KL", "elsewhere", "CPU s"]
+    headings = ["budget", "spent on", "bits", "linears", "folder"]
+    headings += ["perplexity", "KL", "elsewhere", "CPU s"]
     absent = {*without, *(() if has_ood else ("elsewhere",))}
     shown = [heading for heading in headings if heading not in absent]
     elsewhere = "; 'elsewhere' is perplexity on compare.ood" if has_ood else ""
@@ -251,6 +253,7 @@ def _table(comparison: Comparison, without: Collection[str] = ()) -> Table:
                 "spent on": spent,
                 "bits": f"{figures.bits_per_weight:.2f}",
                 "linears": format_bytes(figures.linear_bytes),
+                "folder": format_bytes(figures.folder_bytes),
                 "perplexity": _perplexity(figures.perplexity),
                 "KL": f"{figures.kl:.4f}",
                 "elsewhere": ood(figures.perplexity_ood),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from eoracc.compiler.compare.methods import Method, with_options
 from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, planned_bytes, rank_limit
-from eoracc.compiler.config.budget import budget_bits
+from eoracc.compiler.config.budget import budget_bits, budget_size
 from eoracc.passes.base import Pass
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.factorize.base import Factorization
@@ -21,7 +21,7 @@ from eoracc.passes.plan.allocate import Allocate
 from eoracc.passes.plan.select_last_k import SelectLastK
 from eoracc.passes.recipe import Recipe
 
-__all__ = ["BudgetProblem", "Contender", "Fit", "fit"]
+__all__ = ["BudgetProblem", "Contender", "Fit", "FolderBytes", "fit"]
 
 _RATIO_STEPS = 1000
 """Ratios are multiples of a thousandth where factors are quantized, which has no closed form."""
@@ -55,7 +55,7 @@ class Contender:
 
     Attributes:
       method: to try.
-      budget: as the user gave it, ``3.5`` or ``30%``; None for a method that takes none.
+      budget: as the user gave it, ``3.5``, ``30%`` or ``90MB``; None for a method that takes none.
       fit: the passes; None where the budget cannot be met.
       problem: the reason.
     """
@@ -88,53 +88,85 @@ class _Budget:
         return 8 * nbytes / self.weights
 
 
-def fit(method: Method, budget: str, linears: Sequence[Linear]) -> Fit:
+FolderBytes = Callable[[Sequence[Pass]], int]
+"""Bytes of the folder that a build with these passes will write."""
+
+
+def fit(method: Method, budget: str, linears: Sequence[Linear], folder_bytes: FolderBytes) -> Fit:
     """Spend ``budget`` on the passes of ``method``.
 
     Args:
       method: one that takes a budget.
       budget: in the form of :func:`~eoracc.compiler.config.budget.budget_bits`.
-      linears: that the budget is for, as they are before the passes.
+      linears: that a budget of weights is for, as they are before the passes.
+      folder_bytes: by which a budget of the folder is spent.
 
     Raises:
       BudgetProblem: it is too small, or leaves nothing to do.
     """
+    size = budget_size(budget)
+    if size is not None:
+        return _fit_folder(method.passes, size, linears, folder_bytes)
     weights = sum(linear.out_features * linear.in_features for linear in linears)
     limit = _Budget(budget_bits(budget), weights)
     passes = method.passes
     if any(isinstance(item, Allocate) for item in passes):
-        return Fit(with_options(passes, Allocate, bits_per_weight=limit.bits, bytes=None))
+        bits = {"bits_per_weight": limit.bits, "bytes": None, "size": None}
+        return Fit(with_options(passes, Allocate, **bits))
     if Recipe(passes).compensations:
         return _fit_rank(passes, linears, limit)
     return _fit_ratio(passes, linears, limit)
 
 
+def _fit_folder(
+    passes: tuple[Pass, ...], size: int, linears: Sequence[Linear], folder_bytes: FolderBytes
+) -> Fit:
+    """Spend a budget of the folder, in which embedding and head count like all else."""
+    if any(isinstance(item, Allocate) for item in passes):
+        budget = {"bits_per_weight": None, "bytes": None, "size": size}
+        return Fit(with_options(passes, Allocate, **budget))
+    if Recipe(passes).compensations:
+        ranks = range(rank_limit(passes, linears) + 1)
+        rank = bisect_right(ranks, size, key=lambda at: folder_bytes(_at_rank(passes, at))) - 1
+        if rank < 0:
+            least = folder_bytes(_at_rank(passes, 0))
+            raise BudgetProblem(f"the folder takes {least:,} bytes without factors")
+        return Fit(_at_rank(passes, rank), rank=rank)
+    ratio = _smallest_ratio(lambda at: folder_bytes(_at_ratio(passes, at)), size)
+    least = folder_bytes(_at_ratio(passes, ratio))
+    if least > size:
+        raise BudgetProblem(f"the folder takes {least:,} bytes with the smallest factors")
+    return Fit(_at_ratio(passes, ratio), ratio=ratio)
+
+
+def _at_rank(passes: Sequence[Pass], rank: int) -> tuple[Pass, ...]:
+    return with_options(passes, Compensation, rank=rank)
+
+
+def _at_ratio(passes: Sequence[Pass], ratio: float) -> tuple[Pass, ...]:
+    steered = with_options(passes, SelectLastK, ratio=ratio)
+    return with_options(steered, Factorization, ratio=ratio)
+
+
 def _fit_rank(passes: Sequence[Pass], linears: Sequence[Linear], budget: _Budget) -> Fit:
     """The largest rank that fits, the same for all linears without an override of their own."""
 
-    def passes_at(rank: int) -> tuple[Pass, ...]:
-        return with_options(passes, Compensation, rank=rank)
-
     def bytes_at(rank: int) -> int:
-        return planned_bytes(passes_at(rank), linears)
+        return planned_bytes(_at_rank(passes, rank), linears)
 
     ranks = range(rank_limit(passes, linears) + 1)
     rank = bisect_right(ranks, budget.nbytes, key=bytes_at) - 1
     if rank < 0:
         bits = budget.bits_per_weight(bytes_at(0))
         raise BudgetProblem(f"the quantized weights alone take {bits:.2f} bits per weight")
-    return Fit(passes_at(rank), rank=rank)
+    return Fit(_at_rank(passes, rank), rank=rank)
 
 
 def _fit_ratio(passes: Sequence[Pass], linears: Sequence[Linear], budget: _Budget) -> Fit:
     """The smallest share to remove that fits."""
 
-    def passes_at(ratio: float) -> tuple[Pass, ...]:
-        steered = with_options(passes, SelectLastK, ratio=ratio)
-        return with_options(steered, Factorization, ratio=ratio)
-
     def bytes_at(ratio: float) -> int:
-        return planned_bytes(passes_at(ratio), linears)
+        return planned_bytes(_at_ratio(passes, ratio), linears)
 
     plain_bytes = PLAIN_BYTES * budget.weights
     if plain_bytes <= budget.nbytes:
@@ -148,7 +180,7 @@ def _fit_ratio(passes: Sequence[Pass], linears: Sequence[Linear], budget: _Budge
     if bytes_at(ratio) > budget.nbytes:
         bits = budget.bits_per_weight(bytes_at(1 - 1 / _RATIO_STEPS))
         raise BudgetProblem(f"the smallest factors take {bits:.2f} bits per weight")
-    return Fit(passes_at(ratio), ratio=ratio)
+    return Fit(_at_ratio(passes, ratio), ratio=ratio)
 
 
 def _smallest_ratio(bytes_at: Callable[[float], int], nbytes: float) -> float:

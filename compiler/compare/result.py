@@ -25,6 +25,7 @@ class Figures:
       kl_ood: the same on the text of another kind.
       top1_agreement: share of held-out tokens with the original's most likely next token.
       bytes: of all parameters, as an artifact stores them.
+      folder_bytes: of the artifact that a build would write, with a bound for its records.
       linear_bytes: of the compressed linears; values that are not quantized count two bytes, while
         an artifact stores four.
       bits_per_weight: ``linear_bytes`` in bits per weight of those linears.
@@ -38,6 +39,7 @@ class Figures:
     kl_ood: float | None
     top1_agreement: float
     bytes: int
+    folder_bytes: int
     linear_bytes: int
     bits_per_weight: float
     seconds: float

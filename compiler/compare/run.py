@@ -17,16 +17,18 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eoracc import __version__
+from eoracc.compiler.chat.ship import ChatTemplates, ship_chat
 from eoracc.compiler.compare.folder import WorkFolder
 from eoracc.compiler.compare.methods import Method, find_methods
-from eoracc.compiler.compare.plan import BudgetProblem, Contender, Fit, fit
+from eoracc.compiler.compare.plan import BudgetProblem, Contender, Fit, FolderBytes, fit
 from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, stored_bytes
 from eoracc.compiler.compare.result import Comparison, Figures, Original, Row, Through
 from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_together
@@ -35,9 +37,13 @@ from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.observe.spans import cpu_seconds
 from eoracc.compiler.report.fidelity import Scorer, Variant
+from eoracc.compiler.sweep.blank import compress_blank
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import compress
 from eoracc.compiler.targets.output_place import refuse_full_disk
+from eoracc.compiler.targets.planned_folder import PlannedFolder
+from eoracc.compiler.targets.tokens import ship_tokenizer
+from eoracc.compiler.text.sources import read_documents
 from eoracc.compiler.text.windows import (
     Settings,
     Windows,
@@ -45,14 +51,18 @@ from eoracc.compiler.text.windows import (
     evaluation_windows,
 )
 from eoracc.errors import ConfigError, ModelError, PassError
-from eoracc.passes.base import ModelPass
+from eoracc.passes.base import ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph import spec
 from eoracc.passes.graph.counted import counted
+from eoracc.passes.graph.embeddings import find_embeddings
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.progress import Phase, Progress
 from eoracc.printable import quoted
 from eoracc.runtime.memory import release_memory
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["compare", "work_folder"]
 
@@ -114,10 +124,9 @@ def compare(
         )
     work = WorkFolder(work_folder(config, config_dir))
     try:
-        with work.claimed(fresh=fresh):
-            return _Comparing(config, config_dir, work, progress).run(
-                known, list(dict.fromkeys(budgets))
-            )
+        with work.claimed(fresh=fresh), TemporaryDirectory(dir=work.path) as shipped:
+            comparing = _Comparing(config, config_dir, work, Path(shipped), progress)
+            return comparing.run(known, list(dict.fromkeys(budgets)))
     except Exception as error:
         refuse_full_disk(work.path, error)
         raise
@@ -127,9 +136,24 @@ class _Comparing:
     """One run of ``compare``, with the model and texts that all contenders share."""
 
     def __init__(
-        self, config: BuildConfig, config_dir: Path, work: WorkFolder, progress: Progress
+        self,
+        config: BuildConfig,
+        config_dir: Path,
+        work: WorkFolder,
+        shipped: Path,
+        progress: Progress,
     ) -> None:
+        """Load the model and the texts.
+
+        Args:
+          config: from model.yaml.
+          config_dir: what its relative paths are relative to.
+          work: for what is kept.
+          shipped: an empty folder for the files that are the same in the artifact of every row.
+          progress: shown the phases.
+        """
         self._config, self._work, self._progress = config, work, progress
+        self._shipped = shipped
         with progress.phase("load", 1) as phase:
             self._loaded = load(
                 config.model_source(config_dir),
@@ -162,13 +186,27 @@ class _Comparing:
                 config.calibration, config.verify, tokenizer, config_dir=config_dir, limits=limits
             )
         )
+        held_out = config.verify.held_out_text(config.calibration)
+        ship_tokenizer(
+            self._loaded,
+            tokenizer,
+            shipped,
+            held_out=read_documents(
+                held_out, tokenizer, config_dir, split_text=False, separator=""
+            ),
+        )
+        ship_chat(ChatTemplates.of(tokenizer), shipped, genai="onnxruntime" in config.targets)
         release_memory()
 
     def run(self, methods: Sequence[Method], budgets: Sequence[str]) -> Comparison:
         """Compute every row that is not cached."""
         linears = _Linears(self._loaded, methods)
         contenders = [
-            contender for method in methods for contender in _contenders(method, budgets, linears)
+            contender
+            for method in methods
+            for contender in _contenders(
+                method, budgets, linears, partial(self._folder_bytes, linears)
+            )
         ]
         if all(contender.fit is None for contender in contenders):
             first = contenders[0]
@@ -203,6 +241,17 @@ class _Comparing:
             original=original,
             rows=rows,
         )
+
+    def _planned_folder(self, passes: Sequence[Pass]) -> PlannedFolder:
+        """The folder that a build with ``passes`` would write."""
+        config = self._config.model_copy(update={"passes": tuple(passes)})
+        return PlannedFolder(config, self._loaded, self._shipped)
+
+    def _folder_bytes(self, linears: _Linears, passes: Sequence[Pass]) -> int:
+        """Bytes of that folder, without the decisions of surveys."""
+        copy = linears.graph(passes).clone()
+        compress_blank(passes, copy, find_linears(copy), find_embeddings(copy))
+        return self._planned_folder(passes).nbytes(copy)
 
     def _sweep_together(self, fits: Sequence[Fit]) -> float:
         """Run the sweeps that rows without cached figures can share.
@@ -280,6 +329,7 @@ class _Comparing:
             self._calibration if variant.recipe.reads_text else None,
             self._work.sweeps(key),
             progress,
+            folder_bytes=self._planned_folder(variant.passes).nbytes,
         )
         wall_s, seconds = time.perf_counter() - begun_s, cpu_seconds() - begun_cpu_s
         executor = Executor(compressed.model, compressed.linears)
@@ -302,6 +352,7 @@ class _Comparing:
             kl_ood=None if ood is None else ood.kl,
             top1_agreement=scores[_HELD_OUT].top1_agreement,
             bytes=executor.parameter_bytes,
+            folder_bytes=self._planned_folder(variant.passes).nbytes(compressed.model),
             linear_bytes=nbytes,
             bits_per_weight=8 * nbytes / linears.weights,
             seconds=seconds + seconds_spent(self._work.sweeps(key)),
@@ -363,7 +414,7 @@ class _Linears:
     """
 
     def __init__(self, loaded: LoadedModel, methods: Sequence[Method]) -> None:
-        self._views: dict[str, list[Linear]] = {}
+        self._views: dict[str, tuple[ir.Model, list[Linear]]] = {}
         self._loaded = loaded
         first = self.of(methods[0])
         self.weights = sum(linear.out_features * linear.in_features for linear in first)
@@ -371,16 +422,20 @@ class _Linears:
 
     def of(self, method: Method) -> list[Linear]:
         """The counted linears before the method's first sweep."""
-        return counted(self._view(method))
+        return counted(self._view(method.passes)[1])
 
-    def _view(self, method: Method) -> list[Linear]:
-        changes = [item for item in method.passes if isinstance(item, ModelPass)]
+    def graph(self, passes: Sequence[Pass]) -> ir.Model:
+        """The graph before the first sweep of ``passes``."""
+        return self._view(passes)[0]
+
+    def _view(self, passes: Sequence[Pass]) -> tuple[ir.Model, list[Linear]]:
+        changes = [item for item in passes if isinstance(item, ModelPass)]
         key = repr(changes)
         if key not in self._views:
             model = self._loaded.model.clone()
             for item in changes:
                 item.call(model)
-            self._views[key] = find_linears(model)
+            self._views[key] = model, find_linears(model)
         return self._views[key]
 
 
@@ -395,13 +450,15 @@ class _Labelled:
         return self._progress.phase(f"{self._label}: {name}", total)
 
 
-def _contenders(method: Method, budgets: Sequence[str], linears: _Linears) -> list[Contender]:
+def _contenders(
+    method: Method, budgets: Sequence[str], linears: _Linears, folder_bytes: FolderBytes
+) -> list[Contender]:
     if not method.takes_budget:
         return [Contender(method, None, Fit(method.passes))]
     contenders = []
     for budget in budgets:
         try:
-            chosen = fit(method, budget, linears.of(method))
+            chosen = fit(method, budget, linears.of(method), folder_bytes)
             contenders.append(Contender(method, budget, chosen))
         except BudgetProblem as problem:
             contenders.append(Contender(method, budget, None, str(problem)))

@@ -210,8 +210,8 @@ class CompareConfig(Section):
     ``none`` for quantization alone; or a mapping of your own names to lists of passes, each used
     instead of ``passes``."""
     budgets: tuple[Budget, ...] = ()
-    """Bits per weight of the compressed linears, everything counted (``3.5``), or the share of
-    their bytes at 16 bits that is removed (``30%``)."""
+    """Bits per weight of the compressed linears, everything counted (``3.5``), the share of their
+    bytes at 16 bits that is removed (``30%``), or the size of the artifact's folder (``90MB``)."""
     ood: HeldOutConfig | None = None
     """Text of another kind, to score perplexity and KL on as well."""
 

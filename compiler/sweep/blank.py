@@ -5,55 +5,90 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from eoracc.errors import PassError
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compensate.quantize_factors import QuantizeFactors
+from eoracc.passes.compression import Compression
+from eoracc.passes.factorize.base import Factorization
+from eoracc.passes.graph.linears import find_again
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.quantize.quantization import Quantization
+from eoracc.passes.solvers.factorization import factorized_rank
 from eoracc.plugins.operands.blank import blank_factors
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from eoracc.passes.base import Pass
-    from eoracc.passes.compression import Compression
     from eoracc.passes.graph.embeddings import Embedding
     from eoracc.passes.graph.linears import Linear
+    from eoracc.passes.solvers.factor_types import FactorType
     from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["compress_blank"]
 
 
 def compress_blank(
-    passes: Sequence[Pass], linears: Sequence[Linear], embeddings: Iterable[Embedding]
+    passes: Sequence[Pass],
+    model: ir.Model,
+    linears: Sequence[Linear],
+    embeddings: Iterable[Embedding],
 ) -> None:
-    """Give the linears and tables of a graph the operands that ``passes`` will store, of zeros.
+    """Give a graph the weights that ``passes`` will leave in it, of zeros.
 
     Args:
-      passes: those that quantize and compensate count.
-      linears: of a copy of the graph that nothing else uses, with their plans.
-      embeddings: of the same copy, likewise.
+      passes: those that factorise, quantize and compensate count.
+      model: a copy of a graph that nothing else uses.
+      linears: of ``model``, with their plans.
+      embeddings: of ``model``, likewise.
+
+    Raises:
+      PassError: a pass compresses in a way whose size only its solution has.
     """
     for item in passes:
         for linear in linears:
             _apply(item, linear)
-        if isinstance(item, Quantization):
+        if isinstance(item, Factorization):
+            linears = find_again(model, linears)
+        elif isinstance(item, Quantization):
             quantize_embedding_tables(item, embeddings, linears, _blank_table)
 
 
 def _apply(item: Pass, linear: Linear) -> None:
-    shape = linear.out_features, linear.in_features
-    if isinstance(item, Quantization):
+    if isinstance(item, Factorization):
+        _factorize(item, linear)
+    elif isinstance(item, Quantization):
         options = item.options_for(linear)
         if options is not None:
-            linear.quantize(options.blank(*shape))
+            linear.quantize(options.blank(linear.out_features, linear.in_features))
+    elif isinstance(item, Compression):
+        raise PassError(item.name, "stores weights whose size is not known before it has run")
     elif isinstance(item, Compensation):
         wanted = item.options_for(linear)
         if wanted is not None and wanted.rank and linear.compressed is not None:
             rank = wanted.rank + (0 if linear.factors is None else linear.factors.rank)
-            linear.compensate(blank_factors(*shape, rank, wanted.factor_type))
+            _compensate(linear, rank, wanted.factor_type)
     elif isinstance(item, QuantizeFactors):
         width = item.options_for(linear)
         if width is not None and linear.factors is not None:
-            rank = linear.factors.rank
-            linear.compensate(blank_factors(*shape, rank, "int8" if width.bits == 8 else "int4"))
+            _compensate(linear, linear.factors.rank, "int8" if width.bits == 8 else "int4")
+
+
+def _factorize(item: Factorization, linear: Linear) -> None:
+    options = item.options_for(linear)
+    if options is None or options.ratio == 0:
+        return
+    rank = factorized_rank(linear.out_features, linear.in_features, options.ratio)
+    linear.factorize(
+        np.zeros((linear.out_features, rank), np.float32),
+        np.zeros((rank, linear.in_features), np.float32),
+    )
+
+
+def _compensate(linear: Linear, rank: int, kind: FactorType) -> None:
+    linear.compensate(blank_factors(linear.out_features, linear.in_features, rank, kind))
 
 
 def _blank_table(options: Compression, embedding: Embedding) -> NBitsWeight:

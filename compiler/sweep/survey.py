@@ -114,7 +114,7 @@ class Survey:
             linear.plan |= plans.get(linear.name, {})
         for table in embeddings:
             table.plan |= plans.get(table.name, {})
-        compress_blank(self.following, linears, embeddings)
+        compress_blank(self.following, copy, linears, embeddings)
         planned = [linear for linear in linears if linear.name in plans]
         weights = [linear.compressed for linear in planned]
         weights += [table.compressed for table in embeddings if table.name in plans]

@@ -73,7 +73,7 @@ def check(built: BuildResult, planned: Recorded, size: int) -> int:
     """The folder is within ``size``, and just below what was planned, which is returned."""
     survey = built.report.surveys[1]
     assert survey["size"]["budget_bytes"] == size
-    chosen = survey["bytes"] + survey["size"]["other_bytes"]
+    chosen: int = survey["bytes"] + survey["size"]["other_bytes"]
     total = files_bytes(built.output)
     graph = sum((built.output / name).stat().st_size for name in ("model.onnx", DATA_FILE))
     assert planned.graphs[planned.folders.index(chosen)] == graph

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eoracc.compiler.compare.methods import find_methods
+from eoracc.compiler.compare.methods import find_methods, with_options
 from eoracc.compiler.compare.plan import BudgetProblem, fit
 from eoracc.compiler.compare.planned_bytes import planned_bytes, rank_limit
+from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.factorize.svd_llm import SvdLlm
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.plan.allocate import Allocate
@@ -16,7 +18,11 @@ from eoracc.passes.solvers.factorization import factorized_rank
 from tests.compare_methods import QUANTIZE, config, method
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
+
+    from eoracc.compiler.compare.methods import Method
+    from eoracc.compiler.compare.plan import Fit
+    from eoracc.passes.base import Pass
 
 SHAPES = {"self_attn.q_proj": (48, 40), "self_attn.k_proj": (16, 40), "mlp.down_proj": (40, 88)}
 
@@ -41,6 +47,14 @@ def linears() -> list[Linear]:
 
 def blocks() -> list[Linear]:
     return [linear for linear in linears() if linear.block is not None]
+
+
+def no_folder(passes: Sequence[Pass]) -> int:
+    raise AssertionError(passes)
+
+
+def spend(method: Method, budget: str) -> Fit:
+    return fit(method, budget, blocks(), no_folder)
 
 
 def by_hand(rank: int, shape: tuple[int, int], kind: str) -> int:
@@ -69,7 +83,7 @@ def test_the_largest_rank_that_fits(kind: str) -> None:
     passes = ("calibrate", QUANTIZE, {"eora": {"factor_type": kind}})
     weights = sum(rows * columns for rows, columns in SHAPES.values())
     for bits in (6.3, 9, 14, 60):
-        found = fit(method("eora", *passes), str(bits), blocks())
+        found = spend(method("eora", *passes), str(bits))
         rank = found.rank
         assert rank is not None
         last = found.passes[-1]
@@ -86,24 +100,24 @@ def test_the_largest_rank_that_fits(kind: str) -> None:
 
 def test_no_rank_exceeds_the_smaller_side_unless_overridden() -> None:
     # k_proj has 16 rows; with a rank of its own, or left out, the next smallest side is 40.
-    assert fit(method("eora"), "60", blocks()).rank == 16
+    assert spend(method("eora"), "60").rank == 16
     for override in ({"rank": 2}, {"skip": True}):
         passes = ("calibrate", QUANTIZE, {"eora": {"overrides": {"*.k_proj": override}}})
         found = method("eora", *passes)
         assert rank_limit(found.passes, blocks()) == 40
-        assert fit(found, "60", blocks()).rank == 40
+        assert spend(found, "60").rank == 40
 
 
 def test_factors_rounded_by_a_later_pass_count_as_they_are_stored() -> None:
     passes = ("calibrate", QUANTIZE, "eora", {"quantize_factors": {"bits": 4}})
     alike = ("calibrate", QUANTIZE, {"eora": {"factor_type": "int4"}})
     for budget in ("11", "13"):
-        found, other = (fit(method("eora", *p), budget, blocks()) for p in (passes, alike))
+        found, other = (spend(method("eora", *p), budget) for p in (passes, alike))
         assert found.rank == other.rank
 
 
 def test_ratios() -> None:
-    found = fit(method("svd_llm"), "30%", blocks())
+    found = spend(method("svd_llm"), "30%")
     assert found.ratio == 0.3
     last = found.passes[-1]
     assert isinstance(last, SvdLlm)
@@ -122,7 +136,7 @@ def test_the_smallest_ratio_whose_quantized_factors_fit() -> None:
     }
     mine, bare = find_methods(config(compare=compare), ["mine", "bare"])
     weights = sum(one.out_features * one.in_features for one in blocks())
-    found = fit(bare, "5", blocks())
+    found = spend(bare, "5")
     assert found.ratio is not None
 
     def taken(ratio: float) -> float:
@@ -133,7 +147,7 @@ def test_the_smallest_ratio_whose_quantized_factors_fit() -> None:
 
     assert taken(found.ratio) <= 5 < taken(found.ratio - 0.001)
     # The factorisation of this one stays as it is: the compensation takes the budget.
-    found = fit(mine, "12", blocks())
+    found = spend(mine, "12")
     assert found.ratio is None
     assert found.rank is not None
     assert found.rank > 0
@@ -148,10 +162,10 @@ def test_passes_that_spend_a_budget_themselves() -> None:
         }
     }
     allocated, last, average = find_methods(config(compare=compare), list(compare["methods"]))
-    first = fit(allocated, "3.5", blocks()).passes[0]
+    first = spend(allocated, "3.5").passes[0]
     assert isinstance(first, Allocate)
     assert (first.bits_per_weight, first.bytes) == (3.5, None)
-    found = fit(last, "20%", blocks())
+    found = spend(last, "20%")
     assert found.ratio == 0.2
     assert [getattr(item, "ratio", None) for item in found.passes] == [0.2, None, 0.2]
     assert not average.takes_budget
@@ -167,7 +181,47 @@ def test_passes_that_spend_a_budget_themselves() -> None:
 )
 def test_budgets_that_cannot_be_kept(name: str, budget: str, problem: str) -> None:
     with pytest.raises(BudgetProblem, match=problem):
-        fit(method(name), budget, blocks())
+        spend(method(name), budget)
+
+
+def folder(passes: Sequence[Pass]) -> int:
+    """Bytes of a folder with all linears, the head included, and something else."""
+    return 5_000 + planned_bytes(passes, linears())
+
+
+def test_a_budget_of_the_folder_is_spent_on_rank() -> None:
+    eora = method("eora", "calibrate", QUANTIZE, {"eora": {"factor_type": "int4"}})
+    for size in ("20kB", "21kB", "22kB"):
+        found = fit(eora, size, blocks(), folder)
+        assert found.rank is not None
+        at = [folder(with_options(found.passes, Compensation, rank=rank)) for rank in range(17)]
+        # The largest of all that fit, by trying each.
+        limit = 1000 * int(size.removesuffix("kB"))
+        assert found.rank == max(rank for rank in range(17) if at[rank] <= limit)
+        assert folder(found.passes) == at[found.rank]
+    assert fit(eora, "1GB", blocks(), folder).rank == 16
+    with pytest.raises(BudgetProblem, match=rf"^the folder takes {at[0]:,} bytes without factors$"):
+        fit(eora, f"{at[0] - 1}B", blocks(), folder)
+    assert fit(eora, f"{at[0]}B", blocks(), folder).rank == 0
+
+
+def test_a_budget_of_the_folder_is_spent_on_a_ratio() -> None:
+    svd = method("svd_llm")
+    found = fit(svd, "30kB", blocks(), folder)
+    assert found.ratio is not None
+    assert folder(found.passes) <= 30_000
+    less = with_options(found.passes, Factorization, ratio=found.ratio - 0.001)
+    assert folder(less) > 30_000
+    with pytest.raises(BudgetProblem, match=r"^the folder takes [\d,]+ bytes with the smallest"):
+        fit(svd, "5kB", blocks(), folder)
+
+
+def test_allocate_gets_a_budget_of_the_folder() -> None:
+    passes = [{"allocate": {"bits_per_weight": 9}}, "calibrate", QUANTIZE, "eora"]
+    (allocated,) = find_methods(config(compare={"methods": {"mine": passes}}), ["mine"])
+    first = fit(allocated, "90MB", blocks(), no_folder).passes[0]
+    assert isinstance(first, Allocate)
+    assert (first.bits_per_weight, first.bytes, first.size) == (None, None, 90_000_000)
 
 
 def test_a_head_that_is_quantized_counts() -> None:

@@ -24,6 +24,7 @@ def row(method: str, family: Family, megabytes: float, perplexity: float) -> Row
         kl_ood=None,
         top1_agreement=0.5,
         bytes=3_000_000,
+        folder_bytes=5_000_000,
         linear_bytes=int(megabytes * 1e6),
         bits_per_weight=16 * megabytes / 212.0,
         seconds=1.0,

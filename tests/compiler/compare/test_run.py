@@ -105,6 +105,24 @@ def built(workspace: Path, config: BuildConfig, row: Row, *, elsewhere: bool) ->
     return result.report.fidelity
 
 
+def test_rows_of_a_folders_size_are_builds_whose_folders_fit(workspace: Path) -> None:
+    """Each method pays for tables, graph and files; what it may spend more is less than a step."""
+    allocate = {"size": "1GB", "ranks": [0, 2], "widths": [2, 3], "distortion": "relative"}
+    mine = {"eora": None, "mine": [{"allocate": allocate}, "calibrate", QUANTIZE, "eora"]}
+    settings = config(methods=mine, ood=None)
+    least = run(workspace, settings, ["eora"], ["1GB"]).rows[0].figures
+    assert least is not None
+    size = least.folder_bytes - 8_000
+    for row in run(workspace, settings, ["eora", "mine"], [f"{size}B"]).rows:
+        assert row.figures is not None
+        assert size - 8_000 < row.figures.folder_bytes <= size
+        alone = tiny_config(row.passes, verify=TEXT | {"parity": False}, output="alone")
+        built = driver.build(alone, config_dir=workspace, progress=SilentProgress(), force=True)
+        assert built.report.folder_bytes is not None
+        # The records of the build are bounded, not known.
+        assert 0 <= row.figures.folder_bytes - built.report.folder_bytes < 20_000
+
+
 @pytest.mark.parametrize("through", ["compressed", "original"])
 def test_rows_are_what_builds_of_their_passes_report(workspace: Path, through: str) -> None:
     everything = config(through)
