@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CALLS",
+    "LINEAR_ROWS",
     "PARITY_STEPS",
     "AdapterCases",
     "Call",
@@ -59,16 +60,14 @@ __all__ = [
     "compression_effect",
     "logits_tolerance",
     "parity_case",
-    "record_bytes",
     "record_parity",
     "rounding_excess",
     "without_rounding",
 ]
 
 _UNIT_ROUNDOFF = 2.0**-24
-_LINEAR_ROWS = 2
-_ENTRY_BYTES = 192
-"""Of an array's name, place and type in the file, and of the name of its linear."""
+LINEAR_ROWS = 2
+"""Inputs of each linear."""
 _NO_ADAPTER: Mapping[str, LowRank] = MappingProxyType({})
 _SEED = 0
 
@@ -131,7 +130,7 @@ def record_parity(
     compressed = [linear for linear in linears if linear.compressed is not None]
     rng = np.random.default_rng(_SEED)
     inputs = {
-        width: representable_inputs(rng, _LINEAR_ROWS, width)
+        width: representable_inputs(rng, LINEAR_ROWS, width)
         for width in sorted({linear.in_features for linear in compressed})
     }
     records = [_linear(linear, inputs[linear.in_features], accuracy_level) for linear in compressed]
@@ -251,24 +250,6 @@ def logits_tolerance(
 
 def _rank(linear: Linear) -> int:
     return 0 if linear.factors is None else linear.factors.rank
-
-
-def record_bytes(linears: Sequence[Linear], vocabulary: int) -> int:
-    """A bound of the file of :func:`record_parity`.
-
-    Args:
-      linears: of the compressed graph.
-      vocabulary: logits of a token.
-    """
-    compressed = [linear for linear in linears if linear.compressed is not None]
-    widths = {linear.in_features for linear in compressed}
-    rows = sum(widths) + 2 * sum(linear.out_features for linear in compressed)
-    tokens = sum(len(call.lengths) * max(call.lengths) for call in CALLS)
-    logits = sum(len(call.lengths) * len(call.positions) for call in CALLS)
-    entries = len(widths) + 2 * len(compressed) + 5 * len(CALLS)
-    # Ids and mask are int64; 16 bytes say where a kept logit is.
-    arrays = 4 * _LINEAR_ROWS * rows + 16 * tokens + (16 + 4 * vocabulary) * logits
-    return arrays + _ENTRY_BYTES * entries
 
 
 def _linear(linear: Linear, inputs: NDArray[np.float32], accuracy_level: int) -> ParityLinear:

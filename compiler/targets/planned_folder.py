@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from eoracc.compiler.targets.artifact import encoded_json
 from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.onnxruntime.lower import lower
-from eoracc.compiler.targets.parity_record import record_bytes
+from eoracc.compiler.targets.onnxruntime.narrow_constants import narrow_constants
+from eoracc.compiler.targets.record_size import most_record_bytes
 from eoracc.compiler.targets.weights_file import graph_bytes
 from eoracc.passes.graph.linears import find_linears
 from eoracc.plugins.library import library_path
@@ -61,6 +62,7 @@ class PlannedFolder:
           model: after all passes; its weights may be any of their size. It is left as it is.
         """
         lowered = lower(model, adapter_type=self.config.onnxruntime.adapter_type)
+        narrow_constants(lowered.graph)
         search = genai_config(
             self.loaded.config,
             lowered,
@@ -74,15 +76,17 @@ class PlannedFolder:
             if path.is_file() and path.name not in left_out
         )
         files = library_path().stat().st_size + len(encoded_json(search))
-        return there + files + graph_bytes(lowered) + self._record_bytes(model)
+        found = there + files + graph_bytes(lowered)
+        return found + self._record_bytes(model, found)
 
-    def _record_bytes(self, model: ir.Model) -> int:
+    def _record_bytes(self, model: ir.Model, folder_bytes: int) -> int:
         """A bound of the manifest, the report, and the record of parity."""
         linears = find_linears(model)
         found = _MANIFEST_BYTES + _indented_bytes(self.config)
         found += _REPORT_BYTES + _LINEAR_BYTES * len(linears)
         if self.config.verify.parity and not self.lean:
-            found += record_bytes(linears, int(self.loaded.config.vocab_size))
+            vocabulary = int(self.loaded.config.vocab_size)
+            found += most_record_bytes(linears, vocabulary, folder_bytes)
         return found
 
 

@@ -13,14 +13,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from eoracc.compiler.targets.parity_record import CALLS, LINEAR_ROWS
 from eoracc.runtime.parity.linear_codes import decode, encode
 from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord
 from eoracc.runtime.parity.sample import Sample
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["fit_record", "record_budget", "save_record"]
+    from eoracc.passes.graph.linears import Linear
+
+__all__ = ["fit_record", "most_record_bytes", "record_budget", "save_record"]
 
 _LEAST = 256_000
 _SHARE = 0.01
@@ -29,6 +33,9 @@ _OF_LINEARS = 0.9
 """Most of what is left for samples that outputs of linears may take."""
 
 _LOGIT_BYTES = 4
+_ENTRY_BYTES = 128
+"""Of a linear's name, sample and scales, or of an array's name and place."""
+
 _ROOM = 2_000
 """Bytes by which the header of a file may grow with the digits of samples and offsets."""
 
@@ -40,6 +47,27 @@ def record_budget(folder_bytes: int) -> int:
     (900000, 256000)
     """
     return max(int(_SHARE * folder_bytes), _LEAST)
+
+
+def most_record_bytes(linears: Sequence[Linear], vocabulary: int, folder_bytes: int) -> int:
+    """A bound of what :func:`save_record` will write: the budget, or less for all values.
+
+    Args:
+      linears: of the compressed graph.
+      vocabulary: logits of a token.
+      folder_bytes: of the files that the record is about.
+    """
+    compressed = [linear for linear in linears if linear.compressed is not None]
+    widths = {linear.in_features for linear in compressed}
+    # In the wider code: two bytes of each output for each row of inputs, and one of bounds.
+    outputs = (2 * LINEAR_ROWS + 1) * sum(linear.out_features for linear in compressed)
+    tokens = sum(len(call.lengths) * max(call.lengths) for call in CALLS)
+    logits = sum(len(call.lengths) * len(call.positions) for call in CALLS)
+    arrays = 4 * LINEAR_ROWS * sum(widths) + outputs
+    # Ids and mask are int64, and so are row and column of a token whose logits are kept.
+    arrays += 16 * tokens + (16 + _LOGIT_BYTES * vocabulary) * logits
+    entries = _ENTRY_BYTES * (len(widths) + len(compressed) + 8 * len(CALLS))
+    return min(record_budget(folder_bytes), arrays + entries + _ROOM)
 
 
 def save_record(record: ParityRecord, path: Path) -> None:
