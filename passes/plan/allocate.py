@@ -98,7 +98,7 @@ class Allocate(SurveyPass):
     bits_per_weight: Annotated[float, Field(gt=0)] | None = None
     bytes: Annotated[int, Field(ge=1)] | None = None
     size: Size | None = None
-    embedding_widths: Annotated[tuple[EmbeddingBits, ...], Field(min_length=1)] = (3, 4, 8)
+    embedding_widths: Annotated[tuple[EmbeddingBits, ...], Field(min_length=1)] = (3, 4, 6, 8)
     widths: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4)
     group_sizes: tuple[GroupSize, ...] = ()
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (0, 8, 16, 32, 64)

@@ -316,9 +316,12 @@ def test_what_cannot_be_done_says_why_and_what_to_do(
         assert "not enough for what takes least" in text
 
 
-@pytest.mark.parametrize("budgets", [{}, {"bits_per_weight": 4.0, "bytes": 1000}])
+@pytest.mark.parametrize(
+    "budgets",
+    [{}, {"bits_per_weight": 4.0, "bytes": 1000}, {"bits_per_weight": 4.0, "size": 10**6}],
+)
 def test_wants_one_budget(budgets: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="give either 'bits_per_weight' or 'bytes'"):
+    with pytest.raises(ConfigError, match="give either 'size' or 'bits_per_weight' or 'bytes'"):
         Allocate(**budgets)
 
 
