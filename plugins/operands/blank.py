@@ -1,7 +1,7 @@
 """Operands of zeros, for a graph whose size is asked for before its weights are solved.
 
-Their memory is reserved and never touched, so that they take none. Float32 vectors, which a graph
-stores in 16 bits where nothing is lost by it, hold thirds.
+Their memory is reserved and never touched, so that they take none. Scales of factors are zeros too,
+which float16 holds, as solvers round them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["blank_factors", "blank_weight"]
-
-_THIRD = np.float32(1 / 3)
-"""Held by no narrower type."""
 
 
 def blank_weight(
@@ -68,7 +65,7 @@ def blank_factors(
     return LowRank(
         lora_a=np.zeros(down, np.int8),
         lora_b=np.zeros(up, np.int8),
-        lora_a_scale=np.full(rank, _THIRD),
-        lora_b_scale=np.full(out_features, _THIRD),
+        lora_a_scale=np.zeros(rank, np.float32),
+        lora_b_scale=np.zeros(out_features, np.float32),
         bits=int(factor_type.removeprefix("int")),
     )
