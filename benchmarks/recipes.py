@@ -146,25 +146,19 @@ def _allocated(bits: float, group_size: int) -> Recipe:
     )
 
 
-def _folder(megabytes: float, bits: float, head_bits: int, *, group_size: int) -> Recipe:
+def _folder(megabytes: float, *, group_size: int) -> Recipe:
     """The best model whose folder takes at most ``megabytes``.
 
     Args:
       megabytes: size of a file of llama.cpp, or a size below all of them.
-      bits: per weight of the linears of decoder blocks, factors included.
-      head_bits: of the codes of the embedding and of the head that is tied to it.
       group_size: divides the rows of the linears, and those of the embedding.
     """
     allocate = {
-        "bits_per_weight": bits,
-        "widths": [2, 3, 4, 8],
+        "size": f"{megabytes:g}MB",
+        "widths": [2, 3, 4, 6, 8],
         "ranks": [0, 8, 16, 32, 64, 96],
     }
-    quantize = {
-        "group_size": group_size,
-        "embedding_bits": head_bits,
-        "embedding_group_size": group_size,
-    }
+    quantize = {"group_size": group_size, "embedding_group_size": group_size}
     return Recipe(
         f"eoracc folder of at most {megabytes:g} MB",
         (
@@ -307,10 +301,10 @@ RECIPES: dict[str, Recipe] = {
     "tables-4-wide": _tables(4),
     "tables-6": _tables(6),
     "tables-8": _tables(8),
-    "folder-105": _folder(105.5, 5.0, 8, group_size=192),
-    "folder-93": _folder(93.5, 4.1, 8, group_size=192),
-    "folder-88": _folder(88.2, 4.7, 4, group_size=192),
-    "folder-80": _folder(80.0, 4.1, 4, group_size=192),
+    "folder-105": _folder(105.5, group_size=192),
+    "folder-93": _folder(93.5, group_size=192),
+    "folder-88": _folder(88.2, group_size=192),
+    "folder-80": _folder(80.0, group_size=192),
 }
 """Mixtures of widths for a size in bits per weight of the linears, embedding and head alone, and
 models for a size of the folder in MB. The sizes of folders are those of files of llama.cpp: Q4_K_M,

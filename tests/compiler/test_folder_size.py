@@ -106,8 +106,8 @@ def test_the_folder_takes_what_was_planned_and_no_more_than_its_budget(
     passes = ({"calibrate_outputs": {}}, {"allocate": {"size": size} | allocate}, *SWEEP)
     small = build(workspaces[True], passes)
     chosen = check(small, planned, size)
-    # Nearly all of the budget is spent: a step of most items takes a few kilobytes.
-    assert size - chosen < 4_000
+    # Of the 20 kB that had to be saved, a step of an item at most is saved too much.
+    assert size - chosen < 10_000
     assert sum(bits_of(small).values()) < sum(bits_of(large).values())
     assert small.report.surveys[1]["distortion"] > large.report.surveys[1]["distortion"]
 
