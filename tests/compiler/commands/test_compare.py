@@ -67,7 +67,7 @@ def test_table_json_and_plot(model_yaml: Path, tmp_path: Path, asked: dict[str, 
     assert asked["fresh"] is False
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "original 16.00 212.0 MB 23.92 0.0000" in lines
-    assert "eora 50 3.77 50.0 MB 30.00 0.3000 1.0" in lines
+    assert "eora 50 3.77 50.0 MB 5.0 MB 30.00 0.3000 1.0" in lines
     assert "skipped: eora at 1: too small" in lines
     assert f"wrote {plot}" in lines
     content = json.loads(rows.read_text())
@@ -97,7 +97,7 @@ def test_options_win_over_the_file(model_yaml: Path, asked: dict[str, Any]) -> N
     ("arguments", "sentence"),
     [
         (["--methods", "eroa"], "there is no method 'eroa': did you mean 'eora'?"),
-        (["--budgets", "3,much"], "'much' is no budget: give bits per weight, 3.5, or the share"),
+        (["--budgets", "3,much"], "'much' is no budget: give bits per weight, 3.5, the share"),
         (["--set", "compare.ood.windows=2"], "compare.ood: needs a text of its own: give 'text"),
         (["--set", "compare.budgets=[0]"], "compare.budgets.0: 0 is no budget: give bits per"),
         (["--plot", "plot.pdf"], "plot.pdf: a plot is drawn as .svg or .png: name it so"),
@@ -165,10 +165,11 @@ def test_a_pipe_sees_every_figure() -> None:
 @pytest.mark.parametrize(
     ("width", "missing"),
     [
-        (88, []),
-        (87, ["linears"]),
-        (71, ["linears", "CPU s"]),
-        (30, ["linears", "CPU s", "spent on", "budget"]),
+        (96, []),
+        (95, ["linears"]),
+        (85, ["linears", "folder"]),
+        (77, ["linears", "folder", "CPU s"]),
+        (30, ["linears", "folder", "CPU s", "spent on", "budget"]),
     ],
 )
 def test_a_narrow_terminal_does_without_some_columns(width: int, missing: list[str]) -> None:
@@ -176,7 +177,7 @@ def test_a_narrow_terminal_does_without_some_columns(width: int, missing: list[s
     console = Console(file=io.StringIO(), force_terminal=True, width=width, no_color=True)
     text = printed(_fitting(comparison(*ranked), console), console)
     heading = next(line for line in text.splitlines() if "perplexity" in line and "KL" in line)
-    shown = ["budget", "spent on", "bits", "linears", "perplexity", "KL", "CPU s"]
+    shown = ["budget", "spent on", "bits", "linears", "folder", "perplexity", "KL", "CPU s"]
     assert [name for name in shown if name not in heading] == [
         name for name in shown if name in missing
     ]

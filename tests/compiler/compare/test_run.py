@@ -367,7 +367,7 @@ def test_predictions_that_overflow_are_told(
 def test_a_comparison_without_figures_says_why(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: object) -> Compressed:
+    def failing(*_: object, **__: object) -> Compressed:
         raise PassError("some.linear", "cannot be done")
 
     monkeypatch.setattr(module, "compress", failing)
