@@ -1,0 +1,75 @@
+"""The choice for a folder's size against every choice there is."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pytest
+
+from eoracc.passes.plan.allocate import Allocate
+from eoracc.passes.plan.items import Item, Option
+from eoracc.passes.solvers.allocation import Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from eoracc.passes.survey import SurveyContext
+
+_NODE = 9_000
+"""Bytes of the graph that an item with factors adds."""
+
+
+class _Folder:
+    """A context that knows the rest of a folder, of which a part depends on the choice."""
+
+    def other_bytes(self, plans: Mapping[str, Mapping[str, Any]]) -> int:
+        return 1_000_000 + sum(_NODE for plan in plans.values() if plan["rank"])
+
+
+def items_of(rng: np.random.Generator) -> list[Item]:
+    """Six items of two widths, with and without factors; more bytes leave less distortion."""
+    found = []
+    for at in range(6):
+        sizes = np.sort(rng.integers(20_000, 200_000, 4))
+        losses = np.sort(rng.exponential(1.0, 4))[::-1]
+        plans = [{"bits": bits, "rank": rank} for bits in (2, 3) for rank in (0, 8)]
+        options = [
+            Option(plan, Candidate(int(size), float(loss)))
+            for plan, size, loss in zip(plans, sizes, losses, strict=True)
+        ]
+        found.append(Item(f"item{at}", 1000, options))
+    return found
+
+
+def total(items: Sequence[Item], chosen: Sequence[Option]) -> int:
+    plans = {item.name: option.plan for item, option in zip(items, chosen, strict=True)}
+    return _Folder().other_bytes(plans) + sum(option.candidate.nbytes for option in chosen)
+
+
+def loss(chosen: Sequence[Option]) -> float:
+    return sum(option.candidate.distortion for option in chosen)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_choice_that_fits_is_better_by_more_than_a_step(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    items = items_of(rng)
+    every = list(product(*(item.options for item in items)))
+    least, most = (f(total(items, one) for one in every) for f in (min, max))
+    steps = [
+        before.candidate.distortion - after.candidate.distortion
+        for item in items
+        for before, after in product(item.options, item.options)
+    ]
+    for share in (0.3, 0.6, 0.9, 1.0):
+        size = int(least + share * (most - least))
+        context = cast("SurveyContext", _Folder())
+        chosen, _, other = Allocate(size=size)._fitted(items, context)
+        assert other + sum(option.candidate.nbytes for option in chosen) == total(items, chosen)
+        assert total(items, chosen) <= size
+        best = min(loss(one) for one in every if total(items, one) <= size)
+        assert best <= loss(chosen) <= best + max(steps)
+        if share == 1.0:
+            assert loss(chosen) == best
