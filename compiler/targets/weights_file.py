@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    import onnx
     import onnx_ir as ir
 
 __all__ = ["DATA_FILE", "graph_bytes", "write_graph"]
@@ -38,14 +39,12 @@ def write_graph(model: ir.Model, folder: Path) -> Path:
     Raises:
       OSError: the disk is full, or cannot be written.
     """
-    import onnx_ir  # noqa: PLC0415 - `eoracc schema` and the like do without
-
     path = folder / MODEL_FILE
     outside = dict(_stored_outside(model))
     try:
         if outside:
             _write_tensors(outside, folder)
-        onnx_ir.save(model, path)
+        path.write_bytes(_serialized(model).SerializeToString())
     finally:
         for value, tensor in outside.items():
             value.const_value = tensor
@@ -58,8 +57,6 @@ def graph_bytes(model: ir.Model) -> int:
     Args:
       model: what would be written; unchanged afterwards.
     """
-    import onnx_ir  # noqa: PLC0415 - as above
-
     outside = dict(_stored_outside(model))
     end = 0
     try:
@@ -67,10 +64,28 @@ def graph_bytes(model: ir.Model) -> int:
             end += -end % _ALIGNMENT
             value.const_value = _reference(value, tensor, end)
             end += tensor.nbytes
-        return end + int(onnx_ir.serde.serialize_model(model).ByteSize())
+        return end + int(_serialized(model).ByteSize())
     finally:
         for value, tensor in outside.items():
             value.const_value = tensor
+
+
+def _serialized(model: ir.Model) -> onnx.ModelProto:
+    """What model.onnx holds: all but the types of initializers and of their casts.
+
+    Tensors and nodes tell them, and they would be a sixth of SmolLM2's model.onnx.
+    """
+    import onnx_ir  # noqa: PLC0415 - `eoracc schema` and the like do without
+
+    proto = onnx_ir.to_proto(model)
+    known = {tensor.name for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "Cast" and node.input[0] in known:
+            known.update(node.output)
+    types = [info for info in proto.graph.value_info if info.name not in known]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(types)
+    return proto
 
 
 def _stored_outside(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:

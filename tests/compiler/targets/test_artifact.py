@@ -202,7 +202,7 @@ def test_full_disk_is_one_sentence(
         except OSError as error:
             raise ValueError("cannot serialize") from error
 
-    monkeypatch.setattr(ir, "save", save)
+    monkeypatch.setattr(ir, "to_proto", save)
     with pytest.raises(ArtifactError, match=r"artifact: the disk is full: free some space or"):
         write(tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
@@ -256,7 +256,7 @@ def test_full_disk_is_seen_through_safetensors(
     def save(*_: object, **__: object) -> None:
         raise SafetensorError(text)
 
-    monkeypatch.setattr(ir, "save", save)
+    monkeypatch.setattr(ir, "to_proto", save)
     with pytest.raises(expected):
         write(tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []

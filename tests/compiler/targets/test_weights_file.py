@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -66,6 +67,29 @@ def test_a_runtime_reads_tensors_between_pages(tmp_path: Path) -> None:
         arrays, open_inference(str(path), None, 1, "it").run(None, {}), strict=True
     ):
         np.testing.assert_array_equal(read, array)
+
+
+def test_types_are_those_that_tensors_do_not_tell(tmp_path: Path) -> None:
+    half = ir.Value(
+        name="half",
+        const_value=ir.tensor(np.ones(4, np.float16), name="half"),
+        type=ir.TensorType(ir.DataType.FLOAT16),
+        shape=ir.Shape([4]),
+    )
+    whole, total = ir.node("Cast", [half], {"to": 1}), ir.node("Relu", [half])
+    last = ir.node("Cast", total.outputs, {"to": 1})
+    result = ir.node("Add", [*whole.outputs, *last.outputs])
+    for name, node in (("wide", whole), ("kept", total), ("last", last), ("y", result)):
+        node.outputs[0].name = name
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType(1)), ir.Shape([4])
+    total.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    nodes = [whole, total, last, result]
+    graph = ir.Graph([], result.outputs, nodes=nodes, initializers=[half], opset_imports={"": 21})
+    path = write_graph(ir.Model(graph, ir_version=10), tmp_path)
+    proto = onnx.load(path)
+    assert {info.name for info in proto.graph.value_info} == {"kept", "last"}
+    (y,) = open_inference(str(path), None, 1, "it").run(None, {})
+    np.testing.assert_array_equal(y, np.full(4, 2, np.float32))
 
 
 def test_the_model_keeps_its_tensors(tmp_path: Path) -> None:
