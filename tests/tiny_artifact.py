@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from eoracc.passes.graph.linears import Linear
     from eoracc.plugins.adapters import AdapterSlots
@@ -32,6 +33,7 @@ __all__ = [
     "tiny_factors",
     "tiny_linears",
     "tiny_slots",
+    "tiny_weights",
     "write_byte_tokenizer",
     "write_tiny_artifact",
 ]
@@ -85,6 +87,15 @@ def tiny_linears(work: Path) -> list[Linear]:
 
     linears = _compress(frontend.load(str(work / "checkpoint"), work=work).model)
     return [linear for linear in linears if linear.compressed is not None]
+
+
+def tiny_weights(work: Path) -> dict[str, NDArray[np.float32]]:
+    """The weights of what :func:`write_tiny_artifact` wrote, by module, as it computes with them.
+
+    Its head is tied, so the embedding is the same table.
+    """
+    weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}
+    return {**weights, "model.embed_tokens": weights["lm_head"]}
 
 
 def _compress(model: ir.Model) -> list[Linear]:

@@ -47,7 +47,7 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_the_report_shows_every_stage(artifact: Path) -> None:
     report = Report.from_dict(json.loads((artifact / "report.json").read_text()))
     assert report.parity["passed"]
-    assert [one["linears"] for one in report.parity["linears"]] == [224, 224]
+    assert [one["linears"] for one in report.parity["linears"]] == [225, 225]
     rows = report.fidelity.rows
     assert [row.name for row in rows] == ["original", "svd_llm", "quantized", "eora"]
     assert rows[1].kl > 0

@@ -58,8 +58,11 @@ def test_inputs_are_those_of_the_native_op(source: str) -> None:
 def test_attributes_are_those_of_the_native_op(source: str) -> None:
     read = re.findall(r'_attribute\(info, "(\w+)"', source)
     assert set(read) == set(ATTRIBUTES[FUSED_OP])
-    weight = _only(r"Status\* read_weight_attributes\((.*?)\n}", source)
-    read = re.findall(r'_attribute\(info, "(\w+)"', weight)
+    bodies = (
+        _only(rf"Status\* read_{name}_attributes\((.*?)\n}}", source)
+        for name in ("weight", "table")
+    )
+    read = re.findall(r'_attribute\(info, "(\w+)"', "".join(bodies))
     assert set(read) == set(ATTRIBUTES[GATHER_OP])
     activations = re.findall(r'strcmp\(name, "(\w+)"\)', source)
     assert activations == list(ACTIVATIONS)

@@ -23,7 +23,7 @@ from eoracc.runtime import (
 from eoracc.runtime.artifact.manifest import read_manifest
 from eoracc.runtime.onnxruntime.session import open_session
 from eoracc.runtime.request import RequestOptions
-from tests.tiny_artifact import reseal, tiny_linears
+from tests.tiny_artifact import reseal, tiny_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,8 +45,7 @@ def eager(tiny_artifact: Path) -> PreTrainedModel:
     from eoracc.compiler.eager.model import load_eager
 
     work = tiny_artifact.parent
-    weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}
-    return load_eager(work / "checkpoint", weights)
+    return load_eager(work / "checkpoint", tiny_weights(work))
 
 
 def test_greedy_tokens_and_their_probabilities_are_those_of_transformers(

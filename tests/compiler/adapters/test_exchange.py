@@ -29,7 +29,7 @@ from eoracc.runtime.adapters.slots import read_slots
 from eoracc.runtime.adapters.store import add_adapter
 from eoracc.runtime.artifact.manifest import read_manifest
 from eoracc.runtime.onnxruntime.session import open_session
-from tests.tiny_artifact import tiny_factors, tiny_linears, write_tiny_artifact
+from tests.tiny_artifact import tiny_factors, tiny_weights, write_tiny_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,8 +66,7 @@ def artifact(work: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone_weights(work: Path) -> dict[str, NDArray[np.float32]]:
-    weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}
-    return {**weights, "model.embed_tokens": weights["lm_head"]}  # they are tied
+    return tiny_weights(work)
 
 
 def dequantized(work: Path, weights: Mapping[str, NDArray[np.float32]]) -> Any:  # noqa: ANN401 - PEFT takes any module

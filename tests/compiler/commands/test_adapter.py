@@ -39,10 +39,12 @@ def test_list(artifact: Path) -> None:
     done = eoracc("list", artifact)
     assert done.exit_code == 0
     (row,) = [line for line in done.stdout.splitlines() if line.strip().startswith("math")]
-    assert row.split() == ["math", "5", "int8", "6", "3.3", "kB", "9.50", "to", "7.25", "eora"]
-    (described,) = json.loads(eoracc("list", artifact, "--json").stdout)
-    assert (described["name"], described["rank"], described["linears"]) == ("math", 5, 6)
-    assert described["details"] == DETAILS
+    kilobytes = sum(one.nbytes for one in random_factors("int8", rank=5).values()) / 1e3
+    described = ["math", "5", "int8", "6", f"{kilobytes:.1f}", "kB", "9.50", "to", "7.25", "eora"]
+    assert row.split() == described
+    (content,) = json.loads(eoracc("list", artifact, "--json").stdout)
+    assert (content["name"], content["rank"], content["linears"]) == ("math", 5, 6)
+    assert content["details"] == DETAILS
 
 
 @pytest.mark.parametrize("perplexity", [None, 3, [9.5], {"none": "9.5", "math": 7.25}, {"none": 1}])

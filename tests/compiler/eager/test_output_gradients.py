@@ -151,7 +151,7 @@ def test_equals_one_backward_pass_through_the_whole_model(family: str, tmp_path:
         assert tokens.std() > 0.1 * tokens.mean()
         assert not tokens.reshape(6, 12)[0, 9:].any()
     kept = {path.name for path in (tmp_path / "grams").iterdir()}
-    assert kept == {"state.json", *(f"{name}.safetensors" for name in NAMES)}
+    assert kept == {"state.json", *(f"{name}.safetensors" for name in (*NAMES, EMBEDDING))}
 
 
 @pytest.fixture(scope="module")

@@ -437,7 +437,8 @@ def test_checkpoint_of_other_inputs_is_not_resumed(
     monkeypatch.setattr(SaveInterval, "is_due", True)
     sweep(source, tmp_path, Calibrate(), GPTQ, key="old")
     watch = Watch(seen=[])
-    executor, _ = sweep(source, tmp_path, Calibrate(), QuantizeRtn(bits=8), watch, key="new")
+    rounded = QuantizeRtn(bits=8, embedding_bits=8)
+    executor, _ = sweep(source, tmp_path, Calibrate(), rounded, watch, key="new")
     assert len(watch.seen) == 9
     assert {one.compressed.bits for one in executor.linears if one.compressed} == {8}
 

@@ -22,7 +22,7 @@ from eoracc.runtime.onnxruntime.graph import Binding
 from eoracc.runtime.onnxruntime.inference import open_inference, ort_values
 from eoracc.runtime.onnxruntime.session import Session
 from eoracc.runtime.request import adapter_weights
-from tests.tiny_artifact import tiny_factors, tiny_linears, tiny_slots, write_tiny_artifact
+from tests.tiny_artifact import tiny_factors, tiny_slots, tiny_weights, write_tiny_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +79,7 @@ def merged(artifact: Path, choice: AdapterChoice) -> PreTrainedModel:
     from eoracc.compiler.eager.model import load_eager
 
     work = artifact.parent
-    weights = {linear.name: linear.effective_weight() for linear in tiny_linears(work)}
+    weights = tiny_weights(work)
     terms = [(read_adapter(artifact, name), weight) for name, weight in adapter_weights(choice)]
     if len(terms) > 1:  # integers of several scales are rounded anew, which is tested elsewhere
         terms = [(combine(terms, "sum"), 1.0)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eoracc.errors import ArtifactError, RequestError
-from tests.tiny_artifact import tiny_linears, write_byte_tokenizer
+from tests.tiny_artifact import tiny_weights, write_byte_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -55,11 +55,7 @@ def oracle(tiny_artifact: Path) -> Iterator[TemplateLM]:
 
     from eoracc.compiler.eager.model import load_eager
 
-    weights = {
-        linear.name: linear.effective_weight() for linear in tiny_linears(tiny_artifact.parent)
-    }
-    weights["model.embed_tokens"] = weights["lm_head"]
-    eager = load_eager(tiny_artifact.parent / "checkpoint", weights)
+    eager = load_eager(tiny_artifact.parent / "checkpoint", tiny_weights(tiny_artifact.parent))
     tokenizer = AutoTokenizer.from_pretrained(tiny_artifact.parent / "checkpoint")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
