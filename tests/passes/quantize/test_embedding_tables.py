@@ -63,9 +63,10 @@ def test_an_untied_table_has_codes_of_its_own(tmp_path: Path) -> None:
     table, head, _, stored = quantized(UNTIED, tmp_path, embedding_bits=4)
     assert table.compressed is not None
     assert head.compressed is not None
+    assert head.source is not None
     assert table.compressed is not head.compressed
     assert len(stored) == 6
-    pairs = (table.compressed, table.source.numpy()), (head.compressed, head.source.numpy().T)
+    pairs = (table.compressed, table.weight()), (head.compressed, head.source.numpy().T)
     for found, source in pairs:
         assert found.bits == 4
         original = source.astype(np.float64)
