@@ -47,7 +47,7 @@ class Calibrate(LayerPass):
         ``T X~`` nearest to ``W X``, where ``X`` is the linear's input in the original model and
         ``X~`` its input through the compressed prefix: what earlier layers lost is made good too.
         Takes a second forward pass over the text. A linear that fewer than 32 tokens reached is
-        matched by its weight.
+        matched by its weight, and so is a head that is tied to the embedding.
       tokens: how tokens enter these sums, and with them the errors on record. ``unit``: every
         ``x~`` as ``x~ / ||x~||``, and its ``x`` as ``x / ||x~||``. What is lost of a token is then
         seen relative to its size, and the few of the largest do not decide for all others.
@@ -134,6 +134,9 @@ class Calibrate(LayerPass):
     def _matching(self, group: LinearGroup, gram: Gram) -> NDArray[np.float32] | None:
         """``M``, which takes the group's weights to their targets; None if they are the targets."""
         if self.match == "weights" or group.originals is None:
+            return None
+        if any(linear.tied for linear in group.linears):
+            # An embedding looks up the same codes: rows of W, not of what serves a product.
             return None
         assert group.activations is not None  # noqa: S101 - requires() has checked
         if saw_too_few_tokens(gram):

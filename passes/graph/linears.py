@@ -102,6 +102,7 @@ class Linear:
       output_gram: loads ``G``, ``float32 [N, N]``, a survey's weights of output errors.
       token_weights: loads a survey's ``||g||^2`` of the gradient at the output, for each token of
         the calibration text, padding included: ``float32 [tokens]``.
+      tied: whether an embedding looks up the rows of the same weight.
       record: errors and notes for the report.
     """
 
@@ -119,6 +120,7 @@ class Linear:
     plan: dict[str, Any] = field(default_factory=dict)
     output_gram: Callable[[], NDArray[np.float32]] | None = None
     token_weights: Callable[[], NDArray[np.float32]] | None = None
+    tied: bool = False
     record: LinearRecord = field(default_factory=LinearRecord)
 
     @property
@@ -440,6 +442,7 @@ def _from_matmul(node: ir.Node) -> Linear | None:
         out_features=out_features,
         source=source,
         transposed=transposed,
+        tied=_is_tied(operand),
     )
 
 
@@ -460,10 +463,13 @@ def _from_fused(node: ir.Node) -> Linear:
     )
 
 
+def _is_tied(weight: ir.Value) -> bool:
+    return any(use.node.op_type == "Gather" for use in weight.uses())
+
+
 def _module_name(node: ir.Node, weight: ir.Value) -> str:
     # A tied head multiplies with the embedding: its module is named by the node alone.
-    tied = any(use.node.op_type == "Gather" for use in weight.uses())
-    if tied or weight.name is None:
+    if _is_tied(weight) or weight.name is None:
         return str(node.name).split("/")[0].removeprefix("v_")
     return weight.name.removesuffix("_t").removesuffix(".weight")
 

@@ -9,6 +9,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from eoracc.compiler.frontend.load import load
+from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.sweep.pipeline import compress
+from eoracc.compiler.text.windows import Windows
 from eoracc.passes.graph.embeddings import Embedding, find_embeddings
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.quantize import row_blocks
@@ -17,6 +20,7 @@ from eoracc.passes.quantize.quantization import EMBEDDING_BITS
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from tests.passes.groups import make_group
+from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
 if TYPE_CHECKING:
@@ -97,6 +101,31 @@ def test_overrides_of_a_tied_head_hold_for_its_table(
     assert (table.compressed and table.compressed.bits) == table_bits
     assert (head.compressed and head.compressed.bits) == head_bits
     assert len(stored) == tensors
+
+
+@pytest.mark.parametrize(("family", "tied"), [(TIED, True), (UNTIED, False)])
+def test_matching_outputs_leaves_a_tied_table_what_it_was(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    """What makes good for errors of the blocks serves the product, not rows that are looked up."""
+    loaded = load(str(tiny_model(family, tmp_path / "model")), work=tmp_path / "work")
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (6, 24))
+    quantize = {"quantize_gptq": {"bits": 2, "group_size": 16, "embedding_bits": 8}}
+    config = tiny_config([{"calibrate": {"match": "outputs"}}, quantize])
+    windows = Windows(ids, np.ones_like(ids))
+    found = compress(config, loaded, windows, tmp_path / "kept", SilentProgress())
+    (table,), head = found.embeddings, found.linears[-1]
+    assert head.tied == tied
+    assert table.compressed is not None
+    assert head.compressed is not None
+    for weight, original, matched in (
+        (table.compressed, table.weight(), False),
+        (head.compressed, head.weight(), not tied),
+    ):
+        # 256 levels leave an error of a few thousandths of a weight.
+        off = np.linalg.norm(weight.dequantize() - original) / np.linalg.norm(original)
+        assert (off > 0.05) == matched, off
+        assert off < 1
 
 
 @pytest.mark.parametrize("method", [QuantizeGptq, QuantizeRtn])
