@@ -12,6 +12,7 @@ from eoracc.errors import PassError
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.plan.items import Item, Option
 from eoracc.passes.plan.predictions import prediction_losses, softmax
+from eoracc.passes.quantize.embedding_tables import embedding_options
 from eoracc.passes.quantize.row_blocks import rows_of
 from eoracc.passes.solvers.allocation import Candidate
 from eoracc.passes.solvers.factors import gram_root
@@ -126,15 +127,20 @@ class Tables:
         plans: list[Mapping[str, int]] = []
         if isinstance(table, Embedding) or self._predicts(table):
             plans = [{"bits": bits} for bits in self.widths]
-        found = [
-            self.quantizer.options_for(replace(table, plan={**table.plan, **plan}))
-            for plan in plans or [{}]
-        ]
         ways: list[Quantization] = []
-        for options in found:
+        for plan in plans or [{}]:
+            options = self._options(table, plan)
             if options is not None and options not in ways:  # an override may have set them
                 ways.append(options)
         return ways
+
+    def _options(self, table: Linear | Embedding, plan: Mapping[str, int]) -> Quantization | None:
+        """The options that hold for ``table`` where it and its tied head have ``plan``."""
+        planned = replace(table, plan={**table.plan, **plan})
+        if not isinstance(planned, Embedding):
+            return self.quantizer.options_for(planned)
+        heads = [replace(head, plan={**head.plan, **plan}) for head in self.heads]
+        return embedding_options(self.quantizer, planned, heads)[0]
 
     def _predicts(self, linear: Linear) -> bool:
         """Whether ``linear`` has logits for outputs: others beside the blocks are not weighed."""

@@ -112,6 +112,20 @@ def test_the_folder_takes_what_was_planned_and_no_more_than_its_budget(
     assert small.report.surveys[1]["distortion"] > large.report.surveys[1]["distortion"]
 
 
+def test_an_override_of_a_tied_head_settles_its_table(
+    workspaces: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = Recorded(monkeypatch)
+    quantize = {"quantize_gptq": {"group_size": 16, "overrides": {"lm_head": {"bits": 8}}}}
+    allocate = {"size": "1GB", "ranks": [0, 4, 8], "widths": [2, 3, 4]}
+    sweep = (SWEEP[0], quantize, SWEEP[2])
+    built = build(workspaces[True], ({"calibrate_outputs": {}}, {"allocate": allocate}, *sweep))
+    # The table is planned and paid once, as it is stored: the sum of both is that of the files.
+    check(built, planned, 10**9)
+    assert bits_of(built)["lm_head"] == 8
+    assert "model.embed_tokens" not in bits_of(built)
+
+
 def test_a_lean_folder_of_untied_tables(
     workspaces: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,11 +15,13 @@ from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.embeddings import Embedding, find_embeddings
-from eoracc.passes.graph.linears import Linear, find_linears
+from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.plan.tables import Tables
-from eoracc.passes.quantize.quantization import EmbeddingBits
+from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
+from eoracc.passes.quantize.quantization import EmbeddingBits, Quantization
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -61,7 +63,7 @@ def load_tiny(family: str, folder: Path, **fields: Any) -> LoadedModel:  # noqa:
 def items_of(context: Survey, *, weighed: bool = True) -> dict[str, Item]:
     if weighed:
         CalibrateOutputs(damping=0.0, samples=8, precision="float32").survey(context)
-    quantizer = next(item for item in context.following if isinstance(item, QuantizeGptq))
+    quantizer = next(item for item in context.following if isinstance(item, Quantization))
     tables = Tables.of("allocate", WIDTHS, quantizer, context)
     plain = Calibrate(tokens="equal", precision="float32")
     groups = context.walk("heads", plain)
@@ -154,13 +156,53 @@ def test_a_tied_table_is_one_item_and_pays_for_both_uses(tmp_path: Path) -> None
     assert list(items) == ["lm_head"]
     assert items["lm_head"].names == ("lm_head", "model.embed_tokens")
     # A head and an embedding whose options differ cannot share their codes.
-    apart = {"embedding_group_size": 16, "overrides": {"lm_head": {"symmetric": True}}}
+    apart = {"embedding_group_size": 16, "overrides": {"model.embed_tokens": {"symmetric": True}}}
     context = context_of(loaded, tmp_path / "apart", ("calibrate", {"quantize_gptq": apart}))
     items = items_of(context)
     assert {name: item.shared_by for name, item in items.items()} == {
         "lm_head": (),
         "model.embed_tokens": (),
     }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"lm_head": {"bits": 3}},
+        {"lm_head": {"symmetric": True, "group_size": 32}},
+        {"lm_head": {"skip": True}},
+        {"model.embed_tokens": {"bits": 8}},
+        {"model.embed_tokens": {"skip": True}},
+        {"*e*d*": {"bits": 4}},
+    ],
+)
+@pytest.mark.parametrize("family", ["smollm", "llama"])
+def test_tables_are_planned_as_a_build_stores_them(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    loaded = load_tiny(family, tmp_path)
+    options = {"embedding_group_size": 16, "overrides": overrides}
+    context = context_of(loaded, tmp_path / "survey", ("calibrate", {"quantize_rtn": options}))
+    items = items_of(context, weighed=False)
+    (quantize,) = (item for item in context.following if isinstance(item, QuantizeRtn))
+    heads = [linear for linear in context.linears if linear.block is None]
+    for head in heads:
+        quantize.call(LinearGroup((head,)))
+    quantize_embedding_tables(quantize, context.embeddings, heads)
+    # The names of each stored weight, with its bits and bytes.
+    stored: dict[int, tuple[list[str], int, int]] = {}
+    tables: list[Linear | Embedding] = [*heads, *context.embeddings]
+    for table in tables:
+        weight = table.compressed
+        if weight is not None:
+            names, *_ = stored.setdefault(id(weight), ([], weight.bits, weight.nbytes))
+            names.append(table.name)
+    planned = []
+    for item in items.values():
+        (option,) = item.options
+        planned.append((list(item.names), option.plan["bits"], option.candidate.nbytes))
+    assert planned == list(stored.values())
 
 
 def test_an_override_settles_the_bits_of_a_table(tmp_path: Path) -> None:
