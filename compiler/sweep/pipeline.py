@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ def compress(
     compressed = Compressed(model, find_linears(model), find_embeddings(model))
     graphs, times = graphs or StageGraphs(), PassTimes()
     all_stages = config.recipe.stages()
+    plans: list[dict[str, dict[str, Any]]] = []
     for position, members in enumerate(all_stages):
-        key = stage_key(config, loaded, members, position, calibration, held_out)
+        key = stage_key(config, loaded, members, position, calibration, held_out, plans)
         kept = folder / str(position)
         first = members[0]
         with span("+".join(item.name for item in members), "stage", position=position):
@@ -112,6 +113,7 @@ def compress(
                 )
                 with times.measure(first):
                     compressed.surveys.append({"pass": first.name, **first.survey(context)})
+                plans.append(_plans(compressed))
             elif isinstance(first, ModelPass):
                 with times.measure(first):
                     first.call(model)
@@ -134,6 +136,13 @@ def compress(
                 graphs.keep("+".join(item.name for item in passes), model)
     compressed.times = times.times()
     return compressed
+
+
+def _plans(compressed: Compressed) -> dict[str, dict[str, Any]]:
+    """What surveys have decided for each linear and table."""
+    tables = {table.name: dict(table.plan) for table in compressed.embeddings if table.plan}
+    linears = {linear.name: dict(linear.plan) for linear in compressed.linears if linear.plan}
+    return linears | tables
 
 
 def _next_sweep(following: Sequence[Sequence[Pass]]) -> list[LayerPass]:
@@ -193,8 +202,20 @@ def stage_key(
     position: int,
     calibration: Windows | None,
     held_out: Windows | None = None,
+    plans: Sequence[Mapping[str, Mapping[str, Any]]] = (),
 ) -> str:
-    """Digest of everything that a stage's result depends on."""
+    """Digest of everything that a stage's result depends on.
+
+    Args:
+      config: the passes, and the methods that are compared.
+      loaded: the model.
+      members: the passes of the stage.
+      position: of the stage among all.
+      calibration: the text that statistics are taken over.
+      held_out: text on which factors must not do harm.
+      plans: what each earlier survey has decided, by the name of the linear or table. Some of it
+        depends on more than the rest of the key: what fits a budget of the folder.
+    """
     digest = hashlib.sha256(
         json.dumps(
             {
@@ -203,6 +224,7 @@ def stage_key(
                 "passes": config.resolved()["passes"],
                 "stage": [position, *(item.name for item in members)],
                 "compare": config.verify.compare,
+                "plans": plans,
             }
         ).encode()
     )

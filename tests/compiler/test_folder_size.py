@@ -8,12 +8,14 @@ import pytest
 
 from eoracc.compiler import driver
 from eoracc.compiler.config.contradictions import contradictions
+from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.targets import planned_folder
 from eoracc.compiler.targets.planned_folder import PlannedFolder
 from eoracc.compiler.targets.weights_file import DATA_FILE, graph_bytes
 from eoracc.errors import PassError
 from eoracc.runtime.artifact.manifest import verify_manifest
+from tests.kept_builds import InterruptedProgress
 from tests.tiny_build import tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
@@ -136,6 +138,42 @@ def test_a_lean_folder_of_untied_tables(
     )
     check(built, planned, 10**9)
     assert {"lm_head", "model.embed_tokens"} < set(bits_of(built))
+
+
+def test_a_build_that_resumes_with_another_plan_begins_its_sweep_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits the folder depends on ``--lean``, which the configuration does not have."""
+    planned = Recorded(monkeypatch)
+    monkeypatch.setattr(SaveInterval, "is_due", True)
+
+    def run(size: int, folder: str, *, lean: bool, stop: int | None = None) -> BuildResult | None:
+        workspace = tmp_path / folder
+        if not workspace.exists():
+            tiny_workspace(workspace)
+        allocate = {"size": size, "widths": [2, 3, 4], "ranks": [0, 4, 8]}
+        passes = ({"calibrate_outputs": {}}, {"allocate": allocate}, *SWEEP)
+        config = tiny_config(passes, verify=QUICK)
+        progress = SilentProgress() if stop is None else InterruptedProgress("compress", stop)
+        try:
+            return driver.build(config, config_dir=workspace, progress=progress, lean=lean)
+        except KeyboardInterrupt:
+            return None
+
+    assert run(10**9, "most", lean=False, stop=1) is None
+    size = planned.folders[-1] - 20_000
+    # The first block is finished and saved.
+    assert run(size, "resumed", lean=False, stop=6) is None
+    assert (tmp_path / "resumed/.out.work/sweep/2/state.json").exists()
+    resumed, fresh = (run(size, folder, lean=True) for folder in ("resumed", "fresh"))
+    assert resumed is not None
+    assert fresh is not None
+    bits = bits_of(resumed)
+    assert bits == bits_of(fresh)
+    stored = {linear.name: linear.bits for linear in resumed.report.linears}
+    assert {name: stored[name] for name in bits} == bits
+    for name in ("model.onnx", DATA_FILE):
+        assert (resumed.output / name).read_bytes() == (fresh.output / name).read_bytes()
 
 
 def test_a_budget_below_all_choices_ends_before_the_sweep(workspaces: dict[bool, Path]) -> None:
