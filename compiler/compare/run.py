@@ -394,8 +394,10 @@ class _Comparing:
 
     def _key(self, variant: BuildConfig | None) -> str:
         """Digest of everything that the figures of a variant, or of the original, depend on."""
-        passes = None if variant is None else variant.resolved()["passes"]
-        content = [__version__, self._loaded.digest, passes, sorted(self._texts)]
+        content: list[Any] = [__version__, self._loaded.digest, sorted(self._texts)]
+        if variant is not None:
+            folder = self._planned_folder(variant.passes).conditions()
+            content += [variant.resolved()["passes"], folder]
         digest = hashlib.sha256(json.dumps(content).encode())
         texts = [*self._texts.values(), *([] if variant is None else [self._calibration])]
         for windows in texts:

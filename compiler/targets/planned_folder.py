@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.targets.artifact import encoded_json
 from eoracc.compiler.targets.genai_config import genai_config
@@ -69,15 +69,31 @@ class PlannedFolder:
             generation=self.loaded.generation,
             custom_ops_library=library_path().name,
         )
+        found = self._known_bytes() + len(encoded_json(search)) + graph_bytes(lowered)
+        return found + self._record_bytes(model, found)
+
+    def conditions(self) -> dict[str, Any]:
+        """What the bytes depend on beside checkpoint and passes, for keys of kept figures.
+
+        The length of the configuration, which manifest.json repeats, is left out: figures are kept
+        where another method is added to it.
+        """
+        return {
+            "adapter_type": self.config.onnxruntime.adapter_type,
+            "parity": self.config.verify.parity,
+            "lean": self.lean,
+            "known_bytes": self._known_bytes(),
+        }
+
+    def _known_bytes(self) -> int:
+        """Bytes of the files that are there before the graph: tokenizer, templates, library."""
         left_out = (TOKENS_FILE,) if self.lean else ()
         there = sum(
             path.stat().st_size
             for path in self.folder.rglob("*")
             if path.is_file() and path.name not in left_out
         )
-        files = library_path().stat().st_size + len(encoded_json(search))
-        found = there + files + graph_bytes(lowered)
-        return found + self._record_bytes(model, found)
+        return there + library_path().stat().st_size
 
     def _record_bytes(self, model: ir.Model, folder_bytes: int) -> int:
         """A bound of the manifest, the report, and the record of parity."""

@@ -290,6 +290,22 @@ def test_finished_rows_are_kept(workspace: Path, monkeypatch: pytest.MonkeyPatch
     assert len(kept) == 2  # the original, and the row
 
 
+@pytest.mark.parametrize(
+    "changed", [{"onnxruntime": {"adapter_type": "none"}}, {"verify": TEXT | {"parity": True}}]
+)
+def test_rows_of_another_folder_are_computed_anew(workspace: Path, changed: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"verify": TEXT | {"parity": False}, "compare": {}}
+    before = tiny_config(["calibrate", QUANTIZE, "eora"], **fields)
+    after = tiny_config(["calibrate", QUANTIZE, "eora"], **fields | changed)
+    (first,) = run(workspace, before, ["eora"]).rows
+    (second,) = run(workspace, after, ["eora"]).rows
+    (again,) = run(workspace, after, ["eora"], fresh=True).rows
+    assert first.figures is not None
+    assert second.figures is not None
+    assert second.figures.folder_bytes != first.figures.folder_bytes
+    assert measured(second) == measured(again)
+
+
 def test_no_other_text(workspace: Path) -> None:
     comparison = run(workspace, config(ood=None), ["none"])
     assert comparison.original.perplexity_ood is None
