@@ -89,8 +89,8 @@ def _compact(model: dict[str, Any]) -> dict[str, Any]:
 
     A token with a space in it has only the longer one.
     """
-    merges = model.get("merges", [])
-    if any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
+    merges = model.get("merges")
+    if not merges or any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
         return model
     return {**model, "merges": [" ".join(merge) for merge in merges]}
 

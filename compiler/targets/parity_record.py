@@ -157,8 +157,9 @@ def rounding_excess(record: ParityRecord) -> ParityCase | None:
     A tolerance that is not below the effect of compression would let a model pass that computes
     with other weights.
     """
-    worst = max(record.cases, key=lambda case: case.rounding)
-    hides = worst.rounding and worst.tolerance + worst.rounding >= record.compression_effect
+    rounded = [case for case in record.cases if case.rounding]
+    worst = max(rounded, key=lambda case: case.tolerance + case.rounding, default=None)
+    hides = worst and worst.tolerance + worst.rounding >= record.compression_effect
     return worst if hides else None
 
 

@@ -107,7 +107,9 @@ class LowRank:
             bits = self.bits if factor.dtype == np.int8 else 8 * factor.itemsize
             stored += tile_bytes(*factor.shape, bits=bits)
             if scale is not None:
-                is_half = half_scales and np.array_equal(scale, scale.astype(np.float16))
+                with np.errstate(over="ignore"):  # what float16 cannot hold becomes inf
+                    half = scale.astype(np.float16)
+                is_half = half_scales and np.array_equal(scale, half)
                 stored += tile_bytes(len(factor), 1, bits=16 if is_half else 32)
         return stored
 

@@ -33,7 +33,7 @@ def artifact(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("build")
     settings = {
         "model": str(smollm2_folder),
-        "passes": [{"quantize_rtn": {"bits": 8, "group_size": 32}}],
+        "passes": [{"quantize_rtn": {"bits": 8, "group_size": 32, "embedding_bits": None}}],
         "onnxruntime": {"accuracy_level": 0},
         "verify": {"text": str(EXAMPLE / "data" / "speeches-2000-2024.txt"), "windows": 1},
         "output": "artifact",

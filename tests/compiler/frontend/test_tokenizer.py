@@ -84,6 +84,16 @@ def test_others_are_written_as_they_are(tmp_path: Path, pre_tokenizer: PreTokeni
     assert str(changed(tmp_path, pre_tokenizer)) == str(pre_tokenizer)
 
 
+def test_a_model_without_merges_gets_none(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "the": 3, "sky": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    source = write_files(tmp_path / "model", tokenizer)
+    (path, _) = write_tokenizer(opened(source), source, tmp_path / "out")
+    assert "merges" not in json.loads(path.read_text(encoding="utf-8"))["model"]
+    assert Tokenizer.from_file(str(path)).encode("the sky", add_special_tokens=False).ids == [3, 4]
+
+
 @pytest.mark.parametrize("space", [False, True])
 def test_file_is_as_short_as_the_format_allows(tmp_path: Path, *, space: bool) -> None:
     """Merges of tokens with a space have only the longer of two forms."""

@@ -38,6 +38,8 @@ def test_int8_factors() -> None:
     )
     assert factors.lora_a_scale is not None
     assert factors.nbytes == 16 * 92 + 48 * 8 + 4 * (16 + 48)
+    huge = replace(factors, lora_a_scale=np.full(5, 2.0**17, np.float32))
+    assert huge.nbytes == factors.nbytes, "float16 cannot hold them"
     np.testing.assert_array_equal(
         factors.down(), factors.lora_a.astype(np.float32) * factors.lora_a_scale[:, None]
     )
