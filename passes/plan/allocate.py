@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from itertools import count, product
@@ -85,7 +85,7 @@ class Allocate(SurveyPass):
       ranks: ranks to choose from; ``[0]`` allocates bits alone.
       factor_type: type of the factors; null takes that of the compensating pass.
       scope: ``global`` spends one budget on all linears, ``per_layer`` the same bits per weight on
-        each linear.
+        each linear; tables whose bits are settled have theirs, which come off the budget first.
       distortion: how errors are weighed. ``outputs``: ``tr(G dE H dE^T)``, with the Gram ``G`` of
         ``calibrate_outputs``, which must come before. ``relative``: the share of the linear's
         output, ``tr(dE H dE^T) / tr(W H W^T)``; ``absolute``: the same without the denominator.
@@ -259,9 +259,11 @@ class Allocate(SurveyPass):
             takes = f"{error.budget} bytes are not enough for what takes least, {error.least}, or "
             takes += f"{bits:.3f} bits per weight"
         else:
+            left = f"{max(error.budget, 0):,}"
+            left = f"{left} of them" if self.scope == "global" else f"a share of {left}"
             takes = (
-                f"a folder of {self.size:,} bytes leaves {max(error.budget, 0):,} of them for what "
-                f"takes {error.least:,} at least"
+                f"a folder of {self.size:,} bytes leaves {left} for what takes {error.least:,} at "
+                "least"
             )
         return f"{takes}: raise the budget, or allow smaller widths, larger groups or rank 0"
 
@@ -307,12 +309,9 @@ class Allocate(SurveyPass):
         Raises:
           _OverspentError: the budget is too small.
         """
-        parts = [items] if self.scope == "global" else [[item] for item in items]
-        total = weights_of(items)
         chosen: list[Option] = []
         bound = 0.0
-        for part in parts:
-            share = budget * weights_of(part) // total
+        for part, share in self._shares(items, budget):
             candidates = [[option.candidate for option in item.options] for item in part]
             try:
                 allocation = allocate(candidates, share)
@@ -321,6 +320,23 @@ class Allocate(SurveyPass):
             chosen += [item.options[at] for item, at in zip(part, allocation.chosen, strict=True)]
             bound += allocation.bound
         return chosen, bound
+
+    def _shares(self, items: Sequence[Item], budget: int) -> Iterator[tuple[Sequence[Item], int]]:
+        """The items that share a budget, and its bytes.
+
+        Per layer, equal bits per weight are those that tables of settled bits leave to all others.
+        """
+        if self.scope == "global":
+            yield items, budget
+            return
+        settled = [item for item in items if item.is_settled_table]
+        left = budget - _bytes(item.options[0] for item in settled)
+        weights = weights_of(items) - weights_of(settled)
+        for item in items:
+            if item.is_settled_table:
+                yield [item], item.options[0].candidate.nbytes
+            else:
+                yield [item], left * item.weights // weights
 
     def _alternatives(self, items: Sequence[Item], budget: int) -> dict[str, dict[str, Any]]:
         """The distortion of the same bytes spent on bits alone, and on rank at one width alone."""

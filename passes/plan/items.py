@@ -58,6 +58,11 @@ class Item:
         )
 
     @property
+    def is_settled_table(self) -> bool:
+        """Whether it is a table that can be stored in one way only."""
+        return self.table and len(self.options) == 1
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All names that the plan is for."""
         return (self.name, *self.shared_by)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 
+from eoracc.errors import PassError
 from eoracc.passes.plan.allocate import Allocate
 from eoracc.passes.plan.items import Item, Option
 from eoracc.passes.solvers.allocation import Candidate
@@ -73,3 +75,45 @@ def test_no_choice_that_fits_is_better_by_more_than_a_step(seed: int) -> None:
         assert best <= loss(chosen) <= best + max(steps)
         if share == 1.0:
             assert loss(chosen) == best
+
+
+def test_per_layer_divides_what_tables_of_settled_bits_leave() -> None:
+    """Equal bits of all weights would be less than such a table takes."""
+    linears = [
+        Item(
+            name,
+            weights,
+            [
+                Option({"bits": n, "rank": 0}, Candidate(weights * n // 8, 9.0 - n))
+                for n in (2, 3, 4)
+            ],
+        )
+        for name, weights in (("small", 80_000), ("large", 240_000))
+    ]
+    table = [Option({"bits": 6, "rank": 0}, Candidate(480_000, 0.0))]
+    items = [linears[0], Item("table", 640_000, table, table=True), linears[1]]
+    context = cast("SurveyContext", _Folder())
+    size = 1_000_000 + 480_000 + 3 * 320_000 // 8
+    assert 8 * (size - 1_000_000) < 6 * 960_000
+    settings = Allocate(size=size, scope="per_layer")
+    chosen, _, other = settings._fitted(items, context)
+    assert [option.plan["bits"] for option in chosen] == [3, 6, 3]
+    assert other + sum(option.candidate.nbytes for option in chosen) == size
+    # A table that has a choice shares in the division.
+    wide = replace(
+        items[1], options=[*table, Option({"bits": 3, "rank": 0}, Candidate(240_000, 1.0))]
+    )
+    chosen, *_ = settings._fitted([linears[0], wide, linears[1]], context)
+    assert [option.plan["bits"] for option in chosen] == [4, 3, 4]
+
+
+def test_a_share_that_is_too_small_is_told() -> None:
+    table = Item("table", 640_000, [Option({"bits": 6, "rank": 0}, Candidate(480_000, 0.0))], True)
+    linear = Item("small", 80_000, [Option({"bits": 2, "rank": 0}, Candidate(20_000, 1.0))])
+    settings = Allocate(size=1_490_000, scope="per_layer")
+    with pytest.raises(PassError) as told:
+        settings._chosen([table, linear], cast("SurveyContext", _Folder()))
+    assert str(told.value).startswith(
+        "small: a folder of 1,490,000 bytes leaves a share of 10,000 for what takes 20,000 "
+        "at least: raise the budget"
+    )
