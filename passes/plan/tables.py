@@ -198,14 +198,17 @@ class _Predictions:
         """Those of a head ``[V, K]`` on tokens at equal distances in the calibration text."""
         if group.activations is None:
             raise PassError(group.name, f"has no inputs for {name!r} to predict from")
-        rows, weights = [], []
+        counts = np.concatenate([counted[counted > 0] for _, counted in group.activations()])
+        sample = min(_SAMPLE, max(_SAMPLE_LOGITS // len(weight), 1), len(counts))
+        chosen = np.linspace(0, len(counts) - 1, sample).astype(np.intp)
+        rows, seen = [], 0
         for inputs, counted in group.activations():
-            rows.append(inputs[counted > 0])
-            weights.append(counted[counted > 0])
-        found, counts = np.concatenate(rows), np.concatenate(weights)
-        sample = min(_SAMPLE, max(_SAMPLE_LOGITS // len(weight), 1), len(found))
-        chosen = np.linspace(0, len(found) - 1, sample).astype(np.intp)
-        return cls(found[chosen], counts[chosen], softmax(found[chosen] @ weight.T))
+            (of_text,) = np.nonzero(counted > 0)
+            here = chosen[(chosen >= seen) & (chosen < seen + len(of_text))] - seen
+            rows.append(inputs[of_text[here]])
+            seen += len(of_text)
+        found = np.concatenate(rows)
+        return cls(found, counts[chosen], softmax(found @ weight.T))
 
     def mean_loss(self, weight: NDArray[np.float32], stored: NBitsWeight) -> float:
         """Mean over tokens of what errors of the weight cost (:func:`.prediction_losses`)."""

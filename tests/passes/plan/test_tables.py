@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.embeddings import Embedding, find_embeddings
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
-from eoracc.passes.plan.tables import Tables
+from eoracc.passes.plan.tables import Tables, _Predictions
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.quantize.quantization import EmbeddingBits, Quantization
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from tests.passes.groups import make_group
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -221,3 +223,30 @@ def test_without_gradients_tables_keep_their_bits(bits: int | None, tmp_path: Pa
     items = items_of(context_of(loaded, tmp_path, ("calibrate", gptq)), weighed=False)
     found = {name: [option.plan["bits"] for option in item.options] for name, item in items.items()}
     assert found == ({} if bits is None else {"lm_head": [4], "model.embed_tokens": [4]})
+
+
+def test_a_sample_of_a_heads_inputs_copies_no_others() -> None:
+    rng = np.random.default_rng(3)
+    # 40 batches of 4,000 tokens, 41 MB in all, of which the sample is 262 kB.
+    batch = rng.standard_normal((4_000, 64)).astype(np.float32)
+    counted = rng.integers(0, 3, (40, 4_000)).astype(np.float32)
+    weight = rng.standard_normal((16, 64)).astype(np.float32)
+    group = make_group({"lm_head": weight}, batch)
+    group.activations = lambda: iter([(batch, weights) for weights in counted])
+    tracemalloc.start()
+    try:
+        found = _Predictions.of("allocate", weight, group)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e6
+    at_batch, token = np.nonzero(counted)
+    chosen = np.linspace(0, len(token) - 1, 1024).astype(int)
+    assert np.array_equal(found.inputs, batch[token[chosen]])
+    assert np.array_equal(found.weights, counted[at_batch[chosen], token[chosen]])
+    logits = found.inputs.astype(np.float64) @ weight.T
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    # Float32 sums of 64 products; an error d of logits moves a probability by less than d.
+    rounding = 64 * 2.0**-24 * float((np.abs(found.inputs) @ np.abs(weight.T)).max())
+    expected = odds / odds.sum(axis=1, keepdims=True)
+    assert np.abs(found.probabilities - expected).max() < rounding
