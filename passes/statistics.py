@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from eoracc.errors import PassError
+from eoracc.passes.quantize.row_blocks import row_blocks, rows_of
 from eoracc.passes.solvers.factors import gram_root
 from eoracc.passes.solvers.lost_output import LostOutput
 
@@ -122,10 +124,22 @@ def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
       linear: compressed.
       gram: of its input.
     """
-    norm = linear.record.output_norm
-    if norm is None:
-        norm = float(np.linalg.norm(gram.target(linear.weight()) @ gram.root))
-        linear.record.output_norm = norm
+    record = linear.record
+    if linear.block is None:
+        norm, error = _norms_by_rows(linear, gram)
+    else:
+        norm = _output_norm(linear, gram) if record.output_norm is None else record.output_norm
+        error = float(np.linalg.norm(_lost(linear, gram)))
+    record.output_norm = norm
+    record.errors[pass_name] = error / norm if norm > 0 else 0.0
+
+
+def _output_norm(linear: Linear, gram: Gram) -> float:
+    return float(np.linalg.norm(gram.target(linear.weight()) @ gram.root))
+
+
+def _lost(linear: Linear, gram: Gram) -> NDArray[np.float32]:
+    """``(T - W_hat) L``, ``float32 [N, K]``, with the factors of ``linear``."""
     if linear.factorized is not None:
         delta: NDArray[np.float32] = gram.target(linear.weight()) - linear.factorized.product()
         lost: NDArray[np.float32] = delta @ gram.root
@@ -133,8 +147,27 @@ def record_error(pass_name: str, linear: Linear, gram: Gram) -> None:
         lost = lost_output(linear, gram).weighted
     if linear.factors is not None:
         lost = lost - linear.factors.up() @ (linear.factors.down() @ gram.root)
-    error = float(np.linalg.norm(lost))
-    linear.record.errors[pass_name] = error / norm if norm > 0 else 0.0
+    return lost
+
+
+def _norms_by_rows(linear: Linear, gram: Gram) -> tuple[float, float]:
+    """The norms of output and lost output of a head, which has a row for every token.
+
+    Beside the weight, arrays of a block of rows are held at most, and nothing is kept:
+    compensations leave a head alone but where an override names it.
+    """
+    weight, stored, factors = linear.weight(), linear.compressed, linear.factors
+    assert stored is not None  # noqa: S101 - nothing is factorised outside of the blocks
+    parts = None if factors is None else (factors.up(), factors.down() @ gram.root)
+    norm = error = 0.0
+    for rows in row_blocks(weight.shape):
+        target = gram.target(weight[rows])
+        norm = math.hypot(norm, float(np.linalg.norm(target @ gram.root)))
+        lost = (target - rows_of(stored, rows).dequantize()) @ gram.root
+        if parts is not None:
+            lost -= parts[0][rows] @ parts[1]
+        error = math.hypot(error, float(np.linalg.norm(lost)))
+    return norm, error
 
 
 def record_left_out(pass_name: str, group: LinearGroup) -> None:

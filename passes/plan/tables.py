@@ -13,7 +13,7 @@ from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.plan.items import Item, Option
 from eoracc.passes.plan.predictions import prediction_losses, softmax
 from eoracc.passes.quantize.embedding_tables import embedding_options
-from eoracc.passes.quantize.row_blocks import rows_of
+from eoracc.passes.quantize.row_blocks import row_blocks, rows_of
 from eoracc.passes.solvers.allocation import Candidate
 from eoracc.passes.solvers.factors import gram_root
 from eoracc.passes.statistics import require_gram
@@ -33,9 +33,6 @@ _SAMPLE = 1024
 
 _SAMPLE_LOGITS = 2**26
 """Logits of these tokens at most, 268 MB of float32."""
-
-_ROW_WEIGHTS = 2**24
-"""Weights of a block of rows that is decoded at once, 67 MB of float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +251,5 @@ def _errors(
     weight: NDArray[np.float32], stored: NBitsWeight
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
     """Blocks of rows of a weight with their errors."""
-    step = max(_ROW_WEIGHTS // weight.shape[1], 1)
-    for start in range(0, len(weight), step):
-        rows = slice(start, min(start + step, len(weight)))
-        yield rows, weight[rows] - rows_of(stored, rows.start, rows.stop).dequantize()
+    for rows in row_blocks(weight.shape):
+        yield rows, weight[rows] - rows_of(stored, rows).dequantize()

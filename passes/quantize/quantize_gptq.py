@@ -76,7 +76,7 @@ class QuantizeGptq(Quantization):
         )
         start = 0
         for weight, shift in zip(weights, shifts, strict=True):
-            yield shift_scales(rows_of(stack, start, start + len(weight)), -shift)
+            yield shift_scales(rows_of(stack, slice(start, start + len(weight))), -shift)
             start += len(weight)
 
     @override

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.operands.weight import NBitsWeight
 
-__all__ = ["by_row_blocks", "rows_of"]
+__all__ = ["by_row_blocks", "row_blocks", "rows_of"]
 
 _BLOCK_WEIGHTS = 2**25
 """Weights of a block, 134 MB of float32: more than any linear of a block of a 7B model but its
@@ -25,20 +25,25 @@ def by_row_blocks(
     weight: NDArray[np.float32], solve: Callable[[NDArray[np.float32]], NBitsWeight]
 ) -> NBitsWeight:
     """Quantize ``weight [N, K]`` by ``solve``, block of rows by block of rows."""
-    rows = max(_BLOCK_WEIGHTS // weight.shape[1], 1)
-    if len(weight) <= rows:
-        return solve(weight)
-    return _stack([solve(weight[start : start + rows]) for start in range(0, len(weight), rows)])
+    blocks = [solve(weight[rows]) for rows in row_blocks(weight.shape)]
+    return blocks[0] if len(blocks) == 1 else _stack(blocks)
 
 
-def rows_of(weight: NBitsWeight, start: int, stop: int) -> NBitsWeight:
-    """Rows ``start`` to ``stop`` of a quantized weight, as views."""
+def row_blocks(shape: tuple[int, ...]) -> list[slice]:
+    """The rows of each block of a weight of ``shape``, ``(N, K)``."""
+    count, width = shape
+    step = max(_BLOCK_WEIGHTS // width, 1)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def rows_of(weight: NBitsWeight, rows: slice) -> NBitsWeight:
+    """Some rows of a quantized weight, as views."""
     zero_points = weight.zero_points
     return replace(
         weight,
-        packed=weight.packed[start:stop],
-        scales=weight.scales[start:stop],
-        zero_points=None if zero_points is None else zero_points[start:stop],
+        packed=weight.packed[rows],
+        scales=weight.scales[rows],
+        zero_points=None if zero_points is None else zero_points[rows],
     )
 
 
