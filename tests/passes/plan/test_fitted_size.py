@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eoracc.errors import PassError
-from eoracc.passes.plan.allocate import Allocate
+from eoracc.passes.plan.allocate import _MARGIN_BYTES, _SPARE, Allocate
 from eoracc.passes.plan.items import Item, Option
 from eoracc.passes.solvers.allocation import Candidate
 
@@ -73,8 +73,30 @@ def test_no_choice_that_fits_is_better_by_more_than_a_step(seed: int) -> None:
         assert total(items, chosen) <= size
         best = min(loss(one) for one in every if total(items, one) <= size)
         assert best <= loss(chosen) <= best + max(steps)
+        # The bytes are spent: no better option of a single item fits with room for more than the
+        # search leaves over.
+        for at, item in enumerate(items):
+            for option in item.options:
+                if option.candidate.distortion < chosen[at].candidate.distortion:
+                    upgraded = [*chosen[:at], option, *chosen[at + 1 :]]
+                    assert total(items, upgraded) > size - size * _SPARE - _MARGIN_BYTES
         if share == 1.0:
             assert loss(chosen) == best
+
+
+@pytest.mark.parametrize("fitting", [0, 1, 3, 5, 6])
+def test_what_is_set_aside_for_the_graph_is_what_the_choice_takes(fitting: int) -> None:
+    """Six equal items: setting aside too much, as the first choice that fits does, drops some."""
+    plain, better = 20_000, 30_000
+    options = [
+        Option({"bits": 2, "rank": 0}, Candidate(plain, 1.0)),
+        Option({"bits": 2, "rank": 8}, Candidate(better, 0.5)),
+    ]
+    items = [Item(f"item{at}", 1000, options) for at in range(6)]
+    size = 1_000_000 + 6 * plain + fitting * (better - plain + _NODE)
+    chosen, _, _ = Allocate(size=size)._fitted(items, cast("SurveyContext", _Folder()))
+    assert sum(option.plan["rank"] > 0 for option in chosen) == fitting
+    assert total(items, chosen) == size
 
 
 def test_per_layer_divides_what_tables_of_settled_bits_leave() -> None:
