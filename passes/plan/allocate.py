@@ -282,10 +282,16 @@ class Allocate(SurveyPass):
         """
         assert self.size is not None  # noqa: S101 - the caller has checked
         smallest = [min(item.options, key=lambda option: option.candidate) for item in items]
-        low = aside = context.other_bytes(_plans(items, smallest))
-        high, best = 0, None
+        rest = low = aside = context.other_bytes(_plans(items, smallest))
+        high, best, bound = 0, None, 0.0
         for step in count():
-            chosen, bound = self._allocate(items, self.size - aside)
+            try:
+                chosen, bound = self._allocate(items, self.size - aside)
+            except _OverspentError:
+                if not step:
+                    raise
+                # More is set aside than the smallest choice leaves, which fits: it did at first.
+                return smallest, bound, rest
             other = context.other_bytes(_plans(items, chosen))
             spare = self.size - other - _bytes(chosen)
             if spare >= 0:

@@ -99,6 +99,20 @@ def test_what_is_set_aside_for_the_graph_is_what_the_choice_takes(fitting: int) 
     assert total(items, chosen) == size
 
 
+def test_a_budget_that_only_the_smallest_choice_meets_has_it() -> None:
+    """An item's factors fit what is left, and their node does not."""
+    options = [
+        Option({"bits": 2, "rank": 0}, Candidate(20_000, 1.0)),
+        Option({"bits": 2, "rank": 8}, Candidate(25_000, 0.5)),
+    ]
+    items = [Item(f"item{at}", 1000, options) for at in range(6)]
+    context = cast("SurveyContext", _Folder())
+    chosen, bound, other = Allocate(size=1_127_000)._fitted(items, context)
+    assert [option.plan["rank"] for option in chosen] == [0] * 6
+    assert other == 1_000_000
+    assert bound <= loss(chosen)
+
+
 def test_per_layer_divides_what_tables_of_settled_bits_leave() -> None:
     """Equal bits of all weights would be less than such a table takes."""
     linears = [
