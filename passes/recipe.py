@@ -98,6 +98,26 @@ class Recipe:
         for index, item in enumerate(self.passes):
             for path, problem in item.problems(self.passes[:index]):
                 yield (index, item.name, *path), problem
+        yield from self._unforeseen()
+
+    def _unforeseen(self) -> Iterator[tuple[tuple[int | str, ...], str]]:
+        """Find a sweep behind the one that a budget of the folder is spent on."""
+        limited: SurveyPass | None = None
+        sweeps = index = 0
+        for members in self.stages():
+            first = members[0]
+            if isinstance(first, SurveyPass) and first.folder_limit is not None:
+                limited, sweeps = first, 0
+            elif isinstance(first, LayerPass):
+                sweeps += 1
+                if limited is not None and sweeps == 2:
+                    problem = (
+                        f"begins another sweep, whose bytes {limited.name!r} does not foresee in "
+                        "its budget of the folder: keep one sweep after it, or give it another "
+                        "budget"
+                    )
+                    yield (index, first.name), problem
+            index += len(members)
 
     def _first(self, kind: type[_P]) -> _P | None:
         return next((item for item in self.passes if isinstance(item, kind)), None)

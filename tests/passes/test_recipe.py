@@ -81,6 +81,8 @@ def test_a_recipe_may_lack_every_kind() -> None:
             QuantizeGptq(),
         ],
         [QuantizeRtn(), Svd(factor_type="float16"), QuantizeFactors()],
+        [Calibrate(), SvdLlm(), Allocate(size=9), Calibrate(), QuantizeGptq(), Eora()],
+        [Allocate(bytes=9), Calibrate(), QuantizeGptq(), Calibrate(), Eora()],
     ],
 )
 def test_orders_that_work(passes: list[Pass]) -> None:
@@ -119,6 +121,11 @@ def test_orders_that_work(passes: list[Pass]) -> None:
             [QuantizeRtn(), Svd(factor_type="int4"), QuantizeFactors(bits=8)],
             (2, "quantize_factors"),
             "factors of 'svd' have 4 bits already",
+        ),
+        (
+            [Allocate(size=9), Calibrate(), QuantizeGptq(), Calibrate(), Eora()],
+            (3, "calibrate"),
+            "whose bytes 'allocate' does not foresee in its budget of the folder",
         ),
     ],
 )
