@@ -165,9 +165,7 @@ class Allocate(SurveyPass):
                 "or take another 'distortion'",
             )
         weighed = outputs if self.distortion == "outputs" else set()
-        # A budget of linears includes a head only where an override names it.
-        of_linears = replace(quantizer, embedding_bits=None)
-        trial = _Trial(self, of_linears, compensation, weighed)
+        trial = _Trial(self, quantizer, compensation, weighed)
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         calibrate = Recipe(context.following).calibrate or Calibrate()
@@ -185,8 +183,12 @@ class Allocate(SurveyPass):
         )
 
         def make(group: LinearGroup) -> list[Any]:
-            if tables is not None and group.linears[0].block is None:
-                return [asdict(item) for item in tables.of_heads(group)]
+            if group.linears[0].block is None:
+                if tables is not None:
+                    return [asdict(item) for item in tables.of_heads(group)]
+                # A budget of linears includes a head only where an override names it.
+                named = tuple(linear for linear in group.linears if quantizer.names(linear))
+                group = replace(group, linears=named)
             return [asdict(item) for item in trial.items(group)]
 
         entries = context.each_group(self.name, plain, make)

@@ -19,6 +19,7 @@ from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
 from eoracc.passes.plan.allocate import Allocate
+from eoracc.passes.quantize.quantization import EMBEDDING_BITS
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -88,6 +89,28 @@ def test_what_is_stored_takes_the_bytes_that_were_planned(
             assert stored[linear.name] <= found["budget_bytes"] * share
     # Not one choice for all, or nothing would have been shown.
     assert len({(linear.plan["bits"], linear.plan["rank"]) for linear in linears}) > 1
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_budget_of_linears_includes_a_head_where_an_override_names_it(
+    named: bool, loaded: LoadedModel, windows: Windows, tmp_path: Path
+) -> None:
+    """Head and table are stored in 6 bits by default, beside the budget."""
+    allocate = {"bits_per_weight": 8.8, "ranks": RANKS} | RELATIVE
+    overrides = {"lm_head": {"bits": 8}} if named else {}
+    gptq = {"quantize_gptq": {"group_size": 16, "overrides": overrides}}
+    compressed, found = run(
+        loaded, windows, tmp_path, [{"allocate": allocate}, CALIBRATE, gptq, EORA]
+    )
+    (head,) = (linear for linear in compressed.linears if linear.block is None)
+    assert head.compressed is not None
+    assert head.compressed.bits == (8 if named else EMBEDDING_BITS)
+    counted = [linear for linear in compressed.linears if named or linear is not head]
+    assert set(found["linears"]) == {linear.name for linear in counted}
+    weights = sum(linear.in_features * linear.out_features for linear in counted)
+    assert found["budget_bytes"] == int(weights * 8.8 / 8)
+    stored = sum(linear_report(linear).bytes for linear in counted)
+    assert found["bytes"] == stored <= found["budget_bytes"]
 
 
 def test_predicts_the_errors_that_an_ordinary_sweep_puts_on_record(
