@@ -59,7 +59,7 @@ def report(artifact: Path) -> Report:
 
 def test_parity_passed_far_below_the_signal(report: Report) -> None:
     assert report.parity["passed"]
-    assert [one["linears"] for one in report.parity["linears"]] == [210, 210]
+    assert [one["linears"] for one in report.parity["linears"]] == [211, 211]
     assert len(report.parity["logits"]) == 6
     for case in report.parity["logits"]:
         # The library rounds activations to int8, the functions do not.
@@ -68,12 +68,14 @@ def test_parity_passed_far_below_the_signal(report: Report) -> None:
 
 
 def test_compensation_lowers_the_error_of_every_linear(report: Report) -> None:
-    compressed = [linear for linear in report.linears if linear.bits is not None]
+    *compressed, head = report.linears
     assert len(compressed) == 210
     for linear in compressed:
-        assert (linear.bits, linear.group_size, linear.rank) == (3, 64, 64)
+        bits = 6 if linear.role in ("k_proj", "v_proj") else 3
+        assert (linear.bits, linear.group_size, linear.rank) == (bits, 64, 32)
         # EoRA is the best correction of that rank in this very norm: Eckart-Young.
-        assert linear.errors["eora"] < 0.9 * linear.errors["quantize_gptq"], linear.name
+        assert linear.errors["eora"] < 0.95 * linear.errors["quantize_gptq"], linear.name
+    assert (head.name, head.bits, head.rank) == ("lm_head", 6, 0)
 
 
 def test_fidelity_is_better_with_compensation_than_without(report: Report) -> None:
@@ -85,14 +87,17 @@ def test_fidelity_is_better_with_compensation_than_without(report: Report) -> No
         assert rows[name].kl < 0.9 * rows["quantized"].kl
         assert rows[name].perplexity < rows["quantized"].perplexity
     assert rows["eora"].bytes == rows["svd"].bytes
-    assert rows["quantized"].bits_per_weight == pytest.approx(3 + 24 / 64, abs=0.05)
+    # Scales of 16 bits, zero points of 4 or, next to codes of 6 bits, 8; k and v have 1 in 16 rows.
+    narrow, wide = 3 + 20 / 64, 6 + 24 / 64
+    assert rows["quantized"].bits_per_weight == pytest.approx((15 * narrow + wide) / 16, abs=0.01)
 
 
-def test_memory_of_the_build_is_bounded(artifact: Path, report: Report) -> None:
+def test_memory_of_the_build_is_bounded(artifact: Path, report: Report, smollm2_gguf: Path) -> None:
     # float32: 134,515,008 parameters, the tied table once.
     weights = 4 * 134_515_008
     assert report.build.peak_memory_bytes < weights + 1_500_000_000
-    assert sum(path.stat().st_size for path in artifact.iterdir()) < 0.5 * weights
+    size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+    assert size < smollm2_gguf.stat().st_size, "the folder is smaller than the file it is made from"
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
