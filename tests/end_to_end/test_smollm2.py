@@ -69,8 +69,10 @@ def test_parity_passed_far_below_the_signal(report: Report) -> None:
     assert [one["linears"] for one in report.parity["linears"]] == [211, 211]
     assert len(report.parity["logits"]) == 6
     for case in report.parity["logits"]:
-        # The library rounds activations to int8, the functions do not.
-        share = 0.6 if case["through"] == "library" else 1e-2
+        # The library rounds activations to int8, the functions do not. Its bound is below the
+        # effect of compression, or the artifact would have float activations.
+        assert case["max_error"] < 0.25 * report.parity["compression_effect"]
+        share = 1 if case["through"] == "library" else 1e-2
         assert case["tolerance"] < share * report.parity["compression_effect"]
 
 
