@@ -20,6 +20,7 @@ __all__ = [
     "CHOICES",
     "DOMAIN",
     "DOMAIN_VERSION",
+    "FACTORS",
     "FUSED_OP",
     "GATHER_OP",
     "INPUTS",
@@ -100,6 +101,9 @@ CHOICES: Mapping[str, Sequence[int | str]] = {
     "activation": ("", *ACTIVATIONS),
 }
 """Values of the attributes that have a few each. Others may be those of a later library."""
+
+FACTORS = (Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale)
+"""Inputs that hold low-rank factors, the scales for integer factors only."""
 
 ADAPTER_OPERANDS = (
     Input.adapter_a.name,

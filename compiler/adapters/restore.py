@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.errors import ArtifactError
 from eoracc.passes.graph.linears import Linear, find_again
-from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
+from eoracc.plugins.op import DOMAIN, FACTORS, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
@@ -30,8 +30,6 @@ from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 __all__ = ["restore_backbone"]
 
 Array = NDArray[Any]
-
-_FACTORS = (Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale)
 
 
 def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
@@ -149,7 +147,7 @@ def _codes(node: ir.Node) -> str:
 
 def _factors(node: ir.Node, part: int, parts: int, rows: slice) -> LowRank | None:
     """Factors of one linear, without the ranks that only fill up tiles."""
-    stored = {name: array for name in _FACTORS if (array := _array(node, name)) is not None}
+    stored = {name: array for name in FACTORS if (array := _array(node, name)) is not None}
     if not stored:
         return None
     columns, total = node.attributes["K"].as_int(), node.attributes["N"].as_int()

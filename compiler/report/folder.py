@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from eoracc.passes.graph.linears import block_of
-from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
+from eoracc.plugins.op import DOMAIN, FACTORS, FUSED_OP, GATHER_OP, Input
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE
 from eoracc.runtime.artifact.manifest import ADAPTERS_FOLDER, MANIFEST_FILE, REPORT_FILE
 from eoracc.runtime.artifact.signature import SIGNATURE_FILE
@@ -47,7 +47,6 @@ _CHECKING = frozenset((MANIFEST_FILE, SIGNATURE_FILE, REPORT_FILE, PARITY_FILE, 
 _TENSORRT = ("tensorrt/", "tensorrt_rtx/")
 
 _WEIGHT = frozenset((Input.B, Input.scales, Input.zero_points, Input.bias))
-_FACTORS = frozenset((Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale))
 _TABLE = frozenset((Input.B, Input.scales, Input.zero_points))
 
 _VIEWS = frozenset(("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"))
@@ -162,7 +161,7 @@ def _uses(name: str, consumers: _Consumers) -> list[tuple[onnx.NodeProto, int]]:
 def _operand_kind(node: onnx.NodeProto, index: int, name: str, in_block: bool) -> str:
     """The kind of the input ``index`` of a node, which reads the initializer ``name``."""
     if node.domain == DOMAIN and node.op_type == FUSED_OP:
-        if index in _FACTORS:
+        if index in FACTORS:
             return "factors" if in_block else "embedding_and_head"
         if index in _WEIGHT:
             return "linears" if in_block else "embedding_and_head"

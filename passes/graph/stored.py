@@ -15,7 +15,7 @@ from eoracc.plugins.operands.weight import NBitsWeight
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["factor_arrays", "stored_factors", "stored_weight"]
+__all__ = ["constant_operand", "factor_arrays", "stored_factors", "stored_weight"]
 
 _INT4 = ir.DataType.INT4.numpy()
 """NumPy type of the values of an int4 factor in the graph."""
@@ -73,6 +73,12 @@ def factor_arrays(factors: LowRank) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
-def _array(node: ir.Node, position: int) -> NDArray[np.generic] | None:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    return None if value is None or value.const_value is None else value.const_value.numpy()
+def constant_operand(node: ir.Node, place: int) -> ir.TensorProtocol | None:
+    """The constant that ``node`` reads at ``place``; None where it reads nothing or no constant."""
+    value = node.inputs[place] if place < len(node.inputs) else None
+    return None if value is None else value.const_value
+
+
+def _array(node: ir.Node, place: int) -> NDArray[np.generic] | None:
+    tensor = constant_operand(node, place)
+    return None if tensor is None else tensor.numpy()

@@ -9,15 +9,12 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from eoracc.passes.graph.stored import stored_factors
+from eoracc.passes.graph.stored import constant_operand, stored_factors
 from eoracc.plugins.op import Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, VECTOR
 from eoracc.plugins.operands.low_rank import merge_factors, merged_bits, ranked_tiles, split_rows
 
-__all__ = ["FACTORS", "INTEGERS", "TiledOperand", "factor_operands", "own_ranks"]
-
-FACTORS = (Input.lora_a, Input.lora_b, Input.lora_a_scale, Input.lora_b_scale)
-"""Inputs of the op that hold the factors, in order."""
+__all__ = ["INTEGERS", "TiledOperand", "factor_operands", "own_ranks"]
 
 INTEGERS = (ir.DataType.INT8, ir.DataType.INT4)
 """Types of integer factors in the plain layout."""
@@ -148,15 +145,10 @@ def _columns(nodes: Sequence[ir.Node], place: Input, columns: int, bits: int) ->
 
 def _dtype(nodes: Sequence[ir.Node], place: Input) -> ir.DataType | None:
     """The type of the operand in the first of ``nodes`` that has it."""
-    arrays = (_array(node, place) for node in nodes)
+    arrays = (constant_operand(node, place) for node in nodes)
     return next((tensor.dtype for tensor in arrays if tensor is not None), None)
 
 
 def _rank(node: ir.Node) -> int:
-    lora_a = _array(node, Input.lora_a)
+    lora_a = constant_operand(node, Input.lora_a)
     return 0 if lora_a is None else lora_a.shape.numpy()[0]
-
-
-def _array(node: ir.Node, place: int) -> ir.TensorProtocol | None:
-    value = node.inputs[place] if place < len(node.inputs) else None
-    return None if value is None else value.const_value

@@ -20,14 +20,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from eoracc.compiler.targets.onnxruntime.factor_tiles import (
-    FACTORS,
     INTEGERS,
     factor_operands,
     own_ranks,
 )
 from eoracc.passes.graph.names import PARTS
+from eoracc.passes.graph.stored import constant_operand
 from eoracc.passes.graph.tensors import register_tensor
-from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
+from eoracc.plugins.op import DOMAIN, FACTORS, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, tile_codes, tile_rows, unpack_codes
 from eoracc.runtime.artifact.graph_names import LINEARS_KEY
 
@@ -106,11 +106,14 @@ def _fit_together(nodes: Sequence[ir.Node]) -> bool:
 
 
 def _has_factors(node: ir.Node) -> bool:
-    return _array(node, Input.lora_a) is not None
+    return constant_operand(node, Input.lora_a) is not None
 
 
 def _form(node: ir.Node) -> tuple[Any, ...]:
-    scales, zero_points = _array(node, Input.scales), _array(node, Input.zero_points)
+    scales, zero_points = (
+        constant_operand(node, Input.scales),
+        constant_operand(node, Input.zero_points),
+    )
     assert scales is not None  # noqa: S101 - the op has them
     sizes = (node.attributes[name].as_int() for name in ("bits", "block_size"))
     return (*sizes, scales.dtype, zero_points is None)
@@ -118,16 +121,11 @@ def _form(node: ir.Node) -> tuple[Any, ...]:
 
 def _factor_form(node: ir.Node) -> tuple[Any, ...]:
     """Types of the factors; 8-bit and 4-bit integers can share an operand."""
-    factors = (_array(node, Input.lora_a), _array(node, Input.lora_b))
+    factors = (constant_operand(node, Input.lora_a), constant_operand(node, Input.lora_b))
     return tuple(
         None if factor is None else "integer" if factor.dtype in INTEGERS else factor.dtype
         for factor in factors
     )
-
-
-def _array(node: ir.Node, position: int) -> ir.TensorProtocol | None:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    return None if value is None else value.const_value
 
 
 # --- one node in tiles ----------------------------------------------------------------------------
@@ -221,7 +219,7 @@ class _Store:
 
     def bias(self, nodes: Sequence[ir.Node], name: str) -> ir.Value | None:
         """The biases of ``nodes`` as one vector; zeros for a node that has none."""
-        tensors = [_array(node, Input.bias) for node in nodes]
+        tensors = [constant_operand(node, Input.bias) for node in nodes]
         present = [tensor for tensor in tensors if tensor is not None]
         if not present or len(nodes) == 1:
             return nodes[0].inputs[Input.bias] if present else None
@@ -248,7 +246,7 @@ class _Store:
         ]
 
     def _rows(self, nodes: Sequence[ir.Node], position: Input, name: str) -> ir.Value | None:
-        tensor = _array(nodes[0], position)
+        tensor = constant_operand(nodes[0], position)
         if tensor is None:
             return None
         _, groups = tensor.shape.numpy()
