@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
+from eoracc.plugins.operands.weight import zero_point_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,7 @@ _SMALLEST_VECTOR = 1 << 10
 
 _NIBBLE = 4
 _LARGEST = 2**_NIBBLE - 1
-"""Bits of the narrow zero points, and the largest that they hold."""
+"""Bits of the narrow zero points (:func:`.zero_point_bits`), and the largest that they hold."""
 
 _FACTOR_SCALES = (Input.lora_a_scale, Input.lora_b_scale)
 
@@ -79,7 +80,7 @@ def _is_zero_points(node: ir.Node, position: int) -> bool:
     return (
         node.domain == DOMAIN
         and position == Input.zero_points
-        and node.attributes["bits"].as_int() <= _NIBBLE
+        and zero_point_bits(node.attributes["bits"].as_int()) == _NIBBLE
     )
 
 
