@@ -66,7 +66,7 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
     for node in stored.graph:
         if node.op_type == GATHER_OP and str(node.name) in tables:
             table = tables[str(node.name)]
-            rows = int(table.source.shape.numpy()[0])
+            rows, _ = table.shape
             head = by_codes.get(_codes(node))
             if head is not None and head.compressed is not None:
                 table.quantize(head.compressed, tied=head)

@@ -104,7 +104,7 @@ def _parts(passes: Sequence[Pass], linears: Iterable[Linear]) -> list[_Part]:
             for part in parts:
                 width = item.options_for(part.linear)
                 if width is not None:
-                    part.factor_type = "int8" if width.bits == 8 else "int4"
+                    part.factor_type = width.factor_type
     return parts
 
 

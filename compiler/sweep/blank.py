@@ -73,7 +73,7 @@ def _apply(item: Pass, linear: Linear) -> None:
     elif isinstance(item, QuantizeFactors):
         width = item.options_for(linear)
         if width is not None and linear.factors is not None:
-            _compensate(linear, linear.factors.rank, "int8" if width.bits == 8 else "int4")
+            _compensate(linear, linear.factors.rank, width.factor_type)
 
 
 def _factorize(item: Factorization, linear: Linear) -> None:
@@ -93,5 +93,4 @@ def _compensate(linear: Linear, rank: int, kind: FactorType) -> None:
 
 def _blank_table(options: Compression, embedding: Embedding) -> NBitsWeight:
     assert isinstance(options, Quantization)  # noqa: S101 - the only caller has checked
-    rows, width = embedding.source.shape.numpy()
-    return options.blank(rows, width)
+    return options.blank(*embedding.shape)

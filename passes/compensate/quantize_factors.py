@@ -55,6 +55,11 @@ class QuantizeFactors(Overridable, LayerPass):
     bits: FactorBits = 8
     overrides: Mapping[str, FactorBitsOverride] = field(default_factory=dict)
 
+    @property
+    def factor_type(self) -> FactorType:
+        """What the factors are stored in afterwards."""
+        return _TYPES[self.bits]
+
     @override
     def problems(self, earlier: Sequence[Pass]) -> Iterator[Problem]:
         yield from super().problems(earlier)
@@ -89,7 +94,7 @@ class QuantizeFactors(Overridable, LayerPass):
     def round(self, linear: Linear, gram: Gram | None) -> None:
         """Round the factors of one linear, unless they have that type already."""
         factors = linear.factors
-        if factors is None or factors.factor_type == _TYPES[self.bits]:
+        if factors is None or factors.factor_type == self.factor_type:
             return
         metric = None if gram is None or saw_too_few_tokens(gram) else gram
         weighted: NDArray[np.float32] | None = None
@@ -99,7 +104,7 @@ class QuantizeFactors(Overridable, LayerPass):
             store_factors(
                 factors.up().astype(np.float64),
                 factors.down().astype(np.float64),
-                _TYPES[self.bits],
+                self.factor_type,
                 gram=metric,
                 weighted=weighted,
             )

@@ -67,6 +67,12 @@ class Embedding:
         scales = [tensor for tensor in constants if tensor is not None and tensor.size == 1]
         return float(scales[0].numpy().reshape(())) if scales else 1.0
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width of the table."""
+        rows, width = (int(size) for size in self.source.shape.numpy())
+        return rows, width
+
     def weight(self) -> NDArray[np.float32]:
         """The original table, ``float32 [rows, width]``."""
         return np.asarray(self.source.numpy(), np.float32)
@@ -83,7 +89,7 @@ class Embedding:
         Raises:
           PassError: ``weight`` has another shape, or ``tied`` has another weight.
         """
-        rows, width = self.source.shape.numpy()
+        rows, width = self.shape
         if (weight.out_features, weight.in_features) != (rows, width):
             raise PassError(
                 self.name,

@@ -106,7 +106,7 @@ class Tables:
             ways = self._ways(table)
             if table.name in shared or not ways:
                 continue
-            rows, width = (int(size) for size in table.source.shape.numpy())
+            rows, width = table.shape
             if len(ways) == 1:
                 options = [self._only_way(ways[0], rows, width)]
             else:
@@ -141,7 +141,7 @@ class Tables:
 
     def _predicts(self, linear: Linear) -> bool:
         """Whether ``linear`` has logits for outputs: others beside the blocks are not weighed."""
-        rows = {int(table.source.shape.numpy()[0]) for table in self.embeddings}
+        rows = {table.shape[0] for table in self.embeddings}
         return linear.out_features in rows
 
     def _only_way(self, way: Quantization, rows: int, width: int) -> Option:
@@ -234,8 +234,7 @@ class _LookUps:
         """Those of ``table``, whose gradients a survey has taken."""
         assert table.output_gram is not None  # noqa: S101 - only with them there are ways
         root = gram_root(table.output_gram().astype(np.float64)).astype(np.float32)
-        rows = int(table.source.shape.numpy()[0])
-        return cls(windows.counts(rows), root * np.float32(table.scale))
+        return cls(windows.counts(table.shape[0]), root * np.float32(table.scale))
 
     def loss(self, weight: NDArray[np.float32], stored: NBitsWeight) -> float:
         """``sum_t e_t^T G e_t`` over tokens, with the error ``e_t`` of the row of each."""
