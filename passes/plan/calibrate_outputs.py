@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -77,7 +78,8 @@ class CalibrateOutputs(SurveyPass):
         take = self._of_gradients if self.by == "logits" else self._of_outputs
         found = context.remember("output_grams", lambda: take(context, linears), files=_FOLDER)
         if self.by == "logits" and (table := _token_embedding(context)) is not None:
-            table.output_gram = self._embedding_gram_of(table, context.folder)
+            # Of the gradients at what enters the first block.
+            table.output_gram = partial(self._damped_gram, context.folder, table.name)
         for linear in linears.values():
             linear.output_gram = self._gram_of(linear, linears, context.folder)
             if self.by == "logits":
@@ -122,24 +124,21 @@ class CalibrateOutputs(SurveyPass):
         """A function that loads the Gram of one linear's output."""
         whole = _whole(linear) if self.by == "logits" else linear.name
 
-        def load() -> NDArray[np.float32]:
-            gram = _read(folder, whole, _GRAM).astype(np.float64)
-            if linear.name == f"{whole}.v":
-                # Its output is the input of `u`.
-                after = linears[f"{whole}.u"].weight().astype(np.float64)
-                gram = after.T @ gram @ after
-            return self._damped(gram).astype(np.float32)
+        # The output of `v` is the input of `u`.
+        is_inner = linear.name == f"{whole}.v"
+        return partial(
+            self._damped_gram, folder, whole, linears[f"{whole}.u"] if is_inner else None
+        )
 
-        return load
-
-    def _embedding_gram_of(self, table: Embedding, folder: Path) -> OutputGram:
-        """A function that loads the Gram of the gradients at what enters the first block."""
-
-        def load() -> NDArray[np.float32]:
-            gram = _read(folder, table.name, _GRAM).astype(np.float64)
-            return self._damped(gram).astype(np.float32)
-
-        return load
+    def _damped_gram(
+        self, folder: Path, name: str, behind: Linear | None = None
+    ) -> NDArray[np.float32]:
+        """The Gram that is kept under ``name``, or that of the input of ``behind`` by it."""
+        gram = _read(folder, name, _GRAM).astype(np.float64)
+        if behind is not None:
+            after = behind.weight().astype(np.float64)
+            gram = after.T @ gram @ after
+        return self._damped(gram).astype(np.float32)
 
     def _damped(self, gram: NDArray[np.float64]) -> NDArray[np.float64]:
         level = float(np.trace(gram)) / len(gram)
