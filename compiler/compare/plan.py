@@ -21,7 +21,7 @@ from eoracc.passes.plan.allocate import Allocate
 from eoracc.passes.plan.select_last_k import SelectLastK
 from eoracc.passes.recipe import Recipe
 
-__all__ = ["BudgetProblem", "Contender", "Fit", "FolderBytes", "fit"]
+__all__ = ["BudgetProblem", "BuildBytes", "Contender", "Fit", "fit"]
 
 _RATIO_STEPS = 1000
 """Ratios are multiples of a thousandth where factors are quantized, which has no closed form."""
@@ -88,11 +88,11 @@ class _Budget:
         return 8 * nbytes / self.weights
 
 
-FolderBytes = Callable[[Sequence[Pass]], int]
+BuildBytes = Callable[[Sequence[Pass]], int]
 """Bytes of the folder that a build with these passes will write."""
 
 
-def fit(method: Method, budget: str, linears: Sequence[Linear], folder_bytes: FolderBytes) -> Fit:
+def fit(method: Method, budget: str, linears: Sequence[Linear], folder_bytes: BuildBytes) -> Fit:
     """Spend ``budget`` on the passes of ``method``.
 
     Args:
@@ -119,7 +119,7 @@ def fit(method: Method, budget: str, linears: Sequence[Linear], folder_bytes: Fo
 
 
 def _fit_folder(
-    passes: tuple[Pass, ...], size: int, linears: Sequence[Linear], folder_bytes: FolderBytes
+    passes: tuple[Pass, ...], size: int, linears: Sequence[Linear], folder_bytes: BuildBytes
 ) -> Fit:
     """Spend a budget of the folder, in which embedding and head count like all else."""
     if any(isinstance(item, Allocate) for item in passes):

@@ -28,7 +28,7 @@ from eoracc import __version__
 from eoracc.compiler.chat.ship import ChatTemplates, ship_chat
 from eoracc.compiler.compare.folder import WorkFolder
 from eoracc.compiler.compare.methods import Method, find_methods
-from eoracc.compiler.compare.plan import BudgetProblem, Contender, Fit, FolderBytes, fit
+from eoracc.compiler.compare.plan import BudgetProblem, BuildBytes, Contender, Fit, fit
 from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, stored_bytes
 from eoracc.compiler.compare.result import Comparison, Figures, Original, Row, Through
 from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_together
@@ -453,7 +453,7 @@ class _Labelled:
 
 
 def _contenders(
-    method: Method, budgets: Sequence[str], linears: _Linears, folder_bytes: FolderBytes
+    method: Method, budgets: Sequence[str], linears: _Linears, folder_bytes: BuildBytes
 ) -> list[Contender]:
     if not method.takes_budget:
         return [Contender(method, None, Fit(method.passes))]
