@@ -86,6 +86,10 @@ __all__ = ["BuildResult", "build"]
 _PARITY_CHECK = Reader(ArtifactError, "build again")
 
 
+_READ_TEXT = (Calibrate, CalibrateOutputs)
+"""Passes over the calibration text, in a precision of their own."""
+
+
 @dataclass(frozen=True)
 class BuildResult:
     """A finished build.
@@ -200,7 +204,7 @@ def _as_built(config: BuildConfig, made: _Made) -> BuildConfig:
     """``config`` with what the build chose: precisions for ``auto``, the accuracy level."""
     passes = tuple(
         replace(item, precision=resolve_precision(item.precision))
-        if isinstance(item, Calibrate | CalibrateOutputs)
+        if isinstance(item, _READ_TEXT)
         else item
         for item in config.passes
     )
@@ -212,8 +216,9 @@ def _as_built(config: BuildConfig, made: _Made) -> BuildConfig:
 
 def _precisions(config: BuildConfig) -> list[str]:
     """Those of all passes over the calibration text, each once."""
-    kinds = (Calibrate, CalibrateOutputs)
-    return list(dict.fromkeys(item.precision for item in config.passes if isinstance(item, kinds)))
+    return list(
+        dict.fromkeys(item.precision for item in config.passes if isinstance(item, _READ_TEXT))
+    )
 
 
 @dataclass(frozen=True)
