@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
-from eoracc.compiler.targets.machine import processor_extensions
+from eoracc.compiler.targets.machine import processor_extensions, processor_field
 
 __all__ = ["describe_machine", "machine_line"]
-
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -40,12 +37,4 @@ def machine_line() -> str:
 
 def _processor() -> str:
     """The name that Linux gives it; what Python knows where Linux gives none (AArch64)."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name" and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
+    return processor_field("model name") or platform.processor() or platform.machine()

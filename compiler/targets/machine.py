@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SETTINGS", "build_machine", "processor_extensions"]
+__all__ = ["SETTINGS", "build_machine", "processor_extensions", "processor_field"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -98,13 +98,18 @@ def _cores() -> int | None:
 
 def processor_extensions() -> list[str]:
     """Extensions of the instruction set that matter here; empty where Linux does not say."""
+    flags = processor_field("flags", "Features").split()
+    return [extension for extension in _EXTENSIONS if extension in flags]
+
+
+def processor_field(*names: str) -> str:
+    """The first field of one of ``names`` in what Linux says of the processor; empty without."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return []
+        return ""
     for line in lines:
         name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            return [extension for extension in _EXTENSIONS if extension in flags]
-    return []
+        if name.strip() in names:
+            return value.strip()
+    return ""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine
 from benchmarks.machine import describe_machine, machine_line
+from eoracc.compiler.targets import machine
 from eoracc.compiler.targets.machine import build_machine
 
 
