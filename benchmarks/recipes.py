@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,26 +123,33 @@ _GEMMA_ENDS = (0, 1, 2, 15, 16, 17)
 _CALIBRATE = {"calibrate": {"match": "outputs"}}
 
 
-def _allocated(bits: float, group_size: int) -> Recipe:
-    """Bits and rank of every linear under one budget.
+_WIDTHS = (2, 3, 4, 8)
+_RANKS = (0, 8, 16, 32, 64, 96)
+
+
+def _allocated_passes(
+    budget: dict[str, Any], quantize: dict[str, Any], widths: Sequence[int] = _WIDTHS
+) -> tuple[Any, ...]:
+    """Bits and rank of every linear under one budget, with EoRA.
 
     The groups differ from those of 32 in which the checkpoints were quantized: 192 columns divide
     both widths of SmolLM2-135M, 128 all widths of Gemma-3-270M.
     """
-    allocate = {
-        "bits_per_weight": bits,
-        "widths": [2, 3, 4, 8],
-        "ranks": [0, 8, 16, 32, 64, 96],
-    }
+    return (
+        {"calibrate_outputs": {}},
+        {"allocate": {**budget, "widths": list(widths), "ranks": list(_RANKS)}},
+        _CALIBRATE,
+        {"quantize_gptq": quantize},
+        {"eora": {}},
+    )
+
+
+def _allocated(bits: float, group_size: int) -> Recipe:
+    """Bits and rank of every linear for bits per weight of the linears."""
+    quantize = {"group_size": group_size, **_PLAIN_TABLES}
     return Recipe(
         f"eoracc bits and rank allocated, group {group_size}, + EoRA int4",
-        (
-            {"calibrate_outputs": {}},
-            {"allocate": allocate},
-            _CALIBRATE,
-            {"quantize_gptq": {"group_size": group_size, **_PLAIN_TABLES}},
-            {"eora": {}},
-        ),
+        _allocated_passes({"bits_per_weight": bits}, quantize),
         "eora",
     )
 
@@ -153,21 +161,10 @@ def _folder(megabytes: float, *, group_size: int) -> Recipe:
       megabytes: size of a file of llama.cpp, or a size below all of them.
       group_size: divides the rows of the linears, and those of the embedding.
     """
-    allocate = {
-        "size": f"{megabytes:g}MB",
-        "widths": [2, 3, 4, 6, 8],
-        "ranks": [0, 8, 16, 32, 64, 96],
-    }
     quantize = {"group_size": group_size, "embedding_group_size": group_size}
     return Recipe(
         f"eoracc folder of at most {megabytes:g} MB",
-        (
-            {"calibrate_outputs": {}},
-            {"allocate": allocate},
-            _CALIBRATE,
-            {"quantize_gptq": quantize},
-            {"eora": {}},
-        ),
+        _allocated_passes({"size": f"{megabytes:g}MB"}, quantize, (2, 3, 4, 6, 8)),
         "eora",
         folder_limit_bytes=round(megabytes * 1e6),
     )
