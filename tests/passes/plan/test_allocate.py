@@ -17,10 +17,11 @@ from eoracc.compiler.sweep.pipeline import Compressed, compress
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
-from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
+from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.plan.allocate import Allocate
 from eoracc.passes.quantize.quantization import EMBEDDING_BITS
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from tests.passes.plan.surveys import survey_of
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -214,17 +215,7 @@ def test_group_sizes_can_be_chosen_too(
 def context(
     loaded: LoadedModel, windows: Windows | None, folder: Path, passes: Sequence[Any] = SWEEP
 ) -> Survey:
-    return Survey(
-        model=loaded.model,
-        linears=find_linears(loaded.model),
-        windows=windows,
-        following=tiny_config(passes).passes,
-        checkpoint=loaded.folder,
-        trust_remote_code=False,
-        folder=folder,
-        key="key",
-        progress=SilentProgress(),
-    )
+    return survey_of(loaded, windows, folder, tiny_config(passes).passes)
 
 
 def test_output_grams_say_what_errors_count_for(

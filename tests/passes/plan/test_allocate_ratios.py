@@ -12,13 +12,13 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.batch import make_batches
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.sweep.pipeline import Compressed, compress
-from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.plan.allocate_ratios import AllocateRatios
 from eoracc.passes.solvers.factorization import factorized_rank
 from eoracc.passes.solvers.ratio_allocation import ratios_by_loss
+from tests.passes.plan.surveys import survey_of
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -123,20 +123,10 @@ def test_what_an_earlier_survey_has_planned_is_the_total(
     by: Literal["loss", "energy"], loaded: LoadedModel, windows: Windows, tmp_path: Path
 ) -> None:
     """Unlike ratios: each type and ratio is shared out by itself, or all by one total."""
-    linears = find_linears(loaded.model)
-    context = Survey(
-        model=loaded.model,
-        linears=linears,
-        windows=windows,
-        following=tiny_config([CALIBRATE, {"svd_llm": {"ratio": 0.3}}]).passes,
-        checkpoint=loaded.folder,
-        trust_remote_code=False,
-        folder=tmp_path,
-        key="key",
-        progress=SilentProgress(),
-    )
+    passes = tiny_config([CALIBRATE, {"svd_llm": {"ratio": 0.3}}]).passes
+    context = survey_of(loaded, windows, tmp_path, passes)
     sizes, planned = {}, {}
-    for linear in linears:
+    for linear in context.linears:
         if linear.block is not None:
             # Most of the small weights, so that a mean over weights is not one over parameters.
             own = {"o_proj": 0.0, "k_proj": 0.8, "v_proj": 0.8}

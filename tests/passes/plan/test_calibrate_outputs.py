@@ -30,6 +30,7 @@ from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from eoracc.passes.solvers.factors import gram_root, output_weighted_factors
 from tests.passes.groups import qkv
+from tests.passes.plan.surveys import survey_of
 from tests.tiny_build import tiny_config, tiny_workspace
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -55,18 +56,7 @@ def loaded(tmp_path: Path) -> LoadedModel:
 
 
 def context_of(loaded: LoadedModel, folder: Path, **changes: object) -> Survey:
-    context = Survey(
-        model=loaded.model,
-        linears=find_linears(loaded.model),
-        windows=windows(),
-        following=(),
-        checkpoint=loaded.folder,
-        trust_remote_code=False,
-        folder=folder,
-        key="key",
-        progress=SilentProgress(),
-    )
-    return replace(context, **changes)  # type: ignore[arg-type]
+    return replace(survey_of(loaded, windows(), folder), **changes)  # type: ignore[arg-type]
 
 
 def grams_of(context: Survey) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:

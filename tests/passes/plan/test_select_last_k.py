@@ -21,11 +21,11 @@ from eoracc.errors import ConfigError, PassError
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.factorize.base import RatioOverride
 from eoracc.passes.factorize.factorize_svd import FactorizeSvd
-from eoracc.passes.graph.linears import find_linears
 from eoracc.passes.plan.select_last_k import SelectLastK
 from eoracc.passes.quantize.quantization import QuantizeOverride
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from tests.graph_session import padded_mask
+from tests.passes.plan.surveys import survey_of
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -110,18 +110,8 @@ def error_of(
 def context(
     source: LoadedModel, windows: Windows | None, work: Path, following: Sequence[LayerPass]
 ) -> Survey:
-    model = source.model.clone()
-    return Survey(
-        model=model,
-        linears=find_linears(model),
-        windows=windows,
-        following=following,
-        checkpoint=source.folder,
-        trust_remote_code=False,
-        folder=work / "survey",
-        key="key",
-        progress=SilentProgress(),
-    )
+    copy = replace(source, model=source.model.clone())
+    return survey_of(copy, windows, work / "survey", following)
 
 
 def skipping(blocks: Sequence[int]) -> dict[str, Any]:

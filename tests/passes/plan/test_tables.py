@@ -11,12 +11,11 @@ import torch
 
 from eoracc.compiler.eager.model import load_eager
 from eoracc.compiler.frontend.load import LoadedModel, load
-from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.sweep.survey import Survey
 from eoracc.compiler.text.windows import Windows
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.embeddings import Embedding, find_embeddings
-from eoracc.passes.graph.linears import Linear, LinearGroup, find_linears
+from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.plan.tables import Tables, _Predictions
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
@@ -24,6 +23,7 @@ from eoracc.passes.quantize.quantization import EmbeddingBits, Quantization
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 from tests.passes.groups import make_group
+from tests.passes.plan.surveys import survey_of
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -44,18 +44,7 @@ def windows() -> Windows:
 
 
 def context_of(loaded: LoadedModel, folder: Path, passes: Any = ("calibrate", GPTQ)) -> Survey:  # noqa: ANN401
-    return Survey(
-        model=loaded.model,
-        linears=find_linears(loaded.model),
-        embeddings=find_embeddings(loaded.model),
-        windows=windows(),
-        following=tiny_config(passes).passes,
-        checkpoint=loaded.folder,
-        trust_remote_code=False,
-        folder=folder,
-        key="key",
-        progress=SilentProgress(),
-    )
+    return survey_of(loaded, windows(), folder, tiny_config(passes).passes)
 
 
 def load_tiny(family: str, folder: Path, **fields: Any) -> LoadedModel:  # noqa: ANN401
