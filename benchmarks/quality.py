@@ -18,10 +18,11 @@ and head are compressed too. Each setting is a build of its own through the driv
 its own.
 
 ``folder_bytes`` are the bytes of all files of the folder that was built, or of a peer's file. Only
-the builds of ``folder`` recipes check parity, so only their folders have its record. Rows of peers
-are quoted from ``measured_perplexity.json``; with ``--peers VENV`` llama.cpp's files are made anew
-from the same checkpoint and scored in the same run. VENV is a virtual environment with
-llama-cpp-python 0.3.36 and safetensors.
+the builds of ``folder`` recipes check parity, so only their folders have its record. They share
+their surveys, which the cache folder keeps; the first of them pays for these in processor time.
+Rows of peers are quoted from ``measured_perplexity.json``; with ``--peers VENV`` llama.cpp's files
+are made anew from the same checkpoint and scored in the same run. VENV is a virtual environment
+with llama-cpp-python 0.3.36 and safetensors.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Row:
       c4: perplexity on C4; None where it was not measured.
       kl: mean KL(original || compressed) per token on Wikipedia, in nats.
       top1_agreement: share of Wikipedia's tokens on which both models predict the same next token.
-      cpu_s: seconds of processor time that the whole build took.
+      cpu_s: seconds of processor time that the whole build took, without surveys that were kept.
     """
 
     recipe: str | None
@@ -277,6 +278,7 @@ def _measure(
         config_dir=folder,
         progress=ConsoleProgress(Console(stderr=True)),
         force=True,
+        surveys=folder / "surveys" if limited else None,
     )
     report = result.report
     found = {row.name: row for row in report.fidelity.rows}

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +114,7 @@ def build(
     force: bool = False,
     keep_graphs: Path | None = None,
     lean: bool = False,
+    surveys: Path | None = None,
 ) -> BuildResult:
     """Build the artifact that ``config`` describes.
 
@@ -123,6 +125,8 @@ def build(
       force: replace an artifact that is there.
       keep_graphs: an empty or new folder for the graph of each stage; None keeps none.
       lean: leave out the records that only ``eoracc verify`` reads; the build still checks parity.
+      surveys: a folder that keeps the results of surveys, for later builds that differ in the
+        budget alone; None keeps them until the build succeeds.
 
     Raises:
       EoraccError: bad input, in one sentence; nothing is left half-written.
@@ -132,7 +136,21 @@ def build(
     check_output(output, force=force)
     graphs = StageGraphs(keep_graphs)
     try:
-        return _build(config, config_dir, output, progress, graphs, force=force, lean=lean)
+        with (
+            nullcontext()
+            if surveys is None
+            else claimed(surveys, "build", otherwise="choose another folder for '--keep-surveys'")
+        ):
+            return _build(
+                config,
+                config_dir,
+                output,
+                progress,
+                graphs,
+                force=force,
+                lean=lean,
+                surveys=surveys,
+            )
     except Exception as error:
         refuse_full_disk(output, error)
         raise
@@ -147,11 +165,12 @@ def _build(
     *,
     force: bool,
     lean: bool,
+    surveys: Path | None,
 ) -> BuildResult:
     begun_s, begun_cpu_s = time.perf_counter(), cpu_seconds()
     work = output.with_name(f".{output.name}.work")
     with ArtifactWriter(output, force=force) as writer, claimed(work, "build"):
-        made = _make(config, config_dir, work, writer, progress, graphs, lean=lean)
+        made = _make(config, config_dir, work, writer, progress, graphs, lean=lean, surveys=surveys)
         # The model and its weights are gone by now: checking needs the artifact alone.
         release_memory()
         parity, beside_bytes = (
@@ -273,6 +292,7 @@ def _make(
     graphs: StageGraphs,
     *,
     lean: bool,
+    surveys: Path | None,
 ) -> _Made:
     """Load, compress, solve adapters and write; what parity will be checked against is recorded."""
     for name in config.targets:
@@ -290,6 +310,7 @@ def _make(
         held_out=inputs.checking,
         graphs=graphs,
         folder_bytes=PlannedFolder(config, inputs.loaded, writer.folder, lean=lean).nbytes,
+        surveys=surveys,
     )
     release_memory()
     solved = _solve(config, compressed, inputs.tasks, work / "adapters", progress)

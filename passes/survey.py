@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,6 +192,10 @@ class SurveyPass(Pass):
     Its results steer later passes: options of single linears through
     :attr:`~eoracc.passes.graph.linears.Linear.plan`, or weights of output errors.
     """
+
+    decided_anew: ClassVar[tuple[str, ...]] = ()
+    """Options that apply to what the survey has kept: other values need no new survey. What they
+    decide must be in the plans, which the sweeps that follow depend on."""
 
     @property
     def folder_limit(self) -> int | None:

@@ -44,6 +44,12 @@ __all__ = ["build"]
     is_flag=True,
     help="Leave out the records that only 'eoracc verify' reads; the build still checks parity.",
 )
+@click.option(
+    "--keep-surveys",
+    type=PATH,
+    metavar="DIR",
+    help="Keep what surveys find in DIR; a build with another budget goes on from there.",
+)
 @trust_remote_code_option
 @trace_option
 @log_format_option
@@ -55,6 +61,7 @@ def build(
     force: bool,
     keep_graphs: Path | None,
     lean: bool,
+    keep_surveys: Path | None,
     trust_remote_code: bool,
     trace_file: Path | None,
     log_format: LogFormat,
@@ -90,6 +97,7 @@ def build(
             force=force,
             keep_graphs=keep_graphs,
             lean=lean,
+            surveys=keep_surveys,
         )
     manifest, report = result.manifest, result.report
     if as_json:

@@ -49,6 +49,11 @@ class WorkFolder:
         """The folder for the state of the sweep that rows share."""
         return self.path / "shared"
 
+    @property
+    def surveys(self) -> Path:
+        """The folder for the surveys of the current method, which its budgets share."""
+        return self.path / "surveys"
+
     def figures(self, key: str, names: Collection[str]) -> dict[str, Any] | None:
         """The cached figures of a row; None if there are none, or not exactly ``names``."""
         figures: object = self._rows.read(f"{key}.json")

@@ -35,6 +35,7 @@ from eoracc.compiler.compare.shared_sweep import Sharing, seconds_spent, sweep_t
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
+from eoracc.compiler.kept.files import remove
 from eoracc.compiler.observe.spans import cpu_seconds
 from eoracc.compiler.report.fidelity import Scorer, Variant
 from eoracc.compiler.sweep.blank import compress_blank
@@ -222,6 +223,7 @@ class _Comparing:
             self._row(contender, f"{place}/{len(contenders)}", linears, scorers)
             for place, contender in enumerate(contenders, 1)
         ]
+        remove(self._work.surveys)
         if all(row.figures is None for row in rows):
             failed = next(
                 row for row, contender in zip(rows, contenders, strict=True) if contender.fit
@@ -330,6 +332,7 @@ class _Comparing:
             self._work.sweeps(key),
             progress,
             folder_bytes=self._planned_folder(variant.passes).nbytes,
+            surveys=self._work.surveys,
         )
         wall_s, seconds = time.perf_counter() - begun_s, cpu_seconds() - begun_cpu_s
         executor = Executor(compressed.model, compressed.linears)

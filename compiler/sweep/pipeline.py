@@ -69,6 +69,7 @@ def compress(
     held_out: Windows | None = None,
     graphs: StageGraphs | None = None,
     folder_bytes: FolderBytes | None = None,
+    surveys: Path | None = None,
 ) -> Compressed:
     """Run the passes of ``config`` on ``loaded.model``, which they change in place.
 
@@ -82,6 +83,7 @@ def compress(
       graphs: given the graph after each stage.
       folder_bytes: the bytes of the folder that a compressed graph will be written to; None where
         none is written.
+      surveys: where the results of surveys are kept; None keeps them in ``folder``, too.
 
     Raises:
       PassError: a pass cannot do what is asked of it.
@@ -92,9 +94,9 @@ def compress(
     graphs, times = graphs or StageGraphs(), PassTimes()
     all_stages = config.recipe.stages()
     plans: list[dict[str, dict[str, Any]]] = []
+    surveys = folder if surveys is None else surveys
     for position, members in enumerate(all_stages):
         key = stage_key(config, loaded, members, position, calibration, held_out, plans)
-        kept = folder / str(position)
         first = members[0]
         with span("+".join(item.name for item in members), "stage", position=position):
             if isinstance(first, SurveyPass):
@@ -106,7 +108,7 @@ def compress(
                     following=_next_sweep(all_stages[position + 1 :]),
                     checkpoint=loaded.folder,
                     trust_remote_code=loaded.trust_remote_code,
-                    folder=kept,
+                    folder=surveys / str(position),
                     key=key,
                     progress=progress,
                     folder_bytes=folder_bytes,
@@ -122,7 +124,7 @@ def compress(
                 graphs.keep(first.name, model)
             else:
                 passes = [item for item in members if isinstance(item, LayerPass)]
-                state = SweepState(kept, key)
+                state = SweepState(folder / str(position), key)
                 _sweep(
                     config,
                     compressed,
@@ -221,7 +223,7 @@ def stage_key(
             {
                 "version": __version__,
                 "model": loaded.digest,
-                "passes": config.resolved()["passes"],
+                "passes": _lasting_options(config),
                 "stage": [position, *(item.name for item in members)],
                 "compare": config.verify.compare,
                 "plans": plans,
@@ -236,3 +238,14 @@ def stage_key(
         if windows.weights is not None:
             digest.update(windows.weights.tobytes())
     return digest.hexdigest()
+
+
+def _lasting_options(config: BuildConfig) -> list[Any]:
+    """The passes of ``config`` without the values of options that apply to kept surveys anew."""
+    passes = config.resolved()["passes"]
+    for item, entry in zip(config.passes, passes, strict=True):
+        if isinstance(item, SurveyPass):
+            options = entry[item.name]
+            # Whether there is a budget of the folder decides what is surveyed.
+            options |= {name: options[name] is not None for name in item.decided_anew}
+    return list(passes)

@@ -94,6 +94,7 @@ class Allocate(SurveyPass):
 
     name: ClassVar[str] = "allocate"
     precedes = (Quantization,)
+    decided_anew = ("bits_per_weight", "bytes", "size", "scope")
 
     bits_per_weight: Annotated[float, Field(gt=0)] | None = None
     bytes: Annotated[int, Field(ge=1)] | None = None

@@ -8,12 +8,15 @@ import pytest
 
 from eoracc.compiler import driver
 from eoracc.compiler.config.contradictions import contradictions
+from eoracc.compiler.kept.claim import claimed
 from eoracc.compiler.kept.interval import SaveInterval
 from eoracc.compiler.progress import SilentProgress
+from eoracc.compiler.sweep import survey as survey_module
 from eoracc.compiler.targets import planned_folder
 from eoracc.compiler.targets.planned_folder import PlannedFolder
 from eoracc.compiler.targets.weights_file import DATA_FILE, graph_bytes
-from eoracc.errors import PassError
+from eoracc.errors import ArtifactError, PassError
+from eoracc.passes.plan import allocate as allocate_module
 from eoracc.runtime.artifact.manifest import verify_manifest
 from tests.kept_builds import InterruptedProgress
 from tests.tiny_build import tiny_config, tiny_workspace
@@ -45,10 +48,17 @@ def files_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def build(workspace: Path, passes: tuple[Any, ...], *, lean: bool = False) -> BuildResult:
-    config = tiny_config(passes, verify=QUICK)
-    progress = SilentProgress()
-    return driver.build(config, config_dir=workspace, progress=progress, force=True, lean=lean)
+def build(
+    workspace: Path, passes: tuple[Any, ...], *, lean: bool = False, surveys: Path | None = None
+) -> BuildResult:
+    return driver.build(
+        tiny_config(passes, verify=QUICK),
+        config_dir=workspace,
+        progress=SilentProgress(),
+        force=True,
+        lean=lean,
+        surveys=surveys,
+    )
 
 
 class Recorded:
@@ -174,6 +184,61 @@ def test_a_build_that_resumes_with_another_plan_begins_its_sweep_anew(
     assert {name: stored[name] for name in bits} == bits
     for name in ("model.onnx", DATA_FILE):
         assert (resumed.output / name).read_bytes() == (fresh.output / name).read_bytes()
+
+
+def allocated(options: dict[str, Any]) -> tuple[Any, ...]:
+    return {"calibrate_outputs": {}}, {"allocate": {"ranks": [0, 4]} | options}, *SWEEP
+
+
+def test_builds_with_other_budgets_share_a_survey(
+    workspaces: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surveys = tmp_path / "surveys"
+    first = build(workspaces[True], allocated({"size": "1GB"}), surveys=surveys)
+    largest = bits_of(first)
+    size = files_bytes(first.output) - 20_000
+    alone = build(workspaces[True], allocated({"size": size}))
+    files = {name: (alone.output / name).read_bytes() for name in ("model.onnx", DATA_FILE)}
+    chosen = bits_of(alone)
+    assert chosen != largest
+    with monkeypatch.context() as surveyed_once:
+        surveyed_once.setattr(survey_module, "load_eager", refuse)
+        surveyed_once.setattr(allocate_module._Trial, "items", refuse)
+        again = build(workspaces[True], allocated({"size": size}), surveys=surveys)
+        assert bits_of(again) == chosen
+        for name, content in files.items():
+            assert (again.output / name).read_bytes() == content
+        # A way to compress that was not tried needs a survey of its own, and so do budgets that
+        # leave embedding and head alone.
+        for passes in (
+            allocated({"size": size, "widths": [2, 4]}),
+            allocated({"bits_per_weight": 3.5}),
+        ):
+            with pytest.raises(AssertionError, match="surveyed again"):
+                build(workspaces[True], passes, surveys=surveys)
+
+
+def test_a_build_whose_budget_was_too_small_goes_on_with_another(
+    workspaces: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PassError, match="raise the budget"):
+        build(workspaces[False], allocated({"bits_per_weight": 1.0}))
+    monkeypatch.setattr(allocate_module._Trial, "items", refuse)
+    assert build(workspaces[False], allocated({"bits_per_weight": 3.5})).report.surveys
+
+
+def test_a_folder_of_surveys_serves_one_build_at_a_time(
+    workspaces: dict[bool, Path], tmp_path: Path
+) -> None:
+    with (
+        claimed(tmp_path, "build"),
+        pytest.raises(ArtifactError, match="choose another folder for '--keep-surveys'"),
+    ):
+        build(workspaces[True], allocated({"size": "1GB"}), surveys=tmp_path)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("surveyed again")
 
 
 def test_a_budget_below_all_choices_ends_before_the_sweep(workspaces: dict[bool, Path]) -> None:

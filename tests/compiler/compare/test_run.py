@@ -19,6 +19,7 @@ from eoracc.compiler.report.fidelity import Scorer
 from eoracc.compiler.sweep import pipeline
 from eoracc.errors import ConfigError, DataError, ModelError, PassError
 from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.plan import allocate as allocation
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from tests.tiny_build import tiny_config, tiny_workspace
 from tests.wrong_graph import load_wrong
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from eoracc.compiler.report.fidelity import Scores, Variant
     from eoracc.compiler.sweep.pipeline import Compressed
     from eoracc.passes.graph.linears import LinearGroup
+    from eoracc.passes.plan.items import Item
 
 TEXT = {"windows": 2, "window_length": 32}
 
@@ -129,6 +131,32 @@ def test_rows_of_a_folders_size_are_builds_whose_folders_fit(workspace: Path) ->
         assert built.report.folder_bytes is not None
         # The records of the build are bounded, not known.
         assert 0 <= row.figures.folder_bytes - built.report.folder_bytes < 20_000
+
+
+def test_budgets_of_a_method_share_its_survey(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = {"bits_per_weight": 4, "ranks": [0, 2], "distortion": "relative"}
+    mine = {"mine": [{"allocate": allocate}, "calibrate", QUANTIZE, "eora"]}
+    settings = config(methods=mine, ood=None)
+    alone = [run(workspace, settings, ["mine"], [budget], fresh=True) for budget in ("4", "5")]
+    surveyed: list[str] = []
+    items = allocation._Trial.items
+
+    def count(trial: allocation._Trial, group: LinearGroup) -> list[Item]:
+        surveyed.append(group.name)
+        return items(trial, group)
+
+    monkeypatch.setattr(allocation._Trial, "items", count)
+    together = run(workspace, settings, ["mine"], ["4", "5"], fresh=True)
+    assert len(surveyed) == len(set(surveyed)) > 0
+    for row, expected in zip(together.rows, alone, strict=True):
+        assert row.figures is not None
+        (one,) = expected.rows
+        assert one.figures is not None
+        assert row.figures.kl == one.figures.kl
+        assert row.figures.linear_bytes == one.figures.linear_bytes
+    assert not (work_folder(settings, workspace) / "surveys").exists()
 
 
 @pytest.mark.parametrize("through", ["compressed", "original"])
