@@ -1,6 +1,7 @@
 """Time whole models against onnxruntime-genai int4 and llama.cpp, in one interleaved run.
 
     python benchmarks/decode.py --artifact smollm2=DIR [--artifact gemma3=DIR ...] [--json FILE]
+                                [--before smollm2=DIR ...] [--alone]
                                 [--llama-python PYTHON] [--rounds N] [--threads N]
 
 Every engine runs in a process of its own (``engines.py``) and is idle while another one is timed.
@@ -12,7 +13,9 @@ environment: llama-cpp-python is a source package, and GCC 12 needs
 header does not declare that a tile configuration is read.
 
 :data:`BARS` holds the bars: a ratio to the fastest peer, with no more bytes of weights. An engine
-that cannot run is listed, and its bars stay open.
+that cannot run is listed, and its bars stay open. An artifact of an earlier version, ``--before``,
+is timed with the others and has bars of its own, :data:`BEFORE_BARS`. Peak memory is that of the
+processes once they have loaded and decoded, before the prompt of 512 tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,6 +64,9 @@ TOKENS = {DECODE: 64, PREFILL: 512}
 BARS = {DECODE: 1 / 1.5, PREFILL: 1 / 1.2}
 """Our time divided by the fastest peer's: 1.5 times as fast in decoding, 1.2 times in prefill."""
 
+BEFORE_BARS = {DECODE: 1 / 1.9, "peak memory": 0.6}
+"""Those against an artifact of an earlier version: its default build of the same model."""
+
 SPIN_S = 0.2
 """Threads spin for some time after their work; no other engine is timed meanwhile."""
 
@@ -74,13 +80,17 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine to run: its kind in ``engines.py``, its model, and whether it is ours."""
+    """One engine to run: its kind in ``engines.py``, its model, and whether it is ours.
+
+    One ``before`` is an artifact of an earlier version, which ours is compared with.
+    """
 
     label: str
     kind: str
     path: Path
     python: str = sys.executable
     ours: bool = False
+    before: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +140,7 @@ class Worker:
             self.close()
             raise MissingError(answer.get("missing", f"{engine.python} ends without an answer"))
         self.version: str = answer["ready"]
+        self.decoding_bytes: int | None = None
 
     def seconds(self, measure: str) -> float:
         """Median seconds of one step of ``measure``."""
@@ -143,7 +154,17 @@ class Worker:
         answer = self._answer()
         if "seconds" not in answer:
             raise MissingError(f"ended with code {self._process.wait()} during {measure}")
+        if measure == DECODE and self.decoding_bytes is None:
+            self.decoding_bytes = self._peak_bytes()
         return float(np.median(answer["seconds"]))
+
+    def _peak_bytes(self) -> int | None:
+        """Largest memory that the process has used; None where Linux does not say."""
+        status = Path(f"/proc/{self._process.pid}/status")
+        if not status.exists():
+            return None
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
 
     def _answer(self) -> dict[str, Any]:
         stdout: IO[str] = self._process.stdout  # type: ignore[assignment]
@@ -212,10 +233,14 @@ def _make(engine: Engine, tool: str, source: Path, setting: str, missing: dict[s
 
 @dataclass(frozen=True)
 class Series:
-    """Measurements of one model: seconds per round by engine, and bytes per second."""
+    """Measurements of one model: seconds per round by engine, and bytes per second.
+
+    ``peak_bytes`` is the memory of an engine's process once it has decoded.
+    """
 
     seconds: Mapping[Engine, Sequence[float]]
     bandwidth: float
+    peak_bytes: Mapping[Engine, int | None] = field(default_factory=dict)
 
 
 def measure(
@@ -249,14 +274,18 @@ def measure(
                     seconds[engine].append(workers[engine].seconds(name))
             time.sleep(SPIN_S)
             speeds.append(reader.bytes_per_second())
+        peaks = {engine: worker.decoding_bytes for engine, worker in workers.items()}
     bandwidth = float(np.median(speeds))
-    return {name: Series(seconds, bandwidth) for name, seconds in taken.items()}
+    return {name: Series(seconds, bandwidth, peaks) for name, seconds in taken.items()}
 
 
 def rows(model: str, measured: str, series: Series, missing: Mapping[str, str]) -> list[Row]:
     """Each of our artifacts against each peer; the fastest peer sets the bar."""
     medians = {engine: float(np.median(taken)) for engine, taken in series.seconds.items()}
-    others = sorted((engine for engine in medians if not engine.ours), key=medians.__getitem__)
+    others = sorted(
+        (engine for engine in medians if not (engine.ours or engine.before)),
+        key=medians.__getitem__,
+    )
     compared = []
     for ours in (engine for engine in medians if engine.ours):
         case = f"{model} {measured} {TOKENS[measured]}, {ours.label}"
@@ -277,7 +306,40 @@ def rows(model: str, measured: str, series: Series, missing: Mapping[str, str]) 
             if missing and not rank:
                 row = replace(row, holds=None, note=f"{row.note} that ran")
             compared.append(row)
+        for earlier in (engine for engine in medians if engine.before):
+            compared += _since(model, measured, series, ours, earlier)
     return compared
+
+
+def _since(
+    model: str, measured: str, series: Series, ours: Engine, earlier: Engine
+) -> Iterator[Row]:
+    """Our artifact against one of an earlier version."""
+    yield compare(
+        f"{model} {measured} {TOKENS[measured]}, {ours.label}",
+        earlier.label,
+        series.seconds[ours],
+        series.seconds[earlier],
+        ours_bytes=ours.nbytes,
+        peer_bytes=earlier.nbytes,
+        bandwidth=series.bandwidth if measured == DECODE else None,
+        bar=BEFORE_BARS.get(measured),
+    )
+    now, then = series.peak_bytes.get(ours), series.peak_bytes.get(earlier)
+    if measured == DECODE and now is not None and then is not None:
+        bar = BEFORE_BARS["peak memory"]
+        yield Row(
+            case=f"{model} peak memory, {ours.label}",
+            ours_us=None,
+            peer=earlier.label,
+            peer_us=None,
+            ratio=now / then,
+            bar=bar,
+            holds=now / then <= bar,
+            ours_bytes=now,
+            peer_bytes=then,
+            note=f"{now / 2**20:.0f} of {then / 2**20:.0f} MiB",
+        )
 
 
 def main() -> None:
@@ -290,25 +352,37 @@ def main() -> None:
         metavar="MODEL=DIR",
         help=f"artifact of a model ({', '.join(MODELS)}); may be given again",
     )
+    parser.add_argument(
+        "--before",
+        action="append",
+        default=[],
+        metavar="MODEL=DIR",
+        help="artifact of an earlier version to compare with; may be given again",
+    )
+    parser.add_argument("--alone", action="store_true", help="without peers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     artifacts = defaultdict(list)
-    for text in arguments.artifact:
+    given = [(text, False) for text in arguments.artifact]
+    given += [(text, True) for text in arguments.before]
+    for text, before in given:
         name, _, folder = text.partition("=")
         if name not in MODELS or not (Path(folder) / "model.onnx").is_file():
             parser.error(f"{text!r} names no artifact: give MODEL=DIR, as in smollm2=build/out")
         path = Path(folder).resolve()
-        artifacts[name].append(Engine(f"eoracc {path.name}", "genai", path, ours=True))
+        label = f"eoracc {path.name}{', before' if before else ''}"
+        artifacts[name].append(Engine(label, "genai", path, ours=not before, before=before))
     table: list[Row] = []
     missing: dict[str, str] = {}
     versions: dict[str, str] = {}
     bandwidth = 0.0
     for name, ours in artifacts.items():
         absent: dict[str, str] = {}
-        engines = [*ours, *peers(name, arguments.llama_python, absent)]
+        others = [] if arguments.alone else peers(name, arguments.llama_python, absent)
+        engines = [*ours, *others]
         measured = measure(
             engines,
             rounds=arguments.rounds,

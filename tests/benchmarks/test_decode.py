@@ -15,6 +15,7 @@ from benchmarks.decode import DECODE, Engine, MissingError, Series, running
 OURS = Engine("eoracc out", "genai", Path("ours"), ours=True)
 FAST = Engine("fast", "genai", Path("fast"))
 SLOW = Engine("slow", "llama_cpp", Path("slow"))
+BEFORE = Engine("eoracc out, before", "genai", Path("before"), before=True)
 
 
 @pytest.fixture
@@ -47,6 +48,25 @@ def test_missing_peer_leaves_the_bar_open(sizes: dict[str, int]) -> None:
     first = decode.rows("model", DECODE, series(1.0, 2.0, 4.0), {"third": "not there"})[0]
     assert first.holds is None
     assert first.note == "the fastest peer that ran"
+
+
+def test_an_earlier_artifact_has_bars_of_its_own(sizes: dict[str, int]) -> None:
+    sizes["before"] = 90
+    timed = {OURS: [1.0, 1.2], FAST: [2.0, 2.0], BEFORE: [2.0, 2.1]}
+    measured = Series(timed, bandwidth=1e3, peak_bytes={OURS: 50, FAST: 1, BEFORE: 100})
+    peer, speed, memory = decode.rows("model", DECODE, measured, {})
+    assert (peer.peer, peer.note) == ("fast", "the fastest peer")
+    assert (speed.peer, speed.bar, speed.holds) == ("eoracc out, before", 1 / 1.9, False)
+    assert speed.ratio == pytest.approx(np.median([1 / 2, 1.2 / 2.1]))
+    assert (memory.case, memory.ratio, memory.holds) == (
+        "model peak memory, eoracc out",
+        0.5,
+        True,
+    )
+    # Without a peer nothing else is compared; prefill has no bar, and no memory of its own.
+    alone = Series({OURS: [1.0], BEFORE: [2.0]}, bandwidth=1e3, peak_bytes={OURS: 50, BEFORE: 100})
+    (prefill,) = decode.rows("model", decode.PREFILL, alone, {})
+    assert (prefill.ratio, prefill.bar, prefill.holds) == (0.5, None, None)
 
 
 def test_tables_that_are_looked_up_are_no_bytes_of_a_step(tmp_path: Path) -> None:
@@ -97,6 +117,30 @@ def test_engine_that_dies_is_named(tmp_path: Path) -> None:
     engine = Engine("llama.cpp", "llama_cpp", tmp_path / "none.gguf", "false")
     with pytest.raises(MissingError, match="false ends without an answer"), running(engine, 1):
         pass
+
+
+_STAND_IN = """
+import json, sys
+print(json.dumps({"ready": "stand-in"}), flush=True)
+for line in sys.stdin:
+    size = {"decode": 1, "prefill": 300}[json.loads(line)["measure"]]
+    held = bytearray(size * 2**20)
+    print(json.dumps({"seconds": [3.0, 1.0, 2.0]}), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_decoding(tmp_path: Path) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(_STAND_IN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}"\n')
+    python.chmod(0o755)
+    with running(Engine("any", "genai", tmp_path, str(python)), 1) as worker:
+        assert worker.seconds(DECODE) == 2.0
+        assert worker.decoding_bytes is not None
+        # An interpreter takes a few megabytes, the prompt took 300.
+        assert 2**20 < worker.decoding_bytes < 100 * 2**20
 
 
 def test_decoding_is_timed_after_the_prompt_and_two_steps() -> None:
