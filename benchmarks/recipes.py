@@ -302,8 +302,12 @@ RECIPES: dict[str, Recipe] = {
     "folder-93": _folder(93.5, group_size=192),
     "folder-88": _folder(88.2, group_size=192),
     "folder-80": _folder(80.0, group_size=192),
+    "gemma3-folder-249": _folder(249.8, group_size=128),
+    "gemma3-folder-241": _folder(241.9, group_size=128),
+    "gemma3-folder-236": _folder(236.7, group_size=128),
+    "gemma3-folder-180": _folder(180.0, group_size=128),
 }
 """Mixtures of widths for a size in bits per weight of the linears, embedding and head alone, and
 models for a size of the folder in MB. The sizes of folders are those of files of llama.cpp: Q4_K_M,
-Q3_K_M and Q3_K_S of SmolLM2-135M, and for Gemma-3-270M those of
-:data:`benchmarks.gguf_files.FILES`; llama.cpp has no type that takes 80 MB of SmolLM2-135M."""
+Q3_K_M and Q3_K_S of SmolLM2-135M; of Gemma-3-270M Q4_K_S, IQ4_NL and Q3_K_M, which have the same
+size, and Q3_K_S. llama.cpp has no type that takes 80 or 180 MB of them: it keeps tables in Q8_0."""
