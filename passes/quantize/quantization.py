@@ -84,9 +84,9 @@ class Quantization(Compression):
 
     Options:
       bits: width of a code.
-      group_size: columns that share a scale. ``auto`` takes the largest multiple of 32 up to 192
-        that divides the row, else of 16 or 8; a number is a multiple of 8 in 16..256, and the last
-        group of a row that it does not divide is shorter; -1 stands for whole rows.
+      group_size: columns that share a scale. ``auto`` takes the largest multiple of 32 from 96
+        to 192 that divides the row, or else cuts it into almost equal ones; a number is a multiple
+        of 8 in 16..256; -1 stands for whole rows. The last group of a row may be shorter.
       symmetric: store no zero points.
       clip_search: search for the range of each group with the least error, not just its extremes.
       embedding_bits: width of the token embeddings and of linears outside the decoder blocks, such
