@@ -10,6 +10,7 @@ import numpy as np
 
 from eoracc.errors import PassError
 from eoracc.passes.graph.embeddings import Embedding
+from eoracc.passes.graph.logits import LogitSteps
 from eoracc.passes.plan.items import Item, Option
 from eoracc.passes.plan.predictions import prediction_losses, softmax
 from eoracc.passes.quantize.embedding_tables import embedding_options
@@ -122,7 +123,7 @@ class Tables:
     def _ways(self, table: Linear | Embedding) -> list[Quantization]:
         """The options to choose from; none for a table that is left as it is."""
         plans: list[Mapping[str, int]] = []
-        if isinstance(table, Embedding) or self._predicts(table):
+        if self._is_weighed(table):
             plans = [{"bits": bits} for bits in self.widths]
         ways: list[Quantization] = []
         for plan in plans or [{}]:
@@ -139,10 +140,16 @@ class Tables:
         heads = [replace(head, plan={**head.plan, **plan}) for head in self.heads]
         return embedding_options(self.quantizer, planned, heads)[0]
 
-    def _predicts(self, linear: Linear) -> bool:
-        """Whether ``linear`` has logits for outputs: others beside the blocks are not weighed."""
-        rows = {table.shape[0] for table in self.embeddings}
-        return linear.out_features in rows
+    def _is_weighed(self, table: Linear | Embedding) -> bool:
+        """Whether it is known what errors of ``table``, and of the heads tied to it, cost.
+
+        A linear beside the blocks must have outputs that become logits.
+        """
+        if isinstance(table, Embedding):
+            tied = [head for head in self.heads if head.source is table.source]
+            return all(map(self._is_weighed, tied))
+        rows = {one.shape[0] for one in self.embeddings}
+        return table.out_features in rows and LogitSteps.of(table) is not None
 
     def _only_way(self, way: Quantization, rows: int, width: int) -> Option:
         return Option({"bits": way.bits}, Candidate(way.code_bytes(rows, width), 0.0))
@@ -165,7 +172,9 @@ class Tables:
     ) -> list[Option]:
         gram = require_gram(self.name, group)
         weight = linear.weight()
-        predictions = _Predictions.of(self.name, weight, group)
+        steps = LogitSteps.of(linear)
+        assert steps is not None  # noqa: S101 - there is one way without them
+        predictions = _Predictions.of(self.name, weight, group, steps)
         look_ups = [_LookUps.of(table, self.windows) for table in shared]
         options = []
         for way in ways:
@@ -184,14 +193,18 @@ class _Predictions:
       inputs: of the head, ``float32 [tokens, K]``.
       weights: of the tokens, ``float32 [tokens]``.
       probabilities: ``float32 [tokens, V]``.
+      slopes: of the logits by the outputs of the head, ``float32 [tokens, V]``.
     """
 
     inputs: NDArray[np.float32]
     weights: NDArray[np.float32]
     probabilities: NDArray[np.float32]
+    slopes: NDArray[np.float32]
 
     @classmethod
-    def of(cls, name: str, weight: NDArray[np.float32], group: LinearGroup) -> _Predictions:
+    def of(
+        cls, name: str, weight: NDArray[np.float32], group: LinearGroup, steps: LogitSteps
+    ) -> _Predictions:
         """Those of a head ``[V, K]`` on tokens at equal distances in the calibration text."""
         if group.activations is None:
             raise PassError(group.name, f"has no inputs for {name!r} to predict from")
@@ -205,13 +218,15 @@ class _Predictions:
             rows.append(inputs[of_text[here]])
             seen += len(of_text)
         found = np.concatenate(rows)
-        return cls(found, counts[chosen], softmax(found @ weight.T))
+        logits, slopes = steps(found @ weight.T)
+        return cls(found, counts[chosen], softmax(logits), slopes)
 
     def mean_loss(self, weight: NDArray[np.float32], stored: NBitsWeight) -> float:
         """Mean over tokens of what errors of the weight cost (:func:`.prediction_losses`)."""
         errors = np.empty_like(self.probabilities)
         for rows, error in _errors(weight, stored):
             errors[:, rows] = self.inputs @ error.T
+        errors *= self.slopes
         losses = prediction_losses(self.probabilities, errors)
         return float(np.average(losses, weights=self.weights))
 

@@ -16,6 +16,7 @@ from eoracc.compiler.text.windows import Windows
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.graph.embeddings import Embedding, find_embeddings
 from eoracc.passes.graph.linears import Linear, LinearGroup
+from eoracc.passes.graph.logits import LogitSteps
 from eoracc.passes.plan.calibrate_outputs import CalibrateOutputs
 from eoracc.passes.plan.tables import Tables, _Predictions
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
@@ -101,8 +102,28 @@ def stored_values(context: Survey, name: str, bits: int) -> np.ndarray:
     raise AssertionError
 
 
-def test_a_heads_distortion_is_twice_the_divergence_that_it_causes(tmp_path: Path) -> None:
-    loaded = load_tiny("llama", tmp_path)
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("cohere", {"logit_scale": 0.3, "tie_word_embeddings": False}),
+        ("granite", {"logits_scaling": 4.0, "tie_word_embeddings": False}),
+        ("phi", {}),  # a bias
+        # In a window shorter than the padding transformers computes NaN.
+        (
+            "gemma2",
+            {
+                "final_logit_softcapping": 2.0,
+                "tie_word_embeddings": False,
+                "sliding_window": 64,
+            },
+        ),
+    ],
+)
+def test_a_heads_distortion_is_twice_the_divergence_that_it_causes(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    loaded = load_tiny(family, tmp_path, **fields)
     context = context_of(loaded, tmp_path / "survey")
     item = items_of(context)["lm_head"]
     assert item.table
@@ -224,7 +245,7 @@ def test_a_sample_of_a_heads_inputs_copies_no_others() -> None:
     group.activations = lambda: iter([(batch, weights) for weights in counted])
     tracemalloc.start()
     try:
-        found = _Predictions.of("allocate", weight, group)
+        found = _Predictions.of("allocate", weight, group, LogitSteps(()))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
