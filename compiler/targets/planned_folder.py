@@ -54,9 +54,10 @@ class PlannedFolder:
     lean: bool = False
 
     def nbytes(self, model: ir.Model) -> int:
-        """Bytes of the folder with ``model``, never fewer than it will have.
+        """Bytes of the folder with ``model``, never fewer than it will have with usual weights.
 
-        All files are counted as they will be but the records of the build, which are bounded.
+        All files are counted as they will be but the records of the build, which are bounded, and
+        scales, which count in float16: only the solved weights tell which of them it cannot hold.
 
         Args:
           model: after all passes; its weights may be any of their size. It is left as it is.

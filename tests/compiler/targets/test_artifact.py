@@ -67,8 +67,11 @@ def test_the_size_of_a_model_is_known_before_it_is_written(tmp_path: Path) -> No
     assert graph_bytes(graph) == written
 
 
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("spare", [0, -1])
-def test_a_folder_beyond_its_limit_is_not_written(spare: int, tmp_path: Path) -> None:
+def test_a_folder_beyond_its_limit_is_not_written(
+    spare: int, *, lean: bool, tmp_path: Path
+) -> None:
     write(tmp_path / "first")
     total = sum(path.stat().st_size for path in (tmp_path / "first").iterdir())
     limit = total + spare
@@ -77,13 +80,18 @@ def test_a_folder_beyond_its_limit_is_not_written(spare: int, tmp_path: Path) ->
         with ArtifactWriter(tmp_path / "out") as writer:
             writer.write_model(tiny_graph())
             writer.write_json("genai_config.json", {"extra": "same"})
+            if lean:
+                writer.leave_out_records()
             writer.commit(
                 source={"model": "m"}, config={}, parity={}, packages={}, limit_bytes=limit
             )
 
     if spare < 0:
-        with pytest.raises(ArtifactError, match=rf"take {total:,} bytes, more than.*{limit:,}"):
+        with pytest.raises(
+            ArtifactError, match=rf"take {total:,} bytes, more than.*{limit:,}.*of {total - 2:,},"
+        ) as caught:
             commit()
+        assert ("--lean" in str(caught.value)) != lean
     else:
         commit()
     assert (tmp_path / "out").exists() == (spare == 0)
