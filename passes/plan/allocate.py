@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count, product
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -278,15 +278,16 @@ class Allocate(SurveyPass):
         What the rest of the folder takes depends a little on the choice: nodes with factors have
         more inputs than others. So a share is set aside for it, and the choice made with it is
         measured; the share is raised until the folder fits, then halved towards the last that did
-        not.
+        not. Of the choices that fit, the one of least distortion is taken.
 
         Raises:
           _OverspentError: the budget is too small.
         """
         assert self.size is not None  # noqa: S101 - the caller has checked
         smallest = [min(item.options, key=lambda option: option.candidate) for item in items]
-        rest = low = aside = context.other_bytes(_plans(items, smallest))
-        high, best, bound = 0, None, 0.0
+        rest = overspent = aside = context.other_bytes(_plans(items, smallest))
+        fits, bound = 0, 0.0
+        best: _Fitted | None = None
         for step in count():
             try:
                 chosen, bound = self._allocate(items, self.size - aside)
@@ -298,18 +299,19 @@ class Allocate(SurveyPass):
             other = context.other_bytes(_plans(items, chosen))
             spare = self.size - other - _bytes(chosen)
             if spare >= 0:
-                high = aside
-                if best is None or spare < best[0]:
-                    best = spare, (chosen, bound, other)
+                fits = aside
+                found = _Fitted(_distortion(chosen), spare, (chosen, bound, other))
+                best = found if best is None else min(best, found)
             else:
-                low = aside
+                overspent = aside
             if best is None:
                 # A margin that grows: the search ends.
                 aside = max(aside, other) + step * _MARGIN_BYTES
                 continue
-            if best[0] <= self.size * _SPARE or high - low <= _MARGIN_BYTES or step >= _STEPS:
-                return best[1]
-            aside = (low + high) // 2
+            is_close = best.spare <= self.size * _SPARE or fits - overspent <= _MARGIN_BYTES
+            if is_close or step >= _STEPS:
+                return best.choice
+            aside = (overspent + fits) // 2
         raise AssertionError
 
     def _allocate(self, items: Sequence[Item], budget: int) -> tuple[list[Option], float]:
@@ -462,6 +464,15 @@ class _Trial:
         return found or {0: ("float16", {})}
 
 
+@dataclass(frozen=True, order=True)
+class _Fitted:
+    """A choice whose folder fits, with the distortion and the bytes that it leaves over."""
+
+    distortion: float
+    spare: int
+    choice: tuple[list[Option], float, int] = field(compare=False)
+
+
 @dataclass(frozen=True)
 class _Choice:
     """The options chosen, and what the report says of them."""
@@ -481,6 +492,10 @@ def _bytes(chosen: Iterable[Option]) -> int:
     return sum(option.candidate.nbytes for option in chosen)
 
 
+def _distortion(chosen: Iterable[Option]) -> float:
+    return float(sum(option.candidate.distortion for option in chosen))
+
+
 def _summary(items: Sequence[Item], chosen: Sequence[Option]) -> dict[str, Any]:
     linear_bytes = _bytes(
         option for item, option in zip(items, chosen, strict=True) if not item.table
@@ -489,5 +504,5 @@ def _summary(items: Sequence[Item], chosen: Sequence[Option]) -> dict[str, Any]:
     return {
         "bytes": _bytes(chosen),
         "bits_per_weight": 8 * linear_bytes / max(weights, 1),
-        "distortion": float(sum(option.candidate.distortion for option in chosen)),
+        "distortion": _distortion(chosen),
     }
