@@ -16,6 +16,7 @@ from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation, Rank
+from eoracc.passes.plan.bundles import alone, together
 from eoracc.passes.plan.items import Item, Option, weights_of
 from eoracc.passes.plan.tables import Tables
 from eoracc.passes.quantize.quantization import Bits, EmbeddingBits, GroupSize, Quantization
@@ -86,6 +87,9 @@ class Allocate(SurveyPass):
       factor_type: type of the factors; null takes that of the compensating pass.
       scope: ``global`` spends one budget on all linears, ``per_layer`` the same bits per weight on
         each linear; tables whose bits are settled have theirs, which come off the budget first.
+      share_bits: give q, k and v of a block the same bits, and gate and up too, each with a rank of
+        its own. The target merges them into one node then, which decodes faster. Under
+        ``per_layer`` each linear has a budget of its own, and bits too.
       distortion: how errors are weighed. ``outputs``: ``tr(G dE H dE^T)``, with the Gram ``G`` of
         ``calibrate_outputs``, which must come before. ``relative``: the share of the linear's
         output, ``tr(dE H dE^T) / tr(W H W^T)``; ``absolute``: the same without the denominator.
@@ -94,7 +98,7 @@ class Allocate(SurveyPass):
 
     name: ClassVar[str] = "allocate"
     precedes = (Quantization,)
-    decided_anew = ("bits_per_weight", "bytes", "size", "scope")
+    decided_anew = ("bits_per_weight", "bytes", "size", "scope", "share_bits")
 
     bits_per_weight: Annotated[float, Field(gt=0)] | None = None
     bytes: Annotated[int, Field(ge=1)] | None = None
@@ -105,6 +109,7 @@ class Allocate(SurveyPass):
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = (0, 8, 16, 32, 64)
     factor_type: FactorType | None = None
     scope: Literal["global", "per_layer"] = "global"
+    share_bits: bool = True
     distortion: Literal["outputs", "relative", "absolute"] = "outputs"
 
     def __post_init__(self) -> None:
@@ -320,17 +325,20 @@ class Allocate(SurveyPass):
         Raises:
           _OverspentError: the budget is too small.
         """
-        chosen: list[Option] = []
+        chosen: dict[str, Option] = {}
         bound = 0.0
         for part, share in self._shares(items, budget):
-            candidates = [[option.candidate for option in item.options] for item in part]
+            bundles = (together if self.share_bits else alone)(part)
+            candidates = [bundle.candidates for bundle in bundles]
             try:
                 allocation = allocate(candidates, share)
             except BudgetError:
                 raise _OverspentError(part, share, least_bytes(candidates)) from None
-            chosen += [item.options[at] for item, at in zip(part, allocation.chosen, strict=True)]
+            for bundle, at in zip(bundles, allocation.chosen, strict=True):
+                for item, option in zip(bundle.items, bundle.ways[at], strict=True):
+                    chosen[item.name] = option
             bound += allocation.bound
-        return chosen, bound
+        return [chosen[item.name] for item in items], bound
 
     def _shares(self, items: Sequence[Item], budget: int) -> Iterator[tuple[Sequence[Item], int]]:
         """The items that share a budget, and its bytes.

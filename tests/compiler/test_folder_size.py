@@ -118,8 +118,9 @@ def test_the_folder_takes_what_was_planned_and_no_more_than_its_budget(
     passes = ({"calibrate_outputs": {}}, {"allocate": {"size": size} | allocate}, *SWEEP)
     small = build(workspaces[True], passes)
     chosen = check(small, planned, size)
-    # Of the 20 kB that had to be saved, a step of an item at most is saved too much.
-    assert size - chosen < 10_000
+    # Of the 20 kB that had to be saved, a step of gate and up, which share their bits, at most is
+    # saved too much: a bit of their weights in each of two nodes.
+    assert size - chosen < 15_000
     assert sum(bits_of(small).values()) < sum(bits_of(large).values())
     assert small.report.surveys[1]["distortion"] > large.report.surveys[1]["distortion"]
 

@@ -15,12 +15,14 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.linears import linear_report
 from eoracc.compiler.sweep.pipeline import Compressed, compress
 from eoracc.compiler.sweep.survey import Survey
+from eoracc.compiler.targets.onnxruntime.lower import lower
 from eoracc.compiler.text.windows import Windows
 from eoracc.errors import ConfigError, PassError
 from eoracc.passes.graph.linears import Linear, LinearGroup
 from eoracc.passes.plan.allocate import Allocate
 from eoracc.passes.quantize.quantization import EMBEDDING_BITS
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
+from eoracc.plugins.op import FUSED_OP
 from tests.passes.plan.surveys import survey_of
 from tests.tiny_build import tiny_config
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -112,6 +114,30 @@ def test_a_budget_of_linears_includes_a_head_where_an_override_names_it(
     assert found["budget_bytes"] == int(weights * 8.8 / 8)
     stored = sum(linear_report(linear).bytes for linear in counted)
     assert found["bytes"] == stored <= found["budget_bytes"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_linears_that_become_one_node_share_their_bits(
+    *, shared: bool, windows: Windows, tmp_path: Path
+) -> None:
+    # Parts of whole tiles: others stay apart.
+    model = tiny_model("smollm", tmp_path / "model", intermediate_size=96)
+    loaded = load(str(model), work=tmp_path / "work")
+    allocate = {"bits_per_weight": 4.6, "ranks": [0], "share_bits": shared}
+    passes = [{"calibrate_outputs": {}}, {"allocate": allocate}, CALIBRATE, GPTQ]
+    compressed, _ = run(loaded, windows, tmp_path / "kept", passes)
+    found = compressed.surveys[1]
+    bits: dict[str, set[int]] = {}
+    for linear in quantized(compressed.linears):
+        module, _, role = linear.name.rpartition(".")
+        if role not in ("o_proj", "down_proj", "lm_head"):
+            bits.setdefault(module, set()).add(linear.plan["bits"])
+    assert all(len(widths) == 1 for widths in bits.values()) == shared
+    assert found["bytes"] <= found["budget_bytes"]
+    # The parts of a block's two nodes are q, k, v and gate, up: five linears become two.
+    nodes = [node for node in lower(compressed.model).graph if node.op_type == FUSED_OP]
+    parts = sum("parts" in node.attributes for node in nodes)
+    assert (parts == len(bits)) == shared
 
 
 def test_predicts_the_errors_that_an_ordinary_sweep_puts_on_record(
