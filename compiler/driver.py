@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from eoracc.compiler.adapters.gates import (
     adapter_details,
+    adapter_warnings,
     check_adapters,
     compare_compensations,
     record_adapters,
@@ -177,6 +178,8 @@ def _build(
             _check_parity(writer.folder, progress) if config.verify.parity else (None, 0)
         )
         adapters = _write_adapters(writer, made, progress)
+        unproven = adapter_warnings(adapters.parity)
+        _emit_warnings(unproven)
         as_built = _as_built(config, made)
         report = Report(
             fidelity=made.fidelity,
@@ -197,7 +200,7 @@ def _build(
             chat=made.chat,
             tokenizer=made.tokenizer,
             notes=made.notes,
-            warnings=made.warnings,
+            warnings=[*made.warnings, *unproven],
         )
         _check_gates(report, work)
         if lean:
@@ -332,8 +335,7 @@ def _make(
         *padding_warnings(compressed.linears),
         *(warning for target in emitted.values() for warning in target.warnings),
     ]
-    for warning in late:
-        warn(warning.code, warning.message, warning.linear, warning.figures)
+    _emit_warnings(late)
     return _Made(
         model_type=inputs.loaded.config.model_type,
         digest=inputs.loaded.digest,
@@ -362,6 +364,11 @@ def _make(
             *late,
         ],
     )
+
+
+def _emit_warnings(warnings: Sequence[WarningReport]) -> None:
+    for warning in warnings:
+        warn(warning.code, warning.message, warning.linear, warning.figures)
 
 
 def _unchecked(inputs: Inputs, compressed: Compressed) -> list[str]:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from eoracc.compiler.config.sections import BuildConfig
     from eoracc.compiler.report.content import FidelityReport
 
-__all__ = ["EORA", "tiny_config", "tiny_workspace", "without_folder"]
+__all__ = ["DEFAULT_LEVEL", "EORA", "tiny_config", "tiny_workspace", "without_folder"]
+
+DEFAULT_LEVEL: dict[str, Any] = {"onnxruntime": {}}
+"""For :func:`tiny_config`, to leave the accuracy level out, as users' files do."""
 
 _BYTES = 260
 """Vocabulary of the byte tokenizer."""
@@ -43,7 +46,7 @@ def tiny_workspace(folder: Path, family: str = "smollm", **fields: Any) -> Path:
 def tiny_config(passes: Sequence[Any] = EORA, **fields: Any) -> BuildConfig:  # noqa: ANN401
     """A configuration for :func:`tiny_workspace`; ``fields`` replace whole sections.
 
-    Activations are floats unless ``onnxruntime`` says otherwise: most tests compare closely.
+    Activations are floats unless ``onnxruntime`` is given: most tests compare closely.
     """
     from eoracc.compiler.config.sections import BuildConfig
 
@@ -56,7 +59,7 @@ def tiny_config(passes: Sequence[Any] = EORA, **fields: Any) -> BuildConfig:  # 
             "output": "out",
         }
         | fields
-        | {"onnxruntime": {"accuracy_level": 0} | fields.get("onnxruntime", {})}
+        | {"onnxruntime": fields.get("onnxruntime", {"accuracy_level": 0})}
     )
 
 

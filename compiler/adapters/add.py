@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from eoracc.compiler.adapters.gates import (
+    ADAPTER_UNPROVEN,
     adapter_details,
+    adapter_warnings,
     check_adapters,
     record_adapters,
     refuse_adapters,
@@ -29,9 +31,9 @@ from eoracc.compiler.config.sections import AdapterConfig, BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
 from eoracc.compiler.kept.claim import claimed
-from eoracc.compiler.observe.spans import cpu_seconds
+from eoracc.compiler.observe.spans import cpu_seconds, warn
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report.content import AdaptersReport
+from eoracc.compiler.report.content import AdaptersReport, WarningReport
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
 from eoracc.compiler.targets.output_place import refuse_full_disk
@@ -80,6 +82,11 @@ class AddedAdapter:
     manifest: Manifest
     wall_s: float
     cpu_s: float
+
+    @property
+    def warnings(self) -> list[WarningReport]:
+        """What the user of the adapter should know; the artifact's report has them too."""
+        return adapter_warnings(self.report.parity)
 
 
 @dataclass(frozen=True)
@@ -333,6 +340,8 @@ def _check(
         )
     for problem in refuse_adapters(parity):
         raise GateError(f"{problem}: it was not stored")
+    for warning in adapter_warnings(parity):
+        warn(warning.code, warning.message, warning.linear, warning.figures)
     return replace(report, parity=parity)
 
 
@@ -341,3 +350,7 @@ def _merge(stored: dict[str, Any], report: AdaptersReport) -> None:
     section = stored.setdefault("adapters", asdict(AdaptersReport()))
     for part, figures in asdict(report).items():
         section.setdefault(part, {}).update(figures)
+    # From all that is stored: a replaced adapter's warning goes with its figures.
+    unproven = adapter_warnings(AdaptersReport.from_dict(section).parity)
+    others = [one for one in stored.get("warnings", []) if one["code"] != ADAPTER_UNPROVEN]
+    stored["warnings"] = [*others, *map(asdict, unproven)]

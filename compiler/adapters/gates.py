@@ -17,6 +17,7 @@ from eoracc.compiler.report.content import (
     AdapterReport,
     AdaptersReport,
     CompensationReport,
+    WarningReport,
 )
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.compiler.sweep.executor import Executor
@@ -28,8 +29,10 @@ from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.runtime.parity.check import check_cases
 
 __all__ = [
+    "ADAPTER_UNPROVEN",
     "NONE",
     "adapter_details",
+    "adapter_warnings",
     "check_adapters",
     "compare_compensations",
     "record_adapters",
@@ -39,6 +42,9 @@ __all__ = [
 
 NONE = "none"
 """Name of the backbone without an adapter, in tables."""
+
+ADAPTER_UNPROVEN = "adapter_unproven"
+"""Code of the warnings of :func:`adapter_warnings`."""
 
 Operands = Mapping[str, NDArray[np.generic]]
 
@@ -265,3 +271,20 @@ def refuse_adapters(parity: Mapping[str, AdapterParity]) -> Iterator[str]:
                 f"adapter '{name}': its logits are off by {worst:.1f} times the tolerance against "
                 "PyTorch"
             )
+
+
+def adapter_warnings(parity: Mapping[str, AdapterParity]) -> list[WarningReport]:
+    """A warning for each adapter that the native library's tolerance hides."""
+    return [
+        WarningReport(
+            code=ADAPTER_UNPROVEN,
+            linear=None,
+            message=f"adapter '{name}': the native library may differ by {tolerance:.3g} in a "
+            f"logit, and the adapter changes one by {adapter.adapter_effect:.3g}, so that its "
+            "parity proves nothing: that of the model-local functions does, and so does a build "
+            "with 'accuracy_level: 0'",
+            figures={"bound": tolerance, "adapter_effect": adapter.adapter_effect},
+        )
+        for name, adapter in parity.items()
+        if (tolerance := adapter.hiding_tolerance) is not None
+    ]

@@ -181,18 +181,19 @@ def _describe(artifact: Path, added: AddedAdapter) -> dict[str, Any]:
         "backbone": added.adapter.backbone,
         "bytes": added.adapter.nbytes,
         "adapters": asdict(added.report),
+        "warnings": [asdict(warning) for warning in added.warnings],
         "wall_s": added.wall_s,
         "cpu_s": added.cpu_s,
     }
 
 
 def _show(artifact: Path, added: AddedAdapter) -> None:
-    from eoracc.compiler.report.lines import adapter_lines, adapter_tables
+    from eoracc.compiler.report.lines import adapter_lines, adapter_tables, warning_lines
 
     console = make_console()
     for table in adapter_tables(added.report):
         console.print(table)
-    for line in adapter_lines(added.report):
+    for line in [*adapter_lines(added.report), *warning_lines(added.warnings)]:
         say(line)
     say(
         f"added {added.adapter.name} to {artifact} in {added.wall_s:.0f} s, "

@@ -171,6 +171,16 @@ class AdapterParity:
         """Whether every case did."""
         return all(case["passed"] for case in self.cases)
 
+    @property
+    def hiding_tolerance(self) -> float | None:
+        """The native library's largest tolerance, in logits, where it hides the adapter.
+
+        None where it is below the adapter's effect: a model without the adapter would not pass.
+        """
+        tolerances = [case["tolerance"] for case in self.cases if case["through"] == "library"]
+        largest = max(tolerances, default=0.0)
+        return largest if tolerances and largest >= self.adapter_effect else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationReport:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from eoracc.compiler import driver
 from eoracc.compiler.adapters import add as adapter_add
 from eoracc.compiler.adapters.add import solve_for_artifact
-from eoracc.compiler.adapters.gates import check_adapters, refuse_adapters
+from eoracc.compiler.adapters.gates import adapter_warnings, check_adapters, refuse_adapters
 from eoracc.compiler.cli import main
 from eoracc.compiler.config.sections import AdapterConfig
 from eoracc.compiler.kept.claim import claimed
@@ -22,7 +22,7 @@ from eoracc.compiler.report.content import AdapterParity, Report
 from eoracc.errors import ArtifactError, ConfigError, GateError, ModelError
 from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
-from tests.tiny_build import EORA, tiny_config, tiny_workspace
+from tests.tiny_build import DEFAULT_LEVEL, EORA, tiny_config, tiny_workspace
 from tests.tiny_models import tiny_model
 from tests.wrong_graph import load_wrong
 
@@ -222,6 +222,36 @@ def test_parity_with_the_adapter_is_recorded(workspace: Path) -> None:
         assert case["max_error"] <= case["tolerance"] < 0.01 * parity.adapter_effect
 
 
+def test_an_adapter_that_rounding_hides_is_warned_of(tmp_path: Path) -> None:
+    """At the default level the library's tolerance may be more than the adapter does."""
+    workspace = tiny_workspace(tmp_path)
+    none = {"nothing": {**MATH, "rank": 0}}
+    passes = ("calibrate", {"quantize_gptq": {"bits": 2, "group_size": 16}})
+    built = build(workspace, passes, verify=HELD_OUT, adapters=none, **DEFAULT_LEVEL).report
+    assert built.parity["passed"]
+    (warning,) = (one for one in built.warnings if one.code == "adapter_unproven")
+    assert warning.message.startswith("adapter 'nothing': the native library may differ by")
+    assert warning.figures["bound"] > warning.figures["adapter_effect"] == 0
+
+    def stored() -> list[str]:
+        report = Report.from_dict(json.loads((workspace / "out" / "report.json").read_text()))
+        return [one.message[:11] for one in report.warnings if one.code == "adapter_unproven"]
+
+    assert len(add(workspace, "empty", {**MATH, "rank": 0}, parity=True).warnings) == 1
+    assert stored() == ["adapter 'no", "adapter 'em"]
+    added = add(workspace, "empty", {**MATH, "rank": 32}, parity=True, force=True)
+    parity = added.report.parity["empty"]
+    assert parity.passed
+    library, function = (
+        max(case["tolerance"] for case in parity.cases if case["through"] == through)
+        for through in ("library", "function")
+    )
+    assert function < 0.01 * library
+    assert library < parity.adapter_effect
+    assert not added.warnings
+    assert stored() == ["adapter 'no"]
+
+
 def test_an_adapter_that_is_computed_wrongly_is_not_stored(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,3 +405,14 @@ def test_a_failed_gate_names_the_adapter() -> None:
     bad = AdapterParity(cases=[{**case, "passed": True}, case], adapter_effect=1.0)
     (sentence,) = refuse_adapters({"good": good, "bad": bad})
     assert sentence.startswith("adapter 'bad': its logits are off by 1.5 times")
+
+
+@pytest.mark.parametrize(("tolerance", "hides"), [(0.9, False), (1.0, True), (3.0, True)])
+def test_only_tolerances_of_the_library_may_hide_an_adapter(tolerance: float, hides: bool) -> None:
+    cases = [
+        {"through": "library", "tolerance": 0.1},
+        {"through": "library", "tolerance": tolerance},
+        {"through": "function", "tolerance": 5.0},
+    ]
+    found = adapter_warnings({"one": AdapterParity(cases=cases, adapter_effect=1.0)})
+    assert [one.figures for one in found] == [{"bound": tolerance, "adapter_effect": 1.0}] * hides
