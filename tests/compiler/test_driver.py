@@ -23,7 +23,7 @@ from eoracc.passes.quantize.quantization import EMBEDDING_BITS
 from eoracc.runtime.artifact.manifest import verify_manifest
 from eoracc.runtime.parity.record import PARITY_FILE
 from eoracc.runtime.parity.tokens import TOKENS_FILE
-from tests.tiny_build import EORA, tiny_config, tiny_workspace, without_folder
+from tests.tiny_build import DEFAULT_LEVEL, EORA, tiny_config, tiny_workspace, without_folder
 from tests.wrong_graph import load_wrong
 
 if TYPE_CHECKING:
@@ -54,14 +54,15 @@ def left_over(workspace: Path) -> set[str]:
     return {path.name for path in workspace.iterdir()} - {"model", "text.txt"}
 
 
-def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, DEFAULT_LEVEL], ids=["float activations", "default"])
+def test_builds_an_artifact_that_verifies(workspace: Path, fields: dict[str, Any]) -> None:
     chat = "{% for m in messages %}\n  {% if 'x' in m.content %}\nyes\n  {% endif %}\n{% endfor %}"
     (workspace / "model/chat_template.jinja").write_text(chat)
     (workspace / "model/additional_chat_templates").mkdir()
     (workspace / "model/additional_chat_templates/rag.jinja").write_text("R")
     limits = {"perplexity_ratio": 9.0, "top1_agreement": 0.01}
     verify = {"windows": 2, "window_length": 32, "compare": ["svd"], "limits": limits}
-    config = tiny_config(verify=verify)
+    config = tiny_config(verify=verify, **fields)
     result = build(workspace, config)
     assert left_over(workspace) == {"out"}
     assert result.output == workspace / "out"
@@ -70,6 +71,7 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
     as_built = config.resolved()
     as_built["passes"][0]["calibrate"]["precision"] = resolve_precision("auto")
     assert manifest.config == as_built
+    assert as_built["onnxruntime"]["accuracy_level"] == (4 if fields else 0)
     assert PARITY_FILE in manifest.files
     assert {"chat_template.jinja", "additional_chat_templates/rag.jinja"} <= manifest.files.keys()
 
@@ -100,7 +102,7 @@ def test_builds_an_artifact_that_verifies(workspace: Path) -> None:
 
 def test_lean_differs_by_its_records_alone(workspace: Path) -> None:
     verify = {"windows": 1, "window_length": 16}
-    config = tiny_config([{"quantize_rtn": {"bits": 4}}], verify=verify)
+    config = tiny_config([{"quantize_rtn": {"bits": 4}}], verify=verify, **DEFAULT_LEVEL)
     whole = build(workspace, config)
     lean = driver.build(
         config.model_copy(update={"output": "lean"}),
@@ -209,7 +211,7 @@ def test_interrupted_build_goes_on_and_ends_the_same(
     monkeypatch.setattr(SaveInterval, "is_due", True)
     skip = {"model.layers.0.mlp.up_proj": {"skip": True}}
     quantize = {"quantize_gptq": {"bits": 3, "group_size": 16, "overrides": skip}}
-    config = tiny_config([{"calibrate": {"match": match}}, quantize, EORA[2]])
+    config = tiny_config([{"calibrate": {"match": match}}, quantize, EORA[2]], **DEFAULT_LEVEL)
     whole = build(workspace, config)
     shutil.rmtree(whole.output)
     call, seen = Eora.call, []

@@ -16,7 +16,7 @@ from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.errors import ArtifactError
 from eoracc.passes.base import ModelPass
 from eoracc.plugins.op import FUSED_OP
-from tests.tiny_build import tiny_config, tiny_workspace
+from tests.tiny_build import DEFAULT_LEVEL, tiny_config, tiny_workspace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,7 +112,7 @@ def test_an_artifact_gives_back_every_operand_of_its_build(
         return fidelity_report(original, compressed, *rest, **options)
 
     monkeypatch.setattr(driver, "fidelity_report", watch)
-    config = tiny_config(passes, verify=QUICK)
+    config = tiny_config(passes, verify=QUICK, **DEFAULT_LEVEL)
     driver.build(config, config_dir=workspace, progress=SilentProgress())
     found = restored(workspace, config, tmp_path / "work")
     assert [one.name for one in found.linears] == [one.name for one in built[0].linears]
