@@ -395,6 +395,7 @@ def _score(
         held_out,
         shipped=" + ".join(compensations) or None,
         factorized=None if factorization is None else factorization.name,
+        pruned=config.recipe.pruning is not None,
         comparisons=compressed.comparisons,
         limits=config.verify.limits,
         progress=progress,

@@ -56,7 +56,8 @@ class Pass(ABC):
             yield (), "occurs twice: keep one"
         for kind in self.needs:
             if not any(isinstance(other, kind) for other in earlier):
-                wanted = " or ".join(f"'{known.name}'" for known in passes_of(kind))
+                *others, last = (f"'{known.name}'" for known in passes_of(kind))
+                wanted = f"{', '.join(others)} or {last}" if others else last
                 yield (), f"needs {wanted} before it: put it above"
         for other in earlier:
             if isinstance(other, self.precedes):

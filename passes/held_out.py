@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from eoracc.passes.base import LayerPass
     from eoracc.passes.graph.linears import Linear, LinearGroup
     from eoracc.passes.solvers.gram import Gram, HeldOut
+    from eoracc.plugins.operands.dense import StoredWeight
     from eoracc.plugins.operands.low_rank import LowRank
-    from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["FACTORS_DROPPED", "call_checked", "error_change", "squared_error"]
 
@@ -120,7 +120,7 @@ def error_change(
 
 def _is_worse(
     linear: Linear,
-    weight: NBitsWeight,
+    weight: StoredWeight,
     factors: LowRank | None,
     tokens: HeldOut,
     root: Float | None,
@@ -140,7 +140,7 @@ def _is_worse(
 def _take_back(
     pass_name: str,
     linear: Linear,
-    weight: NBitsWeight,
+    weight: StoredWeight,
     factors: LowRank | None,
     gram: Gram,
     root: Float | None,

@@ -11,6 +11,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compression import Compression
 from eoracc.passes.factorize.base import Factorization
+from eoracc.passes.prune.pruning import Pruning
 from eoracc.passes.quantize.quantization import Quantization
 from eoracc.passes.survey import SurveyPass
 
@@ -45,9 +46,19 @@ class Recipe:
         return self._first(Compression)
 
     @property
+    def stores_codes(self) -> bool:
+        """Whether a pass stores weights in codes, which adapters build on."""
+        return any(isinstance(item, Compression) and item.stores_codes for item in self.passes)
+
+    @property
     def quantization(self) -> Quantization | None:
         """The pass that stores weights in few bits, with options that a survey may plan."""
         return self._first(Quantization)
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """The pass that sets weights to zero."""
+        return self._first(Pruning)
 
     @property
     def compensations(self) -> tuple[Compensation, ...]:
@@ -99,6 +110,7 @@ class Recipe:
             for path, problem in item.problems(self.passes[:index]):
                 yield (index, item.name, *path), problem
         yield from self._unforeseen()
+        yield from self._parted()
 
     def _unforeseen(self) -> Iterator[tuple[tuple[int | str, ...], str]]:
         """Find a sweep behind the one that a budget of the folder is spent on."""
@@ -118,6 +130,22 @@ class Recipe:
                     )
                     yield (index, first.name), problem
             index += len(members)
+
+    def _parted(self) -> Iterator[tuple[tuple[int | str, ...], str]]:
+        """Find a quantizing pass that does not know, or knows too late, of what has been pruned."""
+        pruning = self.pruning
+        for index, item in enumerate(self.passes):
+            if pruning is None or not isinstance(item, Quantization):
+                continue
+            between = self.passes[self.passes.index(pruning) + 1 : index]
+            for other in between:
+                if isinstance(other, Calibrate | Compensation):
+                    problem = (
+                        f"must follow {pruning.name!r} at once, to solve for codes and zeros "
+                        f"together: take {other.name!r} between them away or move it"
+                    )
+                    yield (index, item.name), problem
+                    break
 
     def _first(self, kind: type[_P]) -> _P | None:
         return next((item for item in self.passes if isinstance(item, kind)), None)

@@ -156,8 +156,8 @@ def _norms_by_rows(linear: Linear, gram: Gram) -> tuple[float, float]:
     Beside the weight, arrays of a block of rows are held at most, and nothing is kept:
     compensations leave a head alone but where an override names it.
     """
-    weight, stored, factors = linear.weight(), linear.compressed, linear.factors
-    assert stored is not None  # noqa: S101 - nothing is factorised outside of the blocks
+    weight, stored, factors = linear.weight(), linear.quantized, linear.factors
+    assert stored is not None  # noqa: S101 - nothing else is done outside of the blocks
     parts = None if factors is None else (factors.up(), factors.down() @ gram.root)
     norm = error = 0.0
     for rows in row_blocks(weight.shape):

@@ -1,8 +1,9 @@
-"""The two ops of the ``eoracc`` domain: their names, inputs and attributes.
+"""The ops of the ``eoracc`` domain: their names, inputs and attributes.
 
 ``MatMulNBitsLowRank`` is a compressed linear with what is fused to it, ``GatherNBits`` looks up
-rows of a compressed table. docs/op.md has shapes and types. The native library repeats the names
-of the inputs in C++; a test compares the two.
+rows of a compressed table. ``MatMulLowRank`` is a linear of floats with low-rank factors; it has no
+kernel, and every runtime inlines its function. docs/op.md has shapes and types. The native library
+repeats the names of the inputs of its ops in C++; a test compares the two.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "ADAPTER_OPERANDS",
     "ATTRIBUTES",
     "CHOICES",
+    "DENSE_OP",
     "DOMAIN",
     "DOMAIN_VERSION",
     "FACTORS",
@@ -26,6 +28,7 @@ __all__ = [
     "INPUTS",
     "REQUIRED",
     "TOGETHER",
+    "DenseInput",
     "Input",
 ]
 
@@ -36,6 +39,7 @@ DOMAIN_VERSION = 1
 
 FUSED_OP = "MatMulNBitsLowRank"
 GATHER_OP = "GatherNBits"
+DENSE_OP = "MatMulLowRank"
 
 
 class Input(IntEnum):
@@ -65,9 +69,21 @@ class Input(IntEnum):
     adapter_index = 15
 
 
+class DenseInput(IntEnum):
+    """Inputs of ``MatMulLowRank``; ``weight`` is ``[K, N]``, as a MatMul takes it."""
+
+    X = 0
+    weight = 1
+    lora_a = 2
+    lora_b = 3
+    lora_a_scale = 4
+    lora_b_scale = 5
+
+
 INPUTS: Mapping[str, Sequence[str]] = {
     FUSED_OP: tuple(operand.name for operand in Input),
     GATHER_OP: ("indices", Input.B.name, Input.scales.name, Input.zero_points.name),
+    DENSE_OP: tuple(operand.name for operand in DenseInput),
 }
 """Names of each op's inputs, in order."""
 
@@ -88,6 +104,7 @@ ATTRIBUTES: Mapping[str, Sequence[str]] = {
         "norm_epsilon",
     ),
     GATHER_OP: ("K", "N", "bits", "block_size", "layout"),
+    DENSE_OP: (),
 }
 """Names of each op's attributes."""
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from eoracc.compiler.sweep.backbone import Backbone
 from eoracc.errors import ArtifactError
 from eoracc.passes.graph.linears import Linear, find_again
-from eoracc.plugins.op import DOMAIN, FACTORS, FUSED_OP, GATHER_OP, Input
+from eoracc.passes.graph.stored import dense_weight, stored_factors
+from eoracc.plugins.op import DENSE_OP, DOMAIN, FACTORS, FUSED_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import CHUNK, TILE, untile_integers, untile_rows
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
@@ -49,10 +50,11 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
     backbone = Backbone.of(model)
     _restore_products(stored, backbone)
     linears = {linear.name: linear for linear in backbone.linears}
+    _restore_dense(stored, linears)
     by_codes: dict[str, Linear] = {}
     tables = {table.name: table for table in backbone.embeddings}
     for node in stored.graph:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type == DENSE_OP:
             continue
         if not node.attributes.get_int("layout", 0):
             raise ArtifactError(f"{path}: is of an older layout: build the artifact again")
@@ -68,8 +70,8 @@ def restore_backbone(folder: Path, model: ir.Model) -> Backbone:
             table = tables[str(node.name)]
             rows, _ = table.shape
             head = by_codes.get(_codes(node))
-            if head is not None and head.compressed is not None:
-                table.quantize(head.compressed, tied=head)
+            if head is not None and head.quantized is not None:
+                table.quantize(head.quantized, tied=head)
             else:
                 table.quantize(_weight(node, slice(0, rows), out_features=rows))
     return backbone
@@ -84,6 +86,18 @@ def _restore_products(stored: ir.Model, backbone: Backbone) -> None:
             assert u.const_value is not None and v.const_value is not None  # noqa: PT018, S101 - they are initializers
             linear.factorize(u.const_value.numpy().T, v.const_value.numpy().T)
     backbone.linears = find_again(backbone.model, backbone.linears)
+
+
+def _restore_dense(stored: ir.Model, linears: Mapping[str, Linear]) -> None:
+    """Give ``linears`` the pruned weights of floats that ``stored`` holds, and their factors."""
+    for node in stored.graph:
+        linear = linears.get(str(node.name))
+        weight = None if linear is None else dense_weight(node)
+        if linear is None or weight is None:
+            continue
+        linear.quantize(weight)
+        if node.op_type == DENSE_OP:
+            linear.compensate(stored_factors(node))
 
 
 def _unknown(name: str, linears: Collection[str]) -> str:

@@ -290,7 +290,7 @@ def _check_overrides(task: Task, backbone: Backbone) -> None:
     names = [
         linear.name
         for linear in backbone.linears
-        if linear.block is not None and linear.compressed is not None
+        if linear.block is not None and linear.quantized is not None
     ]
     for pattern in task.solver.unmatched_overrides(names):
         raise ConfigError(

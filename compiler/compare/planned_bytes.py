@@ -27,7 +27,7 @@ class _Part:
 
     Attributes:
       linear: in the state before the next pass.
-      weight_bytes: of its codes, scales and zero points; None while it is not quantized.
+      weight_bytes: of its codes, scales and zero points; None while it is not compressed.
       rank: of its compensation.
       factor_type: of its compensation.
     """
@@ -80,7 +80,7 @@ def stored_bytes(linears: Iterable[Linear]) -> int:
     """Stored bytes of ``linears``, counted as in :func:`planned_bytes`."""
     total = 0
     for linear in linears:
-        weight, factors = linear.compressed, linear.factors
+        weight, factors = linear.quantized, linear.factors
         plain = PLAIN_BYTES * linear.out_features * linear.in_features
         total += plain if weight is None else weight.nbytes
         total += 0 if factors is None else factors.nbytes
@@ -123,4 +123,6 @@ def _compressed(item: Compression, part: _Part) -> int | None:
     options = item.options_for(part.linear)
     if options is None:
         return part.weight_bytes
+    if not options.stores_codes:
+        return PLAIN_BYTES * part.linear.out_features * part.linear.in_features
     return options.code_bytes(part.linear.out_features, part.linear.in_features)

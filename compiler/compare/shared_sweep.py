@@ -27,11 +27,18 @@ from eoracc.compiler.text.windows import Windows
 from eoracc.errors import PassError
 from eoracc.passes.base import LayerPass, ModelPass, Pass
 from eoracc.passes.calibrate import Calibrate
-from eoracc.passes.graph.linears import Factorized, Linear, LinearGroup, Quantizer, find_linears
+from eoracc.passes.graph.linears import (
+    Factorized,
+    Linear,
+    LinearGroup,
+    Pruner,
+    Quantizer,
+    find_linears,
+)
 from eoracc.passes.graph.record import LinearRecord
 from eoracc.passes.progress import Progress
+from eoracc.plugins.operands.dense import StoredWeight
 from eoracc.plugins.operands.low_rank import LowRank
-from eoracc.plugins.operands.weight import NBitsWeight
 from eoracc.runtime.memory import release_memory
 
 __all__ = ["Sharing", "seconds_spent", "sweep_together"]
@@ -291,8 +298,9 @@ class _Run:
 class _Result:
     """The result of passes on one linear, to copy to the same linear of another contender."""
 
-    compressed: NBitsWeight | None
+    compressed: StoredWeight | None
     quantizer: Quantizer | None
+    pruner: Pruner | None
     factors: LowRank | None
     factorized: Factorized | None
     record: LinearRecord
@@ -303,6 +311,7 @@ class _Result:
         return cls(
             linear.compressed,
             linear.quantizer,
+            linear.pruner,
             linear.factors,
             linear.factorized,
             linear.record.copy(),
@@ -317,6 +326,8 @@ class _Result:
         if self.factors is not None:
             linear.compensate(self.factors)
         linear.quantizer = self.quantizer
+        linear.pruner = self.pruner
+        linear.record.sparsity = self.record.sparsity
         linear.record.output_norm = self.record.output_norm
         linear.record.errors.update(self.record.errors)
         linear.record.notes.extend(self.record.notes)

@@ -36,7 +36,7 @@ def contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     if config.calibration is not None:
         yield from _text_problems(("calibration",), config.calibration)
     yield from _held_out_problems(("calibration",), config.calibration, ("verify",), config.verify)
-    if config.adapters and config.recipe.compression is None:
+    if config.adapters and not config.recipe.stores_codes:
         yield ("adapters",), "needs a quantize pass: there is nothing for adapters to give back"
     for name, adapter in config.adapters.items():
         where = ("adapters", name)
@@ -47,7 +47,16 @@ def contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
         yield ("verify", "compare_adapters"), "compares adapters: give 'adapters: {NAME: …}'"
     if config.compare is not None:
         yield from _compare_problems(config, config.compare)
+    pruning = None if config.recipe.stores_codes else config.recipe.pruning
     for index, target in enumerate(config.targets):
+        if pruning is not None and config.recipe.compensations and target != "onnxruntime":
+            yield (
+                ("targets", index),
+                (
+                    f"'{target}' takes no low-rank factors beside weights of floats: put a "
+                    f"quantize pass after '{pruning.name}', or take the compensation away"
+                ),
+            )
         if target in config.targets[:index]:
             yield ("targets", index), f"'{target}' occurs twice: keep one"
     for section, options in engine_sections(config).items():

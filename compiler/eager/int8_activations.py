@@ -168,9 +168,9 @@ def random_rounding(
     blocks: dict[torch.nn.Module, int] = {}
     with ExitStack() as stack:
         for linear in linears:
-            if linear.compressed is None:
+            if linear.quantized is None:
                 continue
-            block, end = math.gcd(linear.compressed.group_size, _BLOCK), 0
+            block, end = math.gcd(linear.quantized.group_size, _BLOCK), 0
             for module, rows in module_rows(modules, model.config, linear.name):
                 # Parts of a fused module read one input: the largest block has the largest steps.
                 blocks[module] = max(block, blocks.get(module, 0))

@@ -80,13 +80,14 @@ class LinearReport:
       block: decoder block; None outside of one.
       role: last part of the name; ``q_proj.v`` and ``q_proj.u`` of the factors of a weight.
       shape: ``(N, K)``.
-      bits: per code; None where it is not compressed.
-      group_size: columns that share a scale; None where it is not compressed.
+      bits: per code; None where it is stored in floats.
+      group_size: columns that share a scale; None where it is stored in floats.
       rank: of its correction; 0 for none.
       bytes: as stored.
       errors: relative output error after each pass, by the pass's name.
       notes: what else there is to say, a fallback for example.
       factor_of: the weight that it is a factor of, by the name of its linear; None of none.
+      sparsity: share of its weights that a pruning pass has set to zero; None where none has.
     """
 
     name: str
@@ -100,6 +101,7 @@ class LinearReport:
     errors: Mapping[str, float]
     notes: Sequence[str]
     factor_of: str | None = None
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

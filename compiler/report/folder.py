@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from eoracc.passes.graph.linears import block_of
-from eoracc.plugins.op import DOMAIN, FACTORS, FUSED_OP, GATHER_OP, Input
+from eoracc.plugins.op import DENSE_OP, DOMAIN, FACTORS, FUSED_OP, GATHER_OP, DenseInput, Input
 from eoracc.runtime.artifact.genai_files import CONFIG_FILE
 from eoracc.runtime.artifact.manifest import ADAPTERS_FOLDER, MANIFEST_FILE, REPORT_FILE
 from eoracc.runtime.artifact.signature import SIGNATURE_FILE
@@ -46,7 +46,12 @@ signature, the report and the records of parity and tokens, which no token needs
 _CHECKING = frozenset((MANIFEST_FILE, SIGNATURE_FILE, REPORT_FILE, PARITY_FILE, TOKENS_FILE))
 _TENSORRT = ("tensorrt/", "tensorrt_rtx/")
 
-_WEIGHT = frozenset((Input.B, Input.scales, Input.zero_points, Input.bias))
+_WEIGHT: frozenset[int] = frozenset((Input.B, Input.scales, Input.zero_points, Input.bias))
+_PLACES: Mapping[str, tuple[frozenset[int], frozenset[int]]] = {
+    FUSED_OP: (frozenset(FACTORS), _WEIGHT),
+    DENSE_OP: (frozenset(tuple(DenseInput)[DenseInput.lora_a :]), frozenset({DenseInput.weight})),
+}
+"""Inputs of an op that hold factors, and those that hold its weight."""
 _TABLE = frozenset((Input.B, Input.scales, Input.zero_points))
 
 _VIEWS = frozenset(("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"))
@@ -160,10 +165,11 @@ def _uses(name: str, consumers: _Consumers) -> list[tuple[onnx.NodeProto, int]]:
 
 def _operand_kind(node: onnx.NodeProto, index: int, name: str, in_block: bool) -> str:
     """The kind of the input ``index`` of a node, which reads the initializer ``name``."""
-    if node.domain == DOMAIN and node.op_type == FUSED_OP:
-        if index in FACTORS:
+    if node.domain == DOMAIN and node.op_type in (FUSED_OP, DENSE_OP):
+        factors, weight = _PLACES[node.op_type]
+        if index in factors:
             return "factors" if in_block else "embedding_and_head"
-        if index in _WEIGHT:
+        if index in weight:
             return "linears" if in_block else "embedding_and_head"
     elif node.domain == DOMAIN and node.op_type == GATHER_OP:
         if index in _TABLE:

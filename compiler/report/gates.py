@@ -38,6 +38,7 @@ def fidelity_report(
     limits: Limits,
     progress: Progress,
     factorized: str | None = None,
+    pruned: bool = False,
 ) -> FidelityReport:
     """Score the original, what was factorised, the backbone, the comparators, last what is shipped.
 
@@ -50,13 +51,14 @@ def fidelity_report(
       limits: what the last row must keep to.
       progress: shown one step per variant.
       factorized: name of the pass that factorised linears; None for none.
+      pruned: whether a pass pruned linears: the backbone's row is then called "compressed".
     """
     linears = compressed.linears
     made: dict[str, _Made] = {}
     if factorized is not None:
         made[factorized] = _Made(Linear.weight, _plain_bytes)
     if factorized is None or any(linear.compressed is not None for linear in linears):
-        made["quantized"] = _Made.compensated({})
+        made["compressed" if pruned else "quantized"] = _Made.compensated({})
         compensated: dict[str, Factors] = {
             name: factors for name, factors in comparisons.items() if name != shipped
         }

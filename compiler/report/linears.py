@@ -22,7 +22,7 @@ def linear_report(linear: Linear, *, stored_bytes: int | None = None) -> LinearR
       linear: compressed or not.
       stored_bytes: of an uncompressed weight; None takes float32.
     """
-    weight, factors = linear.compressed, linear.factors
+    weight, codes, factors = linear.compressed, linear.quantized, linear.factors
     if weight is None:
         plain = 4 * linear.in_features * linear.out_features
         size = plain if stored_bytes is None else stored_bytes
@@ -33,8 +33,9 @@ def linear_report(linear: Linear, *, stored_bytes: int | None = None) -> LinearR
         block=linear.block,
         role=linear.role,
         shape=(linear.out_features, linear.in_features),
-        bits=None if weight is None else weight.bits,
-        group_size=None if weight is None else weight.group_size,
+        bits=None if codes is None else codes.bits,
+        group_size=None if codes is None else codes.group_size,
+        sparsity=linear.record.sparsity,
         rank=0 if factors is None else factors.rank,
         bytes=size + (0 if factors is None else factors.nbytes),
         errors=dict(linear.record.errors),
@@ -71,7 +72,7 @@ def padding_warnings(linears: Iterable[Linear]) -> list[WarningReport]:
     """
     padded: list[tuple[str, float]] = []
     for linear in linears:
-        weight = linear.compressed
+        weight = linear.quantized
         if weight is None:
             continue
         rows, groups = weight.scales.shape

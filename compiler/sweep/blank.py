@@ -13,10 +13,12 @@ from eoracc.passes.compensate.quantize_factors import QuantizeFactors
 from eoracc.passes.compression import Compression
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import find_again
+from eoracc.passes.prune.pruning import Pruning
 from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.quantize.quantization import Quantization
 from eoracc.passes.solvers.factorization import factorized_rank
 from eoracc.plugins.operands.blank import blank_factors
+from eoracc.plugins.operands.dense import DenseWeight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,6 +65,10 @@ def _apply(item: Pass, linear: Linear) -> None:
         options = item.options_for(linear)
         if options is not None:
             linear.quantize(options.blank(linear.out_features, linear.in_features))
+    elif isinstance(item, Pruning):
+        if item.options_for(linear) is not None:
+            shape = linear.in_features, linear.out_features
+            linear.quantize(DenseWeight(np.zeros(shape, np.float32).T))
     elif isinstance(item, Compression):
         raise PassError(item.name, "stores weights whose size is not known before it has run")
     elif isinstance(item, Compensation):

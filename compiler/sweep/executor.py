@@ -35,7 +35,7 @@ from eoracc.plugins.op import Input
 __all__ = ["Executor"]
 
 _PARAMETER = re.compile(
-    r"\.(weight|weight_t|bias|weight_packed|scales|zero_points|lora_[ab]|lora_[ab]_scale)$"
+    r"\.(weight|weight_t|dense_weight|bias|weight_packed|scales|zero_points|lora_[ab]|lora_[ab]_scale)$"
 )
 """Initializers that are parameters of the model, by their names."""
 
@@ -279,7 +279,7 @@ def _empty_past(value: ir.Value) -> Callable[[int], Array]:
 
 def _padding_bytes(linear: Linear) -> int:
     """What the operands of a compressed linear take in tiles beyond their bytes in the graph."""
-    if linear.compressed is None:
+    if linear.quantized is None:
         return 0
     factors = 0 if linear.factors is None else linear.factors.nbytes
     plain = sum(
@@ -287,4 +287,4 @@ def _padding_bytes(linear: Linear) -> int:
         for place, value in enumerate(linear.node.inputs)
         if place != Input.bias and value is not None and value.const_value is not None
     )
-    return linear.compressed.nbytes + factors - plain
+    return linear.quantized.nbytes + factors - plain

@@ -190,7 +190,7 @@ def _sweep(
         held_out=[] if held_out is None else calibration_batches(held_out),
     )
     for item in passes:
-        if isinstance(item, Compression):
+        if isinstance(item, Compression) and item.stores_codes:
             quantize_embedding_tables(item, compressed.embeddings, compressed.linears)
     spec.check(compressed.model, spec.Stage.COMPRESSED, after=passes[-1].name)
     if any(linear.factorized is not None for linear in compressed.linears):

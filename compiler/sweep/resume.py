@@ -30,6 +30,7 @@ from eoracc.compiler.kept.record import read_record
 from eoracc.compiler.sweep.batch import Batch
 from eoracc.passes.graph.linears import Factorized, Linear
 from eoracc.passes.graph.record import LinearWarning
+from eoracc.plugins.operands.dense import DenseWeight, StoredWeight
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
@@ -37,6 +38,9 @@ __all__ = ["AdapterState", "Resumed", "SweepState", "saved_spent_s"]
 
 Array = NDArray[np.generic]
 _INDEX = "state.json"
+
+_FLOATS = ("/u", "/v", "/dense")
+"""Ends of the names of arrays that are memory-mapped."""
 
 _FACTORS = ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
 
@@ -83,11 +87,11 @@ class _State:
     def _finished(self) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
         """The record of each finished linear, with the arrays of its file.
 
-        The factors of factorised weights are memory-mapped.
+        Weights of floats, factors or pruned, are memory-mapped.
         """
         for step in self._index["steps"]:
             path = self.folder / step["file"]["name"]
-            arrays = _map_factors(path)
+            arrays = _map_floats(path)
             with safe_open(path, framework="numpy") as stored:
                 arrays |= {name: stored.get_tensor(name) for name in {*stored.keys()} - {*arrays}}
             for meta in step["linears"]:
@@ -224,8 +228,8 @@ class SweepState(_State):
 
         Args:
           position: levels that are finished.
-          linears: of those levels. The factors of factorised ones are memory-mapped from the saved
-            file afterwards, to free the memory.
+          linears: of those levels. Their weights of floats, factors or pruned, are memory-mapped
+            from the saved file afterwards, to free the memory.
           batches: the activations at the level reached.
           comparisons: the comparators' factors.
 
@@ -246,10 +250,12 @@ class SweepState(_State):
         ]
         arrays: dict[str, Array] = {}
         metas = [_pack(linear, arrays, comparisons) for linear in fresh]
-        mapped = _map_factors(self._write(position, metas, arrays, batches))
+        mapped = _map_floats(self._write(position, metas, arrays, batches))
         for linear in fresh:
             if linear.factorized is not None:
                 linear.hold_factors(_factorized(linear.name, mapped))
+            elif isinstance(linear.compressed, DenseWeight):
+                linear.quantize(_dense(linear.name, mapped))
 
 
 def saved_spent_s(folder: Path) -> float:
@@ -329,6 +335,7 @@ def _pack(
         "errors": dict(linear.record.errors),
         "notes": [*linear.record.notes],
         "warnings": [asdict(warning) for warning in linear.record.warnings],
+        "sparsity": linear.record.sparsity,
     }
     if linear.factorized is not None:
         # In the layout of the graph, which maps them from the file.
@@ -337,19 +344,24 @@ def _pack(
     weight = linear.compressed
     if weight is None:
         return meta
-    arrays[f"{linear.name}/packed"] = weight.packed
-    arrays[f"{linear.name}/scales"] = weight.scales
-    if weight.zero_points is not None:
-        arrays[f"{linear.name}/zero_points"] = weight.zero_points
+    stored: dict[str, int] = {}
+    if isinstance(weight, DenseWeight):
+        arrays[f"{linear.name}/dense"] = weight.values.T
+    else:
+        arrays[f"{linear.name}/packed"] = weight.packed
+        arrays[f"{linear.name}/scales"] = weight.scales
+        if weight.zero_points is not None:
+            arrays[f"{linear.name}/zero_points"] = weight.zero_points
+        stored = {"bits": weight.bits, "group_size": weight.group_size}
     compared = {
         name: factors[linear.name]
         for name, factors in comparisons.items()
         if linear.name in factors
     }
     factors = compared if linear.factors is None else {"": linear.factors, **compared}
-    return meta | {
-        "bits": weight.bits,
-        "group_size": weight.group_size,
+    return {
+        **meta,
+        **stored,
         "factors": {
             name: _pack_factors(linear.name, name, low_rank, arrays)
             for name, low_rank in factors.items()
@@ -367,21 +379,13 @@ def _restore(
     linear.record.errors = dict(meta["errors"])
     linear.record.notes[:] = meta["notes"]
     linear.record.warnings = [LinearWarning(**warning) for warning in meta["warnings"]]
+    linear.record.sparsity = meta.get("sparsity")
     if f"{linear.name}/u" in arrays:
         product = _factorized(linear.name, arrays)
         linear.factorize(product.u, product.v)
-    if "bits" not in meta:
+    if "factors" not in meta:
         return
-    linear.quantize(
-        NBitsWeight(
-            packed=arrays[f"{linear.name}/packed"],  # type: ignore[arg-type]
-            scales=arrays[f"{linear.name}/scales"],  # type: ignore[arg-type]
-            zero_points=arrays.get(f"{linear.name}/zero_points"),  # type: ignore[arg-type]
-            bits=meta["bits"],
-            group_size=meta["group_size"],
-            in_features=linear.in_features,
-        )
-    )
+    linear.quantize(_stored_weight(linear, meta, arrays))
     for name, bits in meta["factors"].items():
         factors = _restore_factors(linear.name, name, bits, arrays)
         if name:
@@ -390,17 +394,37 @@ def _restore(
             linear.compensate(factors)
 
 
+def _stored_weight(
+    linear: Linear, meta: Mapping[str, Any], arrays: Mapping[str, Array]
+) -> StoredWeight:
+    if "bits" not in meta:
+        return _dense(linear.name, arrays)
+    return NBitsWeight(
+        packed=arrays[f"{linear.name}/packed"],  # type: ignore[arg-type]
+        scales=arrays[f"{linear.name}/scales"],  # type: ignore[arg-type]
+        zero_points=arrays.get(f"{linear.name}/zero_points"),  # type: ignore[arg-type]
+        bits=meta["bits"],
+        group_size=meta["group_size"],
+        in_features=linear.in_features,
+    )
+
+
+def _dense(linear: str, arrays: Mapping[str, Array]) -> DenseWeight:
+    """The weight of ``linear`` among ``arrays``, as a view of it."""
+    return DenseWeight(arrays[f"{linear}/dense"].T)  # type: ignore[arg-type]
+
+
 def _factorized(linear: str, arrays: Mapping[str, Array]) -> Factorized:
     """The factors of ``linear`` among ``arrays``, as views of those."""
     return Factorized(arrays[f"{linear}/u"].T, arrays[f"{linear}/v"].T)  # type: ignore[arg-type]
 
 
-def _map_factors(path: Path) -> dict[str, Array]:
-    """The factors of factorised weights in a safetensors file, memory-mapped."""
+def _map_floats(path: Path) -> dict[str, Array]:
+    """The weights of floats, factors or pruned, in a safetensors file, memory-mapped."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    places = {name: entry for name, entry in header.items() if name.endswith(("/u", "/v"))}
+    places = {name: entry for name, entry in header.items() if name.endswith(_FLOATS)}
     if not places:
         return {}
     content = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))

@@ -127,7 +127,7 @@ def record_parity(
       accuracy_level: of the artifact's linears; 4 rounds activations to int8.
       trust_remote_code: let transformers run code that the checkpoint brings.
     """
-    compressed = [linear for linear in linears if linear.compressed is not None]
+    compressed = [linear for linear in linears if linear.quantized is not None]
     rng = np.random.default_rng(_SEED)
     inputs = {
         width: representable_inputs(rng, LINEAR_ROWS, width)

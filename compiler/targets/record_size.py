@@ -57,7 +57,7 @@ def most_record_bytes(linears: Sequence[Linear], vocabulary: int, folder_bytes: 
       vocabulary: logits of a token.
       folder_bytes: of the files that the record is about.
     """
-    compressed = [linear for linear in linears if linear.compressed is not None]
+    compressed = [linear for linear in linears if linear.quantized is not None]
     widths = {linear.in_features for linear in compressed}
     # In the wider code: two bytes of each output for each row of inputs, and one of bounds.
     outputs = (2 * LINEAR_ROWS + 1) * sum(linear.out_features for linear in compressed)

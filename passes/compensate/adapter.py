@@ -67,7 +67,7 @@ class AdapterSolver(Overridable):
 
         An adapter has a slot at each linear of a decoder block that the build compressed.
         """
-        if linear.block is None or linear.compressed is None:
+        if linear.block is None or linear.quantized is None:
             return None
         options = super().options_for(linear)
         return None if options is None or options.rank == 0 else options

@@ -1,7 +1,8 @@
 """A view of the graph's weight matmuls, the unit of compression.
 
 A linear is a ``MatMul`` whose right operand is an initializer (possibly through a ``Transpose``),
-or the ``eoracc::MatMulNBitsLowRank`` that compression put in its place. The view writes through:
+or what compression put in its place: ``eoracc::MatMulNBitsLowRank`` for codes, a ``MatMul`` or
+``eoracc::MatMulLowRank`` for floats. The view writes through:
 :meth:`Linear.quantize`, :meth:`Linear.compensate` and :meth:`Linear.factorize` change the graph at
 once, so that the graph is the only record of what is compressed.
 """
@@ -19,18 +20,27 @@ from numpy.typing import NDArray
 
 from eoracc.errors import ModelError, PassError
 from eoracc.passes.graph.record import LinearRecord
-from eoracc.passes.graph.stored import factor_arrays, stored_factors, stored_weight
-from eoracc.plugins.op import DOMAIN, DOMAIN_VERSION, FUSED_OP, Input
+from eoracc.passes.graph.stored import (
+    DENSE_WEIGHT,
+    dense_weight,
+    factor_arrays,
+    stored_factors,
+    stored_weight,
+)
+from eoracc.plugins.op import DENSE_OP, DOMAIN, DOMAIN_VERSION, FUSED_OP, Input
+from eoracc.plugins.operands.dense import DenseWeight, StoredWeight
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
 if TYPE_CHECKING:
     from eoracc.passes.solvers.gram import Activations, Gram, GramProducts
+    from eoracc.passes.solvers.sparsity import Mask, Sparsity
 
 __all__ = [
     "Factorized",
     "Linear",
     "LinearGroup",
+    "Pruner",
     "Quantizer",
     "block_of",
     "find_again",
@@ -75,10 +85,24 @@ class Factorized:
 
 
 class Quantizer(Protocol):
-    """A quantizing pass that can quantize another weight with the same options."""
+    """A compressing pass that can compress another weight with the same options."""
 
-    def requantize(self, weight: NDArray[np.float32], gram: Gram) -> NBitsWeight:
-        """Quantize ``weight [N, K]``, whose input has the Gram ``gram``."""
+    def requantize(self, weight: NDArray[np.float32], gram: Gram) -> StoredWeight:
+        """Compress ``weight [N, K]``, whose input has the Gram ``gram``."""
+
+
+class Pruner(Protocol):
+    """A pruning pass whose choice a quantizing pass keeps to."""
+
+    @property
+    def run(self) -> int:
+        """Columns that a joint solve must keep together; 0 for all, in the order of the row."""
+
+    def prune(self, weight: NDArray[np.float32], gram: Gram | None) -> NDArray[np.float32]:
+        """``weight [N, K]`` with exact zeros for what is removed; other weights may change."""
+
+    def choice(self, weight: NDArray[np.float32], gram: Gram | None) -> Sparsity | Mask:
+        """What to remove of ``weight [N, K]``: a mask, or how much a joint solve is to remove."""
 
 
 @dataclass(eq=False)
@@ -92,8 +116,9 @@ class Linear:
       out_features: ``N``.
       source: the original weight; read lazily, None if the graph was loaded in compressed form.
       transposed: whether ``source`` is stored ``[K, N]`` rather than ``[N, K]``.
-      compressed: the weight after quantization.
-      quantizer: the pass that quantized it in this sweep, with the options for this linear.
+      compressed: the weight after quantization or pruning.
+      quantizer: the pass that compressed it in this sweep, with the options for this linear.
+      pruner: the pass that pruned it in this sweep, with the options for this linear.
       factors: its low-rank compensation.
       factorized: the weight after factorisation. The graph then holds two matmuls, which
         :func:`find_again` returns as linears of their own, ``<name>.v`` and ``<name>.u``.
@@ -112,8 +137,9 @@ class Linear:
     out_features: int
     source: ir.TensorProtocol | None
     transposed: bool
-    compressed: NBitsWeight | None = None
+    compressed: StoredWeight | None = None
     quantizer: Quantizer | None = None
+    pruner: Pruner | None = None
     factors: LowRank | None = None
     factorized: Factorized | None = None
     whole: Linear | None = None
@@ -155,6 +181,11 @@ class Linear:
         assert value is not None  # noqa: S101 - a MatMul always has its first input
         return value
 
+    @property
+    def quantized(self) -> NBitsWeight | None:
+        """The weight in codes; None where it is stored in floats."""
+        return self.compressed if isinstance(self.compressed, NBitsWeight) else None
+
     def weight(self) -> NDArray[np.float32]:
         """The original weight, ``float32 [N, K]``, freshly read.
 
@@ -182,8 +213,11 @@ class Linear:
         weight = self.backbone_weight()
         return weight if self.factors is None else weight + self.factors.product()
 
-    def quantize(self, weight: NBitsWeight) -> None:
-        """Put the fused op with ``weight`` in place of the current node."""
+    def quantize(self, weight: StoredWeight) -> None:
+        """Put a compressed ``weight`` in place of the present one.
+
+        Codes are multiplied by the fused op, floats by a MatMul.
+        """
         if (weight.out_features, weight.in_features) != (self.out_features, self.in_features):
             raise PassError(
                 self.name,
@@ -275,25 +309,46 @@ class Linear:
         self._rewrite()
 
     def _rewrite(self) -> None:
-        weight, factors = self.compressed, self.factors
+        weight = self.compressed
         assert weight is not None  # noqa: S101 - both callers have just checked
-        graph = self._graph
+        node = self._dense_node(weight) if isinstance(weight, DenseWeight) else self._node(weight)
+        graph, replaced, stale = self._graph, self.node, tuple(self.node.inputs[1:])
+        self.node = node
+        ir.convenience.replace_nodes_and_values(
+            graph, replaced, [replaced], [node], replaced.outputs, node.outputs
+        )
+        if node.domain:
+            graph.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
+        _drop_unused_initializers(graph, stale)
+
+    def _dense_node(self, weight: DenseWeight) -> ir.Node:
+        operands = [self.input, self._initializer(DENSE_WEIGHT, weight.values.T)]
+        if self.factors is None:
+            return ir.node("MatMul", operands, name=self.name)
+        operands += self._factor_operands()
+        while operands[-1] is None:
+            operands.pop()
+        return ir.node(DENSE_OP, operands, domain=DOMAIN, name=self.name)
+
+    def _factor_operands(self) -> list[ir.Value | None]:
+        parts = {} if self.factors is None else factor_arrays(self.factors)
+        return [
+            self._initializer(part, parts.get(part))
+            for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+        ]
+
+    def _node(self, weight: NBitsWeight) -> ir.Node:
         operands: list[ir.Value | None] = [
             self.input,
             self._initializer("weight_packed", weight.packed),
             self._initializer("scales", weight.scales),
             self._initializer("zero_points", weight.zero_points),
             None,
-        ]
-        parts = {} if factors is None else factor_arrays(factors)
-        operands += [
-            self._initializer(part, parts.get(part))
-            for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
+            *self._factor_operands(),
         ]
         while operands[-1] is None:
             operands.pop()
-        replaced, stale = self.node, tuple(self.node.inputs[1:])
-        self.node = ir.node(
+        return ir.node(
             FUSED_OP,
             operands,
             {
@@ -306,11 +361,6 @@ class Linear:
             domain=DOMAIN,
             name=self.name,
         )
-        ir.convenience.replace_nodes_and_values(
-            graph, replaced, [replaced], [self.node], replaced.outputs, self.node.outputs
-        )
-        graph.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
-        _drop_unused_initializers(graph, stale)
 
     @property
     def _graph(self) -> ir.Graph:
@@ -375,6 +425,8 @@ def find_linears(model: ir.Model) -> list[Linear]:
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == FUSED_OP:
             linears.append(_from_fused(node))
+        elif node.domain == DOMAIN and node.op_type == DENSE_OP:
+            linears.append(_from_dense(node))
         elif node.domain == "" and node.op_type == "MatMul":
             linear = _from_matmul(node)
             if linear is not None:
@@ -426,6 +478,8 @@ def _from_matmul(node: ir.Node) -> Linear | None:
     operand = node.inputs[1]
     if operand is None:
         return None
+    if dense_weight(node) is not None:
+        return _from_dense(node)
     transposed = True
     producer = operand.producer()
     if producer is not None and producer.op_type == "Transpose":
@@ -460,6 +514,22 @@ def _from_fused(node: ir.Node) -> Linear:
         transposed=False,
         compressed=stored_weight(node),
         factors=stored_factors(node),
+    )
+
+
+def _from_dense(node: ir.Node) -> Linear:
+    weight = dense_weight(node)
+    if weight is None:
+        raise ModelError(f"node {node.name}: its weight is not an initializer, so it is no linear")
+    return Linear(
+        name=str(node.name),
+        node=node,
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        source=None,
+        transposed=False,
+        compressed=weight,
+        factors=stored_factors(node) if node.op_type == DENSE_OP else None,
     )
 
 

@@ -33,12 +33,14 @@ class LinearRecord:
       output_norm: ``||T X||_F`` over the calibration tokens of this sweep, with the target ``T``
         of compression (the weight ``W``, or what matches outputs); None until a pass computes it.
       warnings: one of each code at most.
+      sparsity: share of its weights that a pruning pass has removed; None where none has.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     output_norm: float | None = None
     warnings: list[LinearWarning] = field(default_factory=list)
+    sparsity: float | None = None
 
     def warn(self, warning: LinearWarning) -> None:
         """Add ``warning``, in place of one of the same code: a later sweep knows better."""
@@ -48,5 +50,9 @@ class LinearRecord:
     def copy(self) -> LinearRecord:
         """A record of the same content, to be changed on its own."""
         return LinearRecord(
-            dict(self.errors), list(self.notes), self.output_norm, list(self.warnings)
+            dict(self.errors),
+            list(self.notes),
+            self.output_norm,
+            list(self.warnings),
+            self.sparsity,
         )

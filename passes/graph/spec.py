@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from eoracc.errors import PassError
-from eoracc.plugins.op import DOMAIN, FUSED_OP, GATHER_OP, Input
+from eoracc.plugins.op import DENSE_OP, DOMAIN, FUSED_OP, GATHER_OP, DenseInput, Input
 from eoracc.plugins.operands.codes import BITS, CHUNK, TILE, VECTOR
 from eoracc.plugins.tensorrt.plugin import FIELDS as PLUGIN_FIELDS
 from eoracc.plugins.tensorrt.plugin import INPUTS as PLUGIN_INPUTS
@@ -69,7 +69,7 @@ _LAYERS = ("Attention", "LayerNormalization", "MatMul", "RMSNormalization", "Rot
 _STANDARD: frozenset[Op] = frozenset(
     ("", name) for name in (*_ARITHMETIC, *_MASKS, *_SHAPES, *_ACTIVATIONS, *_LAYERS)
 )
-_FUSED: frozenset[Op] = frozenset({(DOMAIN, FUSED_OP), (DOMAIN, GATHER_OP)})
+_FUSED: frozenset[Op] = frozenset({(DOMAIN, FUSED_OP), (DOMAIN, GATHER_OP), (DOMAIN, DENSE_OP)})
 
 # The standard operators that TensorRT's parser accepts.
 _TENSORRT = _STANDARD | {("", "DequantizeLinear"), ("", "GatherND"), ("", "TensorScatter")}
@@ -209,9 +209,25 @@ def _check_tensor(value: ir.Value, where: str) -> None:
 
 
 def _check_fused(node: ir.Node, where: str) -> None:
+    if node.op_type == DENSE_OP:
+        _check_dense(node, where)
+        return
     _check_weight(node, where)
     if node.op_type == FUSED_OP:
         _check_linear(node, where)
+
+
+def _check_dense(node: ir.Node, where: str) -> None:
+    """Check the operands of a linear of floats with low-rank factors."""
+    weight, lora_a = (_operand(node, place) for place in (DenseInput.weight, DenseInput.lora_a))
+    if weight is None or weight.shape is None or lora_a is None or lora_a.shape is None:
+        raise PassError(where, "needs a weight and factors of known shapes")
+    columns, rows, rank = weight.shape[0], weight.shape[1], lora_a.shape[0]
+    _expect(node, DenseInput.weight, (columns, rows), _REAL, where)
+    _expect(node, DenseInput.lora_a, (rank, columns), _FACTORS, where)
+    _expect(node, DenseInput.lora_b, (rows, rank), _FACTORS, where)
+    for place, size in ((DenseInput.lora_a_scale, rank), (DenseInput.lora_b_scale, rows)):
+        _expect(node, place, (size,), _REAL, where, optional=True)
 
 
 def _check_plugin(node: ir.Node, where: str) -> None:

@@ -8,14 +8,27 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.errors import ModelError
-from eoracc.plugins.op import Input
+from eoracc.plugins.op import DENSE_OP, FACTORS, DenseInput, Input
+from eoracc.plugins.operands.dense import DenseWeight
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["constant_operand", "factor_arrays", "stored_factors", "stored_weight"]
+__all__ = [
+    "DENSE_WEIGHT",
+    "constant_operand",
+    "dense_weight",
+    "factor_arrays",
+    "stored_factors",
+    "stored_weight",
+]
+
+DENSE_WEIGHT = "dense_weight"
+"""Last part of the name of an initializer that holds a compressed weight of floats, ``[K, N]``."""
+
+_DENSE_FACTORS = tuple(DenseInput)[DenseInput.lora_a :]
 
 _INT4 = ir.DataType.INT4.numpy()
 """NumPy type of the values of an int4 factor in the graph."""
@@ -42,9 +55,19 @@ def stored_weight(node: ir.Node) -> NBitsWeight:
     )
 
 
+def dense_weight(node: ir.Node) -> DenseWeight | None:
+    """The weight of a product with floats that compression has put in place; None for others."""
+    value = node.inputs[DenseInput.weight]
+    if value is None or not str(value.name).endswith(f".{DENSE_WEIGHT}"):
+        return None
+    array = _array(node, DenseInput.weight)
+    return None if array is None else DenseWeight(array.T)  # type: ignore[arg-type]
+
+
 def stored_factors(node: ir.Node) -> LowRank | None:
-    """The low-rank factors of the fused ``node``, of plain layout; None if it has none."""
-    lora_a, lora_b = _array(node, Input.lora_a), _array(node, Input.lora_b)
+    """The low-rank factors of an eoracc linear of plain layout; None if it has none."""
+    places = _DENSE_FACTORS if node.op_type == DENSE_OP else FACTORS
+    lora_a, lora_b, lora_a_scale, lora_b_scale = (_array(node, place) for place in places)
     if lora_a is None or lora_b is None:
         return None
     bits = 4 if lora_a.dtype == _INT4 else 8
@@ -53,8 +76,8 @@ def stored_factors(node: ir.Node) -> LowRank | None:
     return LowRank(
         lora_a=lora_a,  # type: ignore[arg-type]
         lora_b=lora_b,  # type: ignore[arg-type]
-        lora_a_scale=_array(node, Input.lora_a_scale),  # type: ignore[arg-type]
-        lora_b_scale=_array(node, Input.lora_b_scale),  # type: ignore[arg-type]
+        lora_a_scale=lora_a_scale,  # type: ignore[arg-type]
+        lora_b_scale=lora_b_scale,  # type: ignore[arg-type]
         bits=bits,
     )
 

@@ -19,6 +19,7 @@ from eoracc.passes.compensate.base import Compensation, Rank
 from eoracc.passes.plan.bundles import alone, together
 from eoracc.passes.plan.items import Item, Option, weights_of
 from eoracc.passes.plan.tables import Tables
+from eoracc.passes.prune.pruning import Pruning
 from eoracc.passes.quantize.quantization import Bits, EmbeddingBits, GroupSize, Quantization
 from eoracc.passes.recipe import Recipe
 from eoracc.passes.sizes import Size
@@ -171,7 +172,7 @@ class Allocate(SurveyPass):
                 "or take another 'distortion'",
             )
         weighed = outputs if self.distortion == "outputs" else set()
-        trial = _Trial(self, quantizer, compensation, weighed)
+        trial = _Trial(self, Recipe(context.following).pruning, quantizer, compensation, weighed)
         if context.windows is None:
             raise PassError(self.name, "has no text to go by: give 'calibration' in model.yaml")
         calibrate = Recipe(context.following).calibrate or Calibrate()
@@ -387,6 +388,7 @@ class _Trial:
     """Compresses linears in every way that the settings allow."""
 
     settings: Allocate
+    pruning: Pruning | None
     quantizer: Quantization
     compensation: Compensation | None
     outputs: AbstractSet[str]
@@ -398,6 +400,9 @@ class _Trial:
           group: of the original model, with its Gram.
         """
         found: dict[str, dict[tuple[int, int], list[Option]]] = {}
+        if self.pruning is not None:
+            self.pruning.requires(group)
+            self.pruning.call(group)
         for bits, group_size in product(self.settings.widths, self.settings.group_sizes or (None,)):
             for linear in group.linears:
                 linear.plan["bits"] = bits
@@ -405,7 +410,7 @@ class _Trial:
                     linear.plan["group_size"] = group_size
             self.quantizer.call(group)
             for linear in group.linears:
-                weight = linear.compressed
+                weight = linear.quantized
                 if weight is None:
                     continue
                 known = found.setdefault(linear.name, {})
@@ -429,7 +434,7 @@ class _Trial:
 
     def _options(self, linear: Linear, group: LinearGroup) -> list[Option]:
         """The ways to compensate the linear, as it is quantized now, by rank."""
-        weight = linear.compressed
+        weight = linear.quantized
         assert weight is not None  # noqa: S101 - the caller has checked
         gram = require_gram(self.settings.name, group)
         error = lost_output(linear, gram).weighted

@@ -178,7 +178,7 @@ class Tables:
         look_ups = [_LookUps.of(table, self.windows) for table in shared]
         options = []
         for way in ways:
-            (stored,) = way.compress([weight], gram)
+            stored = way.requantize(weight, gram)
             loss = gram.tokens * predictions.mean_loss(weight, stored)
             loss += sum(cost.loss(weight, stored) for cost in look_ups)
             options.append(Option({"bits": way.bits}, Candidate(stored.nbytes, loss)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from eoracc.plugins.operands.weight import NBitsWeight
+
 if TYPE_CHECKING:
     from eoracc.passes.compression import Compression
     from eoracc.passes.graph.embeddings import Embedding
     from eoracc.passes.graph.linears import Linear
-    from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["embedding_options", "quantize_embedding_tables"]
 
@@ -17,7 +18,9 @@ _C = TypeVar("_C", bound="Compression")
 
 
 def _rounded(options: Compression, embedding: Embedding) -> NBitsWeight:
-    return options.requantize(embedding.weight(), None)
+    weight = options.requantize(embedding.weight(), None)
+    assert isinstance(weight, NBitsWeight)  # noqa: S101 - passes that store floats leave tables alone
+    return weight
 
 
 def embedding_options(
@@ -61,7 +64,7 @@ def quantize_embedding_tables(
     The head is the last linear of a sweep, so the sweep itself runs on the original table.
 
     Args:
-      compression: the pass.
+      compression: the pass, which stores codes.
       embeddings: the tables of a graph.
       linears: of the same graph, compressed.
       solve: compresses a table, with the options that hold for it.
@@ -70,7 +73,7 @@ def quantize_embedding_tables(
         options, head = embedding_options(compression, embedding, linears)
         if options is None:
             continue
-        weight = None if head is None else head.compressed
+        weight = None if head is None else head.quantized
         if weight is None:
             head, weight = None, solve(options, embedding)
         embedding.quantize(weight, tied=head)

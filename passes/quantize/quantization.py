@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -15,8 +15,8 @@ from typing_extensions import override
 from eoracc.passes.compression import Compression
 from eoracc.passes.graph.embeddings import Embedding
 from eoracc.passes.overrides import Override
+from eoracc.passes.quantize.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.quantize.row_blocks import by_row_blocks
-from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.grid import group_width, round_to_nearest
 from eoracc.plugins.operands.blank import blank_weight
 from eoracc.plugins.operands.weight import weight_bytes
@@ -25,7 +25,8 @@ from eoracc.printable import quoted
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.passes.graph.linears import Linear, LinearGroup
+    from eoracc.passes.compression import Compressor
+    from eoracc.passes.graph.linears import Linear, LinearGroup, Pruner
     from eoracc.passes.solvers.gram import Gram
     from eoracc.plugins.operands.weight import NBitsWeight
 
@@ -112,6 +113,32 @@ class Quantization(Compression):
           gram: of the input, where statistics were taken.
         """
 
+    def solve_pruned(
+        self, weight: NDArray[np.float32], gram: Gram | None, pruner: Pruner
+    ) -> NBitsWeight:
+        """Quantize and prune a weight ``[N, K]`` that is in the range of float16 scales.
+
+        A pass whose :meth:`solve` does not leave every zero a zero overrides this.
+
+        Args:
+          weight: to be approximated.
+          gram: of the input, where statistics were taken.
+          pruner: has chosen what is removed, or says how much of it.
+        """
+        return self.solve(pruner.prune(weight, gram), gram)
+
+    @override
+    def solvers(self, linears: Sequence[Linear]) -> Iterator[tuple[Compressor, Sequence[Linear]]]:
+        parts: list[tuple[Pruner | None, list[Linear]]] = []
+        for linear in linears:
+            known = (members for pruner, members in parts if pruner == linear.pruner)
+            members = next(known, None)
+            if members is None:
+                parts.append((linear.pruner, members := []))
+            members.append(linear)
+        for pruner, members in parts:
+            yield (self if pruner is None else _Joint(self, pruner)), members
+
     @override
     def outside(self, linear: Linear | Embedding) -> Self | None:
         if self.embedding_bits is None:
@@ -129,7 +156,7 @@ class Quantization(Compression):
     def call(self, group: LinearGroup) -> None:
         super().call(group)
         for linear in group.linears:
-            if linear.compressed is not None and linear.compressed.scales.dtype == np.float32:
+            if linear.quantized is not None and linear.quantized.scales.dtype == np.float32:
                 linear.record.notes.append(
                     f"{self.name}: scales are float32, for its weights, "
                     f"{np.abs(linear.weight()).max():.2g} at most, are beyond float16 scales."
@@ -182,3 +209,26 @@ class Quantization(Compression):
                 clip_search=self.clip_search,
             ),
         )
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """A quantizing pass that solves for codes and zeros together with a pruning pass.
+
+    Attributes:
+      quantization: with the options for the linears that it serves.
+      pruner: likewise.
+    """
+
+    quantization: Quantization
+    pruner: Pruner
+
+    def requantize(self, weight: NDArray[np.float32], gram: Gram | None) -> NBitsWeight:
+        shift = range_shift(weight, bits=self.quantization.bits)
+        solved = self.quantization.solve_pruned(shifted(weight, shift), gram, self.pruner)
+        return shift_scales(solved, -shift)
+
+    def compress(
+        self, weights: Iterable[NDArray[np.float32]], gram: Gram | None
+    ) -> Iterator[NBitsWeight]:
+        return (self.requantize(weight, gram) for weight in weights)

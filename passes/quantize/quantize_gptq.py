@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
+from eoracc.passes.quantize.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.quantize.quantization import Quantization
-from eoracc.passes.quantize.row_blocks import by_row_blocks, rows_of
+from eoracc.passes.quantize.row_blocks import row_blocks, rows_of, stack_rows
 from eoracc.passes.solvers.descent import descend
-from eoracc.passes.solvers.float16_range import range_shift, shift_scales, shifted
 from eoracc.passes.solvers.gptq import Feedback, gptq
 from eoracc.passes.solvers.grid import group_width
 from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_few_tokens
@@ -23,8 +23,9 @@ from eoracc.passes.statistics import note_too_few_tokens, require_gram, saw_too_
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eoracc.passes.graph.linears import Linear, LinearGroup
+    from eoracc.passes.graph.linears import Linear, LinearGroup, Pruner
     from eoracc.passes.solvers.gram import Gram
+    from eoracc.passes.solvers.sparsity import Mask, Sparsity
     from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["QuantizeGptq"]
@@ -61,8 +62,9 @@ class QuantizeGptq(Quantization):
         gram = require_gram(self.name, group)
         super().call(group)
         for options, linears in self.partition(group):
-            feedback = options.feedback(gram)
             for linear in linears:
+                run = 1 if linear.pruner is None else linear.pruner.run
+                feedback = options.feedback(gram, run=run)
                 options.note(linear, gram, feedback)
 
     @override
@@ -84,26 +86,57 @@ class QuantizeGptq(Quantization):
         feedback = None if gram is None else self.feedback(gram)
         if gram is None or feedback is None:
             return self.round_to_nearest(weight)
-        matrix = gram.matrix
+        return self._solved(weight, gram, feedback)
 
-        def solve(rows: NDArray[np.float32]) -> NBitsWeight:
+    @override
+    def solve_pruned(
+        self, weight: NDArray[np.float32], gram: Gram | None, pruner: Pruner
+    ) -> NBitsWeight:
+        feedback = None if gram is None else self.feedback(gram, run=pruner.run)
+        if gram is None or feedback is None:
+            return self.round_to_nearest(pruner.prune(weight, gram))
+        return self._solved(weight, gram, feedback, pruner.choice(weight, gram))
+
+    def _solved(
+        self,
+        weight: NDArray[np.float32],
+        gram: Gram,
+        feedback: Feedback,
+        pruning: Sparsity | Mask | None = None,
+    ) -> NBitsWeight:
+        def solve(rows: slice) -> NBitsWeight:
+            part = weight[rows]
             solved = gptq(
-                rows,
+                part,
                 feedback,
                 bits=self.bits,
-                group_size=group_width(self.group_size, rows.shape[1]),
+                group_size=group_width(self.group_size, part.shape[1]),
                 symmetric=self.symmetric,
                 clip_search=self.clip_search,
+                pruning=pruning[rows] if isinstance(pruning, np.ndarray) else pruning,
             )
-            return descend(rows, solved, matrix, sweeps=self.descent, damping=feedback.damping)
+            return descend(
+                part,
+                solved,
+                gram.matrix,
+                sweeps=self.descent,
+                damping=feedback.damping,
+                keep_zeros=pruning is not None,
+            )
 
-        return by_row_blocks(weight, solve)
+        return stack_rows([solve(rows) for rows in row_blocks(weight.shape)])
 
-    def feedback(self, gram: Gram) -> Feedback | None:
-        """Factor ``gram`` for GPTQ; None where it saw too few tokens."""
+    def feedback(self, gram: Gram, *, run: int = 1) -> Feedback | None:
+        """Factor ``gram`` for GPTQ; None where it saw too few tokens.
+
+        Args:
+          gram: of the input.
+          run: consecutive columns that stay together in the order of the columns; 0 for all.
+        """
         if saw_too_few_tokens(gram):
             return None
-        return gram.feedback(damping=self.damping, act_order=self.act_order)
+        act_order = self.act_order and run > 0
+        return gram.feedback(damping=self.damping, act_order=act_order, run=run if act_order else 1)
 
     def note(self, linear: Linear, gram: Gram, feedback: Feedback | None) -> None:
         """Note on ``linear`` where its solution differs from what the options ask for."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eoracc.plugins.operands.weight import NBitsWeight
 
-__all__ = ["by_row_blocks", "row_blocks", "rows_of"]
+__all__ = ["by_row_blocks", "row_blocks", "rows_of", "stack_rows"]
 
 _BLOCK_WEIGHTS = 2**25
 """Weights of a block, 134 MB of float32: more than any linear of a block of a 7B model but its
@@ -25,8 +25,7 @@ def by_row_blocks(
     weight: NDArray[np.float32], solve: Callable[[NDArray[np.float32]], NBitsWeight]
 ) -> NBitsWeight:
     """Quantize ``weight [N, K]`` by ``solve``, block of rows by block of rows."""
-    blocks = [solve(weight[rows]) for rows in row_blocks(weight.shape)]
-    return blocks[0] if len(blocks) == 1 else _stack(blocks)
+    return stack_rows([solve(weight[rows]) for rows in row_blocks(weight.shape)])
 
 
 def row_blocks(shape: tuple[int, ...]) -> list[slice]:
@@ -47,7 +46,10 @@ def rows_of(weight: NBitsWeight, rows: slice) -> NBitsWeight:
     )
 
 
-def _stack(blocks: Sequence[NBitsWeight]) -> NBitsWeight:
+def stack_rows(blocks: Sequence[NBitsWeight]) -> NBitsWeight:
+    """The weight whose blocks of rows are ``blocks``, one at least."""
+    if len(blocks) == 1:
+        return blocks[0]
     zero_points = [block.zero_points for block in blocks if block.zero_points is not None]
     return replace(
         blocks[0],

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from eoracc.plugins.operands.dense import DenseWeight, StoredWeight
 from eoracc.plugins.operands.low_rank import LowRank
-from eoracc.plugins.operands.weight import NBitsWeight
 
 __all__ = ["Iterate", "alternate"]
 
@@ -31,16 +31,16 @@ class Iterate:
       error: of ``target - Q - L R``, as the caller measures it.
     """
 
-    weight: NBitsWeight
+    weight: StoredWeight
     factors: LowRank
     error: float
 
 
 def alternate(
     target: Float,
-    weight: NBitsWeight,
+    weight: StoredWeight,
     *,
-    quantize: Callable[[Float], NBitsWeight],
+    quantize: Callable[[Float], StoredWeight],
     correct: Callable[[Float], LowRank],
     measure: Callable[[Float], float],
     iterations: int,
@@ -81,7 +81,9 @@ def alternate(
     return best, errors
 
 
-def _same(one: NBitsWeight, other: NBitsWeight) -> bool:
+def _same(one: StoredWeight, other: StoredWeight) -> bool:
+    if isinstance(one, DenseWeight) or isinstance(other, DenseWeight):
+        return np.array_equal(one.dequantize(), other.dequantize())
     if not (np.array_equal(one.packed, other.packed) and np.array_equal(one.scales, other.scales)):
         return False
     if one.zero_points is None or other.zero_points is None:

@@ -33,6 +33,7 @@ def descend(
     *,
     sweeps: int,
     damping: float = 0.01,
+    keep_zeros: bool = False,
 ) -> NBitsWeight:
     """Lower the output error of ``weight`` against ``target``; zero points and groups are fixed.
 
@@ -44,6 +45,7 @@ def descend(
       gram: of the input, ``float64 [K, K]``, symmetric positive semidefinite, may be singular.
       sweeps: passes over all groups; 0 returns ``weight``.
       damping: fraction of the Gram's mean diagonal added to its diagonal, as in GPTQ.
+      keep_zeros: leave values that are 0 as they are, as those of a pruned weight.
 
     Returns:
       A weight with the same groups and zero points, whose error in the damped metric is not larger.
@@ -53,7 +55,7 @@ def descend(
     columns = weight.in_features
     metric = _damped(gram, damping)
     scales = np.ascontiguousarray(weight.scales.T, np.float32)
-    zeros: Float = (
+    zero_points: Float = (
         np.full_like(scales, 2 ** (weight.bits - 1))
         if weight.zero_points is None
         else np.ascontiguousarray(weight.zero_points.T, np.float32)
@@ -63,7 +65,8 @@ def descend(
     codes = np.ascontiguousarray(weight.codes().T, np.float32)
     slabs = list(groups(columns, weight.group_size))
     for index, slab in enumerate(slabs):
-        codes[slab] -= zeros[index]
+        codes[slab] -= zero_points[index]
+    fixed = codes == 0 if keep_zeros else None
     for _ in range(sweeps):
         error = wanted.copy()
         for index, slab in enumerate(slabs):
@@ -81,14 +84,15 @@ def descend(
                 scales[index],
                 own,
                 gradient[slab],
-                floor=-zeros[index],
-                ceiling=top - zeros[index],
+                floor=-zero_points[index],
+                ceiling=top - zero_points[index],
+                fixed=None if fixed is None else fixed[slab],
             )
             change = codes[slab] * scales[index] - before
             later = slice(slab.stop, columns)
             gradient[later] -= metric[later, slab] @ change
     for index, slab in enumerate(slabs):
-        codes[slab] += zeros[index]
+        codes[slab] += zero_points[index]
     return NBitsWeight.from_codes(
         np.ascontiguousarray(codes.T).astype(np.uint8),
         np.ascontiguousarray(scales.T).astype(np.float16),
@@ -129,12 +133,19 @@ def _best_scale(codes: Float, scale: Float, metric: Float, gradient: Float) -> F
 
 
 def _best_codes(
-    codes: Float, scale: Float, metric: Float, gradient: Float, *, floor: Float, ceiling: Float
+    codes: Float,
+    scale: Float,
+    metric: Float,
+    gradient: Float,
+    *,
+    floor: Float,
+    ceiling: Float,
+    fixed: NDArray[np.bool_] | None,
 ) -> None:
     """Choose the codes with the least error for each column of a group in turn, in place.
 
     All arrays are ``[columns, N]`` or ``[N]``, except ``metric``: the group's diagonal block.
-    ``gradient``, ``H E^T``, is overwritten.
+    ``gradient``, ``H E^T``, is overwritten. Codes that are ``fixed`` stay as they are.
     """
     inverse = 1 / scale
     for inner in groups(len(codes), _INNER):
@@ -150,6 +161,8 @@ def _best_codes(
             best = np.rint(codes[column] + pull)
             np.maximum(best, floor, out=best)
             np.minimum(best, ceiling, out=best)
+            if fixed is not None:
+                np.copyto(best, codes[column], where=fixed[column])
             np.multiply(best - codes[column], scale, out=changes[place])
             codes[column] = best
         gradient[inner.stop :] -= metric[inner.stop :, inner] @ changes

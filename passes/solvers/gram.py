@@ -16,7 +16,7 @@ from eoracc.passes.solvers.factors import root_and_rank, top_of_gram
 from eoracc.passes.solvers.gptq import Feedback, feedback
 
 if TYPE_CHECKING:
-    from eoracc.plugins.operands.weight import NBitsWeight
+    from eoracc.plugins.operands.dense import StoredWeight
 
 __all__ = [
     "Activations",
@@ -97,14 +97,14 @@ class Gram:
     activations: Activations | None = field(default=None, repr=False)
     held_out: HeldOut | None = field(default=None, repr=False)
     # Arrays, no LostOutput: that would hold the Gram, and a cycle would keep both in memory.
-    lost: WeakKeyDictionary[NBitsWeight, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(
+    lost: WeakKeyDictionary[StoredWeight, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
     output_roots: dict[str, NDArray[np.float32]] = field(
         default_factory=dict, init=False, repr=False
     )
     _tops: dict[int, Gram] = field(default_factory=dict, init=False, repr=False)
-    _feedback: dict[tuple[float, bool], Feedback] = field(
+    _feedback: dict[tuple[float, bool, int], Feedback] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -156,20 +156,22 @@ class Gram:
             total += weights @ np.abs(inputs)
         return total / self.tokens if self.tokens > 0 else total
 
-    def feedback(self, *, damping: float = 0.01, act_order: bool = True) -> Feedback:
+    def feedback(self, *, damping: float = 0.01, act_order: bool = True, run: int = 1) -> Feedback:
         """The factors for rounding with error feedback in the metric of this Gram.
 
-        Computed once for each pair of options; see :func:`eoracc.passes.solvers.gptq.feedback`.
+        Computed once for each set of options; see :func:`eoracc.passes.solvers.gptq.feedback`.
         """
-        key = damping, act_order
+        key = damping, act_order, run
         if key not in self._feedback:
-            self._feedback[key] = feedback(self.matrix, damping=damping, act_order=act_order)
+            self._feedback[key] = feedback(
+                self.matrix, damping=damping, act_order=act_order, run=run
+            )
         return self._feedback[key]
 
     @property
     def factored(self) -> list[tuple[float, Feedback]]:
         """What :meth:`feedback` has computed so far, each with the damping that was asked for."""
-        return [(damping, made) for (damping, _), made in self._feedback.items()]
+        return [(damping, made) for (damping, *_), made in self._feedback.items()]
 
 
 class GramSum:

@@ -1,4 +1,4 @@
-"""The bodies of the two ops."""
+"""The bodies of the ops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eoracc.plugins.functions.low_rank import (
 )
 from eoracc.plugins.functions.variant import Variant
 from eoracc.plugins.functions.weights import dequantize, quads_of, scaled, tiled_weight
-from eoracc.plugins.op import FUSED_OP, GATHER_OP
+from eoracc.plugins.op import DENSE_OP, FUSED_OP, GATHER_OP
 from eoracc.plugins.operands.codes import CHUNK, QUAD, TILE
 
 __all__ = ["BUILDERS"]
@@ -62,6 +62,14 @@ def _gated(body: Body, y: ir.Value, activation: str) -> ir.Value:
     else:
         gate = body.op("Gelu", gate, approximate="tanh")
     return body.op("Mul", gate, up)
+
+
+def _dense(body: Body, variant: Variant) -> ir.Value:
+    """``MatMulLowRank``: a product with floats, and the low-rank term."""
+    del variant
+    x = body.as_float(body["X"])
+    y = body.op("MatMul", x, body.as_float(body["weight"]))
+    return body.op("CastLike", body.op("Add", y, plain_low_rank(body, x)), body["X"])
 
 
 def _gather(body: Body, variant: Variant) -> ir.Value:
@@ -113,5 +121,6 @@ def _gather_tiled(body: Body, flat: ir.Value, bits: int) -> ir.Value:
 BUILDERS: Mapping[str, Callable[[Body, Variant], ir.Value]] = {
     FUSED_OP: _matmul,
     GATHER_OP: _gather,
+    DENSE_OP: _dense,
 }
 """Appends the body of an op and returns its output."""

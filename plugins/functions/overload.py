@@ -24,7 +24,7 @@ __all__ = ["local_function", "use_local_functions"]
 
 
 def local_function(node: ir.Node) -> ir.Function:
-    """The function that computes ``node``, a ``MatMulNBitsLowRank`` or ``GatherNBits``.
+    """The function that computes ``node``, an op of the ``eoracc`` domain.
 
     Nodes with equal overloads share one function, whatever their sizes. The caller adds the
     function to the model and names it on the node (``node.overload = function.overload``), or

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from eoracc.errors import PluginError
-from eoracc.plugins.op import ACTIVATIONS, GATHER_OP, Input
+from eoracc.plugins.op import ACTIVATIONS, DENSE_OP, GATHER_OP, Input
 from eoracc.plugins.operands.codes import BITS, TILE
 
 __all__ = ["Variant"]
@@ -31,7 +31,7 @@ class Variant:
     """The properties by which bodies differ, apart from their inputs.
 
     Attributes:
-      bits: code width.
+      bits: code width; 0 for floats.
       tiles: whether the operands are tiled (``layout`` 1).
       parts: number of merged linears, 0 for a single one.
       ranks: whether each of them has a rank of its own.
@@ -53,6 +53,8 @@ class Variant:
         Raises:
           PluginError: an attribute of ``node`` is missing or has a value that the op does not take.
         """
+        if node.op_type == DENSE_OP:
+            return cls(0, tiles=False, parts=0, ranks=False, activation="", rows=False)
         where = f"node {node.name}"
         bits = node.attributes["bits"].as_int() if "bits" in node.attributes else None
         if bits not in BITS:
@@ -93,7 +95,7 @@ class Variant:
 
     def overload(self, present: set[str]) -> str:
         """The name of the overload of a node with the inputs ``present``."""
-        words = [f"bits{self.bits}"]
+        words = [f"bits{self.bits}" if self.bits else "dense"]
         if self.tiles:
             words.append("tiles")
         words += [part for name, part in _OVERLOAD_PARTS.items() if name in present]

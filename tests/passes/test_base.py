@@ -11,7 +11,7 @@ from eoracc.passes import base, load_passes
 from eoracc.passes.base import LayerPass, ModelPass, pass_names, pass_type, passes_of, register
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compensate.eora import Eora
-from eoracc.passes.compression import Compression
+from eoracc.passes.quantize.quantization import Quantization
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
 
@@ -40,7 +40,7 @@ def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_passes_by_kind_are_sorted_by_name() -> None:
-    assert passes_of(Compression) == (QuantizeGptq, QuantizeRtn)
+    assert passes_of(Quantization) == (QuantizeGptq, QuantizeRtn)
     names = [known.name for known in passes_of(Compensation)]
     assert names == sorted(names)
     assert Eora.name in names

@@ -27,7 +27,7 @@ from eoracc.compiler.targets.tensorrt.position_tables import cut_position_tables
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import block_of
 from eoracc.passes.graph.tensors import constant, register_tensor
-from eoracc.plugins.op import DOMAIN, GATHER_OP, Input
+from eoracc.plugins.op import DENSE_OP, DOMAIN, GATHER_OP, Input
 
 __all__ = [
     "LOGITS_POSITIONS",
@@ -103,6 +103,13 @@ def lower_decoder(
     half = HALF[dtype]
     lowered = model.clone()
     graph = lowered.graph
+    for node in graph:
+        if (node.domain, node.op_type) == (DOMAIN, DENSE_OP):
+            raise PassError(
+                f"node {node.name}",
+                "has low-rank factors beside a weight of floats, which engines do not take: put a "
+                "quantize pass behind the pruning pass, or take the compensation away",
+            )
     explicit_attention(graph, mask_dtype=half, cache=cache, capacity=capacity)
     _gather_logits(graph)
     if positions is not None:

@@ -126,9 +126,10 @@ def _rounded_weights(
     """All weights and tables, rounded as in a graph of type ``dtype``."""
 
     def linear_weight(linear: Linear) -> NDArray[np.float32]:
-        if linear.compressed is None:
-            return round_to(linear.weight(), dtype, linear.name).astype(np.float32)
-        return weight_of(linear.name, linear.compressed, linear.factors, dtype)
+        if linear.quantized is None:
+            weight = linear.backbone_weight()
+            return round_to(weight, dtype, linear.name).astype(np.float32)
+        return weight_of(linear.name, linear.quantized, linear.factors, dtype)
 
     def table_weight(table: Embedding) -> NDArray[np.float32]:
         if table.compressed is None:

@@ -119,13 +119,13 @@ def test_an_artifact_gives_back_every_operand_of_its_build(
     compressed = 0
     for own, original in zip(found.linears, built[0].linears, strict=True):
         np.testing.assert_array_equal(own.effective_weight(), original.effective_weight())
-        if original.compressed is None:
-            assert own.compressed is None
+        if original.quantized is None:
+            assert own.quantized is None
             continue
         compressed += 1
-        assert own.compressed is not None
-        np.testing.assert_array_equal(own.compressed.packed, original.compressed.packed)
-        np.testing.assert_array_equal(own.compressed.scales, original.compressed.scales)
+        assert own.quantized is not None
+        np.testing.assert_array_equal(own.quantized.packed, original.quantized.packed)
+        np.testing.assert_array_equal(own.quantized.scales, original.quantized.scales)
         if original.factors is None or original.factors.rank == 0:
             # Beside parts that have some, it has factors of rank 0.
             assert own.factors is None or own.factors.rank == 0

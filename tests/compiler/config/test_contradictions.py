@@ -11,6 +11,10 @@ from tests.compiler.config.files import ADAPTED, MINIMAL, error, load
 if TYPE_CHECKING:
     from pathlib import Path
 
+COMPRESSIONS = (
+    "'prune_magnitude', 'prune_sparsegpt', 'prune_wanda', 'quantize_gptq' or 'quantize_rtn'"
+)
+
 
 @pytest.mark.parametrize(
     ("passes", "expected"),
@@ -18,13 +22,13 @@ if TYPE_CHECKING:
         (["eora"], "passes.0.eora: needs 'calibrate' before it: put it above"),
         (
             ["calibrate", "eora"],
-            "passes.1.eora: needs 'quantize_gptq' or 'quantize_rtn' before it: put it above",
+            f"passes.1.eora: needs {COMPRESSIONS} before it: put it above",
         ),
         (
             ["quantize_gptq", "calibrate"],
             "passes.0.quantize_gptq: needs 'calibrate' before it: put it above",
         ),
-        (["svd"], "passes.0.svd: needs 'quantize_gptq' or 'quantize_rtn' before it: put it above"),
+        (["svd"], f"passes.0.svd: needs {COMPRESSIONS} before it: put it above"),
         (
             ["quantize_rtn", "pack_projections"],
             "passes.1.pack_projections: must come before 'quantize_rtn': move it up",

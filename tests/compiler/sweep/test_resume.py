@@ -58,9 +58,9 @@ def test_puts_back_what_it_kept(tmp_path: Path, *, symmetric: bool) -> None:
     found: Comparisons = {"svd": {}}
     live = batches({"stale": values["a"]}, {})
     assert state.resume(again, live, found).position == 4
-    assert again[0].compressed is not None
+    assert again[0].quantized is not None
     np.testing.assert_array_equal(again[0].effective_weight(), first.effective_weight())
-    assert (again[0].compressed.zero_points is None) is symmetric
+    assert (again[0].quantized.zero_points is None) is symmetric
     assert (again[0].record.errors, again[0].record.notes) == (first.record.errors, ["a note"])
     # What was left out on purpose stays on record as lossless.
     assert again[1].compressed is None
@@ -89,7 +89,7 @@ def test_later_saves_add_linears_and_replace_activations(tmp_path: Path) -> None
     live = batches({})
     assert state.resume(again, live, {"svd": {}}).position == 2
     assert list(live[0].values) == ["c"]
-    assert again[0].compressed is not None
+    assert again[0].quantized is not None
 
 
 def test_another_key_discards_it(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_another_key_discards_it(tmp_path: Path) -> None:
     linears = list(qkv().linears)
     assert SweepState(folder, "new").resume(linears, batches({}), {"svd": {}}).position == 0
     assert not folder.exists()
-    assert linears[0].compressed is None
+    assert linears[0].quantized is None
 
 
 def test_nothing_kept_begins_at_the_beginning(tmp_path: Path) -> None:

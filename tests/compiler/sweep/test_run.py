@@ -152,7 +152,7 @@ def test_statistics_are_taken_through_the_prefix_that_was_asked_for(
     firsts = [name.split(", ")[0] for name, _ in seen]
     assert len(firsts) == 9
     compressed = {
-        one.name: one.effective_weight() for one in executor.linears if one.compressed is not None
+        one.name: one.effective_weight() for one in executor.linears if one.quantized is not None
     }
     # Causal: with every weight compressed, what reaches a linear comes through those before it.
     expected = eager_grams(source, firsts, lambda: compressed if through == "compressed" else {})
@@ -191,7 +191,7 @@ def test_matching_outputs_shows_what_the_original_and_the_compressed_model_hand_
     firsts = [name.split(", ")[0] for name, _ in watch.seen]
     assert len(watch.inputs) == len(firsts) == 9
     weights = {
-        one.name: one.effective_weight() for one in executor.linears if one.compressed is not None
+        one.name: one.effective_weight() for one in executor.linears if one.quantized is not None
     }
     compressed = eager_inputs(source, firsts, weights)
     original = eager_inputs(source, firsts, {})
@@ -296,7 +296,7 @@ def test_without_calibration_there_are_no_statistics(source: Path, tmp_path: Pat
     seen: list[tuple[str, NDArray[np.float64] | None]] = []
     executor, _ = sweep(source, tmp_path, QuantizeRtn(bits=4), Watch(seen=seen))
     assert [gram for _, gram in seen] == [None] * 9
-    assert all(one.compressed is not None for one in executor.linears[:-1])
+    assert all(one.quantized is not None for one in executor.linears[:-1])
 
 
 def test_comparators_get_the_rank_and_type_of_each_linear_and_change_nothing(
@@ -440,7 +440,7 @@ def test_checkpoint_of_other_inputs_is_not_resumed(
     rounded = QuantizeRtn(bits=8, embedding_bits=8)
     executor, _ = sweep(source, tmp_path, Calibrate(), rounded, watch, key="new")
     assert len(watch.seen) == 9
-    assert {one.compressed.bits for one in executor.linears if one.compressed} == {8}
+    assert {one.quantized.bits for one in executor.linears if one.quantized} == {8}
 
 
 def test_statistics_go_when_their_group_is_done(source: Path, tmp_path: Path) -> None:

@@ -38,16 +38,16 @@ def test_is_never_worse_than_eora_and_says_what_it_leaves(
     pass_.call(caldera)
     gained = []
     for before, after in zip(eora.linears, caldera.linears, strict=True):
-        assert before.compressed is not None
-        assert after.compressed is not None
+        assert before.quantized is not None
+        assert after.quantized is not None
         assert before.factors is not None
         assert after.factors is not None
         assert after.record.errors["caldera"] <= before.record.errors["eora"]
         gained.append(after.record.errors["caldera"] < 0.99 * before.record.errors["eora"])
         # What is stored takes the same bytes, on the same kind of grid.
-        assert after.compressed.nbytes == before.compressed.nbytes
+        assert after.quantized.nbytes == before.quantized.nbytes
         assert after.factors.nbytes == before.factors.nbytes
-        assert (after.compressed.zero_points is None) == quantizer.symmetric
+        assert (after.quantized.zero_points is None) == quantizer.symmetric
         assert caldera.gram is not None
         matrix, weight = caldera.gram.matrix, after.weight()
         left = weighted_norm(weight - after.effective_weight(), matrix)
@@ -74,7 +74,7 @@ def test_the_options_of_the_quantizing_pass_hold_for_each_linear() -> None:
     )
     group = quantized(quantizer)
     Caldera(rank=RANK, overrides={"*.q_proj": RankOverride(rank=3)}).call(group)
-    q, k = (linear.compressed for linear in group.linears)
+    q, k = (linear.quantized for linear in group.linears)
     assert q is not None
     assert k is not None
     assert (q.bits, k.bits) == (2, 3)
@@ -128,9 +128,9 @@ def test_metrics_are_made_once_for_all_turns(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_few_tokens_are_left_to_eora() -> None:
     group = quantized(QuantizeGptq(bits=2), tokens=20)
-    codes = [linear.compressed for linear in group.linears]
+    codes = [linear.quantized for linear in group.linears]
     Caldera(rank=RANK).call(group)
-    assert [linear.compressed for linear in group.linears] == codes
+    assert [linear.quantized for linear in group.linears] == codes
     assert all(linear.factors is not None for linear in group.linears)
 
 

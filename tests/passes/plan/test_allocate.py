@@ -63,7 +63,7 @@ def run(
 
 
 def quantized(linears: Sequence[Linear]) -> list[Linear]:
-    return [linear for linear in linears if linear.compressed is not None]
+    return [linear for linear in linears if linear.quantized is not None]
 
 
 @pytest.mark.parametrize("scope", ["global", "per_layer"])
@@ -84,8 +84,8 @@ def test_what_is_stored_takes_the_bytes_that_were_planned(
     assert found["bytes"] == sum(stored.values()) <= found["budget_bytes"]
     assert found["bits_per_weight"] == 8 * found["bytes"] / weights
     for linear in linears:
-        assert linear.compressed is not None
-        assert linear.plan["bits"] == linear.compressed.bits
+        assert linear.quantized is not None
+        assert linear.plan["bits"] == linear.quantized.bits
         assert linear.plan["rank"] == (0 if linear.factors is None else linear.factors.rank)
         if scope == "per_layer":
             share = linear.in_features * linear.out_features / weights
@@ -106,8 +106,8 @@ def test_a_budget_of_linears_includes_a_head_where_an_override_names_it(
         loaded, windows, tmp_path, [{"allocate": allocate}, CALIBRATE, gptq, EORA]
     )
     (head,) = (linear for linear in compressed.linears if linear.block is None)
-    assert head.compressed is not None
-    assert head.compressed.bits == (8 if named else EMBEDDING_BITS)
+    assert head.quantized is not None
+    assert head.quantized.bits == (8 if named else EMBEDDING_BITS)
     counted = [linear for linear in compressed.linears if named or linear is not head]
     assert set(found["linears"]) == {linear.name for linear in counted}
     weights = sum(linear.in_features * linear.out_features for linear in counted)
@@ -209,12 +209,12 @@ def test_overrides_constrain_the_plan(
         choice = found["linears"].get(linear.name)
         if linear.role in {"o_proj", "lm_head"}:
             assert choice is None
-            assert linear.compressed is None
+            assert linear.quantized is None
             continue
-        assert linear.compressed is not None
+        assert linear.quantized is not None
         assert choice["bytes"] == linear_report(linear).bytes
         if linear.role == "down_proj":
-            assert linear.compressed.bits == 8
+            assert linear.quantized.bits == 8
         if linear.role == "q_proj":
             assert linear.factors is not None
             assert (linear.factors.rank, linear.factors.factor_type) == (3, "int4")
@@ -233,8 +233,8 @@ def test_group_sizes_can_be_chosen_too(
     assert sum(linear_report(linear).bytes for linear in linears) == found["bytes"]
     assert {linear.plan["group_size"] for linear in linears} == {16, -1}
     for linear in linears:
-        assert linear.compressed is not None
-        whole = linear.compressed.scales.shape[1] == 1
+        assert linear.quantized is not None
+        whole = linear.quantized.scales.shape[1] == 1
         assert whole == (linear.plan["group_size"] == -1)
 
 

@@ -182,18 +182,18 @@ def test_blocks_of_lower_bits_are_those_of_models_built_one_by_one(
         passes[1]["quantize_gptq"]["overrides"] = low
         scratch = built(source, windows, tmp_path, passes)
         widths = {
-            linear.block: linear.compressed.bits
+            linear.block: linear.quantized.bits
             for linear in scratch.linears
-            if linear.compressed is not None
+            if linear.quantized is not None
         }
         assert one["average_bits"] == pytest.approx(np.mean(list(widths.values())))
         expected = error_of(scratch, source, windows)[BLOCKS - 1]
         assert one["error"] == pytest.approx(expected, rel=ROUNDING)
         if one["k"] == found["chosen"]["k"] > 0:
             assert {
-                linear.block: linear.compressed.bits
+                linear.block: linear.quantized.bits
                 for linear in compressed.linears
-                if linear.compressed is not None
+                if linear.quantized is not None
             } == widths
     assert found["chosen"]["error"] == min(one["error"] for one in curve)
 
@@ -226,7 +226,7 @@ def test_factors_take_lower_bits_too(
             assert {
                 linear.block
                 for linear in compressed.linears
-                if linear.compressed is not None and linear.compressed.bits == 2
+                if linear.quantized is not None and linear.quantized.bits == 2
             } == set(one["blocks"])
 
 
@@ -400,7 +400,7 @@ def test_leaves_the_graph_as_it_is(source: LoadedModel, windows: Windows, tmp_pa
     SelectLastK(average_bits=3.6).survey(shown)
     assert [(node.name, node.op_type) for node in shown.model.graph] == nodes
     assert set(shown.model.graph.initializers) == names
-    assert not any(one.compressed or one.record.errors for one in shown.linears)
+    assert not any(one.quantized or one.record.errors for one in shown.linears)
 
 
 def test_the_first_of_equal_candidates_is_taken(

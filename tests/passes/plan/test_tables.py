@@ -23,6 +23,7 @@ from eoracc.passes.quantize.embedding_tables import quantize_embedding_tables
 from eoracc.passes.quantize.quantization import EmbeddingBits, Quantization
 from eoracc.passes.quantize.quantize_gptq import QuantizeGptq
 from eoracc.passes.quantize.quantize_rtn import QuantizeRtn
+from eoracc.plugins.operands.weight import NBitsWeight
 from tests.passes.groups import make_group
 from tests.passes.plan.surveys import survey_of
 from tests.tiny_build import tiny_config
@@ -207,7 +208,7 @@ def test_tables_are_planned_as_a_build_stores_them(
     tables: list[Linear | Embedding] = [*heads, *context.embeddings]
     for table in tables:
         weight = table.compressed
-        if weight is not None:
+        if isinstance(weight, NBitsWeight):
             names, *_ = stored.setdefault(id(weight), ([], weight.bits, weight.nbytes))
             names.append(table.name)
     planned = []

@@ -52,11 +52,11 @@ def quantized(
 
 def test_a_tied_table_shares_the_codes_of_its_head(tmp_path: Path) -> None:
     table, head, linears, stored = quantized(TIED, tmp_path)
-    assert table.compressed is head.compressed is not None
-    assert head.compressed.bits == EMBEDDING_BITS
+    assert table.compressed is head.quantized is not None
+    assert head.quantized.bits == EMBEDDING_BITS
     assert table.node.inputs[1:] == head.node.inputs[1 : len(table.node.inputs)]
     assert len(stored) == 3, "codes, scales and zero points, once"
-    assert {linear.compressed.bits for linear in linears if linear.compressed} == {
+    assert {linear.quantized.bits for linear in linears if linear.quantized} == {
         3,
         EMBEDDING_BITS,
     }
@@ -66,11 +66,11 @@ def test_a_tied_table_shares_the_codes_of_its_head(tmp_path: Path) -> None:
 def test_an_untied_table_has_codes_of_its_own(tmp_path: Path) -> None:
     table, head, _, stored = quantized(UNTIED, tmp_path, embedding_bits=4)
     assert table.compressed is not None
-    assert head.compressed is not None
+    assert head.quantized is not None
     assert head.source is not None
-    assert table.compressed is not head.compressed
+    assert table.compressed is not head.quantized
     assert len(stored) == 6
-    pairs = (table.compressed, table.weight()), (head.compressed, head.source.numpy().T)
+    pairs = (table.compressed, table.weight()), (head.quantized, head.source.numpy().T)
     for found, source in pairs:
         assert found.bits == 4
         original = source.astype(np.float64)
@@ -99,7 +99,7 @@ def test_overrides_of_a_tied_head_hold_for_its_table(
 ) -> None:
     table, head, _, stored = quantized(TIED, tmp_path, **options)
     assert (table.compressed and table.compressed.bits) == table_bits
-    assert (head.compressed and head.compressed.bits) == head_bits
+    assert (head.quantized and head.quantized.bits) == head_bits
     assert len(stored) == tensors
 
 
@@ -117,10 +117,10 @@ def test_matching_outputs_leaves_a_tied_table_what_it_was(
     (table,), head = found.embeddings, found.linears[-1]
     assert head.tied == tied
     assert table.compressed is not None
-    assert head.compressed is not None
+    assert head.quantized is not None
     for weight, original, matched in (
         (table.compressed, table.weight(), False),
-        (head.compressed, head.weight(), not tied),
+        (head.quantized, head.weight(), not tied),
     ):
         # 256 levels leave an error of a few thousandths of a weight.
         off = np.linalg.norm(weight.dequantize() - original) / np.linalg.norm(original)
@@ -139,7 +139,7 @@ def test_blocks_of_rows_are_solved_as_the_whole(
     def solved() -> Any:  # noqa: ANN401
         group = make_group(weights, inputs)
         method(bits=3, embedding_bits=3).call(group)
-        return group.linears[0].compressed
+        return group.linears[0].quantized
 
     whole = solved()
     monkeypatch.setattr(row_blocks, "_BLOCK_WEIGHTS", 7 * 32)

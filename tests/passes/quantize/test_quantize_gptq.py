@@ -44,7 +44,7 @@ def test_members_may_have_their_own_options() -> None:
     group = qkv()
     overrides = {"*.k_proj": QuantizeOverride(bits=8, group_size=-1, symmetric=True)}
     QuantizeGptq(bits=2, group_size=64, overrides=overrides).call(group)
-    q, k = (linear.compressed for linear in group.linears)
+    q, k = (linear.quantized for linear in group.linears)
     assert q is not None
     assert k is not None
     assert (q.bits, q.group_size, q.zero_points is None) == (2, 64, False)
@@ -55,7 +55,7 @@ def test_members_may_have_their_own_options() -> None:
 def test_a_skipped_member_is_on_record_as_lossless() -> None:
     group = qkv()
     QuantizeGptq(overrides={"*.k_proj": QuantizeOverride(skip=True)}).call(group)
-    assert group.linears[1].compressed is None
+    assert group.linears[1].quantized is None
     assert group.linears[1].record.errors == {"quantize_gptq": 0.0}
 
 

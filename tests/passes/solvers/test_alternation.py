@@ -14,6 +14,7 @@ from eoracc.passes.solvers.factors import eora_factors, gram_root
 from eoracc.passes.solvers.gptq import gptq
 from eoracc.passes.solvers.gram import Gram
 from eoracc.passes.solvers.grid import round_to_nearest
+from eoracc.plugins.operands.dense import StoredWeight
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.passes.groups import correlated
@@ -43,7 +44,7 @@ def corrected(delta: Float, gram: Gram, factor_type: FactorType = "float16") -> 
     return store_factors(b, a, factor_type, gram=gram, weighted=weighted)
 
 
-def lost(target: Float, weight: NBitsWeight, factors: LowRank, gram: Gram) -> float:
+def lost(target: Float, weight: StoredWeight, factors: LowRank, gram: Gram) -> float:
     """In float64, by the definition of the output error."""
     delta = target.astype(np.float64) - weight.dequantize() - factors.product()
     return float(np.sqrt(np.trace(delta @ gram.matrix @ delta.T)))
@@ -103,6 +104,7 @@ def test_with_an_exact_quantizer_of_each_half_it_never_gets_worse() -> None:
     assert errors[-1] < errors[0] - 100 * rounding
     # It has ended before its iterations did, where nothing changes any more: a fixed point.
     assert len(errors) < 201
+    assert isinstance(best.weight, NBitsWeight)
     again = nearest(target - best.factors.product())
     np.testing.assert_array_equal(again.packed, best.weight.packed)
 

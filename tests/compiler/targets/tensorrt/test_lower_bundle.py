@@ -44,8 +44,8 @@ def graph_weights(
     compress(model, **options)
     weights = {}
     for linear in find_linears(model):
-        assert linear.compressed is not None
-        weights[linear.name] = half_product(linear.name, linear.compressed, linear.factors, dtype)
+        assert linear.quantized is not None
+        weights[linear.name] = half_product(linear.name, linear.quantized, linear.factors, dtype)
     return weights
 
 
@@ -139,7 +139,7 @@ def test_nodes_say_all_that_the_plugin_must_know(tmp_path: Path) -> None:
             16,
         ]
         assert (node.domain, node.op_type, node.overload) in lowered.functions
-        weight = linear.compressed
+        weight = linear.quantized
         assert weight is not None
         values = operands(node)
         codes = values["B"].const_value
@@ -266,13 +266,13 @@ def test_effect_of_compression_is_far_above_what_the_twin_leaves(tmp_path: Path)
     ids = tokens()
     before = run.run_chunks(ids, np.ones_like(ids), (ids.shape[1],))
     linear = find_linears(source.model)[0]
-    assert linear.compressed is not None
-    codes = linear.compressed.codes()
+    assert linear.quantized is not None
+    codes = linear.quantized.codes()
     codes[0, 0] ^= 1
     changed = NBitsWeight.from_codes(
         codes,
-        linear.compressed.scales,
-        linear.compressed.zero_points,
+        linear.quantized.scales,
+        linear.quantized.zero_points,
         bits=4,
         group_size=16,
     )

@@ -179,7 +179,7 @@ def test_tied_table_and_head_are_stored_once(
     source = loaded(family, tmp_path, vocab_size=VOCABULARY + 1)
     weights = compress(source.model, bits=4, symmetric=symmetric, rank=None)
     (table,), head = find_embeddings(source.model), find_linears(source.model)[-1]
-    weight = head.compressed
+    weight = head.quantized
     assert weight is not None
     table.quantize(weight, tied=head)
     weights[table.name] = weight.dequantize()
@@ -242,9 +242,9 @@ def test_what_bfloat16_rounds_is_in_the_reference(tmp_path: Path) -> None:
 
     weights = {}
     for linear in find_linears(source.model):
-        assert linear.compressed is not None
-        scales = rounded(linear.compressed.scales)
-        weights[linear.name] = replace(linear.compressed, scales=scales).dequantize()
+        assert linear.quantized is not None
+        scales = rounded(linear.quantized.scales)
+        weights[linear.name] = replace(linear.quantized, scales=scales).dequantize()
         if linear.factors is not None:
             low_rank = rounded(linear.factors.lora_b) @ rounded(linear.factors.lora_a)
             weights[linear.name] += low_rank
