@@ -18,15 +18,20 @@ from eoracc.plugins.operands.codes import (
 )
 
 __all__ = [
+    "NIBBLE",
     "NBitsWeight",
     "weight_bytes",
     "zero_point_bits",
 ]
 
 
+NIBBLE = 4
+"""Bits of half a byte, which holds the zero points of codes that are no wider."""
+
+
 def zero_point_bits(bits: int) -> int:
     """Bits of a stored zero point of codes of ``bits``; the op reads bytes (docs/op.md)."""
-    return 4 if bits <= 4 else 8
+    return NIBBLE if bits <= NIBBLE else 8
 
 
 def weight_bytes(

@@ -2,8 +2,8 @@
 
 Zero points of codes of up to four bits take half a byte, not one. Scales of integer factors, which
 solvers round to float16, and weights of norms, which checkpoints store in 16 bits, take two bytes,
-not four. A ``Cast`` gives the nodes what they read. A
-runtime folds it when it loads the model, so a call reads the same constants as before.
+not four. A ``Cast`` gives the nodes what they read. A runtime folds it when it loads the model, so
+a call reads the same constants as before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from eoracc.plugins.op import DOMAIN, FUSED_OP, Input
-from eoracc.plugins.operands.weight import zero_point_bits
+from eoracc.plugins.operands.weight import NIBBLE, zero_point_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +26,8 @@ __all__ = ["narrow_constants"]
 _SMALLEST_VECTOR = 1 << 10
 """Bytes of a float32 vector that is worth the node that widens it, which takes some 200."""
 
-_NIBBLE = 4
-_LARGEST = 2**_NIBBLE - 1
-"""Bits of the narrow zero points (:func:`.zero_point_bits`), and the largest that they hold."""
+_LARGEST = 2**NIBBLE - 1
+"""The largest zero point that half a byte holds."""
 
 _FACTOR_SCALES = (Input.lora_a_scale, Input.lora_b_scale)
 
@@ -80,7 +79,7 @@ def _is_zero_points(node: ir.Node, position: int) -> bool:
     return (
         node.domain == DOMAIN
         and position == Input.zero_points
-        and zero_point_bits(node.attributes["bits"].as_int()) == _NIBBLE
+        and zero_point_bits(node.attributes["bits"].as_int()) == NIBBLE
     )
 
 
