@@ -71,7 +71,13 @@ def most_record_bytes(linears: Sequence[Linear], vocabulary: int, folder_bytes: 
 
 
 def save_record(record: ParityRecord, path: Path) -> None:
-    """Write what fits of a whole record beside the files that it is about, which are complete."""
+    """Write a record next to the files that it is about, with as many values as fit.
+
+    Args:
+      record: with all values.
+      path: of the record; the other files of its folder are complete, and their bytes are the
+        folder of :func:`record_budget`.
+    """
     written = sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
     path.write_bytes(fit_record(record, record_budget(written)).encode())
 

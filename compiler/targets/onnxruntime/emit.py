@@ -86,8 +86,8 @@ def _float_activations(case: ParityCase, effect: float) -> WarningReport:
     return WarningReport(
         code="float_activations",
         linear=None,
-        message=f"int8 activations may move a logit by {bound:.3g} ({case.name}), and compression "
-        f"moves one by {effect:.3g}, so that parity would prove nothing: the artifact has "
-        "'accuracy_level: 0'",
+        message=f"int8 activations may move a logit by up to {bound:.3g} ({case.name}), and "
+        f"compression moves one by {effect:.3g}, so that parity would prove nothing: the artifact "
+        "has 'accuracy_level: 0'",
         figures={"bound": bound, "compression_effect": effect},
     )
