@@ -91,8 +91,8 @@ class Call:
 
 CALLS = (
     Call("prefill", (64,), (64,), (0, 21, -1)),
-    # One cache for all its chunks. There are few of them: model-local functions make the same calls,
-    # and need seconds for each.
+    # One cache for all its chunks. There are few: model-local functions make the same calls, and
+    # need seconds for each.
     Call("decode and chunk on cache", (50,), (32, 1, 1, 16), (31, 32, 33, -16, -1)),
     Call("batch of unequal lengths", (48, 31, 17), (48,), (-1,)),
 )
