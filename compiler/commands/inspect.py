@@ -96,7 +96,8 @@ def _linears_table(summary: ArtifactSummary) -> Table:
     table = make_table(f"{summary.path}: linears, and their output errors after each pass")
     table.add_column("block", justify="right")
     table.add_column("linear", no_wrap=True)
-    for heading in ("shape", "bits", "group", "rank", "bytes"):
+    pruned = any(linear.sparsity is not None for linear in linears)
+    for heading in ("shape", *(["zeros"] if pruned else []), "bits", "group", "rank", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for stage in stages:
         table.add_column(stage.replace("_", " "), justify="right")
@@ -105,6 +106,7 @@ def _linears_table(summary: ArtifactSummary) -> Table:
             "" if linear.block is None else str(linear.block),
             linear.role,
             "x".join(map(str, linear.shape)),
+            *([_share(linear.sparsity)] if pruned else []),
             "" if linear.bits is None else str(linear.bits),
             "" if linear.group_size is None else str(linear.group_size),
             str(linear.rank) if linear.rank else "",
@@ -112,6 +114,10 @@ def _linears_table(summary: ArtifactSummary) -> Table:
             *_errors(linear, stages),
         )
     return table
+
+
+def _share(sparsity: float | None) -> str:
+    return "" if sparsity is None else f"{sparsity:.1%}"
 
 
 def _folder_table(summary: ArtifactSummary) -> Table:

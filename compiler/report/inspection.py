@@ -136,9 +136,11 @@ class ArtifactSummary:
 
     @property
     def _compressed(self) -> list[LinearReport]:
-        """Linears of decoder blocks that are quantized, or a factor of a weight, or both."""
+        """Linears of decoder blocks that are quantized, pruned, or a factor of a weight."""
         return counted(
-            linear for linear in self.report.linears if linear.bits is not None or linear.factor_of
+            linear
+            for linear in self.report.linears
+            if linear.bits is not None or linear.sparsity is not None or linear.factor_of
         )
 
     def as_dict(self) -> dict[str, Any]:

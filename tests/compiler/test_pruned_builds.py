@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from eoracc.compiler import driver
 from eoracc.compiler.adapters.restore import restore_backbone
+from eoracc.compiler.cli import main as cli
 from eoracc.compiler.compare.run import compare
 from eoracc.compiler.config.contradictions import contradictions
 from eoracc.compiler.frontend import load as frontend
@@ -21,6 +23,7 @@ from eoracc.compiler.progress import SilentProgress
 from eoracc.compiler.report.inspection import inspect_path
 from eoracc.compiler.targets.tensorrt.lower_rtx import lower as lower_rtx
 from eoracc.errors import PassError
+from eoracc.passes.graph.linears import block_of
 from eoracc.runtime.artifact.manifest import verify_manifest
 from tests.tiny_build import tiny_config, tiny_workspace
 
@@ -104,6 +107,10 @@ def test_floats_of_the_artifact_itself(workspace: Path) -> None:
     summary = inspect_path(workspace / "out")
     shown = {linear["name"]: linear for linear in summary.as_dict()["linears"]}
     assert shown["model.layers.0.mlp.up_proj"]["sparsity"] == 0.5
+    assert summary.bits_per_weight == 32
+    table = CliRunner().invoke(cli, ["inspect", str(workspace / "out")], env={"COLUMNS": "200"})
+    assert "zeros" in table.stdout
+    assert table.stdout.count("50.0%") == 14
 
 
 def test_different_shares_and_a_linear_in_floats_beside_codes(workspace: Path) -> None:
@@ -212,3 +219,20 @@ def test_surveys_choose_bits_of_what_is_pruned(workspace: Path, survey: str) -> 
     assert len(bits) > 1
     for linear in stored_linears(workspace):
         check_runs(linear.backbone_weight(), 2, 4)
+
+
+def test_engines_multiply_with_the_zeros(workspace: Path) -> None:
+    build(workspace, [{"prune_magnitude": {"pattern": "2:4"}}], verify=QUICK | {"compare": []})
+    model = frontend.load(str(workspace / "model"), work=workspace / "again").model
+    lowered = lower_rtx(restore_backbone(workspace / "out", model).model)
+    found = 0
+    for node in lowered.graph:
+        if node.op_type == "MatMul" and block_of(str(node.name)) is not None:
+            value = node.inputs[1]
+            assert value is not None
+            assert value.const_value is not None
+            weight = value.const_value.numpy()
+            assert weight.dtype == np.float16
+            check_runs(weight.T, 2, 4)
+            found += 1
+    assert found == 14

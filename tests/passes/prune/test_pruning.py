@@ -18,6 +18,7 @@ from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compensate.caldera import Caldera
 from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.compensate.quantize_factors import QuantizeFactors
 from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.compression import Compression
 from eoracc.passes.graph import spec
@@ -268,3 +269,15 @@ def test_orders_that_work() -> None:
         [Calibrate(), PruneWanda(), QuantizeGptq(), Eora()],
     ):
         assert list(Recipe(passes).problems()) == []
+
+
+def test_factors_beside_floats_may_be_rounded() -> None:
+    wide = run_all(qkv(), PruneMagnitude(pattern="2:4"), Eora(rank=4, factor_type="float16"))
+    group = run_all(qkv(), PruneMagnitude(pattern="2:4"), Eora(rank=4, factor_type="float16"))
+    narrow = QuantizeFactors(bits=4)
+    narrow.call(group)
+    spec.check_linears(group.linears, spec.Stage.COMPRESSED, after=narrow.name)
+    for linear, other in zip(group.linears, wide.linears, strict=True):
+        assert linear.factors is not None
+        assert linear.factors.factor_type == "int4"
+        np.testing.assert_array_equal(linear.backbone_weight(), other.backbone_weight())
