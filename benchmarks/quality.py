@@ -67,6 +67,7 @@ from eoracc.compiler.progress import ConsoleProgress
 from eoracc.compiler.report.content import FidelityRow
 from eoracc.compiler.report.fidelity import Scorer, score_variants
 from eoracc.compiler.sweep.executor import Executor
+from eoracc.compiler.targets.file_bytes import folder_bytes
 from eoracc.compiler.text.windows import Windows
 from eoracc.runtime.onnxruntime.session import open_session
 
@@ -328,11 +329,6 @@ def _row(
         top1_agreement=row.top1_agreement,
         cpu_s=cpu_s,
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files of an artifact."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _perplexity(artifact: Path, windows: Windows) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from eoracc import __version__
+from eoracc.compiler.targets.file_bytes import folder_bytes
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk, refuse_strangers
 from eoracc.compiler.targets.weights_file import write_graph
 from eoracc.documents import Reader
@@ -241,8 +242,7 @@ class ArtifactWriter:
         return manifest
 
     def _check_size(self, limit_bytes: int | None) -> None:
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
-        total = sum(path.stat().st_size for path in files)
+        total = folder_bytes(self.folder)
         if limit_bytes is not None and total > limit_bytes:
             # The survey is kept: a second build begins with the sweep.
             less = limit_bytes - (total - limit_bytes)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eoracc.compiler.targets.artifact import encoded_json
+from eoracc.compiler.targets.file_bytes import files_bytes
 from eoracc.compiler.targets.genai_config import genai_config
-from eoracc.compiler.targets.onnxruntime.lower import lower
-from eoracc.compiler.targets.onnxruntime.narrow_constants import narrow_constants
+from eoracc.compiler.targets.onnxruntime.lower import artifact_graph
 from eoracc.compiler.targets.record_size import most_record_bytes
 from eoracc.compiler.targets.weights_file import graph_bytes
 from eoracc.passes.graph.linears import find_linears
 from eoracc.plugins.library import library_path
+from eoracc.runtime.artifact.manifest import Manifest
 from eoracc.runtime.parity.tokens import TOKENS_FILE
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class PlannedFolder:
         Args:
           model: after all passes; its weights may be any of their size. It is left as it is.
         """
-        lowered = lower(model, adapter_type=self.config.onnxruntime.adapter_type)
-        narrow_constants(lowered.graph)
+        lowered = artifact_graph(model, adapter_type=self.config.onnxruntime.adapter_type)
         search = genai_config(
             self.loaded.config,
             lowered,
@@ -89,24 +88,21 @@ class PlannedFolder:
     def _known_bytes(self) -> int:
         """Bytes of the files that are there before the graph: tokenizer, templates, library."""
         left_out = (TOKENS_FILE,) if self.lean else ()
-        there = sum(
-            path.stat().st_size
-            for path in self.folder.rglob("*")
-            if path.is_file() and path.name not in left_out
-        )
-        return there + library_path().stat().st_size
+        kept = (path for path in self.folder.rglob("*") if path.name not in left_out)
+        return files_bytes([*kept, library_path()])
 
     def _record_bytes(self, model: ir.Model, folder_bytes: int) -> int:
         """A bound of the manifest, the report, and the record of parity."""
         linears = find_linears(model)
-        found = _MANIFEST_BYTES + _indented_bytes(self.config)
+        found = _MANIFEST_BYTES + self._config_bytes()
         found += _REPORT_BYTES + _LINEAR_BYTES * len(linears)
         if self.config.verify.parity and not self.lean:
             vocabulary = int(self.loaded.config.vocab_size)
             found += most_record_bytes(linears, vocabulary, folder_bytes)
         return found
 
-
-def _indented_bytes(config: BuildConfig) -> int:
-    """Of ``config`` in manifest.json, where it is indented by one more step."""
-    return len(json.dumps({"config": config.resolved()}, indent=2, ensure_ascii=False).encode())
+    def _config_bytes(self) -> int:
+        """Bytes of a manifest that has the configuration, and nothing else."""
+        config = self.config.resolved()
+        manifest = Manifest.of({}, source={}, config=config, packages={}, parity={})
+        return len(manifest.to_json().encode())

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from eoracc.compiler.targets.file_bytes import files_bytes
 from eoracc.compiler.targets.parity_record import CALLS, LINEAR_ROWS
 from eoracc.runtime.parity.linear_codes import decode, encode
 from eoracc.runtime.parity.record import ParityCase, ParityLinear, ParityRecord
@@ -78,8 +79,8 @@ def save_record(record: ParityRecord, path: Path) -> None:
       path: of the record; the other files of its folder are complete, and their bytes are the
         folder of :func:`record_budget`.
     """
-    written = sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
-    path.write_bytes(fit_record(record, record_budget(written)).encode())
+    budget = record_budget(files_bytes(path.parent.iterdir()))
+    path.write_bytes(fit_record(record, budget).encode())
 
 
 def fit_record(record: ParityRecord, budget: int) -> ParityRecord:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import Row, folder_bytes, over_limit
+from benchmarks.quality import Row, over_limit
 
 
 def test_rows_have_the_fields_that_readers_of_the_json_use() -> None:
@@ -19,13 +18,6 @@ def test_rows_have_the_fields_that_readers_of_the_json_use() -> None:
         "wiki",
         "c4",
     ]
-
-
-def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
-    (tmp_path / "adapters").mkdir()
-    (tmp_path / "model.onnx.data").write_bytes(b"12345")
-    (tmp_path / "adapters" / "one.json").write_bytes(b"{}")
-    assert folder_bytes(tmp_path) == 7
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from eoracc.compiler.report.content import WarningReport
 from eoracc.compiler.targets.genai_config import genai_config
 from eoracc.compiler.targets.job import Emitted, Job
-from eoracc.compiler.targets.onnxruntime.lower import lower
-from eoracc.compiler.targets.onnxruntime.narrow_constants import narrow_constants
+from eoracc.compiler.targets.onnxruntime.lower import artifact_graph
 from eoracc.compiler.targets.parity_record import (
     PARITY_STEPS,
     record_parity,
@@ -43,8 +42,9 @@ def emit(job: Job) -> Emitted:
     if record is not None and (case := rounding_excess(record)):
         level, warnings = 0, [_float_activations(case, record.compression_effect)]
         record = without_rounding(record)
-    lowered = lower(job.compressed.model, accuracy_level=level, adapter_type=options.adapter_type)
-    narrow_constants(lowered.graph)
+    lowered = artifact_graph(
+        job.compressed.model, accuracy_level=level, adapter_type=options.adapter_type
+    )
     spec.check(lowered, spec.Stage.ONNXRUNTIME, after="the lowering")
     job.graphs.keep("onnxruntime", lowered)
     writer.write_model(lowered)

@@ -27,6 +27,7 @@ from eoracc.compiler.targets.onnxruntime.fuse_linears import (
     same_shape,
 )
 from eoracc.compiler.targets.onnxruntime.last_logits import keep_last_logits
+from eoracc.compiler.targets.onnxruntime.narrow_constants import narrow_constants
 from eoracc.compiler.targets.onnxruntime.pad_heads import pad_heads
 from eoracc.compiler.targets.onnxruntime.rotary_tables import compute_rotary_tables
 from eoracc.compiler.targets.onnxruntime.slots import add_slots
@@ -40,7 +41,7 @@ from eoracc.runtime.artifact.graph_names import LINEARS_KEY, TEXT_LENGTHS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["CONTRIB_DOMAIN", "lower"]
+__all__ = ["CONTRIB_DOMAIN", "artifact_graph", "lower"]
 
 CONTRIB_DOMAIN = "com.microsoft"
 
@@ -49,6 +50,15 @@ _ROTARY_HEAD_MULTIPLE, _TABLE_MULTIPLE = 16, 8
 _SKIP_NORM = "SkipSimplifiedLayerNormalization"
 _IR_VERSION = 11
 """The newest that ONNX Runtime 1.31 and onnxruntime-genai 0.18 read; overloads need 10."""
+
+
+def artifact_graph(
+    model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none"
+) -> ir.Model:
+    """The graph of an artifact: :func:`lower`, with constants in the types that are stored."""
+    lowered = lower(model, accuracy_level=accuracy_level, adapter_type=adapter_type)
+    narrow_constants(lowered.graph)
+    return lowered
 
 
 def lower(model: ir.Model, *, accuracy_level: int = 0, adapter_type: str = "none") -> ir.Model:
