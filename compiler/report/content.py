@@ -87,7 +87,7 @@ class LinearReport:
       errors: relative output error after each pass, by the pass's name.
       notes: what else there is to say, a fallback for example.
       factor_of: the weight that it is a factor of, by the name of its linear; None of none.
-      sparsity: share of its weights that a pruning pass has set to zero; None where none has.
+      sparsity: share of zeros in the weight that a pruning pass has left; None where none has.
     """
 
     name: str

@@ -33,7 +33,7 @@ class LinearRecord:
       output_norm: ``||T X||_F`` over the calibration tokens of this sweep, with the target ``T``
         of compression (the weight ``W``, or what matches outputs); None until a pass computes it.
       warnings: one of each code at most.
-      sparsity: share of its weights that a pruning pass has removed; None where none has.
+      sparsity: share of zeros in the weight that a pruning pass has left; None where none has.
     """
 
     errors: dict[str, float] = field(default_factory=dict)

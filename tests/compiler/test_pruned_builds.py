@@ -20,7 +20,7 @@ from eoracc.compiler.compare.run import compare
 from eoracc.compiler.config.contradictions import contradictions
 from eoracc.compiler.frontend import load as frontend
 from eoracc.compiler.progress import SilentProgress
-from eoracc.compiler.report.inspection import inspect_path
+from eoracc.compiler.report.inspection import ArtifactSummary, inspect_path
 from eoracc.compiler.targets.tensorrt.lower_rtx import lower as lower_rtx
 from eoracc.errors import PassError
 from eoracc.passes.graph.linears import block_of
@@ -105,6 +105,7 @@ def test_floats_of_the_artifact_itself(workspace: Path) -> None:
         check_runs(stored.T, 4, 8)
     assert {node.op_type for node in model.graph.node if node.domain == "eoracc"} == set()
     summary = inspect_path(workspace / "out")
+    assert isinstance(summary, ArtifactSummary)
     shown = {linear["name"]: linear for linear in summary.as_dict()["linears"]}
     assert shown["model.layers.0.mlp.up_proj"]["sparsity"] == 0.5
     assert summary.bits_per_weight == 32
