@@ -223,6 +223,9 @@ def _check_dense(node: ir.Node, where: str) -> None:
     if weight is None or weight.shape is None or lora_a is None or lora_a.shape is None:
         raise PassError(where, "needs a weight and factors of known shapes")
     columns, rows, rank = weight.shape[0], weight.shape[1], lora_a.shape[0]
+    read = _operand(node, DenseInput.X)
+    if read is not None and read.shape is not None and read.shape[-1] != columns:
+        raise PassError(where, f"reads {read.shape}, whose last dimension is not {columns}")
     _expect(node, DenseInput.weight, (columns, rows), _REAL, where)
     _expect(node, DenseInput.lora_a, (rank, columns), _FACTORS, where)
     _expect(node, DenseInput.lora_b, (rows, rank), _FACTORS, where)

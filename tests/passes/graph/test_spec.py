@@ -12,6 +12,7 @@ from eoracc.errors import PassError
 from eoracc.passes.graph.linears import Linear, find_linears
 from eoracc.passes.graph.spec import OPS, Stage, check, check_linears
 from eoracc.plugins.op import DOMAIN
+from eoracc.plugins.operands.dense import DenseWeight
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 from tests.plugins.banks import random_typed_factors
@@ -176,6 +177,43 @@ def test_fused_input_of_another_width(model: ir.Model) -> None:
     down = next(linear for linear in linears if linear.role == "down_proj")
     compress(down).replace_input_with(0, linears[0].input)
     refused(model, Stage.COMPRESSED, "whose last dimension is not K=88")
+
+
+def prune(linear: Linear, *, kind: str = "int8") -> ir.Node:
+    linear.quantize(DenseWeight(linear.weight() * (RNG.random((linear.out_features, 1)) < 0.5)))
+    shape = linear.out_features, linear.in_features
+    linear.compensate(random_typed_factors(RNG, shape, rank=2, factor_type=kind))
+    return linear.node
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8", "int4"])
+def test_floats_with_factors_stand_after_compression_and_in_onnxruntime(
+    model: ir.Model, kind: str
+) -> None:
+    node = prune(find_linears(model)[0], kind=kind)
+    check(model, Stage.COMPRESSED, after="some_pass")
+    check(lower(model), Stage.ONNXRUNTIME, after="the lowering")
+    refused(model, Stage.TENSORRT_RTX, f"operator eoracc::{node.op_type} is not allowed")
+
+
+@pytest.mark.parametrize(
+    ("position", "array", "match"),
+    [
+        (1, np.zeros((96, 48)), r"whose last dimension is not 96"),
+        (1, np.zeros((48, 96), np.int8), "dense_weight' is INT8, not FLOAT16 or FLOAT"),
+        (2, np.zeros((2, 47), np.int8), r"lora_a' has shape .*, not \(2, 48\)"),
+        (3, np.zeros((96, 3), np.int8), r"lora_b' has shape .*, not \(96, 2\)"),
+        (4, np.zeros(3, np.float32), r"lora_a_scale' has shape .*, not \(2,\)"),
+        (5, np.zeros(95, np.float32), r"lora_b_scale' has shape .*, not \(96,\)"),
+    ],
+)
+def test_operand_of_floats_of_another_form(
+    model: ir.Model, position: int, array: np.ndarray, match: str
+) -> None:
+    value = prune(find_linears(model)[0]).inputs[position]
+    assert value is not None
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    refused(model, Stage.COMPRESSED, f"q_proj.*{match}")
 
 
 def with_slots(model: ir.Model) -> tuple[ir.Model, ir.Node]:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eoracc.passes.graph.stored import factor_arrays
+from eoracc.plugins.op import DENSE_OP
 from eoracc.plugins.operands.codes import BITS
 from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.reference import fused_matmul
+from tests.plugins.banks import random_typed_factors
 from tests.plugins.fused_op import (
     Float,
     assert_close,
@@ -171,3 +174,27 @@ def test_gather_of_nothing() -> None:
     )
     (rows,) = open_session(model, None).run(None, {"X": np.zeros((2, 0), np.int64)})
     assert rows.shape == (2, 0, 90)
+
+
+@pytest.mark.parametrize("factor_type", ["float16", "float32", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_floats_with_factors(library: Path | None, dtype: Float, factor_type: str) -> None:
+    rng = np.random.default_rng(5)
+    rows, columns = SHAPE
+    weight = rng.standard_normal(SHAPE).astype(np.float32)
+    weight[:, ::2] = 0
+    factors = random_typed_factors(rng, SHAPE, rank=6, factor_type=factor_type)
+    operands: dict[str, NDArray[Any] | None] = {"weight": np.ascontiguousarray(weight.T)}
+    operands |= factor_arrays(factors)
+    session = open_session(one_node_model(DENSE_OP, operands, {}, dtype=dtype), library)
+    x: NDArray[Any] = rng.standard_normal((2, 5, columns)).astype(dtype)
+    (actual,) = session.run(None, {"X": x})
+    assert actual.dtype == dtype
+    wide = x.astype(np.float64)
+    up, down = (part.astype(np.float64) for part in (factors.up(), factors.down()))
+    expected = wide @ weight.T.astype(np.float64) + wide @ down.T @ up.T
+    magnitude = np.abs(wide) @ (np.abs(weight) + np.abs(up) @ np.abs(down)).T.astype(np.float64)
+    # The sum over the columns, that over the rank, the scales and the last addition.
+    bound = (columns + factors.rank + 3) * 2.0**-24 * magnitude
+    assert_close(actual, expected, bound)
+    assert actual.shape == (2, 5, rows)
