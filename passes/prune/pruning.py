@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 from typing_extensions import override
 
-from eoracc.errors import PassError
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.compression import Compression
 from eoracc.passes.overrides import Override
 from eoracc.passes.quantize.quantization import Quantization
@@ -60,6 +60,15 @@ class PruneOverride(Override):
 
     sparsity: Fraction | None = None
     pattern: Pattern | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is one of the two at most.
+
+        Raises:
+          ConfigError: there are both.
+        """
+        if self.sparsity is not None and self.pattern is not None:
+            raise ConfigError("an override has 'sparsity' or 'pattern', not both: remove one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +158,7 @@ class Pruning(Compression):
         if options is None or not matching:
             return options
         chosen = self.overrides[matching[-1]]
-        if chosen.sparsity is not None and chosen.pattern is None:
+        if chosen.sparsity is not None:
             return replace(options, pattern=None)
         return options
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from eoracc.errors import PassError
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes import load_passes
 from eoracc.passes.base import Pass, passes_of
 from eoracc.passes.calibrate import Calibrate
@@ -191,6 +191,11 @@ def test_options_by_linear() -> None:
     assert (zeros_of_runs(q.backbone_weight(), 8) == 4).all()
     assert zeros_of_runs(q.backbone_weight(), 4).max() > 2
     assert k.record.sparsity == 0.25
+
+
+def test_an_override_has_one_of_the_two() -> None:
+    with pytest.raises(ConfigError, match="'sparsity' or 'pattern', not both"):
+        PruneOverride(sparsity=0.5, pattern="2:4")
 
 
 def test_a_linear_that_is_skipped_is_quantized_as_ever() -> None:
