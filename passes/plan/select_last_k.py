@@ -49,9 +49,9 @@ class SelectLastK(SurveyPass):
         weights; scales, zero points and factors do not count. The fewest blocks that meet it get
         the lower bits.
       low_bits: the lower bits, or several to choose from, each with the ``k`` that it needs.
-      blocks: ``last`` takes the last ``k``. ``free`` then also grows a free set at the value that
-        won: it adds the blocks that cost least until the total is met, and takes the set with the
-        smaller error.
+      blocks: ``last`` takes the last ``k``. ``free`` then also grows a free set at the value of
+        each candidate: it adds the blocks that cost least until the total is met. Of all sets the
+        one with the least error is taken.
       probes: weights ``w_b`` by decoder block; negative numbers count from the end. The default is
         the last block alone.
     """
@@ -93,14 +93,16 @@ class SelectLastK(SurveyPass):
             resume=budget.blocks if self.blocks == "free" else [c.blocks[0] for c in candidates],
         ) as trials:
             search = _Search(context, budget, trials, probes)
-            best, curve = search.best_of(candidates)
-            found: dict[str, Any] = {"curve": curve}
+            nothing, tried = search.each_of(candidates)
+            found: dict[str, Any] = {"curve": [item.shown() for item in (nothing, *tried)]}
             if refused:
                 found["infeasible"] = [
                     {"k": len(choice.blocks), "ratio": choice.value} for choice in refused
                 ]
             if self.blocks == "free":
-                best, found["free"] = search.free(best, self.step)
+                grown, found["free"] = search.free(candidates, self.step)
+                tried = [*tried, *grown]
+        best = min(tried, key=lambda item: item.error)  # the first of equals
         schedule = budget.schedule(best.choice)
         for linear in context.linears:
             if linear.block is None or not _obeys(steered, linear, budget.option):
@@ -253,12 +255,11 @@ class _Search:
     trials: Trials
     probes: Mapping[int, float]
 
-    def best_of(self, candidates: Sequence[Choice]) -> tuple[_Tried, list[dict[str, Any]]]:
+    def each_of(self, candidates: Sequence[Choice]) -> tuple[_Tried, list[_Tried]]:
         """Try all candidates.
 
         Returns:
-          The candidate with the least error, the first of equals; and all of them for the report,
-          after the model without any chosen block.
+          The model without any chosen block, and the candidates in their order.
         """
         base = Choice((), 0.0)
         nothing = self._try("base", base, base=base)
@@ -268,21 +269,44 @@ class _Search:
                 name = f"last-{len(choice.blocks)}-{self.budget.option}-{choice.value:.6g}"
                 tried.append(self._try(name, choice, base=base))
                 phase.advance(f"k = {len(choice.blocks)}: error {tried[-1].error:.4f}")
-        best = min(tried, key=lambda item: item.error)
-        return best, [item.shown() for item in (nothing, *tried)]
+        return nothing, tried
 
-    def free(self, last: _Tried, step: int) -> tuple[_Tried, list[dict[str, Any]]]:
-        """Grow a free set at the value of ``last``.
+    def free(
+        self, candidates: Sequence[Choice], step: int
+    ) -> tuple[list[_Tried], list[dict[str, Any]]]:
+        """Grow a free set at the value of each candidate.
+
+        The value that is best for the last blocks need not be best for other ones. A value that
+        takes all blocks to meet the target has no other set.
 
         Returns:
-          The free set, or ``last`` if that costs less; and each round for the report: the cost of
-          each block, the blocks added, and the error.
+          The sets that meet the target; and each round for the report: the value at which the set
+          is grown, the cost of each block, the blocks added, and the error.
         """
-        kept = Choice((), last.choice.value)
+        sets: list[_Tried] = []
         rounds: list[dict[str, Any]] = []
-        while not self.budget.is_met(kept):
-            number = len(rounds) + 1
-            costs = self._costs(kept, number)
+        for choice in candidates:
+            if self._has_another_set(choice.value):
+                whole, own = self._grow(choice.value, step)
+                sets.append(whole)
+                rounds += own
+        return sets, rounds
+
+    def _has_another_set(self, value: float) -> bool:
+        """Whether fewer than all blocks can meet the target at ``value``."""
+        blocks = self.budget.blocks
+        return any(
+            self.budget.is_met(Choice(tuple(other for other in blocks if other != block), value))
+            for block in blocks
+        )
+
+    def _grow(self, value: float, step: int) -> tuple[_Tried, list[dict[str, Any]]]:
+        """The free set at ``value``, and the rounds in which it grew."""
+        kept = Choice((), value)
+        rounds: list[dict[str, Any]] = []
+        while True:
+            name = f"free-{value:.6g}-{len(rounds) + 1}"
+            costs = self._costs(kept, name)
             grown = kept
             added: list[int] = []
             for block in sorted(costs, key=costs.__getitem__):
@@ -292,14 +316,15 @@ class _Search:
                 grown = replace(grown, blocks=tuple(sorted((*grown.blocks, block))))
             whole = self.budget.is_met(grown)
             kept = self.budget.settled(grown) if whole else grown
-            tried = self._try(f"free-{number}", kept, base=kept)
+            tried = self._try(name, kept, base=kept)
             shown_costs = {str(block): costs[block] for block in sorted(costs)}
-            rounds.append({"added": added, "costs": shown_costs, **tried.shown()})
+            rounds.append(
+                {"grown_at": value, "added": added, "costs": shown_costs, **tried.shown()}
+            )
             if whole:
-                break
-        return (tried if tried.error < last.error else last), rounds
+                return tried, rounds
 
-    def _costs(self, kept: Choice, number: int) -> dict[int, float]:
+    def _costs(self, kept: Choice, name: str) -> dict[int, float]:
         """The error with each further block added, while later blocks stay as they are."""
         left = [
             block
@@ -307,10 +332,10 @@ class _Search:
             if block not in kept.blocks and self.budget.gain(block, kept.value) > 0
         ]
         costs = {}
-        with self.context.progress.phase(f"free {number}", len(left)) as phase:
+        with self.context.progress.phase(name.replace("-", " "), len(left)) as phase:
             for block in left:
                 choice = replace(kept, blocks=tuple(sorted((*kept.blocks, block))))
-                tried = self._try(f"free-{number}-{block}", choice, base=kept, frozen=True)
+                tried = self._try(f"{name}-{block}", choice, base=kept, frozen=True)
                 costs[block] = tried.error
                 phase.advance(f"block {block}: error {tried.error:.4f}")
         return costs

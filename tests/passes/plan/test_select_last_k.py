@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -306,7 +307,8 @@ def test_a_free_set_of_unequal_blocks_removes_no_more_than_was_asked_for(
     for linear in shown.linears:
         if linear.block is not None and "ratio" in linear.plan:
             weights[linear.block] += linear.in_features * linear.out_features
-    last, free = found["chosen"], found["free"][-1]
+    last = found["chosen"]
+    free = [one for one in found["free"] if one["grown_at"] == last["ratio"]][-1]
     assert (last["blocks"], free["blocks"]) == ([3, 4], [0, 1])
     assert free["ratio"] < 0.8 * last["ratio"]
     for one in (last, free):
@@ -434,9 +436,47 @@ def test_a_free_set_is_taken_if_it_costs_less(
     monkeypatch.setattr(trials.SweepTrials, "errors", errors)
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
     found = SelectLastK(ratio=0.3, step=2, blocks="free").survey(shown)
-    grown = found["free"][-1]["blocks"]
-    assert grown == [0, 1]
-    assert found["chosen"]["blocks"] == (grown if taken == "free" else [3, 4])
+    grown = [
+        one["blocks"] for one in found["free"] if one["grown_at"] == found["curve"][1]["ratio"]
+    ]
+    assert grown == [[0, 1]]
+    assert found["chosen"]["blocks"] == (grown[0] if taken == "free" else [3, 4])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_free_set_is_the_best_of_all_sets_where_costs_add_up(
+    seed: int,
+    source: LoadedModel,
+    windows: Windows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Costs that add up make greedy sets the best of their size: all sets are the oracle."""
+    weights = np.random.default_rng(seed).uniform(1, 2, BLOCKS)
+    weights[2:] *= 9  # the last blocks cost much: alone they are best taken many at a time
+
+    def error(ratios: Mapping[int, float]) -> float:
+        return sum(float(weights[block]) * ratio**2 for block, ratio in ratios.items())
+
+    def errors(
+        _: trials.SweepTrials, schedule: Mapping[int, float], **__: object
+    ) -> Mapping[int, float]:
+        return {BLOCKS - 1: error(schedule)}
+
+    monkeypatch.setattr(trials.SweepTrials, "errors", errors)
+    shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
+    found = SelectLastK(ratio=0.3, step=1, blocks="free").survey(shown)
+    sets = {
+        blocks: error(dict.fromkeys(blocks, 0.3 * BLOCKS / count))
+        for count in range(2, BLOCKS + 1)  # one block alone would lose more than it has
+        for blocks in combinations(range(BLOCKS), count)
+    }
+    best = min(sets, key=sets.__getitem__)
+    last = min(found["curve"][1:], key=lambda one: one["error"])
+    assert last["k"] != len(best), "the ratio that wins for last blocks is not the best one"
+    assert found["chosen"]["blocks"] == list(best)
+    assert found["chosen"]["error"] == pytest.approx(sets[best], rel=1e-12)
+    assert all(one["k"] < BLOCKS for one in found["free"]), "all blocks have no other set"
 
 
 def test_a_ratio_of_one_leaves_nothing_and_is_no_candidate(
