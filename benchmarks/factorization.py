@@ -60,7 +60,7 @@ METHODS = (
     "last_k+erc_svd",
 )
 CANDIDATES = 6
-"""The number of k that 'select_last_k' tries; the last one is all blocks."""
+"""Steps in which 'select_last_k' goes through the blocks, of which it tries all but the last."""
 RATIOS = (0.2, 0.3, 0.4)
 SAMPLES = 32
 WINDOWS = 16

@@ -112,7 +112,7 @@ class Bench:
 def curve(bench: Bench, ratio: float, step: int, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for every ``k`` of erc_svd's curve."""
     context = bench.context([CALIBRATE, ErcSvd()], folder)
-    findings = SelectLastK(ratio=ratio, step=step).survey(context)
+    findings = SelectLastK(ratio=ratio, step=step, all_blocks=True).survey(context)
     blocks = sorted(
         {candidate.block for candidate in context.linears if candidate.block is not None}
     )

@@ -44,7 +44,10 @@ class SelectLastK(SurveyPass):
       ratio: share ``R_o`` of all weights that the factorising pass removes: it removes
         ``R_l = R_o P / P_k`` of each of the last ``k`` blocks, which hold ``P_k`` of ``P`` weights
         (``N R_o / k`` for ``N`` blocks of one size), for every ``k`` with ``R_l < 1``.
-      step: candidates are ``k = step, 2 step, ...``; a free set grows by this number of blocks.
+      step: candidates are ``k = step, 2 step, ...`` below ``N``; a free set grows by this number of
+        blocks.
+      all_blocks: whether all ``N`` blocks at ``ratio`` are a candidate too. In the paper they are
+        none: ``k <= N - 1`` (eq. 9).
       average_bits: instead of ``ratio``, the average bits of the codes of the quantizing pass, over
         weights; scales, zero points and factors do not count. The fewest blocks that meet it get
         the lower bits.
@@ -61,6 +64,7 @@ class SelectLastK(SurveyPass):
 
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     step: Annotated[int, Field(ge=1)] = 4
+    all_blocks: bool = False
     average_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     low_bits: Bits | Annotated[tuple[Bits, ...], Field(min_length=1)] = 2
     blocks: Literal["last", "free"] = "last"
@@ -69,14 +73,19 @@ class SelectLastK(SurveyPass):
     )
 
     def __post_init__(self) -> None:
-        """Check that there is one target.
+        """Check that there is one target, and no option of the other.
 
         Raises:
-          ConfigError: there is none, or there are two.
+          ConfigError: there is none, there are two, or ``all_blocks`` has no ratio to go by.
         """
         if (self.ratio is None) == (self.average_bits is None):
             raise ConfigError(
                 f"{self.name!r} needs one target: give either 'ratio' or 'average_bits'"
+            )
+        if self.all_blocks and self.ratio is None:
+            raise ConfigError(
+                f"{self.name!r} takes 'all_blocks' with 'ratio' alone: leave it out, since "
+                "'average_bits' determines how many blocks there are"
             )
 
     @override
@@ -171,15 +180,17 @@ class SelectLastK(SurveyPass):
     def _candidates(self, budget: BlockBudget) -> tuple[list[Choice], list[Choice]]:
         """Choices to try, and choices that cannot meet the budget."""
         if isinstance(budget, RatioBudget):
-            everyone = list(budget.last(self.step))
+            everyone = list(budget.last(self.step, whole=self.all_blocks))
             feasible = [choice for choice in everyone if choice.value < 1]
             if not feasible:
+                # With all blocks there always is a candidate.
                 count = len(budget.blocks)
                 raise PassError(
                     self.name,
-                    f"step: no k of {self.step}, {2 * self.step}, ... up to {count} blocks can "
-                    f"give {budget.target:g} of all weights: k must be above "
-                    f"{count * budget.target:.1f}; take a smaller step or ratio",
+                    f"step: no k of {self.step}, {2 * self.step}, ... up to {count - 1} blocks "
+                    f"can give {budget.target:g} of all weights: k must be above "
+                    f"{count * budget.target:.1f}; take a smaller step or ratio, or "
+                    "'all_blocks: true'",
                 )
             return feasible, [choice for choice in everyone if choice.value >= 1]
         assert isinstance(budget, BitsBudget)  # noqa: S101 - there are two

@@ -122,14 +122,21 @@ class RatioBudget(BlockBudget):
         """
         return self.need / max(1, sum(self.weights[block] for block in blocks))
 
-    def last(self, step: int) -> Iterator[Choice]:
+    def last(self, step: int, *, whole: bool = False) -> Iterator[Choice]:
         """The last ``k`` blocks for ``k = s, 2s, ...``, each at its ratio, which may exceed 1.
+
+        Args:
+          step: ``s``, at least 1.
+          whole: also all ``N`` blocks, which come last; ``k`` is below ``N`` otherwise.
 
         >>> budget = RatioBudget({0: 10, 1: 10, 2: 10, 3: 10}, 0.25)
         >>> [(choice.blocks, choice.value) for choice in budget.last(2)]
-        [((2, 3), 0.5), ((0, 1, 2, 3), 0.25)]
+        [((2, 3), 0.5)]
+        >>> [(choice.blocks, choice.value) for choice in budget.last(3, whole=True)]
+        [((1, 2, 3), 0.3333333333333333), ((0, 1, 2, 3), 0.25)]
         """
-        for k in range(step, len(self.blocks) + 1, step):
+        count = len(self.blocks)
+        for k in (*range(step, count, step), *([count] if whole else [])):
             yield self.settled(Choice(tuple(self.blocks[-k:]), 0.0))
 
 

@@ -135,7 +135,7 @@ def test_the_curve_is_that_of_models_built_one_by_one(
     tmp_path: Path,
 ) -> None:
     calibrate = {"calibrate": {"precision": "float32", **calibrate}}
-    survey = {"select_last_k": {"ratio": 0.3, "step": 1}}
+    survey = {"select_last_k": {"ratio": 0.3, "step": 1, "all_blocks": True}}
     compressed = built(source, windows, tmp_path, [survey, calibrate, factorize])
     (found,) = compressed.surveys
     assert found["infeasible"] == [{"k": 1, "ratio": 1.5}]
@@ -348,7 +348,7 @@ def test_the_prefix_is_gone_through_once(
 
     monkeypatch.setattr(Executor, "step", counted)
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
-    SelectLastK(ratio=0.3, step=1).survey(shown)
+    SelectLastK(ratio=0.3, step=1, all_blocks=True).survey(shown)
     levels = 4  # a block has (q, k, v), (o), (gate, up), (down)
     assert len(steps) == levels * (BLOCKS + 2 + 3 + 4 + 5)
 
@@ -465,7 +465,7 @@ def test_a_free_set_is_the_best_of_all_sets_where_costs_add_up(
 
     monkeypatch.setattr(trials.SweepTrials, "errors", errors)
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
-    found = SelectLastK(ratio=0.3, step=1, blocks="free").survey(shown)
+    found = SelectLastK(ratio=0.3, step=1, all_blocks=True, blocks="free").survey(shown)
     sets = {
         blocks: error(dict.fromkeys(blocks, 0.3 * BLOCKS / count))
         for count in range(2, BLOCKS + 1)  # one block alone would lose more than it has
@@ -486,7 +486,23 @@ def test_a_ratio_of_one_leaves_nothing_and_is_no_candidate(
     shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
     found = SelectLastK(ratio=0.2, step=1).survey(shown)
     assert found["infeasible"] == [{"k": 1, "ratio": 1.0}]
-    assert [one["k"] for one in found["curve"]] == [0, 2, 3, 4, 5]
+    assert [one["k"] for one in found["curve"]] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("step", "ks"), [(1, [2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (6, [5])])
+def test_all_blocks_are_a_candidate_if_asked_for(
+    step: int,
+    ks: list[int],
+    source: LoadedModel,
+    windows: Windows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trials.SweepTrials, "errors", lambda *_, **__: {BLOCKS - 1: 0.5})
+    shown = context(source, windows, tmp_path, [FLOAT32, FactorizeSvd()])
+    curve = SelectLastK(ratio=0.3, step=step, all_blocks=True).survey(shown)["curve"]
+    assert [one["k"] for one in curve[1:]] == ks
+    assert curve[-1]["ratio"] == pytest.approx(0.3, rel=1e-12)
 
 
 def test_what_overrides_settle_is_none_of_the_total(
@@ -511,8 +527,11 @@ def test_what_overrides_settle_is_none_of_the_total(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"ratio": 0.5, "step": 6}, "step: no k of 6, 12, ... up to 5 blocks can give 0.5"),
-        ({"ratio": 0.9, "step": 2}, "k must be above 4.5; take a smaller step or ratio"),
+        ({"ratio": 0.5, "step": 6}, "step: no k of 6, 12, ... up to 4 blocks can give 0.5"),
+        (
+            {"ratio": 0.9, "step": 2},
+            "k must be above 4.5; take a smaller step or ratio, or 'all_blocks: true'",
+        ),
         ({"ratio": 0.2, "step": 2, "probes": {5: 1.0}}, "no decoder block 5: give one of 0..4"),
         ({"ratio": 0.2, "step": 2, "probes": {-6: 1.0}}, "no decoder block -6"),
         ({"average_bits": 4}, "codes have 4 bits on average, not more than 4: ask for less"),
@@ -549,3 +568,8 @@ def test_needs_text_a_pass_to_steer_and_linears_that_it_may(
 def test_needs_one_target(options: Mapping[str, Any]) -> None:
     with pytest.raises(ConfigError, match="give either 'ratio' or 'average_bits'"):
         SelectLastK(**options)
+
+
+def test_all_blocks_is_an_option_of_the_ratio() -> None:
+    with pytest.raises(ConfigError, match="takes 'all_blocks' with 'ratio' alone: leave it out"):
+        SelectLastK(average_bits=3, all_blocks=True)
