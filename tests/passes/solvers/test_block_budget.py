@@ -21,7 +21,7 @@ def test_blocks_of_one_size_have_the_paper_s_ratio() -> None:
 def test_unequal_blocks_remove_the_same_weights_in_all() -> None:
     weights = {0: 10, 1: 20, 2: 30, 3: 40}
     budget = RatioBudget(weights, 0.3)
-    for choice in budget.last(1):
+    for choice in budget.last(1, whole=True):
         removed = sum(choice.value * weights[block] for block in choice.blocks)
         assert removed == pytest.approx(30, rel=1e-12)
     free = budget.settled(Choice((0, 2), 0.9))
@@ -34,7 +34,7 @@ def test_a_ratio_s_course_leaves_the_other_blocks_alone() -> None:
 
 
 def test_blocks_without_weights_cannot_give_any() -> None:
-    (last, both) = RatioBudget({0: 10, 1: 0}, 0.2).last(1)
+    (last, both) = RatioBudget({0: 10, 1: 0}, 0.2).last(1, whole=True)
     assert last.value >= 1
     assert both.value == 0.2
 
