@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from eoracc.errors import PassError
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes.base import register
 from eoracc.passes.calibrate import Calibrate
 from eoracc.passes.compensate.base import Compensation
@@ -49,6 +49,10 @@ class Eora(Compensation):
     Options:
       energy: share of the error's energy that may be left. A linear then gets the smallest rank
         that leaves no more, and ``rank`` at most; null gives all of them ``rank``.
+      energy_of: whose energy that is. ``error``: squared singular values of the weighted error, so
+        that factors leave at most this share of it. ``gram``: eigenvalues of the input's Gram, so
+        that linears with one input get one rank, whatever their errors. Few tokens (above) always
+        go by the error.
       directions: weigh errors by the top so many eigenvectors of the input's Gram alone, and leave
         what tokens do outside of them out of account; null takes all.
       weigh_outputs: whether outputs count for what ``calibrate_outputs`` has found, where it stands
@@ -59,8 +63,20 @@ class Eora(Compensation):
     needs = (Calibrate, Compression)
 
     energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    energy_of: Literal["error", "gram"] = "error"
     directions: Annotated[int, Field(ge=1)] | None = None
     weigh_outputs: bool = True
+
+    def __post_init__(self) -> None:
+        """Check that there is a share of the Gram's energy where that is to be gone by.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        if self.energy_of == "gram" and self.energy is None:
+            raise ConfigError(
+                f"{self.name!r} has no share for 'energy_of: gram': give 'energy', or leave it out"
+            )
 
     @override
     def requires(self, group: LinearGroup) -> None:
@@ -94,6 +110,9 @@ class Eora(Compensation):
     def factors(self, lost: LostOutput, rank: int) -> Factors:
         if lost.gram is None:
             raise PassError(self.name, "has no gram to go by: put 'calibrate' before it")
+        if self.energy is not None and self.energy_of == "gram" and lost.metric is not None:
+            values = lost.metric.eigenvalues
+            rank = energy_rank(values[:rank], float(values.sum()), self.energy)
         if lost.metric is None:
             b, a = svd_factors(lost.delta, rank)
         elif lost.output_root is None:
@@ -102,7 +121,7 @@ class Eora(Compensation):
             b, a = output_weighted_factors(
                 lost.delta, lost.metric.matrix, lost.output_root, rank, weighted=lost.weighted
             )
-        if self.energy is None:
+        if self.energy is None or (self.energy_of == "gram" and lost.metric is not None):
             return b, a
         rank = _rank_for_energy(b, a, lost, self.energy)
         return b[:, :rank], a[:rank]

@@ -127,6 +127,11 @@ class Gram:
         root, rank = root_and_rank(self.matrix)
         return root.astype(np.float32), rank
 
+    @cached_property
+    def eigenvalues(self) -> NDArray[np.float64]:
+        """Of the matrix, ``float64 [K]``, the largest first; those below zero by rounding are 0."""
+        return np.linalg.eigvalsh(self.matrix)[::-1].clip(min=0)
+
     def top(self, directions: int) -> Gram:
         """The part of this Gram on its top eigenspace (:func:`~.factors.top_of_gram`), made once.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eoracc.errors import PassError
+from eoracc.errors import ConfigError, PassError
 from eoracc.passes import load_passes
 from eoracc.passes.base import passes_of
 from eoracc.passes.calibrate import Calibrate
@@ -323,6 +323,44 @@ def test_energy_holds_for_the_plain_svd_that_few_tokens_get() -> None:
     energies = np.linalg.svd(linear.weight() - linear.backbone_weight(), compute_uv=False) ** 2
     tails = 1 - np.concatenate([[0], np.cumsum(energies)]) / energies.sum()
     assert found.rank == int(np.flatnonzero(tails <= 0.5)[0])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_energy_of_the_gram_gives_linears_of_one_input_one_rank(
+    share: float, group: LinearGroup
+) -> None:
+    gram = group.gram
+    assert gram is not None
+    values = np.linalg.svd(gram.matrix, compute_uv=False)  # semidefinite: its eigenvalues
+    tails = 1 - np.concatenate([[0], np.cumsum(values)]) / values.sum()
+    expected = int(np.flatnonzero(tails <= share)[0])
+    assert 0 < expected < 24
+    options = Eora(energy=share, energy_of="gram")
+    for linear in group.linears:
+        found = solve(options, linear, gram, 24, "float16")
+        assert found.rank == expected
+        fixed = solve(Eora(), linear, gram, expected, "float16")
+        np.testing.assert_array_equal(found.lora_a, fixed.lora_a)
+        assert solve(options, linear, gram, expected - 1, "float16").rank == expected - 1
+        # Whatever the error is: its rows have that much output outside the Gram's top eigenspace.
+        delta = linear.weight() - linear.backbone_weight()
+        bound = np.linalg.norm(delta, 2) * np.sqrt(tails[expected] * values.sum())
+        exact, _ = eora_factors(delta, gram.matrix, expected)
+        basis = np.linalg.qr(exact)[0]
+        assert weighted_norm(delta - basis @ (basis.T @ delta), gram.matrix) <= bound
+
+
+def test_energy_of_the_gram_needs_tokens_and_a_share() -> None:
+    group = qkv(tokens=5)
+    QuantizeRtn(bits=2).call(group)
+    linear = group.linears[0]
+    by_error, by_gram = (
+        solve(Eora(energy=0.5, energy_of=kind), linear, group.gram, 20, "float16")
+        for kind in ("error", "gram")
+    )
+    assert by_gram.rank == by_error.rank > 5
+    with pytest.raises(ConfigError, match="no share for 'energy_of: gram': give 'energy'"):
+        Eora(energy_of="gram")
 
 
 def test_directions_leave_the_rest_of_the_input_out(group: LinearGroup) -> None:
