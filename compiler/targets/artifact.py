@@ -15,6 +15,7 @@ from eoracc import __version__
 from eoracc.compiler.targets.file_bytes import folder_bytes
 from eoracc.compiler.targets.output_place import check_output, refuse_full_disk, refuse_strangers
 from eoracc.compiler.targets.weights_file import write_graph
+from eoracc.compiler.targets.wide_scales import wide_scale_bytes
 from eoracc.documents import Reader
 from eoracc.errors import ArtifactError
 from eoracc.report_file import encode_report
@@ -247,10 +248,17 @@ class ArtifactWriter:
             # The survey is kept: a second build begins with the sweep.
             less = limit_bytes - (total - limit_bytes)
             lean = "" if self._is_lean else ", or build with --lean"
+            path = self.folder / MODEL_FILE
+            wide = wide_scale_bytes(parse_onnx(path.read_bytes(), path)) if path.exists() else 0
+            why = (
+                f"scales that float16 cannot hold take {wide:,} more than was planned"
+                if wide
+                else "its records take more than was planned"
+            )
             raise ArtifactError(
                 f"{self.output}: its files take {total:,} bytes, more than the 'size' of "
-                f"{limit_bytes:,}: scales that float16 cannot hold take more than was planned: "
-                f"give a 'size' of {max(less, 1):,}, which leaves room for that{lean}"
+                f"{limit_bytes:,}: {why}: give a 'size' of {max(less, 1):,}, which leaves room "
+                f"for that{lean}"
             )
 
     def _write_report(

@@ -18,6 +18,7 @@ from eoracc.compiler.targets.artifact import ArtifactWriter, package_versions
 from eoracc.compiler.targets.weights_file import graph_bytes
 from eoracc.errors import ArtifactError
 from eoracc.plugins.adapters import SLOTS_KEY, AdapterSlots
+from eoracc.plugins.op import DOMAIN, FUSED_OP
 from eoracc.runtime.adapters.files import adapter_names, read_adapter
 from eoracc.runtime.artifact.folder_change import changing
 from eoracc.runtime.artifact.manifest import read_manifest, verify_manifest
@@ -92,9 +93,27 @@ def test_a_folder_beyond_its_limit_is_not_written(
         ) as caught:
             commit()
         assert ("--lean" in str(caught.value)) != lean
+        assert "its records take more than was planned" in str(caught.value)
     else:
         commit()
     assert (tmp_path / "out").exists() == (spare == 0)
+
+
+def test_a_folder_with_wide_scales_says_what_they_take(tmp_path: Path) -> None:
+    x = ir.Value(name="x", shape=ir.Shape([1, 64]), type=ir.TensorType(ir.DataType.FLOAT))
+    scales = ir.Value(name="s", const_value=ir.tensor(np.full(300, 1e6, np.float32), name="s"))
+    codes = ir.Value(name="B", const_value=ir.tensor(np.zeros(300, np.uint8), name="B"))
+    node = ir.node(FUSED_OP, [x, codes, scales], domain=DOMAIN)
+    node.outputs[0].name = "y"
+    imports = {"": 20, DOMAIN: 1}
+    graph = ir.Graph(
+        [x], node.outputs, nodes=[node], initializers=[codes, scales], opset_imports=imports
+    )
+    with ArtifactWriter(tmp_path / "out") as writer:
+        writer.write_model(ir.Model(graph, ir_version=10))
+        writer.write_json("genai_config.json", {})
+        with pytest.raises(ArtifactError, match=r"float16 cannot hold take 600 more than was"):
+            writer.commit(source={"model": "m"}, config={}, parity={}, packages={}, limit_bytes=9)
 
 
 def write(output: Path, *, force: bool = False, extra: str = "same") -> None:
