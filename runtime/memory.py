@@ -9,7 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["peak_bytes", "release_memory", "release_weights", "resident_bytes"]
+__all__ = ["peak_bytes", "release_heap", "release_memory", "release_weights", "resident_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _MAPS = Path("/proc/self/smaps")
@@ -24,11 +24,16 @@ def release_memory() -> None:
     the process for the rest of the build.
     """
     gc.collect()
+    release_heap()
+    release_weights()
+
+
+def release_heap() -> None:
+    """On Linux, return free pages of the heap, in a millisecond or two."""
     # Only glibc has malloc_trim; musl does not need it.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-    release_weights()
 
 
 def release_weights() -> None:

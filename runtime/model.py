@@ -18,6 +18,7 @@ from eoracc.runtime.decode.scheduler import PREFILL_CHUNK, Scheduler
 from eoracc.runtime.decode.scoring import Targets, score_targets
 from eoracc.runtime.decode.text import Tokenizer
 from eoracc.runtime.folder_watch import FolderWatch
+from eoracc.runtime.memory import release_heap
 from eoracc.runtime.request import (
     AdapterChoice,
     ChatOptions,
@@ -468,7 +469,7 @@ def load(
     folder = Path(path)
     authenticity = Authenticity(digest, None if public_key is None else Path(public_key))
     with opening(folder, authenticity) as manifest:
-        return Model(
+        model = Model(
             folder,
             manifest,
             threads=threads,
@@ -477,6 +478,9 @@ def load(
             trust=trust,
             own_memory=own_memory,
         )
+    # Parsing the graph and the tokenizer has left free pages, which would stay for good.
+    release_heap()
+    return model
 
 
 def _pieces(events: Sequence[Piece | Exception]) -> Iterator[Piece]:
