@@ -39,7 +39,7 @@ _ADDRESS_BYTES = 6 << 30
 """Address space beyond that of a process which has imported everything."""
 
 _FILE_BYTES = 1 << 30
-_PEAK_BYTES = 1 << 30
+_PEAK_BYTES = 1 << 28
 """Growth of a process's peak memory; files of cases have some kilobytes."""
 
 _NOISE_BYTES = 20_000

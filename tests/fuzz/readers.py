@@ -266,7 +266,7 @@ def _spin(_case: Path, _rng: Random) -> Reply:
 
 
 def _fill(_case: Path, _rng: Random) -> Reply:
-    return Reply(2, f"refused after {len(bytearray(3 << 29))} bytes")
+    return Reply(2, f"refused after {len(bytearray(3 << 27))} bytes")
 
 
 def _mumble(_case: Path, _rng: Random) -> Reply:

@@ -95,7 +95,7 @@ def test_orders_that_work(passes: list[Pass]) -> None:
         ([QuantizeRtn(), QuantizeRtn()], (1, "quantize_rtn"), "occurs twice"),
         ([Calibrate(), Calibrate()], (1, "calibrate"), "occurs twice"),
         ([Eora()], (0, "eora"), "needs 'calibrate' before it"),
-        ([QuantizeRtn(), QuantizeFactors()], (1, "quantize_factors"), "or 'svd' or 'zeroquant_v2'"),
+        ([QuantizeRtn(), QuantizeFactors()], (1, "quantize_factors"), "'svd' or 'zeroquant_v2'"),
         ([SvdLlm()], (0, "svd_llm"), "needs 'calibrate' before it"),
         (
             [QuantizeRtn(), Allocate(bits_per_weight=3)],
