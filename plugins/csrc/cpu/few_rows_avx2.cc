@@ -234,24 +234,34 @@ void int8_rows(const Activations& x, int64_t first, const Tiles& w, int64_t tile
 
   Units<bits> units(w, tile);
   Groups<bits> groups(w, tile);
+  const auto add_block = [&](const __m256i* codes, int64_t b,
+                             int64_t half) __attribute__((always_inline)) {
+    const __m256i zero_points = _mm256_sub_epi32(groups.zero_points[half], offset);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * row_blocks + b;
+      const __m256i correction = _mm256_madd_epi16(zero_points, _mm256_set1_epi32(minus[at]));
+      const __m256i product =
+          dot<bits, kBlockQuads>(codes, activations + row * x.stride + b * block);
+      const __m256 sum = _mm256_cvtepi32_ps(_mm256_add_epi32(product, correction));
+      const __m256 scaled = _mm256_mul_ps(sum, _mm256_set1_ps(x_scales[at]));
+      totals[row][half] = _mm256_fmadd_ps(scaled, groups.scales[half], totals[row][half]);
+    }
+  };
   for (int64_t b = 0; b < blocks; b += kBlocks) {
     const uint8_t* unit = units.next();
-    const Quads quads[2] = {unpack<bits>(unit), unpack<bits>(unit + kVector / 2)};
-    for (int64_t i = 0; i < kBlocks && b + i < blocks; ++i) {
+    if constexpr (kBlocks == 1) {  // half by half: the codes of both do not fit the registers
       for (int64_t half = 0; half < 2; ++half) {
-        const __m256i* codes = quads[half].codes + i * kBlockQuads;
-        const __m256i zero_points = _mm256_sub_epi32(groups.zero_points[half], offset);
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t at = row * row_blocks + b + i;
-          const __m256i correction = _mm256_madd_epi16(zero_points, _mm256_set1_epi32(minus[at]));
-          const __m256i product =
-              dot<bits, kBlockQuads>(codes, activations + row * x.stride + (b + i) * block);
-          const __m256 sum = _mm256_cvtepi32_ps(_mm256_add_epi32(product, correction));
-          const __m256 scaled = _mm256_mul_ps(sum, _mm256_set1_ps(x_scales[at]));
-          totals[row][half] = _mm256_fmadd_ps(scaled, groups.scales[half], totals[row][half]);
-        }
+        add_block(unpack<bits>(unit + half * kVector / 2).codes, b, half);
       }
       if (groups.step(block)) groups.read();
+    } else {
+      const Quads quads[2] = {unpack<bits>(unit), unpack<bits>(unit + kVector / 2)};
+      for (int64_t i = 0; i < kBlocks && b + i < blocks; ++i) {
+        for (int64_t half = 0; half < 2; ++half) {
+          add_block(quads[half].codes + i * kBlockQuads, b + i, half);
+        }
+        if (groups.step(block)) groups.read();
+      }
     }
   }
   for (int64_t row = 0; row < rows; ++row) {
