@@ -75,7 +75,7 @@ class Continuation:
             ends=self._ends | tokenizer.ends,
             bad_words=bad_words,
         )
-        self._rng = np.random.default_rng(request.seed)
+        self._rng: np.random.Generator | None = None
         self._stream = tokenizer.stream(prompt)
         self._stops = StopStrings(request.stop, include=request.include_stop)
         self._decoded = 0  # characters
@@ -105,7 +105,7 @@ class Continuation:
         try:
             token = choose(
                 allowed,
-                self._rng,
+                self._draw,
                 temperature=request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
@@ -137,6 +137,12 @@ class Continuation:
             text += self._stops.push(self._stream.flush())
         self.finish_reason = "stop" if self._stops.found else finish_reason
         return self._piece(text + self._stops.flush())
+
+    def _draw(self) -> float:
+        # Made on first use: a greedy request draws nothing, and numpy.random takes 6 MB.
+        if self._rng is None:
+            self._rng = np.random.default_rng(self.request.seed)
+        return self._rng.random()
 
     def _piece(self, text: str) -> Piece:
         tokens, self._pending = tuple(self._pending), []

@@ -16,6 +16,8 @@ from eoracc.printable import printable
 from eoracc.runtime.request import AdapterChoice, TokenLogprob, adapter_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 __all__ = [
@@ -53,7 +55,7 @@ class LogitsError(BackendError):
 
 def choose(
     logits: NDArray[np.float32],
-    rng: np.random.Generator,
+    draw: Callable[[], float],
     *,
     temperature: float,
     top_k: int = 0,
@@ -64,7 +66,7 @@ def choose(
 
     Args:
       logits: ``float32 [V]``.
-      rng: of the request; one number is drawn unless ``temperature`` is 0.
+      draw: a random number of [0, 1); called once, and not where the choice is certain.
       temperature: 0 chooses the most likely token, among equals the lowest id.
       top_k: see :func:`distribution`.
       top_p: see :func:`distribution`.
@@ -83,7 +85,7 @@ def choose(
     )
     cumulative = probabilities.cumsum()
     # The last sum may be below 1 by rounding.
-    place = cumulative.searchsorted(rng.random() * cumulative[-1], side="right")
+    place = cumulative.searchsorted(draw() * cumulative[-1], side="right")
     return int(ids[min(place, len(ids) - 1)])
 
 

@@ -100,7 +100,7 @@ def test_frequencies_are_the_probabilities(filters: dict[str, Any]) -> None:
     expected = oracle(logits, 0.8, **filters)
     rng = np.random.default_rng(7)
     draws = 20_000
-    drawn = [choose(logits, rng, temperature=0.8, **filters) for _ in range(draws)]
+    drawn = [choose(logits, rng.random, temperature=0.8, **filters) for _ in range(draws)]
     counts = np.bincount(drawn, minlength=len(logits))
     assert set(np.flatnonzero(counts)) <= set(expected)
     tokens = sorted(expected)
@@ -117,7 +117,7 @@ def test_greedy_takes_the_lowest_of_equals_and_no_random_number() -> None:
     logits = np.array([0, 2, 2, 1], np.float32)
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
-    assert choose(logits, rng, temperature=0) == 1
+    assert choose(logits, rng.random, temperature=0) == 1
     assert rng.bit_generator.state == before
 
 
@@ -125,7 +125,7 @@ def test_one_number_a_token() -> None:
     logits = np.random.default_rng(1).normal(size=50).astype(np.float32)
     rng, same = np.random.default_rng(3), np.random.default_rng(3)
     for filters in FILTERS[3:]:
-        choose(logits, rng, temperature=1.0, **filters)
+        choose(logits, rng.random, temperature=1.0, **filters)
         same.random()
     assert rng.bit_generator.state == same.bit_generator.state
 
@@ -134,7 +134,7 @@ def test_one_number_a_token() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_an_error(bad: list[float], temperature: float) -> None:
     with pytest.raises(BackendError, match="logits are not finite"):
-        choose(np.array(bad, np.float32), np.random.default_rng(0), temperature=temperature)
+        choose(np.array(bad, np.float32), np.random.default_rng(0).random, temperature=temperature)
 
 
 def test_log_probabilities() -> None:
