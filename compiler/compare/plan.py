@@ -11,10 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from eoracc.compiler.compare.methods import Method, with_options
-from eoracc.compiler.compare.planned_bytes import PLAIN_BYTES, planned_bytes, rank_limit
+from eoracc.compiler.compare.planned_bytes import (
+    PLAIN_BYTES,
+    planned_bytes,
+    rank_limit,
+    with_rank,
+)
 from eoracc.compiler.config.budget import budget_bits, budget_size
 from eoracc.passes.base import Pass
-from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import Linear
 from eoracc.passes.plan.allocate import Allocate
@@ -40,7 +44,7 @@ class Fit:
 
     Attributes:
       passes: with all figures set.
-      rank: of the compensation, where the budget decided it.
+      rank: of the last compensation, where the budget decided it.
       ratio: share of parameters that the factorisation removes, where the budget decided it.
     """
 
@@ -127,11 +131,11 @@ def _fit_folder(
         return Fit(with_options(passes, Allocate, **budget))
     if Recipe(passes).compensations:
         ranks = range(rank_limit(passes, linears) + 1)
-        rank = bisect_right(ranks, size, key=lambda at: folder_bytes(_at_rank(passes, at))) - 1
+        rank = bisect_right(ranks, size, key=lambda at: folder_bytes(with_rank(passes, at))) - 1
         if rank < 0:
-            least = folder_bytes(_at_rank(passes, 0))
-            raise BudgetProblem(f"the folder takes {least:,} bytes without factors")
-        return Fit(_at_rank(passes, rank), rank=rank)
+            least = folder_bytes(with_rank(passes, 0))
+            raise BudgetProblem(f"the folder takes {least:,} bytes {_least(passes)}")
+        return Fit(with_rank(passes, rank), rank=rank)
     ratio = _smallest_ratio(lambda at: folder_bytes(_at_ratio(passes, at)), size)
     least = folder_bytes(_at_ratio(passes, ratio))
     if least > size:
@@ -139,8 +143,10 @@ def _fit_folder(
     return Fit(_at_ratio(passes, ratio), ratio=ratio)
 
 
-def _at_rank(passes: Sequence[Pass], rank: int) -> tuple[Pass, ...]:
-    return with_options(passes, Compensation, rank=rank)
+def _least(passes: Sequence[Pass]) -> str:
+    """Which factors are there where the budget gives none."""
+    several = len(Recipe(passes).compensations) > 1
+    return "with the factors before the last compensation" if several else "without factors"
 
 
 def _at_ratio(passes: Sequence[Pass], ratio: float) -> tuple[Pass, ...]:
@@ -149,17 +155,22 @@ def _at_ratio(passes: Sequence[Pass], ratio: float) -> tuple[Pass, ...]:
 
 
 def _fit_rank(passes: Sequence[Pass], linears: Sequence[Linear], budget: _Budget) -> Fit:
-    """The largest rank that fits, the same for all linears without an override of their own."""
+    """The largest rank of the last compensation that fits.
+
+    It is the same for all linears without an override of their own.
+    """
 
     def bytes_at(rank: int) -> int:
-        return planned_bytes(_at_rank(passes, rank), linears)
+        return planned_bytes(with_rank(passes, rank), linears)
 
     ranks = range(rank_limit(passes, linears) + 1)
     rank = bisect_right(ranks, budget.nbytes, key=bytes_at) - 1
     if rank < 0:
         bits = budget.bits_per_weight(bytes_at(0))
-        raise BudgetProblem(f"the quantized weights alone take {bits:.2f} bits per weight")
-    return Fit(_at_rank(passes, rank), rank=rank)
+        raise BudgetProblem(
+            f"the quantized weights take {bits:.2f} bits per weight {_least(passes)}"
+        )
+    return Fit(with_rank(passes, rank), rank=rank)
 
 
 def _fit_ratio(passes: Sequence[Pass], linears: Sequence[Linear], budget: _Budget) -> Fit:

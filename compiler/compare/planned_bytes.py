@@ -11,10 +11,11 @@ from eoracc.passes.compensate.quantize_factors import QuantizeFactors
 from eoracc.passes.compression import Compression
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.graph.linears import Linear
+from eoracc.passes.recipe import Recipe
 from eoracc.passes.solvers.factor_types import FactorType, factor_bytes
 from eoracc.passes.solvers.factorization import factorized_rank
 
-__all__ = ["PLAIN_BYTES", "planned_bytes", "rank_limit", "stored_bytes"]
+__all__ = ["PLAIN_BYTES", "planned_bytes", "rank_limit", "stored_bytes", "with_rank"]
 
 PLAIN_BYTES = 2
 """Bytes of a value that is not quantized: 16 bits, as in published tables. The graph itself holds
@@ -28,8 +29,8 @@ class _Part:
     Attributes:
       linear: in the state before the next pass.
       weight_bytes: of its codes, scales and zero points; None while it is not compressed.
-      rank: of its compensation.
-      factor_type: of its compensation.
+      rank: of its factors.
+      factor_type: of all of them: a compensation stores earlier ones anew with its own.
     """
 
     linear: Linear
@@ -57,23 +58,26 @@ def planned_bytes(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
     return sum(part.nbytes for part in _parts(passes, linears))
 
 
+def with_rank(passes: Sequence[Pass], rank: int) -> tuple[Pass, ...]:
+    """``passes``, the last compensation with ``rank``; those before it keep theirs."""
+    last = Recipe(passes).compensations[-1]
+    return tuple(replace(last, rank=rank) if item is last else item for item in passes)
+
+
 def rank_limit(passes: Sequence[Pass], linears: Iterable[Linear]) -> int:
-    """The largest rank that the compensating pass can give to all linears; 0 for none.
+    """The largest rank that the last compensation can give to all linears; 0 for none.
 
     A linear whose rank comes from an override sets no limit.
     """
     linears = list(linears)
     # A rank that no linear can have: a linear that gets it has no override.
     asked = 1 + max((max(linear.out_features, linear.in_features) for linear in linears), default=0)
-    probe = [replace(p, rank=asked) if isinstance(p, Compensation) else p for p in passes]
-    return min(
-        (
-            min(part.linear.out_features, part.linear.in_features)
-            for part in _parts(probe, linears)
-            if part.rank == asked
-        ),
-        default=0,
-    )
+    limits = [
+        min(part.linear.out_features, part.linear.in_features) - (part.rank - asked)
+        for part in _parts(with_rank(passes, asked), linears)
+        if part.rank >= asked
+    ]
+    return max(0, min(limits, default=0))
 
 
 def stored_bytes(linears: Iterable[Linear]) -> int:
@@ -98,8 +102,9 @@ def _parts(passes: Sequence[Pass], linears: Iterable[Linear]) -> list[_Part]:
         elif isinstance(item, Compensation):
             for part in parts:
                 options = item.options_for(part.linear)
-                if options is not None and part.weight_bytes is not None:
-                    part.rank, part.factor_type = options.rank, options.factor_type
+                if options is not None and options.rank and part.weight_bytes is not None:
+                    part.rank = options.joined_rank(part.rank)
+                    part.factor_type = options.factor_type
         elif isinstance(item, QuantizeFactors):
             for part in parts:
                 width = item.options_for(part.linear)

@@ -74,7 +74,7 @@ def _apply(item: Pass, linear: Linear) -> None:
     elif isinstance(item, Compensation):
         wanted = item.options_for(linear)
         if wanted is not None and wanted.rank and linear.compressed is not None:
-            rank = wanted.rank + (0 if linear.factors is None else linear.factors.rank)
+            rank = wanted.joined_rank(0 if linear.factors is None else linear.factors.rank)
             _compensate(linear, rank, wanted.factor_type)
     elif isinstance(item, QuantizeFactors):
         width = item.options_for(linear)

@@ -107,13 +107,21 @@ class Compensation(Overridable, LayerPass):
                     continue  # an override kept the quantizing pass from changing it
                 if options.rank or linear.factors is None:
                     earlier = linear.factors
-                    check_rank(linear, options.rank + (0 if earlier is None else earlier.rank))
+                    check_rank(linear, options.joined_rank(0 if earlier is None else earlier.rank))
                     lost = options.lost_output(linear, group.gram)
                     factors = options.solve(lost, earlier=earlier)
                     # No factors of rank 0: integer ones would still store a scale per row.
                     linear.compensate(factors if factors.rank else None)
                 if group.gram is not None:
                     record_error(self.name, linear, group.gram)
+
+    def joined_rank(self, earlier: int) -> int:
+        """The rank of a linear's factors after this pass.
+
+        Args:
+          earlier: rank of the factors that passes before this one gave it.
+        """
+        return earlier + self.rank
 
     def lost_output(self, linear: Linear, gram: Gram | None) -> LostOutput:
         """The output that ``linear`` lost to quantization, weighed as the pass weighs errors.

@@ -10,6 +10,7 @@ from eoracc.compiler.compare.plan import BudgetProblem, fit
 from eoracc.compiler.compare.planned_bytes import planned_bytes, rank_limit
 from eoracc.passes.compensate.base import Compensation
 from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.compensate.svd import Svd
 from eoracc.passes.factorize.base import Factorization
 from eoracc.passes.factorize.svd_llm import SvdLlm
 from eoracc.passes.graph.linears import Linear
@@ -108,6 +109,34 @@ def test_no_rank_exceeds_the_smaller_side_unless_overridden() -> None:
         assert spend(found, "60").rank == 40
 
 
+@pytest.mark.parametrize("kind", ["int4", "float16"])
+def test_of_several_compensations_the_budget_decides_the_last(kind: str) -> None:
+    svd, eora = {"svd": {"rank": 3, "factor_type": kind}}, {"eora": {"factor_type": kind}}
+    passes = ["calibrate", QUANTIZE, svd, eora]
+    sequence = method("sequence", compare={"methods": {"sequence": passes}})
+    weights = sum(2 * rows * columns for rows, columns in SHAPES.values())
+
+    def taken(rank: int) -> int:
+        return 2 * sum(by_hand(3 + rank, shape, kind) for shape in SHAPES.values())
+
+    for bits in (14, 16, 20):
+        found = spend(sequence, str(bits))
+        *_, first, last = found.passes
+        assert isinstance(first, Svd)
+        assert isinstance(last, Eora)
+        assert (first.rank, last.rank) == (3, found.rank)
+        assert planned_bytes(found.passes, blocks()) == taken(last.rank)
+        fitting = [rank for rank in range(14) if 8 * taken(rank) <= bits * weights]
+        assert found.rank == max(fitting)
+    assert spend(sequence, "60").rank == 13  # k_proj has 16 rows
+    least = 8 * taken(0) / weights
+    with pytest.raises(
+        BudgetProblem,
+        match=rf"take {least:.2f} bits per weight with the factors before the last compensation$",
+    ):
+        spend(sequence, f"{least - 0.01:.4f}")
+
+
 def test_factors_rounded_by_a_later_pass_count_as_they_are_stored() -> None:
     passes = ("calibrate", QUANTIZE, "eora", {"quantize_factors": {"bits": 4}})
     alike = ("calibrate", QUANTIZE, {"eora": {"factor_type": "int4"}})
@@ -174,7 +203,7 @@ def test_passes_that_spend_a_budget_themselves() -> None:
 @pytest.mark.parametrize(
     ("name", "budget", "problem"),
     [
-        ("eora", "5", r"^the quantized weights alone take 5\.87 bits per weight$"),
+        ("eora", "5", r"^the quantized weights take 5\.87 bits per weight without factors$"),
         ("svd_llm", "16", r"^it leaves nothing to remove: weights take 16 bits as they are$"),
         ("svd_llm", "0.1", r"^the smallest factors take \d\.\d\d bits per weight$"),
     ],
