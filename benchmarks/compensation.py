@@ -177,7 +177,7 @@ def _print(bits: int, comparison: Comparison) -> None:
     )
     table = Table(box=box.MARKDOWN)
     table.add_column("variant", no_wrap=True)
-    for column in ("rank", "bits", "wiki", "c4", "KL", "KL, c4", "CPU s"):
+    for column in ("rank", "bits", "folder MB", "wiki", "c4", "KL", "KL, c4", "CPU s"):
         table.add_column(column, justify="right")
     for row in comparison.rows:
         if row.figures is None:
@@ -188,6 +188,7 @@ def _print(bits: int, comparison: Comparison) -> None:
             row.method,
             "" if row.rank is None else str(row.rank),
             f"{figures.bits_per_weight:.2f}",
+            f"{figures.folder_bytes / 1e6:.1f}",
             f"{figures.perplexity:.2f}",
             f"{figures.perplexity_ood:.2f}",
             f"{figures.kl:.4f}",
