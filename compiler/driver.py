@@ -210,6 +210,7 @@ def _build(
                 "model": config.model,
                 "model_type": made.model_type,
                 "digest": made.digest,
+                **made.imported,
             },
             config=as_built.resolved(),
             parity=report.parity,
@@ -250,6 +251,7 @@ class _Made:
     Attributes:
       model_type: of the checkpoint's configuration.
       digest: of the checkpoint.
+      imported: source and digest of the compressed checkpoint that was taken over; empty for none.
       fidelity: scores on held-out text.
       linears: a report of each.
       factorized: a report of each weight that is now a product of two linears.
@@ -269,6 +271,7 @@ class _Made:
 
     model_type: str
     digest: str
+    imported: Mapping[str, str]
     fidelity: FidelityReport
     linears: list[LinearReport]
     factorized: list[FactorizedReport]
@@ -314,6 +317,7 @@ def _make(
         graphs=graphs,
         folder_bytes=PlannedFolder(config, inputs.loaded, writer.folder, lean=lean).nbytes,
         surveys=surveys,
+        imported=inputs.imported,
     )
     release_memory()
     solved = _solve(config, compressed, inputs.tasks, work / "adapters", progress)
@@ -339,6 +343,14 @@ def _make(
     return _Made(
         model_type=inputs.loaded.config.model_type,
         digest=inputs.loaded.digest,
+        imported=(
+            {}
+            if inputs.imported is None
+            else {
+                "compressed": str(config.compressed),
+                "compressed_digest": inputs.imported.digest,
+            }
+        ),
         fidelity=fidelity,
         linears=[linear_report(linear) for linear in compressed.linears],
         factorized=factorized_reports(compressed.linears),

@@ -10,6 +10,7 @@ from eoracc.compiler.chat.ship import ChatTemplates
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel, load
 from eoracc.compiler.frontend_check.check import check_frontend
+from eoracc.compiler.imported.read import CompressedCheckpoint, read_compressed
 from eoracc.compiler.observe.spans import warn
 from eoracc.compiler.report.content import WarningReport
 from eoracc.compiler.report.texts import text_warnings
@@ -35,6 +36,7 @@ class Inputs:
 
     Attributes:
       loaded: the checkpoint.
+      imported: the compressed checkpoint that is taken over; None where there is none.
       chat: its chat templates.
       tokenizer: as it is shipped.
       held_out: text for fidelity and parity.
@@ -45,6 +47,7 @@ class Inputs:
     """
 
     loaded: LoadedModel
+    imported: CompressedCheckpoint | None
     chat: ChatTemplates
     tokenizer: ShippedTokenizer
     held_out: Windows
@@ -75,6 +78,8 @@ def read_inputs(
         )
         phase.advance()
     check_model(config, loaded)
+    source = config.compressed_source(config_dir)
+    imported = None if source is None else read_compressed(source, loaded, work=work / "compressed")
     spec.check(loaded.model, spec.Stage.FRONTEND, after="the frontend")
     check_frontend(loaded, progress)
     tokenizer, limits = loaded.tokenizer(), loaded.limits()
@@ -117,6 +122,7 @@ def read_inputs(
     release_memory()
     return Inputs(
         loaded=loaded,
+        imported=imported,
         chat=ChatTemplates.of(tokenizer),
         tokenizer=shipped,
         held_out=held_out,

@@ -11,6 +11,7 @@ from eoracc.errors import PassError
 from eoracc.passes.quantize.row_blocks import row_blocks, rows_of
 from eoracc.passes.solvers.factors import gram_root
 from eoracc.passes.solvers.lost_output import LostOutput
+from eoracc.plugins.operands.dense import DenseWeight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,14 +157,19 @@ def _norms_by_rows(linear: Linear, gram: Gram) -> tuple[float, float]:
     Beside the weight, arrays of a block of rows are held at most, and nothing is kept:
     compensations leave a head alone but where an override names it.
     """
-    weight, stored, factors = linear.weight(), linear.quantized, linear.factors
-    assert stored is not None  # noqa: S101 - nothing else is done outside of the blocks
+    weight, stored, factors = linear.weight(), linear.compressed, linear.factors
+    assert stored is not None  # noqa: S101 - callers have compressed it
     parts = None if factors is None else (factors.up(), factors.down() @ gram.root)
     norm = error = 0.0
     for rows in row_blocks(weight.shape):
         target = gram.target(weight[rows])
         norm = math.hypot(norm, float(np.linalg.norm(target @ gram.root)))
-        lost = (target - rows_of(stored, rows).dequantize()) @ gram.root
+        part = (
+            stored.values[rows]
+            if isinstance(stored, DenseWeight)
+            else rows_of(stored, rows).dequantize()
+        )
+        lost = (target - part) @ gram.root
         if parts is not None:
             lost -= parts[0][rows] @ parts[1]
         error = math.hypot(error, float(np.linalg.norm(lost)))

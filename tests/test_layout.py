@@ -152,6 +152,7 @@ READERS = {
     "eoracc.compiler.targets.tensorrt.engines.bundle": "its own text",
     "eoracc.compiler.targets.tensorrt.engines.task": "messages of its own process",
     "eoracc.compiler.eager.output_gradients": "work of its own, compared with digests",
+    "eoracc.compiler.imported.tensors": "checks the headers when it is made",
     "eoracc.compiler.kept.record": "work of its own, compared with digests",
     "eoracc.compiler.sweep.activation_store": "work of its own, compared with digests",
     "eoracc.compiler.sweep.resume": "work of its own, compared with digests",

@@ -123,6 +123,11 @@ def compare(
             "there are no budgets to compare at: give --budgets 3.5,4 (bits per weight) or 30% (of "
             "16 bits removed), or 'compare: {budgets: …}' in model.yaml"
         )
+    if config.compressed is not None:
+        raise ConfigError(
+            "compressed: methods are compared on weights that the build itself compresses: score "
+            "other compensations of a checkpoint with 'verify: {compare: …}' in 'eoracc build'"
+        )
     work = WorkFolder(work_folder(config, config_dir))
     try:
         with work.claimed(fresh=fresh), TemporaryDirectory(dir=work.path) as shipped:

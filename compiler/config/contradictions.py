@@ -18,6 +18,7 @@ from eoracc.compiler.config.sections import (
 from eoracc.compiler.config.tensorrt import EngineConfig
 from eoracc.compiler.config.yaml_tree import KeyPath, dotted
 from eoracc.passes.base import Pass
+from eoracc.passes.imported import Imported
 from eoracc.passes.recipe import Recipe
 from eoracc.plugins.adapters import AdapterSlots
 
@@ -33,6 +34,9 @@ def contradictions(config: BuildConfig) -> Iterator[tuple[KeyPath, str]]:
     for where, problem in pass_problems(config, config.passes):
         yield ("passes", *where), problem
     yield from _size_problems(config)
+    takes_over = any(isinstance(item, Imported) for item in config.passes)
+    if config.compressed is not None and not takes_over:
+        yield ("compressed",), "is read by the pass 'imported': add that to 'passes'"
     if config.calibration is not None:
         yield from _text_problems(("calibration",), config.calibration)
     yield from _held_out_problems(("calibration",), config.calibration, ("verify",), config.verify)
@@ -116,6 +120,13 @@ def pass_problems(config: BuildConfig, passes: Sequence[Pass]) -> Iterator[tuple
         for index, item in enumerate(passes):
             if item is recipe.calibrate:
                 yield (index, item.name), "needs a text: give 'calibration: {text: …}'"
+    if config.compressed is None:
+        for index, item in enumerate(passes):
+            if isinstance(item, Imported):
+                yield (
+                    (index, item.name),
+                    "needs the checkpoint that it takes over: give 'compressed: …'",
+                )
     yield from recipe.problems()
 
 

@@ -222,6 +222,10 @@ class BuildConfig(Section):
     model: Name
     """A hub id, ``NAME/MODEL`` or ``NAME/MODEL@REVISION``, a local folder or a GGUF file; a
     relative path is relative to this file."""
+    compressed: Name | None = None
+    """A checkpoint that somebody else has made from ``model``: quantized, pruned or otherwise
+    changed. The pass ``imported`` takes its weights over; a hub id or a local folder, as
+    ``model``."""
     trust_remote_code: bool = False
     """Whether the model needs Python code of its own repository. The code runs only with
     ``--trust-remote-code`` on the command line: a file cannot allow it."""
@@ -258,12 +262,20 @@ class BuildConfig(Section):
 
     def model_source(self, config_dir: Path) -> str:
         """``model`` as the frontend takes it: a path where one exists, else a hub id."""
-        path = config_dir / Path(self.model).expanduser()
-        return str(path) if path.exists() else self.model
+        return _source(self.model, config_dir)
+
+    def compressed_source(self, config_dir: Path) -> str | None:
+        """``compressed`` as the frontend takes it; None where there is none."""
+        return None if self.compressed is None else _source(self.compressed, config_dir)
 
     def output_path(self, config_dir: Path) -> Path:
         """The artifact's folder."""
         return config_dir / Path(self.output).expanduser()
+
+
+def _source(name: str, config_dir: Path) -> str:
+    path = config_dir / Path(name).expanduser()
+    return str(path) if path.exists() else name
 
 
 def engine_sections(config: BuildConfig) -> dict[str, EngineConfig]:

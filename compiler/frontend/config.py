@@ -52,8 +52,12 @@ _ROPE_NUMBERS = (
 )
 
 
-def read_config_file(folder: Path) -> dict[str, Any]:
+def read_config_file(folder: Path, *, quantized: bool = False) -> dict[str, Any]:
     """The content of ``folder``'s config.json.
+
+    Args:
+      folder: the checkpoint.
+      quantized: accept that of a quantized model.
 
     Raises:
       ModelError: it is missing, damaged, or not the configuration of a model in full precision.
@@ -70,7 +74,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     content = CHECKPOINT.read_object(path)
     if not isinstance(content.get("model_type"), str):
         raise ModelError(f"{path} has no field model_type: it is not a model's configuration")
-    _refuse_quantized(path, content)
+    if not quantized:
+        _refuse_quantized(path, content)
     for name in _SIZES:
         size = content.get(name)
         if isinstance(size, int | float) and not 1 <= size < math.inf:
@@ -125,7 +130,7 @@ def _refuse_quantized(path: Path, content: Mapping[str, Any]) -> None:
         said = f"quant_method {quoted(method)}" if method is not None else "no quant_method"
         raise ModelError(
             f"{path}: the checkpoint is quantized already ({name} with {said}): give the model in "
-            "full precision that it was made from"
+            "full precision that it was made from as 'model', and this one as 'compressed'"
         )
 
 

@@ -43,7 +43,7 @@ _HEAD = "lm_head.weight"
 _ROWS = 1 << 12
 
 
-def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
+def weight_files(folder: Path, config: Mapping[str, Any], *, quantized: bool = False) -> list[Path]:
     """The safetensors files of ``folder`` in the order of loading, checked for completeness.
 
     They are those that transformers loads: the file that ``transformers_weights`` of config.json
@@ -53,6 +53,7 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     Args:
       folder: the checkpoint.
       config: content of config.json.
+      quantized: accept weights in codes.
 
     Raises:
       ModelError: a file is missing or damaged, or the weights are in another format.
@@ -70,7 +71,9 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     for path in files:
         if not path.exists():
             raise ModelError(f"weight file {path} is missing: fetch the checkpoint again")
-        _check_types(path, read_tensor_header(path, CHECKPOINT).tensors)
+        entries = read_tensor_header(path, CHECKPOINT).tensors
+        if not quantized:
+            _check_types(path, entries)
     return files
 
 
@@ -123,7 +126,8 @@ def _check_types(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
         if method is not None:
             raise ModelError(
                 f"{path}: tensor {printable(name)} belongs to a quantized checkpoint ({method}): "
-                "give the model in full precision that it was made from"
+                "give the model in full precision that it was made from as 'model', and this one "
+                "as 'compressed'"
             )
     for name, entry in tensors.items():
         if entry.dtype not in _FLOATS:

@@ -17,6 +17,7 @@ from typing import Any
 from eoracc import __version__
 from eoracc.compiler.config.sections import BuildConfig
 from eoracc.compiler.frontend.load import LoadedModel
+from eoracc.compiler.imported.read import CompressedCheckpoint
 from eoracc.compiler.observe.spans import span
 from eoracc.compiler.progress import PassTimes, PhaseTime
 from eoracc.compiler.stage_graphs import StageGraphs
@@ -70,6 +71,7 @@ def compress(
     graphs: StageGraphs | None = None,
     folder_bytes: FolderBytes | None = None,
     surveys: Path | None = None,
+    imported: CompressedCheckpoint | None = None,
 ) -> Compressed:
     """Run the passes of ``config`` on ``loaded.model``, which they change in place.
 
@@ -84,6 +86,7 @@ def compress(
       folder_bytes: the bytes of the folder that a compressed graph will be written to; None where
         none is written.
       surveys: where the results of surveys are kept; None keeps them in ``folder``, too.
+      imported: the compressed checkpoint that a pass takes over; None where none does.
 
     Raises:
       PassError: a pass cannot do what is asked of it.
@@ -91,12 +94,24 @@ def compress(
     """
     model = loaded.model
     compressed = Compressed(model, find_linears(model), find_embeddings(model))
+    if imported is not None:
+        for linear in compressed.linears:
+            linear.imported = imported.weights.get(linear.name)
     graphs, times = graphs or StageGraphs(), PassTimes()
     all_stages = config.recipe.stages()
     plans: list[dict[str, dict[str, Any]]] = []
     surveys = folder if surveys is None else surveys
     for position, members in enumerate(all_stages):
-        key = stage_key(config, loaded, members, position, calibration, held_out, plans)
+        key = stage_key(
+            config,
+            loaded,
+            members,
+            position,
+            calibration,
+            held_out,
+            plans,
+            imported=None if imported is None else imported.digest,
+        )
         first = members[0]
         with span("+".join(item.name for item in members), "stage", position=position):
             if isinstance(first, SurveyPass):
@@ -205,6 +220,8 @@ def stage_key(
     calibration: Windows | None,
     held_out: Windows | None = None,
     plans: Sequence[Mapping[str, Mapping[str, Any]]] = (),
+    *,
+    imported: str | None = None,
 ) -> str:
     """Digest of everything that a stage's result depends on.
 
@@ -217,6 +234,7 @@ def stage_key(
       held_out: text on which factors must not do harm.
       plans: what each earlier survey has decided, by the name of the linear or table. Some of it
         depends on more than the rest of the key: what fits a budget of the folder.
+      imported: the digest of the compressed checkpoint that is taken over.
     """
     digest = hashlib.sha256(
         json.dumps(
@@ -227,6 +245,7 @@ def stage_key(
                 "stage": [position, *(item.name for item in members)],
                 "compare": config.verify.compare,
                 "plans": plans,
+                "imported": imported,
             }
         ).encode()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -10,8 +11,9 @@ from pydantic import Field
 from typing_extensions import override
 
 from eoracc.errors import PassError
-from eoracc.passes.base import register
+from eoracc.passes.base import Pass, Problem, register
 from eoracc.passes.compensate.eora import Eora
+from eoracc.passes.imported import Imported
 from eoracc.passes.solvers.alternation import alternate
 from eoracc.passes.statistics import record_error, require_gram, saw_too_few_tokens
 
@@ -42,6 +44,12 @@ class Caldera(Eora):
     comparable = False  # its factors belong to the codes that it chooses with them
 
     iterations: Annotated[int, Field(ge=0)] = 4
+
+    @override
+    def problems(self, earlier: Sequence[Pass]) -> Iterator[Problem]:
+        yield from super().problems(earlier)
+        if any(isinstance(other, Imported) for other in earlier):
+            yield (), "quantizes again what 'imported' has taken over: put 'eora' in its place"
 
     @override
     def requires(self, group: LinearGroup) -> None:

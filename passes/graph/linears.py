@@ -33,6 +33,7 @@ from eoracc.plugins.operands.low_rank import LowRank
 from eoracc.plugins.operands.weight import NBitsWeight
 
 if TYPE_CHECKING:
+    from eoracc.passes.graph.imported import ImportedWeight
     from eoracc.passes.solvers.gram import Activations, Gram, GramProducts
     from eoracc.passes.solvers.sparsity import Mask, Sparsity
 
@@ -128,6 +129,8 @@ class Linear:
       token_weights: loads a survey's ``||g||^2`` of the gradient at the output, for each token of
         the calibration text, padding included: ``float32 [tokens]``.
       tied: whether an embedding looks up the rows of the same weight.
+      imported: loads the weight of the checkpoint that is to be taken over; None where there is
+        none, or where that checkpoint has the original weight.
       record: errors and notes for the report.
     """
 
@@ -147,6 +150,7 @@ class Linear:
     output_gram: Callable[[], NDArray[np.float32]] | None = None
     token_weights: Callable[[], NDArray[np.float32]] | None = None
     tied: bool = False
+    imported: Callable[[], ImportedWeight] | None = None
     record: LinearRecord = field(default_factory=LinearRecord)
 
     @property

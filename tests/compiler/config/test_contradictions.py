@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMPRESSIONS = (
-    "'prune_magnitude', 'prune_sparsegpt', 'prune_wanda', 'quantize_gptq' or 'quantize_rtn'"
+    "'imported', 'prune_magnitude', 'prune_sparsegpt', 'prune_wanda', 'quantize_gptq' or "
+    "'quantize_rtn'"
 )
 
 
