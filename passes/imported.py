@@ -61,6 +61,8 @@ class Imported(Compression):
                     "linears in the place of those: take that pass away"
                 )
                 yield (), problem
+            elif isinstance(other, Compression) and not other.stores_codes:
+                yield (), f"would undo '{other.name}': keep one of the two"
 
     @override
     def outside(self, linear: Linear | Embedding) -> Self | None:

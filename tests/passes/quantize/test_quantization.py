@@ -108,6 +108,13 @@ def test_one_pass_compresses_the_weights(method: type[Compression]) -> None:
         assert any(expected in text for text in problems)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_none_of_them_stands_beside_an_imported_checkpoint(method: type[Compression]) -> None:
+    for passes in ([method(), Imported()], [Imported(), method()]):
+        problems = [text for _, text in Recipe(passes).problems()]
+        assert any("keep one of the two" in text for text in problems)
+
+
 @pytest.mark.parametrize("method", QUANTIZATIONS)
 @pytest.mark.parametrize("group_size", [16, 32, -1, "auto"])
 @pytest.mark.parametrize("symmetric", [False, True])
