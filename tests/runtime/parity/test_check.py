@@ -62,14 +62,17 @@ def test_correct_artifact_passes_with_room_to_spare(artifact: Path) -> None:
     assert all(0 < one.tolerance_share < 0.5 for one in report.linears)
     assert len(report.logits) == 6
     rounds = any(case.rounding for case in ParityRecord.load(artifact / PARITY_FILE).cases)
+    near = False
     for case in report.logits:
         assert case.passed
         assert case.max_error <= case.tolerance
         if rounds and case.through == "library":
-            assert case.tolerance / 20 < case.max_error
+            near |= case.tolerance / 20 < case.max_error
             assert case.tolerance < report.compression_effect
         else:
             assert case.tolerance < 1e-3 * report.compression_effect, "far below the signal"
+    # With AVX2 alone products of many rows are in floats, and their error is far below the bound.
+    assert near == rounds
 
 
 def rounds_between_factors(artifact: Path) -> bool:
